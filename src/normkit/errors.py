@@ -1,0 +1,25 @@
+"""Every error that normkit raises on purpose."""
+
+
+class NormError(Exception):
+    """Base of every error that normkit raises on purpose."""
+
+
+class PartitionError(NormError, ValueError):
+    """A feature map cannot be cut into the statistics groups that were asked for."""
+
+
+class InputError(NormError, ValueError):
+    """A tensor has a shape that the layer does not take."""
+
+
+class InputTypeError(NormError, TypeError):
+    """A tensor has a dtype that the layer does not take."""
+
+
+class SpecError(NormError, ValueError):
+    """A specification of a norm, a model or an experiment cannot be read."""
+
+
+class DataError(NormError, OSError):
+    """A data set, a record or an output folder is missing or unreadable."""
