@@ -23,3 +23,7 @@ class SpecError(NormError, ValueError):
 
 class DataError(NormError, OSError):
     """A data set, a record or an output folder is missing or unreadable."""
+
+
+class OptionError(NormError, ValueError):
+    """An option of a layer or a tool has a value that it cannot have."""

@@ -1,0 +1,82 @@
+"""What single-partition layers do on tables: from moments to one scale and center per segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from normkit.core.moments import Moments
+from normkit.core.normalize import Affine
+from normkit.core.partition import Partition
+from normkit.typing import GroupTable, PerChannel, SegmentTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStatistics:
+    r"""Normalise by the statistics of the input's own groups.
+
+    .. math::  scale = \gamma_c / \sqrt{V_g + \epsilon}, \quad
+               center = (mean - M_g) \cdot scale + \beta_c
+    """
+
+    partition: Partition
+    eps: float
+
+    def __call__(
+        self, table: Moments, weight: PerChannel | None, bias: PerChannel | None
+    ) -> Affine:
+        return standardize(table, self.partition.pool(table), self, weight, bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeighedStatistics:
+    """Normalise by a mixture of the example's own statistics and the running ones.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 3.
+    """
+
+    partition: Partition  # one example per group
+    eps: float
+    example_weight: float
+
+    def __call__(
+        self,
+        table: Moments,
+        weight: PerChannel | None,
+        bias: PerChannel | None,
+        running_mean: GroupTable,
+        running_var: GroupTable,
+    ) -> Affine:
+        running = Moments(running_mean, running_var)
+        mixed = self.partition.pool(table).blend(running, self.example_weight)
+        return standardize(table, mixed, self, weight, bias)
+
+
+def standardize(
+    table: Moments,
+    groups: Moments,
+    rule: GroupStatistics | WeighedStatistics,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+) -> Affine:
+    """Scale and center that give every group mean 0 and variance 1, then the channel's affine."""
+    shape = table.mean.shape
+
+    def spread(values: GroupTable) -> SegmentTable:
+        return rule.partition.expand(values, shape[0], shape[1])
+
+    scale = spread(torch.rsqrt(groups.var + rule.eps))
+    if weight is not None:
+        scale = scale * per_segment(weight, table.mean)
+    center = (table.mean - spread(groups.mean)) * scale
+    return Affine(scale, center if bias is None else center + per_segment(bias, table.mean))
+
+
+def per_segment(values: PerChannel, like: SegmentTable) -> SegmentTable:
+    """Repeat one value a channel, ``(C,)``, over the channel's segments: ``(1, K)``."""
+    repeats = like.shape[1] // values.shape[0]
+    return values.to(like.dtype)[:, None].expand(-1, repeats).reshape(1, -1)
+
+

@@ -1,0 +1,50 @@
+"""What a feature map must be, said before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normkit.errors import InputError, InputTypeError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def require_feature_map(x: Tensor, num_features: int | None, name: str) -> None:
+    """Refuse what is not a floating-point ``(N, C, *S)`` with the right number of channels.
+
+    Raises:
+        InputTypeError: If the dtype is not one of float32, float64, bfloat16, float16.
+        InputError: If there are fewer than two axes, or the channels do not match.
+    """
+    if x.dtype not in DTYPES:
+        raise InputTypeError(
+            f"{name} was given a tensor of {x.dtype}; it takes "
+            f"{', '.join(str(d) for d in DTYPES)}; convert it first, e.g. x.float()"
+        )
+    if x.ndim < 2:
+        raise InputError(
+            f"{name} was given a tensor of shape {tuple(x.shape)}; it takes (N, C, *S) with at "
+            f"least two axes; add the batch axis, e.g. x.unsqueeze(0)"
+        )
+    if num_features is not None and x.shape[1] != num_features:
+        raise InputError(
+            f"{name} was built for num_features={num_features} channels and was given "
+            f"{x.shape[1]} in a tensor of shape {tuple(x.shape)}; channels are axis 1: build it "
+            f"with num_features={x.shape[1]}, or permute a channels-last array first"
+        )
+
+
+def require_per_channel(values: Tensor | None, shape: Sequence[int], what: str, name: str) -> None:
+    """Refuse a parameter that does not have one value for each channel.
+
+    Raises:
+        InputError: If the shape is not ``(C,)``.
+    """
+    if values is not None and tuple(values.shape) != (shape[1],):
+        raise InputError(
+            f"{name} was given {what} of shape {tuple(values.shape)} for {shape[1]} channels; "
+            f"it takes one value per channel, shape ({shape[1]},)"
+        )

@@ -1,0 +1,74 @@
+"""The ways a partition's statistics are used: the input's, the running ones, a mixture."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from normkit.core.algebra import GroupStatistics, WeighedStatistics, per_segment
+from normkit.core.moments import Moments
+from normkit.core.normalize import apply_tables, normalize
+from normkit.core.partition import Partition
+from normkit.core.running import RunningStatistics
+from normkit.kernels.reference import table_dtype
+from normkit.typing import FeatureMap, PerChannel
+
+
+def normalize_batch(  # noqa: PLR0913 - a norm's parameters
+    x: FeatureMap,
+    partition: Partition,
+    running: RunningStatistics | None,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    eps: float,
+) -> FeatureMap:
+    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    segment_size = partition.segment_size(x.shape)
+    algebra = GroupStatistics(partition=partition, eps=eps)
+    y, table = normalize(x, segment_size, algebra, weight, bias)
+    if running is not None:
+        running.update_(table, x.shape)
+    return y
+
+
+def normalize_evaluation(  # noqa: PLR0913
+    x: FeatureMap,
+    partition: Partition,
+    running: RunningStatistics,
+    example_weight: float,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    eps: float,
+) -> FeatureMap:
+    """Normalise by running statistics and ``example_weight`` parts of the example's own."""
+    own = Partition(num_groups=partition.num_groups, examples_per_group=1)
+    if example_weight == 1:
+        return normalize_batch(x, own, None, weight, bias, eps)
+    groups = running.groups(partition, table_dtype(x.dtype))
+    if example_weight == 0:
+        return _normalize_fixed(x, partition, groups, weight, bias, eps)
+    algebra = WeighedStatistics(partition=own, eps=eps, example_weight=example_weight)
+    y, _ = normalize(
+        x, own.segment_size(x.shape), algebra, weight, bias, groups.mean, groups.var
+    )
+    return y
+
+
+def _normalize_fixed(  # noqa: PLR0913
+    x: FeatureMap,
+    partition: Partition,
+    groups: Moments,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    eps: float,
+) -> FeatureMap:
+    """Normalise by given group statistics ``(1, G)``, around their mean."""
+    segment_size = partition.segment_size(x.shape)
+    num_segments = math.prod(x.shape[1:]) // segment_size
+    mean, var = (partition.expand(t, 1, num_segments) for t in (groups.mean, groups.var))
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * per_segment(weight, mean)
+    center = torch.zeros_like(mean) if bias is None else per_segment(bias, mean)
+    return apply_tables(x, mean, scale, center, segment_size)

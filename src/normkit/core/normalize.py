@@ -1,0 +1,207 @@
+r"""The one way through: moments, the layer's algebra on tables, apply; and its gradient.
+
+.. math::  y = scale \cdot (x - mean) + center
+
+with one ``(scale, center)`` per segment. Writing ``y`` around the segment's own mean keeps large
+offsets from cancelling. Backward has the same shape: one pass for ``sum(g)`` and
+``sum(g * (x - mean))``, the transpose of the algebra on tables, one pass for
+``dx = k1*g + k2*(x - mean) + k3``. Only ``x`` and tables are kept for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import Moments
+from normkit.core.transforms import needs_plain_formula
+from normkit.kernels import reference
+from normkit.typing import FeatureMap, SegmentTable
+
+
+class Affine(NamedTuple):
+    """What a norm does to each segment: ``scale * (x - mean) + center``."""
+
+    scale: SegmentTable
+    center: SegmentTable
+
+
+Algebra = Callable[..., Affine]
+"""From ``Moments`` of the segments and parameters, in differentiable operations on tables."""
+
+
+def normalize(
+    x: FeatureMap, segment_size: int, algebra: Algebra, *parameters: Tensor | None
+) -> tuple[FeatureMap, Moments]:
+    """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
+
+    Args:
+        x: Feature map, ``(N, C, *S)``, not empty.
+        segment_size: Elements ``L`` of a segment; divides the positions of a channel.
+        algebra: ``algebra(moments, *parameters)``; a gradient flows through it.
+        parameters: Tensors that the algebra uses and that may want a gradient.
+
+    Returns:
+        The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
+    """
+    if needs_plain_formula():
+        y, table = _plain(x, segment_size, algebra, parameters)
+    else:
+        y, mean, var = _Normalize.apply(x, segment_size, algebra, *parameters)
+        table = Moments(mean, var)
+    return y, table.detach()
+
+
+def _plain(
+    x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+) -> tuple[FeatureMap, Moments]:
+    """Compute the same in plain differentiable operators: any derivative, vmap, export."""
+    table = Moments(*reference.moments(x, segment_size))
+    scale, center = algebra(table, *parameters)
+    return reference.apply(x, table.mean, scale, center, segment_size), table
+
+
+class _Normalize(torch.autograd.Function):
+    """Keeps ``x`` and tables; its second derivative goes through the plain formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        x: Tensor,
+        segment_size: int,
+        algebra: Algebra,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = reference.moments(x, segment_size)
+        scale, center = algebra(Moments(mean, var), *parameters)
+        ctx.save_for_backward(x, mean, var, *parameters)
+        ctx.segment_size, ctx.algebra = segment_size, algebra
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return reference.apply(x, mean, scale, center, segment_size), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        grad = grads[0]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if not torch.is_grad_enabled():
+            dx, *rest = _gradient(ctx, grad)
+            return dx, None, None, *rest
+        x, _, _, *parameters = ctx.saved_tensors
+        dx, *rest = differentiable_gradient(
+            lambda x, *p: _plain(x, ctx.segment_size, ctx.algebra, p)[0],
+            (x, *parameters),
+            (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]),
+            grad,
+        )
+        return dx, None, None, *rest
+
+
+def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
+    """Gradient of ``x`` and of each parameter in two passes over the map."""
+    x, mean, var, *parameters = ctx.saved_tensors
+    size = ctx.segment_size
+    sum_grad, sum_grad_x = reference.reduce_grad(grad, x, mean, size)
+    wanted = ctx.needs_input_grad[3:]
+    (scale, dmean, dvar), gradients = _transpose(
+        ctx.algebra, Moments(mean, var), parameters, wanted, (sum_grad_x, sum_grad)
+    )
+    if not ctx.needs_input_grad[0]:
+        return [None, *gradients]
+    factors = (scale, dvar * (2 / size), (dmean - scale * sum_grad) / size)
+    return [reference.combine_grad(grad, x, mean, factors, size), *gradients]
+
+
+def _transpose(
+    algebra: Algebra,
+    table: Moments,
+    parameters: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grads: tuple[SegmentTable, SegmentTable],
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]]:
+    """Pull the gradients of ``(scale, center)`` back to the moments and the parameters.
+
+    Returns:
+        ``scale`` with the gradients of mean and variance, and one gradient for each parameter.
+    """
+    mean, var = (t.detach().requires_grad_() for t in (table.mean, table.var))
+    inputs = [
+        p.detach().requires_grad_() if p is not None and want else p
+        for p, want in zip(parameters, wanted, strict=True)
+    ]
+    sources = [mean, var, *(p for p, want in zip(inputs, wanted, strict=True) if want)]
+    with torch.enable_grad():
+        scale, center = algebra(Moments(mean, var), *inputs)
+    sums = (grads[0].sum_to_size(scale.shape), grads[1].sum_to_size(center.shape))
+    dmean, dvar, *found = torch.autograd.grad(
+        (scale, center), sources, sums, allow_unused=True, materialize_grads=True
+    )
+    remaining = iter(found)
+    return (scale.detach(), dmean, dvar), [next(remaining) if want else None for want in wanted]
+
+
+def apply_tables(
+    x: FeatureMap,
+    mean: SegmentTable,
+    scale: SegmentTable,
+    center: SegmentTable,
+    segment_size: int,
+) -> FeatureMap:
+    """``scale * (x - mean) + center`` with given tables, of which ``mean`` gets no gradient."""
+    if needs_plain_formula():
+        return reference.apply(x, mean, scale, center, segment_size)
+    return _Apply.apply(x, mean, scale, center, segment_size)
+
+
+class _Apply(torch.autograd.Function):
+    """Keeps ``x`` and tables; its second derivative goes through the plain formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        center: Tensor,
+        segment_size: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, scale, center)
+        ctx.segment_size = segment_size
+        return reference.apply(x, mean, scale, center, segment_size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, mean, scale, center = ctx.saved_tensors
+        wants_x, _, wants_scale, wants_center, _ = ctx.needs_input_grad
+        grad, size = grads[0], ctx.segment_size
+        if torch.is_grad_enabled():
+            dx, dscale, dcenter = differentiable_gradient(
+                lambda x, scale, center: reference.apply(x, mean, scale, center, size),
+                (x, scale, center),
+                (wants_x, wants_scale, wants_center),
+                grad,
+            )
+            return dx, None, dscale, dcenter, None
+        dx = dscale = dcenter = None
+        if wants_x:
+            dx = reference.apply(grad, torch.zeros_like(mean), scale, torch.zeros_like(mean), size)
+        if wants_scale or wants_center:
+            sum_grad, sum_grad_x = reference.reduce_grad(grad, x, mean, size)
+            dscale, dcenter = sum_grad_x.sum_to_size(scale.shape), sum_grad.sum_to_size(center.shape)
+        return dx, None, dscale, dcenter, None
+
+
+def differentiable_gradient(
+    plain: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradient of ``plain(*inputs)`` that can be differentiated again; None where not wanted."""
+    sources = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(plain(*inputs), sources, grad, create_graph=True))
+    return [next(found) if want else None for want in wanted]

@@ -1,0 +1,167 @@
+"""Which elements of a feature map share their mean and variance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import Moments
+from normkit.errors import PartitionError
+from normkit.typing import GroupTable, SegmentTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """Statistics groups: runs of examples times equal runs of the flattened ``(C, *S)`` axis.
+
+    ===================  ===============  ======================
+    layer                ``num_groups``   ``examples_per_group``
+    ===================  ===============  ======================
+    BatchNorm            C                None (whole batch)
+    InstanceNorm         C                1
+    LayerNorm            1                1
+    GroupNorm            G                1
+    BatchGroupNorm       G                None
+    GhostBatchNorm       C                ghost batch size
+    GBGN                 G                run of examples
+    ===================  ===============  ======================
+
+    Args:
+        num_groups: Number of equal runs an example is cut into. A run may cover many channels,
+            or be a part of one.
+        examples_per_group: Consecutive examples that share statistics; None is the whole batch.
+            When it does not divide the batch the last run is the smaller remainder.
+    """
+
+    num_groups: int
+    examples_per_group: int | None = None
+
+    def segment_size(self, shape: Sequence[int]) -> int:
+        """Elements ``L`` of the largest runs that share both their channel and their group.
+
+        Raises:
+            PartitionError: If the groups do not divide an example of this shape.
+        """
+        example_size = math.prod(shape[1:])
+        example = f"an example of shape {tuple(shape[1:])} has {example_size} elements"
+        require_divides(self.num_groups, example_size, example)
+        return math.gcd(math.prod(shape[2:]), example_size // self.num_groups)
+
+    def group_sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Elements in a full group and in the last, possibly smaller, one."""
+        run = self._examples(shape[0])
+        per_example = math.prod(shape[1:]) // self.num_groups
+        return run * per_example, (shape[0] - 1) % run * per_example + per_example
+
+    def describe_group(self, shape: Sequence[int]) -> str:
+        """Say what the smallest group of a feature map of this shape is made of."""
+        num_examples, num_channels, num_positions = shape[0], shape[1], math.prod(shape[2:])
+        examples = (num_examples - 1) % self._examples(num_examples) + 1
+        size = num_channels * num_positions // self.num_groups
+        channels = f"{max(size // max(num_positions, 1), 1)} of {num_channels} channels"
+        positions = f"{min(size, num_positions)} of {num_positions} positions"
+        return f"a group of {examples} of {num_examples} examples, {channels}, {positions}"
+
+    def pool(self, table: Moments) -> Moments:
+        """Pool segments ``(N, K)`` into groups ``(B, G)`` by the law of total variance.
+
+        Every segment has equally many elements, so plain means are exact; the variance is a sum
+        of squares, so it is never negative and nothing cancels.
+        """
+        num_examples = table.mean.shape[0]
+        run = self._examples(num_examples)
+        whole = num_examples - num_examples % run
+        if whole == num_examples:
+            return self._pool_runs(table, run)
+        first = self._pool_runs(Moments(table.mean[:whole], table.var[:whole]), run)
+        last = self._pool_runs(
+            Moments(table.mean[whole:], table.var[whole:]), num_examples - whole
+        )
+        return Moments(torch.cat([first.mean, last.mean]), torch.cat([first.var, last.var]))
+
+    def expand(
+        self, groups: GroupTable, num_examples: int, num_segments: int
+    ) -> SegmentTable:
+        """Give every segment its group's value: ``(B, G)`` to ``(N, K)``, or ``(1, K)`` if B = 1."""
+        rows, columns = groups.shape[0], num_segments // self.num_groups
+        table = groups.unsqueeze(-1).expand(-1, -1, columns).reshape(rows, num_segments)
+        if rows == 1 or self.examples_per_group == 1:
+            return table
+        return table.repeat_interleave(self._examples(num_examples), dim=0)[:num_examples]
+
+    def _examples(self, num_examples: int) -> int:
+        if self.examples_per_group is None:
+            return max(num_examples, 1)
+        return min(self.examples_per_group, max(num_examples, 1))
+
+    def _pool_runs(self, table: Moments, run: int) -> Moments:
+        def cells(values: Tensor) -> Tensor:
+            return values.reshape(-1, run, self.num_groups, values.shape[1] // self.num_groups)
+
+        mean = cells(table.mean)
+        pooled = mean.mean(dim=(1, 3))
+        between = (mean - pooled[:, None, :, None]).square()
+        return Moments(pooled, (cells(table.var) + between).mean(dim=(1, 3)))
+
+
+def divisors(size: int) -> list[int]:
+    """All divisors of ``size``, in rising order."""
+    low = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    return low + [size // d for d in reversed(low) if d * d != size]
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+    """Largest divisor of ``n`` that is not above ``at_most``.
+
+    Raises:
+        PartitionError: If ``n`` or ``at_most`` is below 1.
+
+    Example:
+        >>> largest_divisor(20, at_most=8)
+        5
+    """
+    if n < 1 or at_most < 1:
+        raise PartitionError(
+            f"largest_divisor was given n={n}, at_most={at_most}; both must be at least 1"
+        )
+    return max(d for d in divisors(n) if d <= at_most)
+
+
+def require_divides(num_groups: int, size: int, given: str) -> None:
+    """Refuse a number of groups that does not cut ``size`` into equal parts.
+
+    Raises:
+        PartitionError: If it does not divide; the message lists the divisors that would.
+    """
+    if num_groups < 1 or size % num_groups:
+        raise PartitionError(
+            f"{given}, which {num_groups} groups do not divide; "
+            f"choose a divisor: {_shortened(divisors(size))}"
+        )
+
+
+def require_variance(partition: Partition, shape: Sequence[int], name: str) -> None:
+    """Refuse groups of a single value, whose variance is zero and whose output is constant.
+
+    Raises:
+        PartitionError: If the smallest group has one element.
+    """
+    full, last = partition.group_sizes(shape)
+    if min(full, last) == 1:
+        raise PartitionError(
+            f"{name} expected more than 1 value per statistics group when training, got input of "
+            f"shape {tuple(shape)}, where {partition.describe_group(shape)} is a single value; "
+            f"use a larger batch (DataLoader(drop_last=True) drops a last batch of one), fewer "
+            f"groups, a larger map, or .eval()"
+        )
+
+
+def _shortened(numbers: list[int], at_most: int = 24) -> str:
+    if len(numbers) <= at_most:
+        return str(numbers)
+    head = ", ".join(map(str, numbers[: at_most - 1]))
+    return f"[{head}, ..., {numbers[-1]}]"

@@ -1,0 +1,106 @@
+r"""The exception: statistics across the channels of one position.
+
+The steps are those of ``normalize`` along the other axis. With :math:`\hat g = \gamma g`,
+
+.. math::  dx = r \, (\hat g - \overline{\hat g} - \hat x \, \overline{\hat g \hat x})
+
+where the bars are means over channels and :math:`r = 1/\sqrt{\sigma^2 + \epsilon}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.core.normalize import differentiable_gradient
+from normkit.core.transforms import needs_plain_formula
+from normkit.errors import PartitionError
+from normkit.kernels.reference import table_dtype
+from normkit.typing import FeatureMap, PerChannel
+
+
+def normalize_positions(
+    x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, eps: float
+) -> FeatureMap:
+    """Normalise every position over its channels, then scale and shift every channel."""
+    if needs_plain_formula():
+        return _plain(x, weight, bias, eps)
+    return _NormalizePositions.apply(x, weight, bias, eps)
+
+
+def require_channels(shape: Sequence[int], name: str) -> None:
+    """Refuse positions of a single value, whose variance is zero and whose output is constant.
+
+    Raises:
+        PartitionError: If there is one channel.
+    """
+    if shape[1] == 1:
+        raise PartitionError(
+            f"{name} expected more than 1 value per position when training, got input of shape "
+            f"{tuple(shape)} with a single channel; use more channels, another norm, or .eval()"
+        )
+
+
+def _plain(
+    x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, eps: float
+) -> FeatureMap:
+    mean, rstd = _statistics(x, eps)
+    return _affine((x - mean) * rstd, weight, bias).to(x.dtype)
+
+
+def _statistics(x: FeatureMap, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of every position, ``(N, 1, *S)``."""
+    var, mean = torch.var_mean(x.to(table_dtype(x.dtype)), dim=1, correction=0, keepdim=True)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _affine(y: Tensor, weight: PerChannel | None, bias: PerChannel | None) -> Tensor:
+    if weight is not None:
+        y = y * _across(weight, y)
+    return y if bias is None else y + _across(bias, y)
+
+
+def _across(values: PerChannel, like: Tensor) -> Tensor:
+    """Line one value a channel up with the channel axis."""
+    return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 2))
+
+
+class _NormalizePositions(torch.autograd.Function):
+    """Keeps ``x`` and one mean and scale per position."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        mean, rstd = _statistics(x, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps = eps
+        return _affine((x - mean) * rstd, weight, bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wanted, grad = ctx.needs_input_grad[:3], grads[0]
+        if torch.is_grad_enabled():
+            found = differentiable_gradient(
+                lambda *inputs: _plain(*inputs, ctx.eps), (x, weight, bias), wanted, grad
+            )
+            return *found, None
+        unit, grad = (x - mean) * rstd, grad.to(mean.dtype)
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        dweight = (grad * unit).sum(others) if wanted[1] else None
+        dbias = grad.sum(others) if wanted[2] else None
+        return _input_gradient(grad, unit, rstd, weight).to(x.dtype), dweight, dbias, None
+
+
+def _input_gradient(grad: Tensor, unit: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    grad = _affine(grad, weight, None)
+    along = (grad * unit).mean(dim=1, keepdim=True)
+    return rstd * (grad - grad.mean(dim=1, keepdim=True) - unit * along)

@@ -1,0 +1,80 @@
+"""Running statistics: the one place that knows momentum and Bessel's correction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normkit.core.moments import Moments
+from normkit.core.partition import Partition
+from normkit.core.transforms import functorch_is_active
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningStatistics:
+    """Buffers that follow the statistics of the training batches.
+
+    Args:
+        mean: Running mean, one value for each group of ``partition``.
+        var: Running unbiased variance, likewise.
+        num_batches_tracked: Counts the updates.
+        partition: Which elements of a batch stand behind one value: all those of a channel, or of
+            a BGN group; the whole batch in either case.
+        momentum: Weight of the new value; None averages all batches counted so far equally.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor
+    partition: Partition
+    momentum: float | None
+
+    def update_(self, table: Moments, shape: Sequence[int]) -> None:
+        r"""Move towards the statistics of one batch, in place and without a gradient.
+
+        .. math::  m \leftarrow (1 - r) m + r \mu, \quad
+                   V \leftarrow (1 - r) V + r \frac{n}{n-1} \sigma^2
+
+        Args:
+            table: Moments of the batch's segments, ``(N, K)``.
+            shape: Shape of the batch.
+
+        Numerics:
+            Nothing is updated while a backward pass runs (a checkpointed forward is the same step
+            once more), nor inside a ``torch.func`` transform (its inputs are no training batch).
+        """
+        if _is_recomputation() or functorch_is_active():
+            return
+        batch = self.partition.pool(table)
+        num_values, _ = self.partition.group_sizes(shape)
+        correction = num_values / max(num_values - 1, 1)  # one value: its variance, 0, as it is
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            rate = self._rate()
+            self.mean.lerp_(batch.mean[0].to(self.mean.dtype), rate)
+            self.var.lerp_((batch.var[0] * correction).to(self.var.dtype), rate)
+
+    def groups(self, partition: Partition, dtype: torch.dtype) -> Moments:
+        """Pool the buffers into the groups of ``partition``, ``(1, G)``.
+
+        A copy: a backward pass must not see what later updates write into the buffers.
+        """
+        mean, var = (t.to(dtype, copy=True)[None] for t in (self.mean, self.var))
+        if mean.shape[1] == partition.num_groups:
+            return Moments(mean, var)
+        return Partition(num_groups=partition.num_groups).pool(Moments(mean, var))
+
+    def _rate(self) -> float | Tensor:
+        if self.momentum is None:
+            return self.num_batches_tracked.reciprocal().to(self.mean.dtype)
+        return self.momentum
+
+
+def _is_recomputation() -> bool:
+    """Whether autograd is running a backward pass on this thread."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,1 @@
+"""Four primitives over segments; each kernel set implements them, ``reference`` defines them."""

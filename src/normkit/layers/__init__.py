@@ -1,0 +1,1 @@
+"""The layers: parameters, buffers and modes around the functions of ``core``."""

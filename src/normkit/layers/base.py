@@ -1,0 +1,239 @@
+"""What every layer shares: parameters, buffers, checkpoints, and the choice of statistics."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.check import require_feature_map
+from normkit.core.groups import normalize_batch, normalize_evaluation
+from normkit.core.partition import Partition, require_variance
+from normkit.core.running import RunningStatistics
+from normkit.errors import OptionError
+from normkit.kernels.reference import table_dtype
+from normkit.typing import FeatureMap
+
+BUFFERS = ("running_mean", "running_var")
+
+
+class NormLayer(nn.Module, ABC):
+    """Parameters of every layer: ``weight`` and ``bias``, one value a channel.
+
+    Final classes list their constructor's options; ``extra_repr`` reads them back from the
+    attributes of the same name, so that ``repr`` rebuilds the layer.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        affine: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        require_count("num_features", num_features)
+        _require_at_least_zero("eps", eps)
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        for name in ("weight", "bias"):
+            values = torch.empty(num_features, device=device, dtype=dtype) if affine else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
+
+    def reset_parameters(self) -> None:
+        """Set ``weight`` to 1 and ``bias`` to 0."""
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
+        options = inspect.signature(type(self)).parameters
+        shown = [f"{o}={getattr(self, o)!r}" for o in options if o not in _NOT_SHOWN]
+        return ", ".join([str(self.num_features), *shown])
+
+
+class SegmentLayer(NormLayer):
+    """A layer whose statistics groups are a partition of the feature map.
+
+    A final class says its ``partition`` and how many values its buffers have; this one chooses the
+    statistics: the input's in training, and at evaluation the running ones, the example's own, or
+    ``example_weight`` parts of one and the rest of the other.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    _version = 2  # torch's own norms: since 2 there is num_batches_tracked
+
+    def __init__(  # noqa: PLR0913 - the options of torch's norms
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        example_weight: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        if momentum is not None:
+            _require_between("momentum", momentum, 0, 1)
+        self.momentum = momentum
+        self.track_running_stats = track_running_stats
+        self.example_weight = example_weight
+        self._register_statistics(device, dtype)
+        self.reset_parameters()
+
+    def _register_statistics(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        wide = table_dtype(dtype or torch.get_default_dtype())
+        for name in BUFFERS:
+            values = torch.empty(self.running_partition.num_groups, device=device, dtype=wide)
+            self.register_buffer(name, values if self.track_running_stats else None)
+        count = torch.zeros((), dtype=torch.long, device=device)
+        self.register_buffer("num_batches_tracked", count if self.track_running_stats else None)
+
+    @property
+    @abstractmethod
+    def partition(self) -> Partition:
+        """Which elements share statistics in training."""
+
+    @property
+    def running_partition(self) -> Partition:
+        """Which elements share one value of the buffers: by default a channel's."""
+        return Partition(num_groups=self.num_features)
+
+    @property
+    def example_weight(self) -> float:
+        """Share of the example's own statistics at evaluation, from 0 to 1."""
+        return self._example_weight
+
+    @example_weight.setter
+    def example_weight(self, value: float) -> None:
+        _require_between("example_weight", value, 0, 1)
+        self._example_weight = float(value)
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the count to 0."""
+        if self.track_running_stats:
+            nn.init.zeros_(self.running_mean)
+            nn.init.ones_(self.running_var)
+            nn.init.zeros_(self.num_batches_tracked)
+
+    def reset_parameters(self) -> None:
+        """Set ``weight`` to 1, ``bias`` to 0, and the running statistics to 0 and 1."""
+        self.reset_running_stats()
+        super().reset_parameters()
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        require_feature_map(x, self.num_features, type(self).__name__)
+        if x.numel() == 0:
+            return self._empty(x)
+        running, parameters = self._running(), (self.weight, self.bias, self.eps)
+        if self.training:
+            require_variance(self.partition, x.shape, type(self).__name__)
+        if self.training or running is None:
+            return normalize_batch(x, self.partition, running, *parameters)
+        return normalize_evaluation(x, self.partition, running, self.example_weight, *parameters)
+
+    def _empty(self, x: FeatureMap) -> FeatureMap:
+        """Nothing to normalise, yet the parameters get zero gradients instead of none."""
+        return x if self.weight is None else x + (self.weight.sum() + self.bias.sum()).to(x.dtype)
+
+    def _running(self) -> RunningStatistics | None:
+        if self.running_mean is None or self.running_var is None:
+            return None
+        return RunningStatistics(
+            mean=self.running_mean,
+            var=self.running_var,
+            num_batches_tracked=self.num_batches_tracked,
+            partition=self.running_partition,
+            momentum=self.momentum,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast like any module, but never cast running statistics to 16 bits."""
+        before = {name: self._buffers[name] for name in BUFFERS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype.itemsize < 4:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _default_example_weight(self) -> float:
+        return inspect.signature(type(self)).parameters["example_weight"].default
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.example_weight != self._default_example_weight():
+            value = torch.tensor(self.example_weight, dtype=torch.float64)
+            destination[f"{prefix}example_weight"] = value
+
+    def _load_from_state_dict(  # noqa: PLR0913 - torch's signature
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.example_weight = float(
+            state_dict.pop(f"{prefix}example_weight", self.example_weight)
+        )
+        if self.track_running_stats:
+            _modernize(state_dict, prefix, local_metadata.get("version"))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+_NOT_SHOWN = ("num_features", "device", "dtype")
+
+
+def _modernize(state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
+    """Widen 16-bit statistics, and count batches where an old checkpoint did not."""
+    for name in BUFFERS:
+        values = state_dict.get(prefix + name)
+        if values is not None and values.dtype.itemsize < 4:
+            state_dict[prefix + name] = values.float()
+    if version is None or version < 2:
+        state_dict.setdefault(f"{prefix}num_batches_tracked", torch.tensor(0))
+
+
+def require_count(name: str, value: int) -> None:
+    """Refuse a count that is not a whole number of at least 1.
+
+    Raises:
+        OptionError: With the name and the value.
+    """
+    if value < 1:
+        raise OptionError(f"{name}={value} was given; it counts something, so it is at least 1")
+
+
+def _require_at_least_zero(name: str, value: float) -> None:
+    if not value >= 0:
+        raise OptionError(f"{name}={value} was given; it is added under a root, so it is >= 0")
+
+
+def _require_between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise OptionError(
+            f"{name}={value} was given; it is a share, so it lies from {low} to {high}"
+        )

@@ -1,0 +1,566 @@
+"""The eight single-partition layers: each is its partition and its options."""
+
+from __future__ import annotations
+
+import torch
+
+from normkit.core.check import require_feature_map
+from normkit.core.partition import Partition, require_divides
+from normkit.core.positional import normalize_positions, require_channels
+from normkit.layers.base import NormLayer, SegmentLayer, require_count
+from normkit.typing import FeatureMap
+
+Device = torch.device | str | None
+
+
+class BatchNorm(SegmentLayer):
+    r"""Normalise every channel over the whole batch.
+
+    .. math::  y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + \beta_c
+
+    Training uses the batch's statistics, evaluation the running ones. State dict, buffers and
+    results are those of ``torch.nn.BatchNorm1d/2d/3d``, whatever the number of spatial axes.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` (:math:`\gamma`) and ``bias`` (:math:`\beta`), ``(C,)`` each.
+        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if a channel has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance normalises, unbiased variance is tracked; both at least float32.
+
+    Source:
+        Ioffe & Szegedy 2015, arXiv:1502.03167; example weighing: Summers & Dinneen, Four Things
+        Everyone Should Know to Improve Batch Normalization, eq. 3.
+
+    Example:
+        >>> norm = BatchNorm(6)
+        >>> norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+
+    def __init__(  # noqa: PLR0913 - torch's options
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group a channel, over the whole batch."""
+        return Partition(num_groups=self.num_features)
+
+
+class InstanceNorm(SegmentLayer):
+    r"""Normalise every channel of every example over its positions.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta_c
+
+    Training and evaluation alike, unless ``example_weight`` is below 1. Unlike
+    ``torch.nn.InstanceNorm2d`` it is affine by default and keeps the memory format.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
+        example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if a channel of an example has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
+
+    Example:
+        >>> norm = InstanceNorm(6)
+        >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=(2, 3)).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group a channel and example."""
+        return Partition(num_groups=self.num_features, examples_per_group=1)
+
+
+class LayerNorm(SegmentLayer):
+    r"""Normalise every example over all its channels and positions.
+
+    .. math::  y = \gamma_c \frac{x - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}} + \beta_c
+
+    This is the layer normalization of a feature map, ``GroupNorm`` with one group, its affine per
+    channel; ``torch.nn.LayerNorm`` on channels-last tokens is ``PositionalNorm``.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
+        example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if an example has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+
+    Example:
+        >>> norm = LayerNorm(6)
+        >>> norm(torch.randn(1, 6, 5, 7)).mean().abs() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group an example."""
+        return Partition(num_groups=1, examples_per_group=1)
+
+
+class GroupNorm(SegmentLayer):
+    r"""Normalise runs of ``C / num_groups`` channels of every example.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta_c
+
+    Unlike ``torch.nn.GroupNorm`` the channels come first, so that it works as ``norm_layer=``.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
+        example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
+            has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Wu & He 2018, arXiv:1803.08494, eq. 7.
+
+    Example:
+        >>> norm = GroupNorm(6, num_groups=3)
+        >>> norm(torch.randn(1, 6, 5, 7))[:, :2].mean().abs() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_channel_groups(num_groups, num_features)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_groups = num_groups
+
+    @property
+    def partition(self) -> Partition:
+        """One group a run of channels and example."""
+        return Partition(num_groups=self.num_groups, examples_per_group=1)
+
+
+class PositionalNorm(NormLayer):
+    r"""Normalise every position of every example over its channels.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{ns}}{\sqrt{\sigma_{ns}^2 + \epsilon}} + \beta_c
+
+    No running statistics; training and evaluation are the same.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        device: Where the parameters live.
+        dtype: Of the parameters.
+
+    Raises:
+        PartitionError: In training, if there is a single channel.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Li et al. 2019, arXiv:1907.04312; without the re-injection path, as in Zhou et al., Batch
+        Group Normalization.
+
+    Example:
+        >>> norm = PositionalNorm(6)
+        >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=1).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        require_feature_map(x, self.num_features, type(self).__name__)
+        if self.training:
+            require_channels(x.shape, type(self).__name__)
+        return normalize_positions(x, self.weight, self.bias, self.eps)
+
+
+class BatchGroupNorm(SegmentLayer):
+    r"""Normalise equal runs of the flattened ``(C, *S)`` axis over the whole batch.
+
+    With :math:`D = C \cdot \prod S`, group :math:`g` has the elements
+    :math:`g D/G \ldots (g+1) D/G - 1` of every example:
+
+    .. math::  y = \gamma_c \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta_c
+
+    ``num_groups`` need not divide ``C``: a group may be a part of a channel or many channels.
+    ``num_groups = C`` is ``BatchNorm``. Evaluation uses the running statistics, ``(G,)``; another
+    spatial size is allowed then, the group boundaries being fractions of the map.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        num_groups: Groups ``G``; divides ``D``. The paper's choice for batches of 128, 64, 32, 16,
+            8, 4, 2 and 1 examples is 512, 256, 128, 64, 16, 2, 1 and 1; see ``bgn:auto`` in
+            :class:`normkit.NormSpec`. The default suits the smallest batches.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: If ``num_groups`` does not divide ``D``; in training, if a group has a
+            single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance normalises, unbiased variance is tracked; both at least float32.
+
+    Source:
+        Zhou et al., Batch Group Normalization, eqs. 8-9 (with ``S = D/G``, the reading that fits
+        its own examples) and table 2.
+
+    Example:
+        >>> norm = BatchGroupNorm(6, num_groups=14)  # does not divide 6, but 6 * 5 * 7
+        >>> norm(torch.randn(4, 6, 5, 7)).shape, norm.running_mean.shape
+        (torch.Size([4, 6, 5, 7]), torch.Size([14]))
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_count("num_groups", num_groups)
+        self.num_groups = num_groups
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group a run of the flattened ``(C, *S)`` axis, over the whole batch."""
+        return Partition(num_groups=self.num_groups)
+
+    @property
+    def running_partition(self) -> Partition:
+        """The buffers have one value a group."""
+        return self.partition
+
+
+class GhostBatchNorm(SegmentLayer):
+    r"""Normalise every channel over runs of ``ghost_batch_size`` consecutive examples.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{bc}}{\sqrt{\sigma_{bc}^2 + \epsilon}} + \beta_c,
+               \quad b = \lfloor n / B' \rfloor
+
+    A last run that is smaller is normalised by its own statistics. The running statistics are
+    those of the whole batch, so evaluation, and the state dict, are ``BatchNorm``'s.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        ghost_batch_size: Examples ``B'`` in a ghost batch; a smaller batch is one group.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if a channel of a ghost batch has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance normalises, unbiased variance is tracked; both at least float32.
+
+    Source:
+        Hoffer et al. 2017, arXiv:1705.08741; Summers & Dinneen, Four Things Everyone Should Know
+        to Improve Batch Normalization, eq. 4.
+
+    Example:
+        >>> norm = GhostBatchNorm(6, ghost_batch_size=2)
+        >>> norm(torch.randn(5, 6, 5, 7))[:2].mean().abs() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        ghost_batch_size: int = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_count("ghost_batch_size", ghost_batch_size)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+        self.ghost_batch_size = ghost_batch_size
+
+    @property
+    def partition(self) -> Partition:
+        """One group a channel and ghost batch."""
+        return Partition(
+            num_groups=self.num_features, examples_per_group=self.ghost_batch_size
+        )
+
+
+class GeneralBatchGroupNorm(SegmentLayer):
+    r"""Normalise runs of channels over runs of consecutive examples.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{bg}}{\sqrt{\sigma_{bg}^2 + \epsilon}} + \beta_c
+
+    One example per group is ``GroupNorm`` in training, ``num_groups = C`` is ``GhostBatchNorm``.
+    The running statistics are per channel over the whole batch, as in ``BatchNorm``; evaluation
+    pools them into the channel groups by the law of total variance.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        examples_per_group: Examples in a run, the last of which may be smaller; None is the whole
+            batch.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
+            has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance normalises, unbiased variance is tracked; both at least float32.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.4.
+
+    Example:
+        >>> norm = GeneralBatchGroupNorm(6, num_groups=3, examples_per_group=2)
+        >>> norm(torch.randn(4, 6, 5, 7))[:2, :2].mean().abs() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 32,
+        examples_per_group: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_channel_groups(num_groups, num_features)
+        if examples_per_group is not None:
+            require_count("examples_per_group", examples_per_group)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_groups = num_groups
+        self.examples_per_group = examples_per_group
+
+    @property
+    def partition(self) -> Partition:
+        """One group a run of channels and run of examples."""
+        return Partition(
+            num_groups=self.num_groups, examples_per_group=self.examples_per_group
+        )
+
+
+def require_channel_groups(num_groups: int, num_features: int) -> None:
+    """Refuse groups that do not cut the channels into equal runs.
+
+    Raises:
+        PartitionError: With the divisors that would.
+    """
+    require_divides(num_groups, num_features, f"the channel axis has length {num_features}")
