@@ -26,6 +26,7 @@ class GroupStatistics:
     def __call__(
         self, table: Moments, weight: PerChannel | None, bias: PerChannel | None
     ) -> Affine:
+        """Scale and center of every segment."""
         return standardize(table, self.partition.pool(table), self, weight, bias)
 
 
@@ -49,6 +50,7 @@ class WeighedStatistics:
         running_mean: GroupTable,
         running_var: GroupTable,
     ) -> Affine:
+        """Scale and center of every segment."""
         running = Moments(running_mean, running_var)
         mixed = self.partition.pool(table).blend(running, self.example_weight)
         return standardize(table, mixed, self, weight, bias)
@@ -78,5 +80,3 @@ def per_segment(values: PerChannel, like: SegmentTable) -> SegmentTable:
     """Repeat one value a channel, ``(C,)``, over the channel's segments: ``(1, K)``."""
     repeats = like.shape[1] // values.shape[0]
     return values.to(like.dtype)[:, None].expand(-1, repeats).reshape(1, -1)
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -15,55 +16,53 @@ from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap, PerChannel
 
 
-def normalize_batch(  # noqa: PLR0913 - a norm's parameters
+class Parameters(NamedTuple):
+    """What a layer adds to the statistics: scale and shift of each channel, and ``eps``."""
+
+    weight: PerChannel | None
+    bias: PerChannel | None
+    eps: float
+
+
+def normalize_batch(
     x: FeatureMap,
     partition: Partition,
     running: RunningStatistics | None,
-    weight: PerChannel | None,
-    bias: PerChannel | None,
-    eps: float,
+    parameters: Parameters,
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them."""
     segment_size = partition.segment_size(x.shape)
-    algebra = GroupStatistics(partition=partition, eps=eps)
-    y, table = normalize(x, segment_size, algebra, weight, bias)
+    algebra = GroupStatistics(partition=partition, eps=parameters.eps)
+    y, table = normalize(x, segment_size, algebra, parameters.weight, parameters.bias)
     if running is not None:
         running.update_(table, x.shape)
     return y
 
 
-def normalize_evaluation(  # noqa: PLR0913
+def normalize_evaluation(
     x: FeatureMap,
     partition: Partition,
     running: RunningStatistics,
-    example_weight: float,
-    weight: PerChannel | None,
-    bias: PerChannel | None,
-    eps: float,
+    parameters: Parameters,
 ) -> FeatureMap:
     """Normalise by running statistics and ``example_weight`` parts of the example's own."""
     own = Partition(num_groups=partition.num_groups, examples_per_group=1)
-    if example_weight == 1:
-        return normalize_batch(x, own, None, weight, bias, eps)
+    if running.example_weight == 1:
+        return normalize_batch(x, own, None, parameters)
     groups = running.groups(partition, table_dtype(x.dtype))
-    if example_weight == 0:
-        return _normalize_fixed(x, partition, groups, weight, bias, eps)
-    algebra = WeighedStatistics(partition=own, eps=eps, example_weight=example_weight)
-    y, _ = normalize(
-        x, own.segment_size(x.shape), algebra, weight, bias, groups.mean, groups.var
-    )
+    if running.example_weight == 0:
+        return _normalize_fixed(x, partition, groups, parameters)
+    weight, bias, eps = parameters
+    algebra = WeighedStatistics(partition=own, eps=eps, example_weight=running.example_weight)
+    y, _ = normalize(x, own.segment_size(x.shape), algebra, weight, bias, groups.mean, groups.var)
     return y
 
 
-def _normalize_fixed(  # noqa: PLR0913
-    x: FeatureMap,
-    partition: Partition,
-    groups: Moments,
-    weight: PerChannel | None,
-    bias: PerChannel | None,
-    eps: float,
+def _normalize_fixed(
+    x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``, around their mean."""
+    weight, bias, eps = parameters
     segment_size = partition.segment_size(x.shape)
     num_segments = math.prod(x.shape[1:]) // segment_size
     mean, var = (partition.expand(t, 1, num_segments) for t in (groups.mean, groups.var))
@@ -72,3 +71,9 @@ def _normalize_fixed(  # noqa: PLR0913
         scale = scale * per_segment(weight, mean)
     center = torch.zeros_like(mean) if bias is None else per_segment(bias, mean)
     return apply_tables(x, mean, scale, center, segment_size)
+
+
+def empty_result(x: FeatureMap, parameters: Parameters) -> FeatureMap:
+    """Nothing to normalise, yet the parameters get zero gradients instead of none."""
+    sums = [p.sum().to(x.dtype) for p in parameters[:2] if p is not None]
+    return x + sum(sums) if sums else x.clone()

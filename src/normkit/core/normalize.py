@@ -191,7 +191,10 @@ class _Apply(torch.autograd.Function):
             dx = reference.apply(grad, torch.zeros_like(mean), scale, torch.zeros_like(mean), size)
         if wants_scale or wants_center:
             sum_grad, sum_grad_x = reference.reduce_grad(grad, x, mean, size)
-            dscale, dcenter = sum_grad_x.sum_to_size(scale.shape), sum_grad.sum_to_size(center.shape)
+            dscale, dcenter = (
+                sum_grad_x.sum_to_size(scale.shape),
+                sum_grad.sum_to_size(center.shape),
+            )
         return dx, None, dscale, dcenter, None
 
 

@@ -78,15 +78,11 @@ class Partition:
         if whole == num_examples:
             return self._pool_runs(table, run)
         first = self._pool_runs(Moments(table.mean[:whole], table.var[:whole]), run)
-        last = self._pool_runs(
-            Moments(table.mean[whole:], table.var[whole:]), num_examples - whole
-        )
+        last = self._pool_runs(Moments(table.mean[whole:], table.var[whole:]), num_examples - whole)
         return Moments(torch.cat([first.mean, last.mean]), torch.cat([first.var, last.var]))
 
-    def expand(
-        self, groups: GroupTable, num_examples: int, num_segments: int
-    ) -> SegmentTable:
-        """Give every segment its group's value: ``(B, G)`` to ``(N, K)``, or ``(1, K)`` if B = 1."""
+    def expand(self, groups: GroupTable, num_examples: int, num_segments: int) -> SegmentTable:
+        """Give every segment its group's value: ``(B, G)`` to ``(N, K)``; B = 1 to ``(1, K)``."""
         rows, columns = groups.shape[0], num_segments // self.num_groups
         table = groups.unsqueeze(-1).expand(-1, -1, columns).reshape(rows, num_segments)
         if rows == 1 or self.examples_per_group == 1:

@@ -24,6 +24,7 @@ class RunningStatistics:
         partition: Which elements of a batch stand behind one value: all those of a channel, or of
             a BGN group; the whole batch in either case.
         momentum: Weight of the new value; None averages all batches counted so far equally.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
     """
 
     mean: Tensor
@@ -31,6 +32,7 @@ class RunningStatistics:
     num_batches_tracked: Tensor
     partition: Partition
     momentum: float | None
+    example_weight: float
 
     def update_(self, table: Moments, shape: Sequence[int]) -> None:
         r"""Move towards the statistics of one batch, in place and without a gradient.

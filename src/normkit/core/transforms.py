@@ -11,8 +11,4 @@ def functorch_is_active() -> bool:
 
 def needs_plain_formula() -> bool:
     """Whether something looks through the call and wants plain torch operators to look at."""
-    return (
-        torch.compiler.is_compiling()
-        or functorch_is_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0

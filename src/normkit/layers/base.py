@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
-from normkit.core.groups import normalize_batch, normalize_evaluation
+from normkit.core.groups import Parameters, empty_result, normalize_batch, normalize_evaluation
 from normkit.core.partition import Partition, require_variance
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
@@ -27,6 +27,9 @@ class NormLayer(nn.Module, ABC):
     Final classes list their constructor's options; ``extra_repr`` reads them back from the
     attributes of the same name, so that ``repr`` rebuilds the layer.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class NormLayer(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1 and ``bias`` to 0."""
-        if self.affine:
+        if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
@@ -126,10 +129,11 @@ class SegmentLayer(NormLayer):
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count to 0."""
-        if self.track_running_stats:
-            nn.init.zeros_(self.running_mean)
-            nn.init.ones_(self.running_var)
-            nn.init.zeros_(self.num_batches_tracked)
+        running = self._running()
+        if running is not None:
+            nn.init.zeros_(running.mean)
+            nn.init.ones_(running.var)
+            nn.init.zeros_(running.num_batches_tracked)
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1, ``bias`` to 0, and the running statistics to 0 and 1."""
@@ -139,28 +143,26 @@ class SegmentLayer(NormLayer):
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
+        running, parameters = self._running(), Parameters(self.weight, self.bias, self.eps)
         if x.numel() == 0:
-            return self._empty(x)
-        running, parameters = self._running(), (self.weight, self.bias, self.eps)
+            return empty_result(x, parameters)
         if self.training:
             require_variance(self.partition, x.shape, type(self).__name__)
         if self.training or running is None:
-            return normalize_batch(x, self.partition, running, *parameters)
-        return normalize_evaluation(x, self.partition, running, self.example_weight, *parameters)
-
-    def _empty(self, x: FeatureMap) -> FeatureMap:
-        """Nothing to normalise, yet the parameters get zero gradients instead of none."""
-        return x if self.weight is None else x + (self.weight.sum() + self.bias.sum()).to(x.dtype)
+            return normalize_batch(x, self.partition, running, parameters)
+        return normalize_evaluation(x, self.partition, running, parameters)
 
     def _running(self) -> RunningStatistics | None:
-        if self.running_mean is None or self.running_var is None:
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or count is None:
             return None
         return RunningStatistics(
-            mean=self.running_mean,
-            var=self.running_var,
-            num_batches_tracked=self.num_batches_tracked,
+            mean=mean,
+            var=var,
+            num_batches_tracked=count,
             partition=self.running_partition,
             momentum=self.momentum,
+            example_weight=self.example_weight,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -184,7 +186,7 @@ class SegmentLayer(NormLayer):
             value = torch.tensor(self.example_weight, dtype=torch.float64)
             destination[f"{prefix}example_weight"] = value
 
-    def _load_from_state_dict(  # noqa: PLR0913 - torch's signature
+    def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - torch's signature
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -194,9 +196,7 @@ class SegmentLayer(NormLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.example_weight = float(
-            state_dict.pop(f"{prefix}example_weight", self.example_weight)
-        )
+        self.example_weight = float(state_dict.pop(f"{prefix}example_weight", self.example_weight))
         if self.track_running_stats:
             _modernize(state_dict, prefix, local_metadata.get("version"))
         super()._load_from_state_dict(

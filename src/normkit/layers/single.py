@@ -474,9 +474,7 @@ class GhostBatchNorm(SegmentLayer):
     @property
     def partition(self) -> Partition:
         """One group a channel and ghost batch."""
-        return Partition(
-            num_groups=self.num_features, examples_per_group=self.ghost_batch_size
-        )
+        return Partition(num_groups=self.num_features, examples_per_group=self.ghost_batch_size)
 
 
 class GeneralBatchGroupNorm(SegmentLayer):
@@ -552,9 +550,7 @@ class GeneralBatchGroupNorm(SegmentLayer):
     @property
     def partition(self) -> Partition:
         """One group a run of channels and run of examples."""
-        return Partition(
-            num_groups=self.num_groups, examples_per_group=self.examples_per_group
-        )
+        return Partition(num_groups=self.num_groups, examples_per_group=self.examples_per_group)
 
 
 def require_channel_groups(num_groups: int, num_features: int) -> None:

@@ -1,0 +1,428 @@
+"""One function per method, without state: parameters and running statistics are arguments.
+
+Shapes and formulas are those of the layers of the same name. ``weight`` and ``bias`` are
+``(C,)`` or None. Where a method has running statistics, ``training=True`` normalises by the
+input's own and updates the given buffers in place; otherwise the buffers normalise, mixed with
+``example_weight`` parts of each example's own statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normkit.core.check import require_feature_map, require_per_channel
+from normkit.core.groups import (
+    Parameters,
+    empty_result,
+    normalize_batch,
+    normalize_evaluation,
+)
+from normkit.core.partition import Partition, require_divides, require_variance
+from normkit.core.positional import normalize_positions, require_channels
+from normkit.core.running import RunningStatistics
+from normkit.errors import InputError
+from normkit.typing import FeatureMap, PerChannel
+
+
+def batch_norm(  # noqa: PLR0913 - torch's options
+    x: FeatureMap,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise every channel over the whole batch; see :class:`normkit.BatchNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_c) / \sqrt{\sigma_c^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If a channel has a single value in training.
+
+    Source:
+        Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+    Example:
+        >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=x.shape[1])
+    running = _running(running_mean, running_var, groups, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    return _normalize(x, groups, running, parameters, training, "batch_norm")
+
+
+def batch_group_norm(  # noqa: PLR0913
+    x: FeatureMap,
+    num_groups: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise runs of the flattened ``(C, *S)`` axis; see :class:`normkit.BatchGroupNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Equal runs ``G`` an example is cut into; divides ``C * positions``.
+        running_mean: Running mean, ``(G,)``.
+        running_var: Running unbiased variance, ``(G,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If the groups do not divide, or one has a single value in training.
+
+    Source:
+        Zhou et al., Batch Group Normalization, eqs. 8-9.
+
+    Example:
+        >>> batch_group_norm(torch.randn(4, 6, 5, 7), 14, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=num_groups)
+    running = _running(running_mean, running_var, groups, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    return _normalize(x, groups, running, parameters, training, "batch_group_norm")
+
+
+def ghost_batch_norm(  # noqa: PLR0913
+    x: FeatureMap,
+    ghost_batch_size: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise every channel over runs of examples; see :class:`normkit.GhostBatchNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{bc}) / \sqrt{\sigma_{bc}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        ghost_batch_size: Consecutive examples that share statistics; the last run may be smaller.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If a group has a single value in training.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 4.
+
+    Example:
+        >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=x.shape[1], examples_per_group=ghost_batch_size)
+    running = _running(
+        running_mean, running_var, Partition(num_groups=x.shape[1]), momentum, example_weight
+    )
+    parameters = Parameters(weight, bias, eps)
+    return _normalize(x, groups, running, parameters, training, "ghost_batch_norm")
+
+
+def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
+    x: FeatureMap,
+    num_groups: int,
+    examples_per_group: int | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise runs of channels over runs of examples.
+
+    .. math::  y = \gamma_c (x - \mu_{bg}) / \sqrt{\sigma_{bg}^2 + \epsilon} + \beta_c
+
+    See :class:`normkit.GeneralBatchGroupNorm`.
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        examples_per_group: Consecutive examples that share statistics; None is the whole batch.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If the groups do not divide, or one has a single value in training.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.4.
+
+    Example:
+        >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    require_divides(num_groups, x.shape[1], f"the channel axis has length {x.shape[1]}")
+    groups = Partition(num_groups=num_groups, examples_per_group=examples_per_group)
+    running = _running(
+        running_mean, running_var, Partition(num_groups=x.shape[1]), momentum, example_weight
+    )
+    parameters = Parameters(weight, bias, eps)
+    return _normalize(x, groups, running, parameters, training, "general_batch_group_norm")
+
+
+def instance_norm(
+    x: FeatureMap,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise every channel of every example; see :class:`normkit.InstanceNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{nc}) / \sqrt{\sigma_{nc}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If a channel of an example has a single value.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
+
+    Example:
+        >>> instance_norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=x.shape[1], examples_per_group=1)
+    return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "instance_norm")
+
+
+def layer_norm(
+    x: FeatureMap,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise every example over channels and positions; see :class:`normkit.LayerNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{n}) / \sqrt{\sigma_{n}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If an example has a single value.
+
+    Source:
+        Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+
+    Example:
+        >>> layer_norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=1, examples_per_group=1)
+    return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "layer_norm")
+
+
+def group_norm(
+    x: FeatureMap,
+    num_groups: int,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise runs of channels of every example; see :class:`normkit.GroupNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{ng}) / \sqrt{\sigma_{ng}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If the groups do not divide the channels, or one has a single value.
+
+    Source:
+        Wu & He 2018, arXiv:1803.08494, eq. 7.
+
+    Example:
+        >>> group_norm(torch.randn(4, 6, 5, 7), 3).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    require_divides(num_groups, x.shape[1], f"the channel axis has length {x.shape[1]}")
+    groups = Partition(num_groups=num_groups, examples_per_group=1)
+    return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "group_norm")
+
+
+def positional_norm(
+    x: FeatureMap,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise every position over its channels; see :class:`normkit.PositionalNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{ns}) / \sqrt{\sigma_{ns}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If there is a single channel.
+
+    Source:
+        Li et al. 2019, arXiv:1907.04312, without its re-injection path.
+
+    Example:
+        >>> positional_norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    _require(x, weight, bias, "positional_norm")
+    require_channels(x.shape, "positional_norm")
+    return normalize_positions(x, weight, bias, eps)
+
+
+def _normalize(
+    x: FeatureMap,
+    groups: Partition,
+    running: RunningStatistics | None,
+    parameters: Parameters,
+    training: bool,
+    name: str,
+) -> FeatureMap:
+    _require(x, parameters.weight, parameters.bias, name)
+    if x.numel() == 0:
+        return empty_result(x, parameters)
+    if training:
+        require_variance(groups, x.shape, name)
+        return normalize_batch(x, groups, running, parameters)
+    if running is None:
+        raise InputError(
+            f"{name} was called with training=False and without running statistics; pass "
+            f"running_mean= and running_var=, or training=True to use the input's own"
+        )
+    return normalize_evaluation(x, groups, running, parameters)
+
+
+def _require(x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, name: str) -> None:
+    require_feature_map(x, None, name)
+    require_per_channel(weight, x.shape, "weight", name)
+    require_per_channel(bias, x.shape, "bias", name)
+
+
+def _running(
+    mean: Tensor | None,
+    var: Tensor | None,
+    groups: Partition,
+    momentum: float,
+    example_weight: float,
+) -> RunningStatistics | None:
+    """Pair the buffers, or None when there are none."""
+    if mean is None and var is None:
+        return None
+    expected = (groups.num_groups,)
+    if mean is None or var is None or mean.shape != expected or var.shape != expected:
+        given = [None if t is None else tuple(t.shape) for t in (mean, var)]
+        raise InputError(
+            f"running_mean and running_var were given with shapes {given[0]} and {given[1]}; "
+            f"pass both, of shape {expected}, or neither"
+        )
+    count = torch.zeros((), dtype=torch.long, device=mean.device)
+    return RunningStatistics(
+        mean=mean,
+        var=var,
+        num_batches_tracked=count,
+        partition=groups,
+        momentum=momentum,
+        example_weight=example_weight,
+    )

@@ -1,0 +1,295 @@
+"""Norms by name: ``"gn:32"`` and what it means."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from torch import nn
+
+from normkit.core.partition import largest_divisor
+from normkit.errors import SpecError
+from normkit.layers import single
+
+Value = int | float | bool | str | None
+
+RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
+    {128: 512, 64: 256, 32: 128, 16: 64, 8: 16, 4: 2, 2: 1, 1: 1}
+)
+"""Groups of BGN by examples per worker: Zhou et al., Batch Group Normalization, table 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How a name becomes a layer.
+
+    Args:
+        layer: Class that is built.
+        argument: Option that the first, unnamed argument of a spec sets.
+        short: Other names of options.
+        over_positions: Whether that argument divides ``C * positions`` rather than ``C``.
+        automatic: What ``auto`` is at most, by batch size.
+    """
+
+    layer: Callable[..., nn.Module]
+    argument: str | None = None
+    short: Mapping[str, str] = field(default_factory=dict)
+    over_positions: bool = False
+    automatic: Callable[[int], int] | None = None
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """Keyword options of the layer, by name."""
+        parameters = inspect.signature(self.layer).parameters
+        hidden = ("num_features", "device", "dtype")
+        return {name: p for name, p in parameters.items() if name not in hidden}
+
+
+def recommended_bgn_groups(batch_size: int) -> int:
+    """Groups of BGN for this many examples per worker: the paper's nearest in log2."""
+    if batch_size < 1:
+        raise SpecError(f"batch_size={batch_size} was given; it counts examples, so at least 1")
+    nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda size: abs(math.log2(batch_size / size)))
+    return RECOMMENDED_BGN_GROUPS[nearest]
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "bn": Method(layer=single.BatchNorm),
+        "in": Method(layer=single.InstanceNorm),
+        "ln": Method(layer=single.LayerNorm),
+        "gn": Method(layer=single.GroupNorm, argument="num_groups"),
+        "pn": Method(layer=single.PositionalNorm),
+        "bgn": Method(
+            layer=single.BatchGroupNorm,
+            argument="num_groups",
+            over_positions=True,
+            automatic=recommended_bgn_groups,
+        ),
+        "ghost": Method(layer=single.GhostBatchNorm, argument="ghost_batch_size"),
+        "gbgn": Method(
+            layer=single.GeneralBatchGroupNorm,
+            argument="num_groups",
+            short={"examples": "examples_per_group"},
+        ),
+    }
+)
+"""Every norm that a spec can name."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """A norm and its options, before the number of channels is known.
+
+    Grammar: ``name(:argument)*(+ws)``. An argument is a number (the method's own: groups, or the
+    ghost batch size), ``auto`` (by batch size), ``max=K`` (the largest divisor of the size at hand
+    that is at most K), a flag, or ``option=value``; there is never a comma, so that lists of specs
+    are comma-separated.
+
+    Args:
+        name: One of the names in ``METHODS``.
+        arguments: Texts between the colons, in canonical order: unnamed first, then by name.
+        standardize_weights: Whether ``+ws`` asks for weight standardization before the norm.
+
+    Raises:
+        SpecError: From ``parse``, with the known names or options.
+
+    Example:
+        >>> NormSpec.parse("gbgn:8:examples=2")
+        NormSpec('gbgn:8:examples_per_group=2')
+        >>> str(NormSpec.parse("gn:max=8").resolve(20))
+        'gn:5'
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Value], ...] = ()
+    standardize_weights: bool = False
+
+    @classmethod
+    def parse(cls, text: str | NormSpec) -> NormSpec:
+        """Read a spec; one that is read already is returned as it is."""
+        if isinstance(text, NormSpec):
+            return text
+        body, *suffixes = text.strip().split("+")
+        if suffixes not in ([], ["ws"]):
+            raise SpecError(f"spec {text!r} ends in +{'+'.join(suffixes)}; the only suffix is +ws")
+        name, *arguments = body.split(":")
+        method = method_of(name, text)
+        read = dict(_read(argument, method, text) for argument in arguments)
+        if len(read) < len(arguments) or {"", "max"} <= read.keys():
+            raise SpecError(f"spec {text!r} sets an option twice; name each option once")
+        ordered = sorted(read.items(), key=lambda item: (item[0] not in ("", "max"), item[0]))
+        return cls(name, tuple(ordered), bool(suffixes))
+
+    def __str__(self) -> str:
+        texts = [_print(key, value) for key, value in self.arguments]
+        return ":".join([self.name, *texts]) + ("+ws" if self.standardize_weights else "")
+
+    def __repr__(self) -> str:
+        return f"NormSpec({str(self)!r})"
+
+    def resolve(
+        self, num_features: int, *, batch_size: int | None = None, num_positions: int | None = None
+    ) -> NormSpec:
+        """Replace ``auto`` and ``max=K`` by the number they mean for a layer.
+
+        Args:
+            num_features: Channels of the layer.
+            batch_size: Examples per worker; ``auto`` needs it.
+            num_positions: Product of the spatial sizes at the layer; without it BGN's groups are
+                chosen among the divisors of ``num_features``, which always fit.
+
+        Raises:
+            SpecError: If ``auto`` is asked for without a batch size.
+        """
+        given = dict(self.arguments)
+        limit = given.pop("max", None)
+        if given.get("") == "auto":
+            limit = self._automatic(batch_size)
+        if limit is None:
+            return self
+        method = METHODS[self.name]
+        size = num_features * (num_positions or 1 if method.over_positions else 1)
+        given[""] = largest_divisor(size, at_most=int(limit))
+        return replace(self, arguments=tuple(sorted(given.items())))
+
+    def build(
+        self, num_features: int, *, batch_size: int | None = None, num_positions: int | None = None
+    ) -> nn.Module:
+        """Build the layer for ``num_features`` channels; see ``normkit.build``."""
+        if self.standardize_weights:
+            raise SpecError(
+                f"{self} asks for weight standardization, which concerns the layer before the "
+                f"norm; build the norm alone, {str(self).removesuffix('+ws')!r}"
+            )
+        found = self.resolve(num_features, batch_size=batch_size, num_positions=num_positions)
+        method = METHODS[self.name]
+        options = {key or str(method.argument): value for key, value in found.arguments}
+        return method.layer(num_features, **options)
+
+    def _automatic(self, batch_size: int | None) -> int:
+        rule = METHODS[self.name].automatic
+        if rule is None:
+            known = [name for name, method in METHODS.items() if method.automatic]
+            raise SpecError(f"{self} has no rule for auto; these have: {', '.join(known)}")
+        if batch_size is None:
+            raise SpecError(f"{self} depends on the batch size; pass batch_size= (per worker)")
+        return rule(batch_size)
+
+
+def parse_specs(text: str) -> tuple[NormSpec, ...]:
+    """Read a comma-separated list of specs, each once.
+
+    Raises:
+        SpecError: If one cannot be read, is there twice, or the list is empty.
+
+    Example:
+        >>> parse_specs("bn,gn:8,bgn:auto")
+        (NormSpec('bn'), NormSpec('gn:8'), NormSpec('bgn:auto'))
+    """
+    specs = tuple(NormSpec.parse(part) for part in text.split(",") if part.strip())
+    if not specs:
+        raise SpecError(f"{text!r} names no norm; the norms are: {', '.join(METHODS)}")
+    for index, spec in enumerate(specs):
+        if spec in specs[:index]:
+            raise SpecError(f"{text!r} names {spec} twice; name each norm once")
+    return specs
+
+
+def build(
+    spec: str | NormSpec,
+    num_features: int,
+    *,
+    batch_size: int | None = None,
+    num_positions: int | None = None,
+) -> nn.Module:
+    """Build the layer that a spec names.
+
+    Args:
+        spec: A text such as ``"gn:32"`` or ``"bgn:auto"``, or a ``NormSpec``.
+        num_features: Channels of the input.
+        batch_size: Examples per worker in training; needed by ``auto``.
+        num_positions: Product of the spatial sizes at the layer, for ``auto`` and ``max=K``.
+
+    Returns:
+        The layer, ready to use.
+
+    Raises:
+        SpecError: If the spec cannot be read, or needs the batch size.
+        PartitionError: If its groups do not divide the channels.
+
+    Example:
+        >>> build("bgn:auto", 64, batch_size=8)
+        BatchGroupNorm(64, num_groups=16, eps=1e-05, momentum=0.1, affine=True, \
+track_running_stats=True, example_weight=0.0)
+    """
+    return NormSpec.parse(spec).build(
+        num_features, batch_size=batch_size, num_positions=num_positions
+    )
+
+
+def method_of(name: str, text: str) -> Method:
+    """Look a name up; an unknown one is refused with the known ones.
+
+    Raises:
+        SpecError: If there is no such norm.
+    """
+    if name not in METHODS:
+        raise SpecError(f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _read(argument: str, method: Method, text: str) -> tuple[str, Value]:
+    """Read one argument as (option, value); the option is empty for the method's own number."""
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return _read_unnamed(argument, method, text)
+    if key == "max" and method.argument == "num_groups":
+        return "max", _whole_number(value, argument, text)
+    option = method.short.get(key, key)
+    if option not in method.options():
+        known = sorted([*method.options(), *method.short])
+        raise SpecError(f"spec {text!r} sets {key!r}; its options are: {', '.join(known)}")
+    if option == method.argument:
+        return "", _whole_number(value, argument, text)
+    return option, _value(value, str(method.options()[option].annotation), argument, text)
+
+
+def _read_unnamed(argument: str, method: Method, text: str) -> tuple[str, Value]:
+    if method.argument is None:
+        raise SpecError(
+            f"spec {text!r} has argument {argument!r}, but this norm takes no number; its options "
+            f"are: {', '.join(f'{option}=' for option in method.options())}"
+        )
+    if argument == "auto" and method.automatic:
+        return "", "auto"
+    return "", _whole_number(argument, argument, text)
+
+
+def _whole_number(value: str, argument: str, text: str) -> int:
+    if value.isascii() and value.isdigit() and int(value) > 0:
+        return int(value)
+    raise SpecError(
+        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1"
+        f" (or max=K, or auto where the norm has a rule for it)"
+    )
+
+
+def _value(value: str, annotation: str, argument: str, text: str) -> Value:
+    """Read a value by the annotation of its option."""
+    constants: dict[str, Value] = {"true": True, "false": False, "none": None}
+    if value in constants and (constants[value] is None) == ("None" in annotation):
+        return constants[value]
+    try:
+        return {"int": int, "float": float}[annotation.split(" ", maxsplit=1)[0]](value)
+    except (KeyError, ValueError):
+        raise SpecError(
+            f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"
+        ) from None
+
+
+def _print(key: str, value: Value) -> str:
+    shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return f"{key}={shown}" if key else shown
