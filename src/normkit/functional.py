@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from normkit.core.check import require_feature_map, require_per_channel
-from normkit.core.groups import (
-    Parameters,
-    empty_result,
-    normalize_batch,
-    normalize_evaluation,
-)
+from normkit.core.groups import normalize_batch, normalize_evaluation
+from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, require_divides, require_variance
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.running import RunningStatistics
@@ -369,7 +365,7 @@ def positional_norm(
     """
     _require(x, weight, bias, "positional_norm")
     require_channels(x.shape, "positional_norm")
-    return normalize_positions(x, weight, bias, eps)
+    return normalize_positions(x, Parameters(weight, bias, eps))
 
 
 def _normalize(

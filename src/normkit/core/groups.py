@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, per_segment
 from normkit.core.moments import Moments
 from normkit.core.normalize import apply_tables, normalize
+from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.running import RunningStatistics
 from normkit.kernels.reference import table_dtype
-from normkit.typing import FeatureMap, PerChannel
-
-
-class Parameters(NamedTuple):
-    """What a layer adds to the statistics: scale and shift of each channel, and ``eps``."""
-
-    weight: PerChannel | None
-    bias: PerChannel | None
-    eps: float
+from normkit.typing import FeatureMap
 
 
 def normalize_batch(
@@ -71,9 +63,3 @@ def _normalize_fixed(
         scale = scale * per_segment(weight, mean)
     center = torch.zeros_like(mean) if bias is None else per_segment(bias, mean)
     return apply_tables(x, mean, scale, center, segment_size)
-
-
-def empty_result(x: FeatureMap, parameters: Parameters) -> FeatureMap:
-    """Nothing to normalise, yet the parameters get zero gradients instead of none."""
-    sums = [p.sum().to(x.dtype) for p in parameters[:2] if p is not None]
-    return x + sum(sums) if sums else x.clone()

@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from normkit.core.normalize import differentiable_gradient
+from normkit.core.parameters import Parameters, empty_result
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap, PerChannel
 
 
-def normalize_positions(
-    x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, eps: float
-) -> FeatureMap:
+def normalize_positions(x: FeatureMap, parameters: Parameters) -> FeatureMap:
     """Normalise every position over its channels, then scale and shift every channel."""
+    if x.numel() == 0:
+        return empty_result(x, parameters)
     if needs_plain_formula():
-        return _plain(x, weight, bias, eps)
-    return _NormalizePositions.apply(x, weight, bias, eps)
+        return _plain(x, *parameters)
+    return _NormalizePositions.apply(x, *parameters)
 
 
 def require_channels(shape: Sequence[int], name: str) -> None:
@@ -90,13 +91,16 @@ class _NormalizePositions(torch.autograd.Function):
         wanted, grad = ctx.needs_input_grad[:3], grads[0]
         if torch.is_grad_enabled():
             found = differentiable_gradient(
-                lambda *inputs: _plain(*inputs, ctx.eps), (x, weight, bias), wanted, grad
+                lambda x, weight, bias: _plain(x, weight, bias, ctx.eps),
+                (x, weight, bias),
+                wanted,
+                grad,
             )
             return *found, None
         unit, grad = (x - mean) * rstd, grad.to(mean.dtype)
         others = [axis for axis in range(x.ndim) if axis != 1]
-        dweight = (grad * unit).sum(others) if wanted[1] else None
-        dbias = grad.sum(others) if wanted[2] else None
+        dweight = (grad * unit).sum(others).to(weight.dtype) if wanted[1] else None
+        dbias = grad.sum(others).to(bias.dtype) if wanted[2] else None
         return _input_gradient(grad, unit, rstd, weight).to(x.dtype), dweight, dbias, None
 
 

@@ -2,7 +2,8 @@ r"""The four primitives in plain torch: the definition of right.
 
 A feature map ``(N, C, *S)`` is read as ``(N, C, Q, L)``: ``Q`` segments of ``L`` elements in each
 channel. Tables are ``(N, K)`` or ``(1, K)`` with ``K = C * Q``. For contiguous and channels_last
-maps the reading is a view. Statistics are at least float32.
+maps the reading is a view. Statistics are at least float32. The map comes first in every
+expression, because the first operand decides the memory format of the result.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def apply(
     """``scale * (x - mean) + center``, segment by segment, in the dtype and layout of ``x``."""
     rows = _segments(x, segment_size)
     mean, scale, center = (_column(table, rows) for table in (mean, scale, center))
-    return _like(torch.addcmul(center, scale, rows - mean), x)
+    return _like((rows - mean) * scale + center, x)
 
 
 def reduce_grad(
@@ -53,7 +54,7 @@ def combine_grad(
     """``k1 * grad + k2 * (x - mean) + k3`` with ``factors = (k1, k2, k3)``."""
     rows, grads = _segments(x, segment_size), _segments(grad, segment_size)
     k1, k2, k3 = (_column(table, rows) for table in factors)
-    return _like(torch.addcmul(k3, k1, grads).addcmul_(k2, rows - _column(mean, rows)), x)
+    return _like(((rows - _column(mean, rows)) * k2).addcmul_(k1, grads).add_(k3), x)
 
 
 def _segments(x: FeatureMap, segment_size: int) -> Tensor:

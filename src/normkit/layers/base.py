@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
-from normkit.core.groups import Parameters, empty_result, normalize_batch, normalize_evaluation
+from normkit.core.groups import normalize_batch, normalize_evaluation
+from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, require_variance
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError

@@ -1,0 +1,178 @@
+"""What every layer and function says to input it cannot take."""
+
+import normkit as nk
+import pytest
+import torch
+from cases import CASES, PLAIN, TOLERANCE
+from torch.testing import assert_close
+
+F = nk.functional
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_integers_are_refused(case):
+    text = r"was given a tensor of torch.int64; it takes torch.float32, .*; convert it first"
+    with pytest.raises(nk.InputTypeError, match=text):
+        case.make()(torch.ones(2, 6, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_other_channels_are_refused(case):
+    text = r"num_features=6 channels and was given 5 in a tensor of shape \(2, 5, 3\); .*build it"
+    with pytest.raises(nk.InputError, match=text):
+        case.make()(torch.ones(2, 5, 3))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_single_axis_is_refused(case):
+    with pytest.raises(nk.InputError, match=r"shape \(6,\); it takes \(N, C, \*S\).*unsqueeze"):
+        case.make()(torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "group"),
+    [
+        (nk.BatchNorm(6), (1, 6), "1 of 1 examples, 1 of 6 channels, 1 of 1 positions"),
+        (nk.InstanceNorm(6), (4, 6, 1, 1), "1 of 4 examples, 1 of 6 channels, 1 of 1 positions"),
+        (nk.LayerNorm(1), (4, 1), "1 of 4 examples, 1 of 1 channels, 1 of 1 positions"),
+        (nk.GroupNorm(4, num_groups=4), (8, 4), "1 of 8 examples, 1 of 4 channels"),
+        (nk.BatchGroupNorm(2, num_groups=6), (1, 2, 3), "1 of 1 examples, .*, 1 of 3 positions"),
+        (nk.GhostBatchNorm(6, ghost_batch_size=2), (5, 6), "1 of 5 examples, 1 of 6 channels"),
+        (nk.GeneralBatchGroupNorm(6, num_groups=6), (1, 6), "1 of 1 examples, 1 of 6 channels"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
+)
+def test_a_group_of_one_value_is_refused_in_training(layer, shape, group):
+    name = type(layer).__name__
+    text = rf"{name} expected more than 1 value per statistics group when training.*{group}.*eval"
+    x = torch.ones(shape)
+    with pytest.raises(nk.PartitionError, match=text):
+        layer(x)
+    assert torch.isfinite(layer.eval()(x)).all()
+
+
+def test_a_position_of_one_channel_is_refused_in_training():
+    layer = nk.PositionalNorm(1)
+    with pytest.raises(nk.PartitionError, match="more than 1 value per position .* single channel"):
+        layer(torch.ones(2, 1, 3))
+    assert torch.isfinite(layer.eval()(torch.ones(2, 1, 3))).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nk.GroupNorm(6, num_groups=4),
+        lambda: nk.GeneralBatchGroupNorm(6, num_groups=4),
+        lambda: F.group_norm(torch.ones(2, 6, 3), 4),
+        lambda: F.general_batch_group_norm(torch.ones(2, 6, 3), 4, training=True),
+    ],
+)
+def test_groups_that_do_not_divide_the_channels_are_refused_with_the_divisors(make):
+    text = r"channel axis has length 6, which 4 groups do not divide; .* divisor: \[1, 2, 3, 6\]"
+    with pytest.raises(nk.PartitionError, match=text) as caught:
+        make()
+    assert isinstance(caught.value, ValueError)
+
+
+def test_groups_that_do_not_divide_the_map_are_refused_with_the_divisors():
+    text = r"example of shape \(6, 2\) has 12 elements, which 5 groups .*\[1, 2, 3, 4, 6, 12\]"
+    with pytest.raises(nk.PartitionError, match=text):
+        nk.BatchGroupNorm(6, num_groups=5)(torch.ones(2, 6, 2))
+
+
+def test_many_divisors_are_shortened():
+    with pytest.raises(nk.PartitionError, match=r"\[1, 2, 3, .*, \.\.\., 45360\]"):
+        nk.GroupNorm(45360, num_groups=45359)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_features": 0}, "num_features=0 was given; it counts"),
+        ({"num_features": 6, "eps": -1.0}, r"eps=-1.0 was given; .* >= 0"),
+        ({"num_features": 6, "momentum": 1.5}, "momentum=1.5 was given; .* lies from 0 to 1"),
+        ({"num_features": 6, "example_weight": 2}, "example_weight=2 was given; .* from 0 to 1"),
+    ],
+)
+def test_impossible_options_are_refused(options, text):
+    with pytest.raises(nk.OptionError, match=text):
+        nk.BatchNorm(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nk.GhostBatchNorm(6, ghost_batch_size=0), "ghost_batch_size"),
+        (lambda: nk.BatchGroupNorm(6, num_groups=0), "num_groups"),
+        (lambda: nk.GeneralBatchGroupNorm(6, num_groups=2, examples_per_group=0), "examples_per"),
+    ],
+)
+def test_counts_below_one_are_refused(make, name):
+    with pytest.raises(nk.OptionError, match=f"{name}.*=0 was given"):
+        make()
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(TypeError, match="num_group"):
+        nk.GroupNorm(6, num_group=3)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_the_function_is_the_layer(case):
+    layer = case.make()
+    function = getattr(F, FUNCTIONS[case.name])
+    x = torch.randn(4, 6, 5, 3)
+    options = {} if not case.tracks else {"training": True}
+    y = function(x, **case.options, weight=layer.weight, bias=layer.bias, **options)
+    assert torch.equal(y, layer(x))
+
+
+FUNCTIONS = {
+    "bn": "batch_norm",
+    "in": "instance_norm",
+    "ln": "layer_norm",
+    "gn": "group_norm",
+    "pn": "positional_norm",
+    "ghost": "ghost_batch_norm",
+    "gbgn": "general_batch_group_norm",
+}
+
+
+def test_a_function_updates_and_uses_the_buffers_it_is_given():
+    x, mean, var = torch.randn(4, 6, 3), torch.zeros(6), torch.ones(6)
+    torch_mean, torch_var = mean.clone(), var.clone()
+    for training in (True, False):
+        ours = F.batch_norm(x, mean, var, training=training, momentum=0.3)
+        theirs = torch.nn.functional.batch_norm(
+            x, torch_mean, torch_var, training=training, momentum=0.3
+        )
+        assert_close(ours, theirs, **TOLERANCE[torch.float32])
+    assert_close(mean, torch_mean)
+    assert_close(var, torch_var)
+
+
+def test_batch_group_norm_function_has_a_buffer_for_each_group():
+    x, mean, var = torch.randn(4, 6, 3), torch.zeros(9), torch.ones(9)
+    y = F.batch_group_norm(x, 9, mean, var, training=True)
+    layer = nk.BatchGroupNorm(6, num_groups=9)
+    assert torch.equal(y, layer(x))
+    assert torch.equal(mean, layer.running_mean)
+
+
+def test_a_function_without_statistics_says_so():
+    with pytest.raises(nk.InputError, match="batch_norm was called with training=False and without"):
+        F.batch_norm(torch.ones(2, 6))
+
+
+def test_running_statistics_come_in_pairs_of_the_right_shape():
+    text = r"shapes \(6,\) and None; pass both, of shape \(6,\), or neither"
+    with pytest.raises(nk.InputError, match=text):
+        F.batch_norm(torch.ones(2, 6), torch.ones(6))
+    with pytest.raises(nk.InputError, match=r"\(5,\) and \(6,\); pass both, of shape \(6,\)"):
+        F.batch_norm(torch.ones(2, 6), torch.ones(5), torch.ones(6))
+
+
+def test_a_weight_of_another_length_is_refused():
+    text = r"layer_norm was given weight of shape \(5,\) for 6 channels; .* shape \(6,\)"
+    with pytest.raises(nk.InputError, match=text):
+        F.layer_norm(torch.ones(2, 6), torch.ones(5))

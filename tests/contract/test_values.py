@@ -1,0 +1,250 @@
+"""Values, gradients and buffers of every layer against the float64 loop oracle."""
+
+import oracle
+import pytest
+import torch
+from cases import CASES, TOLERANCE, Case, case_shapes, groups, randn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+LAYOUTS = ("contiguous", "channels_last", "sliced")
+
+
+def arrange(x, layout):
+    """Lay the same values out differently in memory."""
+    if layout == "channels_last":
+        axes = (0, *range(2, x.ndim), 1)
+        back = (0, x.ndim - 1, *range(1, x.ndim - 1))
+        return x.permute(axes).contiguous().permute(back)
+    if layout == "sliced":
+        return torch.stack([x, x + 1], dim=-1)[..., 0]
+    return x
+
+
+def expected_training(case, layer, x, grad):
+    """Oracle's output and its gradients of x, weight and bias, in float64."""
+    x = x.detach().double().requires_grad_()
+    inputs = [x, *(p.detach().double().requires_grad_() for p in (layer.weight, layer.bias))]
+    ids = oracle.group_ids(case.kind, x.shape, **groups(case))
+    y = oracle.normalize(x, ids, *inputs[1:], layer.eps)
+    return y.detach(), torch.autograd.grad(y, inputs, grad.double())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("case", "shape"), **case_shapes())
+def test_training_matches_its_definition(case, shape, dtype, layout):
+    if dtype in (torch.bfloat16, torch.float16) and layout == "sliced":
+        layout = "contiguous"
+    layer = case.make(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    x = arrange(randn(*shape, dtype=dtype, mean=0.5), layout).requires_grad_()
+    grad = randn(*shape, dtype=dtype, seed=1)
+    y = layer(x)
+    found = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    value, gradients = expected_training(case, layer, x, grad)
+    tolerance = TOLERANCE[dtype]
+    assert y.dtype == dtype
+    assert layout_of(y) == layout_of(torch.empty_like(x))
+    assert_close(y.double(), value, **tolerance)
+    assert_close(found[0].double(), gradients[0], **scaled(tolerance, gradients[0]))
+    for ours, theirs in zip(found[1:], gradients[1:], strict=True):
+        assert_close(ours.double(), theirs, **scaled(tolerance, theirs))
+
+
+def layout_of(x):
+    """Strides of the axes that have more than one element; the others' mean nothing."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def scaled(tolerance, like):
+    """Let an error be small beside the largest value: sums over a map grow with it."""
+    largest = max(1.0, like.abs().max().item())
+    return {"atol": tolerance["atol"] * largest, "rtol": tolerance["rtol"]}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("case", "shape"), **case_shapes([c for c in CASES if c.tracks]))
+def test_buffers_match_their_definition(case, shape, dtype):
+    layer = case.make(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+    var = torch.ones_like(mean)
+    for step in range(3):
+        x = randn(*shape, seed=step, mean=step, dtype=dtype)
+        layer(x)
+        new_mean, new_var = oracle.whole_batch_statistics(x.double(), case.kind, **groups(case))
+        mean, var = 0.9 * mean + 0.1 * new_mean, 0.9 * var + 0.1 * new_var
+    tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    assert_close(layer.running_mean.double(), mean, **tolerance)
+    assert_close(layer.running_var.double(), var, **tolerance)
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("case", "shape"), **case_shapes([c for c in CASES if c.tracks]))
+def test_evaluation_matches_its_definition(case, shape, dtype, alpha):
+    layer = trained(case, shape, dtype)
+    layer.example_weight = alpha
+    x = randn(*shape, seed=5, mean=1.0, dtype=dtype).requires_grad_()
+    grad = randn(*shape, seed=6, dtype=dtype)
+    y = layer(x)
+    inputs = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    running = (layer.running_mean, layer.running_var)
+    expected = oracle.evaluate(
+        inputs[0], case.kind, running, alpha, *inputs[1:], layer.eps, **groups(case)
+    )
+    assert_close(y.double(), expected.detach(), **scaled(TOLERANCE[dtype], expected))
+    found = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    wanted = torch.autograd.grad(expected, inputs, grad.double())
+    for ours, theirs in zip(found, wanted, strict=True):
+        tolerance = scaled(TOLERANCE[dtype], theirs)
+        tolerance["atol"] *= 8  # a group of one value is scaled by 1 / sqrt(eps) = 316
+        assert_close(ours.double(), theirs, **tolerance)
+
+
+def trained(case, shape, dtype):
+    """The layer after one training step, in evaluation mode."""
+    layer = case.make(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    layer(randn(*shape, mean=0.5, dtype=dtype))
+    return layer.eval()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.tracks], ids=str)
+def test_evaluation_without_buffers_is_training(case):
+    layer = case.make(dtype=torch.float64)
+    x = randn(4, 6, 5, 7)
+    assert torch.equal(layer(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_offset_costs_only_what_its_rounding_costs(case, offset):
+    shape = SHAPES_UNDER_OFFSET.get(case.kind, (4, 6, 5, 7))
+    layer = case.make()
+    x = randn(*shape, mean=offset, dtype=torch.float32).requires_grad_()
+    grad = randn(*shape, seed=1, dtype=torch.float32)
+    y = layer(x)
+    found = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    value, gradients = expected_training(case, layer, x, grad)
+    rounding = 4 * offset * torch.finfo(torch.float32).eps  # of a float32 mean at this offset
+    assert_close(y.double(), value, atol=2e-5 + rounding, rtol=2e-5)
+    for ours, theirs in zip(found, gradients, strict=True):
+        largest = max(1.0, theirs.abs().max().item())
+        assert_close(ours.double(), theirs, atol=(2e-5 + rounding) * largest, rtol=2e-5)
+
+
+SHAPES_UNDER_OFFSET = {"bgn": (4, 6, 3, 3)}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_first_and_second_derivatives(case, training):
+    layer = case.make(dtype=torch.float64)
+    x = randn(3, 6, 3).requires_grad_()
+    layer(x.detach())
+    layer.train(training)
+
+    def call(x, weight, bias):
+        parameters = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    inputs = (x, *(p.detach().requires_grad_() for p in (layer.weight, layer.bias)))
+    assert gradcheck(call, inputs)
+    assert gradgradcheck(call, inputs)
+
+
+def draw_case(case):
+    """Shapes that the case's groups divide, empty batches and odd sizes included."""
+    spatial = st.lists(st.integers(1, 5), max_size=3)
+    return st.tuples(st.just(case), st.integers(0, 7), spatial, st.floats(0, 1e4))
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(drawn=st.one_of([draw_case(case) for case in CASES]))
+def test_any_shape_matches_the_definition(drawn):
+    case, num_examples, spatial, offset = drawn
+    shape = (num_examples, 6, *spatial)
+    if refused(case, shape):
+        return
+    layer = case.make(dtype=torch.float64)
+    x = randn(*shape, mean=offset)
+    y = layer(x)
+    ids = oracle.group_ids(case.kind, shape, **groups(case))
+    expected = oracle.normalize(x, ids, layer.weight, layer.bias, layer.eps)
+    atol = 1e-10 + 10 * offset * torch.finfo(torch.float64).eps
+    if smallest_spread(x, ids) > 1e-3:
+        assert_close(y, expected, atol=atol * 1e3, rtol=1e-10)
+
+
+def smallest_spread(x, ids):
+    """Smallest variance of a group: two nearly equal values amplify rounding without bound."""
+    return group_variances(x, ids).min() if x.numel() else 1.0
+
+
+def group_variances(x, ids):
+    return oracle.group_moments(x, ids)[1]
+
+
+def refused(case: Case, shape):
+    """Whether the groups do not divide, or one has a single value."""
+    if 0 in shape:
+        return False
+    per_example = torch.Size(shape[1:]).numel()
+    if case.kind == "bgn" and per_example % case.options["num_groups"]:
+        return True
+    return bool((oracle.group_ids(case.kind, shape, **groups(case)).unique(return_counts=True)[1]
+                 == 1).any())  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_empty_batch_changes_nothing(case):
+    layer = case.make()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.zeros(0, 6, 5, 3, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert torch.equal(layer.weight.grad, torch.zeros(6))
+    assert torch.equal(layer.bias.grad, torch.zeros(6))
+    assert x.grad.shape == x.shape
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_affine(case):
+    layer = case.layer(6, **case.options, affine=False, dtype=torch.float64)
+    x = randn(3, 6, 3)
+    ids = oracle.group_ids(case.kind, x.shape, **groups(case))
+    assert_close(layer(x), oracle.normalize(x, ids, None, None, layer.eps), atol=1e-10, rtol=0)
+    assert list(layer.parameters()) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(-100, 100, width=32), min_size=12, max_size=12),
+    case=st.sampled_from(CASES),
+)
+def test_an_output_is_at_most_the_root_of_n_minus_one(values, case):
+    """Summers & Dinneen, eq. 2: with n values in a group."""
+    x = torch.tensor(values, dtype=torch.float64).reshape(2, 6, 1)
+    if refused(case, x.shape):
+        return
+    layer = case.layer(6, **case.options, affine=False, dtype=torch.float64)
+    _, counts = oracle.group_ids(case.kind, x.shape, **groups(case)).unique(return_counts=True)
+    assert layer(x).abs().max() <= (counts.max().item() - 1) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_only_the_input_and_tables_are_kept_for_backward(case):
+    layer = case.make()
+    x = randn(4, 6, 12, 12, dtype=torch.float32).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    maps = {t.untyped_storage().data_ptr() for t in kept if t.numel() == x.numel()}
+    assert maps <= {x.untyped_storage().data_ptr()}
+    tables = sum(t.numel() for t in kept if t.numel() != x.numel())
+    assert tables <= 4 * 4 * max(6 * 9, 144)
