@@ -1,0 +1,61 @@
+// Registers the operators with torch, on its stable ABI: one build serves many torch versions.
+//
+// x and grad: feature maps (N, C, *S), contiguous or channels_last; y and dx share x's strides.
+// Statistics groups: `num_groups` equal runs of the flattened (C, *S) axis times runs of
+// `examples_per_group` consecutive examples (0: all). Variances are biased.
+#include "operators.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(normkit, m) {
+  m.def(
+      "pooled_forward(Tensor x, Tensor? weight, Tensor? bias, int num_groups, "
+      "int examples_per_group, float eps, bool want_channel_statistics) "
+      "-> (Tensor y, Tensor mean, Tensor var, Tensor channel_mean, Tensor channel_var)");
+  m.def(
+      "pooled_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+      "int num_groups, int examples_per_group, float eps, bool need_weight, bool need_bias) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "evaluate_forward(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "int num_groups, float eps) -> Tensor y");
+  m.def(
+      "evaluate_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+      "int num_groups, float eps, bool need_weight, bool need_bias) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "positional_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "positional_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+      "float eps, bool need_weight, bool need_bias) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("moments(Tensor x, int segment_size, bool wide=False) -> (Tensor mean, Tensor var)");
+  m.def("apply(Tensor x, Tensor mean, Tensor scale, Tensor center) -> Tensor y");
+  m.def(
+      "reduce_grad(Tensor grad, Tensor x, Tensor mean) "
+      "-> (Tensor grad_sum, Tensor grad_product_sum)");
+  m.def(
+      "combine_grad(Tensor grad, Tensor x, Tensor mean, Tensor k1, Tensor k2, Tensor k3) "
+      "-> Tensor dx");
+  m.def(
+      "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+      "int count, float momentum) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
+  m.impl("pooled_forward", TORCH_BOX(&normkit::pooled_forward));
+  m.impl("pooled_backward", TORCH_BOX(&normkit::pooled_backward));
+  m.impl("evaluate_forward", TORCH_BOX(&normkit::evaluate_forward));
+  m.impl("evaluate_backward", TORCH_BOX(&normkit::evaluate_backward));
+  m.impl("positional_forward", TORCH_BOX(&normkit::positional_forward));
+  m.impl("positional_backward", TORCH_BOX(&normkit::positional_backward));
+  m.impl("moments", TORCH_BOX(&normkit::moments));
+  m.impl("apply", TORCH_BOX(&normkit::apply));
+  m.impl("reduce_grad", TORCH_BOX(&normkit::reduce_grad));
+  m.impl("combine_grad", TORCH_BOX(&normkit::combine_grad));
+  m.impl("update_running_", TORCH_BOX(&normkit::update_running));
+}
+
+// For explain(): which of the compiled instruction sets this processor runs.
+extern "C" __attribute__((visibility("default"))) const char* normkit_instruction_set() {
+  return normkit::instruction_set();
+}

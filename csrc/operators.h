@@ -1,0 +1,45 @@
+// The operators as torch sees them; library.cpp registers them and says what each argument is.
+#pragma once
+
+#include <tuple>
+
+#include "tensors.h"
+
+namespace normkit {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_forward(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups,
+    int64_t examples_per_group, double eps, bool want_channel_statistics);
+std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& mean, const Tensor& var,
+                                                   const OptionalTensor& weight,
+                                                   int64_t num_groups, int64_t examples_per_group,
+                                                   double eps, bool need_weight, bool need_bias);
+
+Tensor evaluate_forward(const Tensor& x, const Tensor& mean, const Tensor& var,
+                        const OptionalTensor& weight, const OptionalTensor& bias,
+                        int64_t num_groups, double eps);
+std::tuple<Tensor, Tensor, Tensor> evaluate_backward(const Tensor& grad, const Tensor& x,
+                                                     const Tensor& mean, const Tensor& var,
+                                                     const OptionalTensor& weight,
+                                                     int64_t num_groups, double eps,
+                                                     bool need_weight, bool need_bias);
+
+std::tuple<Tensor, Tensor, Tensor> positional_forward(const Tensor& x,
+                                                      const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& mean, const Tensor& var,
+                                                       const OptionalTensor& weight, double eps,
+                                                       bool need_weight, bool need_bias);
+
+std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t segment_size, bool wide);
+Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& center);
+std::tuple<Tensor, Tensor> reduce_grad(const Tensor& grad, const Tensor& x, const Tensor& mean);
+Tensor combine_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& k1,
+                    const Tensor& k2, const Tensor& k3);
+
+void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var,
+                    int64_t count, double momentum);
+
+}  // namespace normkit

@@ -1,0 +1,50 @@
+// The pooled operators: statistics over groups, normalisation and its gradient in one call.
+#pragma once
+
+#include <cmath>
+
+#include "tensors.h"
+
+namespace normkit {
+
+Partition make_partition(const FeatureMap& x, int64_t num_groups, int64_t examples_per_group);
+
+// Whether columns of a matrix carry the statistics rather than runs of memory.
+bool by_columns(const FeatureMap& x, const Partition& p);
+
+// Everything the pooled operators compute besides y and dx. Null tables are not wanted.
+struct Statistics {
+  double* mean;
+  double* var;
+  double* channel_mean;
+  double* channel_var;
+  bool constant = false;  // mean and var are given and do not depend on x: evaluation
+};
+struct ParameterGradients {
+  std::vector<double> dbias, dweight;  // (C,), empty when not wanted
+  explicit ParameterGradients(int64_t size) : dbias(size, 0.0), dweight(size, 0.0) {}
+  bool wanted() const { return !dbias.empty(); }
+};
+
+// A parameter's gradient as the tensor an operator returns, empty when not wanted.
+Tensor gradient_tensor(const std::vector<double>& sums, bool wanted, bool wide);
+
+void forward_by_rows(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const Partition& p, double eps,
+                     const Statistics& result);
+void backward_by_rows(const Tensor& g, const FeatureMap& x, const Tensor& dx,
+                      const Statistics& given, const OptionalTensor& weight, const Partition& p,
+                      double eps, ParameterGradients& gradients);
+void forward_by_columns(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const Partition& p, double eps,
+                        const Statistics& result);
+void backward_by_columns(const Tensor& g, const FeatureMap& x, const Tensor& dx,
+                         const Statistics& given, const OptionalTensor& weight,
+                         const Partition& p, double eps, ParameterGradients& gradients);
+
+// Whole-batch statistics of each channel from those of `cells_per_channel` cells in each batch:
+// mean, var are (num_batches, num_channels * cells_per_channel).
+void pool_channels(const Partition& p, int64_t cells_per_channel, const double* mean,
+                   const double* var, const Statistics& result);
+
+}  // namespace normkit

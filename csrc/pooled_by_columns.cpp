@@ -1,0 +1,144 @@
+// The pooled operators where statistics run down the columns of a matrix: channels_last maps, read
+// in place, and dense inputs.
+#include "column_plan.h"
+
+namespace normkit {
+namespace {
+
+template <class A>
+void pool_groups(const Plan& plan, const Cells<A>& cells, const Statistics& result) {
+  const Partition& p = plan.p;
+  const bool whole = plan.cells_per_group == 1 && plan.slices == 1;
+  const int64_t grain = at_least_one(4096 / at_least_one(plan.cells_per_group));
+  parallel(p.num_batches * p.num_groups, grain, [&](int64_t begin, int64_t end) {
+    if (whole) {
+      std::copy(&cells.first[begin], &cells.first[begin] + (end - begin), result.mean + begin);
+      std::copy(&cells.second[begin], &cells.second[begin] + (end - begin), result.var + begin);
+      return;
+    }
+    for (int64_t group = begin; group < end; ++group) {
+      double sum = 0, spread = 0;
+      int64_t count = 0;
+      plan.each_cell(group, [&](int64_t cell) {
+        sum += cells.first[cell];
+        ++count;
+      });
+      const double mean = sum / double(count);
+      plan.each_cell(group, [&](int64_t cell) {
+        const double offset = cells.first[cell] - mean;
+        spread += cells.second[cell] + offset * offset;
+      });
+      result.mean[group] = mean;
+      result.var[group] = spread / double(count);
+    }
+  });
+}
+
+template <class A>
+void forward(const FeatureMap& x, const Tensor& y, const Parameter& weight, const Parameter& bias,
+             const Partition& p, double eps, const Statistics& result) {
+  const Kernels& kernels = best_kernels(x.element);
+  const Plan plan(x, p);
+  Cells<A> cells(plan);
+  if (!result.constant) {
+    cell_moments(plan, x, kernels, cells);
+    pool_groups(plan, cells, result);
+  }
+  plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    for (int64_t col = begin; col < end; ++col) {
+      const int64_t cell = block * plan.cols + col, group = plan.group_of(block, col);
+      const int64_t channel = plan.channel_of(col);
+      const double mean = result.mean[group], rstd = 1.0 / std::sqrt(result.var[group] + eps);
+      const double scale = weight ? weight.at(channel) * rstd : rstd;
+      cells.pivot[cell] = A(mean);
+      cells.scale[cell] = A(scale);
+      cells.center[cell] =
+          A((bias ? bias.at(channel) : 0.0) + (double(cells.pivot[cell]) - mean) * scale);
+    }
+  });
+  each_chunk_backwards(plan, [&](const Chunk& chunk) {
+    Columns columns = columns_of(plan, x, cells, chunk.block);
+    columns.out = y.data_ptr();
+    kernels.column_apply(columns, chunk.begin, chunk.end);
+  });
+  if (!result.channel_mean) return;
+  if (p.plane % p.run == 0) {
+    pool_channels(p, p.plane / p.run, result.mean, result.var, result);
+  } else {
+    pool_channels(p, plan.columns_per_channel, cells.first.data(), cells.second.data(), result);
+  }
+}
+
+template <class A>
+void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Statistics& given,
+              const Parameter& weight, const Partition& p, double eps,
+              ParameterGradients& gradients) {
+  const Kernels& kernels = best_kernels(x.element);
+  const Plan plan(x, p);
+  Cells<A> cells(plan);
+  cell_gradients(plan, x, g, kernels, given, cells);
+
+  const int64_t num_groups = p.num_batches * p.num_groups;
+  std::vector<double> rstd(num_groups), slope(num_groups), center(num_groups);
+  const int64_t grain = at_least_one(4096 / at_least_one(plan.cells_per_group));
+  parallel(num_groups, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      double first = 0, second = 0;
+      plan.each_cell(group, [&](int64_t cell) {
+        const double scale = weight ? weight.at(plan.channel_of(cell % plan.cols)) : 1.0;
+        first += scale * cells.first[cell];
+        second += scale * cells.second[cell];
+      });
+      const double count = double(p.batch_size(group / p.num_groups)) * double(p.run);
+      const double r = 1.0 / std::sqrt(given.var[group] + eps);
+      rstd[group] = r;
+      slope[group] = given.constant ? 0 : -r * r * r * second / count;
+      center[group] = given.constant ? 0 : -r * first / count;
+    }
+  });
+  plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    for (int64_t col = begin; col < end; ++col) {
+      const int64_t cell = block * plan.cols + col, group = plan.group_of(block, col);
+      const double scale = weight ? weight.at(plan.channel_of(col)) : 1.0;
+      const double offset = double(cells.pivot[cell]) - given.mean[group];
+      cells.scale[cell] = A(scale * rstd[group]);
+      cells.slope[cell] = A(slope[group]);
+      cells.center[cell] = A(center[group] + slope[group] * offset);
+    }
+  });
+  each_chunk_backwards(plan, [&](const Chunk& chunk) {
+    Columns columns = columns_of(plan, x, cells, chunk.block);
+    columns.grad = g.data_ptr();
+    columns.out = dx.data_ptr();
+    kernels.column_combine(columns, chunk.begin, chunk.end);
+  });
+  if (!gradients.wanted()) return;
+  for (int64_t block = 0; block < plan.num_blocks; ++block) {
+    for (int64_t col = 0; col < plan.cols; ++col) {
+      const int64_t cell = block * plan.cols + col;
+      gradients.dbias[plan.channel_of(col)] += cells.first[cell];
+      gradients.dweight[plan.channel_of(col)] +=
+          cells.second[cell] * rstd[plan.group_of(block, col)];
+    }
+  }
+}
+
+}  // namespace
+
+void forward_by_columns(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const Partition& p, double eps,
+                        const Statistics& result) {
+  const Parameter weights(weight, x), biases(bias, x);
+  const auto run = x.wide() ? forward<double> : forward<float>;
+  run(x, y, weights, biases, p, eps, result);
+}
+
+void backward_by_columns(const Tensor& g, const FeatureMap& x, const Tensor& dx,
+                         const Statistics& given, const OptionalTensor& weight, const Partition& p,
+                         double eps, ParameterGradients& gradients) {
+  const Parameter weights(weight, x);
+  const auto run = x.wide() ? backward<double> : backward<float>;
+  run(g, x, dx, given, weights, p, eps, gradients);
+}
+
+}  // namespace normkit

@@ -1,0 +1,112 @@
+// PositionalNorm: statistics over the channels of each position.
+#include <algorithm>
+
+#include "operators.h"
+#include "pooled.h"
+
+namespace normkit {
+namespace {
+
+constexpr int64_t kTileElements = 65536;  // of a tile over all channels: stays in the L2 cache
+
+// Positions of a channels_last map are rows of channels: a LayerNorm of dense inputs.
+bool positions_are_rows(const FeatureMap& x) {
+  return x.layout == Layout::channels_last || x.plane == 1;
+}
+
+FeatureMap as_rows(FeatureMap x) {
+  x.num_examples *= x.plane;
+  x.plane = 1;
+  x.layout = Layout::contiguous;
+  return x;
+}
+
+Positional describe(const FeatureMap& x, const Tensor& out, double eps, const Tensor& mean,
+                    const Tensor& var) {
+  Positional a{};
+  a.num_examples = x.num_examples;
+  a.num_channels = x.num_channels;
+  a.plane = x.plane;
+  const int64_t tile = std::max<int64_t>(64, kTileElements / x.num_channels / 64 * 64);
+  a.tile = std::min(tile, x.plane);
+  a.num_tiles = ceil_div(x.plane, a.tile);
+  a.x = x.data();
+  a.out = out.data_ptr();
+  a.eps = eps;
+  a.mean = doubles(mean);
+  a.var = doubles(var);
+  return a;
+}
+
+int64_t tile_grain(const Positional& a) {
+  return at_least_one(kGrain / at_least_one(a.tile * a.num_channels));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> positional_forward(const Tensor& input,
+                                                      const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, double eps) {
+  const FeatureMap x(input);
+  const Tensor y = x.fresh();
+  const Tensor mean = fresh_table({x.num_examples, x.plane}, true);
+  const Tensor var = fresh_table({x.num_examples, x.plane}, true);
+  if (x.numel() == 0) {
+    std::fill_n(doubles(mean), mean.numel(), 0.0);
+    std::fill_n(doubles(var), var.numel(), 0.0);
+    return {y, mean, var};
+  }
+  if (positions_are_rows(x)) {
+    const FeatureMap rows = as_rows(x);
+    forward_by_rows(rows, y, weight, bias, make_partition(rows, 1, 1), eps,
+                    {doubles(mean), doubles(var), nullptr, nullptr});
+    return {y, mean, var};
+  }
+  const Kernels& kernels = best_kernels(x.element);
+  const Parameter weights(weight, x), biases(bias, x);
+  Positional a = describe(x, y, eps, mean, var);
+  a.weight = weights.data();
+  a.bias = biases.data();
+  parallel(a.num_examples * a.num_tiles, tile_grain(a),
+           [&](int64_t begin, int64_t end) { kernels.positional_forward(a, begin, end); });
+  return {y, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const Tensor& input,
+                                                       const Tensor& mean, const Tensor& var,
+                                                       const OptionalTensor& weight, double eps,
+                                                       bool need_weight, bool need_bias) {
+  const FeatureMap x(input);
+  const Tensor g = x.matching(grad);
+  const Tensor dx = x.fresh();
+  STD_TORCH_CHECK(mean.numel() == x.num_examples * x.plane && var.numel() == mean.numel(),
+                  "mean and var have shape (N, P)");
+  ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
+  if (x.numel() > 0 && positions_are_rows(x)) {
+    const FeatureMap rows = as_rows(x);
+    backward_by_rows(g, rows, dx, {doubles(mean), doubles(var), nullptr, nullptr}, weight,
+                     make_partition(rows, 1, 1), eps, gradients);
+  } else if (x.numel() > 0) {
+    const Kernels& kernels = best_kernels(x.element);
+    const Parameter weights(weight, x);
+    Positional a = describe(x, dx, eps, mean, var);
+    a.grad = g.data_ptr();
+    a.weight = weights.data();
+    const int64_t items = a.num_examples * a.num_tiles;
+    std::vector<double> tiles(gradients.wanted() ? 2 * items * a.num_channels : 0);
+    if (gradients.wanted()) {
+      a.tile_dbias = tiles.data();
+      a.tile_dweight = tiles.data() + items * a.num_channels;
+    }
+    parallel(items, tile_grain(a),
+             [&](int64_t begin, int64_t end) { kernels.positional_backward(a, begin, end); });
+    for (int64_t i = 0; gradients.wanted() && i < items * a.num_channels; ++i) {
+      gradients.dbias[i % a.num_channels] += a.tile_dbias[i];
+      gradients.dweight[i % a.num_channels] += a.tile_dweight[i];
+    }
+  }
+  return {dx, gradient_tensor(gradients.dweight, need_weight, x.wide()),
+          gradient_tensor(gradients.dbias, need_bias, x.wide())};
+}
+
+}  // namespace normkit

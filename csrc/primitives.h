@@ -1,0 +1,81 @@
+// The four primitives on contiguous memory: rows of equal length and a table entry for each.
+#pragma once
+
+#include "pooled_rows.h"
+
+namespace normkit::NORMKIT_ISA {
+
+inline double read_table(const Rows& a, int which, int64_t i) {
+  return a.wide ? static_cast<const double*>(a.table[which])[i]
+                : double(static_cast<const float*>(a.table[which])[i]);
+}
+inline void write_table(const Rows& a, int which, int64_t i, double value) {
+  if (a.wide) {
+    static_cast<double*>(a.table[which])[i] = value;
+  } else {
+    static_cast<float*>(a.table[which])[i] = float(value);
+  }
+}
+
+// tables: mean, var
+template <class T>
+void row_moments(const Rows& a, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(a.x);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t start = row * a.length;
+    const acc_t<T> shift = first_mean(x + start, a.length);
+    double sums[2], mean, var;
+    span_sums(x, {start, a.length, 1, 0}, shift, sums);
+    store_moments(&mean, &var, sums, shift, double(a.length));
+    write_table(a, 0, row, mean);
+    write_table(a, 1, row, var);
+  }
+}
+
+// tables: mean, scale, center; y = scale * (x - mean) + center
+template <class T>
+void row_apply(const Rows& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.out);
+  int64_t entry = begin % a.table_size;
+  for (int64_t row = begin; row < end; ++row) {
+    const double mean = read_table(a, 0, entry), scale = read_table(a, 1, entry);
+    const A pivot = A(mean);
+    row_affine(x + row * a.length, y + row * a.length, a.length, pivot, A(scale),
+               A(read_table(a, 2, entry) + (double(pivot) - mean) * scale));
+    if (++entry == a.table_size) entry = 0;
+  }
+}
+
+// tables: mean, then sum(g) and sum(g (x - mean)) as results
+template <class T>
+void row_grad_sums(const Rows& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const double mean = read_table(a, 0, row % a.table_size);
+    const acc_t<T> pivot = acc_t<T>(mean);
+    double sums[2];
+    span_grad_sums(static_cast<const T*>(a.grad), static_cast<const T*>(a.x),
+                   {row * a.length, a.length, 1, 0}, pivot, sums);
+    write_table(a, 1, row, sums[0]);
+    write_table(a, 2, row, sums[1] + (double(pivot) - mean) * sums[0]);
+  }
+}
+
+// tables: mean, k1, k2, k3; dx = k1 * g + k2 * (x - mean) + k3
+template <class T>
+void row_combine(const Rows& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  int64_t entry = begin % a.table_size;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t start = row * a.length;
+    const double mean = read_table(a, 0, entry), slope = read_table(a, 2, entry);
+    const A pivot = A(mean);
+    row_gradient(static_cast<const T*>(a.grad) + start, static_cast<const T*>(a.x) + start,
+                 static_cast<T*>(a.out) + start, a.length, pivot, A(read_table(a, 1, entry)),
+                 A(slope), A(read_table(a, 3, entry) + (double(pivot) - mean) * slope));
+    if (++entry == a.table_size) entry = 0;
+  }
+}
+
+}  // namespace normkit::NORMKIT_ISA

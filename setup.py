@@ -1,0 +1,143 @@
+"""Build the CPU kernels with the C++ compiler at hand; install without them where there is none."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("csrc")
+OLDEST_TORCH = (2, 11)  # the stable ABI that the library asks for
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-missing-field-initializers",
+    "-Wno-maybe-uninitialized",  # gcc 12's own headers of intrinsics
+]
+# The vector code is compiled once for each; the processor at run time decides between them.
+INSTRUCTION_SETS = {
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+
+
+class NotBuiltError(Exception):
+    """The kernels cannot be built here, and why."""
+
+
+def torch_folder() -> Path:
+    """Where torch lies, without the seconds that importing it takes."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise NotBuiltError(
+            "torch is not installed in the environment that builds "
+            "(install with --no-build-isolation)"
+        )
+    return Path(spec.origin).parent
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: ``$CXX``, else what the system calls one."""
+    named = os.environ.get("CXX")
+    if named:
+        return named.split()
+    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if found is None:
+        raise NotBuiltError("no C++ compiler was found")
+    return [found]
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its own words are the reason when it fails."""
+    try:
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError as error:
+        raise NotBuiltError(f"{command[0]} does not start: {error}") from error
+    if result.returncode != 0:
+        raise NotBuiltError(f"the compiler failed:\n{' '.join(command)}\n{result.stderr}")
+
+
+def compile_jobs(folder: Path) -> dict[Path, list[str]]:
+    """Object file -> arguments of the compiler, the baseline's vector code first.
+
+    The linker keeps the first of equal inline functions, so a processor without wide vectors never
+    meets one that was compiled for them.
+    """
+    variants = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {}
+    major, minor = OLDEST_TORCH
+    target = f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48)}ULL"
+    define = ["-DNORMKIT_X86_VARIANTS"] if variants else []
+    include = ["-isystem", str(torch_folder() / "include"), target, *define]
+    vector_code = str(SOURCES / "kernels.cpp")
+    jobs = {folder / "kernels.o": ["-DNORMKIT_ISA=baseline", "-c", vector_code]}
+    for source in sorted(SOURCES.glob("*.cpp")):
+        if source.name != "kernels.cpp":
+            jobs[folder / f"{source.stem}.o"] = [*include, "-c", str(source)]
+    for name, flags in variants.items():
+        jobs[folder / f"kernels_{name}.o"] = [f"-DNORMKIT_ISA={name}", *flags, "-c", vector_code]
+    return jobs
+
+
+def build_library(output: Path, objects: Path, extra_flags: list[str]) -> None:
+    """Compile every source and link the library."""
+    command = [*compiler(), *FLAGS, *extra_flags]
+    jobs = compile_jobs(objects)
+    objects.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The slowest files are the vector code: start them first.
+        order = sorted(jobs, key=lambda path: not path.stem.startswith("kernels"))
+        list(pool.map(lambda path: run([*command, *jobs[path], "-o", str(path)]), order))
+    torch_library = ["-L", str(torch_folder() / "lib"), "-ltorch_cpu"]
+    run([*command, "-shared", *map(str, jobs), *torch_library, "-o", str(output)])
+
+
+class BuildKernels(build_ext):
+    """Build the library with plain calls of the compiler, on torch's stable ABI."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name it without a Python version: the library does not know Python."""
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build, or say why not; normkit works without."""
+        extra = os.environ.get("NORMKIT_CXXFLAGS", "").split()
+        try:
+            build_library(
+                Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "csrc", extra
+            )
+        except NotBuiltError as reason:
+            sys.stderr.write(
+                f"normkit: installed without its CPU kernels (slower, same results): {reason}\n"
+            )
+
+    def get_outputs(self) -> list[str]:
+        """List the library only where it was built."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+class AnyPython(bdist_wheel):
+    """Tag the wheel for its platform alone: one file serves every Python from 3.11."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-<platform>."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("normkit.kernels.cpu._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
+)

@@ -1,0 +1,108 @@
+"""Shapes, strides and dtypes of every operator's results, for ``torch.compile`` and ``export``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def register() -> None:
+    """Tell torch what each operator returns; once, after the library is loaded."""
+    for name, fake in {
+        "pooled_forward": _pooled_forward,
+        "pooled_backward": _backward,
+        "evaluate_forward": _like_x,
+        "evaluate_backward": _backward,
+        "positional_forward": _positional_forward,
+        "positional_backward": _backward,
+        "moments": _moments,
+        "apply": _like_x,
+        "reduce_grad": _reduce_grad,
+        "combine_grad": _combine_grad,
+        "update_running_": _nothing,
+    }.items():
+        torch.library.register_fake(f"normkit::{name}", fake)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the kernels read ``x`` in place: contiguous or channels_last, at any rank."""
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
+def _result(x: Tensor) -> Tensor:
+    if is_dense(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _table(x: Tensor, *shape: int | torch.SymInt, wide: bool = True) -> Tensor:
+    dtype = torch.float64 if wide or x.dtype == torch.float64 else torch.float32
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def _pooled_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *options: int,
+) -> tuple[Tensor, ...]:
+    num_groups, examples_per_group, _, want_channel_statistics = options
+    num_examples, num_channels = x.shape[:2]
+    num_batches = 1
+    if examples_per_group > 0:
+        num_batches = (num_examples + examples_per_group - 1) // examples_per_group
+    groups = (num_batches, num_groups)
+    channels = num_channels if want_channel_statistics else 0
+    tables = (groups, groups, (channels,), (channels,))
+    return _result(x), *(_table(x, *shape) for shape in tables)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    *options: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_weight, need_bias = options[-2:]
+    num_channels = x.shape[1]
+    dweight = _table(x, num_channels if need_weight else 0, wide=False)
+    dbias = _table(x, num_channels if need_bias else 0, wide=False)
+    return _result(x), dweight, dbias
+
+
+def _like_x(x: Tensor, *arguments: object) -> Tensor:
+    return _result(x)
+
+
+def _positional_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    plane = _product(x.shape[2:])
+    return _result(x), _table(x, x.shape[0], plane), _table(x, x.shape[0], plane)
+
+
+def _product(sizes: torch.Size) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _moments(x: Tensor, segment_size: int, wide: bool = False) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[1] * (_product(x.shape[2:]) // segment_size))
+    return _table(x, *shape, wide=wide), _table(x, *shape, wide=wide)
+
+
+def _reduce_grad(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], mean.shape[1])
+    return _table(x, *shape, wide=False), _table(x, *shape, wide=False)
+
+
+def _combine_grad(grad: Tensor, x: Tensor, *tables: Tensor) -> Tensor:
+    return _result(x)
+
+
+def _nothing(*arguments: object) -> None:
+    return None
