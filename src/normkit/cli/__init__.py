@@ -1,0 +1,5 @@
+"""The command line: parse, call, format."""
+
+from normkit.cli.app import main
+
+__all__ = ["main"]

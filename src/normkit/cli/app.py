@@ -1,0 +1,41 @@
+"""The program `normkit`: its commands, and what it says when something is wrong."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from normkit.cli.compare import Compare
+from normkit.cli.listing import List
+from normkit.errors import NormError
+
+EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
+EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+COMMANDS = {"compare": Compare, "list": List}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: What follows the program's name; ``None`` for the command line's own.
+
+    Returns:
+        The exit code: 0, 1 if runs failed, 2 for bad input.
+    """
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="normkit",
+        description="Normalization for PyTorch: compare norms on your model and data.",
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    try:
+        return command.run()
+    except NormError as error:
+        sys.stderr.write(f"normkit: {error}\n")
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("normkit: interrupted; finished runs are kept\n")
+        return EXIT_INTERRUPTED

@@ -1,0 +1,169 @@
+"""`normkit compare`: which norm wins at which batch size, and at what cost."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from normkit.cli.numbers import whole_numbers
+from normkit.cli.progress import sweep_progress
+from normkit.cli.tables import print_tables
+from normkit.errors import SpecError
+from normkit.lab.compare import Comparison, compare, of_sweep
+from normkit.lab.records import (
+    CORRUPT_NAME,
+    RECORDS_NAME,
+    Contents,
+    Record,
+    read_records,
+    usable_folder,
+)
+from normkit.lab.report import REPORT_NAME, write_report
+from normkit.lab.spec import Protocol, SweepSpec
+from normkit.lab.sweep import check, default_workers, missing_runs, run_all
+from normkit.lab.train import parse_device
+from normkit.spec import parse_specs
+
+EXIT_FAILED_RUNS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train one network with several norms at several batch sizes, and show which wins.
+
+    Runs that have a record in the output folder are not repeated.
+    """
+
+    data: str = "digits"
+    """Data set: digits, fashion-mnist, cifar10, cifar100 or svhn."""
+    model: str = "small-resnet"
+    """Network: small-resnet, mlp, vgg11, or any name of torchvision's or timm's."""
+    norms: str = "bn,gn:8,bgn:auto"
+    """Norms, with commas between; differences are taken to the first."""
+    batch_sizes: str = "2,8,32"
+    """Batch sizes, with commas between."""
+    seeds: str = "1,2,3"
+    """Seeds, with commas between; each cell runs all of them."""
+    epochs: int = 4
+    """Passes over the training data."""
+    limit: int | None = None
+    """Training examples to keep; all if not given."""
+    base_lr: float = 0.1
+    """Learning rate at batch size 128; it is scaled with the batch size."""
+    weight_decay: float = 1e-4
+    """Weight decay on every parameter."""
+    device: str = "auto"
+    """Where to compute: auto, cpu or cuda."""
+    threads: int = 1
+    """CPU threads of one run."""
+    workers: int | None = None
+    """Runs at once; as many as the machine has room for if not given."""
+    out: Path = Path("runs/compare")
+    """Folder for records.jsonl and report.html."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Run what is missing, then print the table and write the report.
+
+        Returns:
+            0, or 1 if runs failed.
+        """
+        with redirect_stdout(sys.stderr):  # libraries that download print to the standard output
+            sweep = self.sweep()
+            num_examples = check(sweep)
+            folder = usable_folder(self.out)
+            contents = read_records(folder)
+            _tell_of_corrupt_lines(contents, folder)
+            self._run_missing(sweep, contents, num_examples)
+            records = of_sweep(sweep, read_records(folder).records)
+            comparison = compare(sweep, records)
+            write_report(folder, comparison, records, self.command())
+        self._print(comparison, records)
+        failed = any(record.outcome.status == "failed" for record in records)
+        return EXIT_FAILED_RUNS if failed else 0
+
+    def sweep(self) -> SweepSpec:
+        """What the options ask for.
+
+        Raises:
+            SpecError: If an option breaks its rule.
+        """
+        protocol = Protocol.checked(
+            {
+                "data": self.data,
+                "model": self.model,
+                "limit": self.limit,
+                "epochs": self.epochs,
+                "base_lr": self.base_lr,
+                "weight_decay": self.weight_decay,
+                "device": str(parse_device(self.device)),
+                "threads": self.threads,
+            }
+        )
+        return SweepSpec.checked(
+            {
+                "protocol": protocol,
+                "norms": tuple(str(spec) for spec in parse_specs(self.norms)),
+                "batch_sizes": whole_numbers("--batch-sizes", self.batch_sizes),
+                "seeds": whole_numbers("--seeds", self.seeds),
+            }
+        )
+
+    def command(self) -> str:
+        """The command line that repeats this, every option that decides something named."""
+        hidden = ("json_output", "workers")
+        words = ["normkit", "compare"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in hidden and value is not None:
+                words += [f"--{option.name.replace('_', '-')}", str(value)]
+        return shlex.join(words)
+
+    def _run_missing(self, sweep: SweepSpec, contents: Contents, num_examples: int) -> None:
+        specs = missing_runs(sweep, contents.records)
+        if not specs:
+            return
+        with sweep_progress(specs, num_examples) as watcher:
+            run_all(specs, self.out, self._num_workers(sweep), watcher)
+
+    def _num_workers(self, sweep: SweepSpec) -> int:
+        if self.workers is None:
+            return default_workers(sweep)
+        if self.workers < 1:
+            raise SpecError(f"--workers was given {self.workers}; give the runs at once, 1 or more")
+        return self.workers
+
+    def _print(self, comparison: Comparison, records: Sequence[Record]) -> None:
+        paths = {"records": self.out / RECORDS_NAME, "report": self.out / REPORT_NAME}
+        if self.json_output:
+            result = comparison.model_dump(mode="json")
+            result |= {name: str(path) for name, path in paths.items()}
+            result["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
+            sys.stdout.write(json.dumps(result) + "\n")
+        else:
+            print_tables(comparison, records, paths)
+
+
+def _trouble(record: Record) -> dict[str, object]:
+    return {
+        "norm": record.spec.norm,
+        "batch_size": record.spec.batch_size,
+        "seed": record.spec.seed,
+        "status": record.outcome.status,
+        "message": record.outcome.message,
+    }
+
+
+def _tell_of_corrupt_lines(contents: Contents, folder: Path) -> None:
+    for line in contents.corrupt:
+        sys.stderr.write(
+            f"normkit: line {line.number} of {folder / RECORDS_NAME} is no record "
+            f"({line.reason}); it was moved to {CORRUPT_NAME}, the others are used\n"
+        )

@@ -1,0 +1,23 @@
+"""Lists of numbers on the command line."""
+
+from normkit.errors import SpecError
+
+
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Read ``"2,8,32"``.
+
+    Args:
+        flag: Name of the flag, for the message.
+        text: What it was given.
+
+    Raises:
+        SpecError: If a part is not a whole number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not part.isdecimal()]
+    if wrong:
+        raise SpecError(
+            f"{flag} was given {text!r}, of which {', '.join(map(repr, wrong))} is no whole "
+            f"number; write whole numbers with commas between, such as 2,8,32"
+        )
+    return tuple(int(part) for part in parts)

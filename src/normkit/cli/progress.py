@@ -1,0 +1,70 @@
+"""The progress display of a sweep, on the standard error."""
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from normkit.lab.records import Record
+from normkit.lab.spec import RunSpec
+from normkit.lab.sweep import num_steps
+
+STEP_OVERHEAD = 32  # a training step costs about as much as that many examples
+
+
+@contextmanager
+def sweep_progress(specs: Sequence[RunSpec], num_examples: int) -> Generator["SweepProgress"]:
+    """Show how far the runs are, and how long the rest will take, until the block ends."""
+    columns = (
+        TextColumn("{task.fields[ended]} of {task.fields[runs]} runs"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("remaining"),
+    )
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=120) as display:
+        yield SweepProgress(display, specs, num_examples)
+
+
+class SweepProgress:
+    """Adds up the steps of all runs, and prints a line for each run that ends."""
+
+    def __init__(self, display: Progress, specs: Sequence[RunSpec], num_examples: int) -> None:
+        self._display = display
+        self._num_examples = num_examples
+        self._done: Counter[str] = Counter()
+        self._num_ended = 0
+        self._task = display.add_task(
+            "runs", total=sum(map(self._whole_cost, specs)), ended=0, runs=len(specs)
+        )
+
+    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+        """Advance by steps of a run in flight."""
+        self._done[spec.key] += num_steps
+        self._display.advance(self._task, _cost(spec, num_steps))
+
+    def on_record(self, record: Record) -> None:
+        """Advance to the end of a run, however it ended."""
+        spec = record.spec
+        rest = self._whole_cost(spec) - _cost(spec, self._done[spec.key])
+        self._num_ended += 1
+        self._display.update(self._task, advance=rest, ended=self._num_ended)
+        self._display.console.print(_line(record), highlight=False, markup=False, soft_wrap=True)
+
+    def _whole_cost(self, spec: RunSpec) -> int:
+        return _cost(spec, num_steps(spec, self._num_examples))
+
+
+def _cost(spec: RunSpec, steps: int) -> int:
+    return steps * (STEP_OVERHEAD + spec.batch_size)
+
+
+def _line(record: Record) -> str:
+    spec, outcome = record.spec, record.outcome
+    name = f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
+    if outcome.test_accuracy is None:
+        return f"{name}: {outcome.status}: {outcome.message}"
+    return f"{name}: {100 * outcome.test_accuracy:.2f} % in {record.duration_s:.1f} s"

@@ -1,0 +1,81 @@
+"""The terminal's tables of a comparison."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from normkit.lab.compare import Cell, Comparison
+from normkit.lab.records import Record
+from normkit.lab.report.text import MINUS, MISSING, percent, points, size_text
+
+
+def print_tables(
+    comparison: Comparison, records: Iterable[Record], paths: Mapping[str, Path]
+) -> None:
+    """Print accuracy, differences and cost, what went wrong, and where the files are."""
+    console = Console()
+    console.print(_accuracy_table(comparison))
+    console.print(_cost_table(comparison))
+    for record in records:
+        if record.outcome.status != "finished":
+            console.print(Text(_trouble(record), style="red"), soft_wrap=True)
+    for name, path in paths.items():
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _accuracy_table(comparison: Comparison) -> Table:
+    table = _empty_table(comparison, "Test accuracy, %: mean ± standard deviation over seeds")
+    for norm in comparison.norms:
+        _add_row(table, comparison, norm, norm, _accuracy)
+    table.add_section()
+    first, *others = comparison.norms
+    for norm in others:
+        _add_row(table, comparison, f"{norm} {MINUS} {first}", norm, _difference)
+    return table
+
+
+def _cost_table(comparison: Comparison) -> Table:
+    table = _empty_table(comparison, "Time per training step and its peak memory")
+    for norm in comparison.norms:
+        _add_row(table, comparison, norm, norm, _cost)
+    return table
+
+
+def _empty_table(comparison: Comparison, title: str) -> Table:
+    table = Table("norm", title=title, title_justify="left", title_style="bold")
+    for size in comparison.batch_sizes:
+        table.add_column(f"batch {size}", justify="right")
+    return table
+
+
+def _add_row(
+    table: Table, comparison: Comparison, name: str, norm: str, text: Callable[[Cell], str]
+) -> None:
+    cells = (comparison.cell(norm, size) for size in comparison.batch_sizes)
+    table.add_row(Text(name), *(Text(text(cell)) for cell in cells))
+
+
+def _accuracy(cell: Cell) -> str:
+    lines = [percent(cell.accuracy)] if cell.accuracy else []
+    lines += [f"{cell.num_diverged} diverged"] if cell.num_diverged else []
+    lines += [f"{cell.num_failed} failed"] if cell.num_failed else []
+    return "\n".join(lines) or MISSING
+
+
+def _difference(cell: Cell) -> str:
+    return points(cell.difference) if cell.difference else MISSING
+
+
+def _cost(cell: Cell) -> str:
+    if cell.step_time_s is None or cell.peak_bytes is None:
+        return MISSING
+    return f"{1000 * cell.step_time_s:.2f} ms\n{size_text(cell.peak_bytes)}"
+
+
+def _trouble(record: Record) -> str:
+    spec, outcome = record.spec, record.outcome
+    where = f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
+    return f"{where} {outcome.status}: {outcome.message}"

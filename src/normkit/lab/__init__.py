@@ -1,0 +1,1 @@
+"""Experiments: one network trained under several norms, and what came out."""

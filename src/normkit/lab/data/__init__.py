@@ -1,0 +1,6 @@
+"""Data sets held in memory: training, validation and test examples, normalised."""
+
+from normkit.lab.data.dataset import Dataset, Examples, stratified_order
+from normkit.lab.data.sources import READERS, load
+
+__all__ = ["READERS", "Dataset", "Examples", "load", "stratified_order"]

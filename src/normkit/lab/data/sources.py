@@ -1,0 +1,141 @@
+"""Where each data set comes from: one function each, in one registry."""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from normkit.errors import DataError, SpecError
+from normkit.lab.data.dataset import Dataset, Examples, split
+from normkit.lab.data.idx import read_idx
+from normkit.lab.torchvision_ops import register_missing_operators
+
+FOLDER_VARIABLE = "NORMKIT_DATA"
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
+
+
+class Source(NamedTuple):
+    """Examples of a data set, and its own test split if it has one."""
+
+    examples: Examples
+    test: Examples | None
+
+
+Reader = Callable[[], Source]
+READERS: dict[str, Reader] = {}
+
+
+def reader(name: str) -> Callable[[Reader], Reader]:
+    """Register a data set's reader under its name."""
+
+    def register(function: Reader) -> Reader:
+        if name in READERS:
+            raise SpecError(f"data set {name!r} already has a reader: {READERS[name].__name__}")
+        READERS[name] = function
+        return function
+
+    return register
+
+
+@lru_cache(maxsize=1)
+def load(name: str, limit: int | None = None) -> Dataset:
+    """Read a data set into memory, split and normalised.
+
+    Args:
+        name: A key of ``READERS``.
+        limit: Training examples to keep, ``None`` for all.
+
+    Raises:
+        SpecError: If there is no such data set.
+        DataError: If its files are missing or unreadable.
+    """
+    if name not in READERS:
+        raise SpecError(f"there is no data set {name!r}; known are {', '.join(READERS)}")
+    examples, test = READERS[name]()
+    return split(name, examples, test, limit)
+
+
+def data_folder() -> Path:
+    """Folder for downloaded data: ``$NORMKIT_DATA``, or one in the user's cache."""
+    return Path(os.environ.get(FOLDER_VARIABLE, "~/.cache/normkit/data")).expanduser()
+
+
+@reader("digits")
+def digits() -> Source:
+    """1797 grey 8x8 digits that come with scikit-learn."""
+    bunch = importlib.import_module("sklearn.datasets").load_digits()
+    return Source(_examples(bunch.images[:, None], bunch.target), None)
+
+
+@reader("fashion-mnist")
+def fashion_mnist() -> Source:
+    """70000 grey 28x28 pictures of clothes: Debian's files if installed, else a download."""
+    if not FASHION_MNIST_FOLDER.is_dir():
+        return _from_torchvision("FashionMNIST")
+    return Source(_idx_examples("train"), _idx_examples("t10k"))
+
+
+@reader("cifar10")
+def cifar10() -> Source:
+    """60000 colour 32x32 pictures in 10 classes."""
+    return _from_torchvision("CIFAR10")
+
+
+@reader("cifar100")
+def cifar100() -> Source:
+    """60000 colour 32x32 pictures in 100 classes."""
+    return _from_torchvision("CIFAR100")
+
+
+@reader("svhn")
+def svhn() -> Source:
+    """99289 colour 32x32 house numbers."""
+    return _from_torchvision("SVHN")
+
+
+def _idx_examples(part: str) -> Examples:
+    images = read_idx(FASHION_MNIST_FOLDER / f"{part}-images-idx3-ubyte.gz")
+    labels = read_idx(FASHION_MNIST_FOLDER / f"{part}-labels-idx1-ubyte.gz")
+    return _examples(images[:, None].numpy(), labels.numpy())
+
+
+def _from_torchvision(name: str) -> Source:
+    register_missing_operators()
+    dataset = getattr(importlib.import_module("torchvision.datasets"), name)
+    folder = data_folder()
+    # SVHN names its parts, the others say whether they train
+    parts = ({"split": "train"}, {"split": "test"}) if name == "SVHN" else _TRAIN_FLAGS
+    try:
+        train, test = (dataset(folder, download=True, **part) for part in parts)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name} is not in {folder} and cannot be downloaded ({error}); connect to the "
+            f"network, or copy torchvision's files there, or set {FOLDER_VARIABLE} to their folder"
+        ) from error
+    return Source(_torchvision_examples(train), _torchvision_examples(test))
+
+
+_TRAIN_FLAGS = ({"train": True}, {"train": False})
+
+
+def _torchvision_examples(dataset: object) -> Examples:
+    """Examples of a torchvision data set, whose attributes differ in name and axis order."""
+    images = np.asarray(getattr(dataset, "data"))  # noqa: B009 -- pyright knows no such attribute
+    labels = getattr(dataset, "labels", None)  # SVHN's, already channels first
+    if labels is not None:
+        return _examples(images, labels)
+    targets = np.asarray(getattr(dataset, "targets"))  # noqa: B009 -- as above
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return _examples(images, targets)
+
+
+def _examples(images: np.ndarray, targets: np.ndarray) -> Examples:
+    return Examples(
+        inputs=torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)),
+        targets=torch.from_numpy(np.asarray(targets, dtype=np.int64)),
+    )

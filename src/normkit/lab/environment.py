@@ -1,0 +1,60 @@
+"""What a record says about the machine and the code that made it."""
+
+import hashlib
+import platform
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from normkit.lab.spec import Frozen
+
+PACKAGE = Path(__file__).parents[1]
+CODE_SUFFIXES = (".py", ".cpp", ".h")
+PRESENTATION = ("cli", "lab/report")  # folders that cannot change what a run does
+
+
+class Environment(Frozen):
+    """Versions and hardware of one run."""
+
+    torch: str
+    python: str
+    platform: str
+    device: str
+    threads: int
+    date: str
+
+
+def describe_environment(device: torch.device, threads: int) -> Environment:
+    """Environment of a run that starts now.
+
+    Args:
+        device: Where the run computes.
+        threads: CPU threads that it may use.
+    """
+    return Environment(
+        torch=torch.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        device=_device_name(device),
+        threads=threads,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+@cache
+def code_hash() -> str:
+    """Twelve hexadecimal digits over the sources that decide what a run does."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in CODE_SUFFIXES):
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(PRESENTATION):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

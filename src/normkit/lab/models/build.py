@@ -1,0 +1,196 @@
+"""From a model's name and a norm's spec to a network, and what each norm resolved to."""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from normkit import NormSpec, build
+from normkit.errors import SpecError
+from normkit.lab.models.architecture import (
+    ARCHITECTURES,
+    Architecture,
+    NormLayer,
+    Task,
+    parse_options,
+)
+from normkit.lab.models.own import initialise
+from normkit.lab.models.zoo import TimmModel, TorchvisionModel, timm_names, torchvision_names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedNorm:
+    """One norm of a network: where it stands, what it sees, and what it resolved to."""
+
+    name: str
+    norm: str
+    num_features: int
+    num_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltModel:
+    """A network and its norms, in the order in which they were built."""
+
+    model: nn.Module
+    norms: tuple[PlacedNorm, ...]
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    norm: NormSpec | str | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> BuiltModel:
+    """Build a network with one norm throughout.
+
+    Equal seeds give equal initial weights, whatever the norm.
+
+    Args:
+        name: ``"small-resnet"``, ``"mlp:depth=20:width=128"``, ``"vgg11"``,
+            ``"torchvision:NAME"``, ``"timm:NAME"``, or a plain name of theirs.
+        num_classes: Length of the network's output.
+        input_shape: Channels, height and width of one input.
+        norm: What replaces every batch norm; ``None`` keeps the model's own.
+        batch_size: Decides ``auto`` arguments of the norm.
+        seed: Decides the initial weights.
+
+    Raises:
+        SpecError: If the model or the norm is unknown, the model cannot take the inputs, or it
+            has no batch norm to replace.
+        PartitionError: If the norm's groups do not fit one of the layers.
+    """
+    architecture = parse_model(name)
+    task = Task(input_shape=input_shape, num_classes=num_classes)
+    if norm is None:
+        return BuiltModel(model=_seeded(architecture, task, None, seed), norms=())
+    spec = NormSpec.parse(norm) if isinstance(norm, str) else norm
+    slots = _find_slots(name, architecture, task)
+    placed = tuple(_placed(at, slot, spec, batch_size) for at, slot in slots.items())
+    factory = _InOrder([_builder(place) for place in placed])
+    return BuiltModel(model=_seeded(architecture, task, factory, seed), norms=placed)
+
+
+def check_model(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
+    """Make sure that a model exists, takes the inputs and has norms to replace.
+
+    Raises:
+        SpecError: If not.
+    """
+    task = Task(input_shape=input_shape, num_classes=num_classes)
+    _find_slots(name, parse_model(name), task)
+
+
+def parse_model(text: str) -> Architecture:
+    """Read a model string.
+
+    Raises:
+        SpecError: If no model has this name or it does not take these arguments.
+    """
+    name, *arguments = text.split(":")
+    if name in ARCHITECTURES:
+        return parse_options(ARCHITECTURES[name], text, arguments)
+    library, _, inner = text.rpartition(":")
+    if library in ("", "torchvision") and inner in torchvision_names():
+        return TorchvisionModel(name=inner)
+    if library in ("", "timm") and inner in timm_names():
+        return TimmModel(name=inner)
+    raise SpecError(
+        f"there is no model {text!r}; write {', '.join(ARCHITECTURES)}, torchvision:NAME or "
+        f"timm:NAME{_suggestion(inner)}"
+    )
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, {*ARCHITECTURES, *torchvision_names(), *timm_names()})
+    return f"; close names are {', '.join(close)}" if close else ""
+
+
+def _seeded(
+    architecture: Architecture, task: Task, norm_layer: NormLayer | None, seed: int
+) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = architecture.build(task, norm_layer)
+        if type(architecture) in ARCHITECTURES.values():
+            initialise(model)
+    return model
+
+
+class _Slot(nn.Module):
+    """Stands in for a norm and notes the size of the maps that come by."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.num_positions = 0
+
+    def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
+        # a shared norm may see maps of several sizes: its groups must fit all of them
+        self.num_positions = math.gcd(self.num_positions, math.prod(x.shape[2:]))
+        return x
+
+
+def _find_slots(name: str, architecture: Architecture, task: Task) -> dict[str, _Slot]:
+    """Build the model once with stand-ins and send zeros through it."""
+    slots: list[_Slot] = []
+
+    def stand_in(num_features: int) -> _Slot:
+        slots.append(_Slot(num_features))
+        return slots[-1]
+
+    model = _seeded(architecture, task, stand_in, seed=0)
+    _send_zeros(name, model, task)
+    if not slots:
+        raise SpecError(
+            f"model {name!r} has no batch norm to replace; choose one that has, such as resnet18"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    return {names[slot]: slot for slot in slots}
+
+
+def _send_zeros(name: str, model: nn.Module, task: Task) -> None:
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, *task.input_shape))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise SpecError(
+            f"model {name!r} cannot take inputs of shape {task.input_shape} ({error}); "
+            f"choose data with larger pictures or another model"
+        ) from error
+
+
+def _placed(name: str, slot: _Slot, spec: NormSpec, batch_size: int | None) -> PlacedNorm:
+    resolved = spec.resolve(
+        slot.num_features, batch_size=batch_size, num_positions=slot.num_positions
+    )
+    return PlacedNorm(
+        name=name,
+        norm=str(resolved),
+        num_features=slot.num_features,
+        num_positions=slot.num_positions,
+    )
+
+
+def _builder(place: PlacedNorm) -> NormLayer:
+    def built(num_features: int) -> nn.Module:
+        return build(NormSpec.parse(place.norm), num_features, num_positions=place.num_positions)
+
+    return built
+
+
+class _InOrder:
+    """A norm layer whose k-th call is answered by the k-th of several."""
+
+    def __init__(self, layers: Sequence[Callable[[int], nn.Module]]) -> None:
+        self._layers = iter(layers)
+
+    def __call__(self, num_features: int) -> nn.Module:
+        return next(self._layers)(num_features)

@@ -1,0 +1,127 @@
+"""Small networks for small pictures, each with a ``norm_layer=`` of its own."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.lab.models.architecture import NormLayer, Task, architecture
+
+VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+@architecture("small-resnet")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallResNet:
+    """A stem and two stages of residual blocks that halve the map and double the channels.
+
+    Shortcuts have no parameters, so every norm of the network stands on the main path.
+
+    Source:
+        He et al. 2015, arXiv:1512.03385, section 4.2, option A.
+    """
+
+    width: int = 16
+    blocks: int = 1
+
+    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
+        """Build the network for a task."""
+        norm = norm_layer or nn.BatchNorm2d
+        widths = [2 * self.width] * self.blocks + [4 * self.width] * self.blocks
+        layers = [*_conv_norm_relu(task.input_shape[0], self.width, norm)]
+        before = self.width
+        for width in widths:
+            layers.append(ResidualBlock(before, width, norm))
+            before = width
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around which the input is added back."""
+
+    def __init__(self, num_in: int, num_out: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.stride = 1 if num_in == num_out else 2
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, self.stride, padding=1, bias=False)
+        self.norm1 = norm_layer(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        self.norm2 = norm_layer(num_out)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        """Two convolutions, plus the input, sub-sampled and padded with zero channels."""
+        y = functional.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        missing = y.shape[1] - x.shape[1]
+        return functional.relu(y + functional.pad(shortcut, (0, 0, 0, 0, 0, missing)))
+
+
+@architecture("mlp")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """Linear layers of equal width, each with a norm and a ReLU.
+
+    Source:
+        Huang et al. 2022, section 3: 20 layers of 128.
+    """
+
+    depth: int = 20
+    width: int = 128
+
+    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
+        """Build the network for a task."""
+        norm = norm_layer or nn.BatchNorm1d
+        channels, height, width = task.input_shape
+        sizes = [channels * height * width] + [self.width] * (self.depth - 1)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for size in sizes:
+            layers += [nn.Linear(size, self.width, bias=False), norm(self.width), nn.ReLU()]
+        return nn.Sequential(*layers, _head(self.width, task))
+
+
+@architecture("vgg11")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vgg11:
+    """VGG-11 for small pictures: pools while there is something to pool, and one linear layer.
+
+    Source:
+        Simonyan & Zisserman 2014, arXiv:1409.1556, configuration A.
+    """
+
+    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
+        """Build the network for a task."""
+        norm = norm_layer or nn.BatchNorm2d
+        before, height, width = task.input_shape
+        layers: list[nn.Module] = []
+        for stage in VGG11_WIDTHS:
+            for num_channels in stage:
+                layers += _conv_norm_relu(before, num_channels, norm)
+                before = num_channels
+            if min(height, width) > 1:
+                layers.append(nn.MaxPool2d(2))
+                height, width = height // 2, width // 2
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
+
+
+def _conv_norm_relu(num_in: int, num_out: int, norm_layer: NormLayer) -> tuple[nn.Module, ...]:
+    conv = nn.Conv2d(num_in, num_out, 3, padding=1, bias=False)
+    return conv, norm_layer(num_out), nn.ReLU()
+
+
+def _head(num_features: int, task: Task) -> nn.Linear:
+    return nn.Linear(num_features, task.num_classes)
+
+
+def initialise(model: nn.Module) -> None:
+    """Draw every convolution and linear weight anew: normal, variance 2 / fan-in, no bias.
+
+    Source:
+        He et al. 2015, arXiv:1502.01852, eq. 10.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)

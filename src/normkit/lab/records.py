@@ -1,0 +1,153 @@
+"""One line of JSON for each run, in a file that survives being killed."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from normkit.errors import DataError
+from normkit.lab.environment import Environment
+from normkit.lab.models import PlacedNorm
+from normkit.lab.spec import Frozen, RunSpec
+
+RECORDS_NAME = "records.jsonl"
+CORRUPT_NAME = "records.corrupt.jsonl"
+
+
+class Epoch(Frozen):
+    """What one epoch came to; accuracies are shares, losses mean cross-entropies.
+
+    Training figures are taken while training, so from the weights of every step; a loss that is
+    not finite is ``None``.
+    """
+
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float
+    test_accuracy: float | None = None
+
+
+class Outcome(Frozen):
+    """What a run came to: the part of a record that equal specs repeat exactly.
+
+    A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite.
+    """
+
+    status: Literal["finished", "diverged", "failed"]
+    message: str | None = None
+    diverged_step: int | None = None
+    epochs: tuple[Epoch, ...] = ()
+    test_accuracy: float | None = None
+    test_accuracy_median_of_5: float | None = None
+    norms: tuple[PlacedNorm, ...] = ()
+    num_parameters: int | None = None
+    num_steps: int = 0
+    num_dropped: int = 0
+    peak_bytes: int | None = None
+
+
+class Record(Frozen):
+    """One run: what was asked for, what came out, what it took, and where it ran."""
+
+    spec: RunSpec
+    outcome: Outcome
+    step_time_s: float | None
+    duration_s: float
+    environment: Environment
+    code_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorruptLine:
+    """A line of the records file that is no record, and why."""
+
+    number: int
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a records file holds."""
+
+    records: tuple[Record, ...] = ()
+    corrupt: tuple[CorruptLine, ...] = ()
+
+
+def append_record(folder: Path, record: Record) -> None:
+    """Add a record in one write, and wait until it is on the disk."""
+    line = record.model_dump_json().encode() + b"\n"
+    descriptor = os.open(folder / RECORDS_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_records(folder: Path) -> Contents:
+    """Read every record, and set lines that are none aside in a file beside it.
+
+    Args:
+        folder: Where the records file is; without one there are no records.
+
+    Returns:
+        The records and what was set aside.
+    """
+    path = folder / RECORDS_NAME
+    if not path.exists():
+        return Contents()
+    lines = path.read_bytes().splitlines(keepends=True)
+    parsed = [_parse(number, line) for number, line in enumerate(lines, start=1)]
+    corrupt = [item for item in parsed if isinstance(item, CorruptLine)]
+    if corrupt:
+        _set_aside(path, lines, corrupt)
+    records = [item for item in parsed if isinstance(item, Record)]
+    return Contents(records=tuple(records), corrupt=tuple(corrupt))
+
+
+def _parse(number: int, line: bytes) -> Record | CorruptLine:
+    text = line.decode(errors="replace").rstrip("\n")
+    if not line.endswith(b"\n"):
+        return CorruptLine(number=number, text=text, reason="it breaks off")
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        return CorruptLine(number=number, text=text, reason=reason)
+
+
+def _set_aside(path: Path, lines: Sequence[bytes], corrupt: Sequence[CorruptLine]) -> None:
+    with (path.parent / CORRUPT_NAME).open("a", encoding="utf-8") as file:
+        file.writelines(f"{line.text}\n" for line in corrupt)
+    numbers = {line.number for line in corrupt}
+    kept = [line for number, line in enumerate(lines, start=1) if number not in numbers]
+    replacement = path.with_suffix(".tmp")
+    replacement.write_bytes(b"".join(kept))
+    replacement.replace(path)
+
+
+def usable_folder(folder: Path) -> Path:
+    """Make the folder if needed and make sure that files can be written in it.
+
+    Raises:
+        DataError: If it cannot be made or written to.
+    """
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(
+            f"the output folder {folder} cannot be written to ({error.strerror}); "
+            f"give another one with --out"
+        ) from error
+    return folder

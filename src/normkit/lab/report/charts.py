@@ -1,0 +1,184 @@
+"""Geometry of line charts: from values to positions on a drawing, no drawing yet."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+LABEL_DISTANCE = 15.0  # between two labels at the right edge, in units of the drawing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """One value of a line, with its spread and what is said when it is pointed at."""
+
+    x: float
+    y: float
+    spread: float | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Values that are joined."""
+
+    name: str
+    style: int  # which of the page's colours, markers and dashes
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """Size of a drawing and of the margins around its plot."""
+
+    width: float
+    height: float
+    left: float = 44
+    right: float = 14
+    top: float = 12
+    bottom: float = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """A marked position on an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A drawn value: its position and the ends of its whisker."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    title: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """A drawn line and the height of its label at the right edge."""
+
+    name: str
+    style: int
+    path: str
+    marks: tuple[Mark, ...]
+    label_y: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Everything a template needs to draw a line chart."""
+
+    frame: Frame
+    x_title: str
+    y_title: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    series: tuple[Series, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Named positions along one axis of values, and its title."""
+
+    title: str
+    ticks: tuple[Tick, ...]
+
+
+def line_chart(lines: Sequence[Line], frame: Frame, x_axis: Axis, y_title: str) -> Chart:
+    """Place lines in a frame.
+
+    Args:
+        lines: What is drawn; values that are not finite must be left out before.
+        frame: Where it is drawn.
+        x_axis: Ticks in values of ``x``; the outermost ones bound the plot.
+        y_title: Name of the vertical axis, whose ticks are chosen to hold all values.
+    """
+    y_values = nice_ticks(*_extent(lines))
+    x_of = _scale(
+        [tick.at for tick in x_axis.ticks], frame.left + 14, frame.width - frame.right - 14
+    )
+    y_of = _scale(y_values, frame.height - frame.bottom, frame.top)
+    return Chart(
+        frame=frame,
+        x_title=x_axis.title,
+        y_title=y_title,
+        x_ticks=tuple(Tick(at=x_of(tick.at), text=tick.text) for tick in x_axis.ticks),
+        y_ticks=tuple(Tick(at=y_of(value), text=f"{value:g}") for value in y_values),
+        series=_series(lines, x_of, y_of),
+    )
+
+
+def nice_ticks(low: float, high: float, at_most: int = 6) -> tuple[float, ...]:
+    """Multiples of 1, 2 or 5 times a power of ten that enclose an interval.
+
+    Args:
+        low: Lower end of the interval.
+        high: Upper end, not below ``low``.
+        at_most: Number of steps that is not exceeded.
+    """
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    exponent = math.floor(math.log10((high - low) / at_most))
+    steps = (factor * 10.0 ** (exponent + e) for e in range(3) for factor in (1, 2, 5))
+    step = next(s for s in steps if _num_steps(low, high, s) <= at_most)
+    first = math.floor(low / step)
+    return tuple(round(i * step, 10) for i in range(first, first + _num_steps(low, high, step) + 1))
+
+
+def _num_steps(low: float, high: float, step: float) -> int:
+    return max(1, math.ceil(high / step) - math.floor(low / step))
+
+
+def _extent(lines: Iterable[Line]) -> tuple[float, float]:
+    values = [value for line in lines for value in line.values]
+    ends = [v.y + sign * (v.spread or 0.0) for v in values for sign in (-1, 1)] or [0.0, 1.0]
+    return min(ends), max(ends)
+
+
+def _scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
+    low, high = min(values), max(values)
+    if low == high:
+        return lambda _: (start + end) / 2
+    return lambda value: round(start + (value - low) / (high - low) * (end - start), 2)
+
+
+Scale = Callable[[float], float]
+
+
+def _series(lines: Sequence[Line], x_of: Scale, y_of: Scale) -> tuple[Series, ...]:
+    drawn = [line for line in lines if line.values]
+    heights = _apart([y_of(line.values[-1].y) for line in drawn])
+    return tuple(
+        Series(
+            name=line.name,
+            style=line.style,
+            path="M" + "L".join(f"{x_of(v.x)},{y_of(v.y)}" for v in line.values),
+            marks=tuple(_mark(value, x_of, y_of) for value in line.values),
+            label_y=height,
+        )
+        for line, height in zip(drawn, heights, strict=True)
+    )
+
+
+def _mark(value: Value, x_of: Scale, y_of: Scale) -> Mark:
+    spread = value.spread
+    return Mark(
+        x=x_of(value.x),
+        y=y_of(value.y),
+        low=None if spread is None else y_of(value.y - spread),
+        high=None if spread is None else y_of(value.y + spread),
+        title=value.title,
+    )
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights in the same order, moved down where labels would cover each other."""
+    moved = list(heights)
+    lowest = -math.inf
+    for index in sorted(range(len(heights)), key=heights.__getitem__):
+        moved[index] = lowest = max(heights[index], lowest + LABEL_DISTANCE)
+    return moved

@@ -1,0 +1,93 @@
+"""The report's charts: which values they show."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from normkit.lab.compare import Comparison
+from normkit.lab.records import Epoch, Record
+from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
+
+WIDE = Frame(width=820, height=360, right=110)
+NARROW = Frame(width=380, height=300)
+PANEL = Frame(width=380, height=240)
+
+Figure = Callable[[Epoch], float | None]
+
+
+def accuracy_chart(comparison: Comparison, frame: Frame) -> Chart:
+    """Test accuracy by batch size, a line for each norm."""
+    ticks = (Tick(at=math.log2(size), text=str(size)) for size in sorted(comparison.batch_sizes))
+    lines = [
+        Line(name=norm, style=style, values=_accuracies(comparison, norm))
+        for style, norm in enumerate(comparison.norms)
+    ]
+    axis = Axis(title="batch size", ticks=tuple(ticks))
+    return line_chart(lines, frame, axis, "test accuracy, %")
+
+
+def _accuracies(comparison: Comparison, norm: str) -> tuple[Value, ...]:
+    values = []
+    for size in sorted(comparison.batch_sizes):
+        accuracy = comparison.cell(norm, size).accuracy
+        if accuracy is not None:
+            spread = None if accuracy.spread is None else 100 * accuracy.spread
+            title = f"{norm}, batch size {size}: {100 * accuracy.mean:.2f} %"
+            y = 100 * accuracy.mean
+            values.append(Value(x=math.log2(size), y=y, spread=spread, title=title))
+    return tuple(values)
+
+
+def loss_chart(comparison: Comparison, records: Iterable[Record], batch_size: int) -> Chart:
+    """Training loss by epoch at one batch size."""
+    return _curves(
+        comparison, select_size(records, batch_size), lambda e: e.train_loss, "training loss"
+    )
+
+
+def validation_chart(comparison: Comparison, records: Iterable[Record], batch_size: int) -> Chart:
+    """Validation accuracy by epoch at one batch size."""
+    return _curves(
+        comparison,
+        select_size(records, batch_size),
+        lambda e: 100 * e.validation_accuracy,
+        "validation accuracy, %",
+    )
+
+
+def select_size(records: Iterable[Record], batch_size: int) -> list[Record]:
+    """Records at one batch size."""
+    return [record for record in records if record.spec.batch_size == batch_size]
+
+
+def _curves(comparison: Comparison, records: Sequence[Record], figure: Figure, title: str) -> Chart:
+    num_epochs = max((len(record.outcome.epochs) for record in records), default=1)
+    lines = [
+        Line(name=norm, style=style, values=_means(_of_norm(records, norm), figure))
+        for style, norm in enumerate(comparison.norms)
+    ]
+    return line_chart(lines, PANEL, Axis(title="epoch", ticks=_epoch_ticks(num_epochs)), title)
+
+
+def _of_norm(records: Iterable[Record], norm: str) -> list[Record]:
+    return [record for record in records if record.spec.norm == norm]
+
+
+def _epoch_ticks(num_epochs: int) -> tuple[Tick, ...]:
+    step = max(1, math.ceil((num_epochs - 1) / 5))
+    epochs = sorted({*range(1, num_epochs + 1, step), num_epochs})
+    if len(epochs) > 2 and epochs[-1] - epochs[-2] < step:
+        del epochs[-2]  # its text would touch the last one's
+    return tuple(Tick(at=epoch, text=str(epoch)) for epoch in epochs)
+
+
+def _means(records: Sequence[Record], figure: Figure) -> tuple[Value, ...]:
+    """Mean over the runs that reached an epoch, epoch by epoch."""
+    values = []
+    for index in range(max((len(r.outcome.epochs) for r in records), default=0)):
+        known = [figure(r.outcome.epochs[index]) for r in records if index < len(r.outcome.epochs)]
+        finite = [value for value in known if value is not None]
+        if finite:
+            mean = statistics.fmean(finite)
+            values.append(Value(x=index + 1, y=mean, title=f"epoch {index + 1}: {mean:.4g}"))
+    return tuple(values)

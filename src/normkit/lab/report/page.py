@@ -1,0 +1,136 @@
+"""The report: one HTML file that needs nothing else, not even a network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from normkit.lab.compare import Comparison, select
+from normkit.lab.records import Record
+from normkit.lab.report import figures
+from normkit.lab.report.text import MISSING, percent, points, size_text
+
+REPORT_NAME = "report.html"
+ESCAPED = ("html", "svg", "j2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Learning curves at one batch size."""
+
+    batch_size: int
+    charts: tuple[figures.Chart, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """What a norm's `auto` or `max=` became: a row per layer, a column per batch size."""
+
+    norm: str
+    layers: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def write_report(
+    folder: Path, comparison: Comparison, records: Sequence[Record], command: str
+) -> Path:
+    """Write the report of a sweep.
+
+    Args:
+        folder: Where it goes; an older report is replaced at once, never left half written.
+        comparison: The table.
+        records: The sweep's records, one for each run that there is.
+        command: What makes this report again.
+
+    Returns:
+        Path of the report.
+    """
+    path = folder / REPORT_NAME
+    draft = path.with_suffix(".tmp")
+    draft.write_text(render(comparison, records, command), encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def render(comparison: Comparison, records: Sequence[Record], command: str) -> str:
+    """The report as text."""
+    return (
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            comparison=comparison,
+            records=records,
+            command=command,
+            protocol=records[0].spec.protocol if records else None,
+            environments=_distinct_environments(records),
+            code_hashes=sorted({record.code_hash for record in records}),
+            accuracy_charts={
+                "wide": figures.accuracy_chart(comparison, figures.WIDE),
+                "narrow": figures.accuracy_chart(comparison, figures.NARROW),
+            },
+            panels=[_panel(comparison, records, size) for size in comparison.batch_sizes],
+            best={size: best_norm(comparison, size) for size in comparison.batch_sizes},
+            resolutions=_resolutions(comparison, records),
+            num_parameters=sorted({r.outcome.num_parameters or 0 for r in records} - {0}),
+        )
+    )
+
+
+def best_norm(comparison: Comparison, batch_size: int) -> str | None:
+    """The norm with the highest mean test accuracy at a batch size."""
+    accuracies = {
+        norm: cell.accuracy.mean
+        for norm in comparison.norms
+        if (cell := comparison.cell(norm, batch_size)).accuracy is not None
+    }
+    return max(accuracies, key=accuracies.__getitem__, default=None)
+
+
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("normkit.lab", "report"),
+        autoescape=lambda name: name is not None and name.endswith(ESCAPED),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    environment.filters["points"] = points
+    environment.filters["size"] = size_text
+    return environment
+
+
+def _panel(comparison: Comparison, records: Sequence[Record], batch_size: int) -> Panel:
+    return Panel(
+        batch_size=batch_size,
+        charts=(
+            figures.loss_chart(comparison, records, batch_size),
+            figures.validation_chart(comparison, records, batch_size),
+        ),
+    )
+
+
+def _distinct_environments(records: Sequence[Record]) -> list[dict[str, object]]:
+    distinct: list[dict[str, object]] = []
+    for record in records:
+        values = record.environment.model_dump(exclude={"date"})
+        if values not in distinct:
+            distinct.append(values)
+    return distinct
+
+
+def _resolutions(comparison: Comparison, records: Sequence[Record]) -> list[Resolution]:
+    found = [_resolution(comparison, records, norm) for norm in comparison.norms]
+    return [item for item in found if item is not None]
+
+
+def _resolution(comparison: Comparison, records: Sequence[Record], norm: str) -> Resolution | None:
+    """What a norm became; ``None`` if it is the same everywhere as it was written."""
+    columns = []
+    for size in comparison.batch_sizes:
+        placed = next((r.outcome.norms for r in select(records, norm, size) if r.outcome.norms), ())
+        columns.append({place.name: place.norm for place in placed})
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    layers = tuple((name, tuple(column.get(name, MISSING) for column in columns)) for name in names)
+    changed = any(cell not in (norm, MISSING) for _, cells in layers for cell in cells)
+    return Resolution(norm=norm, layers=layers) if changed else None

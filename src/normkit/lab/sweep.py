@@ -1,0 +1,199 @@
+"""All runs of a sweep that have no record yet, in this process or in several."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+from normkit.lab.data import load
+from normkit.lab.environment import code_hash, describe_environment
+from normkit.lab.models.build import check_model
+from normkit.lab.records import Outcome, Record, append_record
+from normkit.lab.spec import RunSpec, SweepSpec
+from normkit.lab.train import num_steps_per_epoch, parse_device, run
+
+SECONDS_BETWEEN_REPORTS = 0.2
+
+
+class Watcher(Protocol):
+    """Is told what a sweep is doing."""
+
+    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+        """A run has done so many more steps."""
+        ...
+
+    def on_record(self, record: Record) -> None:
+        """A run has ended and its record is on the disk."""
+        ...
+
+
+def check(sweep: SweepSpec) -> int:
+    """Find bad input before the first run.
+
+    Returns:
+        The number of training examples.
+
+    Raises:
+        SpecError: If the device, the data set or the model is unknown or they do not fit.
+        DataError: If the data set's files are missing.
+    """
+    parse_device(sweep.protocol.device)
+    dataset = load(sweep.protocol.data, sweep.protocol.limit)
+    check_model(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
+    return len(dataset.train)
+
+
+def missing_runs(sweep: SweepSpec, records: Iterable[Record]) -> tuple[RunSpec, ...]:
+    """Runs of the sweep without a finished or diverged record; failed ones are tried again."""
+    done = {record.spec.key for record in records if record.outcome.status != "failed"}
+    return tuple(spec for spec in sweep.runs() if spec.key not in done)
+
+
+def num_steps(spec: RunSpec, num_examples: int) -> int:
+    """Training steps of a run that neither diverges nor fails."""
+    return spec.protocol.epochs * num_steps_per_epoch(num_examples, spec.batch_size)
+
+
+def default_workers(sweep: SweepSpec) -> int:
+    """As many runs at once as the CPU has room for; one on CUDA."""
+    if parse_device(sweep.protocol.device).type == "cuda":
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // sweep.protocol.threads)
+
+
+def run_all(specs: Sequence[RunSpec], folder: Path, num_workers: int, watcher: Watcher) -> None:
+    """Run each spec and append its record to the folder's records as soon as it ends.
+
+    Args:
+        specs: Runs, begun in this order.
+        folder: Where the records file is.
+        num_workers: Processes; one means this one.
+        watcher: Is told of progress.
+    """
+    if min(num_workers, len(specs)) > 1:
+        _run_in_workers(specs, folder, min(num_workers, len(specs)), watcher)
+        return
+    for spec in specs:
+        reporter = _Reporter(lambda count, spec=spec: watcher.on_steps(spec, count))
+        _finish(run(spec, reporter.step), folder, watcher)
+
+
+def _finish(record: Record, folder: Path, watcher: Watcher) -> None:
+    append_record(folder, record)
+    watcher.on_record(record)
+
+
+class _Tell(Protocol):
+    def __call__(self, count: int, /) -> None: ...
+
+
+@dataclass(slots=True)
+class _Reporter:
+    """Counts steps and tells of them a few times a second."""
+
+    tell: _Tell
+    count: int = 0
+    told_at: float = field(default_factory=time.monotonic)
+
+    def step(self) -> None:
+        self.count += 1
+        now = time.monotonic()
+        if now - self.told_at > SECONDS_BETWEEN_REPORTS:
+            self.tell(self.count)
+            self.count, self.told_at = 0, now
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process that runs one spec at a time, and this side's end of its pipe."""
+
+    process: BaseProcess
+    connection: Connection
+    spec: RunSpec | None = None
+
+    def begin(self, spec: RunSpec | None) -> None:
+        """Send the next spec; ``None`` ends the process."""
+        self.spec = spec
+        with suppress(OSError):  # a dead worker is noticed when it is waited for
+            self.connection.send(spec)
+
+
+def _run_in_workers(
+    specs: Sequence[RunSpec], folder: Path, num_workers: int, watcher: Watcher
+) -> None:
+    waiting = list(reversed(specs))
+    workers = [_started() for _ in range(num_workers)]
+    try:
+        for worker in workers:
+            worker.begin(waiting.pop())
+        while busy := {w.connection: w for w in workers if w.spec is not None}:
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                message = _received(worker)
+                if isinstance(message, int) and worker.spec is not None:
+                    watcher.on_steps(worker.spec, message)
+                elif isinstance(message, Record):
+                    _finish(message, folder, watcher)
+                    if not worker.process.is_alive():
+                        workers.remove(worker)
+                        workers.append(worker := _started())
+                    worker.begin(waiting.pop() if waiting else None)
+    finally:
+        for worker in workers:
+            worker.connection.close()
+            worker.process.terminate()
+            worker.process.join()
+
+
+def _started() -> _Worker:
+    context = multiprocessing.get_context("spawn")  # a forked torch deadlocks in its threads
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _received(worker: _Worker) -> int | Record:
+    """What a worker sent; the record of a failed run if it is dead."""
+    try:
+        return worker.connection.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        spec = worker.spec
+        if spec is None:
+            raise
+        return _failed(spec, f"the worker process ended with exit code {worker.process.exitcode}")
+
+
+def _failed(spec: RunSpec, message: str) -> Record:
+    return Record(
+        spec=spec,
+        outcome=Outcome(status="failed", message=message),
+        step_time_s=None,
+        duration_s=0.0,
+        environment=describe_environment(parse_device(spec.protocol.device), spec.protocol.threads),
+        code_hash=code_hash(),
+    )
+
+
+def _serve(connection: Connection) -> None:
+    """Run what comes through the pipe until it says ``None`` or its other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    with suppress(EOFError, OSError):
+        while (spec := connection.recv()) is not None:
+            connection.send(run(spec, _Reporter(lambda count: _tell(connection, count)).step))
+
+
+def _tell(connection: Connection, count: int) -> None:
+    try:
+        connection.send(count)
+    except OSError as error:
+        raise SystemExit from error  # the parent was killed: there is nobody to run for

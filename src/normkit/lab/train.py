@@ -1,0 +1,278 @@
+"""One run: a network trained and tested as its spec says."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.errors import NormError, SpecError
+from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.environment import code_hash, describe_environment
+from normkit.lab.measure import peak_step_bytes
+from normkit.lab.models import BuiltModel, build_model
+from normkit.lab.records import Epoch, Outcome, Record
+from normkit.lab.spec import RunSpec
+
+EVALUATION_BATCH_SIZE = 500
+NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
+
+OnStep = Callable[[], object]  # called after each training step
+
+
+class DivergenceError(NormError, ArithmeticError):
+    """The training loss is no longer finite."""
+
+
+def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
+    """Train and test one network; what goes wrong with it is part of the record.
+
+    Args:
+        spec: Decides everything but the times.
+        on_step: Called after each training step.
+
+    Raises:
+        DataError: If the data set's files are missing.
+        SpecError: If the data set, the model or the device is unknown.
+    """
+    device = parse_device(spec.protocol.device)
+    environment = describe_environment(device, spec.protocol.threads)
+    dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
+    started, step_times_s = time.perf_counter(), list[float]()
+    with _threads(spec.protocol.threads):
+        outcome = _outcome(spec, dataset, _Stopwatch(step_times_s, device, on_step))
+    return Record(
+        spec=spec,
+        outcome=outcome,
+        step_time_s=statistics.median(step_times_s) if step_times_s else None,
+        duration_s=time.perf_counter() - started,
+        environment=environment,
+        code_hash=code_hash(),
+    )
+
+
+def parse_device(name: str) -> torch.device:
+    """Read a device's name; ``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        SpecError: If torch knows no such device, or it is not there.
+    """
+    known = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto":
+        return torch.device("cuda:0" if len(known) > 1 else "cpu")
+    if name not in [*known, "cuda"] or (name == "cuda" and len(known) == 1):
+        raise SpecError(f"there is no device {name!r} here; choose auto or {', '.join(known)}")
+    return torch.device(name)
+
+
+def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Training steps of an epoch: the last batch may be smaller, but not a single example."""
+    full, rest = divmod(num_examples, batch_size)
+    return full + (rest > 1 or (rest == 1 and full == 0))
+
+
+@contextmanager
+def _threads(num_threads: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stopwatch:
+    """Takes the time of each training step."""
+
+    times_s: list[float]
+    device: torch.device
+    on_step: OnStep
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times_s.append(time.perf_counter() - started)
+        self.on_step()
+
+
+def _outcome(spec: RunSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
+    try:
+        built = build_model(
+            spec.protocol.model,
+            num_classes=dataset.num_classes,
+            input_shape=dataset.input_shape,
+            norm=spec.norm,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+        )
+        return _Training(spec, dataset, built, stopwatch).outcome()
+    except NormError as error:
+        return Outcome(status="failed", message=str(error))
+    except Exception as error:  # noqa: BLE001 -- one run must not end the sweep; it is recorded
+        return Outcome(status="failed", message=f"{type(error).__name__}: {error}")
+
+
+@dataclass(slots=True)
+class _Training:
+    """The state of one run in flight."""
+
+    spec: RunSpec
+    dataset: Dataset
+    built: BuiltModel
+    stopwatch: _Stopwatch
+    model: nn.Module = field(init=False)
+    optimizer: torch.optim.SGD = field(init=False)
+    epochs: list[Epoch] = field(init=False, default_factory=list)
+    order: torch.Generator = field(init=False)
+    num_steps: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.model = self.built.model.to(self.dataset.train.targets.device)
+        self.optimizer = _optimizer(self.model, self.spec)
+        self.order = torch.Generator().manual_seed(self.spec.seed)
+
+    def outcome(self) -> Outcome:
+        """Train to the end, or to the step that diverges."""
+        peak_bytes = self._peak_bytes()
+        try:
+            for _ in range(self.spec.protocol.epochs):
+                self.epochs.append(self._epoch())
+        except DivergenceError as error:
+            return self._summary(peak_bytes).model_copy(
+                update={
+                    "status": "diverged",
+                    "message": str(error),
+                    "diverged_step": self.num_steps,
+                    "test_accuracy": None,
+                    "test_accuracy_median_of_5": None,
+                }
+            )
+        return self._summary(peak_bytes)
+
+    def _summary(self, peak_bytes: int) -> Outcome:
+        tested = [e.test_accuracy for e in self.epochs if e.test_accuracy is not None]
+        enough = len(tested) >= NUM_LAST_EPOCHS
+        num_examples = len(self.dataset.train)
+        kept = sum(len(batch) for batch in batches(torch.arange(num_examples), self.spec))
+        return Outcome(
+            status="finished",
+            epochs=tuple(self.epochs),
+            test_accuracy=tested[-1] if tested else None,
+            test_accuracy_median_of_5=statistics.median(tested) if enough else None,
+            norms=self.built.norms,
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            num_steps=self.num_steps,
+            num_dropped=num_examples - kept,
+            peak_bytes=peak_bytes,
+        )
+
+    def _peak_bytes(self) -> int:
+        """Measure a step on a copy, which the run never sees."""
+        model = copy.deepcopy(self.model)
+        optimizer = _optimizer(model, self.spec)
+        batch = self.dataset.train.take(
+            torch.arange(min(self.spec.batch_size, len(self.dataset.train)))
+        )
+        return peak_step_bytes(lambda: train_step(model, optimizer, batch), model, optimizer)
+
+    def _epoch(self) -> Epoch:
+        rate = self.spec.learning_rate(len(self.epochs))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, accuracy = self._train()
+        validation_loss, validation_accuracy = evaluate(self.model, self.dataset.validation)
+        tests = len(self.epochs) in self._tested_epochs()
+        return Epoch(
+            learning_rate=rate,
+            train_loss=loss,
+            train_accuracy=accuracy,
+            validation_loss=validation_loss if math.isfinite(validation_loss) else None,
+            validation_accuracy=validation_accuracy,
+            test_accuracy=evaluate(self.model, self.dataset.test)[1] if tests else None,
+        )
+
+    def _tested_epochs(self) -> range:
+        num_epochs = self.spec.protocol.epochs
+        num_tested = NUM_LAST_EPOCHS if num_epochs >= NUM_LAST_EPOCHS else 1
+        return range(num_epochs - num_tested, num_epochs)
+
+    def _train(self) -> tuple[float, float]:
+        """Train for one epoch; mean loss and accuracy over its examples, each seen once."""
+        self.model.train()
+        total_loss = num_right = num_seen = 0.0
+        order = torch.randperm(len(self.dataset.train), generator=self.order)
+        for index in batches(order, self.spec):
+            batch = self.dataset.train.take(index.to(self.dataset.train.targets.device))
+            with self.stopwatch.step():
+                loss, right = train_step(self.model, self.optimizer, batch)
+            self.num_steps += 1
+            _check_finite(loss, self.num_steps)
+            total_loss += loss * len(batch)
+            num_right += right
+            num_seen += len(batch)
+        return total_loss / num_seen, num_right / num_seen
+
+
+def _optimizer(model: nn.Module, spec: RunSpec) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=spec.learning_rate(0),
+        momentum=spec.protocol.momentum,
+        weight_decay=spec.protocol.weight_decay,
+        fused=True,
+    )
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergenceError(
+            f"the training loss was {loss} at step {step}; lower --base-lr to train on"
+        )
+
+
+def batches(order: Int[Tensor, " n"], spec: RunSpec) -> Iterator[Int[Tensor, " b"]]:
+    """Cut an epoch's order into batches; a last batch of one example is left out."""
+    num_batches = num_steps_per_epoch(len(order), spec.batch_size)
+    return iter(order.split(spec.batch_size)[:num_batches])
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples
+) -> tuple[float, int]:
+    """One step of the optimizer.
+
+    Returns:
+        The loss before the step and the number of examples that were classified rightly.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    scores = model(batch.inputs)
+    loss = functional.cross_entropy(scores, batch.targets)
+    loss.backward()
+    optimizer.step()
+    return loss.item(), int((scores.argmax(1) == batch.targets).sum())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: Examples) -> tuple[float, float]:
+    """Mean loss and accuracy in evaluation mode; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    loss = num_right = 0.0
+    for index in torch.arange(len(examples)).split(EVALUATION_BATCH_SIZE):
+        part = examples.take(index)
+        scores = model(part.inputs)
+        loss += functional.cross_entropy(scores, part.targets, reduction="sum").item()
+        num_right += int((scores.argmax(1) == part.targets).sum())
+    model.train(was_training)
+    return loss / len(examples), num_right / len(examples)
