@@ -16,7 +16,7 @@ template <class T>
 void column_shift(const Columns& a, int64_t rows, void* shift) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.x);
-  each_vector<T>(a.cols, [&](int, int64_t i, int n) {
+  each_vector<T>(a.cols, [&](int, int64_t i, int n) NORMKIT_INLINE {
     vec<T> sum = {};
     for (int64_t row = 0; row < rows; ++row) sum += load_some(x + row * a.stride + i, n, vec<T>{});
     store_some(static_cast<A*>(shift) + i, n, sum / splat<T>(A(rows)));
@@ -64,7 +64,7 @@ void column_sums(const Columns& a, int64_t begin, int64_t end, double* first, do
   const acc_t<T>* pivot = static_cast<const acc_t<T>*>(a.pivot);
   sum_columns<T>(a, begin, end, first, second,
                  [=](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
-                     __attribute__((always_inline)) {
+                     NORMKIT_INLINE {
                        const vec<T> p = load_some(pivot + col, n, vec<T>{});
                        const vec<T> d = load_some(x + row * stride + col, n, p) - p;
                        one += d;
@@ -81,7 +81,7 @@ void column_grad_sums(const Columns& a, int64_t begin, int64_t end, double* firs
   const acc_t<T>* pivot = static_cast<const acc_t<T>*>(a.pivot);
   sum_columns<T>(a, begin, end, first, second,
                  [=](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
-                     __attribute__((always_inline)) {
+                     NORMKIT_INLINE {
                        const vec<T> p = load_some(pivot + col, n, vec<T>{});
                        const vec<T> gradient = load_some(g + row * stride + col, n, vec<T>{});
                        one += gradient;
@@ -99,7 +99,7 @@ void column_apply(const Columns& a, int64_t begin, int64_t end) {
   const A* center = static_cast<const A*>(a.center);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t start = row * a.stride;
-    each_vector<T>(a.cols, [&](int, int64_t i, int n) {
+    each_vector<T>(a.cols, [&](int, int64_t i, int n) NORMKIT_INLINE {
       const vec<T> p = load_some(pivot + i, n, vec<T>{});
       store_some(y + start + i, n,
                  load_some(scale + i, n, vec<T>{}) * (load_some(x + start + i, n, p) - p) +
@@ -120,7 +120,7 @@ void column_combine(const Columns& a, int64_t begin, int64_t end) {
   const A* center = static_cast<const A*>(a.center);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t start = row * a.stride;
-    each_vector<T>(a.cols, [&](int, int64_t i, int n) {
+    each_vector<T>(a.cols, [&](int, int64_t i, int n) NORMKIT_INLINE {
       const vec<T> p = load_some(pivot + i, n, vec<T>{});
       const vec<T> d = load_some(x + start + i, n, p) - p;
       const vec<T> gradient = load_some(g + start + i, n, vec<T>{});

@@ -7,11 +7,15 @@
 
 namespace normkit {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_forward(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups,
-    int64_t examples_per_group, double eps, bool want_channel_statistics);
+std::tuple<Tensor, Tensor> pooled_forward(const Tensor& x, const OptionalTensor& weight,
+                                          const OptionalTensor& bias,
+                                          const OptionalTensor& running_mean,
+                                          const OptionalTensor& running_var,
+                                          const OptionalTensor& num_batches_tracked,
+                                          int64_t num_groups, int64_t examples_per_group,
+                                          double eps, double momentum, bool channel_statistics);
 std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Tensor& x,
-                                                   const Tensor& mean, const Tensor& var,
+                                                   const Tensor& table,
                                                    const OptionalTensor& weight,
                                                    int64_t num_groups, int64_t examples_per_group,
                                                    double eps, bool need_weight, bool need_bias);
@@ -25,11 +29,10 @@ std::tuple<Tensor, Tensor, Tensor> evaluate_backward(const Tensor& grad, const T
                                                      int64_t num_groups, double eps,
                                                      bool need_weight, bool need_bias);
 
-std::tuple<Tensor, Tensor, Tensor> positional_forward(const Tensor& x,
-                                                      const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, double eps);
+std::tuple<Tensor, Tensor> positional_forward(const Tensor& x, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const Tensor& x,
-                                                       const Tensor& mean, const Tensor& var,
+                                                       const Tensor& table,
                                                        const OptionalTensor& weight, double eps,
                                                        bool need_weight, bool need_bias);
 

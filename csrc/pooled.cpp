@@ -54,66 +54,76 @@ void pool_channels(const Partition& p, int64_t cells_per_channel, const double* 
 
 namespace {
 
-void fill_zero(const Tensor& table) {
-  std::fill_n(doubles(table), table.numel(), 0.0);
+// The parts of a table (2, num_batches * num_groups + num_pooled): means, then variances.
+Statistics parts_of(const Tensor& table, int64_t num_cells, bool channels) {
+  double *const means = doubles(table), *const vars = means + table.size(1);
+  return {means, vars, channels ? means + num_cells : nullptr,
+          channels ? vars + num_cells : nullptr};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pooled_forward(
-    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    int64_t num_groups, int64_t examples_per_group, double eps, bool want_channel_statistics) {
+std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTensor& weight,
+                                          const OptionalTensor& bias,
+                                          const OptionalTensor& running_mean,
+                                          const OptionalTensor& running_var,
+                                          const OptionalTensor& num_batches_tracked,
+                                          int64_t num_groups, int64_t examples_per_group,
+                                          double eps, double momentum, bool channel_statistics) {
   const FeatureMap x(input);
   const Partition p = make_partition(x, num_groups, examples_per_group);
-  STD_TORCH_CHECK(!want_channel_statistics || p.run == 0 || p.run % p.plane == 0 ||
+  STD_TORCH_CHECK(!channel_statistics || p.run == 0 || p.run % p.plane == 0 ||
                       p.plane % p.run == 0,
                   "channel statistics need groups that lie inside a channel or cover whole ones");
-  const int64_t num_pooled = want_channel_statistics ? p.num_channels : 0;
+  const int64_t num_cells = p.num_batches * p.num_groups;
   const Tensor y = x.fresh();
-  const Tensor mean = fresh_table({p.num_batches, p.num_groups}, true);
-  const Tensor var = fresh_table({p.num_batches, p.num_groups}, true);
-  const Tensor channel_mean = fresh_table({num_pooled}, true);
-  const Tensor channel_var = fresh_table({num_pooled}, true);
+  const Tensor table =
+      fresh_table({2, num_cells + (channel_statistics ? p.num_channels : 0)}, true);
   if (x.numel() == 0) {
-    for (const Tensor& table : {mean, var, channel_mean, channel_var}) fill_zero(table);
-    return {y, mean, var, channel_mean, channel_var};
+    std::fill_n(doubles(table), table.numel(), 0.0);
+    return {y, table};
   }
-  const Statistics result{doubles(mean), doubles(var),
-                          want_channel_statistics ? doubles(channel_mean) : nullptr,
-                          want_channel_statistics ? doubles(channel_var) : nullptr};
+  const Statistics result = parts_of(table, num_cells, channel_statistics);
   const auto forward = by_columns(x, p) ? forward_by_columns : forward_by_rows;
   forward(x, y, weight, bias, p, eps, result);
-  return {y, mean, var, channel_mean, channel_var};
+  if (running_mean && running_var) {
+    STD_TORCH_CHECK(channel_statistics || p.num_batches == 1,
+                    "several runs of examples have running statistics only by channel");
+    const double* means = channel_statistics ? result.channel_mean : result.mean;
+    const double* vars = channel_statistics ? result.channel_var : result.var;
+    const int64_t size = channel_statistics ? p.num_channels : p.num_groups;
+    blend_running(*running_mean, *running_var, means, vars, size, x.numel() / size, momentum);
+  }
+  if (num_batches_tracked) ++*static_cast<int64_t*>(num_batches_tracked->data_ptr());
+  return {y, table};
 }
 
 Tensor gradient_tensor(const std::vector<double>& sums, bool wanted, bool wide) {
   const int64_t size = wanted ? int64_t(sums.size()) : 0;
   const Tensor result = fresh_table({size}, wide);
-  for (int64_t i = 0; i < size; ++i) {
-    if (wide) {
-      doubles(result)[i] = sums[i];
-    } else {
-      static_cast<float*>(result.data_ptr())[i] = float(sums[i]);
-    }
+  if (wide) {
+    std::copy_n(sums.begin(), size, doubles(result));
+  } else {
+    std::copy_n(sums.begin(), size, static_cast<float*>(result.data_ptr()));
   }
   return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Tensor& input,
-                                                   const Tensor& mean, const Tensor& var,
+                                                   const Tensor& table,
                                                    const OptionalTensor& weight,
                                                    int64_t num_groups, int64_t examples_per_group,
                                                    double eps, bool need_weight, bool need_bias) {
   const FeatureMap x(input);
   const Partition p = make_partition(x, num_groups, examples_per_group);
-  const int64_t table_size = p.num_batches * p.num_groups;
-  STD_TORCH_CHECK(mean.numel() == table_size && var.numel() == table_size,
-                  "mean and var have shape (", p.num_batches, ", ", p.num_groups, ")");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == 2 && table.is_contiguous() &&
+                      table.size(1) >= p.num_batches * p.num_groups,
+                  "the table has shape (2, ", p.num_batches * p.num_groups, " or more)");
   const Tensor g = x.matching(grad);
   const Tensor dx = x.fresh();
   ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
   if (x.numel() > 0) {
-    const Statistics given{doubles(mean), doubles(var), nullptr, nullptr};
+    const Statistics given = parts_of(table, 0, false);
     const auto backward = by_columns(x, p) ? backward_by_columns : backward_by_rows;
     backward(g, x, dx, given, weight, p, eps, gradients);
   }

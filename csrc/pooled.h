@@ -47,4 +47,8 @@ void backward_by_columns(const Tensor& g, const FeatureMap& x, const Tensor& dx,
 void pool_channels(const Partition& p, int64_t cells_per_channel, const double* mean,
                    const double* var, const Statistics& result);
 
+// Moves running statistics of `size` values towards those of a batch, `count` elements a value.
+void blend_running(const Tensor& running_mean, const Tensor& running_var, const double* mean,
+                   const double* var, int64_t size, int64_t count, double momentum);
+
 }  // namespace normkit

@@ -212,12 +212,15 @@ void elementwise_backward(const Kernels& kernels, const FeatureMap& x, const Poo
 void add_pieces(const Pooled& a, ParameterGradients& gradients) {
   const Partition& p = a.partition;
   for (int64_t batch = 0; batch < p.num_batches; ++batch) {
-    int64_t piece = batch * a.num_pieces;
-    for (int64_t start = 0; start < p.example_size; ++piece) {
-      const int64_t channel = start / p.plane, group = start / p.run;
-      gradients.dbias[channel] += a.piece_first[piece];
-      gradients.dweight[channel] += a.piece_second[piece];
-      start = std::min((channel + 1) * p.plane, (group + 1) * p.run);
+    int64_t piece = batch * a.num_pieces, group_end = p.run;
+    for (int64_t channel = 0; channel < p.num_channels; ++channel) {
+      const int64_t channel_end = (channel + 1) * p.plane;
+      for (bool last = false; !last; ++piece) {
+        gradients.dbias[channel] += a.piece_first[piece];
+        gradients.dweight[channel] += a.piece_second[piece];
+        last = group_end >= channel_end;
+        if (group_end <= channel_end) group_end += p.run;
+      }
     }
   }
 }

@@ -9,6 +9,37 @@
 
 namespace normkit::NORMKIT_ISA {
 
+// Division of a 64-bit integer takes up to a hundred cycles, as long as a short row; sizes are small.
+inline int64_t divide(int64_t a, int64_t b) {
+  return (a | b) >> 32 ? a / b : int64_t(uint32_t(a) / uint32_t(b));
+}
+
+// Where the groups [begin, end) lie, found by counting.
+struct Place {
+  int64_t group, batch, low;  // low: first element of an example
+  int64_t first, count;       // examples
+  int64_t origin;             // first element of the tensor
+
+  Place(const Partition& p, int64_t start) : group(start), batch(divide(start, p.num_groups)) {
+    low = (start - batch * p.num_groups) * p.run;
+    enter(p);
+  }
+  void next(const Partition& p) {
+    ++group;
+    low += p.run;
+    if (low == p.example_size) {
+      low = 0;
+      ++batch;
+      enter(p);
+    }
+  }
+  void enter(const Partition& p) {
+    first = p.batch_begin(batch);
+    count = p.batch_size(batch);
+    origin = first * p.example_size;
+  }
+};
+
 // What one group's elements have in common.
 template <class T>
 struct Group {
@@ -27,7 +58,7 @@ inline Group<T> group_of(const Pooled& a, int64_t group) {
 // Calls piece(channel, start, length) for each part of [low, high) inside one affine channel.
 template <class F>
 inline void each_piece(int64_t low, int64_t high, int64_t plane, const F& piece) {
-  int64_t channel = low / plane;
+  int64_t channel = divide(low, plane);
   for (int64_t start = low; start < high; ++channel) {
     const int64_t end = least((channel + 1) * plane, high);
     piece(channel, start, end - start);
@@ -54,7 +85,7 @@ void apply_elementwise(const Pooled& a, const Group<T>& group, int64_t start, in
   const A* bias = a.bias ? static_cast<const A*>(a.bias) + low : nullptr;
   const vec<T> pivot = splat<T>(group.pivot), rstd = splat<T>(A(group.rstd));
   const vec<T> center = splat<T>(A(group.pivot_offset * group.rstd));
-  each_vector<T>(high - low, [&](int, int64_t i, int n) {
+  each_vector<T>(high - low, [&](int, int64_t i, int n) NORMKIT_INLINE {
     vec<T> y_hat = rstd * (load_some(x + i, n, pivot) - pivot) + center;
     if (weight) y_hat *= load_some(weight + i, n, vec<T>{});
     if (bias) y_hat += load_some(bias + i, n, vec<T>{});
@@ -71,7 +102,7 @@ void apply_run(const Pooled& a, const Group<T>& group, int64_t example, int64_t 
   if (a.affine_plane == 1) return apply_elementwise<T>(a, group, origin + low, low, high);
   const T* x = static_cast<const T*>(a.x) + origin;
   T* y = static_cast<T*>(a.out) + origin;
-  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) {
+  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
     const double scale = weight_at<T>(a, channel) * group.rstd;
     row_affine(x + start, y + start, length, group.pivot, A(scale),
                A(bias_at<T>(a, channel) + group.pivot_offset * scale));
@@ -80,8 +111,7 @@ void apply_run(const Pooled& a, const Group<T>& group, int64_t example, int64_t 
 
 // Which piece of the example starts at `start`: counts the borders of planes and runs before it.
 inline int64_t piece_index(const Partition& p, int64_t start) {
-  if (p.run % p.plane == 0) return start / p.plane;
-  if (p.plane % p.run == 0) return start / p.run;
+  if (start == 0 || p.run == p.plane) return divide(start, p.plane);
   int64_t a = p.run, b = p.plane;
   while (b) {
     const int64_t rest = a % b;
@@ -93,47 +123,45 @@ inline int64_t piece_index(const Partition& p, int64_t start) {
 
 inline void store_moments(double* mean, double* var, const double* sums, double shift,
                           double count) {
-  const double offset = sums[0] / count;
-  const double spread = sums[1] / count - offset * offset;
+  const double share = 1.0 / count, offset = sums[0] * share;
+  const double spread = sums[1] * share - offset * offset;
   *mean = shift + offset;
   *var = spread < 0 ? 0 : spread;  // rounding; comparisons keep NaN
 }
 
 template <class T>
-void group_statistics(const Pooled& a, int64_t group) {
+void group_statistics(const Pooled& a, const Place& at) {
   const Partition& p = a.partition;
-  const int64_t batch = group / p.num_groups, low = group % p.num_groups * p.run;
-  const int64_t count = p.batch_size(batch);
-  const int64_t origin = p.batch_begin(batch) * p.example_size;
   const T* x = static_cast<const T*>(a.x);
-  const acc_t<T> shift = first_mean(x + origin + low, p.run);
+  const acc_t<T> shift = first_mean(x + at.origin + at.low, p.run);
   double sums[2] = {0, 0};
   if (!a.piece_first) {
-    span_sums(x, {origin + low, p.run, count, p.example_size}, shift, sums);
+    span_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, shift, sums);
   } else {
-    each_piece(low, low + p.run, p.plane, [&](int64_t, int64_t start, int64_t length) {
+    int64_t piece = at.batch * a.num_pieces + piece_index(p, at.low);
+    each_piece(at.low, at.low + p.run, p.plane,
+               [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
       double part[2];
-      span_sums(x, {origin + start, length, count, p.example_size}, shift, part);
-      const int64_t piece = batch * a.num_pieces + piece_index(p, start);
+      span_sums(x, {at.origin + start, length, at.count, p.example_size}, shift, part);
       store_moments(a.piece_first + piece, a.piece_second + piece, part, shift,
-                    double(count * length));
+                    double(at.count * length));
+      ++piece;  // the pieces of a group follow each other; counting saves a division
       sums[0] += part[0];
       sums[1] += part[1];
     });
   }
-  store_moments(a.mean + group, a.var + group, sums, shift, double(count) * double(p.run));
+  store_moments(a.mean + at.group, a.var + at.group, sums, shift,
+                double(at.count) * double(p.run));
 }
 
 template <class T>
 void forward_groups(const Pooled& a, int64_t begin, int64_t end) {
   const Partition& p = a.partition;
-  for (int64_t k = begin; k < end; ++k) {
-    if (!a.constant) group_statistics<T>(a, k);
-    const Group<T> group = group_of<T>(a, k);
-    const int64_t batch = k / p.num_groups, low = k % p.num_groups * p.run;
-    const int64_t first = p.batch_begin(batch), last = first + p.batch_size(batch);
-    for (int64_t example = first; example < last; ++example) {
-      apply_run<T>(a, group, example, low, low + p.run);
+  for (Place at(p, begin); at.group < end; at.next(p)) {
+    if (!a.constant) group_statistics<T>(a, at);
+    const Group<T> group = group_of<T>(a, at.group);
+    for (int64_t example = at.first; example < at.first + at.count; ++example) {
+      apply_run<T>(a, group, example, at.low, at.low + p.run);
     }
   }
 }
@@ -160,7 +188,7 @@ void combine_elementwise(const Pooled& a, const Group<T>& group, const GroupGrad
   const A* weight = a.weight ? static_cast<const A*>(a.weight) + low : nullptr;
   const vec<T> pivot = splat<T>(group.pivot), scale = splat<T>(A(k.scale));
   const vec<T> slope = splat<T>(A(k.slope)), center = splat<T>(A(k.center));
-  each_vector<T>(high - low, [&](int, int64_t i, int n) {
+  each_vector<T>(high - low, [&](int, int64_t i, int n) NORMKIT_INLINE {
     vec<T> gradient = scale * load_some(g + i, n, vec<T>{});
     if (weight) gradient *= load_some(weight + i, n, vec<T>{});
     store_some(dx + i, n, gradient + (slope * (load_some(x + i, n, pivot) - pivot) + center));
@@ -176,7 +204,7 @@ void combine_run(const Pooled& a, const Group<T>& group, const GroupGradient<T>&
   const T* g = static_cast<const T*>(a.grad) + origin;
   const T* x = static_cast<const T*>(a.x) + origin;
   T* dx = static_cast<T*>(a.out) + origin;
-  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) {
+  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
     row_gradient(g + start, x + start, dx + start, length, group.pivot,
                  A(weight_at<T>(a, channel) * k.scale), A(k.slope), A(k.center));
   });
@@ -184,24 +212,23 @@ void combine_run(const Pooled& a, const Group<T>& group, const GroupGradient<T>&
 
 // Sums of the pieces of one group; adds to sums, stores what dbias and dweight need.
 template <class T>
-void group_gradient_sums(const Pooled& a, const Group<T>& group, int64_t k, double* sums) {
+void group_gradient_sums(const Pooled& a, const Group<T>& group, const Place& at, double* sums) {
   const Partition& p = a.partition;
-  const int64_t batch = k / p.num_groups, low = k % p.num_groups * p.run;
-  const int64_t origin = p.batch_begin(batch) * p.example_size;
   const T* g = static_cast<const T*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
-  each_piece(low, low + p.run, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) {
+  int64_t piece = a.piece_first ? at.batch * a.num_pieces + piece_index(p, at.low) : 0;
+  each_piece(at.low, at.low + p.run, a.affine_plane,
+             [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
     double part[2];
-    span_grad_sums(g, x, {origin + start, length, p.batch_size(batch), p.example_size},
-                   group.pivot, part);
+    span_grad_sums(g, x, {at.origin + start, length, at.count, p.example_size}, group.pivot, part);
     part[1] += group.pivot_offset * part[0];
     const double weight = weight_at<T>(a, channel);
     sums[0] += weight * part[0];
     sums[1] += weight * part[1];
     if (a.piece_first) {
-      const int64_t piece = batch * a.num_pieces + piece_index(p, start);
       a.piece_first[piece] = part[0];
       a.piece_second[piece] = part[1] * group.rstd;
+      ++piece;
     }
   });
 }
@@ -209,16 +236,14 @@ void group_gradient_sums(const Pooled& a, const Group<T>& group, int64_t k, doub
 template <class T>
 void backward_groups(const Pooled& a, int64_t begin, int64_t end) {
   const Partition& p = a.partition;
-  for (int64_t k = begin; k < end; ++k) {
-    const Group<T> group = group_of<T>(a, k);
+  for (Place at(p, begin); at.group < end; at.next(p)) {
+    const Group<T> group = group_of<T>(a, at.group);
     double sums[2] = {0, 0};
-    group_gradient_sums<T>(a, group, k, sums);
-    const int64_t batch = k / p.num_groups, low = k % p.num_groups * p.run;
-    const int64_t first = p.batch_begin(batch), count = p.batch_size(batch);
+    group_gradient_sums<T>(a, group, at, sums);
     if (a.constant) sums[0] = sums[1] = 0;
-    const GroupGradient<T> gradient(group, sums, double(count) * double(p.run));
-    for (int64_t example = first; example < first + count; ++example) {
-      combine_run<T>(a, group, gradient, example, low, low + p.run);
+    const GroupGradient<T> gradient(group, sums, double(at.count) * double(p.run));
+    for (int64_t example = at.first; example < at.first + at.count; ++example) {
+      combine_run<T>(a, group, gradient, example, at.low, at.low + p.run);
     }
   }
 }
@@ -233,28 +258,19 @@ void elementwise_grad_run(const Pooled& a, const Group<T>& group, int64_t start,
   const A* weight = a.weight ? static_cast<const A*>(a.weight) + low : nullptr;
   const vec<T> pivot = splat<T>(group.pivot), rstd = splat<T>(A(group.rstd));
   const vec<T> center = splat<T>(A(group.pivot_offset * group.rstd));
-  Sums<T> first, second;
-  const Span span{0, a.partition.run, 1, 0};
-  each_block(
-      span,
-      [&](int64_t block, int64_t length) {
-        each_vector<T>(length, [&](int lane, int64_t j, int n) {
-          const int64_t i = block + j;
-          vec<T> gradient = load_some(g + i, n, vec<T>{});
-          const vec<T> x_hat = rstd * (load_some(x + i, n, pivot) - pivot) + center;
-          store_some(dbias + i, n, load_some(dbias + i, n, vec<T>{}) + gradient);
-          store_some(dweight + i, n, load_some(dweight + i, n, vec<T>{}) + gradient * x_hat);
-          if (weight) gradient *= load_some(weight + i, n, vec<T>{});
-          first.lanes[lane] += gradient;
-          second.lanes[lane] += gradient * x_hat;
-        });
-      },
-      [&] {
-        first.fold();
-        second.fold();
-      });
-  sums[0] += first.value();
-  sums[1] += second.value();
+  double parts[2];
+  sum_span<T>({0, a.partition.run, 1, 0}, parts,
+              [&](int64_t i, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+                vec<T> gradient = load_some(g + i, n, vec<T>{});
+                const vec<T> x_hat = rstd * (load_some(x + i, n, pivot) - pivot) + center;
+                store_some(dbias + i, n, load_some(dbias + i, n, vec<T>{}) + gradient);
+                store_some(dweight + i, n, load_some(dweight + i, n, vec<T>{}) + gradient * x_hat);
+                if (weight) gradient *= load_some(weight + i, n, vec<T>{});
+                one += gradient;
+                two += gradient * x_hat;
+              });
+  sums[0] += parts[0];
+  sums[1] += parts[1];
 }
 
 template <class T>
@@ -301,7 +317,7 @@ void grad_part(const Pooled& a, int64_t k, int64_t example, int64_t low, int64_t
                double* pieces) {
   const Group<T> group = group_of<T>(a, k);
   const int64_t origin = example * a.partition.example_size;
-  each_piece(low, high, a.affine_plane, [&](int64_t, int64_t start, int64_t length) {
+  each_piece(low, high, a.affine_plane, [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
     span_grad_sums(static_cast<const T*>(a.grad), static_cast<const T*>(a.x),
                    {origin + start, length, 1, 0}, group.pivot, pieces);
     pieces[1] += group.pivot_offset * pieces[0];

@@ -21,8 +21,7 @@ FeatureMap as_rows(FeatureMap x) {
   return x;
 }
 
-Positional describe(const FeatureMap& x, const Tensor& out, double eps, const Tensor& mean,
-                    const Tensor& var) {
+Positional describe(const FeatureMap& x, const Tensor& out, double eps, const Tensor& table) {
   Positional a{};
   a.num_examples = x.num_examples;
   a.num_channels = x.num_channels;
@@ -33,8 +32,8 @@ Positional describe(const FeatureMap& x, const Tensor& out, double eps, const Te
   a.x = x.data();
   a.out = out.data_ptr();
   a.eps = eps;
-  a.mean = doubles(mean);
-  a.var = doubles(var);
+  a.mean = doubles(table);
+  a.var = a.mean + x.num_examples * x.plane;
   return a;
 }
 
@@ -44,52 +43,50 @@ int64_t tile_grain(const Positional& a) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> positional_forward(const Tensor& input,
-                                                      const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, double eps) {
+std::tuple<Tensor, Tensor> positional_forward(const Tensor& input, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double eps) {
   const FeatureMap x(input);
   const Tensor y = x.fresh();
-  const Tensor mean = fresh_table({x.num_examples, x.plane}, true);
-  const Tensor var = fresh_table({x.num_examples, x.plane}, true);
+  const Tensor table = fresh_table({2, x.num_examples * x.plane}, true);
   if (x.numel() == 0) {
-    std::fill_n(doubles(mean), mean.numel(), 0.0);
-    std::fill_n(doubles(var), var.numel(), 0.0);
-    return {y, mean, var};
+    std::fill_n(doubles(table), table.numel(), 0.0);
+    return {y, table};
   }
   if (positions_are_rows(x)) {
     const FeatureMap rows = as_rows(x);
     forward_by_rows(rows, y, weight, bias, make_partition(rows, 1, 1), eps,
-                    {doubles(mean), doubles(var), nullptr, nullptr});
-    return {y, mean, var};
+                    {doubles(table), doubles(table) + table.size(1), nullptr, nullptr});
+    return {y, table};
   }
   const Kernels& kernels = best_kernels(x.element);
   const Parameter weights(weight, x), biases(bias, x);
-  Positional a = describe(x, y, eps, mean, var);
+  Positional a = describe(x, y, eps, table);
   a.weight = weights.data();
   a.bias = biases.data();
   parallel(a.num_examples * a.num_tiles, tile_grain(a),
            [&](int64_t begin, int64_t end) { kernels.positional_forward(a, begin, end); });
-  return {y, mean, var};
+  return {y, table};
 }
 
 std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const Tensor& input,
-                                                       const Tensor& mean, const Tensor& var,
+                                                       const Tensor& table,
                                                        const OptionalTensor& weight, double eps,
                                                        bool need_weight, bool need_bias) {
   const FeatureMap x(input);
   const Tensor g = x.matching(grad);
   const Tensor dx = x.fresh();
-  STD_TORCH_CHECK(mean.numel() == x.num_examples * x.plane && var.numel() == mean.numel(),
-                  "mean and var have shape (N, P)");
+  STD_TORCH_CHECK(table.numel() == 2 * x.num_examples * x.plane && table.is_contiguous(),
+                  "the table has shape (2, N * P)");
   ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
   if (x.numel() > 0 && positions_are_rows(x)) {
     const FeatureMap rows = as_rows(x);
-    backward_by_rows(g, rows, dx, {doubles(mean), doubles(var), nullptr, nullptr}, weight,
+    backward_by_rows(g, rows, dx,
+                     {doubles(table), doubles(table) + table.size(1), nullptr, nullptr}, weight,
                      make_partition(rows, 1, 1), eps, gradients);
   } else if (x.numel() > 0) {
     const Kernels& kernels = best_kernels(x.element);
     const Parameter weights(weight, x);
-    Positional a = describe(x, dx, eps, mean, var);
+    Positional a = describe(x, dx, eps, table);
     a.grad = g.data_ptr();
     a.weight = weights.data();
     const int64_t items = a.num_examples * a.num_tiles;

@@ -60,7 +60,7 @@ void positional_forward(const Positional& a, int64_t begin, int64_t end) {
       T* y = static_cast<T*>(a.out) + tile.origin + c * a.plane;
       const vec<T> weight = splat<T>(a.weight ? static_cast<const A*>(a.weight)[c] : A(1));
       const vec<T> bias = splat<T>(a.bias ? static_cast<const A*>(a.bias)[c] : A(0));
-      each_vector<T>(tile.width, [&](int, int64_t i, int n) {
+      each_vector<T>(tile.width, [&](int, int64_t i, int n) NORMKIT_INLINE {
         const vec<T> p = load_some(tile.pivot.data() + i, n, vec<T>{});
         const vec<T> x_hat =
             load_some(tile.scale.data() + i, n, vec<T>{}) * (load_some(x + i, n, p) - p) +
@@ -83,7 +83,7 @@ void tile_gradient(const Positional& a, Tile<T>& tile, const double* mean, const
   const int64_t stride = a.plane;
   sum_columns<T>(tile.columns, 0, a.num_channels, tile.first.data(), tile.second.data(),
                  [=](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
-                     __attribute__((always_inline)) {
+                     NORMKIT_INLINE {
                        const vec<T> p = load_some(pivot + col, n, vec<T>{});
                        const vec<T> gradient = splat<T>(weights ? weights[row] : A(1)) *
                                                load_some(g + row * stride + col, n, vec<T>{});
@@ -112,25 +112,26 @@ void tile_channel_gradient(const Positional& a, const Tile<T>& tile, int64_t ite
   const T* g = static_cast<const T*>(a.grad) + start;
   T* dx = static_cast<T*>(a.out) + start;
   const vec<T> weight = splat<T>(a.weight ? static_cast<const A*>(a.weight)[c] : A(1));
-  Sums<T> first, second;
-  each_vector<T>(tile.width, [&](int lane, int64_t i, int n) {
-    const vec<T> p = load_some(tile.pivot.data() + i, n, vec<T>{});
-    const vec<T> d = load_some(x + i, n, p) - p;
-    const vec<T> gradient = load_some(g + i, n, vec<T>{});
-    const vec<T> scale = load_some(tile.scale.data() + i, n, vec<T>{});
-    first.lanes[lane] += gradient;
-    second.lanes[lane] += gradient * (scale * d);
-    store_some(dx + i, n,
-               weight * (scale * gradient) + (load_some(tile.slope.data() + i, n, vec<T>{}) * d +
-                                              load_some(tile.center.data() + i, n, vec<T>{})));
-  });
+  double sums[2];
+  sum_span<T>({0, tile.width, 1, 0}, sums,
+              [&](int64_t i, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+                const vec<T> p = load_some(tile.pivot.data() + i, n, vec<T>{});
+                const vec<T> d = load_some(x + i, n, p) - p;
+                const vec<T> gradient = load_some(g + i, n, vec<T>{});
+                const vec<T> scale = load_some(tile.scale.data() + i, n, vec<T>{});
+                const vec<T> slope = load_some(tile.slope.data() + i, n, vec<T>{});
+                const vec<T> center = load_some(tile.center.data() + i, n, vec<T>{});
+                one += gradient;
+                two += gradient * (scale * d);
+                store_some(dx + i, n, weight * (scale * gradient) + (slope * d + center));
+              });
   if (!a.tile_dbias) return;
   double offset = 0;  // what the pivots could not hold of the means
   if (sizeof(A) < sizeof(double)) {
     for (int64_t i = 0; i < tile.width; ++i) offset += to_float(g[i]) * tile.first[i];
   }
-  a.tile_dbias[item * a.num_channels + c] = first.value();
-  a.tile_dweight[item * a.num_channels + c] = second.value() + offset;
+  a.tile_dbias[item * a.num_channels + c] = sums[0];
+  a.tile_dweight[item * a.num_channels + c] = sums[1] + offset;
 }
 
 template <class T>

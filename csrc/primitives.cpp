@@ -94,11 +94,11 @@ void apply_columns(const FeatureMap& x, const void* grad, const Tensor& out, con
   });
 }
 
-void write(const Tensor& table, bool wide, int64_t entry, double value) {
+void write(void* table, bool wide, int64_t entry, double value) {
   if (wide) {
-    doubles(table)[entry] = value;
+    static_cast<double*>(table)[entry] = value;
   } else {
-    static_cast<float*>(table.data_ptr())[entry] = float(value);
+    static_cast<float*>(table)[entry] = float(value);
   }
 }
 
@@ -106,11 +106,12 @@ void write(const Tensor& table, bool wide, int64_t entry, double value) {
 template <class A>
 void write_cells(const Plan& plan, const Cells<A>& cells, bool wide, const Tensor& first,
                  const Tensor& second) {
+  void *const firsts = first.data_ptr(), *const seconds = second.data_ptr();
   plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
     for (int64_t col = begin; col < end; ++col) {
       const int64_t entry = plan.group_of(block, col);
-      write(first, wide, entry, cells.first[block * plan.cols + col]);
-      write(second, wide, entry, cells.second[block * plan.cols + col]);
+      write(firsts, wide, entry, cells.first[block * plan.cols + col]);
+      write(seconds, wide, entry, cells.second[block * plan.cols + col]);
     }
   });
 }
@@ -200,9 +201,10 @@ std::tuple<Tensor, Tensor> reduce_grad(const Tensor& grad, const Tensor& input,
   Rows rows = rows_of(x, p, tables);
   rows.grad = g.data_ptr();
   each_row(p, rows, best_kernels(x.element).row_grad_sums);
+  void *const firsts = first.data_ptr(), *const seconds = second.data_ptr();
   for (int64_t i = 0; i < size; ++i) {
-    write(first, x.wide(), i, tables.values[1][i]);
-    write(second, x.wide(), i, tables.values[2][i]);
+    write(firsts, x.wide(), i, tables.values[1][i]);
+    write(seconds, x.wide(), i, tables.values[2][i]);
   }
   return {first, second};
 }

@@ -15,19 +15,14 @@ struct Span {
   int64_t offset, length, count, stride;
 };
 
+// Two sums at once, four vectors wide: enough to hide the latency of an addition.
 template <class T>
-struct Sums {
-  using V = vec<T>;
-  V lanes[4] = {};
-  doublev sum = {};
+struct Lanes4 {
+  vec<T> one[4] = {}, two[4] = {};
 
-  void fold() {
-    sum += widen((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
-    for (V& lane : lanes) lane = V{};
-  }
-  double value() {
-    fold();
-    return total(sum);
+  void fold(doublev& first, doublev& second) const {
+    first += widen((one[0] + one[1]) + (one[2] + one[3]));
+    second += widen((two[0] + two[1]) + (two[2] + two[3]));
   }
 };
 
@@ -42,8 +37,10 @@ template <class T, class F>
     each(2, i + 2 * W, W);
     each(3, i + 3 * W, W);
   }
-  int lane = 0;
-  for (; i + W <= length; i += W) each(lane++, i, W);
+  // Constant lanes: an index known only at run time would keep the sums out of the registers.
+  if (i + W <= length) each(0, i, W), i += W;
+  if (i + W <= length) each(1, i, W), i += W;
+  if (i + W <= length) each(2, i, W), i += W;
   if (i < length) each(3, i, int(length - i));
 }
 
@@ -65,69 +62,53 @@ template <class T>
 inline acc_t<T> first_mean(const T* x, int64_t length) {
   const int64_t count = least(length, 4 * kWidth<T>);
   vec<T> sum = {};
-  each_vector<T>(count, [&](int, int64_t i, int n) { sum += load_some(x + i, n, vec<T>{}); });
+  each_vector<T>(count, [&](int, int64_t i, int n) NORMKIT_INLINE { sum += load_some(x + i, n, vec<T>{}); });
   return acc_t<T>(total(widen(sum)) / double(count));
 }
 
-// Calls block(row_begin + i, n) for blocks of at most kBlock elements and fold() between them.
-template <class B, class F>
-[[gnu::always_inline]] inline void each_block(const Span& span, const B& block, const F& fold) {
-  int64_t pending = 0;
-  for (int64_t row = 0; row < span.count; ++row) {
-    const int64_t start = span.offset + row * span.stride;
-    for (int64_t i = 0; i < span.length; i += kBlock) {
-      const int64_t n = least(kBlock, span.length - i);
-      if ((pending += n) > kBlock) {
-        fold();
-        pending = n;
+// Adds up term(position, n, one, two) over a span; the lanes live in registers inside each block.
+template <class T, class F>
+[[gnu::always_inline]] inline void sum_span(const Span& span, double* sums, const F& term) {
+  doublev first = {}, second = {};
+  const int64_t rows_per_fold = span.length < kBlock ? kBlock / span.length : 1;
+  for (int64_t row = 0; row < span.count; row += rows_per_fold) {
+    const int64_t end = least(row + rows_per_fold, span.count);
+    for (int64_t block = 0; block < span.length; block += kBlock) {
+      const int64_t length = least(kBlock, span.length - block);
+      Lanes4<T> lanes;
+      for (int64_t r = row; r < end; ++r) {
+        const int64_t start = span.offset + r * span.stride + block;
+        each_vector<T>(length, [&](int lane, int64_t i, int n) NORMKIT_INLINE {
+          term(start + i, n, lanes.one[lane], lanes.two[lane]);
+        });
       }
-      block(start + i, n);
+      lanes.fold(first, second);
     }
   }
+  sums[0] = total(first);
+  sums[1] = total(second);
 }
 
 // sums = {sum(x - shift), sum((x - shift)^2)}
 template <class T>
 inline void span_sums(const T* x, const Span& span, acc_t<T> shift, double* sums) {
   const vec<T> shifts = splat<T>(shift);
-  Sums<T> first, second;
-  each_block(
-      span,
-      [&](int64_t start, int64_t length) {
-        each_vector<T>(length, [&](int lane, int64_t i, int n) {
-          const vec<T> d = load_some(x + start + i, n, shifts) - shifts;
-          first.lanes[lane] += d;
-          second.lanes[lane] += d * d;
-        });
-      },
-      [&] {
-        first.fold();
-        second.fold();
-      });
-  sums[0] = first.value();
-  sums[1] = second.value();
+  sum_span<T>(span, sums, [&](int64_t at, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+    const vec<T> d = load_some(x + at, n, shifts) - shifts;
+    one += d;
+    two += d * d;
+  });
 }
 
 // sums = {sum(g), sum(g * (x - pivot))}
 template <class T>
 inline void span_grad_sums(const T* g, const T* x, const Span& span, acc_t<T> pivot, double* sums) {
   const vec<T> pivots = splat<T>(pivot);
-  Sums<T> first, second;
-  each_block(
-      span,
-      [&](int64_t start, int64_t length) {
-        each_vector<T>(length, [&](int lane, int64_t i, int n) {
-          const vec<T> gradient = load_some(g + start + i, n, vec<T>{});
-          first.lanes[lane] += gradient;
-          second.lanes[lane] += gradient * (load_some(x + start + i, n, pivots) - pivots);
-        });
-      },
-      [&] {
-        first.fold();
-        second.fold();
-      });
-  sums[0] = first.value();
-  sums[1] = second.value();
+  sum_span<T>(span, sums, [&](int64_t at, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+    const vec<T> gradient = load_some(g + at, n, vec<T>{});
+    one += gradient;
+    two += gradient * (load_some(x + at, n, pivots) - pivots);
+  });
 }
 
 // y = scale * (x - pivot) + center
@@ -135,7 +116,7 @@ template <class T>
 inline void row_affine(const T* x, T* y, int64_t length, acc_t<T> pivot, acc_t<T> scale,
                        acc_t<T> center) {
   const vec<T> p = splat<T>(pivot), s = splat<T>(scale), c = splat<T>(center);
-  each_vector<T>(length, [&](int, int64_t i, int n) {
+  each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
     store_some(y + i, n, s * (load_some(x + i, n, p) - p) + c);
   });
 }
@@ -145,7 +126,7 @@ template <class T>
 inline void row_gradient(const T* g, const T* x, T* dx, int64_t length, acc_t<T> pivot,
                          acc_t<T> scale, acc_t<T> slope, acc_t<T> center) {
   const vec<T> p = splat<T>(pivot), s = splat<T>(scale), k = splat<T>(slope), c = splat<T>(center);
-  each_vector<T>(length, [&](int, int64_t i, int n) {
+  each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
     const vec<T> gradient = load_some(g + i, n, vec<T>{});
     store_some(dx + i, n, s * gradient + (k * (load_some(x + i, n, p) - p) + c));
   });

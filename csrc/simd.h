@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// On lambdas: one call per vector would undo everything that the vectors win.
+#define NORMKIT_INLINE __attribute__((always_inline))
+
 namespace normkit::NORMKIT_ISA {
 
 #if defined(__AVX512F__)

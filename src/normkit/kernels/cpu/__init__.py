@@ -1,19 +1,27 @@
 """C++ kernels on torch's stable ABI, from ``csrc/``; absent where no compiler was at hand."""
 
 from normkit.kernels.cpu.functions import (
+    Pooling,
+    Running,
+    Tables,
     normalize_given,
     normalize_pooled,
     normalize_positions,
     require,
+    split_table,
 )
 from normkit.kernels.cpu.library import available, instruction_set, why_not
 
 __all__ = [
+    "Pooling",
+    "Running",
+    "Tables",
     "available",
     "instruction_set",
     "normalize_given",
     "normalize_pooled",
     "normalize_positions",
     "require",
+    "split_table",
     "why_not",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from normkit.kernels.cpu.library import why_not
@@ -15,19 +16,54 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Differentiable = Callable[[Tensor, Tensor, Tensor | None, tuple[bool, bool, bool]], Gradients]
 """``(grad, x, weight, (wants_x, wants_weight, wants_bias))`` to three gradients, in operations that
 autograd can differentiate again."""
+CellTable = Float[Tensor, "2 cells"]
+"""Means above biased variances, float64: of the groups in order, then, if wanted, the channels."""
 
 
-def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
+class Pooling(NamedTuple):
+    """Which elements share statistics, as the operator takes it."""
+
+    num_groups: int
+    examples_per_group: int  # 0: the whole batch
+    eps: float
+    channel_statistics: bool = False
+
+
+class Running(NamedTuple):
+    """Running statistics that follow the batch: of the channels if wanted, else of the groups."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float
+
+
+class Tables(NamedTuple):
+    """The parts of a cell table."""
+
+    mean: GroupTable
+    var: GroupTable
+    channel_mean: PerChannel
+    channel_var: PerChannel
+
+
+def split_table(table: CellTable, x: FeatureMap, pooling: Pooling) -> Tables:
+    """Views of the groups' statistics ``(B, G)`` and the channels' ``(C,)`` (empty if unwanted)."""
+    num_channels = x.shape[1] if pooling.channel_statistics else 0
+    groups, channels = table.split((table.shape[1] - num_channels, num_channels), dim=1)
+    groups = groups.unflatten(1, (-1, pooling.num_groups))
+    return Tables(groups[0], groups[1], channels[0], channels[1])
+
+
+def normalize_pooled(
     x: FeatureMap,
     weight: PerChannel | None,
     bias: PerChannel | None,
-    num_groups: int,
-    examples_per_group: int,
-    eps: float,
-    want_channel_statistics: bool = False,
+    pooling: Pooling,
+    running: Running | None = None,
     differentiable: Differentiable | None = None,
-) -> tuple[FeatureMap, GroupTable, GroupTable, PerChannel, PerChannel]:
-    r"""Normalise by the statistics of ``x``'s own groups.
+) -> tuple[FeatureMap, CellTable]:
+    r"""Normalise by the statistics of ``x``'s own groups; ``running`` follows them in place.
 
     .. math::  y = w_c (x - \mu) / \sqrt{\sigma^2 + \epsilon} + b_c
 
@@ -35,22 +71,47 @@ def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments, 
         x: Feature map ``(N, C, *S)`` on the CPU; contiguous and channels_last are read in place.
         weight: Scale of each channel, ``(C,)``.
         bias: Shift of each channel, ``(C,)``.
-        num_groups: Equal runs ``G`` of the flattened ``(C, *S)`` axis.
-        examples_per_group: Consecutive examples that share statistics; 0 means the whole batch.
-        eps: Added to the variance.
-        want_channel_statistics: Also pool the moments of each channel over the whole batch.
+        pooling: The groups.
+        running: Buffers to move towards the batch's statistics, the variance's unbiased.
         differentiable: Makes the gradients when a backward pass is itself differentiated.
 
     Returns:
-        ``y`` in the dtype and layout of ``x``; mean and biased variance ``(B, G)`` and, where
-        wanted, those of each channel ``(C,)`` (else empty), all float64 and without a gradient.
+        ``y`` in the dtype and layout of ``x``, and the table of statistics, without a gradient.
     """
+    if running is not None and torch.compiler.is_compiling():
+        y, table = normalize_pooled(x, weight, bias, pooling, None, differentiable)
+        _follow(running, x, table, pooling)
+        return y, table
     if _needs_gradient(x, weight, bias):
-        options = (num_groups, examples_per_group, eps, want_channel_statistics)
-        return _Pooled.apply(x, weight, bias, options, differentiable)
-    return torch.ops.normkit.pooled_forward.default(
-        x, weight, bias, num_groups, examples_per_group, eps, want_channel_statistics
+        return _Pooled.apply(x, weight, bias, pooling, running, differentiable)
+    return _pooled_forward(x, weight, bias, pooling, running)
+
+
+def _pooled_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pooling: Pooling,
+    running: Running | None,
+) -> tuple[Tensor, Tensor]:
+    num_groups, examples_per_group, eps, channels = pooling
+    mean, var, tracked, momentum = running or (None, None, None, 0.0)
+    operator = torch.ops.normkit.pooled_forward.default
+    groups = (num_groups, examples_per_group)
+    return operator(x, weight, bias, mean, var, tracked, *groups, eps, momentum, channels)
+
+
+def _follow(running: Running, x: Tensor, table: Tensor, pooling: Pooling) -> None:
+    """Do the operator's work on the buffers beside it: a traced node must not change its inputs."""
+    if x.numel() == 0:
+        return
+    size = running.mean.numel()
+    mean, var = table[:, -size:]
+    torch.ops.normkit.update_running_.default(
+        running.mean, running.var, mean, var, x.numel() // size, running.momentum
     )
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
 
 
 class _Pooled(torch.autograd.Function):
@@ -58,24 +119,22 @@ class _Pooled(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401 - torch's context has no public type
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        options: tuple[int, int, float, bool],
-        differentiable: Differentiable | None,
-    ) -> tuple[Tensor, ...]:
-        results = torch.ops.normkit.pooled_forward.default(x, weight, bias, *options)
-        _, mean, var, *channels = results
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.options = options[:3]
+        *arguments: Any,  # noqa: ANN401 - of normalize_pooled, in its order
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias, pooling, running, differentiable = arguments
+        y, table = _pooled_forward(x, weight, bias, pooling, running)
+        ctx.save_for_backward(x, weight, table)
+        ctx.options = (pooling.num_groups, pooling.examples_per_group, pooling.eps)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.differentiable = differentiable
-        ctx.mark_non_differentiable(mean, var, *channels)
+        ctx.mark_non_differentiable(table)
         ctx.set_materialize_grads(False)
-        return results
+        return y, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
-        return *_gradients(ctx, grads[0], torch.ops.normkit.pooled_backward.default), None, None
+        operator = torch.ops.normkit.pooled_backward.default
+        return *_gradients(ctx, grads[0], operator), None, None, None
 
 
 def normalize_given(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
@@ -124,8 +183,8 @@ def normalize_positions(
     bias: PerChannel | None,
     eps: float,
     differentiable: Differentiable | None = None,
-) -> tuple[FeatureMap, Tensor, Tensor]:
-    """Normalise each position over its channels; also mean and variance ``(N, P)``, float64."""
+) -> tuple[FeatureMap, CellTable]:
+    """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
     if _needs_gradient(x, weight, bias):
         return _Positional.apply(x, weight, bias, eps, differentiable)
     return torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
@@ -140,15 +199,15 @@ class _Positional(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         differentiable: Differentiable | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, var)
+    ) -> tuple[Tensor, Tensor]:
+        y, table = torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, table)
         ctx.options = (eps,)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.differentiable = differentiable
-        ctx.mark_non_differentiable(mean, var)
+        ctx.mark_non_differentiable(table)
         ctx.set_materialize_grads(False)
-        return y, mean, var
+        return y, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
@@ -174,7 +233,7 @@ def _gradients(
     if grad is None:
         return None, None, None
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    x, weight, mean, var = ctx.saved_tensors
+    x, weight, *tables = ctx.saved_tensors
     if torch.is_grad_enabled():
         if ctx.differentiable is None:
             raise NotImplementedError(
@@ -182,14 +241,17 @@ def _gradients(
                 "choose the reference kernels for second derivatives"
             )
         return ctx.differentiable(grad, x, weight, (wants_x, wants_weight, wants_bias))
-    dx, dweight, dbias = operator(
-        grad, x, mean, var, weight, *ctx.options, wants_weight, wants_bias
-    )
+    dx, dweight, dbias = operator(grad, x, *tables, weight, *ctx.options, wants_weight, wants_bias)
     return (
         dx if wants_x else None,
-        dweight.to(weight.dtype) if wants_weight else None,
-        dbias.to(ctx.bias_dtype) if wants_bias else None,
+        _cast(dweight, weight.dtype) if wants_weight else None,
+        _cast(dbias, ctx.bias_dtype) if wants_bias else None,
     )
+
+
+def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient.to(dtype)`` without the microseconds of a call that changes nothing."""
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def require() -> None:

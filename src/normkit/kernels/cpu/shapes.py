@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,32 +42,18 @@ def _table(x: Tensor, *shape: int | torch.SymInt, wide: bool = True) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
-def _pooled_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *options: int,
-) -> tuple[Tensor, ...]:
-    num_groups, examples_per_group, _, want_channel_statistics = options
+def _pooled_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    num_groups, examples_per_group, _, _, channel_statistics = arguments[5:]
     num_examples, num_channels = x.shape[:2]
     num_batches = 1
     if examples_per_group > 0:
         num_batches = (num_examples + examples_per_group - 1) // examples_per_group
-    groups = (num_batches, num_groups)
-    channels = num_channels if want_channel_statistics else 0
-    tables = (groups, groups, (channels,), (channels,))
-    return _result(x), *(_table(x, *shape) for shape in tables)
+    num_cells = num_batches * num_groups + (num_channels if channel_statistics else 0)
+    return _result(x), _table(x, 2, num_cells)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    *options: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    need_weight, need_bias = options[-2:]
+def _backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    need_weight, need_bias = arguments[-2:]
     num_channels = x.shape[1]
     dweight = _table(x, num_channels if need_weight else 0, wide=False)
     dbias = _table(x, num_channels if need_bias else 0, wide=False)
@@ -76,11 +64,8 @@ def _like_x(x: Tensor, *arguments: object) -> Tensor:
     return _result(x)
 
 
-def _positional_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    plane = _product(x.shape[2:])
-    return _result(x), _table(x, x.shape[0], plane), _table(x, x.shape[0], plane)
+def _positional_forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    return _result(x), _table(x, 2, x.shape[0] * _product(x.shape[2:]))
 
 
 def _product(sizes: torch.Size) -> int:
