@@ -77,11 +77,15 @@ class Compare:
         """
         with redirect_stdout(sys.stderr):  # libraries that download print to the standard output
             sweep = self.sweep()
+            num_workers = self._num_workers(sweep)
             num_examples = check(sweep)
             folder = usable_folder(self.out)
             contents = read_records(folder)
             _tell_of_corrupt_lines(contents, folder)
-            self._run_missing(sweep, contents, num_examples)
+            specs = missing_runs(sweep, contents.records)
+            if specs:
+                with sweep_progress(specs, num_examples) as watcher:
+                    run_all(specs, folder, num_workers, watcher)
             records = of_sweep(sweep, read_records(folder).records)
             comparison = compare(sweep, records)
             write_report(folder, comparison, records, self.command())
@@ -125,13 +129,6 @@ class Compare:
             if option.name not in hidden and value is not None:
                 words += [f"--{option.name.replace('_', '-')}", str(value)]
         return shlex.join(words)
-
-    def _run_missing(self, sweep: SweepSpec, contents: Contents, num_examples: int) -> None:
-        specs = missing_runs(sweep, contents.records)
-        if not specs:
-            return
-        with sweep_progress(specs, num_examples) as watcher:
-            run_all(specs, self.out, self._num_workers(sweep), watcher)
 
     def _num_workers(self, sweep: SweepSpec) -> int:
         if self.workers is None:

@@ -35,7 +35,7 @@ class Watcher(Protocol):
 
 
 def check(sweep: SweepSpec) -> int:
-    """Find bad input before the first run.
+    """Find bad input before the first run; groups that do not fit a layer are the run's matter.
 
     Returns:
         The number of training examples.

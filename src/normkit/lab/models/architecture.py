@@ -58,10 +58,10 @@ def parse_options(options: type[Architecture], text: str, arguments: Sequence[st
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in known or not value.isdecimal() or int(value) == 0:
-            allowed = ", ".join(f"{name}=N" for name in known)
+            allowed = ", ".join(f"{name}=N" for name in known) or "no arguments"
+            rule = " with N a whole number, 1 or more" if known else ""
             raise SpecError(
-                f"model {text!r} has the argument {argument!r}; it takes {allowed} "
-                f"with N a whole number, 1 or more"
+                f"model {text!r} has the argument {argument!r}; it takes {allowed}{rule}"
             )
         values[key] = int(value)
     return options(**values)

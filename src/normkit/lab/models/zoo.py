@@ -130,8 +130,7 @@ def take_channels(model: nn.Module, num_channels: int) -> None:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its original is a child in the model."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child in replacements:
-                setattr(parent, name, replacements[child])
+    """Put each replacement under every name that its original has in the model."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(name, replacements[module])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+SMALLEST_RANGE = 1e-6  # values closer together than this are drawn as equal
 LABEL_DISTANCE = 15.0  # between two labels at the right edge, in units of the drawing
 
 
@@ -120,7 +121,7 @@ def nice_ticks(low: float, high: float, at_most: int = 6) -> tuple[float, ...]:
         high: Upper end, not below ``low``.
         at_most: Number of steps that is not exceeded.
     """
-    if high <= low:
+    if high - low < SMALLEST_RANGE:
         low, high = low - 0.5, high + 0.5
     exponent = math.floor(math.log10((high - low) / at_most))
     steps = (factor * 10.0 ** (exponent + e) for e in range(3) for factor in (1, 2, 5))

@@ -1,0 +1,185 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from normkit.cli import main
+
+TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
+SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "10,20", "--seeds", "1,2", "--workers", "1"]
+
+
+@pytest.fixture
+def compare(tmp_path, capsys):
+    """Run `normkit compare`; returns the exit code, the standard output and the error output."""
+
+    def run(*arguments, command=SMALL, out=tmp_path / "out"):
+        code = main([*command, *arguments, "--out", str(out)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_it_prints_the_tables_and_writes_both_files(compare, tmp_path):
+    code, output, progress = compare()
+    assert code == 0
+    for text in ("Test accuracy", "ln \N{MINUS SIGN} bn", "batch 20", " ms", " kB", "±"):
+        assert text in output
+    assert "bn, batch size 10, seed 1: " in progress
+    assert "8 of 8 runs" in progress
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["records.jsonl", "report.html"]
+
+
+def test_json_is_all_that_the_standard_output_gets(compare, tmp_path):
+    code, output, _ = compare("--json")
+    result = json.loads(output)
+    assert code == 0
+    assert [(c["norm"], c["batch_size"]) for c in result["cells"]] == [
+        ("bn", 10), ("bn", 20), ("ln", 10), ("ln", 20),
+    ]  # fmt: skip
+    cell = result["cells"][2]
+    assert cell["accuracy"]["num_seeds"] == cell["difference"]["num_seeds"] == 2
+    assert result["report"] == str(tmp_path / "out" / "report.html")
+    assert result["troubled"] == []
+
+
+def test_the_same_command_again_runs_nothing_and_says_the_same(compare, tmp_path):
+    first = json.loads(compare("--json")[1])
+    records = (tmp_path / "out" / "records.jsonl").read_bytes()
+    code, output, progress = compare("--json")
+    assert (code, json.loads(output), progress) == (0, first, "")
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
+
+
+def test_a_wider_command_runs_only_what_is_new(compare, tmp_path):
+    compare()
+    code, output, _ = compare("--json", "--seeds", "1,2,3")
+    assert code == 0
+    assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == 12
+    assert json.loads(output)["cells"][0]["num_finished"] == 3
+
+
+def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare):
+    code, output, errors = compare("--norms", "bn,gn:3")
+    assert code == 1
+    assert "2 failed" in output
+    assert "3 groups" in output
+    assert "Traceback" not in output + errors
+    result = json.loads(compare("--json", "--norms", "bn,gn:3")[1])
+    assert {t["norm"] for t in result["troubled"]} == {"gn:3"}
+    assert [c["num_finished"] for c in result["cells"]] == [2, 2, 0, 0]
+
+
+def test_diverged_runs_are_shown_and_are_no_failure(compare):
+    code, output, _ = compare("--norms", "ln", "--base-lr", "1e30", "--epochs", "3")
+    assert code == 0
+    assert "2 diverged" in output
+    assert "the training loss was" in output
+
+
+def test_a_corrupt_line_is_told_by_number_and_put_aside(compare, tmp_path):
+    compare()
+    path = tmp_path / "out" / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "{]\n", *lines[1:]]))
+    code, _, errors = compare()
+    assert code == 0
+    assert f"line 2 of {path} is no record" in errors
+    assert "it was moved to records.corrupt.jsonl, the others are used" in errors
+    assert (tmp_path / "out" / "records.corrupt.jsonl").read_text() == "{]\n"
+    assert path.read_text() == "".join(lines)
+
+
+def test_the_report_names_the_command_that_makes_it_again(compare, tmp_path):
+    compare()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "normkit compare --data digits --model mlp:depth=2:width=8 --norms bn,ln" in report
+    assert "--limit 40 --base-lr 0.1 --weight-decay 0.0001 --device auto --threads 1" in report
+
+
+BAD = [
+    (["--norms", "bn,nope"], r"nope"),
+    (["--norms", "bn,bn"], r"names bn twice"),
+    (["--data", "nope"], r"no data set 'nope'; known are digits, fashion-mnist"),
+    (["--model", "resnet17"], r"no model 'resnet17'; write .*close names are resnet18"),
+    (["--device", "tpu"], r"no device 'tpu' here; choose auto or cpu"),
+    (["--batch-sizes", "2,x"], r"--batch-sizes was given '2,x', of which 'x' is no whole number"),
+    (["--batch-sizes", "0"], r"batch_sizes was given 0: .*greater than or equal to 1"),
+    (["--seeds", "1,1"], r"name 1 more than once"),
+    (["--epochs", "0"], r"epochs was given 0: .*epochs is passes over the training data, 1 or"),
+    (["--limit", "0"], r"limit was given 0.*the number of training examples to keep, 1 or more"),
+    (["--base-lr", "-1"], r"base_lr was given -1.0"),
+    (["--workers", "0"], r"--workers was given 0; give the runs at once, 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD, ids=str)
+def test_bad_input_gives_exit_code_2_and_no_traceback(compare, tmp_path, arguments, text):
+    code, output, errors = compare(*arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("normkit: ")
+    assert re.search(text, errors), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_gives_exit_code_2(compare):
+    code, _, errors = compare(out="/proc/normkit")
+    assert code == 2
+    assert "/proc/normkit cannot be written to" in errors
+    assert "give another one with --out" in errors
+
+
+def test_missing_data_files_give_exit_code_2(compare, tmp_path, monkeypatch):
+    monkeypatch.setattr("normkit.lab.data.sources.FASHION_MNIST_FOLDER", tmp_path)
+    code, _, errors = compare("--data", "fashion-mnist")
+    assert code == 2
+    assert "train-images-idx3-ubyte.gz cannot be read" in errors
+
+
+@pytest.mark.parametrize("arguments", [["--colour", "red"], ["--epochs", "two"]], ids=str)
+def test_a_flag_that_cannot_be_read_gives_exit_code_2(compare, capsys, arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        compare(*arguments)
+    assert exit_info.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_an_interrupt_is_said_to_keep_what_is_finished(compare, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normkit.cli.compare.run_all", interrupted)
+    code, _, errors = compare()
+    assert code == 130
+    assert "interrupted; finished runs are kept" in errors
+
+
+def test_the_program_itself_exits_with_the_code(tmp_path):
+    command = [sys.executable, "-m", "normkit.cli", *SMALL, "--out", str(tmp_path), "--norms", "?"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("normkit: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_list_names_what_can_be_named(capsys):
+    assert main(["list", "--json"]) == 0
+    names = json.loads(capsys.readouterr().out)
+    assert {"bn", "gn", "bgn"} <= set(names["norms"])
+    assert names["data"] == ["digits", "fashion-mnist", "cifar10", "cifar100", "svhn"]
+    assert names["models"][:3] == ["small-resnet", "mlp", "vgg11"]
+    assert main(["list"]) == 0
+    assert "data: digits, fashion-mnist" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]], ids=str)
+def test_help_is_no_error(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 0
+    assert "compare" in capsys.readouterr().out

@@ -1,0 +1,67 @@
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normkit.lab.compare import Summary
+from normkit.lab.report.charts import Axis, Frame, Line, Tick, Value, line_chart, nice_ticks
+from normkit.lab.report.text import percent, points, size_text
+
+FRAME = Frame(width=200, height=100, left=20, right=20, top=10, bottom=10)
+AXIS = Axis(title="x", ticks=(Tick(at=0, text="0"), Tick(at=2, text="2")))
+
+
+@given(low=st.floats(-1e4, 1e4), width=st.floats(0, 1e4))
+def test_ticks_enclose_the_interval_in_equal_round_steps(low, width):
+    ticks = nice_ticks(low, low + width)
+    assert ticks[0] <= low + 1e-6
+    assert ticks[-1] >= low + width - 1e-6
+    assert 2 <= len(ticks) <= 7
+    step = ticks[1] - ticks[0]
+    assert ticks == pytest.approx([ticks[0] + i * step for i in range(len(ticks))], abs=1e-6)
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
+    assert min(abs(mantissa - good) for good in (1, 2, 5)) < 1e-3
+
+
+def chart_of(*lines):
+    named = [
+        Line(name=str(i), style=i, values=tuple(Value(x=x, y=y, spread=s) for x, y, s in line))
+        for i, line in enumerate(lines)
+    ]
+    return line_chart(named, FRAME, AXIS, "y")
+
+
+def test_values_are_placed_in_proportion():
+    chart = chart_of([(0, 0, None), (1, 50, None), (2, 100, None)])
+    marks = chart.series[0].marks
+    assert marks[0].y == 90  # the plot's floor
+    assert marks[2].y == 10  # its top
+    assert marks[1].x == (marks[0].x + marks[2].x) / 2
+    assert marks[1].y == 50
+    assert chart.series[0].path == "M34.0,90.0L100.0,50.0L166.0,10.0"
+
+
+def test_whiskers_stay_inside_the_plot():
+    marks = chart_of([(0, 10, 30), (2, 90, 30)]).series[0].marks
+    assert all(10 <= m.high < m.y < m.low <= 90 for m in marks)
+
+
+def test_labels_do_not_cover_each_other():
+    chart = chart_of([(0, 1, None)], [(0, 1.01, None)], [(0, 5, None)], [(0, 0.99, None)])
+    heights = sorted(series.label_y for series in chart.series)
+    assert all(b - a >= 14.9 for a, b in itertools.pairwise(heights))
+
+
+def test_a_line_without_values_is_left_out_and_no_lines_are_no_error():
+    assert [s.name for s in chart_of([], [(0, 1, None)]).series] == ["1"]
+    assert chart_of().series == ()
+
+
+def test_figures_are_written_with_sign_spread_and_unit():
+    assert percent(Summary(mean=0.97312, spread=0.0042, num_seeds=3)) == "97.31 ± 0.42"
+    assert percent(Summary(mean=0.5, spread=None, num_seeds=1)) == "50.00"
+    assert points(Summary(mean=0.003, spread=0.01, num_seeds=3)) == "+0.30 ± 1.00"
+    assert points(Summary(mean=-0.003, spread=None, num_seeds=1)) == "\N{MINUS SIGN}0.30"
+    assert [size_text(n) for n in (999, 1680000, 5e9)] == ["999 B", "1.68 MB", "5 GB"]

@@ -1,0 +1,163 @@
+import pytest
+import torch
+from torch import nn
+
+from normkit import BatchNorm, GroupNorm
+from normkit.errors import PartitionError, SpecError
+from normkit.lab.models import ARCHITECTURES, build_model
+from normkit.lab.models.architecture import architecture
+from normkit.lab.models.zoo import NormThenAct, replace_batch_norms
+
+OURS = ("small-resnet", "small-resnet:width=8:blocks=2", "mlp:depth=3:width=16", "vgg11")
+ZOO = (
+    "torchvision:resnet18",  # takes norm_layer=
+    "mobilenet_v3_small",  # a plain name; takes norm_layer= through nested blocks
+    "shufflenet_v2_x0_5",  # torchvision, without norm_layer=
+    "timm:resnet18",
+    "timm:regnety_002",  # BatchNormAct2d
+)
+
+
+def build(name, norm=None, shape=(1, 16, 16), **options):
+    return build_model(name, num_classes=10, input_shape=shape, norm=norm, **options)
+
+
+def other_parameters(model):
+    """Parameters of everything but norms, by name."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {f"{n}.{k}": p for n, m in layers.items() for k, p in m.named_parameters()}
+
+
+@pytest.mark.parametrize("name", OURS + ZOO)
+def test_a_model_trains_a_step_with_another_norm_throughout(name):
+    built = build(name, "gn:max=4", shape=(1, 32, 32))
+    norms = [m for m in built.model.modules() if isinstance(m, GroupNorm)]
+    assert len(norms) == len(built.norms) > 0
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in built.model.modules())
+    scores = built.model(torch.randn(4, 1, 32, 32))
+    assert scores.shape == (4, 10)
+    scores.square().sum().backward()
+    assert all(p.grad is not None for n in norms for p in n.parameters())
+
+
+@pytest.mark.parametrize("name", OURS + ZOO)
+def test_equal_seeds_give_equal_weights_whatever_the_norm(name):
+    plain, one, other = (
+        other_parameters(build(name, norm, shape=(1, 32, 32), seed=3).model)
+        for norm in (None, "bn", "gn:2")
+    )
+    assert plain.keys() == one.keys() == other.keys()
+    for key, value in plain.items():
+        assert torch.equal(value, one[key]), key
+        assert torch.equal(value, other[key]), key
+
+
+def test_other_seeds_give_other_weights():
+    one, other = (other_parameters(build("small-resnet", "bn", seed=s).model) for s in (1, 2))
+    assert not torch.equal(one["0.weight"], other["0.weight"])
+
+
+def test_building_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    build("small-resnet", "bn", seed=5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_auto_is_resolved_by_batch_size_and_by_the_size_of_the_map():
+    norms = {p.name: p for p in build("small-resnet", "bgn:auto", batch_size=128).norms}
+    assert norms["1"].num_positions == 256
+    assert [p.norm for p in norms.values()] == ["bgn:512"] * 5
+    small = build("small-resnet:width=1", "bgn:auto", batch_size=128, shape=(1, 5, 5)).norms
+    assert (small[0].norm, small[0].num_positions) == ("bgn:25", 25)
+    two = build("small-resnet", "bgn:auto", batch_size=2).norms
+    assert {p.norm for p in two} == {"bgn:1"}
+
+
+def test_max_is_resolved_by_the_channels():
+    norms = build("small-resnet:width=6", "gn:max=8").norms
+    assert [p.norm for p in norms] == ["gn:6", "gn:6", "gn:6", "gn:8", "gn:8"]
+
+
+def test_places_name_the_norms_in_the_model():
+    built = build("timm:resnet18", "gn:8", shape=(3, 32, 32))
+    for place in built.norms:
+        assert isinstance(built.model.get_submodule(place.name), GroupNorm)
+        assert place.num_features == built.model.get_submodule(place.name).num_features
+
+
+def test_without_a_norm_a_model_keeps_its_own():
+    built = build("torchvision:resnet18")
+    assert built.norms == ()
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in built.model.modules()) == 20
+
+
+def test_timms_norm_keeps_its_activation():
+    plain, ours = (build("timm:regnety_002", n, shape=(3, 32, 32)).model for n in (None, "bn"))
+    wrapped = [m for m in ours.modules() if isinstance(m, NormThenAct)]
+    assert wrapped
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+def test_replaced_batch_norms_compute_the_same_as_torchs():
+    plain, ours = (build("torchvision:resnet18", n).model for n in (None, "bn"))
+    x = torch.randn(4, 1, 16, 16)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_shared_batch_norm_stays_shared():
+    shared = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
+    replace_batch_norms(model, BatchNorm)
+    assert isinstance(model[1], BatchNorm)
+    assert model[1] is model[3]
+
+
+def test_an_unknown_kind_of_batch_norm_is_refused_by_name():
+    class Strange(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(SpecError, match=r"cannot be replaced: 1 \(Strange\); choose a model whose"):
+        replace_batch_norms(nn.Sequential(nn.Conv2d(1, 2, 1), Strange(2)), BatchNorm)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "resnet17",
+            r"no model 'resnet17'; write small-resnet, mlp, vgg11, .*close names are resnet18",
+        ),
+        ("torchvision:nope", r"no model 'torchvision:nope'; write"),
+        ("timm:densenet121.x", r"no model 'timm:densenet121.x'"),
+        (
+            "mlp:dept=3",
+            r"argument 'dept=3'; it takes depth=N, width=N with N a whole number, 1 or more",
+        ),
+        ("mlp:depth=0", r"argument 'depth=0'; it takes"),
+        ("vgg11:width", r"model 'vgg11:width' has the argument 'width'; it takes no arguments"),
+    ],
+)
+def test_a_bad_model_name_says_what_would_do(name, text):
+    with pytest.raises(SpecError, match=text):
+        build(name)
+
+
+def test_a_model_without_batch_norms_is_refused():
+    with pytest.raises(SpecError, match=r"'timm:convnext_tiny' has no batch norm to replace; choo"):
+        build("timm:convnext_tiny", "bn", shape=(3, 32, 32))
+
+
+def test_pictures_that_are_too_small_are_refused():
+    with pytest.raises(SpecError, match=r"'inception_v3' cannot take inputs of shape \(1, 8, 8\) "):
+        build("inception_v3", "bn", shape=(1, 8, 8))
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(PartitionError, match=r"16.*7 groups.*choose a divisor: \[1, 2, 4, 8, 16\]"):
+        build("small-resnet", "gn:7")
+
+
+def test_a_model_name_cannot_be_registered_twice():
+    with pytest.raises(SpecError, match=r"model 'mlp' is already registered"):
+        architecture("mlp")(ARCHITECTURES["mlp"])

@@ -1,0 +1,217 @@
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from normkit.lab.compare import compare
+from normkit.lab.models import PlacedNorm
+from normkit.lab.report import render, write_report
+from normkit.lab.spec import SweepSpec
+
+COMMAND = "normkit compare --norms bn,ln,bgn:auto --out 'a <b> & c'"
+
+
+@pytest.fixture
+def wide_sweep(protocol):
+    return SweepSpec(
+        protocol=protocol, norms=("bn", "ln", "bgn:auto"), batch_sizes=(2, 8, 32), seeds=(1, 2)
+    )
+
+
+@pytest.fixture
+def records(wide_sweep, record):
+    """Records in which `ln` is best at 2, `bn` at 32, and one run of each other kind."""
+    made = []
+    for run in wide_sweep.runs():
+        slope = {"bn": 0.1, "ln": -0.1, "bgn:auto": 0.0}[run.norm]
+        accuracy = 0.8 + slope * (run.batch_size - 8) / 32 + run.seed / 100
+        resolved = "bgn:16" if run.norm == "bgn:auto" else run.norm
+        norms = (PlacedNorm(name="2", norm=resolved, num_features=8, num_positions=1),)
+        made.append(record(run.norm, run.batch_size, run.seed, accuracy, norms=norms))
+    diverged = {"status": "diverged", "message": "the loss was nan", "diverged_step": 7}
+    failed = {"status": "failed", "message": "<script>alert(1)</script>"}
+    troubled = (record("bn", 32, 2, None, **diverged), record("bgn:auto", 32, 2, None, **failed))
+    replaced = {r.spec.key: r for r in troubled}
+    return [replaced.get(r.spec.key, r) for r in made]
+
+
+def rendered(sweep, records):
+    return render(compare(sweep, records), records, COMMAND)
+
+
+def test_the_report_fetches_nothing_and_may_not(wide_sweep, records):
+    text = rendered(wide_sweep, records)
+    assert not re.search(r"(src|href|action)\s*=|url\(|@import|https?://|fetch\(|import\(", text)
+    assert "default-src 'none'" in text
+    assert len(text) < 200_000
+
+
+def test_what_users_wrote_is_escaped(wide_sweep, records):
+    text = rendered(wide_sweep, records)
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "a &lt;b&gt; &amp; c" in text
+
+
+def test_troubled_runs_are_shown_with_their_message(wide_sweep, records):
+    text = rendered(wide_sweep, records)
+    assert "the loss was nan" in text
+    assert ">1 diverged<" in text
+    assert ">1 failed<" in text
+
+
+def test_a_report_without_any_record_is_still_a_page(wide_sweep):
+    text = rendered(wide_sweep, [])
+    assert "No runs yet" in text
+    assert text.rstrip().endswith("</html>")
+
+
+def test_a_report_replaces_an_older_one_whole(wide_sweep, records, tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    path = write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
+    assert path.read_text(encoding="utf-8") == rendered(wide_sweep, records)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser; without one these tests fail where it is required, else they are skipped."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        reason = "chromium and chromedriver are not both on the path"
+        if os.environ.get("NORMKIT_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from selenium import webdriver  # noqa: PLC0415 -- only where there is a browser to drive
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(chromium, wide_sweep, records, tmp_path):
+    """The report, open in a window 1280 wide."""
+    path = write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
+    chromium.set_window_size(1280, 1000)
+    chromium.get_log("performance")  # what earlier pages left there
+    chromium.get_log("browser")
+    chromium.get(path.as_uri())
+    return chromium
+
+
+def run(page, script):
+    return page.execute_script(f"return {script}")
+
+
+def requests_of(page):
+    """Addresses of everything that the page has asked for."""
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    return [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+
+
+@pytest.mark.browser
+def test_no_request_leaves_the_page(page):
+    run(page, "document.querySelectorAll('th button').forEach((b) => b.click())")
+    assert run(page, "performance.getEntriesByType('resource').map((e) => e.name)") == []
+    assert [Path(url).name for url in requests_of(page)] == ["report.html"]
+    assert page.get_log("browser") == []  # nor did a script fail
+
+
+@pytest.mark.browser
+def test_a_request_would_be_seen(page):
+    page.execute_script(
+        "const i = new Image(); i.src = 'http://localhost:9/x'; document.body.append(i)"
+    )
+    page.execute_async_script("setTimeout(arguments[0], 300)")
+    assert page.get_log("browser") != []  # the content policy refuses it, and says so
+
+
+@pytest.mark.browser
+def test_the_chart_shows_a_mark_for_every_cell(page):
+    marks = "[...document.querySelectorAll('#accuracy-chart .wide .series')].map(%s)"
+    assert run(page, marks % "(s) => s.dataset.norm") == ["bn", "ln", "bgn:auto"]
+    assert run(page, marks % "(s) => s.querySelectorAll('.mark').length") == [3, 3, 3]
+    heights = run(page, marks % "(s) => s.querySelector('.mark').getBoundingClientRect().top")
+    assert heights[1] < heights[2] < heights[0]  # ln is best at batch size 2
+    assert (
+        len(set(run(page, marks % "(s) => getComputedStyle(s.querySelector('.line')).stroke"))) == 3
+    )
+
+
+@pytest.mark.browser
+def test_learning_curves_are_drawn_for_every_batch_size(page):
+    assert run(page, "document.querySelectorAll('.panel').length") == 3
+    assert run(page, "document.querySelectorAll('.panel svg.chart').length") == 6
+
+
+def column(page, body, index):
+    rows = f"document.querySelector('#accuracy').tBodies[{body}].rows"
+    return run(page, f"[...{rows}].map((r) => r.cells[{index}].textContent.trim())")
+
+
+def click_heading(page, index):
+    page.execute_script(f"document.querySelectorAll('#accuracy th button')[{index}].click()")
+    heading = f"document.querySelector('#accuracy').tHead.rows[0].cells[{index}]"
+    return run(page, f"{heading}.getAttribute('aria-sort')")
+
+
+@pytest.mark.browser
+def test_the_table_sorts_by_a_column_and_back(page):
+    assert column(page, 0, 0) == ["bn", "ln", "bgn:auto"]
+    assert click_heading(page, 1) == "descending"
+    assert column(page, 0, 0) == ["ln", "bgn:auto", "bn"]
+    assert column(page, 1, 0) == ["ln \N{MINUS SIGN} bn", "bgn:auto \N{MINUS SIGN} bn"]
+    assert click_heading(page, 1) == "ascending"
+    assert column(page, 0, 0) == ["bn", "bgn:auto", "ln"]
+    assert click_heading(page, 3) == "descending"
+    assert column(page, 0, 0) == ["bn", "bgn:auto", "ln"]
+    assert click_heading(page, 0) == "ascending"
+    assert column(page, 0, 0) == ["bgn:auto", "bn", "ln"]
+
+
+@pytest.mark.browser
+def test_the_best_of_each_column_is_marked(page):
+    best = run(page, "[...document.querySelectorAll('.best')].map((c) => c.cellIndex)")
+    assert sorted(best) == [1, 2, 3]
+
+
+@pytest.mark.browser
+def test_resolved_arguments_and_the_command_are_there(page):
+    text = run(page, "document.body.innerText")
+    assert "bgn:16" in text
+    assert run(page, "document.querySelector('pre').textContent") == COMMAND
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_is_wider_than_the_window(page, width):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    try:
+        assert run(page, "innerWidth") == width
+        assert run(page, "document.documentElement.scrollWidth") <= width
+        shown = (
+            "[...document.querySelectorAll('#accuracy-chart > div')].map((d) => d.offsetWidth > 0)"
+        )
+        assert run(page, shown) == [width > 640, width <= 640]
+        sizes = "[...document.querySelectorAll('svg.chart')].filter((s) => s.clientWidth)"
+        scales = run(page, f"{sizes}.map((s) => s.clientWidth / s.viewBox.baseVal.width)")
+        assert min(scales) > 0.6  # or the charts' text could not be read
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -1,0 +1,184 @@
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from normkit.errors import SpecError
+from normkit.lab import train
+from normkit.lab.data import Examples
+from normkit.lab.measure import peak_step_bytes
+from normkit.lab.spec import RunSpec
+from normkit.lab.train import evaluate, num_steps_per_epoch, parse_device, run
+
+
+def spec_of(protocol, norm="bn", batch_size=10, seed=1, **changes):
+    changed = protocol.model_copy(update=changes)
+    return RunSpec(protocol=changed, norm=norm, batch_size=batch_size, seed=seed)
+
+
+def test_equal_specs_give_equal_outcomes_and_other_seeds_do_not(protocol):
+    spec = spec_of(protocol, epochs=2)
+    assert run(spec).outcome == run(spec).outcome
+    assert run(spec).outcome != run(spec_of(protocol, epochs=2, seed=2)).outcome
+
+
+def test_the_global_random_state_neither_matters_nor_changes(protocol):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one = run(spec_of(protocol)).outcome
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(1)
+    assert run(spec_of(protocol)).outcome == one
+
+
+def test_the_number_of_threads_is_put_back(protocol, monkeypatch):
+    before = torch.get_num_threads()
+
+    def interrupted(*_):
+        assert torch.get_num_threads() == before + 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_outcome", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec_of(protocol, threads=before + 1))
+    assert torch.get_num_threads() == before
+
+
+def test_training_learns(protocol):
+    spec = spec_of(protocol, limit=600, epochs=6, model="mlp:depth=2:width=64", base_lr=1.0)
+    epochs = run(spec).outcome.epochs
+    assert epochs[-1].train_loss < 0.5 * epochs[0].train_loss
+    assert epochs[-1].validation_accuracy > 0.8
+
+
+def test_a_record_says_what_happened_in_each_epoch(protocol):
+    record = run(spec_of(protocol, epochs=3))
+    outcome = record.outcome
+    assert outcome.status == "finished"
+    assert outcome.num_steps == 12
+    assert [e.learning_rate for e in outcome.epochs] == pytest.approx(
+        [0.1 * 10 / 128, 0.1 * 10 / 128, 0.01 * 10 / 128]
+    )
+    assert [e.test_accuracy is None for e in outcome.epochs] == [True, True, False]
+    assert outcome.test_accuracy == outcome.epochs[-1].test_accuracy
+    assert outcome.test_accuracy_median_of_5 is None
+    assert record.step_time_s > 0
+    assert record.environment.torch == torch.__version__
+
+
+def test_with_five_epochs_the_median_of_the_last_five_is_there_too(protocol):
+    outcome = run(spec_of(protocol, epochs=7, base_lr=1.0)).outcome
+    tested = [e.test_accuracy for e in outcome.epochs if e.test_accuracy is not None]
+    assert len(tested) == 5
+    assert outcome.test_accuracy_median_of_5 == sorted(tested)[2]
+
+
+def test_a_diverged_run_is_recorded_with_its_step(protocol):
+    outcome = run(spec_of(protocol, norm="ln", base_lr=1e30, epochs=3)).outcome
+    assert outcome.status == "diverged"
+    assert 2 <= outcome.diverged_step == outcome.num_steps < 12
+    assert f"at step {outcome.diverged_step}; lower --base-lr" in outcome.message
+    assert outcome.test_accuracy is None
+
+
+def test_a_run_whose_groups_do_not_fit_is_recorded_as_failed(protocol):
+    outcome = run(spec_of(protocol, norm="gn:3")).outcome
+    assert outcome.status == "failed"
+    assert "3 groups" in outcome.message
+    assert "[1, 2, 4, 8]" in outcome.message
+
+
+def test_an_unexpected_error_is_recorded_with_its_type(protocol, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(train, "train_step", broken)
+    outcome = run(spec_of(protocol)).outcome
+    assert (outcome.status, outcome.message) == ("failed", "ZeroDivisionError: by zero")
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "steps", "dropped"),
+    [
+        (40, 10, 4, 0),
+        (40, 16, 3, 0),  # a last batch of 8
+        (40, 39, 1, 1),  # a last batch of one is left out
+        (40, 64, 1, 0),
+        (40, 1, 40, 0),  # batches of one were asked for
+        (1, 4, 1, 0),  # one example is all there is
+    ],
+)
+def test_the_last_batch_is_kept_unless_it_is_a_single_example(
+    num_examples, batch_size, steps, dropped
+):
+    assert num_steps_per_epoch(num_examples, batch_size) == steps
+    spec = RunSpec(norm="bn", batch_size=batch_size)
+    kept = sum(map(len, train.batches(torch.arange(num_examples), spec)))
+    assert num_examples - kept == dropped
+
+
+def test_examples_that_are_left_out_are_counted_in_the_record(protocol):
+    outcome = run(spec_of(protocol, batch_size=39)).outcome
+    assert (outcome.num_dropped, outcome.num_steps) == (1, 1)
+
+
+def test_every_norm_sees_the_examples_in_the_same_order(protocol, monkeypatch):
+    seen = {"bn": [], "ln": []}
+    step = train.train_step
+    for norm, inputs in seen.items():
+        monkeypatch.setattr(
+            train,
+            "train_step",
+            lambda m, o, b, inputs=inputs: inputs.append(b.inputs) or step(m, o, b),
+        )
+        run(spec_of(protocol, norm=norm))
+    assert len(seen["bn"]) == len(seen["ln"]) > 4
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def test_evaluation_matches_its_definition_and_restores_the_mode():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(703, 3, 1, 1, generator=generator)  # not a multiple of the batch
+    examples = Examples(inputs=inputs, targets=torch.arange(703) % 3)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
+    loss, accuracy = evaluate(model, examples)
+    assert model.training
+    rows = inputs.flatten(1).double().tolist()
+    losses = [math.log(sum(map(math.exp, row))) - row[i % 3] for i, row in enumerate(rows)]
+    assert loss == pytest.approx(sum(losses) / 703, rel=1e-5)
+    assert accuracy == sum(max(row) == row[i % 3] for i, row in enumerate(rows)) / 703
+
+
+def test_peak_memory_counts_what_a_step_holds_at_once():
+    weight = nn.Parameter(torch.zeros(1000))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def step():
+        for _ in range(3):
+            torch.zeros(5000)  # freed at once, so only one of the three is alive at a time
+        weight.grad = torch.zeros(1000)
+
+    assert peak_step_bytes(step, model, optimizer) == 4 * (1000 + 5000)
+
+
+def test_peak_memory_grows_with_the_batch_and_repeats_exactly(protocol):
+    peaks = [run(spec_of(protocol, batch_size=b)).outcome.peak_bytes for b in (10, 10, 40)]
+    assert peaks[0] == peaks[1] < peaks[2]
+
+
+def test_measuring_writes_nothing_and_restores_the_environment(protocol, capfd, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "7")
+    run(spec_of(protocol))
+    assert capfd.readouterr() == ("", "")
+    assert os.environ["KINETO_LOG_LEVEL"] == "7"
+
+
+def test_an_unknown_device_lists_those_that_are_there():
+    assert parse_device("cpu") == torch.device("cpu")
+    assert parse_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(SpecError, match=r"no device 'tpu' here; choose auto or cpu"):
+        parse_device("tpu")
