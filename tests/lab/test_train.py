@@ -1,5 +1,6 @@
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from normkit.lab import train
 from normkit.lab.data import Examples
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.spec import RunSpec
-from normkit.lab.train import evaluate, num_steps_per_epoch, parse_device, run
+from normkit.lab.steps import batches, evaluate, num_steps_per_epoch
+from normkit.lab.train import parse_device, run
 
 
 def spec_of(protocol, norm="bn", batch_size=10, seed=1, **changes):
@@ -31,6 +33,20 @@ def test_the_global_random_state_neither_matters_nor_changes(protocol):
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(1)
     assert run(spec_of(protocol)).outcome == one
+
+
+def test_dropout_repeats_with_the_seed(protocol, monkeypatch):
+    build_model = train.build_model
+
+    def with_dropout(*arguments, **options):
+        built = build_model(*arguments, **options)
+        return replace(built, model=nn.Sequential(built.model, nn.Dropout(0.5)))
+
+    plain = run(spec_of(protocol)).outcome
+    monkeypatch.setattr(train, "build_model", with_dropout)
+    one, other = run(spec_of(protocol)).outcome, run(spec_of(protocol)).outcome
+    assert one == other
+    assert one.epochs[0].train_loss != plain.epochs[0].train_loss
 
 
 def test_the_number_of_threads_is_put_back(protocol, monkeypatch):
@@ -114,8 +130,7 @@ def test_the_last_batch_is_kept_unless_it_is_a_single_example(
     num_examples, batch_size, steps, dropped
 ):
     assert num_steps_per_epoch(num_examples, batch_size) == steps
-    spec = RunSpec(norm="bn", batch_size=batch_size)
-    kept = sum(map(len, train.batches(torch.arange(num_examples), spec)))
+    kept = sum(map(len, batches(torch.arange(num_examples), batch_size)))
     assert num_examples - kept == dropped
 
 
@@ -124,18 +139,22 @@ def test_examples_that_are_left_out_are_counted_in_the_record(protocol):
     assert (outcome.num_dropped, outcome.num_steps) == (1, 1)
 
 
-def test_every_norm_sees_the_examples_in_the_same_order(protocol, monkeypatch):
-    seen = {"bn": [], "ln": []}
+def test_the_order_of_examples_is_the_seeds_and_not_the_norms(protocol, monkeypatch):
     step = train.train_step
-    for norm, inputs in seen.items():
-        monkeypatch.setattr(
-            train,
-            "train_step",
-            lambda m, o, b, inputs=inputs: inputs.append(b.inputs) or step(m, o, b),
-        )
-        run(spec_of(protocol, norm=norm))
-    assert len(seen["bn"]) == len(seen["ln"]) > 4
-    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+    def order(norm, seed):
+        seen = []
+
+        def noting(model, optimizer, batch):
+            seen.append(batch.targets)
+            return step(model, optimizer, batch)
+
+        monkeypatch.setattr(train, "train_step", noting)
+        run(spec_of(protocol, norm=norm, seed=seed))
+        return torch.cat(seen).tolist()
+
+    assert order("bn", 1) == order("ln", 1)
+    assert order("bn", 1) != order("bn", 2)
 
 
 def test_evaluation_matches_its_definition_and_restores_the_mode():

@@ -17,7 +17,8 @@ from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.models.build import check_model
 from normkit.lab.records import Outcome, Record, append_record
 from normkit.lab.spec import RunSpec, SweepSpec
-from normkit.lab.train import num_steps_per_epoch, parse_device, run
+from normkit.lab.steps import num_steps_per_epoch
+from normkit.lab.train import parse_device, run
 
 SECONDS_BETWEEN_REPORTS = 0.2
 

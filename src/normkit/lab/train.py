@@ -4,24 +4,22 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from normkit.errors import NormError, SpecError
-from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.data import Dataset, load
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.models import BuiltModel, build_model
 from normkit.lab.records import Epoch, Outcome, Record
 from normkit.lab.spec import RunSpec
+from normkit.lab.steps import batches, evaluate, train_step
 
-EVALUATION_BATCH_SIZE = 500
 NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
 
 OnStep = Callable[[], object]  # called after each training step
@@ -46,7 +44,7 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     environment = describe_environment(device, spec.protocol.threads)
     dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
     started, step_times_s = time.perf_counter(), list[float]()
-    with _threads(spec.protocol.threads):
+    with _threads(spec.protocol.threads), _seeded(spec.seed, device):
         outcome = _outcome(spec, dataset, _Stopwatch(step_times_s, device, on_step))
     return Record(
         spec=spec,
@@ -72,12 +70,6 @@ def parse_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Training steps of an epoch: the last batch may be smaller, but not a single example."""
-    full, rest = divmod(num_examples, batch_size)
-    return full + (rest > 1 or (rest == 1 and full == 0))
-
-
 @contextmanager
 def _threads(num_threads: int) -> Generator[None]:
     before = torch.get_num_threads()
@@ -86,6 +78,14 @@ def _threads(num_threads: int) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Generator[None]:
+    """Give dropout and the like the seed, and the caller its random state back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +149,18 @@ class _Training:
             for _ in range(self.spec.protocol.epochs):
                 self.epochs.append(self._epoch())
         except DivergenceError as error:
-            return self._summary(peak_bytes).model_copy(
-                update={
-                    "status": "diverged",
-                    "message": str(error),
-                    "diverged_step": self.num_steps,
-                    "test_accuracy": None,
-                    "test_accuracy_median_of_5": None,
-                }
-            )
+            end = {"status": "diverged", "message": str(error), "diverged_step": self.num_steps}
+            untested = {"test_accuracy": None, "test_accuracy_median_of_5": None}
+            return self._summary(peak_bytes).model_copy(update=end | untested)
         return self._summary(peak_bytes)
 
     def _summary(self, peak_bytes: int) -> Outcome:
         tested = [e.test_accuracy for e in self.epochs if e.test_accuracy is not None]
         enough = len(tested) >= NUM_LAST_EPOCHS
         num_examples = len(self.dataset.train)
-        kept = sum(len(batch) for batch in batches(torch.arange(num_examples), self.spec))
+        kept = sum(
+            len(batch) for batch in batches(torch.arange(num_examples), self.spec.batch_size)
+        )
         return Outcome(
             status="finished",
             epochs=tuple(self.epochs),
@@ -184,7 +180,8 @@ class _Training:
         batch = self.dataset.train.take(
             torch.arange(min(self.spec.batch_size, len(self.dataset.train)))
         )
-        return peak_step_bytes(lambda: train_step(model, optimizer, batch), model, optimizer)
+        with _seeded(self.spec.seed, batch.targets.device):
+            return peak_step_bytes(lambda: train_step(model, optimizer, batch), model, optimizer)
 
     def _epoch(self) -> Epoch:
         rate = self.spec.learning_rate(len(self.epochs))
@@ -212,7 +209,7 @@ class _Training:
         self.model.train()
         total_loss = num_right = num_seen = 0.0
         order = torch.randperm(len(self.dataset.train), generator=self.order)
-        for index in batches(order, self.spec):
+        for index in batches(order, self.spec.batch_size):
             batch = self.dataset.train.take(index.to(self.dataset.train.targets.device))
             with self.stopwatch.step():
                 loss, right = train_step(self.model, self.optimizer, batch)
@@ -239,40 +236,3 @@ def _check_finite(loss: float, step: int) -> None:
         raise DivergenceError(
             f"the training loss was {loss} at step {step}; lower --base-lr to train on"
         )
-
-
-def batches(order: Int[Tensor, " n"], spec: RunSpec) -> Iterator[Int[Tensor, " b"]]:
-    """Cut an epoch's order into batches; a last batch of one example is left out."""
-    num_batches = num_steps_per_epoch(len(order), spec.batch_size)
-    return iter(order.split(spec.batch_size)[:num_batches])
-
-
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples
-) -> tuple[float, int]:
-    """One step of the optimizer.
-
-    Returns:
-        The loss before the step and the number of examples that were classified rightly.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    scores = model(batch.inputs)
-    loss = functional.cross_entropy(scores, batch.targets)
-    loss.backward()
-    optimizer.step()
-    return loss.item(), int((scores.argmax(1) == batch.targets).sum())
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, examples: Examples) -> tuple[float, float]:
-    """Mean loss and accuracy in evaluation mode; the model's mode is put back."""
-    was_training = model.training
-    model.eval()
-    loss = num_right = 0.0
-    for index in torch.arange(len(examples)).split(EVALUATION_BATCH_SIZE):
-        part = examples.take(index)
-        scores = model(part.inputs)
-        loss += functional.cross_entropy(scores, part.targets, reduction="sum").item()
-        num_right += int((scores.argmax(1) == part.targets).sum())
-    model.train(was_training)
-    return loss / len(examples), num_right / len(examples)
