@@ -25,9 +25,14 @@ def test_ticks_enclose_the_interval_in_equal_round_steps(low, width):
     assert min(abs(mantissa - good) for good in (1, 2, 5)) < 1e-3
 
 
+def value_of(x, y, spread):
+    ends = {} if spread is None else {"low": y - spread, "high": y + spread}
+    return Value(x=x, y=y, **ends)
+
+
 def chart_of(*lines):
     named = [
-        Line(name=str(i), style=i, values=tuple(Value(x=x, y=y, spread=s) for x, y, s in line))
+        Line(name=str(i), style=i, values=tuple(value_of(*value) for value in line))
         for i, line in enumerate(lines)
     ]
     return line_chart(named, FRAME, AXIS, "y")

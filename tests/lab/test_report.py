@@ -9,6 +9,7 @@ import pytest
 from normkit.lab.compare import compare
 from normkit.lab.models import PlacedNorm
 from normkit.lab.report import render, write_report
+from normkit.lab.report.figures import NARROW, accuracy_chart
 from normkit.lab.spec import SweepSpec
 
 COMMAND = "normkit compare --norms bn,ln,bgn:auto --out 'a <b> & c'"
@@ -61,6 +62,14 @@ def test_troubled_runs_are_shown_with_their_message(wide_sweep, records):
     assert "the loss was nan" in text
     assert ">1 diverged<" in text
     assert ">1 failed<" in text
+
+
+def test_whiskers_and_axis_end_at_one_hundred_percent(protocol, record):
+    sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(2, 8), seeds=(1, 2))
+    records = [record("bn", size, seed, (0.9, 1.0)[seed - 1]) for size in (2, 8) for seed in (1, 2)]
+    chart = accuracy_chart(compare(sweep, records), NARROW)
+    assert chart.y_ticks[-1].text == "100"
+    assert all(mark.high == chart.y_ticks[-1].at for mark in chart.series[0].marks)
 
 
 def test_a_report_without_any_record_is_still_a_page(wide_sweep):

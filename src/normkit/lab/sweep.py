@@ -1,7 +1,6 @@
 """All runs of a sweep that have no record yet, in this process or in several."""
 
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from normkit.lab.data import load
 from normkit.lab.environment import code_hash, describe_environment
@@ -63,10 +64,10 @@ def num_steps(spec: RunSpec, num_examples: int) -> int:
 
 
 def default_workers(sweep: SweepSpec) -> int:
-    """As many runs at once as the CPU has room for; one on CUDA."""
+    """As many runs at once as torch would use threads; one on CUDA."""
     if parse_device(sweep.protocol.device).type == "cuda":
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // sweep.protocol.threads)
+    return max(1, torch.get_num_threads() // sweep.protocol.threads)
 
 
 def run_all(specs: Sequence[RunSpec], folder: Path, num_workers: int, watcher: Watcher) -> None:

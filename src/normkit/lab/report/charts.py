@@ -10,11 +10,12 @@ LABEL_DISTANCE = 15.0  # between two labels at the right edge, in units of the d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """One value of a line, with its spread and what is said when it is pointed at."""
+    """One value of a line, its whisker's ends, and what is said when it is pointed at."""
 
     x: float
     y: float
-    spread: float | None = None
+    low: float | None = None
+    high: float | None = None
     title: str = ""
 
 
@@ -136,8 +137,8 @@ def _num_steps(low: float, high: float, step: float) -> int:
 
 def _extent(lines: Iterable[Line]) -> tuple[float, float]:
     values = [value for line in lines for value in line.values]
-    ends = [v.y + sign * (v.spread or 0.0) for v in values for sign in (-1, 1)] or [0.0, 1.0]
-    return min(ends), max(ends)
+    ends = [end for v in values for end in (v.y, v.low, v.high) if end is not None]
+    return min(ends, default=0.0), max(ends, default=1.0)
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
@@ -166,12 +167,11 @@ def _series(lines: Sequence[Line], x_of: Scale, y_of: Scale) -> tuple[Series, ..
 
 
 def _mark(value: Value, x_of: Scale, y_of: Scale) -> Mark:
-    spread = value.spread
     return Mark(
         x=x_of(value.x),
         y=y_of(value.y),
-        low=None if spread is None else y_of(value.y - spread),
-        high=None if spread is None else y_of(value.y + spread),
+        low=None if value.low is None else y_of(value.low),
+        high=None if value.high is None else y_of(value.high),
         title=value.title,
     )
 

@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from normkit.lab.compare import Comparison
+from normkit.lab.compare import Cell, Comparison, Summary
 from normkit.lab.records import Epoch, Record
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
+from normkit.lab.report.text import percent
 
 WIDE = Frame(width=820, height=360, right=110)
 NARROW = Frame(width=380, height=300)
@@ -27,15 +28,19 @@ def accuracy_chart(comparison: Comparison, frame: Frame) -> Chart:
 
 
 def _accuracies(comparison: Comparison, norm: str) -> tuple[Value, ...]:
-    values = []
-    for size in sorted(comparison.batch_sizes):
-        accuracy = comparison.cell(norm, size).accuracy
-        if accuracy is not None:
-            spread = None if accuracy.spread is None else 100 * accuracy.spread
-            title = f"{norm}, batch size {size}: {100 * accuracy.mean:.2f} %"
-            y = 100 * accuracy.mean
-            values.append(Value(x=math.log2(size), y=y, spread=spread, title=title))
-    return tuple(values)
+    cells = (comparison.cell(norm, size) for size in sorted(comparison.batch_sizes))
+    return tuple(_accuracy(cell, cell.accuracy) for cell in cells if cell.accuracy is not None)
+
+
+def _accuracy(cell: Cell, accuracy: Summary) -> Value:
+    low, high = (accuracy.mean + sign * (accuracy.spread or 0.0) for sign in (-1, 1))
+    return Value(
+        x=math.log2(cell.batch_size),
+        y=100 * accuracy.mean,
+        low=100 * max(low, 0.0),
+        high=100 * min(high, 1.0),  # there is nothing above 100 %
+        title=f"{cell.norm}, batch size {cell.batch_size}: {percent(accuracy)} %",
+    )
 
 
 def loss_chart(comparison: Comparison, records: Iterable[Record], batch_size: int) -> Chart:
