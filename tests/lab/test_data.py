@@ -70,6 +70,12 @@ def test_every_prefix_of_a_stratified_order_is_in_proportion(labels, seed):
             assert abs(found - share) <= 0.5 * num_classes + 0.5
 
 
+def test_a_rare_class_is_spread_evenly():
+    targets = torch.tensor([0] * 90 + [1] * 10)
+    order = stratified_order(targets, 3)
+    assert targets[order].view(10, 10).sum(1).tolist() == [1] * 10
+
+
 def test_an_unknown_data_set_lists_the_known_ones():
     with pytest.raises(SpecError, match=r"no data set 'mnist'; known are digits, fashion-mnist, c"):
         load("mnist")

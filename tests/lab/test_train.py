@@ -171,17 +171,18 @@ def test_evaluation_matches_its_definition_and_restores_the_mode():
 
 
 def test_peak_memory_counts_what_a_step_holds_at_once():
-    weight = nn.Parameter(torch.zeros(1000))
     model = nn.Module()
-    model.weight = weight
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    model.weight = nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.SGD([model.weight], lr=0.1, momentum=0.9)
 
     def step():
         for _ in range(3):
             torch.zeros(5000)  # freed at once, so only one of the three is alive at a time
-        weight.grad = torch.zeros(1000)
+        model.weight.grad = torch.zeros(1000)
+        optimizer.step()
 
-    assert peak_step_bytes(step, model, optimizer) == 4 * (1000 + 5000)
+    weight_and_momentum = 1000 + 1000
+    assert peak_step_bytes(step, model, optimizer) == 4 * (weight_and_momentum + 5000)
 
 
 def test_peak_memory_grows_with_the_batch_and_repeats_exactly(protocol):
