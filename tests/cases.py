@@ -63,7 +63,7 @@ CASES = (
     Case(name="gn", layer=nk.GroupNorm, kind="gn", options={"num_groups": 3}, tracks=False,
          twin=lambda c: nn.GroupNorm(3, c)),
     Case(name="pn", layer=nk.PositionalNorm, kind="pn", tracks=False),
-    Case(name="bgn-channels", layer=nk.BatchGroupNorm, kind="bgn", options={"num_groups": 2}),
+    Case(name="bgn", layer=nk.BatchGroupNorm, kind="bgn", options={"num_groups": 2}),
     Case(name="bgn-cuts", layer=nk.BatchGroupNorm, kind="bgn", options={"num_groups": 9},
          shapes=("line", "volume", "one")),
     Case(name="ghost", layer=nk.GhostBatchNorm, kind="ghost", options={"ghost_batch_size": 2},

@@ -133,6 +133,7 @@ FUNCTIONS = {
     "ln": "layer_norm",
     "gn": "group_norm",
     "pn": "positional_norm",
+    "bgn": "batch_group_norm",
     "ghost": "ghost_batch_norm",
     "gbgn": "general_batch_group_norm",
 }
@@ -160,7 +161,9 @@ def test_batch_group_norm_function_has_a_buffer_for_each_group():
 
 
 def test_a_function_without_statistics_says_so():
-    with pytest.raises(nk.InputError, match="batch_norm was called with training=False and without"):
+    with pytest.raises(
+        nk.InputError, match="batch_norm was called with training=False and without"
+    ):
         F.batch_norm(torch.ones(2, 6))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from normkit.core.moments import Moments
+from normkit.core.transforms import known_size
 from normkit.errors import PartitionError
 from normkit.typing import GroupTable, SegmentTable
 
@@ -46,10 +46,14 @@ class Partition:
         Raises:
             PartitionError: If the groups do not divide an example of this shape.
         """
-        example_size = math.prod(shape[1:])
+        num_channels = shape[1]
+        if num_channels % self.num_groups == 0:
+            return math.prod(shape[2:])
+        num_positions = math.prod([known_size(size) for size in shape[2:]])
+        example_size = num_channels * num_positions
         example = f"an example of shape {tuple(shape[1:])} has {example_size} elements"
         require_divides(self.num_groups, example_size, example)
-        return math.gcd(math.prod(shape[2:]), example_size // self.num_groups)
+        return _greatest_common_divisor(num_positions, example_size // self.num_groups)
 
     def group_sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         """Elements in a full group and in the last, possibly smaller, one."""
@@ -73,13 +77,11 @@ class Partition:
         of squares, so it is never negative and nothing cancels.
         """
         num_examples = table.mean.shape[0]
-        run = self._examples(num_examples)
-        whole = num_examples - num_examples % run
-        if whole == num_examples:
-            return self._pool_runs(table, run)
-        first = self._pool_runs(Moments(table.mean[:whole], table.var[:whole]), run)
-        last = self._pool_runs(Moments(table.mean[whole:], table.var[whole:]), num_examples - whole)
-        return Moments(torch.cat([first.mean, last.mean]), torch.cat([first.var, last.var]))
+        if self.examples_per_group is None:
+            return self._pool_runs(table, 1, num_examples)
+        if self.examples_per_group == 1:
+            return self._pool_runs(table, num_examples, 1)
+        return self._pool_with_remainder(table, self._examples(num_examples))
 
     def expand(self, groups: GroupTable, num_examples: int, num_segments: int) -> SegmentTable:
         """Give every segment its group's value: ``(B, G)`` to ``(N, K)``; B = 1 to ``(1, K)``."""
@@ -94,20 +96,34 @@ class Partition:
             return max(num_examples, 1)
         return min(self.examples_per_group, max(num_examples, 1))
 
-    def _pool_runs(self, table: Moments, run: int) -> Moments:
-        def cells(values: Tensor) -> Tensor:
-            return values.reshape(-1, run, self.num_groups, values.shape[1] // self.num_groups)
+    def _pool_with_remainder(self, table: Moments, run: int) -> Moments:
+        num_runs, rest = divmod(table.mean.shape[0], run)
+        if rest == 0:
+            return self._pool_runs(table, num_runs, run)
+        whole = num_runs * run
+        first = self._pool_runs(Moments(table.mean[:whole], table.var[:whole]), num_runs, run)
+        last = self._pool_runs(Moments(table.mean[whole:], table.var[whole:]), 1, rest)
+        return Moments(torch.cat([first.mean, last.mean]), torch.cat([first.var, last.var]))
 
-        mean = cells(table.mean)
+    def _pool_runs(self, table: Moments, num_runs: int, run: int) -> Moments:
+        cells = (num_runs, run, self.num_groups, table.mean.shape[1] // self.num_groups)
+        mean, var = table.mean.reshape(cells), table.var.reshape(cells)
         pooled = mean.mean(dim=(1, 3))
         between = (mean - pooled[:, None, :, None]).square()
-        return Moments(pooled, (cells(table.var) + between).mean(dim=(1, 3)))
+        return Moments(pooled, (var + between).mean(dim=(1, 3)))
 
 
 def divisors(size: int) -> list[int]:
     """All divisors of ``size``, in rising order."""
     low = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return low + [size // d for d in reversed(low) if d * d != size]
+
+
+def _greatest_common_divisor(a: int, b: int) -> int:
+    """Do what ``math.gcd`` does, in steps that ``torch.compile`` can follow."""
+    while b:
+        a, b = b, a % b
+    return a
 
 
 def largest_divisor(n: int, at_most: int) -> int:

@@ -1,0 +1,137 @@
+"""Every layer under ``torch.func``, ``torch.compile``, ``torch.export`` and ONNX."""
+
+import copy
+
+import onnxruntime
+import pytest
+import torch
+from cases import CASES, PLAIN, TOLERANCE, randn
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.testing import assert_close
+
+X = randn(4, 6, 5, 3, mean=1.0)
+CLOSE = TOLERANCE[torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+def stepped(case, dtype=torch.float64):
+    layer = case.make(dtype=dtype)
+    layer(X.to(dtype))
+    return layer
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_vmap_is_a_loop(case, training):
+    layer = stepped(case).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    many = randn(3, *X.shape, seed=4)
+    assert_close(vmap(layer)(many), torch.stack([copy.deepcopy(layer)(x) for x in many]), **CLOSE)
+    for name, value in before.items():
+        assert torch.equal(layer.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_per_example_gradients(case, training):
+    """The gradient of each batch's loss by the parameters, for three batches at once."""
+    layer = stepped(case).train(training)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    many = randn(3, *X.shape, seed=4)
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).pow(3).sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, many)
+    for index, x in enumerate(many):
+        one = copy.deepcopy(layer)
+        one(x).pow(3).sum().backward()
+        for name, p in one.named_parameters():
+            assert_close(found[name][index], p.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hessian_vector_products(case):
+    layer = stepped(case)
+    x, v = randn(3, 6, 3), randn(3, 6, 3, seed=2)
+    full = hessian(lambda x: layer(x).pow(3).sum())(x).reshape(x.numel(), -1)
+    expected = (full @ v.flatten()).reshape(x.shape)
+    _, forward_over_reverse = jvp(grad(lambda x: layer(x).pow(3).sum()), (x,), (v,))
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf, create_graph=True)
+    (reverse_over_reverse,) = torch.autograd.grad(first, leaf, v)
+    assert_close(forward_over_reverse, expected, **CLOSE)
+    assert_close(reverse_over_reverse, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_mode_is_the_transpose_of_reverse_mode(case, training):
+    layer = stepped(case).train(training)
+    v, w = randn(*X.shape, seed=2), randn(*X.shape, seed=3)
+    with forward_ad.dual_level():
+        y = layer(forward_ad.make_dual(X, v))
+        tangent = forward_ad.unpack_dual(y).tangent
+    _, pull = vjp(layer, X)
+    assert_close((tangent * w).sum(), (pull(w)[0] * v).sum(), **CLOSE)
+
+
+CUTS = tuple(case for case in CASES if case.options.get("num_groups") == 9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", [*PLAIN, *CUTS], ids=str)
+def test_compile_without_graph_breaks(case, training):
+    layer = stepped(case).train(training)
+    same = copy.deepcopy(layer)
+    compiled = torch.compile(same, fullgraph=True, backend="aot_eager", dynamic=True)
+    shapes = [(4, 6, 5, 3), (6, 6, 5, 3)] if case in CUTS else [(4, 6, 5, 3), (6, 6, 7, 9)]
+    for step, shape in enumerate(shapes):
+        x = randn(*shape, seed=step).requires_grad_()
+        x2 = x.detach().clone().requires_grad_()
+        y, y2 = layer(x), compiled(x2)
+        y.pow(3).sum().backward()
+        y2.pow(3).sum().backward()
+        assert_close(y2, y, **CLOSE)
+        assert_close(x2.grad, x.grad, **CLOSE)
+    for name, value in layer.state_dict().items():
+        assert_close(same.state_dict()[name], value, **CLOSE)
+
+
+@pytest.mark.slow
+def test_inductor_agrees():
+    network = nn.Sequential(*(stepped(case, torch.float32) for case in PLAIN))
+    same = copy.deepcopy(network)
+    x = X.float()
+    y = torch.compile(same, fullgraph=True)(x)
+    assert_close(y, network(x), atol=1e-4, rtol=1e-4)
+    for name, value in network.state_dict().items():
+        assert_close(same.state_dict()[name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_export_with_any_batch_size(case):
+    layer = stepped(case).eval()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (X,), dynamic_shapes=({0: batch},), strict=True)
+    for size in (2, 7):
+        x = randn(size, *X.shape[1:], seed=size)
+        assert_close(program.module()(x), layer(x), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")  # theirs, at import
+@pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch.export copies its own specs
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_onnxruntime_agrees(case, tmp_path):
+    layer = stepped(case, torch.float32).eval()
+    x, path = X.float(), str(tmp_path / "layer.onnx")
+    torch.onnx.export(layer, (x,), path, dynamo=True, opset_version=18, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(y), layer(x).detach(), atol=1e-5, rtol=1e-5)

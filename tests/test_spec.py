@@ -1,0 +1,141 @@
+"""Specs: parse, print, resolve, build, refuse."""
+
+import normkit as nk
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from normkit.spec import METHODS, RECOMMENDED_BGN_GROUPS
+
+TEXTS = (
+    "bn", "in", "ln", "gn", "gn:8", "gn:max=8", "pn", "bgn:auto", "bgn:512", "ghost:4",
+    "gbgn:8:examples_per_group=2", "gbgn:examples_per_group=none", "bn:momentum=none",
+    "bn:affine=false:eps=0.001", "gn:32+ws", "gn:8:track_running_stats=true",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_spec_prints_as_it_was_written(text):
+    assert str(nk.NormSpec.parse(text)) == text
+
+
+@given(
+    name=st.sampled_from([n for n, m in METHODS.items() if m.argument]),
+    number=st.none() | st.integers(1, 4096),
+    eps=st.none() | st.floats(0, 1),
+    affine=st.none() | st.booleans(),
+    suffix=st.sampled_from(["", "+ws"]),
+)
+def test_any_spec_round_trips(name, number, eps, affine, suffix):
+    parts = [name]
+    parts += [] if number is None else [str(number)]
+    parts += [] if affine is None else [f"affine={str(affine).lower()}"]
+    parts += [] if eps is None else [f"eps={eps!r}"]
+    spec = nk.NormSpec.parse(":".join(parts) + suffix)
+    assert nk.NormSpec.parse(str(spec)) == spec
+    assert hash(nk.NormSpec.parse(str(spec))) == hash(spec)
+    assert "," not in str(spec)
+
+
+def test_short_names_and_order_do_not_matter():
+    first = nk.NormSpec.parse("gbgn:examples=2:8")
+    assert first == nk.NormSpec.parse("gbgn:8:examples_per_group=2")
+    assert first == nk.NormSpec.parse("gbgn:num_groups=8:examples=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [
+        ("bn", nk.BatchNorm(64)),
+        ("in", nk.InstanceNorm(64)),
+        ("ln", nk.LayerNorm(64)),
+        ("gn", nk.GroupNorm(64)),
+        ("gn:8", nk.GroupNorm(64, num_groups=8)),
+        ("gn:max=7", nk.GroupNorm(64, num_groups=4)),
+        ("pn:eps=0.001", nk.PositionalNorm(64, eps=0.001)),
+        ("bgn:512", nk.BatchGroupNorm(64, num_groups=512)),
+        ("ghost:4:momentum=0.2", nk.GhostBatchNorm(64, ghost_batch_size=4, momentum=0.2)),
+        (
+            "gbgn:8:examples=2",
+            nk.GeneralBatchGroupNorm(64, num_groups=8, examples_per_group=2),
+        ),
+    ],
+)
+def test_build_makes_the_layer(text, layer):
+    assert repr(nk.build(text, 64)) == repr(layer)
+    assert repr(nk.build(nk.NormSpec.parse(text), 64)) == repr(layer)
+
+
+@pytest.mark.parametrize(("batch_size", "groups"), sorted(RECOMMENDED_BGN_GROUPS.items()))
+def test_auto_follows_the_papers_table(batch_size, groups):
+    """Zhou et al., table 2, where the map is large enough for the number."""
+    spec = nk.NormSpec.parse("bgn:auto").resolve(64, batch_size=batch_size, num_positions=56 * 56)
+    assert str(spec) == f"bgn:{groups}"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "channels", "positions", "expected"),
+    [
+        (128, 64, 1, "bgn:64"),  # 512 does not divide 64: the largest divisor that does
+        (24, 64, 49, "bgn:112"),  # nearest in log2 is 32, whose 128 does not divide 3136
+        (1000, 64, 64, "bgn:512"),
+        (3, 10, 1, "bgn:2"),  # log2(3) is nearer to 4 than to 2
+    ],
+)
+def test_auto_takes_the_nearest_batch_size_and_the_largest_divisor(
+    batch_size, channels, positions, expected
+):
+    spec = nk.NormSpec.parse("bgn:auto")
+    assert str(spec.resolve(channels, batch_size=batch_size, num_positions=positions)) == expected
+
+
+def test_a_resolved_spec_is_left_alone():
+    spec = nk.NormSpec.parse("gn:8")
+    assert spec.resolve(64) is spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch", "names norm 'batch'; the norms are: bn, in, ln, gn, pn, bgn, ghost, gbgn"),
+        ("gn:x", r"argument 'x'; it must be a whole number of at least 1"),
+        ("gn:0", r"argument '0'; it must be a whole number"),
+        ("gn:-3", r"argument '-3'; it must be a whole number"),
+        ("gn:auto", r"argument 'auto'; it must be a whole number"),
+        ("bn:8", r"argument '8', but this norm takes no number; its options are: .*momentum="),
+        ("gn:groups=8", "sets 'groups'; its options are: .*num_groups"),
+        ("ghost:max=8", "sets 'max'; its options are"),
+        ("gn:8:4", "sets an option twice"),
+        ("gn:8:max=4", "sets an option twice"),
+        ("gn:8+wn", r"ends in \+wn; the only suffix is \+ws"),
+        ("gn+ws+ws", r"ends in \+ws\+ws"),
+        ("bn:affine=maybe", "argument 'affine=maybe'; the value must be of type bool"),
+        ("bn:eps=small", "argument 'eps=small'; the value must be of type float"),
+        ("bn:affine=none", "argument 'affine=none'; the value must be of type bool"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(text, message):
+    with pytest.raises(nk.SpecError, match=message):
+        nk.NormSpec.parse(text)
+
+
+def test_auto_needs_a_batch_size():
+    with pytest.raises(nk.SpecError, match="bgn:auto depends on the batch size; pass batch_size="):
+        nk.build("bgn:auto", 64)
+
+
+def test_weights_cannot_be_standardised_by_one_layer():
+    with pytest.raises(nk.SpecError, match=r"gn:8\+ws asks for weight .* the norm alone, 'gn:8'"):
+        nk.build("gn:8+ws", 64)
+
+
+def test_groups_that_do_not_divide_are_refused_not_rounded():
+    with pytest.raises(nk.PartitionError, match=r"length 20, which 8 groups .*\[1, 2, 4, 5, 10"):
+        nk.build("gn:8", 20)
+
+
+def test_lists_of_specs():
+    assert [str(s) for s in nk.parse_specs("bn, gn:8 ,bgn:auto")] == ["bn", "gn:8", "bgn:auto"]
+    with pytest.raises(nk.SpecError, match="names no norm; the norms are: bn"):
+        nk.parse_specs(" , ")
+    with pytest.raises(nk.SpecError, match="names gn:8 twice"):
+        nk.parse_specs("gn:8,bn,gn:num_groups=8")
