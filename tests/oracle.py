@@ -1,5 +1,6 @@
 """The definitions, in float64 loops. Imports nothing of the package under test."""
 
+# ruff: noqa: N803 - C and P are the letters of the formulas
 import functools
 import math
 

@@ -1,9 +1,10 @@
 """Specs: parse, print, resolve, build, refuse."""
 
-import normkit as nk
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import normkit as nk
 from normkit.spec import METHODS, RECOMMENDED_BGN_GROUPS
 
 TEXTS = (

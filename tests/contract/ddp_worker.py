@@ -4,8 +4,9 @@ import sys
 
 import torch
 import torch.distributed as dist
-from cases import CASES, randn
 from torch.nn.parallel import DistributedDataParallel
+
+from cases import CASES, randn
 
 PROCESSES = 2
 

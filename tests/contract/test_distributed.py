@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from cases import CASES
 from contract.ddp_worker import PROCESSES, batch_of
-from torch.testing import assert_close
 
 pytestmark = pytest.mark.xdist_group("ddp")  # the processes are started once
 TESTS = Path(__file__).parent.parent

@@ -1,10 +1,11 @@
 """What every layer and function says to input it cannot take."""
 
-import normkit as nk
 import pytest
 import torch
-from cases import CASES, PLAIN, TOLERANCE
 from torch.testing import assert_close
+
+import normkit as nk
+from cases import CASES, PLAIN, TOLERANCE
 
 F = nk.functional
 
@@ -53,7 +54,9 @@ def test_a_group_of_one_value_is_refused_in_training(layer, shape, group):
 
 def test_a_position_of_one_channel_is_refused_in_training():
     layer = nk.PositionalNorm(1)
-    with pytest.raises(nk.PartitionError, match="more than 1 value per position .* single channel"):
+    with pytest.raises(
+        nk.PartitionError, match=r"more than 1 value per position .* single channel"
+    ):
         layer(torch.ones(2, 1, 3))
     assert torch.isfinite(layer.eval()(torch.ones(2, 1, 3))).all()
 

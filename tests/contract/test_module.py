@@ -3,13 +3,14 @@
 import copy
 import pickle
 
-import normkit as nk
 import pytest
 import torch
-from cases import CASES, PLAIN, TOLERANCE, randn
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+
+import normkit as nk
+from cases import CASES, PLAIN, TOLERANCE, randn
 
 TWINS = tuple(case for case in CASES if case.twin)
 TRACKED = tuple(case for case in CASES if case.tracks)
@@ -132,7 +133,7 @@ def test_casting_to_16_bits_keeps_the_statistics(case, cast):
 
 
 def test_a_bfloat16_model_does_not_stall():
-    """torch's own layer stops at 6.7 on the way to 10: its buffer is bfloat16."""
+    """Torch's own layer stops at 6.7 on the way to 10: its buffer is bfloat16."""
     torch.manual_seed(0)
     ours = nk.BatchNorm(1, momentum=0.01).bfloat16()
     theirs = nn.BatchNorm2d(1, momentum=0.01).bfloat16()

@@ -5,11 +5,12 @@ import copy
 import onnxruntime
 import pytest
 import torch
-from cases import CASES, PLAIN, TOLERANCE, randn
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.testing import assert_close
+
+from cases import CASES, PLAIN, TOLERANCE, randn
 
 X = randn(4, 6, 5, 3, mean=1.0)
 CLOSE = TOLERANCE[torch.float64]

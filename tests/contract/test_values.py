@@ -1,13 +1,14 @@
 """Values, gradients and buffers of every layer against the float64 loop oracle."""
 
-import oracle
 import pytest
 import torch
-from cases import CASES, TOLERANCE, Case, case_shapes, groups, randn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
+
+import oracle
+from cases import CASES, TOLERANCE, Case, case_shapes, groups, randn
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 

@@ -2,18 +2,19 @@
 
 import math
 
-import normkit as nk
-import oracle
 import pytest
 import torch
-from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import normkit as nk
+import oracle
+from cases import randn
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition, divisors, largest_divisor
 from normkit.errors import PartitionError
 from normkit.kernels import reference
-from torch.testing import assert_close
 
 FEW = st.integers(1, 6)
 
