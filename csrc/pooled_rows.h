@@ -129,6 +129,26 @@ inline void store_moments(double* mean, double* var, const double* sums, double 
   *var = spread < 0 ? 0 : spread;  // rounding; comparisons keep NaN
 }
 
+// Whether a group covers whole channels whose planes are short rows, in several examples.
+inline bool has_short_channels(const Pooled& a, const Place& at) {
+  const Partition& p = a.partition;
+  return at.count > 1 && p.plane <= kShortRow && p.run % p.plane == 0 &&
+         a.affine_plane == p.plane;
+}
+
+// Calls stretch(span, units, pivots, parts) for up to kUnits channels of such a group at a time.
+template <class T, class F>
+void each_stretch(const Pooled& a, const Place& at, acc_t<T> pivot, const F& stretch) {
+  const Partition& p = a.partition;
+  acc_t<T> pivots[kUnits];
+  for (acc_t<T>& entry : pivots) entry = pivot;
+  double parts[2 * kUnits];
+  for (int64_t start = at.low; start < at.low + p.run; start += kUnits * p.plane) {
+    const int64_t units = least(kUnits, divide(at.low + p.run - start, p.plane));
+    stretch(Span{at.origin + start, p.plane, at.count, p.example_size}, units, pivots, parts);
+  }
+}
+
 template <class T>
 void group_statistics(const Pooled& a, const Place& at) {
   const Partition& p = a.partition;
@@ -139,24 +159,93 @@ void group_statistics(const Pooled& a, const Place& at) {
     span_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, shift, sums);
   } else {
     int64_t piece = at.batch * a.num_pieces + piece_index(p, at.low);
-    each_piece(at.low, at.low + p.run, p.plane,
-               [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
-      double part[2];
-      span_sums(x, {at.origin + start, length, at.count, p.example_size}, shift, part);
+    const auto take = [&](const double* part, int64_t length) NORMKIT_INLINE {
       store_moments(a.piece_first + piece, a.piece_second + piece, part, shift,
                     double(at.count * length));
       ++piece;  // the pieces of a group follow each other; counting saves a division
       sums[0] += part[0];
       sums[1] += part[1];
-    });
+    };
+    if (has_short_channels(a, at)) {
+      each_stretch<T>(a, at, shift, [&](const Span& span, int64_t units, const acc_t<T>* pivot,
+                                        double* parts) NORMKIT_INLINE {
+        unit_sums(x, span, units, pivot, parts);
+        for (int64_t unit = 0; unit < units; ++unit) take(parts + 2 * unit, p.plane);
+      });
+    } else {
+      each_piece(at.low, at.low + p.run, p.plane,
+                 [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
+                   double part[2];
+                   span_sums(x, {at.origin + start, length, at.count, p.example_size}, shift, part);
+                   take(part, length);
+                 });
+    }
   }
   store_moments(a.mean + at.group, a.var + at.group, sums, shift,
                 double(at.count) * double(p.run));
 }
 
+// Groups of one short row in each of several examples: BatchNorm and Ghost BatchNorm on small maps.
+inline bool has_short_rows(const Pooled& a) {
+  const Partition& p = a.partition;
+  return p.run <= kShortRow && p.examples_per_group > 1 && p.plane % p.run == 0 &&
+         a.affine_plane != 1;
+}
+
+// How many of the groups from `at` on to take together: they share examples and fit the L2 cache.
+inline int64_t count_units(const Pooled& a, const Place& at, int64_t end) {
+  constexpr int64_t kCached = 131072;  // elements
+  const Partition& p = a.partition;
+  const int64_t left = divide(p.example_size - at.low, p.run);
+  const int64_t cached = divide(kCached, at.count * p.run);
+  return least(least(left, end - at.group), least(kUnits, cached < 4 ? 4 : cached));
+}
+
+template <class T>
+void forward_units(const Pooled& a, const Place& at, int64_t units) {
+  using A = acc_t<T>;
+  const Partition& p = a.partition;
+  A pivot[kUnits], scale[kUnits], center[kUnits];
+  const T* x = static_cast<const T*>(a.x);
+  if (!a.constant) {
+    double sums[2 * kUnits];
+    for (int64_t unit = 0; unit < units; ++unit) {
+      pivot[unit] = first_mean(x + at.origin + at.low + unit * p.run, p.run);
+    }
+    unit_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, units, pivot, sums);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      store_moments(a.mean + at.group + unit, a.var + at.group + unit, sums + 2 * unit,
+                    pivot[unit], double(at.count) * double(p.run));
+    }
+  }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const Group<T> group = group_of<T>(a, at.group + unit);
+    const int64_t channel = divide(at.low + unit * p.run, a.affine_plane);
+    const double factor = weight_at<T>(a, channel) * group.rstd;
+    pivot[unit] = group.pivot;
+    scale[unit] = A(factor);
+    center[unit] = A(bias_at<T>(a, channel) + group.pivot_offset * factor);
+  }
+  for (int64_t example = 0; example < at.count; ++example) {
+    const int64_t start = at.origin + example * p.example_size + at.low;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      row_affine(x + start + unit * p.run, static_cast<T*>(a.out) + start + unit * p.run, p.run,
+                 pivot[unit], scale[unit], center[unit]);
+    }
+  }
+}
+
 template <class T>
 void forward_groups(const Pooled& a, int64_t begin, int64_t end) {
   const Partition& p = a.partition;
+  if (has_short_rows(a)) {
+    for (Place at(p, begin); at.group < end;) {
+      const int64_t units = count_units(a, at, end);
+      forward_units<T>(a, at, units);
+      for (int64_t unit = 0; unit < units; ++unit) at.next(p);
+    }
+    return;
+  }
   for (Place at(p, begin); at.group < end; at.next(p)) {
     if (!a.constant) group_statistics<T>(a, at);
     const Group<T> group = group_of<T>(a, at.group);
@@ -216,11 +305,7 @@ void group_gradient_sums(const Pooled& a, const Group<T>& group, const Place& at
   const Partition& p = a.partition;
   const T* g = static_cast<const T*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
-  int64_t piece = a.piece_first ? at.batch * a.num_pieces + piece_index(p, at.low) : 0;
-  each_piece(at.low, at.low + p.run, a.affine_plane,
-             [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
-    double part[2];
-    span_grad_sums(g, x, {at.origin + start, length, at.count, p.example_size}, group.pivot, part);
+  const auto take = [&](int64_t channel, int64_t piece, double* part) NORMKIT_INLINE {
     part[1] += group.pivot_offset * part[0];
     const double weight = weight_at<T>(a, channel);
     sums[0] += weight * part[0];
@@ -228,14 +313,73 @@ void group_gradient_sums(const Pooled& a, const Group<T>& group, const Place& at
     if (a.piece_first) {
       a.piece_first[piece] = part[0];
       a.piece_second[piece] = part[1] * group.rstd;
-      ++piece;
     }
+  };
+  int64_t piece = a.piece_first ? at.batch * a.num_pieces + piece_index(p, at.low) : 0;
+  if (has_short_channels(a, at)) {
+    each_stretch<T>(a, at, group.pivot, [&](const Span& span, int64_t units, const acc_t<T>* pivot,
+                                            double* parts) NORMKIT_INLINE {
+      unit_grad_sums(g, x, span, units, pivot, parts);
+      int64_t channel = divide(span.offset - at.origin, p.plane);
+      for (int64_t unit = 0; unit < units; ++unit) take(channel++, piece++, parts + 2 * unit);
+    });
+    return;
+  }
+  each_piece(at.low, at.low + p.run, a.affine_plane,
+             [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
+    double part[2];
+    span_grad_sums(g, x, {at.origin + start, length, at.count, p.example_size}, group.pivot, part);
+    take(channel, piece++, part);
   });
+}
+
+template <class T>
+void backward_units(const Pooled& a, const Place& at, int64_t units) {
+  using A = acc_t<T>;
+  const Partition& p = a.partition;
+  A pivot[kUnits], scale[kUnits], slope[kUnits], center[kUnits];
+  double sums[2 * kUnits];
+  const T* g = static_cast<const T*>(a.grad);
+  const T* x = static_cast<const T*>(a.x);
+  for (int64_t unit = 0; unit < units; ++unit) pivot[unit] = A(a.mean[at.group + unit]);
+  unit_grad_sums(g, x, {at.origin + at.low, p.run, at.count, p.example_size}, units, pivot, sums);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const Group<T> group = group_of<T>(a, at.group + unit);
+    double* pair = sums + 2 * unit;
+    pair[1] += group.pivot_offset * pair[0];
+    if (a.piece_first) {  // pieces are groups
+      a.piece_first[at.group + unit] = pair[0];
+      a.piece_second[at.group + unit] = pair[1] * group.rstd;
+    }
+    const double weight = weight_at<T>(a, divide(at.low + unit * p.run, a.affine_plane));
+    const double share = a.constant ? 0 : weight;
+    const double weighted[2] = {share * pair[0], share * pair[1]};
+    const GroupGradient<T> k(group, weighted, double(at.count) * double(p.run));
+    scale[unit] = A(weight * k.scale);
+    slope[unit] = A(k.slope);
+    center[unit] = A(k.center);
+  }
+  for (int64_t example = 0; example < at.count; ++example) {
+    const int64_t start = at.origin + example * p.example_size + at.low;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t row = start + unit * p.run;
+      row_gradient(g + row, x + row, static_cast<T*>(a.out) + row, p.run, pivot[unit], scale[unit],
+                   slope[unit], center[unit]);
+    }
+  }
 }
 
 template <class T>
 void backward_groups(const Pooled& a, int64_t begin, int64_t end) {
   const Partition& p = a.partition;
+  if (has_short_rows(a)) {
+    for (Place at(p, begin); at.group < end;) {
+      const int64_t units = count_units(a, at, end);
+      backward_units<T>(a, at, units);
+      for (int64_t unit = 0; unit < units; ++unit) at.next(p);
+    }
+    return;
+  }
   for (Place at(p, begin); at.group < end; at.next(p)) {
     const Group<T> group = group_of<T>(a, at.group);
     double sums[2] = {0, 0};

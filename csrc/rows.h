@@ -111,6 +111,66 @@ inline void span_grad_sums(const T* g, const T* x, const Span& span, acc_t<T> pi
   });
 }
 
+// Short rows below each other: taking one channel at a time would touch a new page for each row, so
+// the sums of neighbouring channels grow together while whole stretches of an example pass by.
+constexpr int64_t kShortRow = 256;  // elements
+constexpr int64_t kUnits = 64;      // neighbouring rows at most
+
+// span.length is a row's; `units` neighbouring rows; sums are pairs. term(at, n, unit, one, two).
+template <class T, class F>
+[[gnu::always_inline]] inline void sum_units(const Span& span, int64_t units, double* sums,
+                                             const F& term) {
+  doublev first[kUnits] = {}, second[kUnits] = {};
+  const int64_t rows_per_fold = kBlock / span.length;
+  for (int64_t begin = 0; begin < span.count; begin += rows_per_fold) {
+    vec<T> one[kUnits] = {}, two[kUnits] = {};
+    const int64_t end = least(begin + rows_per_fold, span.count);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t start = span.offset + row * span.stride + unit * span.length;
+        vec<T> ones[2] = {}, twos[2] = {};
+        each_vector<T>(span.length, [&](int lane, int64_t i, int n) NORMKIT_INLINE {
+          term(start + i, n, unit, ones[lane & 1], twos[lane & 1]);
+        });
+        one[unit] += ones[0] + ones[1];
+        two[unit] += twos[0] + twos[1];
+      }
+    }
+    for (int64_t unit = 0; unit < units; ++unit) {
+      first[unit] += widen(one[unit]);
+      second[unit] += widen(two[unit]);
+    }
+  }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    sums[2 * unit] = total(first[unit]);
+    sums[2 * unit + 1] = total(second[unit]);
+  }
+}
+
+template <class T>
+inline void unit_sums(const T* x, const Span& span, int64_t units, const acc_t<T>* shift,
+                      double* sums) {
+  sum_units<T>(span, units, sums,
+               [&](int64_t at, int n, int64_t unit, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+                 const vec<T> shifts = splat<T>(shift[unit]);
+                 const vec<T> d = load_some(x + at, n, shifts) - shifts;
+                 one += d;
+                 two += d * d;
+               });
+}
+
+template <class T>
+inline void unit_grad_sums(const T* g, const T* x, const Span& span, int64_t units,
+                           const acc_t<T>* pivot, double* sums) {
+  sum_units<T>(span, units, sums,
+               [&](int64_t at, int n, int64_t unit, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+                 const vec<T> pivots = splat<T>(pivot[unit]);
+                 const vec<T> gradient = load_some(g + at, n, vec<T>{});
+                 one += gradient;
+                 two += gradient * (load_some(x + at, n, pivots) - pivots);
+               });
+}
+
 // y = scale * (x - pivot) + center
 template <class T>
 inline void row_affine(const T* x, T* y, int64_t length, acc_t<T> pivot, acc_t<T> scale,
