@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -108,9 +109,19 @@ def _has_activation(module: nn.Module) -> bool:
 
 def _replacement(module: _BatchNorm, norm_layer: NormLayer) -> nn.Module:
     norm = norm_layer(module.num_features)
+    _carry_affine(module, norm)
     if not _has_activation(module):
         return norm
     return NormThenAct(norm, module.get_submodule("drop"), module.get_submodule("act"))
+
+
+@torch.no_grad()
+def _carry_affine(before: _BatchNorm, after: nn.Module) -> None:
+    """Keep initial weights other than one: timm starts the last norm of a block at zero."""
+    parameters = dict(after.named_parameters(recurse=False))
+    for name, value in before.named_parameters(recurse=False):
+        if name in parameters and parameters[name].shape == value.shape:
+            parameters[name].copy_(value)
 
 
 def take_channels(model: nn.Module, num_channels: int) -> None:
