@@ -41,7 +41,7 @@ def groupings(shape):
 
 
 def draw(shape, dtype, layout="contiguous", offset=0.0, seed=0):
-    """x and a gradient in this layout and dtype, weight and bias in float64."""
+    """Feature map and gradient in this layout and dtype, weight and bias in float64."""
     generator = torch.Generator().manual_seed(seed)
     x, grad = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
     weight, bias = torch.rand(2, shape[1], dtype=torch.float64, generator=generator)
