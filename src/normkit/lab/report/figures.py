@@ -11,7 +11,7 @@ from normkit.lab.report.text import percent
 
 WIDE = Frame(width=820, height=360, right=110)
 NARROW = Frame(width=380, height=300)
-PANEL = Frame(width=380, height=240)
+PANEL = Frame(width=320, height=220)
 
 Figure = Callable[[Epoch], float | None]
 

@@ -69,21 +69,18 @@ def render(comparison: Comparison, records: Sequence[Record], command: str) -> s
                 "narrow": figures.accuracy_chart(comparison, figures.NARROW),
             },
             panels=[_panel(comparison, records, size) for size in comparison.batch_sizes],
-            best={size: best_norm(comparison, size) for size in comparison.batch_sizes},
+            best={size: best_norms(comparison, size) for size in comparison.batch_sizes},
             resolutions=_resolutions(comparison, records),
             num_parameters=sorted({r.outcome.num_parameters or 0 for r in records} - {0}),
         )
     )
 
 
-def best_norm(comparison: Comparison, batch_size: int) -> str | None:
-    """The norm with the highest mean test accuracy at a batch size."""
-    accuracies = {
-        norm: cell.accuracy.mean
-        for norm in comparison.norms
-        if (cell := comparison.cell(norm, batch_size)).accuracy is not None
-    }
-    return max(accuracies, key=accuracies.__getitem__, default=None)
+def best_norms(comparison: Comparison, batch_size: int) -> list[str]:
+    """The norms with the highest mean test accuracy at a batch size: several if they tie."""
+    cells = [comparison.cell(norm, batch_size) for norm in comparison.norms]
+    means = {cell.norm: cell.accuracy.mean for cell in cells if cell.accuracy is not None}
+    return [norm for norm, mean in means.items() if mean == max(means.values())]
 
 
 def _templates() -> Environment:
