@@ -6,11 +6,14 @@ from normkit.errors import (
     DataError,
     InputError,
     InputTypeError,
+    KernelError,
     NormError,
     OptionError,
     PartitionError,
     SpecError,
 )
+from normkit.explain import Explanation, explain
+from normkit.kernels.select import use_kernels
 from normkit.layers.single import (
     BatchGroupNorm,
     BatchNorm,
@@ -27,12 +30,14 @@ __all__ = [
     "BatchGroupNorm",
     "BatchNorm",
     "DataError",
+    "Explanation",
     "GeneralBatchGroupNorm",
     "GhostBatchNorm",
     "GroupNorm",
     "InputError",
     "InputTypeError",
     "InstanceNorm",
+    "KernelError",
     "LayerNorm",
     "NormError",
     "NormSpec",
@@ -41,7 +46,9 @@ __all__ = [
     "PositionalNorm",
     "SpecError",
     "build",
+    "explain",
     "functional",
     "largest_divisor",
     "parse_specs",
+    "use_kernels",
 ]

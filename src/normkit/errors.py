@@ -27,3 +27,7 @@ class DataError(NormError, OSError):
 
 class OptionError(NormError, ValueError):
     """An option of a layer or a tool has a value that it cannot have."""
+
+
+class KernelError(NormError, RuntimeError):
+    """Kernels were asked for that do not exist or were not built."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import normkit as nk
 from cases import CASES, PLAIN, TOLERANCE, randn
 
+pytestmark = pytest.mark.usefixtures("kernels")
 TWINS = tuple(case for case in CASES if case.twin)
 TRACKED = tuple(case for case in CASES if case.tracks)
 X = randn(4, 6, 5, 3, dtype=torch.float32, mean=1.0)
@@ -223,6 +224,18 @@ def test_two_forwards_before_one_backward(case):
     apart(first).square().sum().backward()
     apart(second).square().sum().backward()
     assert_close(layer.weight.grad, apart.weight.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_result_may_be_changed_in_place(case, training):
+    """Every torchvision ResNet does: ``nn.ReLU(inplace=True)`` follows its norms."""
+    layer = stepped(case).train(training)
+    x = X.clone().requires_grad_()
+    y = layer(x)
+    (expected,) = torch.autograd.grad(y.relu().sum(), x)
+    (found,) = torch.autograd.grad(layer(x).relu_().sum(), x)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("case", TRACKED, ids=str)

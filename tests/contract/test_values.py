@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import oracle
 from cases import CASES, TOLERANCE, Case, case_shapes, groups, randn
 
+pytestmark = pytest.mark.usefixtures("kernels")
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 
 

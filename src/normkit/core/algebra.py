@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from normkit.core.moments import Moments
 from normkit.core.normalize import Affine
+from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.typing import GroupTable, PerChannel, SegmentTable
 
@@ -74,6 +77,19 @@ def standardize(
         scale = scale * per_segment(weight, table.mean)
     center = (table.mean - spread(groups.mean)) * scale
     return Affine(scale, center if bias is None else center + per_segment(bias, table.mean))
+
+
+def fixed_tables(
+    groups: Moments, partition: Partition, shape: Sequence[int], parameters: Parameters
+) -> tuple[SegmentTable, SegmentTable, SegmentTable]:
+    """Tables of mean, scale and center that normalise by given group statistics ``(1, G)``."""
+    num_segments = math.prod(shape[1:]) // partition.segment_size(shape)
+    mean, var = (partition.expand(t, 1, num_segments) for t in (groups.mean, groups.var))
+    weight, bias, eps = parameters
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * per_segment(weight, mean)
+    return mean, scale, torch.zeros_like(mean) if bias is None else per_segment(bias, mean)
 
 
 def per_segment(values: PerChannel, like: SegmentTable) -> SegmentTable:

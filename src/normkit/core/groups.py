@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-
-from normkit.core.algebra import GroupStatistics, WeighedStatistics, per_segment
+from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
 from normkit.core.moments import Moments
 from normkit.core.normalize import apply_tables, normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
+from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.running import RunningStatistics
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.select import takes_cpu
 from normkit.typing import FeatureMap
 
 
@@ -23,6 +21,8 @@ def normalize_batch(
     parameters: Parameters,
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    if takes_cpu(x):
+        return normalize_pooled(x, partition, running, parameters)
     segment_size = partition.segment_size(x.shape)
     algebra = GroupStatistics(partition=partition, eps=parameters.eps)
     y, table = normalize(x, segment_size, algebra, parameters.weight, parameters.bias)
@@ -53,13 +53,8 @@ def normalize_evaluation(
 def _normalize_fixed(
     x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
 ) -> FeatureMap:
-    """Normalise by given group statistics ``(1, G)``, around their mean."""
-    weight, bias, eps = parameters
-    segment_size = partition.segment_size(x.shape)
-    num_segments = math.prod(x.shape[1:]) // segment_size
-    mean, var = (partition.expand(t, 1, num_segments) for t in (groups.mean, groups.var))
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * per_segment(weight, mean)
-    center = torch.zeros_like(mean) if bias is None else per_segment(bias, mean)
-    return apply_tables(x, mean, scale, center, segment_size)
+    """Normalise by given group statistics ``(1, G)``."""
+    if takes_cpu(x):
+        return normalize_given(x, partition, groups, parameters)
+    tables = fixed_tables(groups, partition, x.shape, parameters)
+    return apply_tables(x, *tables, partition.segment_size(x.shape))

@@ -19,6 +19,7 @@ from torch import Tensor
 from normkit.core.moments import Moments
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
+from normkit.kernels.select import primitives
 from normkit.typing import FeatureMap, SegmentTable
 
 
@@ -48,17 +49,17 @@ def normalize(
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
     """
     if needs_plain_formula():
-        y, table = _plain(x, segment_size, algebra, parameters)
+        y, table = plain(x, segment_size, algebra, parameters)
     else:
         y, mean, var = _Normalize.apply(x, segment_size, algebra, *parameters)
         table = Moments(mean, var)
     return y, table.detach()
 
 
-def _plain(
+def plain(
     x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
 ) -> tuple[FeatureMap, Moments]:
-    """Compute the same in plain differentiable operators: any derivative, vmap, export."""
+    """Compute what ``normalize`` does in plain operators: any derivative, vmap, export."""
     table = Moments(*reference.moments(x, segment_size))
     scale, center = algebra(table, *parameters)
     return reference.apply(x, table.mean, scale, center, segment_size), table
@@ -75,13 +76,14 @@ class _Normalize(torch.autograd.Function):
         algebra: Algebra,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = reference.moments(x, segment_size)
+        kernels = primitives(x)
+        mean, var = kernels.moments(x, segment_size)
         scale, center = algebra(Moments(mean, var), *parameters)
         ctx.save_for_backward(x, mean, var, *parameters)
         ctx.segment_size, ctx.algebra = segment_size, algebra
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return reference.apply(x, mean, scale, center, segment_size), mean, var
+        return own(kernels.apply(x, mean, scale, center, segment_size)), mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -93,7 +95,7 @@ class _Normalize(torch.autograd.Function):
             return dx, None, None, *rest
         x, _, _, *parameters = ctx.saved_tensors
         dx, *rest = differentiable_gradient(
-            lambda x, *p: _plain(x, ctx.segment_size, ctx.algebra, p)[0],
+            lambda x, *p: plain(x, ctx.segment_size, ctx.algebra, p)[0],
             (x, *parameters),
             (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]),
             grad,
@@ -105,7 +107,8 @@ def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
     """Gradient of ``x`` and of each parameter in two passes over the map."""
     x, mean, var, *parameters = ctx.saved_tensors
     size = ctx.segment_size
-    sum_grad, sum_grad_x = reference.reduce_grad(grad, x, mean, size)
+    kernels = primitives(x)
+    sum_grad, sum_grad_x = kernels.reduce_grad(grad, x, mean, size)
     wanted = ctx.needs_input_grad[3:]
     (scale, dmean, dvar), gradients = _transpose(
         ctx.algebra, Moments(mean, var), parameters, wanted, (sum_grad_x, sum_grad)
@@ -113,7 +116,7 @@ def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
     if not ctx.needs_input_grad[0]:
         return [None, *gradients]
     factors = (scale, dvar * (2 / size), (dmean - scale * sum_grad) / size)
-    return [reference.combine_grad(grad, x, mean, factors, size), *gradients]
+    return [kernels.combine_grad(grad, x, mean, factors, size), *gradients]
 
 
 def _transpose(
@@ -171,7 +174,7 @@ class _Apply(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, mean, scale, center)
         ctx.segment_size = segment_size
-        return reference.apply(x, mean, scale, center, segment_size)
+        return own(primitives(x).apply(x, mean, scale, center, segment_size))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -198,6 +201,11 @@ class _Apply(torch.autograd.Function):
         return dx, None, dscale, dcenter, None
 
 
+def own(y: Tensor) -> Tensor:
+    """Not as a view: of a view made in an autograd node, autograd refuses in-place operations."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+
+
 def differentiable_gradient(
     plain: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
@@ -205,6 +213,6 @@ def differentiable_gradient(
     grad: Tensor,
 ) -> list[Tensor | None]:
     """Gradient of ``plain(*inputs)`` that can be differentiated again; None where not wanted."""
-    sources = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    sources = [t for t, want in zip(inputs, wanted, strict=True) if t is not None and want]
     found = iter(torch.autograd.grad(plain(*inputs), sources, grad, create_graph=True))
     return [next(found) if want else None for want in wanted]

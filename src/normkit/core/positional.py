@@ -17,9 +17,12 @@ from torch import Tensor
 
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
+from normkit.core.pooled import differentiable
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
+from normkit.kernels import cpu
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.select import takes_cpu
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -27,9 +30,22 @@ def normalize_positions(x: FeatureMap, parameters: Parameters) -> FeatureMap:
     """Normalise every position over its channels, then scale and shift every channel."""
     if x.numel() == 0:
         return empty_result(x, parameters)
+    if takes_cpu(x):
+        return _by_kernel(x, parameters)
     if needs_plain_formula():
         return _plain(x, *parameters)
     return _NormalizePositions.apply(x, *parameters)
+
+
+def _by_kernel(x: FeatureMap, parameters: Parameters) -> FeatureMap:
+    """Do all of it in the C++ kernel; second derivatives are those of the plain formula."""
+    weight, bias, eps = parameters
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return _plain(x, weight, bias, eps)
+
+    y, _ = cpu.normalize_positions(x, weight, bias, eps, differentiable(formula, bias))
+    return y
 
 
 def require_channels(shape: Sequence[int], name: str) -> None:

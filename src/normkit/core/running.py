@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
-from normkit.core.transforms import functorch_is_active
+from normkit.kernels.select import functorch_is_active
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,29 +35,29 @@ class RunningStatistics:
     example_weight: float
 
     def update_(self, table: Moments, shape: Sequence[int]) -> None:
+        """Follow the statistics of a batch of this shape, from its segments' ``(N, K)``."""
+        if are_still():
+            return
+        batch = self.partition.pool(table)
+        self.follow_(Moments(batch.mean[0], batch.var[0]), shape)
+
+    def follow_(self, batch: Moments, shape: Sequence[int]) -> None:
         r"""Move towards the statistics of one batch, in place and without a gradient.
 
         .. math::  m \leftarrow (1 - r) m + r \mu, \quad
                    V \leftarrow (1 - r) V + r \frac{n}{n-1} \sigma^2
 
         Args:
-            table: Moments of the batch's segments, ``(N, K)``.
-            shape: Shape of the batch.
-
-        Numerics:
-            Nothing is updated while a backward pass runs (a checkpointed forward is the same step
-            once more), nor inside a ``torch.func`` transform (its inputs are no training batch).
+            batch: Moments in the shape of the buffers, biased.
+            shape: Shape of the batch, which says how many values ``n`` stand behind each.
         """
-        if _is_recomputation() or functorch_is_active():
-            return
-        batch = self.partition.pool(table)
         num_values, _ = self.partition.group_sizes(shape)
         correction = num_values / max(num_values - 1, 1)  # one value: its variance, 0, as it is
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             rate = self._rate()
-            self.mean.lerp_(batch.mean[0].to(self.mean.dtype), rate)
-            self.var.lerp_((batch.var[0] * correction).to(self.var.dtype), rate)
+            self.mean.lerp_(batch.mean.to(self.mean.dtype), rate)
+            self.var.lerp_((batch.var * correction).to(self.var.dtype), rate)
 
     def groups(self, partition: Partition, dtype: torch.dtype) -> Moments:
         """Pool the buffers into the groups of ``partition``, ``(1, G)``.
@@ -75,8 +75,12 @@ class RunningStatistics:
         return self.momentum
 
 
-def _is_recomputation() -> bool:
-    """Whether autograd is running a backward pass on this thread."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
+def are_still() -> bool:
+    """Whether a forward must leave the buffers alone.
+
+    While a backward pass runs, a forward is a checkpoint's second look at the same step; inside a
+    ``torch.func`` transform its inputs are no training batch.
+    """
+    if functorch_is_active():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,92 @@
+"""The short way for single-partition layers: pooling and its transpose inside the C++ kernel.
+
+On small maps a dozen operations on tiny tables cost more than the passes over the map, so the
+kernel does them. What it computes is ``normalize`` with ``GroupStatistics``, and ``apply_tables``
+with ``fixed_tables``; second derivatives are taken of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from normkit.core.algebra import GroupStatistics, fixed_tables
+from normkit.core.moments import Moments
+from normkit.core.normalize import differentiable_gradient, plain
+from normkit.core.parameters import Parameters
+from normkit.core.partition import Partition
+from normkit.core.running import RunningStatistics, are_still
+from normkit.kernels import cpu, reference
+from normkit.kernels.cpu.functions import Differentiable, Gradients
+from normkit.typing import FeatureMap
+
+
+def normalize_pooled(
+    x: FeatureMap,
+    partition: Partition,
+    running: RunningStatistics | None,
+    parameters: Parameters,
+) -> FeatureMap:
+    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    weight, bias, eps = parameters
+    size = partition.segment_size(x.shape)
+    # before the next line: a checkpoint's second look must keep tables of the same size
+    by_channel = running is not None and running.partition != partition
+    if running is not None and are_still():
+        running = None
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
+
+    pooling = cpu.Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)
+    follower = None if running is None else _follower(running)
+    y, table = cpu.normalize_pooled(
+        x, weight, bias, pooling, follower, differentiable(formula, bias)
+    )
+    if running is not None and follower is None:
+        mean, var = table[:, -running.mean.numel() :]
+        running.follow_(Moments(mean, var), x.shape)
+    return y
+
+
+def normalize_given(
+    x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
+) -> FeatureMap:
+    """Normalise by given group statistics ``(1, G)``, which get no gradient."""
+    weight, bias, eps = parameters
+    size = partition.segment_size(x.shape)
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        tables = fixed_tables(groups, partition, x.shape, Parameters(weight, bias, eps))
+        return reference.apply(x, *tables, size)
+
+    return cpu.normalize_given(
+        x,
+        groups.mean[0],
+        groups.var[0],
+        weight,
+        bias,
+        partition.num_groups,
+        eps,
+        differentiable(formula, bias),
+    )
+
+
+def _follower(running: RunningStatistics) -> cpu.Running | None:
+    """The buffers as the kernel moves them itself; None where it cannot."""
+    if running.momentum is None or not running.mean.is_contiguous():
+        return None
+    return cpu.Running(running.mean, running.var, running.num_batches_tracked, running.momentum)
+
+
+def differentiable(formula: Callable[..., Tensor], bias: Tensor | None) -> Differentiable:
+    """Gradients that can be differentiated again, of the formula in plain operators."""
+
+    def gradients(
+        grad: Tensor, x: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
+    ) -> Gradients:
+        dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
+        return dx, dweight, dbias
+
+    return gradients

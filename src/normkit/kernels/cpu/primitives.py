@@ -1,0 +1,45 @@
+"""The four primitives of ``reference`` by the C++ operators, in the same words."""
+
+from __future__ import annotations
+
+import torch
+
+from normkit.typing import FeatureMap, SegmentTable
+
+Tables = tuple[SegmentTable, ...]
+
+
+def moments(x: FeatureMap, segment_size: int) -> tuple[SegmentTable, SegmentTable]:
+    """Mean and biased variance of every segment."""
+    return torch.ops.normkit.moments.default(x, segment_size)
+
+
+def apply(
+    x: FeatureMap, mean: SegmentTable, scale: SegmentTable, center: SegmentTable, segment_size: int
+) -> FeatureMap:
+    """``scale * (x - mean) + center``, segment by segment, in the dtype and layout of ``x``."""
+    return torch.ops.normkit.apply.default(x, *_alike(mean, scale, center))
+
+
+def reduce_grad(
+    grad: FeatureMap, x: FeatureMap, mean: SegmentTable, segment_size: int
+) -> tuple[SegmentTable, SegmentTable]:
+    """``sum(grad)`` and ``sum(grad * (x - mean))`` of every segment."""
+    return torch.ops.normkit.reduce_grad.default(grad, x, mean)
+
+
+def combine_grad(
+    grad: FeatureMap,
+    x: FeatureMap,
+    mean: SegmentTable,
+    factors: tuple[SegmentTable, SegmentTable, SegmentTable],
+    segment_size: int,
+) -> FeatureMap:
+    """``k1 * grad + k2 * (x - mean) + k3`` with ``factors = (k1, k2, k3)``."""
+    return torch.ops.normkit.combine_grad.default(grad, x, *_alike(mean, *factors))
+
+
+def _alike(*tables: SegmentTable) -> Tables:
+    """Tables of one shape: a row that every example shares is repeated where one has a row each."""
+    shape = max((table.shape for table in tables), key=lambda s: s[0])
+    return tuple(t if t.shape == shape else t.expand(shape).contiguous() for t in tables)
