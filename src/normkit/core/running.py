@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from normkit.core.partition import Partition
 from normkit.kernels.select import functorch_is_active
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningStatistics:
+class RunningStatistics(NamedTuple):
     """Buffers that follow the statistics of the training batches.
 
     Args:

@@ -144,26 +144,24 @@ class SegmentLayer(NormLayer):
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
-        running, parameters = self._running(), Parameters(self.weight, self.bias, self.eps)
+        partition, running = self.partition, self._running()
+        parameters = Parameters(self.weight, self.bias, self.eps)
         if x.numel() == 0:
             return empty_result(x, parameters)
         if self.training:
-            require_variance(self.partition, x.shape, type(self).__name__)
+            require_variance(partition, x.shape, type(self).__name__)
         if self.training or running is None:
-            return normalize_batch(x, self.partition, running, parameters)
-        return normalize_evaluation(x, self.partition, running, parameters)
+            return normalize_batch(x, partition, running, parameters)
+        return normalize_evaluation(x, partition, running, parameters)
 
     def _running(self) -> RunningStatistics | None:
-        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        buffers = self._buffers  # four look-ups by attribute cost as much as a tiny map's sums
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        count = buffers["num_batches_tracked"]
         if mean is None or var is None or count is None:
             return None
         return RunningStatistics(
-            mean=mean,
-            var=var,
-            num_batches_tracked=count,
-            partition=self.running_partition,
-            momentum=self.momentum,
-            example_weight=self.example_weight,
+            mean, var, count, self.running_partition, self.momentum, self._example_weight
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,0 +1,140 @@
+"""Which kernels compute a call, what is said about it, and what happens without a compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.func import vmap
+
+import normkit as nk
+from normkit.kernels import cpu
+
+X = torch.randn(4, 6, 5, 3)
+LAYER = nk.GroupNorm(6, num_groups=3)
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+
+
+@needs_kernels
+def test_the_best_kernels_are_taken():
+    found = nk.explain(LAYER, X)
+    assert found.kernels == "cpu"
+    assert found.reason.startswith("the C++ kernels compute this (vector code: ")
+    assert "1 of 4 examples, 2 of 6 channels, 15 of 15 positions" in str(found)
+
+
+@needs_kernels
+def test_a_block_chooses_also_when_it_is_left_by_an_error():
+    for outer in ("reference", "cpu"):
+        with nk.use_kernels(outer):
+            with nk.use_kernels("reference"):
+                assert nk.explain(LAYER, X).kernels == "reference"
+            with pytest.raises(nk.InputTypeError), nk.use_kernels("reference"):
+                nk.explain(None, X)
+            assert nk.explain(LAYER, X).kernels == outer
+    assert nk.explain(LAYER, X).kernels == "cpu"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_the_chosen_kernels_are_the_ones_that_run(name, monkeypatch):
+    calls = []
+    kept = cpu.normalize_pooled
+    monkeypatch.setattr(cpu, "normalize_pooled", lambda *a: calls.append(1) or kept(*a))
+    with nk.use_kernels(name):
+        LAYER(X)
+    assert len(calls) == (name == "cpu")
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    seen = []
+
+    def call(x):
+        seen.append(nk.explain(LAYER, x))
+        return LAYER(x)
+
+    vmap(call)(X[None])
+    assert seen[0].kernels == "reference"
+    assert seen[0].reason.startswith("the call is under a torch.func transform, which")
+    elsewhere = nk.explain(LAYER, X.to("meta"))
+    assert elsewhere.reason == "the input is on meta, which the C++ kernels do not compute"
+
+
+def test_positional_norm_is_explained():
+    assert "the 6 channels of each position" in str(nk.explain(nk.PositionalNorm(6), X))
+
+
+def test_other_layers_are_not_explained():
+    with pytest.raises(nk.InputTypeError, match="given a BatchNorm2d; it explains normkit's own"):
+        nk.explain(torch.nn.BatchNorm2d(6), X)
+
+
+def test_unknown_kernels_are_refused():
+    text = "no kernels 'cuda'; these are known: reference, cpu"
+    with pytest.raises(nk.KernelError, match=text), nk.use_kernels("cuda"):
+        pass
+
+
+def in_a_process(code, **environment):
+    """Run code in a process of its own; its output."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def test_the_environment_chooses():
+    code = (
+        "import torch, normkit as nk;print(nk.explain(nk.BatchNorm(2), torch.ones(2, 2)).kernels)"
+    )
+    assert in_a_process(code, NORMKIT_KERNELS="reference") == "reference"
+
+
+def test_an_unknown_name_in_the_environment_is_refused():
+    code = (
+        "import torch, normkit as nk\n"
+        "try: nk.BatchNorm(2)(torch.randn(4, 2))\n"
+        "except nk.KernelError as error: print(error)"
+    )
+    assert "no kernels 'gpu'" in in_a_process(code, NORMKIT_KERNELS="gpu")
+
+
+def test_without_the_library_layers_run_and_say_why():
+    code = """
+from pathlib import Path
+import torch
+exists = Path.exists
+Path.exists = lambda path: path.name != "_C.so" and exists(path)
+import normkit as nk
+x = torch.randn(4, 6, 5, 3, requires_grad=True)
+for layer in (nk.BatchNorm(6), nk.GroupNorm(6, num_groups=3), nk.PositionalNorm(6)):
+    layer(x).sum().backward()
+    print(nk.explain(layer, x).kernels)
+print(nk.explain(layer, x).reason)
+try:
+    with nk.use_kernels("cpu"):
+        pass
+except nk.KernelError as error:
+    print(error)
+"""
+    lines = in_a_process(code).splitlines()
+    assert lines[:3] == ["reference"] * 3
+    assert lines[3].startswith("the CPU kernels were not built")
+    assert lines[4].startswith("the cpu kernels were asked for; the CPU kernels were not built")
+
+
+def test_importing_takes_no_library_but_torch_and_jaxtyping():
+    code = """
+import sys, torch
+def packages(): return {module.split(".")[0] for module in sys.modules}
+before = packages()
+import normkit
+print(*sorted(packages() - before - set(sys.stdlib_module_names)))
+"""
+    found = set(in_a_process(code).split())
+    assert found <= {"normkit", "jaxtyping", "wadler_lindig", "typing_extensions"}

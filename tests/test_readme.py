@@ -1,0 +1,48 @@
+"""The README's examples run, and its commands are the ones that there are."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import normkit as nk
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_the_examples_run_one_after_the_other():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["y"].shape == namespace["x"].shape
+
+
+@pytest.mark.parametrize("target", re.findall(r"^    make (\w+)", README, flags=re.MULTILINE))
+def test_every_make_target_exists(target):
+    assert re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE)
+
+
+def test_the_printed_comparison_is_the_demo():
+    (command,) = re.findall(r"^    (normkit compare .*)$", README, flags=re.MULTILINE)
+    demo = MAKEFILE.split("demo: ")[1].split("\n\n")[0].replace("\\\n", " ")
+    assert shlex.split(command) == shlex.split(demo[demo.index("normkit compare") :])
+
+
+def test_every_layer_is_in_the_table_with_a_spec_that_builds_it():
+    rows = re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", README, flags=re.MULTILINE)
+    for layer, specs in rows:
+        for spec in re.findall("`([^`]+)`", specs):
+            built = nk.build(spec, 64, batch_size=8)
+            assert type(built).__name__ == layer
+    layers = {name for name in nk.__all__ if name.endswith("Norm")}
+    assert {layer for layer, _ in rows} == layers
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
+def test_every_link_leads_somewhere(link):
+    assert (ROOT / link).exists()
