@@ -44,6 +44,7 @@ class Plan {
     examples_per_block = slices == 1 ? p.examples_per_group : 1;
     num_blocks = slices == 1 ? p.num_batches : p.num_examples * slices;
     cells_per_group = cols * slices / p.num_groups;
+    count_cells();
     const int64_t rows = std::max<int64_t>(kShiftRows, kChunk / cols);
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t end = first_row(block) + rows_of(block);
@@ -63,21 +64,36 @@ class Plan {
   int64_t rows_of(int64_t block) const {
     return slices == 1 ? p.batch_size(block) * rows_per_example : rows_per_example;
   }
-  int64_t channel_of(int64_t col) const { return col / columns_per_channel; }
-  int64_t group_of(int64_t block, int64_t col) const {
-    return batch_of(block) * p.num_groups + (col * slices + block % slices) / cells_per_group;
+  int64_t channel_of(int64_t col) const { return channels_[col]; }
+  int64_t group_of(int64_t block, int64_t col) const { return groups_of(block)[col]; }
+
+  // The groups of a block's columns, found once for the block.
+  class Groups {
+   public:
+    Groups(const int32_t* groups, int64_t origin) : groups_(groups), origin_(origin) {}
+    int64_t operator[](int64_t col) const { return origin_ + groups_[col]; }
+
+   private:
+    const int32_t* groups_;
+    int64_t origin_;
+  };
+  Groups groups_of(int64_t block) const {
+    const int64_t slice = slices == 1 ? 0 : block % slices;
+    return {&groups_[slice * cols], batch_of(block) * p.num_groups};
   }
   int64_t num_cells() const { return num_blocks * cols; }
 
-  // Calls visit(cell) for every cell of a group.
+  // Calls visit(cell, col) for every cell of a group.
   template <class F>
   void each_cell(int64_t group, const F& visit) const {
     const int64_t batch = group / p.num_groups, first = group % p.num_groups * cells_per_group;
     const int64_t examples = slices == 1 ? 1 : p.batch_size(batch);
     const int64_t origin = slices == 1 ? batch : p.batch_begin(batch);
     for (int64_t example = origin; example < origin + examples; ++example) {
-      for (int64_t k = first; k < first + cells_per_group; ++k) {
-        visit((example * slices + k % slices) * cols + k / slices);
+      int64_t col = first / slices, slice = first % slices;
+      for (int64_t k = 0; k < cells_per_group; ++k) {
+        visit((example * slices + slice) * cols + col, col);
+        if (++slice == slices) slice = 0, ++col;
       }
     }
   }
@@ -100,6 +116,25 @@ class Plan {
   int64_t cells_per_group;
   std::vector<Chunk> chunks;
   std::vector<size_t> first_chunk;  // of each block
+
+ private:
+  // By counting: on a 7x7 map a division for each cell costs as much as the cell's elements.
+  void count_cells() {
+    groups_.resize(slices * cols);
+    channels_.resize(cols);
+    int64_t group = 0, left = cells_per_group, channel = 0, columns = columns_per_channel;
+    for (int64_t col = 0; col < cols; ++col) {
+      for (int64_t slice = 0; slice < slices; ++slice) {
+        groups_[slice * cols + col] = int32_t(group);
+        if (--left == 0) left = cells_per_group, ++group;
+      }
+      channels_[col] = int32_t(channel);
+      if (--columns == 0) columns = columns_per_channel, ++channel;
+    }
+  }
+
+  std::vector<int32_t> groups_;    // (slices, cols): group within an example
+  std::vector<int32_t> channels_;  // (cols)
 };
 
 // Tables over cells. A is the accumulator's type, which the kernels read.
@@ -175,8 +210,9 @@ template <class A>
 void cell_gradients(const Plan& plan, const FeatureMap& x, const Tensor& g, const Kernels& kernels,
                     const Statistics& given, Cells<A>& cells) {
   plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    const Plan::Groups groups = plan.groups_of(block);
     for (int64_t col = begin; col < end; ++col) {
-      cells.pivot[block * plan.cols + col] = A(given.mean[plan.group_of(block, col)]);
+      cells.pivot[block * plan.cols + col] = A(given.mean[groups[col]]);
     }
   });
   parallel(int64_t(plan.chunks.size()), chunk_grain(plan), [&](int64_t begin, int64_t end) {
@@ -190,9 +226,10 @@ void cell_gradients(const Plan& plan, const FeatureMap& x, const Tensor& g, cons
   });
   plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
     cells.fold(plan, block, begin, end);
+    const Plan::Groups groups = plan.groups_of(block);
     for (int64_t col = begin; col < end; ++col) {
       const int64_t cell = block * plan.cols + col;
-      const double mean = given.mean[plan.group_of(block, col)];
+      const double mean = given.mean[groups[col]];
       cells.second[cell] += (double(cells.pivot[cell]) - mean) * cells.first[cell];
     }
   });

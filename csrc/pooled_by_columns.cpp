@@ -19,12 +19,12 @@ void pool_groups(const Plan& plan, const Cells<A>& cells, const Statistics& resu
     for (int64_t group = begin; group < end; ++group) {
       double sum = 0, spread = 0;
       int64_t count = 0;
-      plan.each_cell(group, [&](int64_t cell) {
+      plan.each_cell(group, [&](int64_t cell, int64_t) {
         sum += cells.first[cell];
         ++count;
       });
       const double mean = sum / double(count);
-      plan.each_cell(group, [&](int64_t cell) {
+      plan.each_cell(group, [&](int64_t cell, int64_t) {
         const double offset = cells.first[cell] - mean;
         spread += cells.second[cell] + offset * offset;
       });
@@ -32,6 +32,14 @@ void pool_groups(const Plan& plan, const Cells<A>& cells, const Statistics& resu
       result.var[group] = spread / double(count);
     }
   });
+}
+
+std::vector<double> reciprocal_deviations(const Partition& p, const Statistics& given, double eps) {
+  std::vector<double> rstd(p.num_batches * p.num_groups);
+  parallel(int64_t(rstd.size()), 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) rstd[i] = 1.0 / std::sqrt(given.var[i] + eps);
+  });
+  return rstd;
 }
 
 template <class A>
@@ -44,12 +52,14 @@ void forward(const FeatureMap& x, const Tensor& y, const Parameter& weight, cons
     cell_moments(plan, x, kernels, cells);
     pool_groups(plan, cells, result);
   }
+  const std::vector<double> rstd = reciprocal_deviations(p, result, eps);
   plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    const Plan::Groups groups = plan.groups_of(block);
     for (int64_t col = begin; col < end; ++col) {
-      const int64_t cell = block * plan.cols + col, group = plan.group_of(block, col);
+      const int64_t cell = block * plan.cols + col, group = groups[col];
       const int64_t channel = plan.channel_of(col);
-      const double mean = result.mean[group], rstd = 1.0 / std::sqrt(result.var[group] + eps);
-      const double scale = weight ? weight.at(channel) * rstd : rstd;
+      const double mean = result.mean[group];
+      const double scale = weight ? weight.at(channel) * rstd[group] : rstd[group];
       cells.pivot[cell] = A(mean);
       cells.scale[cell] = A(scale);
       cells.center[cell] =
@@ -79,26 +89,27 @@ void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Stat
   cell_gradients(plan, x, g, kernels, given, cells);
 
   const int64_t num_groups = p.num_batches * p.num_groups;
-  std::vector<double> rstd(num_groups), slope(num_groups), center(num_groups);
+  const std::vector<double> rstd = reciprocal_deviations(p, given, eps);
+  std::vector<double> slope(num_groups), center(num_groups);
   const int64_t grain = at_least_one(4096 / at_least_one(plan.cells_per_group));
   parallel(num_groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       double first = 0, second = 0;
-      plan.each_cell(group, [&](int64_t cell) {
-        const double scale = weight ? weight.at(plan.channel_of(cell % plan.cols)) : 1.0;
+      plan.each_cell(group, [&](int64_t cell, int64_t col) {
+        const double scale = weight ? weight.at(plan.channel_of(col)) : 1.0;
         first += scale * cells.first[cell];
         second += scale * cells.second[cell];
       });
       const double count = double(p.batch_size(group / p.num_groups)) * double(p.run);
-      const double r = 1.0 / std::sqrt(given.var[group] + eps);
-      rstd[group] = r;
+      const double r = rstd[group];
       slope[group] = given.constant ? 0 : -r * r * r * second / count;
       center[group] = given.constant ? 0 : -r * first / count;
     }
   });
   plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    const Plan::Groups groups = plan.groups_of(block);
     for (int64_t col = begin; col < end; ++col) {
-      const int64_t cell = block * plan.cols + col, group = plan.group_of(block, col);
+      const int64_t cell = block * plan.cols + col, group = groups[col];
       const double scale = weight ? weight.at(plan.channel_of(col)) : 1.0;
       const double offset = double(cells.pivot[cell]) - given.mean[group];
       cells.scale[cell] = A(scale * rstd[group]);
@@ -114,11 +125,11 @@ void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Stat
   });
   if (!gradients.wanted()) return;
   for (int64_t block = 0; block < plan.num_blocks; ++block) {
+    const Plan::Groups groups = plan.groups_of(block);
     for (int64_t col = 0; col < plan.cols; ++col) {
-      const int64_t cell = block * plan.cols + col;
-      gradients.dbias[plan.channel_of(col)] += cells.first[cell];
-      gradients.dweight[plan.channel_of(col)] +=
-          cells.second[cell] * rstd[plan.group_of(block, col)];
+      const int64_t cell = block * plan.cols + col, channel = plan.channel_of(col);
+      gradients.dbias[channel] += cells.first[cell];
+      gradients.dweight[channel] += cells.second[cell] * rstd[groups[col]];
     }
   }
 }
