@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from normkit.cli.bench import Bench
 from normkit.cli.compare import Compare
 from normkit.cli.listing import List
 from normkit.errors import NormError
@@ -12,7 +13,7 @@ from normkit.errors import NormError
 EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
-COMMANDS = {"compare": Compare, "list": List}
+COMMANDS = {"compare": Compare, "bench": Bench, "list": List}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,185 @@
+"""`normkit bench`: our layers against torch's, in one run."""
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from normkit.cli.bench_tables import print_bench, print_end_to_end
+from normkit.cli.numbers import whole_numbers
+from normkit.errors import SpecError
+from normkit.lab.bench import (
+    BenchRecord,
+    BenchSpec,
+    Job,
+    cells_of,
+    jobs_of,
+    read_record,
+    read_shapes,
+    run_bench,
+    targets_of,
+    write_record,
+)
+from normkit.lab.bench.chart import draw
+from normkit.lab.bench.end_to_end import WORKLOADS, Setting, run_end_to_end
+from normkit.lab.bench.markdown import markdown
+from normkit.lab.records import usable_folder
+from normkit.lab.train import parse_device
+from normkit.spec import parse_specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time our layers and torch's in turns, and show how they compare.
+
+    Nothing is compared unless outputs and input gradients agree.
+    """
+
+    norms: str = "bn,gn:32,in,ln"
+    """Norms, with commas between."""
+    shapes: str = "resnet50"
+    """Shapes of the maps: resnet50, small, or a file with a JSON list of [C, H, W]."""
+    batch_sizes: str = "2,32"
+    """Batch sizes, with commas between."""
+    dtype: str = "float32"
+    """The maps' dtype: float32, float64, bfloat16 or float16."""
+    memory_format: str = "contiguous"
+    """The maps' layout: contiguous or channels_last."""
+    against: str = "torch,composition"
+    """Peers: torch's layers, compositions of its operators where it has none, compile."""
+    device: str = "cpu"
+    """Where to compute: auto, cpu or cuda."""
+    threads: int | None = None
+    """CPU threads; torch's own number if not given."""
+    repeats: int = 200
+    """The most times that a call is timed."""
+    budget_s: float = 0.5
+    """Seconds after which a call is not repeated, five times at least."""
+    end_to_end: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Time training steps of whole networks instead of layers."""
+    out: Path | None = None
+    """File for the record (JSON); a chart is written beside it."""
+    render: Path | None = None
+    """Measure nothing: print a record's tables as Markdown and draw its chart anew."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the times of every shape, too."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Measure, print the tables, write the record and its chart.
+
+        Returns:
+            0.
+        """
+        if self.render is not None:
+            return self._render(self.render)
+        if self.out is not None:
+            usable_folder(self.out.parent)
+        return self._run_end_to_end() if self.end_to_end else self._run_layers()
+
+    def spec(self) -> BenchSpec:
+        """What the options ask for.
+
+        Raises:
+            SpecError: If an option breaks its rule.
+        """
+        return BenchSpec.checked(
+            {
+                "norms": tuple(str(spec) for spec in parse_specs(self.norms)),
+                "shapes": self.shapes,
+                "maps": read_shapes(self.shapes),
+                "batch_sizes": whole_numbers("--batch-sizes", self.batch_sizes),
+                "dtype": self.dtype,
+                "memory_format": self.memory_format,
+                "against": tuple(part.strip() for part in self.against.split(",")),
+                "device": str(parse_device(self.device)),
+                "threads": self._threads(),
+                "repeats": self.repeats,
+                "budget_s": self.budget_s,
+            }
+        )
+
+    def _threads(self) -> int:
+        if self.threads is None:
+            return torch.get_num_threads()
+        if self.threads < 1:
+            raise SpecError(f"--threads was given {self.threads}; give a number of 1 or more")
+        return self.threads
+
+    def _run_layers(self) -> int:
+        with redirect_stdout(sys.stderr):
+            spec = self.spec()
+            jobs = jobs_of(spec)
+            with _progress(sum(job.cost for job in jobs)) as display:
+                record = run_bench(spec, lambda job: _advance(display, job))
+        if self.json_output:
+            sys.stdout.write(json.dumps(_as_json(record)) + "\n")
+        else:
+            print_bench(record, self.verbose)
+        self._write(record)
+        return 0
+
+    def _run_end_to_end(self) -> int:
+        setting = Setting(device=self.device, threads=self._threads(), repeats=self.repeats)
+        with redirect_stdout(sys.stderr), _progress(len(WORKLOADS)) as display:
+            record = run_end_to_end(
+                setting, WORKLOADS, lambda _: display.advance(display.task_ids[0])
+            )
+        if self.json_output:
+            sys.stdout.write(record.model_dump_json() + "\n")
+        else:
+            print_end_to_end(record)
+        if self.out is not None:
+            write_record(self.out, record)
+        return 0
+
+    def _render(self, path: Path) -> int:
+        record = read_record(path)
+        sys.stdout.write(markdown(record))
+        path.with_suffix(".svg").write_text(draw(record), encoding="utf-8")
+        return 0
+
+    def _write(self, record: BenchRecord) -> None:
+        if self.out is None:
+            return
+        chart = self.out.with_suffix(".svg")
+        write_record(self.out, record)
+        chart.write_text(draw(record), encoding="utf-8")
+        sys.stderr.write(f"record: {self.out}\nchart: {chart}\n")
+
+
+def _as_json(record: BenchRecord) -> dict[str, object]:
+    result = record.model_dump(mode="json")
+    result["cells"] = [cell.model_dump(mode="json") for cell in cells_of(record)]
+    result["targets"] = [target.model_dump(mode="json") for target in targets_of(record)]
+    return result
+
+
+@contextmanager
+def _progress(total: float) -> Generator[Progress]:
+    """Show how far the measurements are, and how long the rest will take."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("remaining"),
+    )
+    # a redraw takes time from what is timed: once a second is enough
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as display:
+        display.add_task("measuring", total=total)
+        yield display
+
+
+def _advance(display: Progress, job: Job) -> None:
+    display.update(display.task_ids[0], advance=job.cost, description=str(job))

@@ -1,0 +1,109 @@
+"""The terminal's tables of a benchmark."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from normkit.lab.bench import BenchRecord, cells_of, targets_of
+from normkit.lab.bench.end_to_end import EndToEndRecord
+from normkit.lab.bench.markdown import slowest_text
+from normkit.lab.bench.records import BATCH_NORM, OURS, Row
+from normkit.lab.bench.summary import TIMED, Cell, Target, Timed, tiny_rows
+
+SIDES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
+
+
+def print_bench(record: BenchRecord, verbose: bool) -> None:
+    """Print ratios by norm and batch size, the tiny map, the targets, and if wanted each shape."""
+    console = Console()
+    console.print(_ratio_table(record))
+    console.print(_tiny_table(record))
+    if verbose:
+        console.print(_shape_table(record))
+    targets = targets_of(record)
+    if targets:
+        console.print(_target_table(targets))
+
+
+def print_end_to_end(record: EndToEndRecord) -> None:
+    """Print the times of the training steps."""
+    table = Table(
+        "network", "input", "torch, ms", "ours, ms", "torch / ours", title="Training step"
+    )
+    for result in record.results:
+        work = result.workload
+        times = (f"{1e3 * t.median_s:.2f}" for t in (result.torch, result.ours))
+        table.add_row(
+            work.model, str((work.batch_size, *work.input_shape)), *times, f"{result.ratio:.2f}"
+        )
+    Console().print(table)
+
+
+def _ratio_table(record: BenchRecord) -> Table:
+    table = _table("Time of the peer in times of ours, geometric mean, slowest shape", "norm")
+    table.add_column("against")
+    for size in record.spec.batch_sizes:
+        table.add_column(f"batch {size}", justify="right")
+    cells = cells_of(record)
+    for norm, peer in dict.fromkeys((cell.norm, cell.peer) for cell in cells):
+        found = [cell for cell in cells if (cell.norm, cell.peer) == (norm, peer)]
+        table.add_row(Text(norm), peer, *(_cell_text(cell) for cell in found))
+        table.add_section()
+    return table
+
+
+def _cell_text(cell: Cell) -> str:
+    lines = []
+    for timed in TIMED:
+        ratio = getattr(cell, timed)
+        lines.append(f"{SIDES[timed]} {ratio.geometric_mean:.2f}")
+        lines.append(slowest_text(ratio))
+    return "\n".join(lines)
+
+
+def _tiny_table(record: BenchRecord) -> Table:
+    table = _table("The tiny map 2x64x8x8: microseconds, and of nn.BatchNorm2d's time", "norm")
+    for timed in TIMED:
+        table.add_column(SIDES[timed], justify="right")
+    for row in tiny_rows(record):
+        table.add_row(Text(row.norm), *(_tiny_text(row, timed) for timed in TIMED))
+    return table
+
+
+def _tiny_text(row: Row, timed: Timed) -> str:
+    time_us = 1e6 * getattr(row.entries[OURS], timed).median_s
+    return f"{time_us:.0f} ({1 / row.ratio(BATCH_NORM, timed):.2f})"
+
+
+def _shape_table(record: BenchRecord) -> Table:
+    table = _table("Every shape: milliseconds of ours and of its peer, and their ratio", "norm")
+    table.add_column("map")
+    table.add_column("against")
+    for timed in TIMED:
+        table.add_column(SIDES[timed], justify="right")
+    for row in record.rows:
+        shape = "x".join(map(str, (row.batch_size, *row.shape)))
+        for peer in row.peers:
+            table.add_row(
+                Text(row.norm), shape, peer, *(_times_text(row, peer, timed) for timed in TIMED)
+            )
+    return table
+
+
+def _times_text(row: Row, peer: str, timed: Timed) -> str:
+    ours, theirs = (1e3 * getattr(row.entries[key], timed).median_s for key in (OURS, peer))
+    return f"{ours:.3f} {theirs:.3f} {row.ratio(peer, timed):.2f}"
+
+
+def _target_table(targets: list[Target]) -> Table:
+    table = _table("Targets", "target")
+    for name in ("wanted", "measured", ""):
+        table.add_column(name)
+    for target in targets:
+        held = Text("held", style="green") if target.held else Text("missed", style="red")
+        table.add_row(target.name, target.wanted, target.measured, held)
+    return table
+
+
+def _table(title: str, first: str) -> Table:
+    return Table(first, title=title, title_justify="left", title_style="bold")

@@ -1,0 +1,129 @@
+"""Times of several calls, taken in turns, so that what disturbs one disturbs all."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from normkit.lab.spec import Frozen
+
+WARM_UPS = 2
+LEAST_REPEATS = 5
+LOW, HIGH = 0.2, 0.8
+
+
+class Times(Frozen):
+    """Seconds that a call takes: the median and the 20th and 80th percentile."""
+
+    median_s: float
+    low_s: float
+    high_s: float
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What is timed, and what is done before, off the clock."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """When to stop: after ``seconds`` or ``repeats``, but not before a few repeats."""
+
+    seconds: float
+    repeats: int
+
+
+def time_in_turns(
+    calls: Mapping[str, Call], budget: Budget, device: torch.device
+) -> dict[str, Times]:
+    """Time each call once a round, in alternating order.
+
+    Args:
+        calls: By name.
+        budget: How many rounds.
+        device: What to wait for after a call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    with _no_collection():
+        for _ in range(min(WARM_UPS, budget.repeats)):
+            for name in order:
+                _time_once(calls[name], device)
+        started = time.perf_counter()
+        while _goes_on(len(samples[order[0]]), time.perf_counter() - started, budget):
+            order.reverse()
+            for name in order:
+                samples[name].append(_time_once(calls[name], device))
+    return {name: summarise(values) for name, values in samples.items()}
+
+
+def _goes_on(num_done: int, elapsed_s: float, budget: Budget) -> bool:
+    if num_done < min(LEAST_REPEATS, budget.repeats):
+        return True
+    return num_done < budget.repeats and elapsed_s < budget.seconds
+
+
+def summarise(seconds: Sequence[float]) -> Times:
+    """Median and outer percentiles of a call's times."""
+    return Times(
+        median_s=statistics.median(seconds),
+        low_s=percentile(seconds, LOW),
+        high_s=percentile(seconds, HIGH),
+        repeats=len(seconds),
+    )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which this share of the values lies, linear between neighbours."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+def _time_once(call: Call, device: torch.device) -> float:
+    call.prepare()
+    _wait(device)
+    started = time.perf_counter()
+    result = call.run()
+    _wait(device)
+    elapsed_s = time.perf_counter() - started
+    del result  # giving memory back is off the clock, for every call alike
+    return elapsed_s
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """Keep Python's cycle collector off the clock."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def threads_of(num_threads: int) -> Generator[None]:
+    """Run the block with this many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
