@@ -1,0 +1,63 @@
+"""Put the measured results into docs/kernels.md, between its markers.
+
+    python benchmarks/update_docs.py
+
+Each marker ``<!-- begin FILE -->`` names a file of ``benchmarks/results``: a record of
+``normkit bench`` (JSON), whose chart is drawn anew, a record of ``normkit bench --end-to-end``
+(``end-to-end*.json``), or Markdown.
+"""
+
+import re
+from pathlib import Path
+
+from normkit.lab.bench import read_record
+from normkit.lab.bench.chart import draw
+from normkit.lab.bench.end_to_end import EndToEndRecord
+from normkit.lab.bench.markdown import markdown, table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "kernels.md"
+MARKED = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    new = MARKED.sub(lambda m: f"{m[1]}\n{_content(RESULTS / m[2])}\n{m[3]}", page)
+    PAGE.write_text(new, encoding="utf-8")
+
+
+def _content(path: Path) -> str:
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    if path.name.startswith("end-to-end"):
+        return _steps(EndToEndRecord.model_validate_json(path.read_bytes()))
+    record = read_record(path)
+    chart = path.with_suffix(".svg")
+    chart.write_text(draw(record), encoding="utf-8")
+    return f"![Ratios of every shape](../benchmarks/results/{chart.name})\n\n{markdown(record)}"
+
+
+def _steps(record: EndToEndRecord) -> str:
+    machine = record.environment
+    head = ("training step of", "input", "torch's batch norm, ms", "ours, ms", "torch / ours")
+    rows = (
+        (
+            result.workload.model,
+            "x".join(map(str, (result.workload.batch_size, *result.workload.input_shape))),
+            f"{1e3 * result.torch.median_s:.2f}",
+            f"{1e3 * result.ours.median_s:.2f}",
+            f"**{result.ratio:.2f}**",
+        )
+        for result in record.results
+    )
+    setting = (
+        f"{machine.device}, {machine.threads} threads, torch {machine.torch}, "
+        f"{machine.date[:10]}, code `{record.code_hash}`, load {record.load_average:.1f}."
+    )
+    return f"{setting}\n\n{table(head, rows)}\n"
+
+
+if __name__ == "__main__":
+    main()
