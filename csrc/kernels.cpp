@@ -2,8 +2,9 @@
 // NORMKIT_ISA naming the namespace and the flags choosing the instructions.
 #include "kernels.h"
 
+#include "backward_rows.h"
 #include "columns.h"
-#include "pooled_rows.h"
+#include "forward_rows.h"
 #include "positional.h"
 #include "primitives.h"
 

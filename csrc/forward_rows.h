@@ -1,0 +1,113 @@
+// Forward of the pooled operators on contiguous memory: statistics of a group, then its result.
+#pragma once
+
+#include "pooled_rows.h"
+
+namespace normkit::NORMKIT_ISA {
+
+template <class T>
+void group_statistics(const Pooled& a, const Place& at) {
+  const Partition& p = a.partition;
+  const T* x = static_cast<const T*>(a.x);
+  const acc_t<T> shift = first_mean(x + at.origin + at.low, p.run);
+  double sums[2] = {0, 0};
+  if (!a.piece_first) {
+    span_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, shift, sums);
+  } else {
+    int64_t piece = at.batch * a.num_pieces + piece_index(p, at.low);
+    const auto take = [&](const double* part, int64_t length) NORMKIT_INLINE {
+      store_moments(a.piece_first + piece, a.piece_second + piece, part, shift,
+                    double(at.count * length));
+      ++piece;  // the pieces of a group follow each other; counting saves a division
+      sums[0] += part[0];
+      sums[1] += part[1];
+    };
+    if (has_short_channels(a, at)) {
+      each_stretch<T>(a, at, shift, [&](const Span& span, int64_t units, const acc_t<T>* pivot,
+                                        double* parts) NORMKIT_INLINE {
+        unit_sums(x, span, units, pivot, parts);
+        for (int64_t unit = 0; unit < units; ++unit) take(parts + 2 * unit, p.plane);
+      });
+    } else {
+      each_piece(at.low, at.low + p.run, p.plane,
+                 [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
+                   double part[2];
+                   span_sums(x, {at.origin + start, length, at.count, p.example_size}, shift, part);
+                   take(part, length);
+                 });
+    }
+  }
+  store_moments(a.mean + at.group, a.var + at.group, sums, shift,
+                double(at.count) * double(p.run));
+}
+
+template <class T>
+void forward_units(const Pooled& a, const Place& at, int64_t units) {
+  using A = acc_t<T>;
+  const Partition& p = a.partition;
+  A pivot[kUnits], scale[kUnits], center[kUnits];
+  const T* x = static_cast<const T*>(a.x);
+  if (!a.constant) {
+    double sums[2 * kUnits];
+    for (int64_t unit = 0; unit < units; ++unit) {
+      pivot[unit] = first_mean(x + at.origin + at.low + unit * p.run, p.run);
+    }
+    unit_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, units, pivot, sums);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      store_moments(a.mean + at.group + unit, a.var + at.group + unit, sums + 2 * unit,
+                    pivot[unit], double(at.count) * double(p.run));
+    }
+  }
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const Group<T> group = group_of<T>(a, at.group + unit);
+    const int64_t channel = divide(at.low + unit * p.run, a.affine_plane);
+    const double factor = weight_at<T>(a, channel) * group.rstd;
+    pivot[unit] = group.pivot;
+    scale[unit] = A(factor);
+    center[unit] = A(bias_at<T>(a, channel) + group.pivot_offset * factor);
+  }
+  for (int64_t example = 0; example < at.count; ++example) {
+    const int64_t start = at.origin + example * p.example_size + at.low;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      row_affine(x + start + unit * p.run, static_cast<T*>(a.out) + start + unit * p.run, p.run,
+                 pivot[unit], scale[unit], center[unit]);
+    }
+  }
+}
+
+template <class T>
+void forward_groups(const Pooled& a, int64_t begin, int64_t end) {
+  const Partition& p = a.partition;
+  if (has_short_rows(a)) {
+    for (Place at(p, begin); at.group < end;) {
+      const int64_t units = count_units(a, at, end);
+      forward_units<T>(a, at, units);
+      for (int64_t unit = 0; unit < units; ++unit) at.next(p);
+    }
+    return;
+  }
+  for (Place at(p, begin); at.group < end; at.next(p)) {
+    if (!a.constant) group_statistics<T>(a, at);
+    const Group<T> group = group_of<T>(a, at.group);
+    for (int64_t example = at.first; example < at.first + at.count; ++example) {
+      apply_run<T>(a, group, example, at.low, at.low + p.run);
+    }
+  }
+}
+
+// The same steps on a part of a group, for groups that several threads share.
+
+template <class T>
+void run_sums(const void* x, int64_t offset, int64_t length, double shift, double* sums) {
+  span_sums(static_cast<const T*>(x), {offset, length, 1, 0}, acc_t<T>(shift), sums);
+}
+template <class T>
+double first_mean_at(const void* x, int64_t offset, int64_t length) {
+  return first_mean(static_cast<const T*>(x) + offset, length);
+}
+template <class T>
+void apply_part(const Pooled& a, int64_t k, int64_t example, int64_t low, int64_t high) {
+  apply_run<T>(a, group_of<T>(a, k), example, low, high);
+}
+
+}  // namespace normkit::NORMKIT_ISA
