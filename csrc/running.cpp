@@ -16,8 +16,7 @@ void blend(const Tensor& running, const double* value, int64_t size, double fact
            double momentum) {
   STD_TORCH_CHECK(running.is_contiguous() && running.numel() == size,
                   "running statistics are contiguous and have ", size, " values");
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(running.get(), &dtype));
+  const int32_t dtype = dtype_of(running);
   const bool wide = dtype == aoti_torch_dtype_float64();
   STD_TORCH_CHECK(wide || dtype == aoti_torch_dtype_float32(),
                   "running statistics are float32 or float64");

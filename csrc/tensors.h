@@ -44,6 +44,9 @@ struct FeatureMap {
   Tensor matching(const Tensor& other) const;
 };
 
+// The dtype of a tensor, which must be on the CPU.
+int32_t dtype_of(const Tensor& x);
+
 Tensor fresh_table(std::initializer_list<int64_t> sizes, bool wide);
 inline double* doubles(const Tensor& table) { return static_cast<double*>(table.data_ptr()); }
 

@@ -10,7 +10,7 @@ from normkit.spec import METHODS, RECOMMENDED_BGN_GROUPS
 TEXTS = (
     "bn", "in", "ln", "gn", "gn:8", "gn:max=8", "pn", "bgn:auto", "bgn:512", "ghost:4",
     "gbgn:8:examples_per_group=2", "gbgn:examples_per_group=none", "bn:momentum=none",
-    "bn:affine=false:eps=0.001", "gn:32+ws", "gn:8:track_running_stats=true",
+    "bn:affine=false:eps=0.001", "gn:32+ws", "gn:8:track_running_stats",
 )  # fmt: skip
 
 
@@ -35,6 +35,23 @@ def test_any_spec_round_trips(name, number, eps, affine, suffix):
     assert nk.NormSpec.parse(str(spec)) == spec
     assert hash(nk.NormSpec.parse(str(spec))) == hash(spec)
     assert "," not in str(spec)
+
+
+def test_a_flag_is_an_option_that_is_true():
+    flag = nk.NormSpec.parse("in:track_running_stats")
+    assert flag == nk.NormSpec.parse("in:track_running_stats=true")
+    assert nk.build(flag, 6).track_running_stats
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_only_texts_are_read(given):
+    with pytest.raises(nk.SpecError, match=f"a text or a NormSpec; {given} was given"):
+        nk.build(given, 6)
+
+
+def test_a_spec_made_by_hand_has_a_known_name():
+    with pytest.raises(nk.SpecError, match="names norm 'zz'; the norms are: bn"):
+        nk.NormSpec("zz")
 
 
 def test_short_names_and_order_do_not_matter():
@@ -101,7 +118,8 @@ def test_a_resolved_spec_is_left_alone():
         ("gn:x", r"argument 'x'; it must be a whole number of at least 1"),
         ("gn:0", r"argument '0'; it must be a whole number"),
         ("gn:-3", r"argument '-3'; it must be a whole number"),
-        ("gn:auto", r"argument 'auto'; it must be a whole number"),
+        ("gn:auto", r"'gn:auto' has no rule for auto; these have: bgn$"),
+        ("gn:2:eps", r"argument 'eps'; it must be a whole number"),
         ("bn:8", r"argument '8', but this norm takes no number; its options are: .*momentum="),
         ("gn:groups=8", "sets 'groups'; its options are: .*num_groups"),
         ("ghost:max=8", "sets 'max'; its options are"),

@@ -11,7 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkit.core.check import require_feature_map, require_per_channel
+from normkit.core.check import (
+    require_count,
+    require_eps,
+    require_feature_map,
+    require_per_channel,
+    require_share,
+)
 from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, require_divides, require_variance
@@ -62,7 +68,7 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=x.shape[1])
+    groups = Partition(num_groups=_channels(x, "batch_norm"))
     running = _running(running_mean, running_var, groups, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "batch_norm")
@@ -111,7 +117,7 @@ def batch_group_norm(  # noqa: PLR0913
         >>> batch_group_norm(torch.randn(4, 6, 5, 7), 14, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=num_groups)
+    groups = Partition(num_groups=require_count("num_groups", num_groups))
     running = _running(running_mean, running_var, groups, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "batch_group_norm")
@@ -160,10 +166,10 @@ def ghost_batch_norm(  # noqa: PLR0913
         >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=x.shape[1], examples_per_group=ghost_batch_size)
-    running = _running(
-        running_mean, running_var, Partition(num_groups=x.shape[1]), momentum, example_weight
-    )
+    channels = Partition(num_groups=_channels(x, "ghost_batch_norm"))
+    size = require_count("ghost_batch_size", ghost_batch_size)
+    groups = Partition(num_groups=channels.num_groups, examples_per_group=size)
+    running = _running(running_mean, running_var, channels, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "ghost_batch_norm")
 
@@ -215,11 +221,12 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
         >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    require_divides(num_groups, x.shape[1], f"the channel axis has length {x.shape[1]}")
-    groups = Partition(num_groups=num_groups, examples_per_group=examples_per_group)
-    running = _running(
-        running_mean, running_var, Partition(num_groups=x.shape[1]), momentum, example_weight
-    )
+    channels = Partition(num_groups=_channels(x, "general_batch_group_norm"))
+    size = examples_per_group
+    if size is not None:
+        size = require_count("examples_per_group", size)
+    groups = Partition(num_groups=_runs(num_groups, x), examples_per_group=size)
+    running = _running(running_mean, running_var, channels, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "general_batch_group_norm")
 
@@ -255,7 +262,7 @@ def instance_norm(
         >>> instance_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=x.shape[1], examples_per_group=1)
+    groups = Partition(num_groups=_channels(x, "instance_norm"), examples_per_group=1)
     return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "instance_norm")
 
 
@@ -327,8 +334,8 @@ def group_norm(
         >>> group_norm(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """
-    require_divides(num_groups, x.shape[1], f"the channel axis has length {x.shape[1]}")
-    groups = Partition(num_groups=num_groups, examples_per_group=1)
+    _channels(x, "group_norm")
+    groups = Partition(num_groups=_runs(num_groups, x), examples_per_group=1)
     return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "group_norm")
 
 
@@ -363,9 +370,10 @@ def positional_norm(
         >>> positional_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
-    _require(x, weight, bias, "positional_norm")
+    parameters = Parameters(weight, bias, eps)
+    _require(x, parameters, "positional_norm")
     require_channels(x.shape, "positional_norm")
-    return normalize_positions(x, Parameters(weight, bias, eps))
+    return normalize_positions(x, parameters)
 
 
 def _normalize(
@@ -376,7 +384,7 @@ def _normalize(
     training: bool,
     name: str,
 ) -> FeatureMap:
-    _require(x, parameters.weight, parameters.bias, name)
+    _require(x, parameters, name)
     if x.numel() == 0:
         return empty_result(x, parameters)
     if training:
@@ -390,10 +398,25 @@ def _normalize(
     return normalize_evaluation(x, groups, running, parameters)
 
 
-def _require(x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, name: str) -> None:
+def _require(x: FeatureMap, parameters: Parameters, name: str) -> None:
+    weight, bias, eps = parameters
+    require_eps(eps)
     require_feature_map(x, None, name)
     require_per_channel(weight, x.shape, "weight", name)
     require_per_channel(bias, x.shape, "bias", name)
+
+
+def _channels(x: FeatureMap, name: str) -> int:
+    """Channels of what is a feature map."""
+    require_feature_map(x, None, name)
+    return x.shape[1]
+
+
+def _runs(num_groups: int, x: FeatureMap) -> int:
+    """Number of runs that do divide the channels."""
+    num_groups = require_count("num_groups", num_groups)
+    require_divides(num_groups, x.shape[1], f"the channel axis has length {x.shape[1]}")
+    return num_groups
 
 
 def _running(
@@ -404,6 +427,8 @@ def _running(
     example_weight: float,
 ) -> RunningStatistics | None:
     """Pair the buffers, or None when there are none."""
+    require_share("momentum", momentum)
+    require_share("example_weight", example_weight)
     if mean is None and var is None:
         return None
     expected = (groups.num_groups,)

@@ -107,11 +107,16 @@ class NormSpec:
     arguments: tuple[tuple[str, Value], ...] = ()
     standardize_weights: bool = False
 
+    def __post_init__(self) -> None:
+        method_of(self.name, self.name)
+
     @classmethod
     def parse(cls, text: str | NormSpec) -> NormSpec:
         """Read a spec; one that is read already is returned as it is."""
         if isinstance(text, NormSpec):
             return text
+        if not isinstance(text, str):
+            raise SpecError(f"a spec is a text or a NormSpec; {text!r} was given")
         body, *suffixes = text.strip().split("+")
         if suffixes not in ([], ["ws"]):
             raise SpecError(f"spec {text!r} ends in +{'+'.join(suffixes)}; the only suffix is +ws")
@@ -171,10 +176,7 @@ class NormSpec:
 
     def _automatic(self, batch_size: int | None) -> int:
         rule = METHODS[self.name].automatic
-        if rule is None:
-            known = [name for name, method in METHODS.items() if method.automatic]
-            raise SpecError(f"{self} has no rule for auto; these have: {', '.join(known)}")
-        if batch_size is None:
+        if rule is None or batch_size is None:
             raise SpecError(f"{self} depends on the batch size; pass batch_size= (per worker)")
         return rule(batch_size)
 
@@ -258,22 +260,33 @@ def _read(argument: str, method: Method, text: str) -> tuple[str, Value]:
 
 
 def _read_unnamed(argument: str, method: Method, text: str) -> tuple[str, Value]:
+    if _is_flag(argument, method):
+        return argument, True
     if method.argument is None:
         raise SpecError(
             f"spec {text!r} has argument {argument!r}, but this norm takes no number; its options "
             f"are: {', '.join(f'{option}=' for option in method.options())}"
         )
-    if argument == "auto" and method.automatic:
+    if argument == "auto":
+        if method.automatic is None:
+            known = [name for name, other in METHODS.items() if other.automatic]
+            raise SpecError(f"spec {text!r} has no rule for auto; these have: {', '.join(known)}")
         return "", "auto"
     return "", _whole_number(argument, argument, text)
+
+
+def _is_flag(argument: str, method: Method) -> bool:
+    """Whether this names an option that is true or false."""
+    option = method.options().get(argument)
+    return option is not None and str(option.annotation) == "bool"
 
 
 def _whole_number(value: str, argument: str, text: str) -> int:
     if value.isascii() and value.isdigit() and int(value) > 0:
         return int(value)
     raise SpecError(
-        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1"
-        f" (or max=K, or auto where the norm has a rule for it)"
+        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1, an "
+        f"option=value, or an option that is true or false"
     )
 
 
@@ -291,5 +304,7 @@ def _value(value: str, annotation: str, argument: str, text: str) -> Value:
 
 
 def _print(key: str, value: Value) -> str:
+    if value is True:
+        return key
     shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
     return f"{key}={shown}" if key else shown

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -116,6 +117,70 @@ def test_impossible_options_are_refused(options, text):
 def test_counts_below_one_are_refused(make, name):
     with pytest.raises(nk.OptionError, match=f"{name}.*=0 was given"):
         make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_layer_half_on_another_device_is_refused(name, training):
+    layer = nk.BatchNorm(6).train(training)
+    held = layer._parameters if name in layer._parameters else layer._buffers
+    moved = held[name].detach().to("meta")
+    held[name] = torch.nn.Parameter(moved) if name in layer._parameters else moved
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"device|meta"):
+        layer(torch.randn(4, 6, 5))
+
+
+@pytest.mark.parametrize("value", ["6", None, 6.0, True])
+def test_a_count_is_a_whole_number(value):
+    text = "was given; it counts something, so it is a whole number, at least 1"
+    with pytest.raises(nk.OptionError, match=text):
+        nk.BatchNorm(value)
+    with pytest.raises(nk.OptionError, match=text):
+        nk.GroupNorm(6, num_groups=value)
+    with pytest.raises(nk.OptionError, match=text):
+        nk.GhostBatchNorm(6, ghost_batch_size=value)
+
+
+def test_a_numpy_count_becomes_an_int():
+    layer = nk.GroupNorm(np.int64(6), num_groups=np.int32(3))
+    assert repr(layer).startswith("GroupNorm(6, num_groups=3, ")
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda x: F.ghost_batch_norm(x, 0, training=True), "ghost_batch_size=0 was given"),
+        (lambda x: F.general_batch_group_norm(x, 3, 0, training=True), "examples_per_group=0"),
+        (lambda x: F.batch_group_norm(x, -1, training=True), "num_groups=-1 was given"),
+        (lambda x: F.batch_norm(x, training=True, eps=-1.0), "eps=-1.0 was given"),
+        (lambda x: F.batch_norm(x, training=True, eps=float("inf")), "eps=inf was given"),
+        (lambda x: F.batch_norm(x, training=True, momentum=7.0), "momentum=7.0 was given"),
+        (lambda x: F.layer_norm(x, eps=float("nan")), "eps=nan was given"),
+    ],
+)
+def test_functions_refuse_what_layers_refuse(call, text):
+    with pytest.raises(nk.OptionError, match=text):
+        call(torch.ones(4, 6, 3))
+
+
+@pytest.mark.parametrize("function", ["batch_norm", "instance_norm", "layer_norm"])
+def test_functions_look_at_the_input_first(function):
+    with pytest.raises(nk.InputError, match=r"shape \(\); it takes \(N, C, \*S\)"):
+        getattr(F, function)(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_no_dense_tensor_is_refused(case):
+    with pytest.raises(nk.InputTypeError, match=r"given a list; it takes a torch\.Tensor"):
+        case.make()([1.0])
+    with pytest.raises(nk.InputTypeError, match=r"layout torch.sparse_coo; .*x.to_dense\(\)"):
+        case.make()(torch.eye(6).to_sparse())
+
+
+def test_groups_that_do_not_divide_name_the_nearest_that_do():
+    text = r"\(max=32 in a spec, or largest_divisor\(20, 32\), is 20\)"
+    with pytest.raises(nk.PartitionError, match=text):
+        nk.GroupNorm(20)
 
 
 def test_a_misspelt_option_is_refused():

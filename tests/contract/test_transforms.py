@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.testing import assert_close
 
+import normkit as nk
 from cases import CASES, PLAIN, TOLERANCE, randn
 
 X = randn(4, 6, 5, 3, mean=1.0)
@@ -103,6 +104,19 @@ def test_compile_without_graph_breaks(case, training):
         assert_close(x2.grad, x.grad, **CLOSE)
     for name, value in layer.state_dict().items():
         assert_close(same.state_dict()[name], value, **CLOSE)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["bn", "ghost-rest", "gbgn"])
+def test_compiled_once_for_every_batch_size(name, kernels):
+    """With whole runs of examples and with a smaller last one."""
+    (case,) = (case for case in CASES if case.name == name)
+    layer = stepped(case)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    with nk.use_kernels(kernels):
+        for size in (4, 5, 6, 7, 9, 10):
+            x = randn(size, 6, 4, seed=size)
+            assert_close(compiled(x), layer(x), **CLOSE)
 
 
 @pytest.mark.slow

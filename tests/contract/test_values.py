@@ -122,7 +122,7 @@ def test_evaluation_without_buffers_is_training(case):
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_offset_costs_only_what_its_rounding_costs(case, offset):
+def test_an_offset_costs_only_what_its_rounding_costs(case, offset, kernels):
     shape = SHAPES_UNDER_OFFSET.get(case.kind, (4, 6, 5, 7))
     layer = case.make()
     x = randn(*shape, mean=offset, dtype=torch.float32).requires_grad_()
@@ -131,6 +131,7 @@ def test_an_offset_costs_only_what_its_rounding_costs(case, offset):
     found = torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
     value, gradients = expected_training(case, layer, x, grad)
     rounding = 4 * offset * torch.finfo(torch.float32).eps  # of a float32 mean at this offset
+    rounding *= kernels == "reference"  # the C++ kernels keep means in float64: it costs nothing
     assert_close(y.double(), value, atol=2e-5 + rounding, rtol=2e-5)
     for ours, theirs in zip(found, gradients, strict=True):
         largest = max(1.0, theirs.abs().max().item())

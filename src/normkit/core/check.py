@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from normkit.errors import InputError, InputTypeError
+from normkit.errors import InputError, InputTypeError, OptionError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -19,6 +21,12 @@ def require_feature_map(x: Tensor, num_features: int | None, name: str) -> None:
         InputTypeError: If the dtype is not one of float32, float64, bfloat16, float16.
         InputError: If there are fewer than two axes, or the channels do not match.
     """
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"{name} was given a {type(x).__name__}; it takes a torch.Tensor")
+    if x.layout != torch.strided:
+        raise InputTypeError(
+            f"{name} was given a tensor of layout {x.layout}; it takes dense ones: x.to_dense()"
+        )
     if x.dtype not in DTYPES:
         raise InputTypeError(
             f"{name} was given a tensor of {x.dtype}; it takes "
@@ -48,3 +56,40 @@ def require_per_channel(values: Tensor | None, shape: Sequence[int], what: str, 
             f"{name} was given {what} of shape {tuple(values.shape)} for {shape[1]} channels; "
             f"it takes one value per channel, shape ({shape[1]},)"
         )
+
+
+def require_count(name: str, value: int) -> int:
+    """Refuse what is not a whole number of at least 1; return it as an ``int``.
+
+    Raises:
+        OptionError: With the name and the value.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise OptionError(
+            f"{name}={value!r} was given; it counts something, so it is a whole number, at least 1"
+        )
+    return count
+
+
+def require_eps(eps: float) -> None:
+    """Refuse what cannot be added to a variance.
+
+    Raises:
+        OptionError: If it is negative or not finite.
+    """
+    if not 0 <= eps < math.inf:
+        raise OptionError(f"eps={eps} was given; it is added under a root, so finite and >= 0")
+
+
+def require_share(name: str, value: float) -> None:
+    """Refuse what is not a share.
+
+    Raises:
+        OptionError: If it does not lie from 0 to 1.
+    """
+    if not 0 <= value <= 1:
+        raise OptionError(f"{name}={value} was given; it is a share, so it lies from 0 to 1")

@@ -97,7 +97,7 @@ class Partition:
         return min(self.examples_per_group, max(num_examples, 1))
 
     def _pool_with_remainder(self, table: Moments, run: int) -> Moments:
-        num_runs, rest = divmod(table.mean.shape[0], run)
+        num_runs, rest = table.mean.shape[0] // run, table.mean.shape[0] % run
         if rest == 0:
             return self._pool_runs(table, num_runs, run)
         whole = num_runs * run
@@ -152,7 +152,7 @@ def require_divides(num_groups: int, size: int, given: str) -> None:
     if num_groups < 1 or size % num_groups:
         raise PartitionError(
             f"{given}, which {num_groups} groups do not divide; "
-            f"choose a divisor: {_shortened(divisors(size))}"
+            f"choose a divisor: {_shortened(divisors(size))}{_nearest(num_groups, size)}"
         )
 
 
@@ -170,6 +170,13 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
             f"use a larger batch (DataLoader(drop_last=True) drops a last batch of one), fewer "
             f"groups, a larger map, or .eval()"
         )
+
+
+def _nearest(num_groups: int, size: int) -> str:
+    if num_groups < 1 or size < 1:
+        return ""
+    found = largest_divisor(size, num_groups)
+    return f" (max={num_groups} in a spec, or largest_divisor({size}, {num_groups}), is {found})"
 
 
 def _shortened(numbers: list[int], at_most: int = 24) -> str:

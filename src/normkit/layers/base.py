@@ -10,12 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from normkit.core.check import require_feature_map
+from normkit.core.check import require_count, require_eps, require_feature_map, require_share
 from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, require_variance
 from normkit.core.running import RunningStatistics
-from normkit.errors import OptionError
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap
 
@@ -42,9 +41,8 @@ class NormLayer(nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        require_count("num_features", num_features)
-        _require_at_least_zero("eps", eps)
-        self.num_features = num_features
+        require_eps(eps)
+        self.num_features = num_features = require_count("num_features", num_features)
         self.eps = eps
         self.affine = affine
         for name in ("weight", "bias"):
@@ -91,7 +89,7 @@ class SegmentLayer(NormLayer):
     ) -> None:
         super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
         if momentum is not None:
-            _require_between("momentum", momentum, 0, 1)
+            require_share("momentum", momentum)
         self.momentum = momentum
         self.track_running_stats = track_running_stats
         self.example_weight = example_weight
@@ -125,7 +123,7 @@ class SegmentLayer(NormLayer):
 
     @example_weight.setter
     def example_weight(self, value: float) -> None:
-        _require_between("example_weight", value, 0, 1)
+        require_share("example_weight", value)
         self._example_weight = float(value)
 
     def reset_running_stats(self) -> None:
@@ -214,25 +212,3 @@ def _modernize(state_dict: dict[str, Any], prefix: str, version: int | None) -> 
             state_dict[prefix + name] = values.float()
     if version is None or version < 2:
         state_dict.setdefault(f"{prefix}num_batches_tracked", torch.tensor(0))
-
-
-def require_count(name: str, value: int) -> None:
-    """Refuse a count that is not a whole number of at least 1.
-
-    Raises:
-        OptionError: With the name and the value.
-    """
-    if value < 1:
-        raise OptionError(f"{name}={value} was given; it counts something, so it is at least 1")
-
-
-def _require_at_least_zero(name: str, value: float) -> None:
-    if not value >= 0:
-        raise OptionError(f"{name}={value} was given; it is added under a root, so it is >= 0")
-
-
-def _require_between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise OptionError(
-            f"{name}={value} was given; it is a share, so it lies from {low} to {high}"
-        )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from normkit.core.check import require_feature_map
+from normkit.core.check import require_count, require_feature_map
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, require_divides
 from normkit.core.positional import normalize_positions, require_channels
-from normkit.layers.base import NormLayer, SegmentLayer, require_count
+from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.typing import FeatureMap
 
 Device = torch.device | str | None
@@ -256,7 +256,7 @@ class GroupNorm(SegmentLayer):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_channel_groups(num_groups, num_features)
+        num_groups = require_channel_groups(num_groups, num_features)
         super().__init__(
             num_features,
             eps=eps,
@@ -384,8 +384,7 @@ class BatchGroupNorm(SegmentLayer):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_count("num_groups", num_groups)
-        self.num_groups = num_groups
+        self.num_groups = require_count("num_groups", num_groups)
         super().__init__(
             num_features,
             eps=eps,
@@ -459,7 +458,7 @@ class GhostBatchNorm(SegmentLayer):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_count("ghost_batch_size", ghost_batch_size)
+        ghost_batch_size = require_count("ghost_batch_size", ghost_batch_size)
         super().__init__(
             num_features,
             eps=eps,
@@ -532,9 +531,9 @@ class GeneralBatchGroupNorm(SegmentLayer):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_channel_groups(num_groups, num_features)
+        num_groups = require_channel_groups(num_groups, num_features)
         if examples_per_group is not None:
-            require_count("examples_per_group", examples_per_group)
+            examples_per_group = require_count("examples_per_group", examples_per_group)
         super().__init__(
             num_features,
             eps=eps,
@@ -554,10 +553,14 @@ class GeneralBatchGroupNorm(SegmentLayer):
         return Partition(num_groups=self.num_groups, examples_per_group=self.examples_per_group)
 
 
-def require_channel_groups(num_groups: int, num_features: int) -> None:
-    """Refuse groups that do not cut the channels into equal runs.
+def require_channel_groups(num_groups: int, num_features: int) -> int:
+    """Refuse groups that do not cut the channels into equal runs; return their number.
 
     Raises:
-        PartitionError: With the divisors that would.
+        OptionError: If either is no count.
+        PartitionError: With the divisors that would do.
     """
+    num_features = require_count("num_features", num_features)
+    num_groups = require_count("num_groups", num_groups)
     require_divides(num_groups, num_features, f"the channel axis has length {num_features}")
+    return num_groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,23 @@ def register() -> None:
         "combine_grad": _combine_grad,
         "update_running_": _nothing,
     }.items():
-        torch.library.register_fake(f"normkit::{name}", fake)
+        torch.library.register_fake(f"normkit::{name}", _on_one_device(fake))
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a real call that came here because one of its tensors is on the meta device."""
+
+    def checked(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the operator takes and returns
+        devices = {a.device for a in arguments if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"all tensors of a call are on one device; these are on "
+                f"{', '.join(sorted(map(str, devices)))}; move the layer or the input with "
+                f".to(device) (a layer on meta needs .to_empty and reset_parameters)"
+            )
+        return fake(*arguments)
+
+    return checked
 
 
 def is_dense(x: Tensor) -> bool:
