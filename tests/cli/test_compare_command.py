@@ -109,6 +109,9 @@ BAD = [
     (["--batch-sizes", "2,x"], r"--batch-sizes was given '2,x', of which 'x' is no whole number"),
     (["--batch-sizes", "0"], r"batch_sizes was given 0: .*greater than or equal to 1"),
     (["--seeds", "1,1"], r"name 1 more than once"),
+    (["--seeds", "9" * 23], r"seeds was given 9+: .*less than or equal to 9223372036854775807"),
+    (["--seeds", "9" * 5000], r"--seeds was given .* is no whole number"),
+    (["--batch-sizes", "9" * 23], r"batch_sizes was given 9+: .*less than or equal to 2147483647"),
     (["--epochs", "0"], r"epochs was given 0: .*epochs is passes over the training data, 1 or"),
     (["--limit", "0"], r"limit was given 0.*the number of training examples to keep, 1 or more"),
     (["--base-lr", "-1"], r"base_lr was given -1.0"),
@@ -124,6 +127,18 @@ def test_bad_input_gives_exit_code_2_and_no_traceback(compare, tmp_path, argumen
     assert re.search(text, errors), errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records.corrupt.jsonl", "report.html"])
+def test_a_folder_in_a_files_place_gives_exit_code_2_before_training(
+    compare, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr("normkit.cli.compare.run_all", None)
+    (tmp_path / "out" / name).mkdir(parents=True)
+    code, output, errors = compare()
+    assert (code, output) == (2, "")
+    way_out = "is no file; move it away or give another folder with --out"
+    assert errors == f"normkit: {tmp_path / 'out' / name} {way_out}\n"
 
 
 def test_an_output_folder_that_cannot_be_written_gives_exit_code_2(compare):

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,24 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
 def test_a_folder_without_permission_is_refused():
     with pytest.raises(DataError, match=r"output folder /proc/normkit cannot be written to"):
         usable_folder(Path("/proc/normkit"))
+
+
+def test_a_records_file_that_cannot_be_read_or_written_is_named(tmp_path, record):
+    (tmp_path / "records.jsonl").mkdir()
+    text = r"records.jsonl cannot be read or written \(Is a directory\); make room and permission"
+    with pytest.raises(DataError, match=text):
+        read_records(tmp_path)
+    with pytest.raises(DataError, match=text):
+        append_record(tmp_path, record())
+
+
+def test_a_record_is_on_the_disk_when_it_counts_as_written(tmp_path, record, monkeypatch):
+    synced = []
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert read_records(tmp_path).records == (record(),)
+
+    monkeypatch.setattr(os, "fsync", note)
+    append_record(tmp_path, record())
+    assert synced == [str(tmp_path / "records.jsonl")]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from normkit.errors import DataError
 from normkit.lab.compare import compare
 from normkit.lab.models import PlacedNorm
 from normkit.lab.report import render, write_report
@@ -90,6 +91,12 @@ def test_a_report_replaces_an_older_one_whole(wide_sweep, records, tmp_path):
     path = write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
     assert path.read_text(encoding="utf-8") == rendered(wide_sweep, records)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_report_that_cannot_be_written_is_named(wide_sweep, records, tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(DataError, match=r"report.html cannot be read or written \(Is a directory"):
+        write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
 
 
 @pytest.fixture(scope="module")

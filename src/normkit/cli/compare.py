@@ -79,7 +79,7 @@ class Compare:
             sweep = self.sweep()
             num_workers = self._num_workers(sweep)
             num_examples = check(sweep)
-            folder = usable_folder(self.out)
+            folder = usable_folder(self.out, RECORDS_NAME, CORRUPT_NAME, REPORT_NAME)
             contents = read_records(folder)
             _tell_of_corrupt_lines(contents, folder)
             specs = missing_runs(sweep, contents.records)

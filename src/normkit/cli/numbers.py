@@ -2,6 +2,8 @@
 
 from normkit.errors import SpecError
 
+MAX_DIGITS = 100  # far beyond every bound; Python refuses to read thousands of digits
+
 
 def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
     """Read ``"2,8,32"``.
@@ -14,7 +16,7 @@ def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
         SpecError: If a part is not a whole number.
     """
     parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not part.isdecimal()]
+    wrong = [part for part in parts if not part.isdecimal() or len(part) > MAX_DIGITS]
     if wrong:
         raise SpecError(
             f"{flag} was given {text!r}, of which {', '.join(map(repr, wrong))} is no whole "

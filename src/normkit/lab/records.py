@@ -1,7 +1,8 @@
 """One line of JSON for each run, in a file that survives being killed."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,14 +81,20 @@ class Contents:
 
 
 def append_record(folder: Path, record: Record) -> None:
-    """Add a record in one write, and wait until it is on the disk."""
+    """Add a record in one write, and wait until it is on the disk.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
     line = record.model_dump_json().encode() + b"\n"
-    descriptor = os.open(folder / RECORDS_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path = folder / RECORDS_NAME
+    with file_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_records(folder: Path) -> Contents:
@@ -98,15 +105,20 @@ def read_records(folder: Path) -> Contents:
 
     Returns:
         The records and what was set aside.
+
+    Raises:
+        DataError: If the file cannot be read, or corrupt lines cannot be set aside.
     """
     path = folder / RECORDS_NAME
     if not path.exists():
         return Contents()
-    lines = path.read_bytes().splitlines(keepends=True)
+    with file_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True)
     parsed = [_parse(number, line) for number, line in enumerate(lines, start=1)]
     corrupt = [item for item in parsed if isinstance(item, CorruptLine)]
     if corrupt:
-        _set_aside(path, lines, corrupt)
+        with file_errors(path):
+            _set_aside(path, lines, corrupt)
     records = [item for item in parsed if isinstance(item, Record)]
     return Contents(records=tuple(records), corrupt=tuple(corrupt))
 
@@ -134,11 +146,15 @@ def _set_aside(path: Path, lines: Sequence[bytes], corrupt: Sequence[CorruptLine
     replacement.replace(path)
 
 
-def usable_folder(folder: Path) -> Path:
+def usable_folder(folder: Path, *names: str) -> Path:
     """Make the folder if needed and make sure that files can be written in it.
 
+    Args:
+        folder: The folder.
+        names: Files that will be written in it; those that are there must be writable files.
+
     Raises:
-        DataError: If it cannot be made or written to.
+        DataError: If the folder cannot be made or written to, or one of the files cannot.
     """
     probe = folder / ".writable"
     try:
@@ -150,4 +166,27 @@ def usable_folder(folder: Path) -> Path:
             f"the output folder {folder} cannot be written to ({error.strerror}); "
             f"give another one with --out"
         ) from error
+    for name in names:
+        _require_writable(folder / name)
     return folder
+
+
+def _require_writable(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise DataError(f"{path} is no file; move it away or give another folder with --out")
+    with file_errors(path), path.open("ab"):
+        pass
+
+
+@contextmanager
+def file_errors(path: Path) -> Generator[None]:
+    """Turn what the system says about a file into a ``DataError`` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read or written ({error.strerror}); "
+            f"make room and permission for it, or give another folder with --out"
+        ) from error

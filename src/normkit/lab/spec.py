@@ -15,7 +15,8 @@ from normkit.errors import SpecError
 REFERENCE_BATCH_SIZE = 128  # the batch size that `base_lr` is stated for
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]  # what torch's generators take
 
 
 class Frozen(BaseModel):
@@ -84,9 +85,7 @@ class RunSpec(Frozen):
     protocol: Protocol = Protocol()
     norm: str = Field(description="a norm such as bn, gn:8 or bgn:auto")
     batch_size: Count = Field(description="the examples of a training step, 1 or more")
-    seed: Annotated[int, Field(ge=0, strict=True)] = Field(
-        default=0, description="the seed of weights and data order, 0 or more"
-    )
+    seed: Seed = Field(default=0, description="the seed of weights and data order, 0 or more")
 
     @field_validator("norm")
     @classmethod
@@ -122,9 +121,7 @@ class SweepSpec(Frozen):
     protocol: Protocol = Protocol()
     norms: tuple[str, ...] = Field(min_length=1, description="one norm or more")
     batch_sizes: tuple[Count, ...] = Field(min_length=1, description="one batch size or more")
-    seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field(
-        min_length=1, description="one seed or more"
-    )
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="one seed or more")
 
     @field_validator("norms")
     @classmethod

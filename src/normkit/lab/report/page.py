@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from normkit.lab.compare import Comparison, select
-from normkit.lab.records import Record
+from normkit.lab.records import Record, file_errors
 from normkit.lab.report import figures
 from normkit.lab.report.text import MISSING, percent, points, size_text
 
@@ -44,11 +44,16 @@ def write_report(
 
     Returns:
         Path of the report.
+
+    Raises:
+        DataError: If it cannot be written.
     """
     path = folder / REPORT_NAME
     draft = path.with_suffix(".tmp")
-    draft.write_text(render(comparison, records, command), encoding="utf-8")
-    draft.replace(path)
+    text = render(comparison, records, command)
+    with file_errors(path):
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
     return path
 
 
