@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -236,6 +237,18 @@ def test_the_result_may_be_changed_in_place(case, training):
     (expected,) = torch.autograd.grad(y.relu().sum(), x)
     (found,) = torch.autograd.grad(layer(x).relu_().sum(), x)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parameters_may_be_parametrised(case):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    layer, expected = case.make(), case.make()
+    expected.weight.data.mul_(2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+    assert torch.equal(layer(X), expected(X))
 
 
 @pytest.mark.parametrize("case", TRACKED, ids=str)

@@ -57,9 +57,11 @@ class Partition:
 
     def group_sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         """Elements in a full group and in the last, possibly smaller, one."""
-        run = self._examples(shape[0])
-        per_example = math.prod(shape[1:]) // self.num_groups
-        return run * per_example, (shape[0] - 1) % run * per_example + per_example
+        num_examples, per_example = shape[0], math.prod(shape[1:]) // self.num_groups
+        if self.examples_per_group is None or self.examples_per_group >= num_examples:
+            return num_examples * per_example, num_examples * per_example
+        run = self.examples_per_group
+        return run * per_example, ((num_examples - 1) % run + 1) * per_example
 
     def describe_group(self, shape: Sequence[int]) -> str:
         """Say what the smallest group of a feature map of this shape is made of."""
@@ -162,8 +164,8 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
     Raises:
         PartitionError: If the smallest group has one element.
     """
-    full, last = partition.group_sizes(shape)
-    if min(full, last) == 1:
+    _, smallest = partition.group_sizes(shape)
+    if smallest == 1:
         raise PartitionError(
             f"{name} expected more than 1 value per statistics group when training, got input of "
             f"shape {tuple(shape)}, where {partition.describe_group(shape)} is a single value; "

@@ -55,6 +55,12 @@ class NormLayer(nn.Module, ABC):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
+    def _affine(self) -> Parameters:
+        own = self._parameters  # a look-up by attribute costs as much as a tiny map's sums
+        if "weight" in own and "bias" in own:
+            return Parameters(own["weight"], own["bias"], self.eps)
+        return Parameters(self.weight, self.bias, self.eps)  # parametrised: computed anew
+
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
         options = inspect.signature(type(self)).parameters
@@ -143,7 +149,7 @@ class SegmentLayer(NormLayer):
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
         partition, running = self.partition, self._running()
-        parameters = Parameters(self.weight, self.bias, self.eps)
+        parameters = self._affine()
         if x.numel() == 0:
             return empty_result(x, parameters)
         if self.training:
@@ -153,7 +159,7 @@ class SegmentLayer(NormLayer):
         return normalize_evaluation(x, partition, running, parameters)
 
     def _running(self) -> RunningStatistics | None:
-        buffers = self._buffers  # four look-ups by attribute cost as much as a tiny map's sums
+        buffers = self._buffers  # as in _affine
         mean, var = buffers["running_mean"], buffers["running_var"]
         count = buffers["num_batches_tracked"]
         if mean is None or var is None or count is None:

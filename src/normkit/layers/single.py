@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from normkit.core.check import require_count, require_feature_map
-from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, require_divides
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.layers.base import NormLayer, SegmentLayer
@@ -324,7 +323,7 @@ class PositionalNorm(NormLayer):
         require_feature_map(x, self.num_features, type(self).__name__)
         if self.training:
             require_channels(x.shape, type(self).__name__)
-        return normalize_positions(x, Parameters(self.weight, self.bias, self.eps))
+        return normalize_positions(x, self._affine())
 
 
 class BatchGroupNorm(SegmentLayer):
