@@ -80,6 +80,16 @@ def test_norms_that_tie_are_both_best(wide_sweep, record):
     assert best_norms(compare(wide_sweep, records), 8) == []
 
 
+def test_kernels_are_shown_and_a_mixture_is_warned_of(wide_sweep, records):
+    assert "<dd>not recorded</dd>" in rendered(wide_sweep, records)
+    known = records[0].environment.model_copy(update={"kernels": "cpu (avx2)"})
+    text = rendered(
+        wide_sweep, [records[0].model_copy(update={"environment": known}), *records[1:]]
+    )
+    assert "cpu (avx2), not recorded <span" in text
+    assert "computed by 2 kinds of kernels" in text
+
+
 def test_a_report_without_any_record_is_still_a_page(wide_sweep):
     text = rendered(wide_sweep, [])
     assert "No runs yet" in text

@@ -4,19 +4,22 @@ import hashlib
 import platform
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from normkit.kernels.cpu import instruction_set
+from normkit.kernels.select import choose
 from normkit.lab.spec import Frozen
 
 PACKAGE = Path(__file__).parents[1]
-CODE_SUFFIXES = (".py", ".cpp", ".h")
-PRESENTATION = ("cli", "lab/report")  # folders that cannot change what a run does
+CODE_SUFFIXES = (".py", ".so")  # the compiled kernels stand for their sources
+UNINVOLVED = ("cli/", "lab/bench/", "lab/report/")  # cannot change what a run of compare does
 
 
 class Environment(Frozen):
-    """Versions and hardware of one run."""
+    """Versions and hardware of one run; older records do not say their kernels and version."""
 
     torch: str
     python: str
@@ -24,6 +27,8 @@ class Environment(Frozen):
     device: str
     threads: int
     date: str
+    kernels: str | None = None
+    normkit: str | None = None
 
 
 def describe_environment(device: torch.device, threads: int) -> Environment:
@@ -40,7 +45,22 @@ def describe_environment(device: torch.device, threads: int) -> Environment:
         device=_device_name(device),
         threads=threads,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        kernels=_kernels_name(device),
+        normkit=package_version(),
     )
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("normkit")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _kernels_name(device: torch.device) -> str:
+    kernels = choose(torch.empty(0, device=device)).kernels
+    return f"cpu ({instruction_set()})" if kernels == "cpu" else kernels
 
 
 def _device_name(device: torch.device) -> str:
@@ -51,10 +71,10 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def code_hash() -> str:
-    """Twelve hexadecimal digits over the sources that decide what a run does."""
+    """Twelve hexadecimal digits over sources and compiled kernels that decide what a run does."""
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in CODE_SUFFIXES):
         name = path.relative_to(PACKAGE).as_posix()
-        if not name.startswith(PRESENTATION):
+        if not name.startswith(UNINVOLVED):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

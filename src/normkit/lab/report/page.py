@@ -68,6 +68,7 @@ def render(comparison: Comparison, records: Sequence[Record], command: str) -> s
             command=command,
             protocol=records[0].spec.protocol if records else None,
             environments=_distinct_environments(records),
+            kernels=sorted({r.environment.kernels or "not recorded" for r in records}),
             code_hashes=sorted({record.code_hash for record in records}),
             accuracy_charts={
                 "wide": figures.accuracy_chart(comparison, figures.WIDE),
