@@ -202,3 +202,20 @@ def test_an_unknown_device_lists_those_that_are_there():
     assert parse_device("auto").type in ("cpu", "cuda")
     with pytest.raises(SpecError, match=r"no device 'tpu' here; choose auto or cpu"):
         parse_device("tpu")
+
+
+def test_the_optimizer_is_sgd_with_plain_momentum_and_decay(protocol):
+    model = nn.Linear(3, 2).double()
+    spec = spec_of(protocol, base_lr=1.0, weight_decay=0.1)
+    optimizer = train._optimizer(model, spec)
+    rate, momentum, decay = 1.0 * 10 / 128, 0.9, 0.1
+    expected = [p.detach().clone() for p in model.parameters()]
+    velocity = [torch.zeros_like(p) for p in expected]
+    for step in range(3):
+        for p, value, v in zip(model.parameters(), expected, velocity, strict=True):
+            p.grad = torch.full_like(p, step + 1.0)
+            v.mul_(momentum).add_(step + 1.0 + decay * value)
+            value.sub_(rate * v)
+        optimizer.step()
+        for p, value in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.detach(), value)
