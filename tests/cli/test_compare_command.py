@@ -2,10 +2,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from normkit.cli import main
+from normkit.lab.models import build_model
 
 TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
 SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "10,20", "--seeds", "1,2", "--workers", "1"]
@@ -62,14 +64,20 @@ def test_a_wider_command_runs_only_what_is_new(compare, tmp_path):
     assert json.loads(output)["cells"][0]["num_finished"] == 3
 
 
-def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare):
-    code, output, errors = compare("--norms", "bn,gn:3")
+def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare, monkeypatch):
+    def broken_for_ln(name, *, norm, **options):
+        if norm == "ln":
+            raise ZeroDivisionError("by zero")
+        return build_model(name, norm=norm, **options)
+
+    monkeypatch.setattr("normkit.lab.train.build_model", broken_for_ln)
+    code, output, errors = compare()
     assert code == 1
     assert "2 failed" in output
-    assert "3 groups" in output
+    assert "by zero" in output
     assert "Traceback" not in output + errors
-    result = json.loads(compare("--json", "--norms", "bn,gn:3")[1])
-    assert {t["norm"] for t in result["troubled"]} == {"gn:3"}
+    result = json.loads(compare("--json")[1])
+    assert {t["norm"] for t in result["troubled"]} == {"ln"}
     assert [c["num_finished"] for c in result["cells"]] == [2, 2, 0, 0]
 
 
@@ -107,14 +115,29 @@ BAD = [
     (["--model", "resnet17"], r"no model 'resnet17'; write .*close names are resnet18"),
     (["--device", "tpu"], r"no device 'tpu' here; choose auto or cpu"),
     (["--batch-sizes", "2,x"], r"--batch-sizes was given '2,x', of which 'x' is no whole number"),
-    (["--batch-sizes", "0"], r"batch_sizes was given 0: .*greater than or equal to 1"),
+    (["--batch-sizes", "0"], r"--batch-sizes was given 0: .*greater than or equal to 1"),
     (["--seeds", "1,1"], r"name 1 more than once"),
-    (["--seeds", "9" * 23], r"seeds was given 9+: .*less than or equal to 9223372036854775807"),
+    (["--seeds", "9" * 23], r"--seeds was given 9+: .*less than or equal to 9223372036854775807"),
     (["--seeds", "9" * 5000], r"--seeds was given .* is no whole number"),
-    (["--batch-sizes", "9" * 23], r"batch_sizes was given 9+: .*less than or equal to 2147483647"),
-    (["--epochs", "0"], r"epochs was given 0: .*epochs is passes over the training data, 1 or"),
-    (["--limit", "0"], r"limit was given 0.*the number of training examples to keep, 1 or more"),
-    (["--base-lr", "-1"], r"base_lr was given -1.0"),
+    (
+        ["--batch-sizes", "9" * 23],
+        r"--batch-sizes was given 9+: .*less than or equal to 2147483647",
+    ),
+    (["--epochs", "0"], r"--epochs was given 0: .*; give passes over the training data, 1 or"),
+    (
+        ["--limit", "0"],
+        r"--limit was given 0.*; give the number of training examples to keep, 1 or more",
+    ),
+    (["--base-lr", "-1"], r"--base-lr was given -1.0"),
+    (["--limit", "9"], r"--limit was given 9, but digits has 10 classes; give 10 or more"),
+    (["--norms", "bn,gn:3"], r"norm gn:3 does not fit layer '2' at batch size 10: .*3 groups"),
+    (
+        ["--norms", "gn:8", "--model", "mlp:depth=2:width=20"],
+        r"norm gn:8 does not fit layer '2' at batch size 10: .*length 20, which 8 groups",
+    ),
+    (["--norms", "bn,in"], r"norm in does not fit layer '2' at batch size 10: .*a single value"),
+    (["--batch-sizes", "2,1"], r"norm bn does not fit layer '2' at batch size 1: .*a single val"),
+    (["--norms", "bn,gn:2+ws"], r"norm gn:2\+ws asks for .* not support yet; write gn:2"),
     (["--workers", "0"], r"--workers was given 0; give the runs at once, 1 or more"),
 ]
 
@@ -126,7 +149,21 @@ def test_bad_input_gives_exit_code_2_and_no_traceback(compare, tmp_path, argumen
     assert errors.startswith("normkit: ")
     assert re.search(text, errors), errors
     assert "Traceback" not in errors
-    assert not (tmp_path / "out" / "records.jsonl").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_complaint_is_made_once_and_names_the_flag(compare):
+    rule = "input should be greater than or equal to 1; give one batch size or more, each 1 or more"
+    assert compare("--batch-sizes", "0")[2] == f"normkit: --batch-sizes was given 0: {rule}\n"
+    assert compare("--batch-sizes", "0,0")[2] == f"normkit: --batch-sizes was given 0: {rule}\n"
+
+
+def test_unknown_kernels_in_the_environment_give_exit_code_2(compare, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMKIT_KERNELS", "fast")
+    code, output, errors = compare()
+    assert (code, output) == (2, "")
+    assert errors.startswith("normkit: NORMKIT_KERNELS is 'fast': there are no kernels 'fast'")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "records.corrupt.jsonl", "report.html"])
@@ -198,3 +235,8 @@ def test_help_is_no_error(capsys, arguments):
         main(arguments)
     assert exit_info.value.code == 0
     assert "compare" in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"normkit {version('normkit')}\n"

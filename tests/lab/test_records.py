@@ -93,9 +93,9 @@ def test_a_record_is_on_the_disk_when_it_counts_as_written(tmp_path, record, mon
     synced = []
 
     def note(descriptor):
-        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
         assert read_records(tmp_path).records == (record(),)
 
     monkeypatch.setattr(os, "fsync", note)
     append_record(tmp_path, record())
-    assert synced == [str(tmp_path / "records.jsonl")]
+    assert synced == [tmp_path / "records.jsonl"]

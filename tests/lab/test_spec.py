@@ -48,7 +48,7 @@ def test_the_first_seed_of_every_cell_comes_before_the_second_of_any(sweep):
 
 BAD = [
     ({"batch_sizes": (0,)}, r"batch_sizes was given 0: input should be greater than or equal to 1"),
-    ({"batch_sizes": ()}, r"batch_sizes was given \(\).*batch_sizes is one batch size or more"),
+    ({"batch_sizes": ()}, r"batch_sizes was given \(\).*give one batch size or more"),
     ({"seeds": (1, 1)}, r"name 1 more than once; name each one once"),
     ({"norms": ("bn", "bn")}, r"norms name bn more than once; name each one once"),
     ({"norms": ("nope",)}, r"nope"),

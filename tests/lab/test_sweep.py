@@ -117,7 +117,7 @@ def start_sweep(tmp_path, num_workers):
 
 def children_of(pid):
     listing = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, check=True
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, check=False
     )
     return [int(child) for child in listing.stdout.split()]
 
@@ -171,3 +171,25 @@ def test_missing_data_files_are_found_before_the_first_run(sweep, tmp_path, monk
     changed = sweep.protocol.model_copy(update={"data": "fashion-mnist"})
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz cannot be read"):
         check(sweep.model_copy(update={"protocol": changed}))
+
+
+def test_an_interrupt_while_workers_start_shows_no_traceback(tmp_path):
+    num_workers = 2
+    options = ["--model", "mlp:depth=2:width=8", "--norms", "bn,ln", "--epochs", "1000"]
+    options += ["--workers", str(num_workers), "--out", str(tmp_path)]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "normkit.cli", "compare", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(children_of(program.pid)) <= num_workers:  # the workers and multiprocessing's tracker
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)  # in the middle of importing torch
+    os.killpg(program.pid, signal.SIGINT)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "interrupted; finished runs are kept" in errors

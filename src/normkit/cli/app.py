@@ -9,6 +9,7 @@ from normkit.cli.bench import Bench
 from normkit.cli.compare import Compare
 from normkit.cli.listing import List
 from normkit.errors import NormError
+from normkit.lab.environment import package_version
 
 EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -23,13 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; ``None`` for the command line's own.
 
     Returns:
-        The exit code: 0, 1 if runs failed, 2 for bad input.
+        The exit code: 0, 1 if runs failed, 2 for bad input, 130 after an interrupt.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
+        sys.stdout.write(f"normkit {package_version()}\n")
+        return 0
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="normkit",
-        description="Normalization for PyTorch: compare norms on your model and data.",
-        args=arguments,
+        description="Normalization for PyTorch: compare norms on your model and data. "
+        "--version alone prints the version.",
+        args=given,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     try:

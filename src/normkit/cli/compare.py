@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from normkit.cli.numbers import whole_numbers
+from normkit.cli.numbers import flag, whole_numbers
 from normkit.cli.progress import sweep_progress
 from normkit.cli.tables import print_tables
 from normkit.errors import SpecError
@@ -109,7 +109,8 @@ class Compare:
                 "weight_decay": self.weight_decay,
                 "device": str(parse_device(self.device)),
                 "threads": self.threads,
-            }
+            },
+            flag,
         )
         return SweepSpec.checked(
             {
@@ -117,7 +118,8 @@ class Compare:
                 "norms": tuple(str(spec) for spec in parse_specs(self.norms)),
                 "batch_sizes": whole_numbers("--batch-sizes", self.batch_sizes),
                 "seeds": whole_numbers("--seeds", self.seeds),
-            }
+            },
+            flag,
         )
 
     def command(self) -> str:
@@ -127,7 +129,7 @@ class Compare:
         for option in fields(self):
             value = getattr(self, option.name)
             if option.name not in hidden and value is not None:
-                words += [f"--{option.name.replace('_', '-')}", str(value)]
+                words += [flag(option.name), str(value)]
         return shlex.join(words)
 
     def _num_workers(self, sweep: SweepSpec) -> int:

@@ -1,8 +1,13 @@
-"""Lists of numbers on the command line."""
+"""Flags of the command line and their lists of numbers."""
 
 from normkit.errors import SpecError
 
 MAX_DIGITS = 100  # far beyond every bound; Python refuses to read thousands of digits
+
+
+def flag(name: str) -> str:
+    """How the flag of an option is typed: ``"--batch-sizes"`` for ``"batch_sizes"``."""
+    return f"--{name.replace('_', '-')}"
 
 
 def whole_numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -25,11 +25,12 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
-    def checked(cls, values: Mapping[str, object]) -> Self:
-        """Build the value, or say in one message everything that is wrong.
+    def checked(cls, values: Mapping[str, object], spelled: Callable[[str], str] = str) -> Self:
+        """Build the value, or say in one message everything that is wrong, once for each field.
 
         Args:
             values: Field names and what they were given.
+            spelled: How messages write a field's name, such as ``--batch-sizes``.
 
         Raises:
             SpecError: If a value breaks its field's rule or a field is unknown.
@@ -37,10 +38,12 @@ class Frozen(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise SpecError("; ".join(cls._complaint(e) for e in error.errors())) from error
+            first = {e["loc"][:1]: e for e in reversed(error.errors())}  # the first one wins
+            complaints = [cls._complaint(e, spelled) for e in reversed(first.values())]
+            raise SpecError("; ".join(complaints)) from error
 
     @classmethod
-    def _complaint(cls, error: ErrorDetails) -> str:
+    def _complaint(cls, error: ErrorDetails, spelled: Callable[[str], str]) -> str:
         context = error.get("ctx", {})
         if isinstance(context.get("error"), SpecError):
             return str(context["error"])
@@ -49,7 +52,7 @@ class Frozen(BaseModel):
             return f"{name!r} is no field; known are {', '.join(cls.model_fields)}"
         rule = error["msg"][0].lower() + error["msg"][1:]
         way_out = cls.model_fields[name].description
-        return f"{name} was given {error['input']!r}: {rule}; {name} is {way_out}"
+        return f"{spelled(name)} was given {error['input']!r}: {rule}; give {way_out}"
 
 
 class Protocol(Frozen):
@@ -120,8 +123,10 @@ class SweepSpec(Frozen):
 
     protocol: Protocol = Protocol()
     norms: tuple[str, ...] = Field(min_length=1, description="one norm or more")
-    batch_sizes: tuple[Count, ...] = Field(min_length=1, description="one batch size or more")
-    seeds: tuple[Seed, ...] = Field(min_length=1, description="one seed or more")
+    batch_sizes: tuple[Count, ...] = Field(
+        min_length=1, description="one batch size or more, each 1 or more"
+    )
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="one seed or more, each 0 or more")
 
     @field_validator("norms")
     @classmethod

@@ -1,10 +1,13 @@
 """All runs of a sweep that have no record yet, in this process or in several."""
 
+import itertools
 import multiprocessing
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -13,12 +16,15 @@ from typing import Protocol
 
 import torch
 
-from normkit.lab.data import load
+from normkit import NormSpec
+from normkit.errors import KernelError, SpecError
+from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
+from normkit.lab.data import Dataset, load
 from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.models.build import check_model
+from normkit.lab.models.build import norm_slots
 from normkit.lab.records import Outcome, Record, append_record
 from normkit.lab.spec import RunSpec, SweepSpec
-from normkit.lab.steps import num_steps_per_epoch
+from normkit.lab.steps import batch_lengths, num_steps_per_epoch
 from normkit.lab.train import parse_device, run
 
 SECONDS_BETWEEN_REPORTS = 0.2
@@ -37,19 +43,54 @@ class Watcher(Protocol):
 
 
 def check(sweep: SweepSpec) -> int:
-    """Find bad input before the first run; groups that do not fit a layer are the run's matter.
+    """Find bad input before the first run; nothing is trained or written.
 
     Returns:
         The number of training examples.
 
     Raises:
-        SpecError: If the device, the data set or the model is unknown or they do not fit.
+        SpecError: If the kernels, the device, the data set or the model is unknown, there are too
+            few examples, or a norm does not fit a layer at one of the batch sizes.
         DataError: If the data set's files are missing.
     """
+    _check_kernels()
     parse_device(sweep.protocol.device)
+    specs = [_without_suffix(norm) for norm in sweep.norms]
     dataset = load(sweep.protocol.data, sweep.protocol.limit)
-    check_model(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
-    return len(dataset.train)
+    _check_limit(sweep.protocol.limit, dataset)
+    slots = norm_slots(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
+    num_examples = len(dataset.train)
+    for spec, batch_size in itertools.product(specs, sweep.batch_sizes):
+        for length in batch_lengths(num_examples, batch_size):
+            slots.check(spec, batch_size, length)
+    return num_examples
+
+
+def _check_kernels() -> None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name is not None:
+        try:
+            require_kernels(name)
+        except KernelError as error:
+            raise SpecError(f"{ENVIRONMENT_VARIABLE} is {name!r}: {error}") from error
+
+
+def _without_suffix(norm: str) -> NormSpec:
+    spec = NormSpec.parse(norm)
+    if spec.standardize_weights:
+        raise SpecError(
+            f"norm {spec} asks for weight standardization, which compare does not support yet; "
+            f"write {norm.removesuffix('+ws')}"
+        )
+    return spec
+
+
+def _check_limit(limit: int | None, dataset: Dataset) -> None:
+    if limit is not None and limit < dataset.num_classes:
+        raise SpecError(
+            f"--limit was given {limit}, but {dataset.name} has {dataset.num_classes} classes; "
+            f"give {dataset.num_classes} or more"
+        )
 
 
 def missing_runs(sweep: SweepSpec, records: Iterable[Record]) -> tuple[RunSpec, ...]:
@@ -158,9 +199,22 @@ def _started() -> _Worker:
     context = multiprocessing.get_context("spawn")  # a forked torch deadlocks in its threads
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
+    with _interrupts_ignored():  # inherited: the worker imports torch before it can ignore them
+        process.start()
     theirs.close()
     return _Worker(process, ours)
+
+
+@contextmanager
+def _interrupts_ignored() -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _received(worker: _Worker) -> int | Record:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from normkit import NormSpec, build
-from normkit.errors import SpecError
+from normkit.errors import NormError, SpecError
 from normkit.lab.models.architecture import (
     ARCHITECTURES,
     Architecture,
@@ -20,6 +20,8 @@ from normkit.lab.models.architecture import (
 )
 from normkit.lab.models.own import initialise
 from normkit.lab.models.zoo import TimmModel, TorchvisionModel, timm_names, torchvision_names
+
+PROBE_SIZE = 2  # examples that are sent through a model to see its maps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +80,43 @@ def build_model(
     return BuiltModel(model=_seeded(architecture, task, factory, seed), norms=placed)
 
 
-def check_model(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> None:
-    """Make sure that a model exists, takes the inputs and has norms to replace.
+@dataclass(frozen=True, slots=True)
+class NormSlots:
+    """Where a network has norms, and what they would see."""
+
+    _slots: "Mapping[str, _Slot]"
+
+    def check(self, norm: NormSpec | str, batch_size: int, num_examples: int) -> None:
+        """Make sure that a norm can be built and trained at every place of the network.
+
+        Nothing is computed: the layers are built without storage and get maps without storage.
+
+        Args:
+            norm: What stands at every place.
+            batch_size: Decides ``auto`` arguments of the norm.
+            num_examples: Examples of the training batch at hand, which may be a last, smaller one.
+
+        Raises:
+            SpecError: If it cannot, naming the norm, the place and the batch size.
+        """
+        spec = NormSpec.parse(norm) if isinstance(norm, str) else norm
+        for name, slot in self._slots.items():
+            try:
+                _try_out(slot, spec, batch_size, num_examples)
+            except NormError as error:
+                raise SpecError(
+                    f"norm {spec} does not fit layer {name!r} at batch size {batch_size}: {error}"
+                ) from error
+
+
+def norm_slots(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> NormSlots:
+    """Find the norms of a network, with the shapes of the maps that come by.
 
     Raises:
-        SpecError: If not.
+        SpecError: If the model is unknown, does not take the inputs or has no norms to replace.
     """
     task = Task(input_shape=input_shape, num_classes=num_classes)
-    _find_slots(name, parse_model(name), task)
+    return NormSlots(_find_slots(name, parse_model(name), task))
 
 
 def parse_model(text: str) -> Architecture:
@@ -131,10 +162,12 @@ class _Slot(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.num_positions = 0
+        self.shapes: set[tuple[int, ...]] = set()
 
     def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
         # a shared norm may see maps of several sizes: its groups must fit all of them
         self.num_positions = math.gcd(self.num_positions, math.prod(x.shape[2:]))
+        self.shapes.add(tuple(x.shape))
         return x
 
 
@@ -159,12 +192,21 @@ def _find_slots(name: str, architecture: Architecture, task: Task) -> dict[str, 
 def _send_zeros(name: str, model: nn.Module, task: Task) -> None:
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(2, *task.input_shape))
+            model.eval()(torch.zeros(PROBE_SIZE, *task.input_shape))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise SpecError(
             f"model {name!r} cannot take inputs of shape {task.input_shape} ({error}); "
             f"choose data with larger pictures or another model"
         ) from error
+
+
+def _try_out(slot: _Slot, spec: NormSpec, batch_size: int, num_examples: int) -> None:
+    with torch.device("meta"):
+        layer = spec.build(
+            slot.num_features, batch_size=batch_size, num_positions=slot.num_positions
+        )
+        for size, *rest in slot.shapes:  # a model may fold other axes into the examples
+            layer.train()(torch.empty(size * num_examples // PROBE_SIZE, *rest))
 
 
 def _placed(name: str, slot: _Slot, spec: NormSpec, batch_size: int | None) -> PlacedNorm:
