@@ -30,7 +30,11 @@ class GroupStatistics:
         self, table: Moments, weight: PerChannel | None, bias: PerChannel | None
     ) -> Affine:
         """Scale and center of every segment."""
-        return standardize(table, self.partition.pool(table), self, weight, bias)
+        return standardize(table, self.groups(table), self, weight, bias)
+
+    def groups(self, table: Moments) -> Moments:
+        """Statistics of every group, ``(B, G)``."""
+        return self.partition.pool(table)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +58,64 @@ class WeighedStatistics:
         running_var: GroupTable,
     ) -> Affine:
         """Scale and center of every segment."""
+        groups = self.groups(table, running_mean, running_var)
+        return standardize(table, groups, self, weight, bias)
+
+    def groups(self, table: Moments, running_mean: GroupTable, running_var: GroupTable) -> Moments:
+        """Statistics of every group, ``(B, G)``: one row where all is the running ones."""
         running = Moments(running_mean, running_var)
-        mixed = self.partition.pool(table).blend(running, self.example_weight)
-        return standardize(table, mixed, self, weight, bias)
+        if self.example_weight == 0:
+            return running
+        return self.partition.pool(table).blend(running, self.example_weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatedStatistics:
+    r"""Normalise by running estimates that have just moved towards the batch.
+
+    .. math::  \hat m \leftarrow \hat m + r (\mu - \hat m), \quad
+               \hat v \leftarrow \hat v + r (\overline{(x - \hat m_{old})^2} - \hat v)
+
+    No gradient flows through the estimates.
+
+    Source:
+        Qiao, Wang, Liu, Shen & Yuille, Rethinking Normalization and Elimination Singularity in
+        Neural Networks, Algorithm 1.
+    """
+
+    partition: Partition  # the whole batch
+    eps: float
+    update_rate: float
+
+    def __call__(
+        self,
+        table: Moments,
+        weight: PerChannel | None,
+        bias: PerChannel | None,
+        old_mean: GroupTable,
+        old_var: GroupTable,
+    ) -> Affine:
+        """Scale and center of every segment."""
+        return standardize(table, self.groups(table, old_mean, old_var), self, weight, bias)
+
+    def groups(self, table: Moments, old_mean: GroupTable, old_var: GroupTable) -> Moments:
+        """Estimates after this batch, ``(1, G)``."""
+        batch = self.partition.pool(table.detach())
+        distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
+        return Moments(
+            torch.lerp(old_mean, batch.mean, self.update_rate),
+            torch.lerp(old_var, distance, self.update_rate),
+        )
+
+
+Rule = GroupStatistics | WeighedStatistics | EstimatedStatistics
+"""Where a stage takes its statistics from: own groups, a mixture with running ones, estimates."""
 
 
 def standardize(
     table: Moments,
     groups: Moments,
-    rule: GroupStatistics | WeighedStatistics,
+    rule: Rule,
     weight: PerChannel | None,
     bias: PerChannel | None,
 ) -> Affine:

@@ -22,7 +22,7 @@ BUFFERS = ("running_mean", "running_var")
 
 
 class NormLayer(nn.Module, ABC):
-    """Parameters of every layer: ``weight`` and ``bias``, one value a channel.
+    """Parameters of every layer: ``weight`` and ``bias``, one value a channel or a group.
 
     Final classes list their constructor's options; ``extra_repr`` reads them back from the
     attributes of the same name, so that ``repr`` rebuilds the layer.
@@ -39,14 +39,16 @@ class NormLayer(nn.Module, ABC):
         affine: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        num_values: int | None = None,
     ) -> None:
         super().__init__()
         require_eps(eps)
-        self.num_features = num_features = require_count("num_features", num_features)
+        self.num_features = require_count("num_features", num_features)
         self.eps = eps
         self.affine = affine
+        size = num_values or self.num_features
         for name in ("weight", "bias"):
-            values = torch.empty(num_features, device=device, dtype=dtype) if affine else None
+            values = torch.empty(size, device=device, dtype=dtype) if affine else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
 
     def reset_parameters(self) -> None:
@@ -68,13 +70,8 @@ class NormLayer(nn.Module, ABC):
         return ", ".join([str(self.num_features), *shown])
 
 
-class SegmentLayer(NormLayer):
-    """A layer whose statistics groups are a partition of the feature map.
-
-    A final class says its ``partition`` and how many values its buffers have; this one chooses the
-    statistics: the input's in training, and at evaluation the running ones, the example's own, or
-    ``example_weight`` parts of one and the rest of the other.
-    """
+class TrackingLayer(NormLayer):
+    """A layer that may keep running statistics and weigh them against the example's own."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -113,11 +110,6 @@ class SegmentLayer(NormLayer):
         self.register_buffer("num_batches_tracked", count if self.track_running_stats else None)
 
     @property
-    @abstractmethod
-    def partition(self) -> Partition:
-        """Which elements share statistics in training."""
-
-    @property
     def running_partition(self) -> Partition:
         """Which elements share one value of the buffers: by default a channel's."""
         return Partition(num_groups=self.num_features)
@@ -144,19 +136,6 @@ class SegmentLayer(NormLayer):
         """Set ``weight`` to 1, ``bias`` to 0, and the running statistics to 0 and 1."""
         self.reset_running_stats()
         super().reset_parameters()
-
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
-        require_feature_map(x, self.num_features, type(self).__name__)
-        partition, running = self.partition, self._running()
-        parameters = self._affine()
-        if x.numel() == 0:
-            return empty_result(x, parameters)
-        if self.training:
-            require_variance(partition, x.shape, type(self).__name__)
-        if self.training or running is None:
-            return normalize_batch(x, partition, running, parameters)
-        return normalize_evaluation(x, partition, running, parameters)
 
     def _running(self) -> RunningStatistics | None:
         buffers = self._buffers  # as in _affine
@@ -205,6 +184,33 @@ class SegmentLayer(NormLayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class SegmentLayer(TrackingLayer):
+    """A layer whose statistics groups are a partition of the feature map.
+
+    A final class says its ``partition`` and how many values its buffers have; this one chooses the
+    statistics: the input's in training, and at evaluation the running ones, the example's own, or
+    ``example_weight`` parts of one and the rest of the other.
+    """
+
+    @property
+    @abstractmethod
+    def partition(self) -> Partition:
+        """Which elements share statistics in training."""
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        require_feature_map(x, self.num_features, type(self).__name__)
+        partition, running = self.partition, self._running()
+        parameters = self._affine()
+        if x.numel() == 0:
+            return empty_result(x, parameters)
+        if self.training:
+            require_variance(partition, x.shape, type(self).__name__)
+        if self.training or running is None:
+            return normalize_batch(x, partition, running, parameters)
+        return normalize_evaluation(x, partition, running, parameters)
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")
