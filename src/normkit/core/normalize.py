@@ -35,7 +35,11 @@ Algebra = Callable[..., Affine]
 
 
 def normalize(
-    x: FeatureMap, segment_size: int, algebra: Algebra, *parameters: Tensor | None
+    x: FeatureMap,
+    segment_size: int,
+    algebra: Algebra,
+    *parameters: Tensor | None,
+    known: tuple[FeatureMap, Moments] | None = None,
 ) -> tuple[FeatureMap, Moments]:
     """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
 
@@ -44,6 +48,8 @@ def normalize(
         segment_size: Elements ``L`` of a segment; divides the positions of a channel.
         algebra: ``algebra(moments, *parameters)``; a gradient flows through it.
         parameters: Tensors that the algebra uses and that may want a gradient.
+        known: What the same call returned before: the result then gets a gradient of its own, but
+            is not computed again.
 
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
@@ -51,7 +57,7 @@ def normalize(
     if needs_plain_formula():
         y, table = plain(x, segment_size, algebra, parameters)
     else:
-        y, mean, var = _Normalize.apply(x, segment_size, algebra, *parameters)
+        y, mean, var = _Normalize.apply(x, segment_size, (algebra, known), *parameters)
         table = Moments(mean, var)
     return y, table.detach()
 
@@ -73,17 +79,17 @@ class _Normalize(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch's context has no public type
         x: Tensor,
         segment_size: int,
-        algebra: Algebra,
+        algebra_and_known: tuple[Algebra, tuple[FeatureMap, Moments] | None],
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kernels = primitives(x)
-        mean, var = kernels.moments(x, segment_size)
-        scale, center = algebra(Moments(mean, var), *parameters)
+        algebra, known = algebra_and_known
+        y, table = known or _forward(x, segment_size, algebra, parameters)
+        mean, var = table.mean, table.var
         ctx.save_for_backward(x, mean, var, *parameters)
         ctx.segment_size, ctx.algebra = segment_size, algebra
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return own(kernels.apply(x, mean, scale, center, segment_size)), mean, var
+        return own(y if known is None else y.view_as(y)), mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -101,6 +107,15 @@ class _Normalize(torch.autograd.Function):
             grad,
         )
         return dx, None, None, *rest
+
+
+def _forward(
+    x: Tensor, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Moments]:
+    kernels = primitives(x)
+    table = Moments(*kernels.moments(x, segment_size))
+    scale, center = algebra(table, *parameters)
+    return kernels.apply(x, table.mean, scale, center, segment_size), table
 
 
 def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
