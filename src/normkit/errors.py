@@ -31,3 +31,11 @@ class OptionError(NormError, ValueError):
 
 class KernelError(NormError, RuntimeError):
     """Kernels were asked for that do not exist or were not built."""
+
+
+class WeightError(NormError, ValueError):
+    """A weight cannot be reparametrised as it was asked."""
+
+
+class TraceError(NormError, RuntimeError):
+    """A model cannot be followed from one layer to the next."""
