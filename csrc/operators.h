@@ -8,12 +8,13 @@
 namespace normkit {
 
 std::tuple<Tensor, Tensor> pooled_forward(const Tensor& x, const OptionalTensor& weight,
-                                          const OptionalTensor& bias,
+                                          const OptionalTensor& bias, int64_t num_groups,
+                                          int64_t examples_per_group, double eps,
+                                          bool channel_statistics,
                                           const OptionalTensor& running_mean,
                                           const OptionalTensor& running_var,
                                           const OptionalTensor& num_batches_tracked,
-                                          int64_t num_groups, int64_t examples_per_group,
-                                          double eps, double momentum, bool channel_statistics);
+                                          double momentum);
 std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Tensor& x,
                                                    const Tensor& table,
                                                    const OptionalTensor& weight,

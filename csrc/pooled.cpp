@@ -64,12 +64,13 @@ Statistics parts_of(const Tensor& table, int64_t num_cells, bool channels) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTensor& weight,
-                                          const OptionalTensor& bias,
+                                          const OptionalTensor& bias, int64_t num_groups,
+                                          int64_t examples_per_group, double eps,
+                                          bool channel_statistics,
                                           const OptionalTensor& running_mean,
                                           const OptionalTensor& running_var,
                                           const OptionalTensor& num_batches_tracked,
-                                          int64_t num_groups, int64_t examples_per_group,
-                                          double eps, double momentum, bool channel_statistics) {
+                                          double momentum) {
   const FeatureMap x(input);
   const Partition p = make_partition(x, num_groups, examples_per_group);
   STD_TORCH_CHECK(!channel_statistics || p.run == 0 || p.run % p.plane == 0 ||

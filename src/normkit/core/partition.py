@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,7 @@ from normkit.errors import PartitionError
 from normkit.typing import GroupTable, SegmentTable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partition:
+class Partition(NamedTuple):
     """Statistics groups: runs of examples times equal runs of the flattened ``(C, *S)`` axis.
 
     ===================  ===============  ======================
@@ -164,6 +163,8 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
     Raises:
         PartitionError: If the smallest group has one element.
     """
+    if math.prod(shape[1:]) != partition.num_groups:
+        return  # a group has several values of one example
     _, smallest = partition.group_sizes(shape)
     if smallest == 1:
         raise PartitionError(

@@ -30,13 +30,15 @@ def normalize_pooled(
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them."""
     weight, bias, eps = parameters
-    size = partition.segment_size(x.shape)
+    if x.shape[1] % partition.num_groups:
+        partition.segment_size(x.shape)  # refuses what does not divide
     # before the next line: a checkpoint's second look must keep tables of the same size
     by_channel = running is not None and running.partition != partition
     if running is not None and are_still():
         running = None
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        size = partition.segment_size(x.shape)
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
     pooling = cpu.Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)

@@ -127,10 +127,10 @@ def test_fake_kernels_tell_the_truth(layout):
     x, grad, weight, mean = draw((4, 6, 3, 5), (4, 6, 3, 5), 6, 6)
     x, table = LAYOUTS[layout](x), torch.rand(4, 6, dtype=torch.float64)
     buffers = (torch.zeros(6), torch.ones(6), torch.tensor(0))
-    pooled = operators.pooled_forward(x, weight, None, *buffers, 3, 3, 1e-5, 0.1, True)[1]
+    pooled = operators.pooled_forward(x, weight, None, 3, 3, 1e-5, True, *buffers, 0.1)[1]
     positions = operators.positional_forward(x, weight, None, 1e-5)[1]
     for name, arguments in {
-        "pooled_forward": (x, weight, None, *buffers, 3, 3, 1e-5, 0.1, True),
+        "pooled_forward": (x, weight, None, 3, 3, 1e-5, True, *buffers, 0.1),
         "pooled_backward": (grad, x, pooled, weight, 3, 3, 1e-5, True, False),
         "evaluate_forward": (x, mean, weight.abs(), weight, None, 6, 1e-5),
         "evaluate_backward": (grad, x, mean, weight.abs(), weight, 6, 1e-5, True, True),

@@ -83,7 +83,8 @@ def normalize_pooled(
         _follow(running, x, table, pooling)
         return y, table
     if _needs_gradient(x, weight, bias):
-        return _Pooled.apply(x, weight, bias, pooling, running, differentiable)
+        record = _Pooled.apply if torch.compiler.is_compiling() else _RECORD_POOLED
+        return record(x, weight, bias, pooling, running, differentiable)
     return _pooled_forward(x, weight, bias, pooling, running)
 
 
@@ -94,11 +95,8 @@ def _pooled_forward(
     pooling: Pooling,
     running: Running | None,
 ) -> tuple[Tensor, Tensor]:
-    num_groups, examples_per_group, eps, channels = pooling
-    mean, var, tracked, momentum = running or (None, None, None, 0.0)
     operator = torch.ops.normkit.pooled_forward.default
-    groups = (num_groups, examples_per_group)
-    return operator(x, weight, bias, mean, var, tracked, *groups, eps, momentum, channels)
+    return operator(x, weight, bias, *pooling, *(running or ()))
 
 
 def _follow(running: Running, x: Tensor, table: Tensor, pooling: Pooling) -> None:
@@ -150,7 +148,8 @@ def normalize_given(  # noqa: PLR0913, PLR0917 - the operator's own arguments, i
     """Normalise by given statistics ``(G,)``, which get no gradient: evaluation, frozen layers."""
     if _needs_gradient(x, weight, bias):
         statistics = (mean, var)
-        return _Given.apply(x, weight, bias, statistics, (num_groups, eps), differentiable)
+        record = _Given.apply if torch.compiler.is_compiling() else _RECORD_GIVEN
+        return record(x, weight, bias, statistics, (num_groups, eps), differentiable)
     return torch.ops.normkit.evaluate_forward.default(x, mean, var, weight, bias, num_groups, eps)
 
 
@@ -186,7 +185,8 @@ def normalize_positions(
 ) -> tuple[FeatureMap, CellTable]:
     """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
     if _needs_gradient(x, weight, bias):
-        return _Positional.apply(x, weight, bias, eps, differentiable)
+        record = _Positional.apply if torch.compiler.is_compiling() else _RECORD_POSITIONAL
+        return record(x, weight, bias, eps, differentiable)
     return torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
 
 
@@ -213,6 +213,17 @@ class _Positional(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
         operator = torch.ops.normkit.positional_backward.default
         return *_gradients(ctx, grads[0], operator), None, None
+
+
+def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its search for functorch's tensors, a third of a node's time.
+
+    Callers have asked ``kernels.select``, which never sends a ``torch.func`` transform here.
+    """
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(_recorder, (_Pooled, _Given, _Positional))
 
 
 def _needs_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

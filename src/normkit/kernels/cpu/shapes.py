@@ -60,7 +60,7 @@ def _table(x: Tensor, *shape: int | torch.SymInt, wide: bool = True) -> Tensor:
 
 
 def _pooled_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    num_groups, examples_per_group, _, _, channel_statistics = arguments[5:]
+    num_groups, examples_per_group, _, channel_statistics = arguments[2:6]
     num_examples, num_channels = x.shape[:2]
     num_batches = 1
     if examples_per_group > 0:
