@@ -1,0 +1,8 @@
+"""Which layer feeds which: what converting, folding and standardising need to know of a model."""
+
+from normkit.tracing.feeds import Feeds, Pair, trace_feeds
+from normkit.tracing.graph import Call, Graph
+from normkit.tracing.kinds import is_norm, is_producer
+from normkit.tracing.trace import trace
+
+__all__ = ["Call", "Feeds", "Graph", "Pair", "is_norm", "is_producer", "trace", "trace_feeds"]

@@ -1,0 +1,89 @@
+"""What a module or an operation is to somebody who follows a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normkit.layers.base import NormLayer
+
+Kind = Literal["producer", "norm", "move", "sum", "other", "constant", "input", "output"]
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, NormLayer)
+FOREIGN_NORMS = ("FrozenBatchNorm", "EvoNorm", "FilterResponseNorm", "InplaceAbn", "RmsNorm")
+"""How the names of norms of other libraries begin that are no subclass of torch's."""
+
+MOVING_MODULES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.ChannelShuffle,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+)
+MOVES = frozenset((
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "swapaxes",
+    "t", "contiguous", "squeeze", "unsqueeze", "cat", "concat", "stack", "chunk", "split",
+    "unbind", "getitem", "narrow", "select", "roll", "pad", "clone", "to", "float", "half",
+    "bfloat16", "double", "type", "type_as", "dropout", "dropout1d", "dropout2d", "dropout3d",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "checkpoint",
+))  # fmt: skip
+"""Operations that pass values on as they are: elsewhere, in another shape or dtype, or dropped."""
+
+SUMS = frozenset({"add", "iadd"})
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a normalization layer: torch's, ours, a subclass, or one known by name.
+
+    Example:
+        >>> is_norm(nn.BatchNorm2d(4)), is_norm(nn.ReLU())
+        (True, False)
+    """
+    names = (base.__name__ for base in type(module).__mro__)
+    return isinstance(module, NORMS) or any(name.startswith(FOREIGN_NORMS) for name in names)
+
+
+def is_producer(module: nn.Module) -> bool:
+    """Whether this is a convolution or a linear layer, whose output a norm may take.
+
+    Example:
+        >>> is_producer(nn.Conv2d(4, 8, 3)), is_producer(nn.BatchNorm2d(4))
+        (True, False)
+    """
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear))
+
+
+def kind_of_module(module: nn.Module) -> Kind:
+    """Kind of a call of this module."""
+    if is_norm(module):
+        return "norm"
+    if is_producer(module):
+        return "producer"
+    return "move" if isinstance(module, MOVING_MODULES) else "other"
+
+
+def kind_of_operation(name: str) -> Kind:
+    """Kind of a call of a function or method of this name."""
+    if name in MOVES:
+        return "move"
+    return "sum" if name in SUMS else "other"
+
+
+def plain_name(target: object) -> str:
+    """Name of a function or method without the decoration of dunder and in-place names."""
+    return str(getattr(target, "__name__", target)).strip("_")

@@ -1,0 +1,125 @@
+"""The calls of a forward on a real input, by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from normkit.tracing.graph import Call, Graph
+from normkit.tracing.kinds import (
+    is_norm,
+    is_producer,
+    kind_of_module,
+    kind_of_operation,
+    plain_name,
+)
+
+
+def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: ANN401
+    """Follow one forward in evaluation mode, without gradients; modes and hooks are put back.
+
+    Args:
+        model: The model.
+        example_input: What it is called with: a tuple of arguments, a dict of named ones, or the
+            only one.
+
+    Raises:
+        Exception: Whatever the model's code raises on this input.
+    """
+    recorder = _Recorder(tree_leaves(example_input))
+    with ExitStack() as stack:
+        stack.enter_context(_evaluation(model))
+        stack.enter_context(torch.no_grad())
+        for name, module in model.named_modules():
+            if module is not model and _is_whole(module):
+                stack.enter_context(recorder.watched(name, module))
+        stack.enter_context(recorder)
+        output = _called(model, example_input)
+    recorder.record("the output", "output", tree_leaves(output), ())
+    return Graph(tuple(recorder.calls), "the example input")
+
+
+def _is_whole(module: nn.Module) -> bool:
+    own = type(module).__module__.startswith("torch.nn") and not any(module.children())
+    return is_norm(module) or is_producer(module) or own
+
+
+def _called(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
+    if isinstance(example_input, dict):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes every call outside of the watched modules, and every call of those."""
+
+    def __init__(self, inputs: Iterable[Any]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._made_by = WeakTensorKeyDictionary()
+        self._depth = 0  # of watched modules: what happens inside them is theirs
+        self.record("input", "input", (), inputs)
+
+    def record(self, name: str, kind: Any, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:  # noqa: ANN401
+        """Note a call; its outputs are its own from now on."""
+        sources = [self._made_by.get(t) for t in inputs if isinstance(t, Tensor)]
+        known = tuple(dict.fromkeys(index for index in sources if index is not None))
+        self.calls.append(Call(name, kind, known))
+        for tensor in outputs:
+            if isinstance(tensor, Tensor):
+                self._made_by[tensor] = len(self.calls) - 1
+
+    def __torch_function__(  # what torch calls, with whatever a function takes
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        output = func(*args, **(kwargs or {}))
+        if self._depth == 0:
+            name, inputs = plain_name(func), tree_leaves((args, kwargs or {}))
+            self.record(name, kind_of_operation(name), inputs, tree_leaves(output))
+        return output
+
+    @contextmanager
+    def watched(self, name: str, module: nn.Module) -> Generator[None]:
+        """Take the calls of a module as wholes while the block runs."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+            self._depth += 1
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+            self._depth -= 1
+            if self._depth == 0:
+                inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(output)
+                self.record(name, kind_of_module(module), inputs, outputs)
+
+        handles = (
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Generator[None]:
+    """Run the block in evaluation mode, then give every module its own mode back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

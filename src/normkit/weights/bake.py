@@ -1,0 +1,67 @@
+"""From reparametrised layers back to plain ones with the same weights."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normkit.errors import WeightError
+from normkit.tracing.kinds import is_producer
+from normkit.weights.attach import rules_of
+from normkit.weights.report import WeightReport
+
+
+def bake_weights_(model: nn.Module) -> WeightReport:
+    """Write every computed weight into its layer and take the reparametrisation off, in place.
+
+    The layers are plain ones afterwards: same outputs, the names of a plain state dict, no cost.
+    The weight stays the same parameter object. A model without reparametrised layers is left
+    alone.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The layers that were baked.
+
+    Raises:
+        WeightError: If a weight is parametrised by something else as well; nothing is changed.
+
+    Example:
+        >>> import normkit as nk
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> _ = nk.standardize_weights_(model)
+        >>> print(bake_weights_(model))
+        baked 1 layer
+          0
+    """
+    layers = {name: m for name, m in model.named_modules() if is_producer(m) and rules_of(m)}
+    for name, module in layers.items():
+        _require_ours_alone(name, module)
+    for rule in [rule for module in layers.values() for rule in rules_of(module)]:
+        if rule.once is not None:
+            rule.once.remove()
+    for module in layers.values():
+        _take_class_of_its_own(module)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return WeightReport(done="baked", changed=tuple(layers), skipped={}, how="")
+
+
+def _require_ours_alone(name: str, module: nn.Module) -> None:
+    chain = list(module.get_submodule("parametrizations").get_submodule("weight").children())
+    if len(chain) > len(rules_of(module)):
+        kinds = ", ".join(type(rule).__name__ for rule in chain)
+        raise WeightError(
+            f"the weight of layer {name!r} is parametrised by {kinds}, not all of which are "
+            f"normkit's; remove the others first (torch.nn.utils.parametrize)"
+        )
+
+
+def _take_class_of_its_own(module: nn.Module) -> None:
+    """Leave the class that torch made for this layer to its deep copies, which share it.
+
+    ``remove_parametrizations`` deletes the computed ``weight`` from the class.
+    """
+    shared = type(module)
+    own = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    module.__class__ = own  # type: ignore[assignment]

@@ -1,0 +1,231 @@
+"""The reparametrisations as modules for ``torch.nn.utils.parametrize``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.moments import Moments
+from normkit.core.normalize import normalize
+from normkit.core.transforms import needs_plain_formula
+from normkit.kernels import reference
+from normkit.weights.algebra import EpsTo, FilterAlgebra, Standardize, UnitLength
+from normkit.weights.filters import Filters
+from normkit.weights.functional import LENGTH_EPS, reparametrize, require_spread, require_weight
+from normkit.weights.once import OncePerForward, Result
+
+
+class Reparametrization(nn.Module, ABC):
+    """Computes a weight from the raw one, with a gain and an offset for each filter where wanted.
+
+    Assigning to the layer's ``weight`` sets the raw weight.
+    """
+
+    gain: nn.Parameter | None
+    offset: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, filters: Filters) -> None:
+        super().__init__()
+        require_weight(weight, filters, None, None)
+        self.filters = filters
+        self.fan_in = filters.fan_in(weight)
+        self.once: OncePerForward | None = None
+        self.register_parameter("gain", None)
+        self.register_parameter("offset", None)
+
+    @property
+    @abstractmethod
+    def algebra(self) -> FilterAlgebra:
+        """What is done to each filter."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Compute the layer's weight from the raw one; same shape, dtype and memory format."""
+        gain, offset = self.gain, self.offset
+        if self.once is None or needs_plain_formula():
+            return reparametrize(weight, self.filters, self.algebra, gain, offset)
+
+        def compute(known: Result | None) -> Result:
+            rows = self.filters.rows(weight)
+            return normalize(rows, self.fan_in, self.algebra, gain, offset, known=known)
+
+        return self.filters.weight(self.once.value(self, (weight, gain, offset), compute), weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Take an assigned weight as the raw one."""
+        return weight
+
+    def extra_repr(self) -> str:
+        """Options of the constructor."""
+        shown = ("center", "scale", "eps", "unbiased", "eps_to")
+        options = [f"{name}={getattr(self, name)!r}" for name in shown if hasattr(self, name)]
+        parameters = [name for name, _ in self.named_parameters(recurse=False)]
+        return ", ".join([*options, *(f"{name}=True" for name in parameters)])
+
+    def _moments(self, weight: Tensor) -> Moments:
+        rows = self.filters.rows(weight.detach())
+        return Moments(*reference.moments(rows, self.fan_in))
+
+
+class WeightStandardization(Reparametrization):
+    r"""Gives every filter mean 0 and variance 1; see :func:`normkit.weights.standardize`.
+
+    .. math::  \hat W_o = g_o (W_o - \mu_o) / \sqrt{\sigma_o^2 + \epsilon} + b_o
+
+    Args:
+        weight: The raw weight, ``(O, I, *kernel)``; only its shape and, for ``preserve``, its
+            values are looked at.
+        filters: Which values make an output channel.
+        center: Subtract the mean.
+        scale: Divide by the standard deviation.
+        eps: Added to the variance, or as ``eps_to`` says.
+        unbiased: Divide the squares by ``fan-in - 1``.
+        eps_to: ``"variance"`` or ``"std"``.
+        gain: Learn a factor of each filter, starting at 1.
+        preserve: Learn a factor and an offset of each filter, starting where the computed weight
+            is the raw one.
+
+    Raises:
+        WeightError: If a filter has a single value.
+
+    Source:
+        Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, eqs. 5 and 7.
+
+    Example:
+        >>> from torch.nn.utils import parametrize
+        >>> conv = nn.Conv2d(3, 8, 3)
+        >>> before = conv.weight
+        >>> rule = WeightStandardization(conv.weight)
+        >>> _ = parametrize.register_parametrization(conv, "weight", rule)
+        >>> conv.parametrizations.weight.original is before
+        True
+    """
+
+    def __init__(  # noqa: PLR0913 - the options of standardize
+        self,
+        weight: Tensor,
+        filters: Filters | None = None,
+        *,
+        center: bool = True,
+        scale: bool = True,
+        eps: float = 1e-5,
+        unbiased: bool = False,
+        eps_to: EpsTo = "variance",
+        gain: bool = False,
+        preserve: bool = False,
+    ) -> None:
+        super().__init__(weight, filters or Filters())
+        self.center = center
+        self.scale = scale
+        self.eps = eps
+        self.unbiased = unbiased
+        self.eps_to: EpsTo = eps_to
+        require_spread(self.algebra)
+        if preserve:
+            self._preserve(weight)
+        elif gain:
+            self.gain = nn.Parameter(weight.new_ones(self.filters.num_filters(weight)))
+
+    @property
+    def algebra(self) -> Standardize:
+        """What is done to each filter."""
+        return Standardize(
+            fan_in=self.fan_in,
+            center=self.center,
+            scale=self.scale,
+            eps=self.eps,
+            unbiased=self.unbiased,
+            eps_to=self.eps_to,
+        )
+
+    def _preserve(self, weight: Tensor) -> None:
+        table = self._moments(weight)
+        if self.scale:
+            self.gain = _per_filter(1 / self.algebra.factor(table), weight)
+        else:
+            self.gain = nn.Parameter(weight.new_ones(self.filters.num_filters(weight)))
+        mean = table.mean if self.center else torch.zeros_like(table.mean)
+        self.offset = _per_filter(mean, weight)
+
+
+class WeightNorm(Reparametrization):
+    r"""Learns the length of each filter apart from its direction.
+
+    .. math::  \hat W_o = g_o W_o / \sqrt{\lVert W_o \rVert^2 + \epsilon}
+
+    Args:
+        weight: The raw weight; ``gain`` starts at the lengths of its filters, so that the computed
+            weight starts at the raw one.
+        filters: Which values make an output channel.
+        eps: Added to the squared length.
+
+    Source:
+        Salimans & Kingma 2016, arXiv:1602.07868.
+
+    Example:
+        >>> round(WeightNorm(torch.tensor([[3.0, 4.0]])).gain.item(), 3)
+        5.0
+    """
+
+    def __init__(
+        self, weight: Tensor, filters: Filters | None = None, *, eps: float = LENGTH_EPS
+    ) -> None:
+        super().__init__(weight, filters or Filters())
+        self.eps = eps
+        lengths = 1 / self.algebra.factor(self._moments(weight))
+        self.gain = _per_filter(lengths, weight)
+
+    @property
+    def algebra(self) -> UnitLength:
+        """What is done to each filter."""
+        return UnitLength(fan_in=self.fan_in, center=False, eps=self.eps)
+
+
+class CenteredWeightNorm(Reparametrization):
+    r"""Gives every filter mean 0 and a learned length.
+
+    .. math::  \hat W_o = g_o (W_o - \mu_o) / \sqrt{\lVert W_o - \mu_o \rVert^2 + \epsilon}
+
+    Args:
+        weight: The raw weight, of which only the shape is looked at.
+        filters: Which values make an output channel.
+        gain: Length at which every filter starts.
+        eps: Added to the squared length.
+
+    Raises:
+        WeightError: If a filter has a single value.
+
+    Source:
+        Huang et al. 2017, Centered Weight Normalization in Accelerating Training of Deep Neural
+        Networks.
+
+    Example:
+        >>> rule = CenteredWeightNorm(torch.randn(8, 4, 3, 3))
+        >>> round(rule(torch.randn(8, 4, 3, 3))[0].norm().item(), 3)
+        1.414
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        filters: Filters | None = None,
+        *,
+        gain: float = 1.414,
+        eps: float = LENGTH_EPS,
+    ) -> None:
+        super().__init__(weight, filters or Filters())
+        self.eps = eps
+        require_spread(self.algebra)
+        lengths = weight.new_full((self.filters.num_filters(weight),), gain)
+        self.gain = nn.Parameter(lengths)
+
+    @property
+    def algebra(self) -> UnitLength:
+        """What is done to each filter."""
+        return UnitLength(fan_in=self.fan_in, center=True, eps=self.eps)
+
+
+def _per_filter(values: Tensor, weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.flatten().to(weight.dtype))

@@ -1,0 +1,40 @@
+"""What was done to the weights of a model, and what was not and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReport:
+    """Which layers of a model were touched; prints as a few lines.
+
+    Args:
+        done: What was done, in words.
+        changed: Names of the layers, each once.
+        skipped: Why each other convolution and linear layer was left alone, by name.
+        how: How the model was followed, in words.
+    """
+
+    done: str
+    changed: tuple[str, ...]
+    skipped: Mapping[str, str]
+    how: str
+
+    def __str__(self) -> str:
+        how = f" ({self.how})" if self.how else ""
+        lines = [f"{self.done} {_counted(self.changed)}{how}"]
+        lines += [f"  {name}" for name in self.changed]
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for name, reason in self.skipped.items():
+            by_reason[reason].append(name)
+        if by_reason:
+            lines.append(f"left alone {_counted(tuple(self.skipped))}")
+        lines += [f"  {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+def _counted(names: tuple[str, ...]) -> str:
+    return f"{len(names)} layer{'' if len(names) == 1 else 's'}"
