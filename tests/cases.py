@@ -87,10 +87,46 @@ CASES = (
          options={"num_groups": 3, "example_weight": 0.5}),
 )  # fmt: skip
 
+SMALL = ("odd", "line")
+
+COMPOSITES = (
+    Case(name="gnplus", layer=nk.GroupNormPlus, kind="gnplus", options={"num_groups": 3},
+         shapes=NOT_SINGLE),
+    Case(name="gnplus-batch", layer=nk.GroupNormPlus, kind="gnplus", shapes=SMALL,
+         options={"num_groups": 3, "order": "batch-first"}),
+    Case(name="gnplus-parallel", layer=nk.GroupNormPlus, kind="gnplus", shapes=SMALL,
+         options={"num_groups": 2, "order": "parallel", "example_weight": 0.25}),
+    Case(name="bcn", layer=nk.BatchChannelNorm, kind="bcn", options={"num_groups": 3},
+         shapes=NOT_SINGLE),
+    Case(name="bcn-channel", layer=nk.BatchChannelNorm, kind="bcn", shapes=SMALL,
+         options={"num_groups": 2, "channel_affine": "channel", "example_weight": 0.25}),
+    Case(name="bcn-micro", layer=nk.BatchChannelNorm, kind="bcn-micro",
+         options={"num_groups": 3, "micro_batch": True}),
+    Case(name="sn", layer=nk.SwitchableNorm, kind="sn"),
+    Case(name="sn-two", layer=nk.SwitchableNorm, kind="sn", options={"use_batch": False},
+         tracks=False, shapes=SMALL),
+    Case(name="sn-weighed", layer=nk.SwitchableNorm, kind="sn",
+         options={"example_weight": 0.25}, shapes=SMALL),
+    Case(name="ibn", layer=nk.InstanceBatchNorm, kind="ibn", shapes=NOT_SINGLE),
+    Case(name="gw", layer=nk.GroupWhitening, kind="gw", options={"num_groups": 3}, tracks=False,
+         shapes=NOT_SINGLE),
+)  # fmt: skip
+
+EVERY = CASES + COMPOSITES
+
 PLAIN = tuple(case for case in CASES if "-" not in case.name)
 """One row for each of the eight layers."""
 
-NOT_PARTITION = ("track_running_stats", "example_weight")
+NOT_PARTITION = ("track_running_stats", "example_weight", "micro_batch")
+
+
+MAIN = tuple(case for case in EVERY if "-" not in case.name or case.name == "bcn-micro")
+"""One row for each method."""
+
+
+def statistics(layer):
+    """The module that has the running statistics: the layer, or its batch stage."""
+    return next(m for m in layer.modules() if getattr(m, "running_mean", None) is not None)
 
 
 def groups(case):

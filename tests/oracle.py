@@ -79,8 +79,8 @@ def whole_batch_statistics(x, kind, **options):
     return means, torch.stack([unbiased(cell) for cell in cells])
 
 
-def evaluate(x, kind, running, alpha, weight, bias, eps, **options):
-    """Evaluation with running ``(mean, var)`` and ``alpha`` parts of the example's own."""
+def running_moments(x, kind, running, alpha, **options):
+    """Mean and variance of each element at evaluation, ``alpha`` parts of them its example's."""
     mean, var = spread_running(x, kind, running, **options)
     if alpha:
         ids = group_ids(kind, x.shape, **(options | own_example(kind)))
@@ -89,7 +89,135 @@ def evaluate(x, kind, running, alpha, weight, bias, eps, **options):
         square = alpha * (v + e**2) + (1 - alpha) * (var + mean**2)
         mean = alpha * e + (1 - alpha) * mean
         var = square - mean**2
+    return mean, var
+
+
+def train(kind, x, parameters, eps, buffers=None, **options):
+    """Training forward of any layer; ``parameters`` by their names in the layer."""
+    if kind in COMPOSITES:
+        return COMPOSITES[kind](x, parameters, eps, batch_moments(kind, buffers), **options)
+    ids = group_ids(kind, x.shape, **options)
+    return normalize(x, ids, parameters.get("weight"), parameters.get("bias"), eps)
+
+
+def evaluate(kind, x, parameters, eps, running, alpha, **options):
+    """Evaluation of any layer with running ``(mean, var)`` and ``alpha`` parts of the own."""
+    if kind in COMPOSITES:
+        moments = functools.partial(running_moments, kind="bn", running=running, alpha=alpha)
+        return COMPOSITES[kind](x, parameters, eps, moments, **options)
+    mean, var = running_moments(x, kind, running, alpha, **options)
+    weight, bias = parameters.get("weight"), parameters.get("bias")
     return affine((x - mean) / (var + eps) ** 0.5, weight, bias)
+
+
+def follow(kind, x, buffers, parameters, eps, **options):
+    """Running mean and variance after a training batch, momentum (or update rate) 0.1."""
+    mean, var = buffers
+    if kind == "bcn-micro":
+        return moved(x, mean, var)
+    if kind == "gnplus" and options.get("order", "group-first") == "group-first":
+        ids = group_ids("gn", x.shape, num_groups=options["num_groups"])
+        x = normalize(x, ids, None, None, eps)
+    if kind == "ibn":
+        x = x[:, x.shape[1] // 2 :]
+    plain = {} if kind in COMPOSITES else options
+    new = whole_batch_statistics(x, "bn" if kind in COMPOSITES else kind, **plain)
+    return 0.9 * mean + 0.1 * new[0], 0.9 * var + 0.1 * new[1]
+
+
+def moved(x, mean, var, rate=0.1):
+    """Estimates after a micro batch, channel by channel (Qiao et al., Algorithm 1)."""
+    means, variances = mean.double().clone(), var.double().clone()
+    for c in range(x.shape[1]):
+        values = x[:, c].detach().double()
+        old = means[c].clone()
+        variances[c] += rate * (((values - old) ** 2).sum() / values.numel() - variances[c])
+        means[c] += rate * (values.sum() / values.numel() - old)
+    return means, variances
+
+
+def batch_moments(kind, buffers):
+    """What the batch stage of a composite normalises by in training: a function of its input."""
+    if kind == "bcn-micro":
+        return lambda x: spread_running(x, "bn", moved(x, *buffers))
+    return lambda x: group_moments(x, group_ids("bn", x.shape))
+
+
+def unit(x, moments, eps):
+    """Zero mean and unit variance, by these moments of every element."""
+    return (x - moments[0]) / (moments[1] + eps) ** 0.5
+
+
+def group_unit(x, num_groups, eps):
+    """GN without affine."""
+    return unit(x, group_moments(x, group_ids("gn", x.shape, num_groups=num_groups)), eps)
+
+
+def gnplus(x, p, eps, moments, num_groups, order="group-first", **_):
+    """GN and BN mixed (Gunawan, Yin & Zhang, section 4)."""
+    if order == "group-first":
+        gn = group_unit(x, num_groups, eps)
+        bn = unit(gn, moments(gn), eps)
+    else:
+        bn = unit(x, moments(x), eps)
+        gn = group_unit(x if order == "parallel" else bn, num_groups, eps)
+    share = 1 / (1 + torch.exp(-p["mix_logit"]))
+    return affine(share * gn + (1 - share) * bn, p["weight"], p["bias"])
+
+
+def bcn(x, p, eps, moments, num_groups, channel_affine="group", **_):
+    """A batch stage, then a group norm (Qiao et al., section 7)."""
+    first = affine(unit(x, moments(x), eps), p["batch.weight"], p["batch.bias"])
+    weight, bias = p["channel.weight"], p["channel.bias"]
+    if channel_affine == "group":
+        of_channel = [c // (x.shape[1] // num_groups) for c in range(x.shape[1])]
+        weight, bias = weight[of_channel], bias[of_channel]
+    return affine(group_unit(first, num_groups, eps), weight, bias)
+
+
+def sn(x, p, eps, moments, use_batch=True, **_):
+    """Mixed statistics (Luo et al.)."""
+    kinds = ("in", "ln")
+    sources = [group_moments(x, group_ids(kind, x.shape)) for kind in kinds]
+    if use_batch:
+        sources.append(moments(x))
+    mean, var = torch.zeros_like(x), torch.zeros_like(x)
+    for k, source in enumerate(sources):
+        mean = mean + torch.exp(p["mean_logits"][k]) / torch.exp(p["mean_logits"]).sum() * source[0]
+        var = var + torch.exp(p["var_logits"][k]) / torch.exp(p["var_logits"]).sum() * source[1]
+    return affine(unit(x, (mean, var), eps), p["weight"], p["bias"])
+
+
+def ibn(x, p, eps, moments, **_):
+    """IN on the first half of the channels, BN on the rest (Pan et al.)."""
+    half = x.shape[1] // 2
+    left, right = x[:, :half], x[:, half:]
+    left = unit(left, group_moments(left, group_ids("in", left.shape)), eps)
+    right = unit(right, moments(right), eps)
+    parts = (
+        affine(left, p["instance.weight"], p["instance.bias"]),
+        affine(right, p["batch.weight"], p["batch.bias"]),
+    )
+    return torch.cat(parts, dim=1)
+
+
+def gw(x, p, eps, moments, num_groups, iterations=5, **_):
+    """Whitened groups of channels, example by example, by Newton's iteration (Huang et al.)."""
+    results = []
+    for example in x:
+        rows = example.reshape(num_groups, -1)
+        rows = rows - rows.mean(dim=1, keepdim=True)
+        identity = torch.eye(num_groups, dtype=x.dtype)
+        covariance = rows @ rows.T / rows.shape[1] + eps * identity
+        trace = covariance.trace()
+        root = identity
+        for _ in range(iterations):
+            root = 1.5 * root - 0.5 * torch.linalg.matrix_power(root, 3) @ (covariance / trace)
+        results.append((root / trace**0.5 @ rows).reshape(example.shape))
+    return affine(torch.stack(results), p["weight"], p["bias"])
+
+
+COMPOSITES = {"gnplus": gnplus, "bcn": bcn, "bcn-micro": bcn, "sn": sn, "ibn": ibn, "gw": gw}
 
 
 def own_example(kind):

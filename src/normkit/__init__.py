@@ -1,6 +1,6 @@
 """normkit: the normalization toolkit for PyTorch."""
 
-from normkit import functional
+from normkit import functional, weights
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
     DataError,
@@ -11,9 +11,14 @@ from normkit.errors import (
     OptionError,
     PartitionError,
     SpecError,
+    TraceError,
+    WeightError,
 )
 from normkit.explain import Explanation, explain
 from normkit.kernels.select import use_kernels
+from normkit.layers.batch_channel import BatchChannelNorm, sync_update_rates
+from normkit.layers.group_plus import GroupNormPlus
+from normkit.layers.instance_batch import InstanceBatchNorm
 from normkit.layers.single import (
     BatchGroupNorm,
     BatchNorm,
@@ -24,9 +29,14 @@ from normkit.layers.single import (
     LayerNorm,
     PositionalNorm,
 )
+from normkit.layers.switchable import SwitchableNorm
+from normkit.layers.whitening import GroupWhitening
+from normkit.param_groups import decay_gamma_to_one, param_groups
 from normkit.spec import NormSpec, build, parse_specs
+from normkit.weights import bake_weights_, standardize_weights_
 
 __all__ = [
+    "BatchChannelNorm",
     "BatchGroupNorm",
     "BatchNorm",
     "DataError",
@@ -34,8 +44,11 @@ __all__ = [
     "GeneralBatchGroupNorm",
     "GhostBatchNorm",
     "GroupNorm",
+    "GroupNormPlus",
+    "GroupWhitening",
     "InputError",
     "InputTypeError",
+    "InstanceBatchNorm",
     "InstanceNorm",
     "KernelError",
     "LayerNorm",
@@ -45,10 +58,19 @@ __all__ = [
     "PartitionError",
     "PositionalNorm",
     "SpecError",
+    "SwitchableNorm",
+    "TraceError",
+    "WeightError",
+    "bake_weights_",
     "build",
+    "decay_gamma_to_one",
     "explain",
     "functional",
     "largest_divisor",
+    "param_groups",
     "parse_specs",
+    "standardize_weights_",
+    "sync_update_rates",
     "use_kernels",
+    "weights",
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cases import CASES, randn
+from cases import EVERY, randn
 
 PROCESSES = 2
 
@@ -30,7 +30,7 @@ def main(rank, folder):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
     found = {
         (case.name, broadcast): gradients_of(case, broadcast, rank)
-        for case in CASES
+        for case in EVERY
         for broadcast in (True, False)
     }
     torch.save(found, f"{folder}/{rank}.pt")

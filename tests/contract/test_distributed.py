@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cases import CASES
+from cases import EVERY
 from contract.ddp_worker import PROCESSES, batch_of
 
 pytestmark = pytest.mark.xdist_group("ddp")  # the processes are started once
@@ -37,7 +37,7 @@ def gradients(tmp_path_factory):
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_gradients_are_the_mean_over_processes(case, broadcast, gradients):
     alone = []
     for rank in range(PROCESSES):

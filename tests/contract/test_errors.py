@@ -8,27 +8,27 @@ import torch
 from torch.testing import assert_close
 
 import normkit as nk
-from cases import CASES, PLAIN, TOLERANCE
+from cases import EVERY, PLAIN, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("kernels")
 F = nk.functional
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_integers_are_refused(case):
     text = r"was given a tensor of torch.int64; it takes torch.float32, .*; convert it first"
     with pytest.raises(nk.InputTypeError, match=text):
         case.make()(torch.ones(2, 6, 3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_other_channels_are_refused(case):
     text = r"num_features=6 channels and was given 5 in a tensor of shape \(2, 5, 3\); .*build it"
     with pytest.raises(nk.InputError, match=text):
         case.make()(torch.ones(2, 5, 3))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_a_single_axis_is_refused(case):
     with pytest.raises(nk.InputError, match=r"shape \(6,\); it takes \(N, C, \*S\).*unsqueeze"):
         case.make()(torch.ones(6))
@@ -169,7 +169,7 @@ def test_functions_look_at_the_input_first(function):
         getattr(F, function)(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_what_is_no_dense_tensor_is_refused(case):
     with pytest.raises(nk.InputTypeError, match=r"given a list; it takes a torch\.Tensor"):
         case.make()([1.0])

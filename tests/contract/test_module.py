@@ -11,11 +11,12 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
-from cases import CASES, PLAIN, TOLERANCE, randn
+from cases import CASES, EVERY, MAIN, PLAIN, TOLERANCE, randn, statistics
 
 pytestmark = pytest.mark.usefixtures("kernels")
 TWINS = tuple(case for case in CASES if case.twin)
-TRACKED = tuple(case for case in CASES if case.tracks)
+TRACKED = tuple(case for case in EVERY if case.tracks)
+SINGLE = tuple(case for case in CASES if case.tracks)
 X = randn(4, 6, 5, 3, dtype=torch.float32, mean=1.0)
 
 
@@ -33,7 +34,7 @@ def same_state(first, second):
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_repr_rebuilds_the_layer(case):
     layer = case.make(eps=1e-3)
     again = eval(f"nk.{layer!r}", {"nk": nk})
@@ -43,14 +44,15 @@ def test_repr_rebuilds_the_layer(case):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_copies_are_equal_and_independent(case, copied):
     layer = stepped(case)
     again = copied(layer)
     assert same_state(again, layer)
     assert torch.equal(again(X), layer(X))
-    again.weight.data.add_(1)
-    assert not torch.equal(again.weight, layer.weight)
+    for ours, theirs in zip(again.parameters(), layer.parameters(), strict=True):
+        ours.data.add_(1)
+        assert not torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("case", TWINS, ids=str)
@@ -101,7 +103,7 @@ def test_a_16_bit_checkpoint_does_not_narrow_the_buffers(assign):
     assert state["running_mean"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("case", TRACKED, ids=str)
+@pytest.mark.parametrize("case", SINGLE, ids=str)
 def test_example_weight_is_in_the_state_dict_only_when_it_is_not_the_default(case):
     layer = case.layer(6, **{k: v for k, v in case.options.items() if k != "example_weight"})
     keys = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
@@ -114,7 +116,33 @@ def test_example_weight_is_in_the_state_dict_only_when_it_is_not_the_default(cas
     assert other.example_weight == 0.125
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+KEYS = {
+    "gnplus": "weight bias mix_logit running_mean running_var num_batches_tracked",
+    "bcn": "channel.weight channel.bias batch.weight batch.bias batch.running_mean "
+    "batch.running_var batch.num_batches_tracked",
+    "sn": "weight bias mean_logits var_logits running_mean running_var num_batches_tracked",
+    "sn-two": "weight bias mean_logits var_logits",
+    "ibn": "instance.weight instance.bias batch.weight batch.bias batch.running_mean "
+    "batch.running_var batch.num_batches_tracked",
+    "gw": "weight bias",
+}
+
+
+@pytest.mark.parametrize("case", [c for c in EVERY if c.name in KEYS], ids=str)
+def test_keys_of_composites(case):
+    layer = case.make()
+    keys = KEYS[case.name].split()
+    assert list(layer.state_dict()) == keys
+    if case.tracks:
+        layer.example_weight = 0.125
+        (added,) = set(layer.state_dict()) - set(keys)
+        assert added in {"example_weight", "batch.example_weight"}
+        other = case.make()
+        other.load_state_dict(layer.state_dict())
+        assert other.example_weight == 0.125
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_a_misspelt_key_is_refused(case):
     state = case.make().state_dict() | {"gamma": torch.ones(6)}
     with pytest.raises(RuntimeError, match="gamma"):
@@ -125,13 +153,14 @@ def test_a_misspelt_key_is_refused(case):
 @pytest.mark.parametrize("case", TRACKED, ids=str)
 def test_casting_to_16_bits_keeps_the_statistics(case, cast):
     layer = stepped(case)
-    before = layer.running_mean.clone()
+    holder = statistics(layer)
+    before = holder.running_mean.clone()
     getattr(layer, cast)()
-    assert layer.weight.dtype.itemsize == 2
-    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
-    assert torch.equal(layer.running_mean, before)
+    assert {p.dtype.itemsize for p in layer.parameters()} == {2}
+    assert holder.running_mean.dtype == holder.running_var.dtype == torch.float32
+    assert torch.equal(holder.running_mean, before)
     layer.double()
-    assert layer.running_mean.dtype == torch.float64
+    assert holder.running_mean.dtype == torch.float64
 
 
 def test_a_bfloat16_model_does_not_stall():
@@ -149,7 +178,7 @@ def test_a_bfloat16_model_does_not_stall():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN, ids=str)
 def test_every_pair_of_input_and_parameter_dtype(case, parameters, dtype):
     layer = case.make(dtype=parameters)
     exact = case.make(dtype=parameters).double()
@@ -158,10 +187,10 @@ def test_every_pair_of_input_and_parameter_dtype(case, parameters, dtype):
     assert y.dtype == dtype
     assert_close(y.double(), exact(x.double()), **TOLERANCE[dtype])
     y.sum().backward()
-    assert layer.weight.grad.dtype == parameters
+    assert {p.grad.dtype for p in layer.parameters()} == {parameters}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_meta_device_then_real(case):
     layer = case.layer(6, **case.options, device="meta")
     assert layer(X.to("meta")).shape == X.shape
@@ -171,14 +200,15 @@ def test_meta_device_then_real(case):
     assert same_state(layer, fresh)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_autocast_keeps_16_bit_maps_and_wide_statistics(case):
     layer = case.make()
     x = X.bfloat16()
-    expected = layer(x)
+    expected = copy.deepcopy(layer)(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-        assert torch.equal(layer(x), expected)
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
         assert layer(X).dtype == torch.float32
 
 
@@ -214,40 +244,43 @@ def test_checkpointing_counts_one_step(case, reentrant):
     plain(x).sum().backward()
     checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
     assert same_state(layer, plain)
-    assert layer.num_batches_tracked == 1
+    assert statistics(layer).num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_two_forwards_before_one_backward(case):
     layer, apart = case.make(dtype=torch.float64), case.make(dtype=torch.float64)
     first, second = X.double(), X.double().flip(0) * 2
     (layer(first).square().sum() + layer(second).square().sum()).backward()
     apart(first).square().sum().backward()
     apart(second).square().sum().backward()
-    assert_close(layer.weight.grad, apart.weight.grad)
+    for ours, theirs in zip(layer.parameters(), apart.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_the_result_may_be_changed_in_place(case, training):
     """Every torchvision ResNet does: ``nn.ReLU(inplace=True)`` follows its norms."""
     layer = stepped(case).train(training)
     x = X.clone().requires_grad_()
-    y = layer(x)
+    y = copy.deepcopy(layer)(x)
     (expected,) = torch.autograd.grad(y.relu().sum(), x)
     (found,) = torch.autograd.grad(layer(x).relu_().sum(), x)
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_parameters_may_be_parametrised(case):
     class Double(nn.Module):
         def forward(self, weight):
             return weight * 2
 
     layer, expected = case.make(), case.make()
-    expected.weight.data.mul_(2)
-    nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+    name = next(name for name, _ in layer.named_parameters())
+    expected.get_parameter(name).data.mul_(2)
+    part, _, last = name.rpartition(".")
+    nn.utils.parametrize.register_parametrization(layer.get_submodule(part), last, Double())
     assert torch.equal(layer(X), expected(X))
 
 
@@ -256,7 +289,7 @@ def test_buffers_may_change_between_an_evaluation_and_its_backward(case):
     layer = stepped(case).eval()
     x = X.clone().requires_grad_()
     y = layer(x)
-    layer.reset_running_stats()
+    statistics(layer).reset_running_stats()
     y.sum().backward()
     again = stepped(case).eval()
     x2 = X.clone().requires_grad_()

@@ -79,8 +79,8 @@ class EstimatedStatistics:
     No gradient flows through the estimates.
 
     Source:
-        Qiao, Wang, Liu, Shen & Yuille, Rethinking Normalization and Elimination Singularity in
-        Neural Networks, Algorithm 1.
+        Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
+        Weight Standardization, Algorithm 1.
     """
 
     partition: Partition  # the whole batch
@@ -102,9 +102,9 @@ class EstimatedStatistics:
         """Estimates after this batch, ``(1, G)``."""
         batch = self.partition.pool(table.detach())
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
+        rate = self.update_rate
         return Moments(
-            torch.lerp(old_mean, batch.mean, self.update_rate),
-            torch.lerp(old_var, distance, self.update_rate),
+            old_mean + rate * (batch.mean - old_mean), old_var + rate * (distance - old_var)
         )
 
 

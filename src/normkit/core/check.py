@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from normkit.core.partition import require_divides
 from normkit.errors import InputError, InputTypeError, OptionError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -75,6 +76,29 @@ def require_count(name: str, value: int) -> int:
     return count
 
 
+def require_channel_groups(num_groups: int, num_features: int) -> int:
+    """Refuse groups that do not cut the channels into equal runs; return their number.
+
+    Raises:
+        OptionError: If either is no count.
+        PartitionError: With the divisors that would do.
+    """
+    num_features = require_count("num_features", num_features)
+    num_groups = require_count("num_groups", num_groups)
+    require_divides(num_groups, num_features, f"the channel axis has length {num_features}")
+    return num_groups
+
+
+def require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse what is not one of the known words.
+
+    Raises:
+        OptionError: With those that are known.
+    """
+    if value not in known:
+        raise OptionError(f"{name}={value!r} was given; it is one of: {', '.join(known)}")
+
+
 def require_eps(eps: float) -> None:
     """Refuse what cannot be added to a variance.
 
@@ -93,3 +117,17 @@ def require_share(name: str, value: float) -> None:
     """
     if not 0 <= value <= 1:
         raise OptionError(f"{name}={value} was given; it is a share, so it lies from 0 to 1")
+
+
+def require_update_rate(value: float) -> float:
+    """Refuse a rate at which the estimates would not move, or overshoot.
+
+    Raises:
+        OptionError: If it does not lie in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise OptionError(
+            f"update_rate={value} was given; it lies in (0, 1]: at 0 the estimates would never "
+            f"move (start a warm-up of the learning rate above 0)"
+        )
+    return value

@@ -154,7 +154,10 @@ def _transpose(
     sources = [mean, var, *(p for p, want in zip(inputs, wanted, strict=True) if want)]
     with torch.enable_grad():
         scale, center = algebra(Moments(mean, var), *inputs)
-    sums = (grads[0].sum_to_size(scale.shape), grads[1].sum_to_size(center.shape))
+    sums = [
+        grad.to(t.dtype).sum_to_size(t.shape)
+        for grad, t in zip(grads, (scale, center), strict=True)
+    ]
     dmean, dvar, *found = torch.autograd.grad(
         (scale, center), sources, sums, allow_unused=True, materialize_grads=True
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -15,7 +17,7 @@ class Parameters(NamedTuple):
     eps: float
 
 
-def empty_result(x: FeatureMap, parameters: Parameters) -> FeatureMap:
+def empty_result(x: FeatureMap, *parameters: Tensor | None) -> FeatureMap:
     """Nothing to normalise, yet the parameters get zero gradients instead of none."""
-    sums = [p.sum().to(x.dtype) for p in parameters[:2] if p is not None]
+    sums = [p.sum().to(x.dtype) for p in parameters if p is not None]
     return x + sum(sums) if sums else x.clone()

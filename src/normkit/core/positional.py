@@ -29,7 +29,7 @@ from normkit.typing import FeatureMap, PerChannel
 def normalize_positions(x: FeatureMap, parameters: Parameters) -> FeatureMap:
     """Normalise every position over its channels, then scale and shift every channel."""
     if x.numel() == 0:
-        return empty_result(x, parameters)
+        return empty_result(x, *parameters[:2])
     if takes_cpu(x):
         return _by_kernel(x, parameters)
     if needs_plain_formula():

@@ -74,12 +74,50 @@ class RunningStatistics(NamedTuple):
         return self.momentum
 
 
+class RunningEstimates(NamedTuple):
+    """Buffers that are moved first and then normalise: Algorithm 1 of batch-channel normalization.
+
+    Args:
+        mean: Estimated mean, ``(C,)``, 0 at first.
+        var: Estimated biased variance, ``(C,)``, 1 at first.
+        num_batches_tracked: Counts the updates.
+        update_rate: Weight of the new value.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor
+    update_rate: float
+    example_weight: float
+
+    def rate_now(self) -> float:
+        """0 for a checkpoint's second look, which finds the buffers already moved."""
+        return 0.0 if is_second_look() else self.update_rate
+
+    def follow_(self, moved: Moments) -> None:
+        """Keep the estimates ``(1, C)`` that have just normalised a batch."""
+        if are_still():
+            return
+        with torch.no_grad():
+            self.mean.copy_(moved.mean[0])
+            self.var.copy_(moved.var[0])
+            self.num_batches_tracked.add_(1)
+
+
+Running = RunningStatistics | RunningEstimates
+"""Buffers of a layer, and how they move."""
+
+
 def are_still() -> bool:
     """Whether a forward must leave the buffers alone.
 
-    While a backward pass runs, a forward is a checkpoint's second look at the same step; inside a
-    ``torch.func`` transform its inputs are no training batch.
+    A checkpoint's second look is no new batch, nor are the inputs inside a ``torch.func``
+    transform.
     """
-    if functorch_is_active():
-        return True
+    return functorch_is_active() or is_second_look()
+
+
+def is_second_look() -> bool:
+    """Whether a backward pass runs: a forward is then a checkpoint's, of the same step again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -18,11 +18,12 @@ from normkit.core.running import RunningStatistics
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap
 
+Device = torch.device | str | None
 BUFFERS = ("running_mean", "running_var")
 
 
 class NormLayer(nn.Module, ABC):
-    """Parameters of every layer: ``weight`` and ``bias``, one value a channel or a group.
+    """Base of every layer: ``weight`` and ``bias``, one value a channel, unless it says otherwise.
 
     Final classes list their constructor's options; ``extra_repr`` reads them back from the
     attributes of the same name, so that ``repr`` rebuilds the layer.
@@ -37,19 +38,24 @@ class NormLayer(nn.Module, ABC):
         *,
         eps: float,
         affine: bool,
-        device: torch.device | str | None,
+        device: Device,
         dtype: torch.dtype | None,
-        num_values: int | None = None,
     ) -> None:
         super().__init__()
         require_eps(eps)
         self.num_features = require_count("num_features", num_features)
         self.eps = eps
         self.affine = affine
-        size = num_values or self.num_features
+        self._register_parameters(device, dtype)
+
+    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
         for name in ("weight", "bias"):
-            values = torch.empty(size, device=device, dtype=dtype) if affine else None
+            shape = (self._num_affine_values(),)
+            values = torch.empty(shape, device=device, dtype=dtype) if self.affine else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
+
+    def _num_affine_values(self) -> int:
+        return self.num_features
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1 and ``bias`` to 0."""
@@ -69,6 +75,10 @@ class NormLayer(nn.Module, ABC):
         shown = [f"{o}={getattr(self, o)!r}" for o in options if o not in _NOT_SHOWN]
         return ", ".join([str(self.num_features), *shown])
 
+    def __repr__(self) -> str:
+        """One line that rebuilds the layer, also where it holds others."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
 
 class TrackingLayer(NormLayer):
     """A layer that may keep running statistics and weigh them against the example's own."""
@@ -87,7 +97,7 @@ class TrackingLayer(NormLayer):
         affine: bool,
         track_running_stats: bool,
         example_weight: float,
-        device: torch.device | str | None,
+        device: Device,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
@@ -99,9 +109,7 @@ class TrackingLayer(NormLayer):
         self._register_statistics(device, dtype)
         self.reset_parameters()
 
-    def _register_statistics(
-        self, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def _register_statistics(self, device: Device, dtype: torch.dtype | None) -> None:
         wide = table_dtype(dtype or torch.get_default_dtype())
         for name in BUFFERS:
             values = torch.empty(self.running_partition.num_groups, device=device, dtype=wide)
@@ -205,12 +213,20 @@ class SegmentLayer(TrackingLayer):
         partition, running = self.partition, self._running()
         parameters = self._affine()
         if x.numel() == 0:
-            return empty_result(x, parameters)
+            return empty_result(x, *parameters[:2])
         if self.training:
             require_variance(partition, x.shape, type(self).__name__)
         if self.training or running is None:
             return normalize_batch(x, partition, running, parameters)
         return normalize_evaluation(x, partition, running, parameters)
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether hooks look at what goes in or out of one of these."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from normkit.core.check import require_count, require_feature_map
-from normkit.core.partition import Partition, require_divides
+from normkit.core.check import require_channel_groups, require_count, require_feature_map
+from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
-from normkit.layers.base import NormLayer, SegmentLayer
+from normkit.layers.base import Device, NormLayer, SegmentLayer
 from normkit.typing import FeatureMap
-
-Device = torch.device | str | None
 
 
 class BatchNorm(SegmentLayer):
@@ -550,16 +548,3 @@ class GeneralBatchGroupNorm(SegmentLayer):
     def partition(self) -> Partition:
         """One group a run of channels and run of examples."""
         return Partition(num_groups=self.num_groups, examples_per_group=self.examples_per_group)
-
-
-def require_channel_groups(num_groups: int, num_features: int) -> int:
-    """Refuse groups that do not cut the channels into equal runs; return their number.
-
-    Raises:
-        OptionError: If either is no count.
-        PartitionError: With the divisors that would do.
-    """
-    num_features = require_count("num_features", num_features)
-    num_groups = require_count("num_groups", num_groups)
-    require_divides(num_groups, num_features, f"the channel axis has length {num_features}")
-    return num_groups

@@ -1,4 +1,4 @@
-"""One function per method, without state: parameters and running statistics are arguments.
+"""The eight single-partition norms, without state.
 
 Shapes and formulas are those of the layers of the same name. ``weight`` and ``bias`` are
 ``(C,)`` or None. Where a method has running statistics, ``training=True`` normalises by the
@@ -8,22 +8,21 @@ input's own and updates the given buffers in place; otherwise the buffers normal
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from normkit.core.check import (
-    require_count,
-    require_eps,
-    require_feature_map,
-    require_per_channel,
-    require_share,
-)
+from normkit.core.check import require_count
 from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, require_divides, require_variance
+from normkit.core.partition import Partition, require_variance
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.running import RunningStatistics
-from normkit.errors import InputError
+from normkit.functional.arguments import (
+    channel_groups,
+    channels_of,
+    pair_buffers,
+    require_arguments,
+    require_statistics,
+)
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -68,8 +67,8 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=_channels(x, "batch_norm"))
-    running = _running(running_mean, running_var, groups, momentum, example_weight)
+    groups = Partition(num_groups=channels_of(x, "batch_norm"))
+    running = pair_buffers(running_mean, running_var, groups, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "batch_norm")
 
@@ -118,7 +117,7 @@ def batch_group_norm(  # noqa: PLR0913
         torch.Size([4, 6, 5, 7])
     """
     groups = Partition(num_groups=require_count("num_groups", num_groups))
-    running = _running(running_mean, running_var, groups, momentum, example_weight)
+    running = pair_buffers(running_mean, running_var, groups, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "batch_group_norm")
 
@@ -166,10 +165,10 @@ def ghost_batch_norm(  # noqa: PLR0913
         >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    channels = Partition(num_groups=_channels(x, "ghost_batch_norm"))
+    channels = Partition(num_groups=channels_of(x, "ghost_batch_norm"))
     size = require_count("ghost_batch_size", ghost_batch_size)
     groups = Partition(num_groups=channels.num_groups, examples_per_group=size)
-    running = _running(running_mean, running_var, channels, momentum, example_weight)
+    running = pair_buffers(running_mean, running_var, channels, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "ghost_batch_norm")
 
@@ -221,12 +220,12 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
         >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    channels = Partition(num_groups=_channels(x, "general_batch_group_norm"))
+    channels = Partition(num_groups=channels_of(x, "general_batch_group_norm"))
     size = examples_per_group
     if size is not None:
         size = require_count("examples_per_group", size)
-    groups = Partition(num_groups=_runs(num_groups, x), examples_per_group=size)
-    running = _running(running_mean, running_var, channels, momentum, example_weight)
+    groups = Partition(num_groups=channel_groups(num_groups, x), examples_per_group=size)
+    running = pair_buffers(running_mean, running_var, channels, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     return _normalize(x, groups, running, parameters, training, "general_batch_group_norm")
 
@@ -262,7 +261,7 @@ def instance_norm(
         >>> instance_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=_channels(x, "instance_norm"), examples_per_group=1)
+    groups = Partition(num_groups=channels_of(x, "instance_norm"), examples_per_group=1)
     return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "instance_norm")
 
 
@@ -334,8 +333,8 @@ def group_norm(
         >>> group_norm(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """
-    _channels(x, "group_norm")
-    groups = Partition(num_groups=_runs(num_groups, x), examples_per_group=1)
+    channels_of(x, "group_norm")
+    groups = Partition(num_groups=channel_groups(num_groups, x), examples_per_group=1)
     return _normalize(x, groups, None, Parameters(weight, bias, eps), True, "group_norm")
 
 
@@ -371,7 +370,7 @@ def positional_norm(
         torch.Size([4, 6, 5, 7])
     """
     parameters = Parameters(weight, bias, eps)
-    _require(x, parameters, "positional_norm")
+    require_arguments(x, parameters, "positional_norm")
     require_channels(x.shape, "positional_norm")
     return normalize_positions(x, parameters)
 
@@ -384,66 +383,11 @@ def _normalize(
     training: bool,
     name: str,
 ) -> FeatureMap:
-    _require(x, parameters, name)
+    require_arguments(x, parameters, name)
     if x.numel() == 0:
-        return empty_result(x, parameters)
+        return empty_result(x, *parameters[:2])
     if training:
         require_variance(groups, x.shape, name)
         return normalize_batch(x, groups, running, parameters)
-    if running is None:
-        raise InputError(
-            f"{name} was called with training=False and without running statistics; pass "
-            f"running_mean= and running_var=, or training=True to use the input's own"
-        )
+    running = require_statistics(running, name)
     return normalize_evaluation(x, groups, running, parameters)
-
-
-def _require(x: FeatureMap, parameters: Parameters, name: str) -> None:
-    weight, bias, eps = parameters
-    require_eps(eps)
-    require_feature_map(x, None, name)
-    require_per_channel(weight, x.shape, "weight", name)
-    require_per_channel(bias, x.shape, "bias", name)
-
-
-def _channels(x: FeatureMap, name: str) -> int:
-    """Channels of what is a feature map."""
-    require_feature_map(x, None, name)
-    return x.shape[1]
-
-
-def _runs(num_groups: int, x: FeatureMap) -> int:
-    """Number of runs that do divide the channels."""
-    num_groups = require_count("num_groups", num_groups)
-    require_divides(num_groups, x.shape[1], f"the channel axis has length {x.shape[1]}")
-    return num_groups
-
-
-def _running(
-    mean: Tensor | None,
-    var: Tensor | None,
-    groups: Partition,
-    momentum: float,
-    example_weight: float,
-) -> RunningStatistics | None:
-    """Pair the buffers, or None when there are none."""
-    require_share("momentum", momentum)
-    require_share("example_weight", example_weight)
-    if mean is None and var is None:
-        return None
-    expected = (groups.num_groups,)
-    if mean is None or var is None or mean.shape != expected or var.shape != expected:
-        given = [None if t is None else tuple(t.shape) for t in (mean, var)]
-        raise InputError(
-            f"running_mean and running_var were given with shapes {given[0]} and {given[1]}; "
-            f"pass both, of shape {expected}, or neither"
-        )
-    count = torch.zeros((), dtype=torch.long, device=mean.device)
-    return RunningStatistics(
-        mean=mean,
-        var=var,
-        num_batches_tracked=count,
-        partition=groups,
-        momentum=momentum,
-        example_weight=example_weight,
-    )

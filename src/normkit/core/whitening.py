@@ -1,0 +1,50 @@
+"""Group whitening: the one method that mixes segments, so it is no algebra on their moments."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from normkit.core.parameters import Parameters
+from normkit.kernels.reference import table_dtype
+from normkit.typing import FeatureMap
+
+
+def whiten_groups(
+    x: FeatureMap, num_groups: int, num_iterations: int, parameters: Parameters
+) -> FeatureMap:
+    """Decorrelate the groups of every example, then scale and shift every channel."""
+    weight, bias, eps = parameters
+    wide = table_dtype(x.dtype)
+    rows = x.to(wide).reshape(x.shape[0], num_groups, -1)
+    rows = rows - rows.mean(dim=-1, keepdim=True)
+    with _wide_products(x):
+        y = (_whitening_matrix(rows, num_iterations, eps) @ rows).reshape(x.shape)
+    across = (1, -1, *(1,) * (x.ndim - 2))
+    if weight is not None:
+        y = y * weight.to(wide).reshape(across)
+    if bias is not None:
+        y = y + bias.to(wide).reshape(across)
+    y = y.to(x.dtype)
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)  # in the layout of x
+
+
+def _wide_products(x: Tensor) -> AbstractContextManager[object]:
+    """Keep autocast from computing matrix products in 16 bits."""
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _whitening_matrix(rows: Tensor, num_iterations: int, eps: float) -> Tensor:
+    """Newton's approximation of ``Sigma^(-1/2)``, ``(N, G, G)``, of centred rows ``(N, G, m)``."""
+    identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    covariance = rows @ rows.mT / rows.shape[2] + eps * identity
+    trace = (covariance * identity).sum(dim=(-2, -1), keepdim=True)
+    unit = covariance / trace
+    root = identity.expand_as(unit)
+    for _ in range(num_iterations):
+        root = 1.5 * root - 0.5 * (root @ root @ root @ unit)
+    return root / trace.sqrt()

@@ -1,0 +1,41 @@
+"""One function per method, without state: parameters and running statistics are arguments.
+
+Shapes and formulas are those of the layers of the same name. ``weight`` and ``bias`` are
+``(C,)`` or None. Where a method has running statistics, ``training=True`` normalises by the
+input's own and updates the given buffers in place; otherwise the buffers normalise, mixed with
+``example_weight`` parts of each example's own statistics.
+"""
+
+from normkit.functional.composite import (
+    batch_channel_norm,
+    group_norm_plus,
+    group_whitening,
+    instance_batch_norm,
+    switchable_norm,
+)
+from normkit.functional.single import (
+    batch_group_norm,
+    batch_norm,
+    general_batch_group_norm,
+    ghost_batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    positional_norm,
+)
+
+__all__ = [
+    "batch_channel_norm",
+    "batch_group_norm",
+    "batch_norm",
+    "general_batch_group_norm",
+    "ghost_batch_norm",
+    "group_norm",
+    "group_norm_plus",
+    "group_whitening",
+    "instance_batch_norm",
+    "instance_norm",
+    "layer_norm",
+    "positional_norm",
+    "switchable_norm",
+]

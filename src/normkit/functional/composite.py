@@ -1,0 +1,361 @@
+"""The composite norms and group whitening, without state."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import Tensor
+
+from normkit.core.check import (
+    require_channel_groups,
+    require_choice,
+    require_count,
+    require_update_rate,
+)
+from normkit.core.composite import Order
+from normkit.core.parameters import Parameters, empty_result
+from normkit.core.partition import Partition, require_variance
+from normkit.core.running import RunningEstimates
+from normkit.core.stages import (
+    normalize_batch_then_group,
+    normalize_group_and_batch,
+    normalize_halves,
+    normalize_switched,
+)
+from normkit.core.whitening import whiten_groups
+from normkit.errors import InputError
+from normkit.functional.arguments import (
+    channels_of,
+    pair_buffers,
+    require_arguments,
+    require_statistics,
+    require_values,
+)
+from normkit.typing import FeatureMap, PerChannel
+
+
+def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
+    x: FeatureMap,
+    num_groups: int,
+    mix_logit: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    order: Order = "group-first",
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Mix group norm and batch norm; see :class:`normkit.GroupNormPlus`.
+
+    .. math::  y = (s \cdot GN + (1 - s) \cdot BN) \gamma_c + \beta_c, \quad s = sigmoid(mix\_logit)
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels that GN normalises; divides ``C``.
+        mix_logit: Scalar; its sigmoid is GN's share.
+        running_mean: Running mean of what BN sees, ``(C,)``.
+        running_var: Running unbiased variance of what BN sees, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        order: ``"group-first"``, ``"batch-first"`` or ``"parallel"``.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variances; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics in BN at evaluation.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If groups do not divide, or one has a single value in training.
+        OptionError: If there is no such order.
+
+    Source:
+        Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, section 4.
+
+    Example:
+        >>> group_norm_plus(torch.randn(4, 6, 5, 7), 3, torch.ones(()), training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    name = "group_norm_plus"
+    require_choice("order", order, get_args(Order))
+    batch = Partition(num_groups=channels_of(x, name))
+    num_groups = require_channel_groups(num_groups, x.shape[1])
+    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    require_arguments(x, parameters, name)
+    require_values(mix_logit, (), "mix_logit", name)
+    if x.numel() == 0:
+        return empty_result(x, weight, bias, mix_logit)
+    if training:
+        group = Partition(num_groups=num_groups, examples_per_group=1)
+        _require_variances(x, name, group, batch)
+    else:
+        require_statistics(running, name)
+    return normalize_group_and_batch(x, num_groups, order, running, training, parameters, mix_logit)
+
+
+def batch_channel_norm(  # noqa: PLR0913, PLR0917
+    x: FeatureMap,
+    num_groups: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: PerChannel | None = None,
+    batch_bias: PerChannel | None = None,
+    channel_weight: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    update_rate: float | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Batch norm, or running estimates, then group norm; see :class:`normkit.BatchChannelNorm`.
+
+    .. math::  \dot y = \gamma^b_c (x - \hat\mu_c) / \sqrt{\hat\sigma_c^2 + \epsilon} + \beta^b_c,
+               \quad y = \gamma^c (\dot y - \mu_{ng}) / \sqrt{\sigma_{ng}^2 + \epsilon} + \beta^c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels that the channel stage normalises; divides ``C``.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running variance, ``(C,)``.
+        batch_weight: Scale in the batch stage, ``(C,)``; None is 1.
+        batch_bias: Shift in the batch stage, ``(C,)``; None is 0.
+        channel_weight: Scale in the channel stage, ``(num_groups,)`` or ``(C,)``; None is 1.
+        channel_bias: Shift in the channel stage, likewise; None is 0.
+        training: Use the input's statistics and update the running ones.
+        update_rate: In (0, 1]: in training, move the estimates this far and normalise by them
+            (micro batches, Algorithm 1). None is a batch norm.
+        momentum: Weight of the new value in the running statistics without ``update_rate``.
+        eps: Added to the variances; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics in the batch stage at evaluation.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If groups do not divide, or one has a single value in training.
+        OptionError: If ``update_rate`` lies outside (0, 1].
+
+    Source:
+        Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
+        Weight Standardization, section 7 and Algorithm 1.
+
+    Example:
+        >>> mean, var = torch.zeros(6), torch.ones(6)
+        >>> x = torch.randn(1, 6, 5, 7)
+        >>> batch_channel_norm(x, 3, mean, var, training=True, update_rate=0.1).shape
+        torch.Size([1, 6, 5, 7])
+    """
+    name = "batch_channel_norm"
+    batch = Partition(num_groups=channels_of(x, name))
+    group = Partition(
+        num_groups=require_channel_groups(num_groups, x.shape[1]), examples_per_group=1
+    )
+    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
+    if update_rate is not None:
+        rate, given = require_update_rate(update_rate), require_statistics(running, name)
+        count = given.num_batches_tracked
+        running = RunningEstimates(running_mean, running_var, count, rate, example_weight)
+    require_arguments(x, Parameters(batch_weight, batch_bias, eps), name)
+    for what, values in (("channel_weight", channel_weight), ("channel_bias", channel_bias)):
+        size = num_groups if values is None or values.numel() == num_groups else x.shape[1]
+        require_values(values, (size,), what, name)
+    if x.numel() == 0:
+        return empty_result(x, batch_weight, batch_bias, channel_weight, channel_bias)
+    if training:
+        _require_variances(x, name, group, *([batch] if update_rate is None else []))
+    batch_affine = Parameters(batch_weight, batch_bias, eps)
+    channel_affine = Parameters(channel_weight, channel_bias, eps)
+    return normalize_batch_then_group(
+        x, num_groups, running, training, batch_affine, channel_affine
+    )
+
+
+def switchable_norm(  # noqa: PLR0913, PLR0917
+    x: FeatureMap,
+    mean_logits: Tensor,
+    var_logits: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise by a mixture of three statistics; see :class:`normkit.SwitchableNorm`.
+
+    .. math::  y = \gamma_c (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta_c, \quad
+               \mu = \sum_k softmax(a)_k \mu_k, \quad \sigma^2 = \sum_k softmax(b)_k \sigma_k^2
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        mean_logits: Logits of the means of instance, layer and batch norm, ``(3,)``; or, without
+            the batch's statistics, ``(2,)``.
+        var_logits: Logits of their variances, likewise.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Use the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics in the batch part at evaluation.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If a channel has a single value in training.
+
+    Source:
+        Luo, Ren, Peng, Zhang & Li 2018, arXiv:1806.10779.
+
+    Example:
+        >>> logits = torch.ones(3)
+        >>> switchable_norm(torch.randn(4, 6, 5, 7), logits, logits, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    name = "switchable_norm"
+    batch = Partition(num_groups=channels_of(x, name))
+    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
+    require_arguments(x, Parameters(weight, bias, eps), name)
+    use_batch = mean_logits.numel() != 2
+    require_values(mean_logits, (3 if use_batch else 2,), "mean_logits", name)
+    require_values(var_logits, tuple(mean_logits.shape), "var_logits", name)
+    if x.numel() == 0:
+        return empty_result(x, weight, bias, mean_logits, var_logits)
+    if training:
+        own = Partition(num_groups=1, examples_per_group=1)
+        _require_variances(x, name, batch if use_batch else own)
+    elif use_batch:
+        require_statistics(running, name)
+    parameters = Parameters(weight, bias, eps)
+    return normalize_switched(x, running, training, parameters, mean_logits, var_logits)
+
+
+def instance_batch_norm(  # noqa: PLR0913
+    x: FeatureMap,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Instance norm on the first channels, batch norm on as many as have running statistics.
+
+    .. math::  y_c = IN(x)_c \text{ for } c < C - R, \quad y_c = BN(x)_c \text{ for } c \ge C - R
+
+    See :class:`normkit.InstanceBatchNorm`.
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        running_mean: Running mean of the last ``R`` channels, ``(R,)`` with ``0 < R < C``.
+        running_var: Running unbiased variance, ``(R,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Use the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics in the batch norm at evaluation.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If a channel of an example has a single value in training.
+
+    Source:
+        Pan, Luo, Shi & Tang 2018, arXiv:1807.09441.
+
+    Example:
+        >>> mean, var = torch.zeros(3), torch.ones(3)
+        >>> instance_batch_norm(torch.randn(4, 6, 5, 7), mean, var, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    name = "instance_batch_norm"
+    half = channels_of(x, name) - running_mean.numel()
+    if not 0 < half < x.shape[1]:
+        raise InputError(
+            f"{name} was given running statistics of {running_mean.numel()} channels for "
+            f"{x.shape[1]}; the instance norm takes the others, so pass fewer, but one at least"
+        )
+    batch = Partition(num_groups=running_mean.numel())
+    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
+    require_arguments(x, Parameters(weight, bias, eps), name)
+    if x.numel() == 0:
+        return empty_result(x, weight, bias)
+    if training:
+        _require_variances(x[:, :half], name, Partition(num_groups=half, examples_per_group=1))
+    first, rest = (
+        Parameters(*(None if p is None else p[part] for p in (weight, bias)), eps)
+        for part in (slice(half), slice(half, None))
+    )
+    return normalize_halves(x, half, running, training, first, rest)
+
+
+def group_whitening(
+    x: FeatureMap,
+    num_groups: int,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    iterations: int = 5,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Whiten the groups of channels of every example; see :class:`normkit.GroupWhitening`.
+
+    .. math::  Y = \Sigma^{-1/2} X \text{ by Newton's iteration}, \quad
+               \Sigma = \tfrac{1}{m} X X^T + \epsilon I
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels that are decorrelated; divides ``C``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        iterations: Newton steps.
+        eps: Added to the variances; unit of ``x`` squared.
+
+    Returns:
+        The whitened map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If ``num_groups`` does not divide ``C``.
+
+    Source:
+        Huang, Zhou, Liu & Shao 2021, arXiv:2009.13333.
+
+    Example:
+        >>> group_whitening(torch.randn(4, 6, 5, 7), 3).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    channels = channels_of(x, "group_whitening")
+    num_groups = require_channel_groups(num_groups, channels)
+    parameters = Parameters(weight, bias, eps)
+    require_arguments(x, parameters, "group_whitening")
+    if x.numel() == 0:
+        return empty_result(x, weight, bias)
+    return whiten_groups(x, num_groups, require_count("iterations", iterations), parameters)
+
+
+def _require_variances(x: FeatureMap, name: str, *partitions: Partition) -> None:
+    for partition in partitions:
+        require_variance(partition, x.shape, name)

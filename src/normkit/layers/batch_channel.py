@@ -1,0 +1,282 @@
+"""BatchChannelNorm: a batch norm, or running estimates for micro batches, then a group norm."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from normkit.core.check import (
+    require_channel_groups,
+    require_choice,
+    require_feature_map,
+    require_update_rate,
+)
+from normkit.core.groups import normalize_batch
+from normkit.core.parameters import Parameters, empty_result
+from normkit.core.partition import Partition, require_variance
+from normkit.core.running import RunningEstimates
+from normkit.core.stages import normalize_batch_then_group, normalize_estimated
+from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
+from normkit.layers.single import BatchNorm
+from normkit.typing import FeatureMap
+
+ChannelAffine = Literal["group", "channel"]
+
+
+class BatchChannelNorm(NormLayer):
+    r"""Normalise every channel over the batch, then runs of channels of every example.
+
+    .. math::  \dot y = \gamma^b_c \frac{x - \hat\mu_c}{\sqrt{\hat\sigma_c^2 + \epsilon}}
+               + \beta^b_c, \quad
+               y = \gamma^c_g \frac{\dot y - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta^c_g
+
+    The batch stage is a ``BatchNorm`` with its own affine and running statistics. With
+    ``micro_batch`` it normalises by running estimates also in training, after moving them towards
+    the batch, so that it works for batches of one or two; no gradient flows through them.
+
+    State-dict keys are ``batch.*`` (as of a ``BatchNorm``), ``channel.weight``, ``channel.bias``.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        num_groups: Runs of ``C / num_groups`` channels that the channel stage normalises.
+        micro_batch: Normalise by running estimates in training (Algorithm 1).
+        update_rate: How far the estimates move in a micro batch, in (0, 1]. The paper sets it to
+            the learning rate at every step: ``sync_update_rates``.
+        channel_affine: Whether the channel stage learns one scale and shift for each group
+            (eq. 42), ``(num_groups,)``, or for each channel, ``(C,)``.
+        eps: Added to the variances; unit of ``x`` squared.
+        momentum: Weight of the new value in the batch stage's running statistics, unless
+            ``micro_batch``; None averages all batches.
+        affine: Learn scales and shifts in both stages.
+        example_weight: Share of the example's own statistics in the batch stage at evaluation.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
+            or, without ``micro_batch``, a channel has a single value.
+        OptionError: If ``update_rate`` lies outside (0, 1], or ``channel_affine`` is unknown.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        The channel stage's statistics follow from the table of the batch stage: two passes over
+        the map, and backward keeps ``x`` and tables only. The estimates of ``micro_batch`` are
+        biased; the running variance is otherwise unbiased.
+
+    Source:
+        Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
+        Weight Standardization, section 7 and Algorithm 1.
+
+    Example:
+        >>> norm = BatchChannelNorm(6, num_groups=3, micro_batch=True)
+        >>> norm(torch.randn(1, 6, 5, 7)).shape
+        torch.Size([1, 6, 5, 7])
+    """
+
+    batch: BatchNorm | EstimatedBatchNorm
+    channel: ChannelStage
+
+    def __init__(  # noqa: PLR0913 - torch's options and the method's own
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 32,
+        micro_batch: bool = False,
+        update_rate: float = 0.1,
+        channel_affine: ChannelAffine = "group",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        num_groups = require_channel_groups(num_groups, num_features)
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.num_groups, self.micro_batch, self.momentum = num_groups, micro_batch, momentum
+        options = {"eps": eps, "affine": affine, "device": device, "dtype": dtype}
+        self.channel = ChannelStage(
+            num_features, num_groups=num_groups, channel_affine=channel_affine, **options
+        )
+        self._update_rate = require_update_rate(update_rate)
+        options["example_weight"] = example_weight
+        if micro_batch:
+            self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **options)
+        else:
+            self.batch = BatchNorm(num_features, momentum=momentum, **options)
+
+    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
+        """The stages have the parameters."""
+
+    def reset_parameters(self) -> None:
+        """Set scales to 1, shifts to 0, and the running statistics to 0 and 1."""
+        self.batch.reset_parameters()
+        self.channel.reset_parameters()
+
+    @property
+    def update_rate(self) -> float:
+        """How far the estimates of a micro batch move, in (0, 1]."""
+        return self._update_rate
+
+    @update_rate.setter
+    def update_rate(self, value: float) -> None:
+        self._update_rate = require_update_rate(value)
+        if isinstance(self.batch, EstimatedBatchNorm):
+            self.batch.update_rate = value
+
+    @property
+    def example_weight(self) -> float:
+        """Share of the example's own statistics in the batch stage at evaluation."""
+        return self.batch.example_weight
+
+    @example_weight.setter
+    def example_weight(self, value: float) -> None:
+        self.batch.example_weight = value
+
+    @property
+    def channel_affine(self) -> ChannelAffine:
+        """What the channel stage's scales and shifts belong to."""
+        return self.channel.channel_affine
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        name = type(self).__name__
+        require_feature_map(x, self.num_features, name)
+        if x.numel() == 0:
+            return empty_result(x, *self.parameters())
+        if self.training:
+            for partition in self.partitions.values():
+                require_variance(partition, x.shape, name)
+        if is_watched(self.batch, self.channel):
+            return self.channel(self.batch(x))
+        batch, affine, groups = self.batch, self.channel._affine(), self.num_groups
+        running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
+        return normalize_batch_then_group(
+            x, groups, running, batch.training, batch._affine(), affine
+        )
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics in each stage, in training."""
+        channel = {"channel stage": self.channel.partition}
+        if self.micro_batch:
+            return channel
+        return {"batch stage": Partition(num_groups=self.num_features)} | channel
+
+
+class EstimatedBatchNorm(TrackingLayer):
+    """Normalise every channel by estimates that first move towards the batch: for micro batches."""
+
+    def __init__(  # noqa: PLR0913 - torch's options
+        self,
+        num_features: int,
+        *,
+        update_rate: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=require_update_rate(update_rate),
+            affine=affine,
+            track_running_stats=True,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def update_rate(self) -> float:
+        """Weight of the new value in the estimates, in (0, 1]."""
+        return float(self.momentum or 0)
+
+    @update_rate.setter
+    def update_rate(self, value: float) -> None:
+        self.momentum = require_update_rate(value)
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        require_feature_map(x, self.num_features, type(self).__name__)
+        if x.numel() == 0:
+            return empty_result(x, self.weight, self.bias)
+        return normalize_estimated(x, self.estimates(), self.training, self._affine())
+
+    def estimates(self) -> RunningEstimates:
+        """The buffers, and how they move."""
+        mean, var, count = (self.get_buffer(name) for name in (*BUFFERS, "num_batches_tracked"))
+        return RunningEstimates(mean, var, count, self.update_rate, self.example_weight)
+
+
+class ChannelStage(NormLayer):
+    """A group norm whose scales and shifts may belong to the groups."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        num_groups: int,
+        channel_affine: ChannelAffine,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_choice("channel_affine", channel_affine, get_args(ChannelAffine))
+        self.num_groups = num_groups
+        self.channel_affine: ChannelAffine = channel_affine
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @property
+    def partition(self) -> Partition:
+        """One group a run of channels and example."""
+        return Partition(num_groups=self.num_groups, examples_per_group=1)
+
+    def _num_affine_values(self) -> int:
+        return self.num_groups if self.channel_affine == "group" else self.num_features
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        weight, bias, eps = self._affine()
+        repeats = self.num_features // self._num_affine_values()
+        scale, shift = (None if p is None else p.repeat_interleave(repeats) for p in (weight, bias))
+        return normalize_batch(x, self.partition, None, Parameters(scale, shift, eps))
+
+
+def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
+    """Set the update rate of every micro-batch layer to the learning rate, as the paper does.
+
+    Call it before each step, after the scheduler's.
+
+    Args:
+        model: Holds ``BatchChannelNorm`` layers; those without ``micro_batch`` have no rate.
+        optimizer: A layer takes the rate of the parameter group that holds its parameters, and of
+            the first group where it has none.
+
+    Raises:
+        OptionError: If a learning rate lies outside (0, 1]; then nothing is changed.
+
+    Source:
+        Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
+        Weight Standardization, section 7.
+
+    Example:
+        >>> norm = BatchChannelNorm(6, num_groups=3, micro_batch=True)
+        >>> sync_update_rates(norm, torch.optim.SGD(norm.parameters(), lr=0.02))
+        >>> norm.update_rate
+        0.02
+    """
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    first = optimizer.param_groups[0]["lr"]
+    layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm) and m.micro_batch]
+    found = [next((rates[id(p)] for p in m.parameters() if id(p) in rates), first) for m in layers]
+    for layer, rate in zip(layers, [require_update_rate(float(r)) for r in found], strict=True):
+        layer.update_rate = rate

@@ -1,0 +1,136 @@
+"""InstanceBatchNorm: instance norm on the first channels, batch norm on the rest (IBN-a)."""
+
+from __future__ import annotations
+
+import torch
+
+from normkit.core.check import require_count, require_feature_map
+from normkit.core.parameters import empty_result
+from normkit.core.partition import Partition, require_variance
+from normkit.core.stages import normalize_halves
+from normkit.errors import OptionError
+from normkit.layers.base import Device, NormLayer, is_watched
+from normkit.layers.single import BatchNorm, InstanceNorm
+from normkit.typing import FeatureMap
+
+
+class InstanceBatchNorm(NormLayer):
+    r"""Normalise the first channels by each example, the rest over the whole batch.
+
+    .. math::  y_c = IN(x)_c \text{ for } c < h, \quad y_c = BN(x)_c \text{ for } c \ge h, \quad
+               h = \lfloor ratio \cdot C \rfloor
+
+    State-dict keys are ``instance.*`` (as of an ``InstanceNorm``) and ``batch.*`` (as of a
+    ``BatchNorm``). An odd number of channels is split too: the instance norm has the smaller part.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        ratio: Share of the channels that the instance norm takes; at least one goes to each norm.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias`` in both norms.
+        example_weight: Share of the example's own statistics in the batch norm at evaluation.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if a channel of an example has a single value.
+        OptionError: If ``ratio`` leaves no channel to one of the norms.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Both norms in the same two passes over the map; backward keeps ``x`` and tables only.
+
+    Source:
+        Pan, Luo, Shi & Tang 2018, arXiv:1807.09441.
+
+    Example:
+        >>> norm = InstanceBatchNorm(6)
+        >>> norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+
+    instance: InstanceNorm
+    batch: BatchNorm
+
+    def __init__(  # noqa: PLR0913 - torch's options
+        self,
+        num_features: int,
+        *,
+        ratio: float = 0.5,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        example_weight: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        half = instance_channels(require_count("num_features", num_features), ratio)
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        options = {"eps": eps, "momentum": momentum, "affine": affine}
+        place = {"device": device, "dtype": dtype}
+        self.ratio, self.momentum = ratio, momentum
+        self.instance = InstanceNorm(half, **options, **place)
+        self.batch = BatchNorm(
+            num_features - half, **options, example_weight=example_weight, **place
+        )
+
+    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
+        """The two norms have the parameters."""
+
+    def reset_parameters(self) -> None:
+        """Set ``weight`` to 1, ``bias`` to 0, and the running statistics to 0 and 1."""
+        self.instance.reset_parameters()
+        self.batch.reset_parameters()
+
+    @property
+    def example_weight(self) -> float:
+        """Share of the example's own statistics in the batch norm at evaluation."""
+        return self.batch.example_weight
+
+    @example_weight.setter
+    def example_weight(self, value: float) -> None:
+        self.batch.example_weight = value
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        name = type(self).__name__
+        require_feature_map(x, self.num_features, name)
+        if x.numel() == 0:
+            return empty_result(x, *self.parameters())
+        half = self.instance.num_features
+        if self.training:
+            for partition in self.partitions.values():
+                require_variance(partition, (x.shape[0], partition.num_groups, *x.shape[2:]), name)
+        if is_watched(self.instance, self.batch):
+            parts = (self.instance(x[:, :half]), self.batch(x[:, half:]))
+            return torch.cat(parts, dim=1)
+        batch, affine = self.batch, self.instance._affine()
+        running, training = batch._running(), batch.training
+        return normalize_halves(x, half, running, training, affine, batch._affine())
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics in each norm's part of the channels, in training."""
+        instance, batch = self.instance.num_features, self.batch.num_features
+        return {
+            "instance norm": Partition(num_groups=instance, examples_per_group=1),
+            "batch norm": Partition(num_groups=batch),
+        }
+
+
+def instance_channels(num_features: int, ratio: float) -> int:
+    """Channels that the instance norm takes.
+
+    Raises:
+        OptionError: If one of the norms would have none.
+    """
+    half = int(num_features * ratio) if 0 < ratio < 1 else 0
+    if not 0 < half < num_features:
+        raise OptionError(
+            f"ratio={ratio} of {num_features} channels was given; it leaves one of the norms "
+            f"without a channel; with {num_features} channels it lies from "
+            f"{1 / num_features:.3g} to below 1, and there must be two channels at least"
+        )
+    return half

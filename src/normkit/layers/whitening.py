@@ -1,0 +1,88 @@
+"""GroupWhitening: groups of channels of an example, decorrelated."""
+
+from __future__ import annotations
+
+import torch
+
+from normkit.core.check import require_channel_groups, require_count, require_feature_map
+from normkit.core.parameters import empty_result
+from normkit.core.partition import Partition, require_variance
+from normkit.core.whitening import whiten_groups
+from normkit.layers.base import Device, NormLayer
+from normkit.typing import FeatureMap
+
+
+class GroupWhitening(NormLayer):
+    r"""Whiten the groups of channels of every example, by Newton's iteration.
+
+    .. math::  \Sigma = \tfrac{1}{m} X X^T + \epsilon I, \quad
+               P_0 = I, \quad P_{k+1} = \tfrac{3}{2} P_k - \tfrac{1}{2} P_k^3
+               \frac{\Sigma}{tr \Sigma}, \quad
+               Y = \frac{P_T}{\sqrt{tr \Sigma}} X
+
+    where ``X`` is an example's map as ``num_groups`` centred rows of ``m`` elements, a run of
+    channels each. Then every channel has its scale and shift.
+
+    It needs products of different channels, so it is no algebra on the table of moments: it is
+    computed in plain torch operators and autograd keeps several maps for backward.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        num_groups: Runs of channels, the rows that are decorrelated; divides ``C``.
+        iterations: Newton steps. Five leave 64 groups far from white (relative error 0.49); that
+            is the method, not an accident.
+        eps: Added to the variances; unit of ``x`` squared.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        device: Where parameters live.
+        dtype: Of the parameters.
+
+    Raises:
+        PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a row
+            has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        At least float32, also under autocast; ``eps`` comes before the trace, so that constant
+        input has a finite result.
+
+    Source:
+        Huang, Zhou, Liu & Shao 2021, arXiv:2009.13333; used as a batch-free norm in Huang et al.,
+        Delving into the Estimation Shift of Batch Normalization in a Network.
+
+    Example:
+        >>> norm = GroupWhitening(6, num_groups=3)
+        >>> norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 32,
+        iterations: int = 5,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.num_groups = require_channel_groups(num_groups, num_features)
+        self.iterations = require_count("iterations", iterations)
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @property
+    def partition(self) -> Partition:
+        """The rows that are centred and decorrelated."""
+        return Partition(num_groups=self.num_groups, examples_per_group=1)
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Whiten ``(N, C, *S)``; same shape, dtype and memory format."""
+        require_feature_map(x, self.num_features, type(self).__name__)
+        parameters = self._affine()
+        if x.numel() == 0:
+            return empty_result(x, *parameters[:2])
+        if self.training:
+            require_variance(self.partition, x.shape, type(self).__name__)
+        return whiten_groups(x, self.num_groups, self.iterations, parameters)
