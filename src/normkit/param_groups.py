@@ -184,7 +184,8 @@ def _group_of(model: nn.Module, name: str) -> str:
         owner, last = before.rstrip("."), rest.split(".")[0]
     if _is_of_norm(model, owner):
         return "norm_weights" if last == "weight" else "norm_biases"
-    return "biases" if last == "bias" or last.startswith("bias_") else "weights"
+    is_bias = last == "bias" or last.startswith("bias_") or last.endswith("_bias")
+    return "biases" if is_bias else "weights"
 
 
 def _is_of_norm(model: nn.Module, owner: str) -> bool:

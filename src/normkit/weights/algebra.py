@@ -58,9 +58,9 @@ class Standardize:
         self, table: Moments, gain: PerChannel | None, offset: PerChannel | None
     ) -> Affine:
         """Scale and center of every filter."""
-        factor = self.factor(table) if self.scale else torch.ones_like(table.var)
-        kept_mean = torch.zeros_like(table.mean) if self.center else table.mean
-        return _affine(factor, kept_mean, gain, offset)
+        # of a constant autograd could not say that its gradient is 0: hence var - var
+        factor = self.factor(table) if self.scale else 1 + (table.var - table.var)
+        return _affine(factor, _kept_mean(table, self.center), gain, offset)
 
     def factor(self, table: Moments) -> SegmentTable:
         """One over the standard deviation."""
@@ -90,13 +90,17 @@ class UnitLength:
         self, table: Moments, gain: PerChannel | None, offset: PerChannel | None
     ) -> Affine:
         """Scale and center of every filter."""
-        kept_mean = torch.zeros_like(table.mean) if self.center else table.mean
-        return _affine(self.factor(table), kept_mean, gain, offset)
+        return _affine(self.factor(table), _kept_mean(table, self.center), gain, offset)
 
     def factor(self, table: Moments) -> SegmentTable:
         """One over the length."""
         mean_square = table.var if self.center else table.var + table.mean.square()
         return torch.rsqrt(mean_square + self.eps / self.fan_in) / math.sqrt(self.fan_in)
+
+
+def _kept_mean(table: Moments, center: bool) -> SegmentTable:
+    """What remains of a filter's mean; zeros that autograd can follow."""
+    return table.mean - table.mean if center else table.mean
 
 
 def _affine(

@@ -44,6 +44,7 @@ def bake_weights_(model: nn.Module) -> WeightReport:
     for module in layers.values():
         _take_class_of_its_own(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        _put_weight_first(module)
     return WeightReport(done="baked", changed=tuple(layers), skipped={}, how="")
 
 
@@ -65,3 +66,11 @@ def _take_class_of_its_own(module: nn.Module) -> None:
     shared = type(module)
     own = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     module.__class__ = own  # type: ignore[assignment]
+
+
+def _put_weight_first(module: nn.Module) -> None:
+    """Restore the plain layer's order of parameters, by which optimizers keep their state."""
+    others = {n: p for n, p in module.named_parameters(recurse=False) if n != "weight"}
+    for name, parameter in others.items():
+        delattr(module, name)
+        module.register_parameter(name, parameter)
