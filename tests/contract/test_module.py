@@ -118,8 +118,8 @@ def test_example_weight_is_in_the_state_dict_only_when_it_is_not_the_default(cas
 
 KEYS = {
     "gnplus": "weight bias mix_logit running_mean running_var num_batches_tracked",
-    "bcn": "channel.weight channel.bias batch.weight batch.bias batch.running_mean "
-    "batch.running_var batch.num_batches_tracked",
+    "bcn": "batch.weight batch.bias batch.running_mean batch.running_var "
+    "batch.num_batches_tracked channel.weight channel.bias",
     "sn": "weight bias mean_logits var_logits running_mean running_var num_batches_tracked",
     "sn-two": "weight bias mean_logits var_logits",
     "ibn": "instance.weight instance.bias batch.weight batch.bias batch.running_mean "

@@ -305,7 +305,7 @@ def instance_batch_norm(  # noqa: PLR0913
     if training:
         _require_variances(x[:, :half], name, Partition(num_groups=half, examples_per_group=1))
     first, rest = (
-        Parameters(*(None if p is None else p[part] for p in (weight, bias)), eps)
+        Parameters(_part(weight, part), _part(bias, part), eps)
         for part in (slice(half), slice(half, None))
     )
     return normalize_halves(x, half, running, training, first, rest)
@@ -354,6 +354,10 @@ def group_whitening(
     if x.numel() == 0:
         return empty_result(x, weight, bias)
     return whiten_groups(x, num_groups, require_count("iterations", iterations), parameters)
+
+
+def _part(values: PerChannel | None, channels: slice) -> PerChannel | None:
+    return None if values is None else values[channels]
 
 
 def _require_variances(x: FeatureMap, name: str, *partitions: Partition) -> None:

@@ -99,15 +99,15 @@ class BatchChannelNorm(NormLayer):
         super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
         self.num_groups, self.micro_batch, self.momentum = num_groups, micro_batch, momentum
         options = {"eps": eps, "affine": affine, "device": device, "dtype": dtype}
+        self._update_rate = require_update_rate(update_rate)
+        stage = {"example_weight": example_weight, **options}
+        if micro_batch:
+            self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
+        else:
+            self.batch = BatchNorm(num_features, momentum=momentum, **stage)
         self.channel = ChannelStage(
             num_features, num_groups=num_groups, channel_affine=channel_affine, **options
         )
-        self._update_rate = require_update_rate(update_rate)
-        options["example_weight"] = example_weight
-        if micro_batch:
-            self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **options)
-        else:
-            self.batch = BatchNorm(num_features, momentum=momentum, **options)
 
     def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
         """The stages have the parameters."""
