@@ -102,6 +102,10 @@ struct Kernels {
   void (*backward_elementwise)(const Pooled&, int64_t group, int64_t begin, int64_t end,
                                void* dbias, void* dweight);
 
+  // channels_last, groups of whole channels: runs of examples [begin, end).
+  void (*forward_blocks)(const Pooled&, int64_t begin, int64_t end);
+  void (*backward_blocks)(const Pooled&, int64_t begin, int64_t end);
+
   void (*column_shift)(const Columns&, int64_t rows, void* shift);
   void (*column_sums)(const Columns&, int64_t begin, int64_t end, double* first, double* second);
   void (*column_apply)(const Columns&, int64_t begin, int64_t end);

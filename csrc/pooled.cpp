@@ -54,6 +54,15 @@ void pool_channels(const Partition& p, int64_t cells_per_channel, const double* 
 
 namespace {
 
+decltype(&forward_by_rows) forward_of(const FeatureMap& x, const Partition& p) {
+  if (!by_columns(x, p)) return forward_by_rows;
+  return by_blocks(x, p) ? forward_by_blocks : forward_by_columns;
+}
+decltype(&backward_by_rows) backward_of(const FeatureMap& x, const Partition& p) {
+  if (!by_columns(x, p)) return backward_by_rows;
+  return by_blocks(x, p) ? backward_by_blocks : backward_by_columns;
+}
+
 // The parts of a table (2, num_batches * num_groups + num_pooled): means, then variances.
 Statistics parts_of(const Tensor& table, int64_t num_cells, bool channels) {
   double *const means = doubles(table), *const vars = means + table.size(1);
@@ -85,8 +94,7 @@ std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTen
     return {y, table};
   }
   const Statistics result = parts_of(table, num_cells, channel_statistics);
-  const auto forward = by_columns(x, p) ? forward_by_columns : forward_by_rows;
-  forward(x, y, weight, bias, p, eps, result);
+  forward_of(x, p)(x, y, weight, bias, p, eps, result);
   if (running_mean && running_var) {
     STD_TORCH_CHECK(channel_statistics || p.num_batches == 1,
                     "several runs of examples have running statistics only by channel");
@@ -125,8 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Ten
   ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
   if (x.numel() > 0) {
     const Statistics given = parts_of(table, 0, false);
-    const auto backward = by_columns(x, p) ? backward_by_columns : backward_by_rows;
-    backward(g, x, dx, given, weight, p, eps, gradients);
+    backward_of(x, p)(g, x, dx, given, weight, p, eps, gradients);
   }
   return {dx, gradient_tensor(gradients.dweight, need_weight, x.wide()),
           gradient_tensor(gradients.dbias, need_bias, x.wide())};
@@ -151,8 +158,7 @@ Tensor evaluate_forward(const Tensor& input, const Tensor& mean, const Tensor& v
   const Tensor y = x.fresh();
   if (x.numel() == 0) return y;
   std::vector<double> means = given_table(mean, p), vars = given_table(var, p);
-  const auto forward = by_columns(x, p) ? forward_by_columns : forward_by_rows;
-  forward(x, y, weight, bias, p, eps, {means.data(), vars.data(), nullptr, nullptr, true});
+  forward_of(x, p)(x, y, weight, bias, p, eps, {means.data(), vars.data(), nullptr, nullptr, true});
   return y;
 }
 
@@ -168,9 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> evaluate_backward(const Tensor& grad, const T
   ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
   if (x.numel() > 0) {
     std::vector<double> means = given_table(mean, p), vars = given_table(var, p);
-    const auto backward = by_columns(x, p) ? backward_by_columns : backward_by_rows;
-    backward(g, x, dx, {means.data(), vars.data(), nullptr, nullptr, true}, weight, p, eps,
-             gradients);
+    backward_of(x, p)(g, x, dx, {means.data(), vars.data(), nullptr, nullptr, true}, weight, p,
+                      eps, gradients);
   }
   return {dx, gradient_tensor(gradients.dweight, need_weight, x.wide()),
           gradient_tensor(gradients.dbias, need_bias, x.wide())};

@@ -35,6 +35,14 @@ void forward_by_rows(const FeatureMap& x, const Tensor& y, const OptionalTensor&
 void backward_by_rows(const Tensor& g, const FeatureMap& x, const Tensor& dx,
                       const Statistics& given, const OptionalTensor& weight, const Partition& p,
                       double eps, ParameterGradients& gradients);
+// Whether whole runs of examples, one for each thread, are the way through a channels_last map.
+bool by_blocks(const FeatureMap& x, const Partition& p);
+void forward_by_blocks(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Partition& p, double eps,
+                       const Statistics& result);
+void backward_by_blocks(const Tensor& g, const FeatureMap& x, const Tensor& dx,
+                        const Statistics& given, const OptionalTensor& weight, const Partition& p,
+                        double eps, ParameterGradients& gradients);
 void forward_by_columns(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
                         const OptionalTensor& bias, const Partition& p, double eps,
                         const Statistics& result);
