@@ -143,7 +143,7 @@ def test_auto_needs_a_batch_size():
 
 
 def test_weights_cannot_be_standardised_by_one_layer():
-    with pytest.raises(nk.SpecError, match=r"gn:8\+ws asks for weight .* the norm alone, 'gn:8'"):
+    with pytest.raises(nk.SpecError, match=r"gn:8\+ws asks for weight .* the norm alone, 'gn:8', and call"):
         nk.build("gn:8+ws", 64)
 
 

@@ -135,6 +135,11 @@ class NormSpec:
     def __repr__(self) -> str:
         return f"NormSpec({str(self)!r})"
 
+    @property
+    def norm_alone(self) -> NormSpec:
+        """The spec without ``+ws``: what stands at the place of the norm itself."""
+        return replace(self, standardize_weights=False)
+
     def resolve(
         self, num_features: int, *, batch_size: int | None = None, num_positions: int | None = None
     ) -> NormSpec:
@@ -167,7 +172,8 @@ class NormSpec:
         if self.standardize_weights:
             raise SpecError(
                 f"{self} asks for weight standardization, which concerns the layer before the "
-                f"norm; build the norm alone, {str(self).removesuffix('+ws')!r}"
+                f"norm; build the norm alone, {str(self.norm_alone)!r}, and call "
+                f"standardize_weights_ on the model"
             )
         found = self.resolve(num_features, batch_size=batch_size, num_positions=num_positions)
         method = METHODS[self.name]

@@ -137,7 +137,10 @@ BAD = [
     ),
     (["--norms", "bn,in"], r"norm in does not fit layer '2' at batch size 10: .*a single value"),
     (["--batch-sizes", "2,1"], r"norm bn does not fit layer '2' at batch size 1: .*a single val"),
-    (["--norms", "bn,gn:2+ws"], r"norm gn:2\+ws asks for .* not support yet; write gn:2"),
+    (
+        ["--norms", "bn,gn:2+ws", "--model", "mlp:depth=2:width=20"],
+        r"\+ws has nothing to standardise in model 'mlp:depth=2:width=20'.*leave \+ws out",
+    ),
     (["--workers", "0"], r"--workers was given 0; give the runs at once, 1 or more"),
 ]
 

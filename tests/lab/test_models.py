@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from normkit import BatchNorm, GroupNorm
 from normkit.errors import PartitionError, SpecError
@@ -83,6 +84,32 @@ def test_places_name_the_norms_in_the_model():
     for place in built.norms:
         assert isinstance(built.model.get_submodule(place.name), GroupNorm)
         assert place.num_features == built.model.get_submodule(place.name).num_features
+
+
+def test_ws_standardizes_exactly_the_convolutions_that_feed_the_norm():
+    built = build("timm:regnety_002", "gn:max=4+ws", shape=(3, 32, 32))
+    touched = {n for n, m in built.model.named_modules() if is_parametrized(m)}
+    convolutions = {n for n, m in built.model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert touched == set(built.standardized)
+    assert touched == {name for name in convolutions if ".se." not in name}
+    assert {p.norm for p in built.norms} == {"gn:4+ws"}
+    plain = build("timm:regnety_002", "gn:max=4", shape=(3, 32, 32)).model
+    raw = built.model.stem.conv.parametrizations.weight.original
+    assert torch.equal(raw, plain.stem.conv.weight)
+    assert built.model(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["small-resnet", "vgg11", "torchvision:resnet18"])
+def test_ws_touches_no_head(name):
+    built = build(name, "bn+ws", shape=(1, 32, 32))
+    assert len(built.standardized) == len(built.norms)
+
+
+def test_ws_needs_convolutions():
+    with pytest.raises(
+        SpecError, match=r"\+ws has nothing to standardise in model 'mlp'.*resnet18"
+    ):
+        build("mlp", "bn+ws")
 
 
 def test_without_a_norm_a_model_keeps_its_own():

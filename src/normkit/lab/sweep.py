@@ -21,7 +21,7 @@ from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.data import Dataset, load
 from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.models.build import norm_slots
+from normkit.lab.models.build import build_model, norm_slots
 from normkit.lab.records import Outcome, Record, append_record
 from normkit.lab.spec import RunSpec, SweepSpec
 from normkit.lab.steps import batch_lengths, num_steps_per_epoch
@@ -55,7 +55,7 @@ def check(sweep: SweepSpec) -> int:
     """
     _check_kernels()
     parse_device(sweep.protocol.device)
-    specs = [_without_suffix(norm) for norm in sweep.norms]
+    specs = [NormSpec.parse(norm) for norm in sweep.norms]
     dataset = load(sweep.protocol.data, sweep.protocol.limit)
     _check_limit(sweep.protocol.limit, dataset)
     slots = norm_slots(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
@@ -63,6 +63,15 @@ def check(sweep: SweepSpec) -> int:
     for spec, batch_size in itertools.product(specs, sweep.batch_sizes):
         for length in batch_lengths(num_examples, batch_size):
             slots.check(spec, batch_size, length)
+    for spec in specs:
+        if spec.standardize_weights:  # whether a model has what it asks for shows in the model
+            build_model(
+                sweep.protocol.model,
+                num_classes=dataset.num_classes,
+                input_shape=dataset.input_shape,
+                norm=spec,
+                batch_size=sweep.batch_sizes[0],
+            )
     return num_examples
 
 
@@ -73,16 +82,6 @@ def _check_kernels() -> None:
             require_kernels(name)
         except KernelError as error:
             raise SpecError(f"{ENVIRONMENT_VARIABLE} is {name!r}: {error}") from error
-
-
-def _without_suffix(norm: str) -> NormSpec:
-    spec = NormSpec.parse(norm)
-    if spec.standardize_weights:
-        raise SpecError(
-            f"norm {spec} asks for weight standardization, which compare does not support yet; "
-            f"write {norm.removesuffix('+ws')}"
-        )
-    return spec
 
 
 def _check_limit(limit: int | None, dataset: Dataset) -> None:

@@ -2,7 +2,17 @@
 
 from normkit.tracing.feeds import Feeds, Pair, trace_feeds
 from normkit.tracing.graph import Call, Graph
-from normkit.tracing.kinds import is_norm, is_producer
+from normkit.tracing.kinds import CONVOLUTIONS, is_norm, is_producer
 from normkit.tracing.trace import trace
 
-__all__ = ["Call", "Feeds", "Graph", "Pair", "is_norm", "is_producer", "trace", "trace_feeds"]
+__all__ = [
+    "CONVOLUTIONS",
+    "Call",
+    "Feeds",
+    "Graph",
+    "Pair",
+    "is_norm",
+    "is_producer",
+    "trace",
+    "trace_feeds",
+]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from normkit import NormSpec, build
+from normkit import NormSpec, build, standardize_weights_
 from normkit.errors import NormError, SpecError
 from normkit.lab.models.architecture import (
     ARCHITECTURES,
@@ -20,6 +20,7 @@ from normkit.lab.models.architecture import (
 )
 from normkit.lab.models.own import initialise
 from normkit.lab.models.zoo import TimmModel, TorchvisionModel, timm_names, torchvision_names
+from normkit.tracing import CONVOLUTIONS, trace_feeds
 
 PROBE_SIZE = 2  # examples that are sent through a model to see its maps
 
@@ -36,10 +37,17 @@ class PlacedNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModel:
-    """A network and its norms, in the order in which they were built."""
+    """A network and its norms, in the order in which they were built.
+
+    Args:
+        model: The network.
+        norms: Its norms.
+        standardized: Names of the convolutions whose weights are standardised.
+    """
 
     model: nn.Module
     norms: tuple[PlacedNorm, ...]
+    standardized: tuple[str, ...] = ()
 
 
 def build_model(
@@ -60,13 +68,14 @@ def build_model(
             ``"torchvision:NAME"``, ``"timm:NAME"``, or a plain name of theirs.
         num_classes: Length of the network's output.
         input_shape: Channels, height and width of one input.
-        norm: What replaces every batch norm; ``None`` keeps the model's own.
+        norm: What replaces every batch norm; ``None`` keeps the model's own. With ``+ws`` the
+            convolutions that feed one of these norms are standardised.
         batch_size: Decides ``auto`` arguments of the norm.
         seed: Decides the initial weights.
 
     Raises:
         SpecError: If the model or the norm is unknown, the model cannot take the inputs, or it
-            has no batch norm to replace.
+            has no batch norm to replace, or for ``+ws`` no convolution that feeds one.
         PartitionError: If the norm's groups do not fit one of the layers.
     """
     architecture = parse_model(name)
@@ -77,7 +86,27 @@ def build_model(
     slots = _find_slots(name, architecture, task)
     placed = tuple(_placed(at, slot, spec, batch_size) for at, slot in slots.items())
     factory = _InOrder([_builder(place) for place in placed])
-    return BuiltModel(model=_seeded(architecture, task, factory, seed), norms=placed)
+    model = _seeded(architecture, task, factory, seed)
+    standardized = _standardized_(model, name, placed, task) if spec.standardize_weights else ()
+    return BuiltModel(model=model, norms=placed, standardized=standardized)
+
+
+def _standardized_(
+    model: nn.Module, name: str, placed: Sequence[PlacedNorm], task: Task
+) -> tuple[str, ...]:
+    """Standardise the convolutions that feed one of the placed norms; return their names."""
+    norms = {place.name for place in placed}
+    feeds = trace_feeds(model, torch.zeros(PROBE_SIZE, *task.input_shape))
+    feeding = {pair.producer for pair in feeds.pairs if pair.norm in norms}
+    report = standardize_weights_(
+        model, lambda module, at: at in feeding and isinstance(module, CONVOLUTIONS)
+    )
+    if not report.changed:
+        raise SpecError(
+            f"+ws has nothing to standardise in model {name!r}: none of its convolutions feeds a "
+            f"norm; leave +ws out, or choose a model with convolutions, such as resnet18"
+        )
+    return report.changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +231,7 @@ def _send_zeros(name: str, model: nn.Module, task: Task) -> None:
 
 def _try_out(slot: _Slot, spec: NormSpec, batch_size: int, num_examples: int) -> None:
     with torch.device("meta"):
-        layer = spec.build(
+        layer = spec.norm_alone.build(
             slot.num_features, batch_size=batch_size, num_positions=slot.num_positions
         )
         for size, *rest in slot.shapes:  # a model may fold other axes into the examples
@@ -223,7 +252,8 @@ def _placed(name: str, slot: _Slot, spec: NormSpec, batch_size: int | None) -> P
 
 def _builder(place: PlacedNorm) -> NormLayer:
     def built(num_features: int) -> nn.Module:
-        return build(NormSpec.parse(place.norm), num_features, num_positions=place.num_positions)
+        norm = NormSpec.parse(place.norm).norm_alone
+        return build(norm, num_features, num_positions=place.num_positions)
 
     return built
 
