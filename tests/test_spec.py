@@ -143,7 +143,9 @@ def test_auto_needs_a_batch_size():
 
 
 def test_weights_cannot_be_standardised_by_one_layer():
-    with pytest.raises(nk.SpecError, match=r"gn:8\+ws asks for weight .* the norm alone, 'gn:8', and call"):
+    with pytest.raises(
+        nk.SpecError, match=r"gn:8\+ws asks for weight .* the norm alone, 'gn:8', and call"
+    ):
         nk.build("gn:8+ws", 64)
 
 
@@ -158,3 +160,24 @@ def test_lists_of_specs():
         nk.parse_specs(" , ")
     with pytest.raises(nk.SpecError, match="names gn:8 twice"):
         nk.parse_specs("gn:8,bn,gn:num_groups=8")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "layer"),
+    [
+        ("gnplus:32:order=parallel", "gnplus:32:order=parallel", nk.GroupNormPlus),
+        ("bcn:32:micro", "bcn:32:micro_batch", nk.BatchChannelNorm),
+        ("bcn:max=24", "bcn:16", nk.BatchChannelNorm),
+        ("sn", "sn", nk.SwitchableNorm),
+        ("gw:32", "gw:32", nk.GroupWhitening),
+        ("ibn", "ibn", nk.InstanceBatchNorm),
+    ],
+)
+def test_composites_have_specs(text, shown, layer):
+    assert str(nk.NormSpec.parse(text).resolve(64)) == shown
+    assert isinstance(nk.build(text, 64), layer)
+
+
+def test_a_word_that_an_option_does_not_know_is_refused():
+    with pytest.raises(nk.SpecError, match="one of: group-first, batch-first, parallel"):
+        nk.NormSpec.parse("gnplus:8:order=both")

@@ -15,6 +15,7 @@ from normkit.errors import (
     WeightError,
 )
 from normkit.explain import Explanation, explain
+from normkit.inference import set_example_weight
 from normkit.kernels.select import use_kernels
 from normkit.layers.batch_channel import BatchChannelNorm, sync_update_rates
 from normkit.layers.group_plus import GroupNormPlus
@@ -69,6 +70,7 @@ __all__ = [
     "largest_divisor",
     "param_groups",
     "parse_specs",
+    "set_example_weight",
     "standardize_weights_",
     "sync_update_rates",
     "use_kernels",

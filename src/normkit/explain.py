@@ -10,6 +10,8 @@ from normkit.core.check import require_feature_map
 from normkit.errors import InputTypeError
 from normkit.kernels.select import Kernels, choose
 from normkit.layers.base import NormLayer, SegmentLayer
+from normkit.layers.instance_batch import InstanceBatchNorm
+from normkit.layers.whitening import GroupWhitening
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,22 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
 
 
 def _groups(layer: NormLayer, x: Tensor) -> str:
+    parts = getattr(layer, "partitions", None)
+    if parts is not None:
+        shapes = {name: (x.shape[0], _channels(layer, name), *x.shape[2:]) for name in parts}
+        return "; ".join(
+            f"{name} over {part.describe_group(shapes[name])}" for name, part in parts.items()
+        )
+    if isinstance(layer, GroupWhitening):
+        return f"covariances of {layer.num_groups} runs of channels within an example"
     if isinstance(layer, SegmentLayer):
         layer.partition.segment_size(x.shape)
         return f"statistics over {layer.partition.describe_group(x.shape)}"
     return f"statistics over the {x.shape[1]} channels of each position"
+
+
+def _channels(layer: NormLayer, part: str) -> int:
+    """Channels that a part of a composite sees: of IBN, each norm has its own."""
+    if isinstance(layer, InstanceBatchNorm):
+        return layer.partitions[part].num_groups
+    return layer.num_features

@@ -7,12 +7,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import get_args
 
 from torch import nn
 
+from normkit.core.composite import Order
 from normkit.core.partition import largest_divisor
 from normkit.errors import SpecError
 from normkit.layers import single
+from normkit.layers.batch_channel import BatchChannelNorm, ChannelAffine
+from normkit.layers.group_plus import GroupNormPlus
+from normkit.layers.instance_batch import InstanceBatchNorm
+from normkit.layers.switchable import SwitchableNorm
+from normkit.layers.whitening import GroupWhitening
 
 Value = int | float | bool | str | None
 
@@ -55,6 +62,11 @@ def recommended_bgn_groups(batch_size: int) -> int:
     return RECOMMENDED_BGN_GROUPS[nearest]
 
 
+WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"Order": get_args(Order), "ChannelAffine": get_args(ChannelAffine)}
+)
+"""Options that are one of a few words, by the name of their annotation."""
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "bn": Method(layer=single.BatchNorm),
@@ -74,6 +86,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             argument="num_groups",
             short={"examples": "examples_per_group"},
         ),
+        "gnplus": Method(layer=GroupNormPlus, argument="num_groups"),
+        "bcn": Method(
+            layer=BatchChannelNorm,
+            argument="num_groups",
+            short={"micro": "micro_batch", "rate": "update_rate"},
+        ),
+        "sn": Method(layer=SwitchableNorm),
+        "gw": Method(layer=GroupWhitening, argument="num_groups"),
+        "ibn": Method(layer=InstanceBatchNorm),
     }
 )
 """Every norm that a spec can name."""
@@ -266,8 +287,9 @@ def _read(argument: str, method: Method, text: str) -> tuple[str, Value]:
 
 
 def _read_unnamed(argument: str, method: Method, text: str) -> tuple[str, Value]:
-    if _is_flag(argument, method):
-        return argument, True
+    option = method.short.get(argument, argument)
+    if _is_flag(option, method):
+        return option, True
     if method.argument is None:
         raise SpecError(
             f"spec {text!r} has argument {argument!r}, but this norm takes no number; its options "
@@ -281,10 +303,10 @@ def _read_unnamed(argument: str, method: Method, text: str) -> tuple[str, Value]
     return "", _whole_number(argument, argument, text)
 
 
-def _is_flag(argument: str, method: Method) -> bool:
+def _is_flag(option: str, method: Method) -> bool:
     """Whether this names an option that is true or false."""
-    option = method.options().get(argument)
-    return option is not None and str(option.annotation) == "bool"
+    known = method.options().get(option)
+    return known is not None and str(known.annotation) == "bool"
 
 
 def _whole_number(value: str, argument: str, text: str) -> int:
@@ -301,12 +323,22 @@ def _value(value: str, annotation: str, argument: str, text: str) -> Value:
     constants: dict[str, Value] = {"true": True, "false": False, "none": None}
     if value in constants and (constants[value] is None) == ("None" in annotation):
         return constants[value]
+    if annotation in WORDS:
+        return _word(value, WORDS[annotation], argument, text)
     try:
         return {"int": int, "float": float}[annotation.split(" ", maxsplit=1)[0]](value)
     except (KeyError, ValueError):
         raise SpecError(
             f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"
         ) from None
+
+
+def _word(value: str, known: tuple[str, ...], argument: str, text: str) -> str:
+    if value not in known:
+        raise SpecError(
+            f"spec {text!r} has argument {argument!r}; it is one of: {', '.join(known)}"
+        )
+    return value
 
 
 def _print(key: str, value: Value) -> str:

@@ -79,6 +79,7 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, section 4.
 
     Example:
+        >>> import torch
         >>> group_norm_plus(torch.randn(4, 6, 5, 7), 3, torch.ones(()), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -150,6 +151,7 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
         Weight Standardization, section 7 and Algorithm 1.
 
     Example:
+        >>> import torch
         >>> mean, var = torch.zeros(6), torch.ones(6)
         >>> x = torch.randn(1, 6, 5, 7)
         >>> batch_channel_norm(x, 3, mean, var, training=True, update_rate=0.1).shape
@@ -224,6 +226,7 @@ def switchable_norm(  # noqa: PLR0913, PLR0917
         Luo, Ren, Peng, Zhang & Li 2018, arXiv:1806.10779.
 
     Example:
+        >>> import torch
         >>> logits = torch.ones(3)
         >>> switchable_norm(torch.randn(4, 6, 5, 7), logits, logits, training=True).shape
         torch.Size([4, 6, 5, 7])
@@ -286,6 +289,7 @@ def instance_batch_norm(  # noqa: PLR0913
         Pan, Luo, Shi & Tang 2018, arXiv:1807.09441.
 
     Example:
+        >>> import torch
         >>> mean, var = torch.zeros(3), torch.ones(3)
         >>> instance_batch_norm(torch.randn(4, 6, 5, 7), mean, var, training=True).shape
         torch.Size([4, 6, 5, 7])
@@ -344,6 +348,7 @@ def group_whitening(
         Huang, Zhou, Liu & Shao 2021, arXiv:2009.13333.
 
     Example:
+        >>> import torch
         >>> group_whitening(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """

@@ -64,6 +64,7 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         Ioffe & Szegedy 2015, arXiv:1502.03167.
 
     Example:
+        >>> import torch
         >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -113,6 +114,7 @@ def batch_group_norm(  # noqa: PLR0913
         Zhou et al., Batch Group Normalization, eqs. 8-9.
 
     Example:
+        >>> import torch
         >>> batch_group_norm(torch.randn(4, 6, 5, 7), 14, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -162,6 +164,7 @@ def ghost_batch_norm(  # noqa: PLR0913
         Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 4.
 
     Example:
+        >>> import torch
         >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -217,6 +220,7 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
         Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.4.
 
     Example:
+        >>> import torch
         >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -258,6 +262,7 @@ def instance_norm(
         Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
 
     Example:
+        >>> import torch
         >>> instance_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -293,6 +298,7 @@ def layer_norm(
         Ba, Kiros & Hinton 2016, arXiv:1607.06450.
 
     Example:
+        >>> import torch
         >>> layer_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -330,6 +336,7 @@ def group_norm(
         Wu & He 2018, arXiv:1803.08494, eq. 7.
 
     Example:
+        >>> import torch
         >>> group_norm(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """
@@ -366,6 +373,7 @@ def positional_norm(
         Li et al. 2019, arXiv:1907.04312, without its re-injection path.
 
     Example:
+        >>> import torch
         >>> positional_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """

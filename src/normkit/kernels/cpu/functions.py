@@ -121,12 +121,8 @@ class _Pooled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weight, bias, pooling, running, differentiable = arguments
         y, table = _pooled_forward(x, weight, bias, pooling, running)
-        ctx.save_for_backward(x, weight, table)
+        _keep(ctx, (x, weight, bias), table, differentiable)
         ctx.options = (pooling.num_groups, pooling.examples_per_group, pooling.eps)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.differentiable = differentiable
-        ctx.mark_non_differentiable(table)
-        ctx.set_materialize_grads(False)
         return y, table
 
     @staticmethod
@@ -201,18 +197,29 @@ class _Positional(torch.autograd.Function):
         differentiable: Differentiable | None,
     ) -> tuple[Tensor, Tensor]:
         y, table = torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, table)
+        _keep(ctx, (x, weight, bias), table, differentiable)
         ctx.options = (eps,)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.differentiable = differentiable
-        ctx.mark_non_differentiable(table)
-        ctx.set_materialize_grads(False)
         return y, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
         operator = torch.ops.normkit.positional_backward.default
         return *_gradients(ctx, grads[0], operator), None, None
+
+
+def _keep(
+    ctx: Any,  # noqa: ANN401
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    table: Tensor,
+    differentiable: Differentiable | None,
+) -> None:
+    """Keep what ``_gradients`` reads, and say that the table has no gradient."""
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight, table)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.differentiable = differentiable
+    ctx.mark_non_differentiable(table)
+    ctx.set_materialize_grads(False)
 
 
 def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -1,0 +1,113 @@
+"""What composites promise beyond their definition: Algorithm 1, learning rates, whiteness."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import normkit as nk
+from cases import randn
+
+
+def test_a_micro_batch_stage_is_algorithm_1_over_ten_steps():
+    layer = nk.BatchChannelNorm(6, num_groups=1, micro_batch=True, update_rate=0.2).double()
+    mean, var = torch.zeros(6).double(), torch.ones(6).double()
+    outputs = []
+    layer.batch.register_forward_hook(lambda m, given, y: outputs.append(y))
+    for step in range(10):
+        x = randn(2, 6, 3, 3, seed=step, mean=step, std=2.0)
+        layer(x)
+        batch_mean = x.mean(dim=(0, 2, 3))
+        batch_var = (x - mean.reshape(1, -1, 1, 1)).square().mean(dim=(0, 2, 3))
+        mean, var = mean + 0.2 * (batch_mean - mean), var + 0.2 * (batch_var - var)
+        scale = (var + 1e-5).rsqrt().reshape(1, -1, 1, 1)
+        assert_close(outputs[-1], (x - mean.reshape(1, -1, 1, 1)) * scale)
+    assert_close(layer.batch.running_mean, mean)
+    assert_close(layer.batch.running_var, var)
+
+
+@pytest.mark.parametrize("micro", [False, True])
+def test_stages_one_by_one_are_the_composite_at_once(micro):
+    layers = [nk.BatchChannelNorm(6, num_groups=3, micro_batch=micro).double() for _ in range(2)]
+    layers[1].batch.register_forward_hook(lambda *_: None)
+    for step in range(3):
+        x = randn(4, 6, 5, seed=step, mean=1.0)
+        assert_close(layers[0](x), layers[1](x))
+    for name, value in layers[0].state_dict().items():
+        assert_close(layers[1].state_dict()[name], value)
+
+
+def test_halves_one_by_one_are_the_composite_at_once():
+    layers = [nk.InstanceBatchNorm(7).double() for _ in range(2)]
+    layers[1].instance.register_forward_hook(lambda *_: None)
+    x = randn(4, 7, 5, mean=1.0)
+    assert_close(layers[0](x), layers[1](x))
+    assert layers[0].instance.num_features == 3
+
+
+def test_update_rates_follow_the_learning_rate_of_their_group():
+    slow, fast = (nk.BatchChannelNorm(6, num_groups=3, micro_batch=True) for _ in range(2))
+    groups = [{"params": slow.parameters(), "lr": 0.01}, {"params": fast.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    nk.sync_update_rates(nn.Sequential(slow, fast, nk.BatchNorm(6)), optimizer)
+    assert (slow.update_rate, fast.batch.update_rate) == (0.01, 0.5)
+    optimizer.param_groups[1]["lr"] = 2.0
+    optimizer.param_groups[0]["lr"] = 0.02
+    with pytest.raises(nk.OptionError, match=r"update_rate=2.0 .* lies in \(0, 1\]"):
+        nk.sync_update_rates(nn.Sequential(slow, fast), optimizer)
+    assert slow.update_rate == 0.01
+
+
+def test_a_switchable_norm_that_has_chosen_batch_norm_is_batch_norm():
+    layer, plain = nk.SwitchableNorm(6).double(), nk.BatchNorm(6).double()
+    with torch.no_grad():
+        for logits in (layer.mean_logits, layer.var_logits):
+            logits.copy_(torch.tensor([-200.0, -200.0, 200.0]))
+    x = randn(4, 6, 5, 7)
+    assert_close(layer(x), plain(x))
+    assert_close(layer.eval()(x), plain.eval()(x))
+
+
+def test_whitening_agrees_with_an_eigendecomposition():
+    x = randn(2, 16, 9, 9, mean=3.0)
+    y = nk.functional.group_whitening(x, 4, iterations=15)
+    for example, found in zip(x, y, strict=True):
+        rows = example.reshape(4, -1)
+        rows = rows - rows.mean(dim=1, keepdim=True)
+        values, vectors = torch.linalg.eigh(rows @ rows.T / rows.shape[1] + 1e-5 * torch.eye(4))
+        expected = vectors @ torch.diag(values.rsqrt()) @ vectors.T @ rows
+        assert_close(found.reshape(4, -1), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_whitening_a_constant_is_finite():
+    assert torch.equal(
+        nk.GroupWhitening(6, num_groups=3)(torch.ones(2, 6, 4)), torch.zeros(2, 6, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: nk.GroupNormPlus(6, num_groups=3, order="both"), "order='both' .* group-first"),
+        (lambda: nk.GroupNormPlus(6, num_groups=3, mix_rate=2), "mix_rate=2 .* from 0 to 1"),
+        (lambda: nk.BatchChannelNorm(6, num_groups=3, update_rate=0), r"lies in \(0, 1\]"),
+        (
+            lambda: nk.BatchChannelNorm(6, num_groups=3, channel_affine="x"),
+            "one of: group, channel",
+        ),
+        (lambda: nk.InstanceBatchNorm(6, ratio=0.1), "leaves one of the norms without a channel"),
+        (lambda: nk.GroupNormPlus(6, num_groups=4), "4 groups do not divide"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(make, text):
+    with pytest.raises(nk.NormError, match=text):
+        make()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_mix_rate_slows_the_mixture_alone(rate):
+    paced, free = (nk.GroupNormPlus(6, num_groups=3, mix_rate=r).double() for r in (rate, 1.0))
+    for layer in (paced, free):
+        layer(randn(4, 6, 5)).pow(3).sum().backward()
+    assert_close(paced.mix_logit.grad, rate * free.mix_logit.grad)
+    assert_close(paced.weight.grad, free.weight.grad)
