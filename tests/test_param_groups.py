@@ -234,6 +234,25 @@ def test_a_single_norm_before_the_output_gets_no_warning():
     nk.param_groups(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), 1e-4)
 
 
+class Shift(nn.Module):
+    """A sum that joins no branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        """Add a number and a parameter."""
+        return x + 1 + self.by
+
+
+def test_a_sum_with_a_constant_is_no_residual_path():
+    norms = (nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model = nn.Sequential(norms[0], Shift(), nn.Conv2d(4, 4, 1), norms[1])
+    with pytest.warns(UserWarning, match=r"1 of 2 norms \(0\) have no residual path"):
+        nk.param_groups(model, 1e-4)
+
+
 class Untraceable(nn.Sequential):
     """Asks for values."""
 

@@ -73,8 +73,8 @@ class Graph:
             if at in seen:
                 continue
             seen.add(at)
-            kind = "sum" if self._joins(at) else self.calls[at].kind
-            if kind in ("norm", "sum", "output"):
+            kind = self.calls[at].kind
+            if kind in ("norm", "output") or self._joins(at):
                 found.add(kind)
             else:
                 open_.extend(self.users[at])

@@ -76,7 +76,7 @@ class OncePerForward:
 
     def _close(self, root: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ANN401
         if not torch.compiler.is_compiling():
-            None
+            self._kept.pop(threading.get_ident(), None)
 
 
 def _state(sources: Sources) -> tuple[Any, ...]:
