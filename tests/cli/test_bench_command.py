@@ -56,12 +56,12 @@ def test_a_record_is_printed_as_markdown_and_drawn_again(bench, capsys, tmp_path
         (["--norms", "bm"], "names norm 'bm'; the norms are: bn"),
         (["--batch-sizes", "two"], "--batch-sizes was given 'two'"),
         (["--shapes", "vgg"], "--shapes was given 'vgg'"),
-        (["--dtype", "int8"], "dtype was given 'int8'"),
-        (["--memory-format", "nhwc"], "memory_format was given 'nhwc'"),
-        (["--against", "jax"], "against was given 'jax'"),
+        (["--dtype", "int8"], "--dtype was given 'int8'"),
+        (["--memory-format", "nhwc"], "--memory-format was given 'nhwc'"),
+        (["--against", "jax"], "--against was given 'jax'"),
         (["--device", "tpu"], "there is no device 'tpu' here"),
         (["--threads", "0"], "--threads was given 0"),
-        (["--repeats", "0"], "repeats was given 0"),
+        (["--repeats", "0"], "--repeats was given 0"),
         (["--out", "/proc/normkit/b.json"], "/proc/normkit cannot be written to"),
         (["--render", "nowhere.json"], "nowhere.json cannot be read"),
     ],
@@ -72,6 +72,17 @@ def test_bad_input_gives_exit_code_2_and_a_way_out(bench, arguments, text):
     assert (code, output) == (2, "")
     assert text in errors
     assert "Traceback" not in errors
+
+
+def test_an_interrupt_is_said_to_keep_nothing(bench, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normkit.cli.bench.run_bench", interrupted)
+    code, _, errors = bench("--out", str(tmp_path / "b.json"))
+    assert code == 130
+    assert "interrupted; nothing was written" in errors
+    assert not list(tmp_path.glob("b.*"))
 
 
 def test_networks_are_timed_end_to_end(monkeypatch, capsys, tmp_path):

@@ -44,5 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"normkit: {error}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        sys.stderr.write("normkit: interrupted; finished runs are kept\n")
+        kept = "finished runs are kept" if isinstance(command, Compare) else "nothing was written"
+        sys.stderr.write(f"normkit: interrupted; {kept}\n")
         return EXIT_INTERRUPTED

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end
-from normkit.cli.numbers import whole_numbers
+from normkit.cli.numbers import flag, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.bench import (
     BenchRecord,
@@ -105,7 +105,8 @@ class Bench:
                 "threads": self._threads(),
                 "repeats": self.repeats,
                 "budget_s": self.budget_s,
-            }
+            },
+            flag,
         )
 
     def _threads(self) -> int:

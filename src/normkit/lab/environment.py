@@ -70,11 +70,16 @@ def _device_name(device: torch.device) -> str:
 
 
 @cache
-def code_hash() -> str:
-    """Twelve hexadecimal digits over sources and compiled kernels that decide what a run does."""
+def code_hash(*involved: str) -> str:
+    """Twelve hexadecimal digits over sources and compiled kernels that decide what a run does.
+
+    Args:
+        involved: Folders that a run of ``compare`` does without and this one does not.
+    """
+    left_out = tuple(name for name in UNINVOLVED if name not in involved)
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in CODE_SUFFIXES):
         name = path.relative_to(PACKAGE).as_posix()
-        if not name.startswith(UNINVOLVED):
+        if not name.startswith(left_out):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

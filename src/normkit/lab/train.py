@@ -44,7 +44,7 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     environment = describe_environment(device, spec.protocol.threads)
     dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
     started, step_times_s = time.perf_counter(), list[float]()
-    with _threads(spec.protocol.threads), _seeded(spec.seed, device):
+    with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
         outcome = _outcome(spec, dataset, _Stopwatch(step_times_s, device, on_step))
     return Record(
         spec=spec,
@@ -71,7 +71,8 @@ def parse_device(name: str) -> torch.device:
 
 
 @contextmanager
-def _threads(num_threads: int) -> Generator[None]:
+def threads_of(num_threads: int) -> Generator[None]:
+    """Run the block with this many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

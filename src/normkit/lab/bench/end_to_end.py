@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import nn
 
 from normkit.lab.bench.errors import BenchError
-from normkit.lab.bench.timing import Budget, Call, Times, threads_of, time_in_turns
+from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.data import Examples
 from normkit.lab.environment import Environment, code_hash, describe_environment
 from normkit.lab.models import build_model
 from normkit.lab.spec import Frozen
 from normkit.lab.steps import train_step
-from normkit.lab.train import parse_device
+from normkit.lab.train import parse_device, threads_of
 
 MOST_LOSS_DIFFERENCE = 1e-3  # of the first losses; fifty norms in a row round differently
 BUDGET_S = 20.0
@@ -96,7 +96,7 @@ def run_end_to_end(
     return EndToEndRecord(
         results=tuple(results),
         environment=environment,
-        code_hash=code_hash(),
+        code_hash=code_hash("lab/bench/"),
         load_average=load,
     )
 

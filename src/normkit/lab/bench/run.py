@@ -14,9 +14,9 @@ from normkit.lab.bench.peers import Peer, peers_of
 from normkit.lab.bench.records import BATCH_NORM, CONTIGUOUS, COPY, OURS, BenchRecord, Entry, Row
 from normkit.lab.bench.spec import TINY_SHAPE, Against, BenchSpec, Shape, build_norm
 from normkit.lab.bench.subject import Subject, Timed, require_agreement
-from normkit.lab.bench.timing import Budget, Call, Times, threads_of, time_in_turns
+from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.train import parse_device
+from normkit.lab.train import parse_device, threads_of
 from normkit.layers.base import NormLayer, SegmentLayer
 
 SCREENING = Budget(seconds=0.0, repeats=3)
@@ -103,7 +103,7 @@ def run_bench(spec: BenchSpec, on_row: OnRow = lambda job: None) -> BenchRecord:
         spec=spec,
         rows=tuple(rows),
         environment=environment,
-        code_hash=code_hash(),
+        code_hash=code_hash("lab/bench/"),
         duration_s=time.perf_counter() - started,
         load_average=load,
     )

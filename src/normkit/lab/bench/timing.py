@@ -116,14 +116,3 @@ def _no_collection() -> Generator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextmanager
-def threads_of(num_threads: int) -> Generator[None]:
-    """Run the block with this many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
