@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import normkit as nk
 from normkit import weights
 from normkit.core import normalize as core
+from normkit.weights.attach import rules_of
 
 ATTACH = {
     "ws": nk.standardize_weights_,
@@ -62,7 +63,7 @@ def pair(attach, mode=None):
     model = Head()
     attach(model)
     twin = copy.deepcopy(model)
-    for rule in weights.attach.rules_of(twin.conv):
+    for rule in rules_of(twin.conv):
         rule.once = None
     model.mode = twin.mode = mode
     return model, twin
@@ -134,7 +135,7 @@ def test_second_derivatives():
 def test_nothing_is_kept_after_a_forward_even_one_that_fails(computed):
     model, twin = pair(ATTACH["ws"], "fail")
     x = torch.randn(2, 4, 5, 5)
-    once = weights.attach.rules_of(model.conv)[0].once
+    once = rules_of(model.conv)[0].once
     with pytest.raises(RuntimeError, match="in the middle"):
         model(x)
     assert not once._kept

@@ -233,3 +233,16 @@ def test_an_install_without_a_compiler_says_so_and_goes_on(tmp_path):
     )
     assert "installed without its CPU kernels" in done.stderr
     assert not list(tmp_path.rglob("_C.so"))
+
+
+def test_one_wheel_serves_every_python(tmp_path):
+    folders = [f"--build-base={tmp_path / 'build'}", "bdist_wheel", f"--bdist-dir={tmp_path / 'b'}"]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", *folders, f"--dist-dir={tmp_path}"],
+        cwd=Path(__file__).parents[3],
+        check=True,
+        capture_output=True,
+        env={"CXX": "no-such-compiler", "PATH": ""},  # the tag is the same, and there at once
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
