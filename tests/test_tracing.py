@@ -28,7 +28,8 @@ class Block(nn.Module):
 
     def forward(self, x, scale=None):
         """Go all the ways."""
-        x = self.norms[0](self.direct(x))
+        x = self.direct(x)
+        x = self.norms[0](x.reshape(x.shape[0], x.size(1), x.shape[2], x.size(3)))
         x = functional.relu(self.norms[1](self.drop(self.late(x).contiguous())))
         x = self.wide(torch.cat([self.left(x), self.right(x)], dim=1))[:, :4]
         both = self.both(x)
@@ -38,7 +39,7 @@ class Block(nn.Module):
 
 
 EXPECTED = (
-    Pair("direct", "norms.0"),
+    Pair("direct", "norms.0", ("reshape",)),
     Pair("late", "norms.1", ("contiguous", "drop")),
     Pair("left", "wide", ("cat",)),
     Pair("right", "wide", ("cat",)),

@@ -59,7 +59,7 @@ class Graph:
                 call = self.calls[user]
                 if call.kind == "move":
                     open_.append((user, (*through, call.name)))
-                else:
+                elif call.kind != "ask":
                     found.setdefault(user, through)
         return found
 

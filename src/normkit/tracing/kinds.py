@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normkit.layers.base import NormLayer
 
-Kind = Literal["producer", "norm", "move", "sum", "other", "constant", "input", "output"]
+Kind = Literal["producer", "norm", "move", "sum", "ask", "other", "constant", "input", "output"]
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -43,6 +43,9 @@ MOVES = frozenset((
     "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "checkpoint",
 ))  # fmt: skip
 """Operations that pass values on as they are: elsewhere, in another shape or dtype, or dropped."""
+
+ASKS = frozenset({"getattr", "size", "dim", "numel", "stride", "is_contiguous"})
+"""Operations that ask something about a tensor and use none of its values."""
 
 SUMS = frozenset({"add", "iadd"})
 
@@ -81,6 +84,8 @@ def kind_of_operation(name: str) -> Kind:
     """Kind of a call of a function or method of this name."""
     if name in MOVES:
         return "move"
+    if name in ASKS:
+        return "ask"
     return "sum" if name in SUMS else "other"
 
 

@@ -86,7 +86,8 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if self._depth == 0:
             name, inputs = plain_name(func), tree_leaves((args, kwargs or {}))
-            self.record(name, kind_of_operation(name), inputs, tree_leaves(output))
+            made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            self.record(name, kind_of_operation(name) if made else "ask", inputs, made)
         return output
 
     @contextmanager
