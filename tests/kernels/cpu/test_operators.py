@@ -245,4 +245,4 @@ def test_one_wheel_serves_every_python(tmp_path):
         env={"CXX": "no-such-compiler", "PATH": ""},  # the tag is the same, and there at once
     )
     (wheel,) = tmp_path.glob("*.whl")
-    assert "-py3-none-linux_" in wheel.name
+    assert "-py3-none-" in wheel.name
