@@ -110,11 +110,7 @@ std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTen
 Tensor gradient_tensor(const std::vector<double>& sums, bool wanted, bool wide) {
   const int64_t size = wanted ? int64_t(sums.size()) : 0;
   const Tensor result = fresh_table({size}, wide);
-  if (wide) {
-    std::copy_n(sums.begin(), size, doubles(result));
-  } else {
-    std::copy_n(sums.begin(), size, static_cast<float*>(result.data_ptr()));
-  }
+  copy_doubles(sums.data(), size, result);
   return result;
 }
 

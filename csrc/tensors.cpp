@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -170,6 +172,14 @@ std::vector<double> as_doubles(const Tensor& table) {
   std::vector<double> result(at_least_one(values.numel()));
   widen(values.data_ptr(), 1, values.numel(), 1, result.data(), dtype_of(values));
   return result;
+}
+
+void copy_doubles(const double* values, int64_t count, const Tensor& table) {
+  if (dtype_of(table) == aoti_torch_dtype_float64()) {
+    std::copy_n(values, count, doubles(table));
+  } else {
+    std::copy_n(values, count, static_cast<float*>(table.data_ptr()));
+  }
 }
 
 int64_t num_threads() {
