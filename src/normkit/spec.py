@@ -30,7 +30,7 @@ RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class Recipe:
     """How a name becomes a layer.
 
     Args:
@@ -67,34 +67,34 @@ WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Options that are one of a few words, by the name of their annotation."""
 
-METHODS: Mapping[str, Method] = MappingProxyType(
+METHODS: Mapping[str, Recipe] = MappingProxyType(
     {
-        "bn": Method(layer=single.BatchNorm),
-        "in": Method(layer=single.InstanceNorm),
-        "ln": Method(layer=single.LayerNorm),
-        "gn": Method(layer=single.GroupNorm, argument="num_groups"),
-        "pn": Method(layer=single.PositionalNorm),
-        "bgn": Method(
+        "bn": Recipe(layer=single.BatchNorm),
+        "in": Recipe(layer=single.InstanceNorm),
+        "ln": Recipe(layer=single.LayerNorm),
+        "gn": Recipe(layer=single.GroupNorm, argument="num_groups"),
+        "pn": Recipe(layer=single.PositionalNorm),
+        "bgn": Recipe(
             layer=single.BatchGroupNorm,
             argument="num_groups",
             over_positions=True,
             automatic=recommended_bgn_groups,
         ),
-        "ghost": Method(layer=single.GhostBatchNorm, argument="ghost_batch_size"),
-        "gbgn": Method(
+        "ghost": Recipe(layer=single.GhostBatchNorm, argument="ghost_batch_size"),
+        "gbgn": Recipe(
             layer=single.GeneralBatchGroupNorm,
             argument="num_groups",
             short={"examples": "examples_per_group"},
         ),
-        "gnplus": Method(layer=GroupNormPlus, argument="num_groups"),
-        "bcn": Method(
+        "gnplus": Recipe(layer=GroupNormPlus, argument="num_groups"),
+        "bcn": Recipe(
             layer=BatchChannelNorm,
             argument="num_groups",
             short={"micro": "micro_batch", "rate": "update_rate"},
         ),
-        "sn": Method(layer=SwitchableNorm),
-        "gw": Method(layer=GroupWhitening, argument="num_groups"),
-        "ibn": Method(layer=InstanceBatchNorm),
+        "sn": Recipe(layer=SwitchableNorm),
+        "gw": Recipe(layer=GroupWhitening, argument="num_groups"),
+        "ibn": Recipe(layer=InstanceBatchNorm),
     }
 )
 """Every norm that a spec can name."""
@@ -129,7 +129,7 @@ class NormSpec:
     standardize_weights: bool = False
 
     def __post_init__(self) -> None:
-        method_of(self.name, self.name)
+        recipe_of(self.name, self.name)
 
     @classmethod
     def parse(cls, text: str | NormSpec) -> NormSpec:
@@ -142,8 +142,8 @@ class NormSpec:
         if suffixes not in ([], ["ws"]):
             raise SpecError(f"spec {text!r} ends in +{'+'.join(suffixes)}; the only suffix is +ws")
         name, *arguments = body.split(":")
-        method = method_of(name, text)
-        read = dict(_read(argument, method, text) for argument in arguments)
+        recipe = recipe_of(name, text)
+        read = dict(_read(argument, recipe, text) for argument in arguments)
         if len(read) < len(arguments) or {"", "max"} <= read.keys():
             raise SpecError(f"spec {text!r} sets an option twice; name each option once")
         ordered = sorted(read.items(), key=lambda item: (item[0] not in ("", "max"), item[0]))
@@ -181,8 +181,8 @@ class NormSpec:
             limit = self._automatic(batch_size)
         if limit is None:
             return self
-        method = METHODS[self.name]
-        size = num_features * (num_positions or 1 if method.over_positions else 1)
+        recipe = METHODS[self.name]
+        size = num_features * (num_positions or 1 if recipe.over_positions else 1)
         given[""] = largest_divisor(size, at_most=int(limit))
         return replace(self, arguments=tuple(sorted(given.items())))
 
@@ -197,9 +197,9 @@ class NormSpec:
                 f"standardize_weights_ on the model"
             )
         found = self.resolve(num_features, batch_size=batch_size, num_positions=num_positions)
-        method = METHODS[self.name]
-        options = {key or str(method.argument): value for key, value in found.arguments}
-        return method.layer(num_features, **options)
+        recipe = METHODS[self.name]
+        options = {key or str(recipe.argument): value for key, value in found.arguments}
+        return recipe.layer(num_features, **options)
 
     def _automatic(self, batch_size: int | None) -> int:
         rule = METHODS[self.name].automatic
@@ -259,7 +259,7 @@ track_running_stats=True, example_weight=0.0)
     )
 
 
-def method_of(name: str, text: str) -> Method:
+def recipe_of(name: str, text: str) -> Recipe:
     """Look a name up; an unknown one is refused with the known ones.
 
     Raises:
@@ -270,42 +270,42 @@ def method_of(name: str, text: str) -> Method:
     return METHODS[name]
 
 
-def _read(argument: str, method: Method, text: str) -> tuple[str, Value]:
+def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     """Read one argument as (option, value); the option is empty for the method's own number."""
     key, equals, value = argument.partition("=")
     if not equals:
-        return _read_unnamed(argument, method, text)
-    if key == "max" and method.argument == "num_groups":
+        return _read_unnamed(argument, recipe, text)
+    if key == "max" and recipe.argument == "num_groups":
         return "max", _whole_number(value, argument, text)
-    option = method.short.get(key, key)
-    if option not in method.options():
-        known = sorted([*method.options(), *method.short])
+    option = recipe.short.get(key, key)
+    if option not in recipe.options():
+        known = sorted([*recipe.options(), *recipe.short])
         raise SpecError(f"spec {text!r} sets {key!r}; its options are: {', '.join(known)}")
-    if option == method.argument:
+    if option == recipe.argument:
         return "", _whole_number(value, argument, text)
-    return option, _value(value, str(method.options()[option].annotation), argument, text)
+    return option, _value(value, str(recipe.options()[option].annotation), argument, text)
 
 
-def _read_unnamed(argument: str, method: Method, text: str) -> tuple[str, Value]:
-    option = method.short.get(argument, argument)
-    if _is_flag(option, method):
+def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
+    option = recipe.short.get(argument, argument)
+    if _is_flag(option, recipe):
         return option, True
-    if method.argument is None:
+    if recipe.argument is None:
         raise SpecError(
             f"spec {text!r} has argument {argument!r}, but this norm takes no number; its options "
-            f"are: {', '.join(f'{option}=' for option in method.options())}"
+            f"are: {', '.join(f'{option}=' for option in recipe.options())}"
         )
     if argument == "auto":
-        if method.automatic is None:
+        if recipe.automatic is None:
             known = [name for name, other in METHODS.items() if other.automatic]
             raise SpecError(f"spec {text!r} has no rule for auto; these have: {', '.join(known)}")
         return "", "auto"
     return "", _whole_number(argument, argument, text)
 
 
-def _is_flag(option: str, method: Method) -> bool:
+def _is_flag(option: str, recipe: Recipe) -> bool:
     """Whether this names an option that is true or false."""
-    known = method.options().get(option)
+    known = recipe.options().get(option)
     return known is not None and str(known.annotation) == "bool"
 
 

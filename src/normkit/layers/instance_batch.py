@@ -43,7 +43,8 @@ class InstanceBatchNorm(NormLayer):
         Both norms in the same two passes over the map; backward keeps ``x`` and tables only.
 
     Source:
-        Pan, Luo, Shi & Tang 2018, arXiv:1807.09441.
+        Pan, Luo, Shi & Tang 2018, Two at Once: Enhancing Learning and Generalization Capacities via
+        IBN-Net, arXiv:1807.09441.
 
     Example:
         >>> norm = InstanceBatchNorm(6)

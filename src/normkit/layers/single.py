@@ -38,8 +38,9 @@ class BatchNorm(SegmentLayer):
         Biased variance normalises, unbiased variance is tracked; both at least float32.
 
     Source:
-        Ioffe & Szegedy 2015, arXiv:1502.03167; example weighing: Summers & Dinneen, Four Things
-        Everyone Should Know to Improve Batch Normalization, eq. 3.
+        Ioffe & Szegedy 2015, Batch Normalization: Accelerating Deep Network Training by Reducing
+        Internal Covariate Shift, arXiv:1502.03167, algorithms 1 and 2; example weighing: Summers &
+        Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 3.
 
     Example:
         >>> norm = BatchNorm(6)
@@ -103,7 +104,8 @@ class InstanceNorm(SegmentLayer):
         Biased variance, at least float32.
 
     Source:
-        Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
+        Ulyanov, Vedaldi & Lempitsky 2016, Instance Normalization: The Missing Ingredient for Fast
+        Stylization, arXiv:1607.08022.
 
     Example:
         >>> norm = InstanceNorm(6)
@@ -167,7 +169,7 @@ class LayerNorm(SegmentLayer):
         Biased variance, at least float32.
 
     Source:
-        Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+        Ba, Kiros & Hinton 2016, Layer Normalization, arXiv:1607.06450.
 
     Example:
         >>> norm = LayerNorm(6)
@@ -232,7 +234,7 @@ class GroupNorm(SegmentLayer):
         Biased variance, at least float32.
 
     Source:
-        Wu & He 2018, arXiv:1803.08494, eq. 7.
+        Wu & He 2018, Group Normalization, arXiv:1803.08494, eq. 7.
 
     Example:
         >>> norm = GroupNorm(6, num_groups=3)
@@ -295,8 +297,8 @@ class PositionalNorm(NormLayer):
         Biased variance, at least float32.
 
     Source:
-        Li et al. 2019, arXiv:1907.04312; without the re-injection path, as in Zhou et al., Batch
-        Group Normalization.
+        Li, Wu, Weinberger & Belongie 2019, Positional Normalization, arXiv:1907.04312; without the
+        re-injection path, as in Zhou et al., Batch Group Normalization.
 
     Example:
         >>> norm = PositionalNorm(6)
@@ -433,8 +435,9 @@ class GhostBatchNorm(SegmentLayer):
         Biased variance normalises, unbiased variance is tracked; both at least float32.
 
     Source:
-        Hoffer et al. 2017, arXiv:1705.08741; Summers & Dinneen, Four Things Everyone Should Know
-        to Improve Batch Normalization, eq. 4.
+        Hoffer, Hubara & Soudry 2017, Train longer, generalize better: closing the generalization
+        gap in large batch training of neural networks, arXiv:1705.08741; Summers & Dinneen, Four
+        Things Everyone Should Know to Improve Batch Normalization, eq. 4.
 
     Example:
         >>> norm = GhostBatchNorm(6, ghost_batch_size=2)
@@ -506,7 +509,8 @@ class GeneralBatchGroupNorm(SegmentLayer):
         Biased variance normalises, unbiased variance is tracked; both at least float32.
 
     Source:
-        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.4.
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization,
+        section 3.4.
 
     Example:
         >>> norm = GeneralBatchGroupNorm(6, num_groups=3, examples_per_group=2)

@@ -45,7 +45,8 @@ class SwitchableNorm(TrackingLayer):
         variance is unbiased and starts at 1.
 
     Source:
-        Luo, Ren, Peng, Zhang & Li 2018, arXiv:1806.10779.
+        Luo, Ren, Peng, Zhang & Li 2018, Differentiable Learning-to-Normalize via Switchable
+        Normalization, arXiv:1806.10779.
 
     Example:
         >>> norm = SwitchableNorm(6)

@@ -47,7 +47,8 @@ class GroupWhitening(NormLayer):
         input has a finite result.
 
     Source:
-        Huang, Zhou, Liu & Shao 2021, arXiv:2009.13333; used as a batch-free norm in Huang et al.,
+        Huang, Zhou, Liu, Zhu & Shao 2021, Group Whitening: Balancing Learning Efficiency and
+        Representational Capacity, arXiv:2009.13333; used as a batch-free norm in Huang et al.,
         Delving into the Estimation Shift of Batch Normalization in a Network.
 
     Example:

@@ -1,0 +1,273 @@
+"""The methods: what each computes, from which statistics, what it learns, keeps and comes from."""
+# ruff: noqa: RUF001 - formulas have the letters and the minus sign of formulas
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+from normkit import weights
+from normkit.spec import METHODS, Value
+
+NUM_CHANNELS, NUM_GROUPS = 24, 4  # of the layer whose shapes are read: C, C/2 and G all differ
+SYMBOLS = {NUM_CHANNELS: "C", NUM_CHANNELS // 2: "C/2", NUM_GROUPS: "G"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What there is to know about a method, with its default options.
+
+    What the layer itself can tell is read from it: its docstring, parameters, buffers, options.
+
+    Args:
+        spec: Its name in a spec; of ``ws`` the suffix.
+        example: A spec that shows how it is written.
+        name: Its full name.
+        formula: One line of plain text.
+        groups: What the statistics are taken over in training.
+        batch_in_training: Whether the other examples of a batch have a say in training.
+        evaluation: Where the statistics come from at evaluation: never from the other examples.
+        kept: What is kept for backward, beside parameters.
+        num_maps_kept: How many tensors as large as the input that makes.
+    """
+
+    spec: str
+    example: str
+    name: str
+    formula: str
+    groups: str
+    batch_in_training: bool
+    evaluation: str
+    kept: str = "x and tables"
+    num_maps_kept: int = 1
+
+    @property
+    def definition(self) -> Callable[..., object]:
+        """The layer's class; of ``ws`` the function."""
+        return METHODS[self.spec].layer if self.spec in METHODS else weights.standardize
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a sentence: the first of its docstring."""
+        return self._docstring().partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """Where it comes from: the docstring's *Source*."""
+        after = self._docstring().partition("\nSource:\n")[2]
+        return " ".join(after.partition("\n\n")[0].split())
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """What is learned: names, and shapes in terms of the channels C and the groups G."""
+        return _shapes(layer.named_parameters() if (layer := self._layer()) else ())
+
+    @property
+    def buffers(self) -> Mapping[str, str]:
+        """What is tracked in training, likewise."""
+        return _shapes(layer.named_buffers() if (layer := self._layer()) else ())
+
+    @property
+    def options(self) -> Mapping[str, Value]:
+        """Options of the layer, with their defaults."""
+        parameters = METHODS[self.spec].options() if self.spec in METHODS else {}
+        return {name: parameter.default for name, parameter in parameters.items()}
+
+    def facts(self) -> dict[str, str]:
+        """All of it as texts, by what they answer."""
+        return {
+            "spec": self.example,
+            "layer": f"normkit.{self.definition.__name__}" if self.options else WS_CALL,
+            "formula": self.formula,
+            "statistics over": self.groups,
+            "at evaluation": self.evaluation,
+            "depends on the batch": "in training" if self.batch_in_training else "never",
+            "parameters": _text(self.parameters) or "none",
+            "buffers": _text(self.buffers) or "none",
+            "kept for backward": self.kept,
+            "source": self.source,
+        }
+
+    def as_dict(self) -> dict[str, object]:
+        """All of it as plain values, for JSON."""
+        return asdict(self) | {
+            "layer": self.definition.__name__,
+            "summary": self.summary,
+            "batch_in_evaluation": False,
+            "parameters": dict(self.parameters),
+            "buffers": dict(self.buffers),
+            "options": dict(self.options),
+            "source": self.source,
+        }
+
+    def _docstring(self) -> str:
+        return (inspect.getdoc(self.definition) or "").replace("``", "")
+
+    def _layer(self) -> nn.Module | None:
+        if self.spec not in METHODS:
+            return None
+        grouped = METHODS[self.spec].argument == "num_groups"
+        groups = {"num_groups": NUM_GROUPS} if grouped else {}
+        return METHODS[self.spec].layer(NUM_CHANNELS, device="meta", **groups)
+
+
+def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, str]:
+    return {
+        name: f"({', '.join(SYMBOLS.get(size, str(size)) for size in tensor.shape)})"
+        for name, tensor in tensors
+    }
+
+
+def _text(shapes: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def _normalized(group: str) -> str:
+    return f"y = γ_c (x − μ_{group}) / √(σ²_{group} + ε) + β_c"
+
+
+WS_CALL = "normkit.standardize_weights_(model)"
+OWN = "the example's own statistics, as in training"
+RUNNING = "running statistics"
+
+_METHODS = (
+    Method(
+        spec="bn",
+        example="bn",
+        name="Batch Normalization",
+        formula=_normalized("c"),
+        groups="a channel, over the whole batch",
+        batch_in_training=True,
+        evaluation=f"{RUNNING} of the channel",
+    ),
+    Method(
+        spec="in",
+        example="in",
+        name="Instance Normalization",
+        formula=_normalized("nc"),
+        groups="a channel of an example",
+        batch_in_training=False,
+        evaluation=OWN,
+    ),
+    Method(
+        spec="ln",
+        example="ln",
+        name="Layer Normalization",
+        formula=_normalized("n"),
+        groups="an example",
+        batch_in_training=False,
+        evaluation=OWN,
+    ),
+    Method(
+        spec="gn",
+        example="gn:32",
+        name="Group Normalization",
+        formula=_normalized("ng"),
+        groups="a run of C/G channels of an example",
+        batch_in_training=False,
+        evaluation=OWN,
+    ),
+    Method(
+        spec="pn",
+        example="pn",
+        name="Positional Normalization",
+        formula=_normalized("ns"),
+        groups="the channels at a position of an example",
+        batch_in_training=False,
+        evaluation=OWN,
+        kept="x, and two values for each position",
+    ),
+    Method(
+        spec="bgn",
+        example="bgn:512",
+        name="Batch Group Normalization",
+        formula=_normalized("g"),
+        groups="one of G equal runs of the flattened channels and positions, over the whole batch",
+        batch_in_training=True,
+        evaluation=f"{RUNNING} of the group",
+    ),
+    Method(
+        spec="ghost",
+        example="ghost:4",
+        name="Ghost Batch Normalization",
+        formula=_normalized("bc") + ", b = ⌊n / B'⌋",
+        groups="a channel, over a run of B' examples",
+        batch_in_training=True,
+        evaluation=f"{RUNNING} of the channel, which follow the whole batch",
+    ),
+    Method(
+        spec="gbgn",
+        example="gbgn:8:examples=2",
+        name="Batch Group Normalization (generalised)",
+        formula=_normalized("bg"),
+        groups="a run of C/G channels, over a run of examples",
+        batch_in_training=True,
+        evaluation=f"{RUNNING} of the channels, pooled into the runs of channels",
+    ),
+    Method(
+        spec="gnplus",
+        example="gnplus:8:order=parallel",
+        name="Group Normalization Plus",
+        formula="y = (s·GN + (1 − s)·BN) γ_c + β_c, s = sigmoid(mix_logit)",
+        groups="a run of C/G channels of an example (GN); a channel, over the whole batch (BN)",
+        batch_in_training=True,
+        evaluation=f"the example's own statistics (GN); {RUNNING} of the channel (BN)",
+    ),
+    Method(
+        spec="bcn",
+        example="bcn:8:micro",
+        name="Batch-Channel Normalization",
+        formula="y = GN(BN(x)), an affine in each",
+        groups="a channel, over the whole batch (with micro: running estimates that it moves); "
+        "then a run of C/G channels of an example",
+        batch_in_training=True,
+        evaluation=f"{RUNNING} of the channel; then the example's own statistics",
+    ),
+    Method(
+        spec="sn",
+        example="sn",
+        name="Switchable Normalization",
+        formula="y = γ_c (x − Σ a_k μ_k) / √(Σ b_k σ²_k + ε) + β_c, a and b softmax, k: IN, LN, BN",
+        groups="a channel of an example; an example; a channel, over the whole batch: mixed",
+        batch_in_training=True,
+        evaluation=f"the example's own statistics (IN, LN); {RUNNING} of the channel (BN)",
+    ),
+    Method(
+        spec="gw",
+        example="gw:8",
+        name="Group Whitening",
+        formula="Y = P_T X / √(tr Σ), P_k+1 = (3 P_k − P_k³ Σ / tr Σ) / 2, Σ = X Xᵀ / m + ε I",
+        groups="means of G runs of channels of an example, and their covariances",
+        batch_in_training=False,
+        evaluation=OWN,
+        kept="two maps (x centred, x whitened), and matrices (G, G) of each example",
+        num_maps_kept=2,
+    ),
+    Method(
+        spec="ibn",
+        example="ibn",
+        name="Instance-Batch Normalization (IBN-a)",
+        formula="y_c = IN(x)_c for c < C/2, BN(x)_c for the others",
+        groups="a channel of an example (first half of the channels); a channel, over the whole "
+        "batch (the others)",
+        batch_in_training=True,
+        evaluation=f"the example's own statistics (IN); {RUNNING} of the channel (BN)",
+    ),
+    Method(
+        spec="ws",
+        example="gn:32+ws",
+        name="Weight Standardization",
+        formula="W'_o = (W_o − μ_o) / √(σ²_o + ε)",
+        groups="a filter: the weights of an output channel",
+        batch_in_training=False,
+        evaluation="the filter's own statistics, as in training",
+        kept="the raw weight and two values for each filter",
+    ),
+)
+
+CATALOG: Mapping[str, Method] = MappingProxyType({method.spec: method for method in _METHODS})
+"""Every method by its name in a spec: the norms of ``normkit.spec.METHODS``, and ``ws``."""
