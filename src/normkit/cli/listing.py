@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from normkit.catalog import CATALOG, Method
+from normkit.errors import SpecError
 from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
 from normkit.spec import METHODS
@@ -14,22 +19,90 @@ from normkit.spec import METHODS
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """List the norms, data sets and models that the other commands know."""
+    """List the methods, data sets and models that the other commands know."""
 
+    method: Annotated[str | None, tyro.conf.Positional] = None
+    """Say all about this method: bn, gn, ..., ws."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
-    """Print JSON."""
+    """Print JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:
-        """Print the lists.
+        """Print the lists, or one method.
 
         Returns:
             0.
+
+        Raises:
+            SpecError: If there is no such method.
         """
+        if self.method is None:
+            self._print_all()
+        elif self.json_output:
+            _print_json(_method(self.method).as_dict())
+        else:
+            print_method(_method(self.method))
+        return 0
+
+    def _print_all(self) -> None:
         names = {
             "norms": list(METHODS),
+            "weights": [f"+{name}" for name in CATALOG if name not in METHODS],
             "data": list(READERS),
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
-        lines = [f"{kind}: {', '.join(known)}" for kind, known in names.items()]
-        sys.stdout.write((json.dumps(names) if self.json_output else "\n".join(lines)) + "\n")
-        return 0
+        if self.json_output:
+            _print_json(names | {"methods": [method.as_dict() for method in CATALOG.values()]})
+            return
+        print_methods()
+        lines = (f"{kind}: {', '.join(known)}" for kind, known in names.items())
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def print_methods() -> None:
+    """Print every method: formula, statistics, what is learned and kept, source."""
+    table = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("spec", no_wrap=True)
+    table.add_column("formula; statistics; what is learned, and kept for backward; source")
+    table.add_column("batch\nmatters", no_wrap=True)
+    for method in CATALOG.values():
+        table.add_row(*_row(method))
+    Console().print(table)
+
+
+def print_method(method: Method) -> None:
+    """Print all about one method."""
+    console = Console()
+    console.print(Text(method.name, style="bold"), Text(method.summary), sep="\n")
+    table = Table.grid("", "", padding=(0, 2))
+    for question, answer in (method.facts() | _options(method)).items():
+        table.add_row(Text(question, style="dim"), Text(answer))
+    console.print(table)
+
+
+def _options(method: Method) -> dict[str, str]:
+    options = ", ".join(f"{name}={value!r}" for name, value in method.options.items())
+    return {"options": options} if options else {}
+
+
+def _row(method: Method) -> tuple[Text, ...]:
+    facts, source = method.facts(), method.source.partition(";")[0].rstrip(".")
+    lines = (
+        (f"{method.name}\n", "bold"),
+        f"{method.formula}\n",
+        f"training: {method.groups}\nevaluation: {method.evaluation}\n",
+        f"learns {facts['parameters'].replace('none', 'nothing')}; keeps {method.kept}\n",
+        (source, "dim"),
+    )
+    name = method.spec if method.spec in METHODS else f"+{method.spec}"
+    batch = facts["depends on the batch"]
+    return Text(name, style="bold"), Text.assemble(*lines), Text(batch.replace("in ", "in\n"))
+
+
+def _method(name: str) -> Method:
+    if name.removeprefix("+") not in CATALOG:
+        raise SpecError(f"there is no method {name!r}; the methods are: {', '.join(CATALOG)}")
+    return CATALOG[name.removeprefix("+")]
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
