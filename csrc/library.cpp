@@ -31,6 +31,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normkit, m) {
   m.def(
       "positional_backward(Tensor grad, Tensor x, Tensor table, Tensor? weight, float eps, "
       "bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "composite_forward(Tensor x, int kind, Tensor? first, Tensor? second, Tensor? third, "
+      "Tensor? fourth, int num_groups, float batch_eps, float group_eps, int batch_source, "
+      "float rate, Tensor? given_mean=None, Tensor? given_var=None, "
+      "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
+      "Tensor(c!)? num_batches_tracked=None) -> (Tensor y, Tensor table)");
+  m.def(
+      "composite_backward(Tensor grad, Tensor x, Tensor table, int kind, Tensor? first, "
+      "Tensor? second, Tensor? third, Tensor? fourth, int num_groups, float batch_eps, "
+      "float group_eps, int batch_source, float rate, int wanted) "
+      "-> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dthird, Tensor dfourth)");
   m.def("moments(Tensor x, int segment_size, bool wide=False) -> (Tensor mean, Tensor var)");
   m.def("apply(Tensor x, Tensor mean, Tensor scale, Tensor center) -> Tensor y");
   m.def(
@@ -51,6 +62,8 @@ STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
   m.impl("evaluate_backward", TORCH_BOX(&normkit::evaluate_backward));
   m.impl("positional_forward", TORCH_BOX(&normkit::positional_forward));
   m.impl("positional_backward", TORCH_BOX(&normkit::positional_backward));
+  m.impl("composite_forward", TORCH_BOX(&normkit::composite_forward));
+  m.impl("composite_backward", TORCH_BOX(&normkit::composite_backward));
   m.impl("moments", TORCH_BOX(&normkit::moments));
   m.impl("apply", TORCH_BOX(&normkit::apply));
   m.impl("reduce_grad", TORCH_BOX(&normkit::reduce_grad));

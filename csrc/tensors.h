@@ -19,6 +19,9 @@ using OptionalTensor = std::optional<Tensor>;
 // Work below this many elements is not worth waking a second thread for.
 constexpr int64_t kGrain = 32768;
 
+// Cells of a table are dearer: a root or several reads and writes each.
+constexpr int64_t kTableGrain = 4096;
+
 enum class Layout { contiguous, channels_last };
 
 // A tensor (N, C, *S) whose memory is dense in one of the two layouts.

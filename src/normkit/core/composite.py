@@ -44,6 +44,11 @@ class BatchThenGroup:
         first = self.batch(table, batch_weight, batch_bias, *given)
         return chain(first, self.group(table.transform(*first), group_weight, group_bias))
 
+    @staticmethod
+    def batch_input(table: Moments) -> Moments:
+        """Moments of what the batch norm sees."""
+        return table
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupAndBatch:
@@ -116,6 +121,11 @@ class SwitchedStatistics:
         scale = torch.rsqrt(_mixture(var_logits, [source.var for source in sources]) + self.eps)
         return rescale(Affine(scale, (table.mean - mean) * scale), weight, bias)
 
+    @staticmethod
+    def batch_input(table: Moments) -> Moments:
+        """Moments of what the batch norm sees."""
+        return table
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceBesideBatch:
@@ -140,6 +150,10 @@ class InstanceBesideBatch:
         scale = torch.cat([left.scale, right.scale.expand_as(rest.mean)], dim=1)
         return Affine(scale, torch.cat([left.center, right.center], dim=1))
 
+    def batch_input(self, table: Moments) -> Moments:
+        """Moments of the batch norm's channels."""
+        return self.split(table)[1]
+
     def split(self, table: Moments) -> tuple[Moments, Moments]:
         """Moments of the instance norm's channels, and of the batch norm's."""
         half = self.instance.partition.num_groups
@@ -147,6 +161,10 @@ class InstanceBesideBatch:
             Moments(table.mean[:, :half], table.var[:, :half]),
             Moments(table.mean[:, half:], table.var[:, half:]),
         )
+
+
+CompositeAlgebra = BatchThenGroup | GroupAndBatch | SwitchedStatistics | InstanceBesideBatch
+"""What a composite does on tables; ``batch_input`` is what its batch norm sees."""
 
 
 def chain(first: Affine, second: Affine) -> Affine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,11 +16,13 @@ from normkit.core.algebra import (
 )
 from normkit.core.composite import (
     BatchThenGroup,
+    CompositeAlgebra,
     GroupAndBatch,
     InstanceBesideBatch,
     Order,
     SwitchedStatistics,
 )
+from normkit.core.fused import FusedKind, Plan, can_fuse, normalize_fused
 from normkit.core.moments import Moments
 from normkit.core.normalize import normalize
 from normkit.core.parameters import Parameters
@@ -91,13 +93,12 @@ def normalize_batch_then_group(
     group: Parameters,
 ) -> FeatureMap:
     """A group norm of the batch stage's output; ``running`` follows ``x``."""
-    stage = batch_stage(x, x.shape[1], running, training, batch.eps)
-    algebra = BatchThenGroup(batch=stage.rule, group=own_groups(num_groups, group.eps))
-    affine = (*batch[:2], *group[:2])
-    y, table = normalize(x, positions(x), algebra, *affine, *stage.given)
-    if training:
-        follow_(running, stage, table, x.shape)
-    return y
+
+    def algebra(rule: Rule) -> CompositeAlgebra:
+        return BatchThenGroup(batch=rule, group=own_groups(num_groups, group.eps))
+
+    plan = Plan("batch-then-group", num_groups, batch.eps, group.eps)
+    return _normalize(x, plan, algebra, running, training, (*batch[:2], *group[:2]))
 
 
 def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -111,13 +112,12 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the m
 ) -> FeatureMap:
     """Group norm and batch norm, mixed; ``running`` follows what the batch norm sees."""
     weight, bias, eps = parameters
-    stage = batch_stage(x, x.shape[1], running, training, eps)
-    group = own_groups(num_groups, eps)
-    algebra = GroupAndBatch(group=group, batch=stage.rule, order=order)
-    y, table = normalize(x, positions(x), algebra, weight, bias, mix_logit, *stage.given)
-    if training and running is not None:
-        follow_(running, stage, algebra.batch_input(table), x.shape)
-    return y
+
+    def algebra(rule: Rule) -> CompositeAlgebra:
+        return GroupAndBatch(group=own_groups(num_groups, eps), batch=rule, order=order)
+
+    plan = Plan(order, num_groups, eps, eps)
+    return _normalize(x, plan, algebra, running, training, (weight, bias, mix_logit))
 
 
 def normalize_switched(
@@ -130,13 +130,16 @@ def normalize_switched(
 ) -> FeatureMap:
     """Statistics of instance, layer and, with three logits, batch norm, mixed."""
     weight, bias, eps = parameters
-    stage = batch_stage(x, x.shape[1], running, training, eps)
-    rule, given = stage if mean_logits.numel() == 3 else (None, ())
-    algebra = SwitchedStatistics(layer=own_groups(1, eps), batch=rule, eps=eps)
-    y, table = normalize(x, positions(x), algebra, weight, bias, mean_logits, var_logits, *given)
-    if training:
-        follow_(running, stage, table, x.shape)
-    return y
+    uses_batch = mean_logits.numel() == 3
+
+    def algebra(rule: Rule) -> CompositeAlgebra:
+        batch = rule if uses_batch else None
+        return SwitchedStatistics(layer=own_groups(1, eps), batch=batch, eps=eps)
+
+    kind: FusedKind = "switched" if uses_batch else "switched-without-batch"
+    slots = (weight, bias, mean_logits, var_logits)
+    followed = running if uses_batch else None
+    return _normalize(x, Plan(kind, 1, eps, eps), algebra, followed, training, slots)
 
 
 def normalize_halves(
@@ -148,14 +151,31 @@ def normalize_halves(
     batch: Parameters,
 ) -> FeatureMap:
     """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
-    num_batch = x.shape[1] - num_instance
-    stage = batch_stage(x, num_batch, running, training, batch.eps)
-    rule = own_groups(num_instance, instance.eps)
-    algebra = InstanceBesideBatch(instance=rule, batch=stage.rule)
-    affine = (*instance[:2], *batch[:2])
-    y, table = normalize(x, positions(x), algebra, *affine, *stage.given)
-    if training:
-        follow_(running, stage, algebra.split(table)[1], (x.shape[0], num_batch, *x.shape[2:]))
+
+    def algebra(rule: Rule) -> CompositeAlgebra:
+        return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)
+
+    plan = Plan("halves", num_instance, batch.eps, instance.eps)
+    return _normalize(x, plan, algebra, running, training, (*instance[:2], *batch[:2]))
+
+
+def _normalize(
+    x: FeatureMap,
+    plan: Plan,
+    algebra: Callable[[Rule], CompositeAlgebra],
+    running: Running | None,
+    training: bool,
+    parameters: tuple[Tensor | None, ...],
+) -> FeatureMap:
+    if can_fuse(x, running):
+        return normalize_fused(x, plan, algebra, running, training, parameters)
+    num_channels = plan.num_batch_channels(x)
+    stage = batch_stage(x, num_channels, running, training, plan.batch_eps)
+    rule = algebra(stage.rule)
+    y, table = normalize(x, positions(x), rule, *parameters, *stage.given)
+    if training and running is not None:
+        seen = rule.batch_input(table)
+        follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
     return y
 
 

@@ -1,5 +1,14 @@
 """C++ kernels on torch's stable ABI, from ``csrc/``; absent where no compiler was at hand."""
 
+from normkit.kernels.cpu.composite import (
+    BatchSource,
+    Buffers,
+    Composite,
+    Kind,
+    MomentTable,
+    Slots,
+    normalize_composite,
+)
 from normkit.kernels.cpu.functions import (
     Pooling,
     Running,
@@ -13,11 +22,18 @@ from normkit.kernels.cpu.functions import (
 from normkit.kernels.cpu.library import available, instruction_set, why_not
 
 __all__ = [
+    "BatchSource",
+    "Buffers",
+    "Composite",
+    "Kind",
+    "MomentTable",
     "Pooling",
     "Running",
+    "Slots",
     "Tables",
     "available",
     "instruction_set",
+    "normalize_composite",
     "normalize_given",
     "normalize_pooled",
     "normalize_positions",

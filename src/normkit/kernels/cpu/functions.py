@@ -222,7 +222,7 @@ def _keep(
     ctx.set_materialize_grads(False)
 
 
-def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its search for functorch's tensors, a third of a node's time.
 
     Callers have asked ``kernels.select``, which never sends a ``torch.func`` transform here.
@@ -230,7 +230,7 @@ def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(_recorder, (_Pooled, _Given, _Positional))
+_RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(recorder, (_Pooled, _Given, _Positional))
 
 
 def _needs_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -262,12 +262,12 @@ def _gradients(
     dx, dweight, dbias = operator(grad, x, *tables, weight, *ctx.options, wants_weight, wants_bias)
     return (
         dx if wants_x else None,
-        _cast(dweight, weight.dtype) if wants_weight else None,
-        _cast(dbias, ctx.bias_dtype) if wants_bias else None,
+        cast_gradient(dweight, weight.dtype) if wants_weight else None,
+        cast_gradient(dbias, ctx.bias_dtype) if wants_bias else None,
     )
 
 
-def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient.to(dtype)`` without the microseconds of a call that changes nothing."""
     return gradient if gradient.dtype == dtype else gradient.to(dtype)
 

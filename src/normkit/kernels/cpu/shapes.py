@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WITHOUT_BATCH, _HALVES = 5, 6  # kinds of composites without a batch stage for every channel
+
 
 def register() -> None:
     """Tell torch what each operator returns; once, after the library is loaded."""
@@ -18,6 +20,8 @@ def register() -> None:
         "evaluate_backward": _backward,
         "positional_forward": _positional_forward,
         "positional_backward": _backward,
+        "composite_forward": _composite_forward,
+        "composite_backward": _composite_backward,
         "moments": _moments,
         "apply": _like_x,
         "reduce_grad": _reduce_grad,
@@ -75,6 +79,26 @@ def _backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  
     dweight = _table(x, num_channels if need_weight else 0, wide=False)
     dbias = _table(x, num_channels if need_bias else 0, wide=False)
     return _result(x), dweight, dbias
+
+
+def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    num_examples, num_channels = x.shape[:2]
+    first = {_HALVES: arguments[4], _WITHOUT_BATCH: num_channels}.get(kind, 0)
+    return _result(x), _table(x, 2, num_examples * num_channels + num_channels - first)
+
+
+def _composite_backward(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    kind: int,
+    *arguments: Any,  # noqa: ANN401
+) -> tuple[Tensor, ...]:
+    wanted = arguments[-1]
+    sizes = [
+        p.numel() if p is not None and wanted >> i & 1 else 0 for i, p in enumerate(arguments[:4])
+    ]
+    return _result(x), *(_table(x, size, wide=False) for size in sizes)
 
 
 def _like_x(x: Tensor, *arguments: object) -> Tensor:

@@ -1,0 +1,152 @@
+// The operators of composite norms: moments of the map's channels, algebra on tables, apply.
+#include "composites.h"
+#include "operators.h"
+#include "segments.h"
+
+namespace normkit {
+namespace {
+
+// Where the batch stage takes its statistics from, as Python names it.
+enum class BatchSource : int64_t { own, estimates, given };
+
+// A table (2, N * C + B) of double: moments of every channel of every example, then of the batch
+// stage's B channels what backward cannot find again: given statistics, or those measured.
+struct KeptTable {
+  Tensor tensor;
+  Extent extent;
+  int64_t num_batch;
+
+  KeptTable(const Tensor& table, const Extent& e, int64_t b) : tensor(table), extent(e), num_batch(b) {
+    STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == 2 && table.is_contiguous() &&
+                        table.size(1) == e.size() + b,
+                    "the table has shape (2, ", e.size() + b, ")");
+  }
+  double* row(int which) const { return doubles(tensor) + which * (extent.size() + num_batch); }
+  Pairs moments() const { return {row(0), row(1), extent.cols}; }
+  double* batch_mean() const { return row(0) + extent.size(); }
+  double* batch_var() const { return row(1) + extent.size(); }
+  TableStatistics given(double share) const {
+    return TableStatistics::given({extent.rows, num_batch}, batch_mean(), batch_var(), share);
+  }
+};
+
+void keep(const KeptTable& table, const std::vector<double>& mean, const std::vector<double>& var) {
+  std::copy_n(mean.begin(), table.num_batch, table.batch_mean());
+  std::copy_n(var.begin(), table.num_batch, table.batch_var());
+}
+
+// Moves old estimates towards the batch, the variance about the old mean, and keeps the new ones.
+void estimate(const KeptTable& table, double rate, const Tensor& running_mean,
+              const Tensor& running_var) {
+  TableStatistics batch(Source::batch, table.extent, 0);
+  batch.measure(table.moments(), 0.0);
+  std::vector<double> mean = as_doubles(running_mean), var = as_doubles(running_var);
+  STD_TORCH_CHECK(running_mean.numel() == table.num_batch && running_var.numel() == table.num_batch,
+                  "estimates have ", table.num_batch, " values");
+  for (int64_t i = 0; i < table.num_batch; ++i) {
+    const double step = batch.mean[i] - mean[i];
+    var[i] += rate * (step * step + batch.var[i] - var[i]);
+    mean[i] += rate * step;
+  }
+  keep(table, mean, var);
+  copy_doubles(mean.data(), table.num_batch, running_mean);
+  copy_doubles(var.data(), table.num_batch, running_var);
+}
+
+void count_batch(const OptionalTensor& num_batches_tracked) {
+  if (num_batches_tracked) ++*static_cast<int64_t*>(num_batches_tracked->data_ptr());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> composite_forward(
+    const Tensor& input, int64_t kind, const OptionalTensor& first, const OptionalTensor& second,
+    const OptionalTensor& third, const OptionalTensor& fourth, int64_t num_groups,
+    double batch_eps, double group_eps, int64_t batch_source, double rate,
+    const OptionalTensor& given_mean, const OptionalTensor& given_var,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked) {
+  const FeatureMap x(input);
+  STD_TORCH_CHECK(x.numel() > 0, "composites take no empty maps");
+  const CompositeOptions options{Kind(kind), num_groups, batch_eps, group_eps};
+  const Extent extent{x.num_examples, x.num_channels};
+  const int64_t num_batch = options.num_batch_channels(x.num_channels);
+  const KeptTable table(fresh_table({2, extent.size() + num_batch}, true), extent, num_batch);
+  const Partition p = partition_of_segments(x, x.num_channels);
+  segment_moments(x, p, true, table.row(0), table.row(1));
+
+  const BatchSource source = BatchSource(batch_source);
+  const bool own = source == BatchSource::own;
+  if (source == BatchSource::estimates) estimate(table, rate, *running_mean, *running_var);
+  if (source == BatchSource::given && num_batch > 0) {
+    STD_TORCH_CHECK(given_mean && given_var && given_mean->numel() == num_batch &&
+                        given_var->numel() == num_batch,
+                    "given statistics have ", num_batch, " values");
+    keep(table, as_doubles(*given_mean), as_doubles(*given_var));
+  }
+  const auto composite = make_composite(
+      options, extent, {&first, &second, &third, &fourth},
+      own ? TableStatistics(Source::batch, {extent.rows, num_batch}, 0)
+          : table.given(source == BatchSource::given ? rate : 0.0));
+  const FreshPairs fresh(extent);
+  const Pairs affine = fresh;
+  composite->forward(table.moments(), affine);
+  const Tensor y = x.fresh();
+  segment_apply(x, p, {{table.row(0), affine.first, affine.second}, 3, extent.rows, extent.cols}, y);
+  if (own && num_batch > 0) {
+    keep(table, composite->batch().mean, composite->batch().var);
+    if (running_mean && running_var) {
+      blend_running(*running_mean, *running_var, table.batch_mean(), table.batch_var(), num_batch,
+                    x.num_examples * x.plane, rate);
+    }
+  }
+  count_batch(num_batches_tracked);
+  return {y, table.tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& kept, int64_t kind,
+    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
+    const OptionalTensor& fourth, int64_t num_groups, double batch_eps, double group_eps,
+    int64_t batch_source, double rate, int64_t wanted) {
+  const FeatureMap x(input);
+  const CompositeOptions options{Kind(kind), num_groups, batch_eps, group_eps};
+  const Extent extent{x.num_examples, x.num_channels};
+  const int64_t num_batch = options.num_batch_channels(x.num_channels);
+  const KeptTable table(kept, extent, num_batch);
+  const Partition p = partition_of_segments(x, x.num_channels);
+  const Tensor g = x.matching(grad);
+  const FreshPairs sums(extent), scales(extent), gradients(extent);
+  // Of center: sum(g); of scale: sum(g (x - mean)).
+  const Pairs reduced = sums, daffine{reduced.second, reduced.first, reduced.stride};
+  segment_grad_sums(x, g, p, {{table.row(0)}, 1, extent.rows, extent.cols}, reduced.first,
+                    reduced.second);
+  const BatchSource source = BatchSource(batch_source);
+  const auto composite = make_composite(
+      options, extent, {&first, &second, &third, &fourth},
+      source == BatchSource::own
+          ? TableStatistics(Source::batch, {extent.rows, num_batch}, 0)
+          : table.given(source == BatchSource::given ? rate : 0.0));
+  const Pairs affine = scales, dmoments = gradients;
+  composite->forward(table.moments(), affine);
+  composite->backward(table.moments(), daffine, dmoments);
+  // dx = scale g + k2 (x - mean) + k3
+  const double size = double(x.plane);
+  each_table_row(extent, [&](int64_t row) {
+    double *k3 = dmoments.firsts(row), *k2 = dmoments.seconds(row);
+    const double *scale = affine.firsts(row), *sum = reduced.firsts(row);
+    for (int64_t i = 0; i < extent.cols; ++i) {
+      k3[i] = (k3[i] - scale[i] * sum[i]) / size;
+      k2[i] *= 2 / size;
+    }
+  });
+  const Tensor dx = x.fresh();
+  segment_combine(x, g, p,
+                  {{table.row(0), affine.first, dmoments.second, dmoments.first}, 4, extent.rows,
+                   extent.cols},
+                  dx);
+  const ParameterGradientTensors found = composite->gradients(wanted, x.wide());
+  return {dx, found[0], found[1], found[2], found[3]};
+}
+
+}  // namespace normkit

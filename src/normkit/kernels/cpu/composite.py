@@ -1,0 +1,147 @@
+"""The compiled operator of composite norms with its gradient: one autograd node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from normkit.kernels.cpu.functions import cast_gradient, recorder
+from normkit.typing import FeatureMap
+
+Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""The composite's parameters, in the order that csrc/composites.h gives for its kind."""
+MomentTable = Float[Tensor, "2 cells"]
+"""Means above biased variances, float64: of every channel of every example, then of the batch
+stage's channels its statistics: measured, or those that it was given."""
+Differentiable = Callable[[Tensor, Tensor, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]]
+"""``(grad, x, table, parameters, wanted)`` to the gradients of x and the parameters, in operations
+that autograd can differentiate again."""
+
+
+class Kind(IntEnum):
+    """Which composite; the numbers are those of csrc/composites.h."""
+
+    BATCH_THEN_GROUP = 0
+    GROUP_FIRST = 1
+    BATCH_FIRST = 2
+    PARALLEL = 3
+    SWITCHED = 4
+    SWITCHED_WITHOUT_BATCH = 5
+    HALVES = 6
+
+
+class BatchSource(IntEnum):
+    """Where the batch stage's statistics come from."""
+
+    OWN = 0
+    ESTIMATES = 1
+    GIVEN = 2
+
+
+class Composite(NamedTuple):
+    """What is computed, as the operator takes it.
+
+    Args:
+        kind: Which composite.
+        num_groups: Runs of channels in its group norm; the instance norm's channels of halves.
+        batch_eps: Added to the batch stage's variances.
+        group_eps: Added to the other norm's.
+        source: Where the batch stage's statistics come from.
+        rate: Weight of the batch in running statistics, of the step in estimates, or of the
+            example's own statistics beside given ones.
+    """
+
+    kind: Kind
+    num_groups: int
+    batch_eps: float
+    group_eps: float
+    source: BatchSource = BatchSource.OWN
+    rate: float = 0.0
+
+
+class Buffers(NamedTuple):
+    """Statistics ``(C,)`` that the batch stage reads (given) or moves (running)."""
+
+    given_mean: Tensor | None = None
+    given_var: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+
+
+def normalize_composite(
+    x: FeatureMap,
+    parameters: Slots,
+    composite: Composite,
+    buffers: Buffers,
+    differentiable: Differentiable,
+) -> tuple[FeatureMap, MomentTable]:
+    """Normalise by a composite of norms; running statistics move in place.
+
+    Args:
+        x: Feature map ``(N, C, *S)`` on the CPU, not empty.
+        parameters: In the order of the composite's kind.
+        composite: What is computed.
+        buffers: The batch stage's.
+        differentiable: Makes the gradients when a backward pass is itself differentiated.
+
+    Returns:
+        ``y`` in the dtype and layout of ``x``, and the table of moments, without a gradient.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+    ):
+        return _RECORD(x, *parameters, composite, buffers, differentiable)
+    return _forward(x, parameters, composite, buffers)
+
+
+def _forward(
+    x: Tensor, parameters: Slots, composite: Composite, buffers: Buffers
+) -> tuple[Tensor, Tensor]:
+    kind, *options = composite
+    operator = torch.ops.normkit.composite_forward.default
+    return operator(x, kind, *parameters, *options, *buffers)
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        *parameters, composite, buffers, differentiable = arguments
+        y, table = _forward(x, tuple(parameters), composite, buffers)
+        ctx.save_for_backward(x, table, *parameters)
+        ctx.composite, ctx.differentiable = composite, differentiable
+        ctx.mark_non_differentiable(table)
+        ctx.set_materialize_grads(False)
+        return y, table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        if grads[0] is None:
+            return (None,) * 8
+        return *_gradients(ctx, grads[0]), None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
+    x, table, *parameters = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:5]
+    if torch.is_grad_enabled():
+        return ctx.differentiable(grad, x, table, tuple(parameters), wanted)
+    kind, *options = ctx.composite
+    bits = sum(want << i for i, want in enumerate(wanted[1:]))
+    operator = torch.ops.normkit.composite_backward.default
+    dx, *found = operator(grad, x, table, kind, *parameters, *options, bits)
+    return [
+        dx if wanted[0] else None,
+        *(
+            cast_gradient(g.view(p.shape), p.dtype) if want else None
+            for g, p, want in zip(found, parameters, wanted[1:], strict=True)
+        ),
+    ]
+
+
+_RECORD = recorder(_Composite)
