@@ -8,50 +8,158 @@ namespace {
 
 using Sums = std::vector<double>;
 
-// A norm after a norm, or beside it, mixed: y = (p first + q second) weight + bias, where `second`
-// sees the output of `first`, or the input too. Batch-channel norm is p = 0, q = 1.
-class TwoNorms : public Composite {
- public:
-  struct Options {
-    bool batch_is_first, chained, mixed;
-  };
+bool want(int64_t wanted, int which) { return bool(wanted >> which & 1); }
 
-  TwoNorms(const Options& options, const Extent& extent, const CompositeOptions& given,
-           const ParameterTensors& tensors, TableStatistics batch)
-      : options_(options), extent_(extent), weight_(*tensors[0], extent.cols),
-        bias_(*tensors[1], extent.cols),
-        other_weight_(options.mixed ? OptionalTensor() : *tensors[2], extent.cols),
-        other_bias_(options.mixed ? OptionalTensor() : *tensors[3], extent.cols),
-        batch_(std::move(batch), extent, given.batch_eps, options.mixed ? nullptr : weight_.values(),
-               options.mixed ? nullptr : bias_.values()),
-        group_(TableStatistics(Source::row_groups, extent, given.num_groups), extent,
-               given.group_eps, other_weight_.values(), other_bias_.values()),
-        first_affine_(extent), second_affine_(extent), middle_(extent) {
-    if (options.mixed) {
-      const double logit = as_doubles(**tensors[2])[0];
-      group_share_ = 1.0 / (1.0 + std::exp(-logit));
-    }
-    const bool group_is_mixed_first = !options.batch_is_first;
-    first_share_ = !options.mixed ? 0.0 : group_is_mixed_first ? group_share_ : 1 - group_share_;
+Tensor as_tensor(const Sums& values, bool wanted, bool wide) {
+  const int64_t size = wanted ? int64_t(values.size()) : 0;
+  const Tensor result = fresh_table({size}, wide);
+  copy_doubles(values.data(), size, result);
+  return result;
+}
+
+// A norm of the output of another; its moments are the other's center and scale^2 var.
+class Chain {
+ public:
+  Chain(const Extent& extent, TableNorm& first, TableNorm& second)
+      : first_affine(extent), second_affine(extent), extent_(extent), first_(first),
+        second_(second), middle_var_(extent) {}
+
+  void forward(const Pairs& moments) {
+    const Pairs affine = first_affine, middle = seen_by_second();
+    first_.forward(moments, affine);
+    each_table_row(extent_, [&](int64_t row) {
+      row_transform(extent_.cols, affine.firsts(row), moments.seconds(row), middle.seconds(row));
+    });
+    second_.forward(middle, second_affine);
   }
+
+  // From gradients of both scales and centers; those of the first gain what comes through.
+  void backward(const Pairs& moments, const Pairs& dfirst, const Pairs& dsecond,
+                const Pairs& dmoments) {
+    const FreshPairs fresh(extent_);
+    const Pairs affine = first_affine, dmiddle = fresh;
+    second_.backward(seen_by_second(), dsecond, dmiddle);
+    each_table_row(extent_, [&](int64_t row) {
+      const double *scale = affine.firsts(row), *v = moments.seconds(row);
+      const double *dm = dmiddle.firsts(row), *dv = dmiddle.seconds(row);
+      double *dscale = dfirst.firsts(row), *dcenter = dfirst.seconds(row);
+      for (int64_t i = 0; i < extent_.cols; ++i) dscale[i] += 2 * dv[i] * scale[i] * v[i];
+      for (int64_t i = 0; i < extent_.cols; ++i) dcenter[i] += dm[i];
+    });
+    first_.backward(moments, dfirst, dmoments);
+    each_table_row(extent_, [&](int64_t row) {
+      const double *scale = affine.firsts(row), *dv = dmiddle.seconds(row);
+      double* to_v = dmoments.seconds(row);
+      for (int64_t i = 0; i < extent_.cols; ++i) to_v[i] += dv[i] * scale[i] * scale[i];
+    });
+  }
+
+  FreshPairs first_affine, second_affine;
+
+ private:
+  Pairs seen_by_second() const {
+    return {Pairs(first_affine).second, Pairs(middle_var_).second, extent_.cols};
+  }
+
+  Extent extent_;
+  TableNorm &first_, &second_;
+  FreshPairs middle_var_;
+};
+
+// A batch norm, then a group norm, each with its own weight and bias.
+class BatchThenGroup : public Composite {
+ public:
+  BatchThenGroup(const Extent& extent, const CompositeOptions& options,
+                 const ParameterTensors& tensors, TableStatistics batch)
+      : extent_(extent), weights_{{*tensors[0], extent.cols, 1}, {*tensors[2], extent.cols, 1}},
+        biases_{{*tensors[1], extent.cols, 0}, {*tensors[3], extent.cols, 0}},
+        batch_(std::move(batch), extent, options.batch_eps, weights_[0].values(),
+               biases_[0].values()),
+        group_(TableStatistics(Source::row_groups, extent, options.num_groups), extent,
+               options.group_eps, weights_[1].values(), biases_[1].values()),
+        chain_(extent, batch_, group_) {}
 
   const TableStatistics& batch() const override { return batch_.statistics; }
 
   void forward(const Pairs& moments, const Pairs& affine) override {
-    const Pairs first = first_affine_, second = second_affine_, middle = middle_;
-    first_norm().forward(moments, first);
-    if (options_.chained) transform(extent_, moments, first, middle);
-    second_norm().forward(options_.chained ? middle : moments, second);
-    const double p = first_share_, q = 1 - p;
-    const double *weight = outer(weight_), *bias = outer(bias_);
+    chain_.forward(moments);
+    const Pairs first = chain_.first_affine, second = chain_.second_affine;
+    each_table_row(extent_, [&](int64_t row) {
+      const double *s1 = first.firsts(row), *s2 = second.firsts(row);
+      double* scale = affine.firsts(row);
+      for (int64_t i = 0; i < extent_.cols; ++i) scale[i] = s1[i] * s2[i];
+      std::copy_n(second.seconds(row), extent_.cols, affine.seconds(row));
+    });
+  }
+
+  void backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments) override {
+    const FreshPairs fresh_first(extent_), fresh_second(extent_);
+    const Pairs dfirst = fresh_first, dsecond = fresh_second;
+    const Pairs first = chain_.first_affine, second = chain_.second_affine;
+    each_table_row(extent_, [&](int64_t row) {
+      const double *s1 = first.firsts(row), *s2 = second.firsts(row), *ds = daffine.firsts(row);
+      double *ds1 = dfirst.firsts(row), *ds2 = dsecond.firsts(row);
+      for (int64_t i = 0; i < extent_.cols; ++i) ds1[i] = ds[i] * s2[i];
+      for (int64_t i = 0; i < extent_.cols; ++i) ds2[i] = ds[i] * s1[i];
+      std::fill_n(dfirst.seconds(row), extent_.cols, 0.0);
+      std::copy_n(daffine.seconds(row), extent_.cols, dsecond.seconds(row));
+    });
+    chain_.backward(moments, dfirst, dsecond, dmoments);
+  }
+
+  ParameterGradientTensors gradients(int64_t wanted, bool wide) const override {
+    return {weights_[0].gradient(batch_.dweight, want(wanted, 0), wide),
+            biases_[0].gradient(batch_.dbias, want(wanted, 1), wide),
+            weights_[1].gradient(group_.dweight, want(wanted, 2), wide),
+            biases_[1].gradient(group_.dbias, want(wanted, 3), wide)};
+  }
+
+ private:
+  Extent extent_;
+  TableParameter weights_[2], biases_[2];
+  TableNorm batch_, group_;
+  Chain chain_;
+};
+
+// A mixture of a group norm and a batch norm, side by side or one of the other's output, and one
+// weight and bias after it: y = (p first + (1 - p) second) weight + bias.
+class GroupAndBatch : public Composite {
+ public:
+  GroupAndBatch(const Extent& extent, const CompositeOptions& options,
+                const ParameterTensors& tensors, TableStatistics batch)
+      : extent_(extent), chained_(options.kind != Kind::parallel),
+        batch_is_first_(options.kind == Kind::batch_first),
+        group_share_(1.0 / (1.0 + std::exp(-as_doubles(**tensors[2])[0]))),
+        weight_(*tensors[0], extent.cols, 1), bias_(*tensors[1], extent.cols, 0),
+        ones_({}, extent.cols, 1), zeros_({}, extent.cols, 0),
+        batch_(std::move(batch), extent, options.batch_eps, ones_.values(), zeros_.values()),
+        group_(TableStatistics(Source::row_groups, extent, options.num_groups), extent,
+               options.group_eps, ones_.values(), zeros_.values()),
+        chain_(extent, batch_is_first_ ? batch_ : group_, batch_is_first_ ? group_ : batch_) {}
+
+  const TableStatistics& batch() const override { return batch_.statistics; }
+
+  void forward(const Pairs& moments, const Pairs& affine) override {
+    const Pairs first = chain_.first_affine, second = chain_.second_affine;
+    if (chained_) {
+      chain_.forward(moments);
+      each_table_row(extent_, [&](int64_t row) {  // from here on: of both norms together
+        const double* s1 = first.firsts(row);
+        double* s2 = second.firsts(row);
+        for (int64_t i = 0; i < extent_.cols; ++i) s2[i] *= s1[i];
+      });
+    } else {
+      group_.forward(moments, first);
+      batch_.forward(moments, second);
+    }
+    const double p = first_share(), q = 1 - p, *weight = weight_.values(), *bias = bias_.values();
     each_table_row(extent_, [&](int64_t row) {
       const double *s1 = first.firsts(row), *c1 = first.seconds(row);
       const double *s2 = second.firsts(row), *c2 = second.seconds(row);
       double *scale = affine.firsts(row), *center = affine.seconds(row);
       for (int64_t i = 0; i < extent_.cols; ++i) {
-        const double w = weight ? weight[i] : 1.0, b = bias ? bias[i] : 0.0;
-        scale[i] = (p * s1[i] + q * s2[i] * (options_.chained ? s1[i] : 1.0)) * w;
-        center[i] = (p * c1[i] + q * c2[i]) * w + b;
+        scale[i] = (p * s1[i] + q * s2[i]) * weight[i];
+        center[i] = (p * c1[i] + q * c2[i]) * weight[i] + bias[i];
       }
     });
   }
@@ -59,183 +167,114 @@ class TwoNorms : public Composite {
   void backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments) override {
     const FreshPairs fresh_first(extent_), fresh_second(extent_);
     const Pairs dfirst = fresh_first, dsecond = fresh_second;
-    if (options_.mixed) outer_gradients(daffine);
-    split_gradients(daffine, dfirst, dsecond);
-    second_backward(moments, dsecond, dfirst, dmoments);
-    const FreshPairs fresh_own(extent_);
-    const Pairs own = fresh_own;
-    backward_of(first_norm(), moments, dfirst, own);
-    add(own, dmoments);
+    mixture_gradients(daffine, dfirst);
+    shares_of(daffine, dfirst, dsecond);
+    if (chained_) return chain_.backward(moments, dfirst, dsecond, dmoments);
+    const FreshPairs fresh(extent_);
+    const Pairs dbatch = fresh;
+    group_.backward(moments, dfirst, dmoments);
+    batch_.backward(moments, dsecond, dbatch);
+    each_table_row(extent_, [&](int64_t row) {
+      row_add(extent_.cols, dbatch.firsts(row), dmoments.firsts(row));
+      row_add(extent_.cols, dbatch.seconds(row), dmoments.seconds(row));
+    });
   }
 
   ParameterGradientTensors gradients(int64_t wanted, bool wide) const override {
-    const auto want = [&](int which) { return bool(wanted >> which & 1); };
-    const Tensor third = options_.mixed ? scalar(dlogit_, want(2), wide)
-                                        : other_weight_.gradient(dweight_[1].data(), want(2), wide);
-    return {weight_.gradient(dweight_[0].data(), want(0), wide),
-            bias_.gradient(dbias_[0].data(), want(1), wide), third,
-            other_bias_.gradient(dbias_[1].data(), want(3) && !options_.mixed, wide)};
+    return {weight_.gradient(dweight_, want(wanted, 0), wide),
+            bias_.gradient(dbias_, want(wanted, 1), wide),
+            as_tensor({dlogit_}, want(wanted, 2), wide), as_tensor({}, false, wide)};
   }
 
  private:
-  TableNorm& first_norm() { return options_.batch_is_first ? batch_ : group_; }
-  TableNorm& second_norm() { return options_.batch_is_first ? group_ : batch_; }
-  const double* outer(const TableParameter& p) const { return options_.mixed ? p.values() : nullptr; }
+  double first_share() const { return batch_is_first_ ? 1 - group_share_ : group_share_; }
 
-  static Tensor scalar(double value, bool wanted, bool wide) {
-    const Tensor result = fresh_table({wanted ? 1 : 0}, wide);
-    copy_doubles(&value, wanted ? 1 : 0, result);
-    return result;
-  }
-
-  // Sums for a norm's own weight and bias, which it has unless the norms are mixed.
-  void backward_of(const TableNorm& norm, const Pairs& moments, const Pairs& daffine,
-                   const Pairs& dmoments) {
-    const int which = &norm == &batch_ ? 0 : 1;
-    const TableParameter& weight = which == 0 ? weight_ : other_weight_;
-    const TableParameter& bias = which == 0 ? bias_ : other_bias_;
-    const bool affine = !options_.mixed;
-    if (affine && weight) dweight_[which].assign(extent_.cols, 0.0);
-    if (affine && bias) dbias_[which].assign(extent_.cols, 0.0);
-    norm.backward(moments, daffine, dmoments, affine && weight ? dweight_[which].data() : nullptr,
-                  affine && bias ? dbias_[which].data() : nullptr);
-  }
-
-  // Of the weight and bias after the mixture, and of its share.
-  void outer_gradients(const Pairs& daffine) {
-    const Pairs first = first_affine_, second = second_affine_;
-    const double p = first_share_, q = 1 - p, *weight = weight_.values();
-    const FreshPairs fresh(extent_);
-    const Pairs terms = fresh;
+  // Of the weight and bias after the mixture, and of its share; `terms` is scratch memory.
+  void mixture_gradients(const Pairs& daffine, const Pairs& terms) {
+    const Pairs first = chain_.first_affine, second = chain_.second_affine;
+    const double p = first_share(), q = 1 - p, *weight = weight_.values();
     each_table_row(extent_, [&](int64_t row) {
       const double *s1 = first.firsts(row), *c1 = first.seconds(row);
       const double *s2 = second.firsts(row), *c2 = second.seconds(row);
       const double *ds = daffine.firsts(row), *dc = daffine.seconds(row);
       double *of_weight = terms.firsts(row), *of_share = terms.seconds(row);
       for (int64_t i = 0; i < extent_.cols; ++i) {
-        const double chained = s2[i] * (options_.chained ? s1[i] : 1.0);
-        const double w = weight ? weight[i] : 1.0;
-        of_weight[i] = ds[i] * (p * s1[i] + q * chained) + dc[i] * (p * c1[i] + q * c2[i]);
-        of_share[i] = w * (ds[i] * (s1[i] - chained) + dc[i] * (c1[i] - c2[i]));
+        of_weight[i] = ds[i] * (p * s1[i] + q * s2[i]) + dc[i] * (p * c1[i] + q * c2[i]);
+        of_share[i] = weight[i] * (ds[i] * (s1[i] - s2[i]) + dc[i] * (c1[i] - c2[i]));
       }
     });
-    Sums share(extent_.cols, 0.0);
-    dweight_[0].assign(extent_.cols, 0.0);
-    dbias_[0].assign(extent_.cols, 0.0);
-    add_columns(extent_, terms.first, terms.stride, dweight_[0].data());
-    add_columns(extent_, terms.second, terms.stride, share.data());
-    add_columns(extent_, daffine.second, daffine.stride, dbias_[0].data());
-    double dfirst_share = 0;
-    for (const double value : share) dfirst_share += value;
-    const double sign = options_.batch_is_first ? -1 : 1;  // the logit is the group norm's
+    dweight_ = column_sums(extent_, terms.first, terms.stride);
+    dbias_ = column_sums(extent_, daffine.second, daffine.stride);
+    const double dfirst_share = row_sum(extent_.size(), terms.second);
+    const double sign = batch_is_first_ ? -1 : 1;  // the logit is the group norm's
     dlogit_ = sign * dfirst_share * group_share_ * (1 - group_share_);
   }
 
-  // Gradients of the two norms' scales and centers, from those of the composite's.
-  void split_gradients(const Pairs& daffine, const Pairs& dfirst, const Pairs& dsecond) {
-    const Pairs first = first_affine_, second = second_affine_;
-    const double p = first_share_, q = 1 - p, *weight = outer(weight_);
+  // Gradients of both norms' scales and centers, from those of the mixture's.
+  void shares_of(const Pairs& daffine, const Pairs& dfirst, const Pairs& dsecond) const {
+    const Pairs first = chain_.first_affine, second = chain_.second_affine;
+    const double p = first_share(), q = 1 - p, *weight = weight_.values();
     each_table_row(extent_, [&](int64_t row) {
       const double *s1 = first.firsts(row), *s2 = second.firsts(row);
       const double *ds = daffine.firsts(row), *dc = daffine.seconds(row);
       double *ds1 = dfirst.firsts(row), *dc1 = dfirst.seconds(row);
       double *ds2 = dsecond.firsts(row), *dc2 = dsecond.seconds(row);
       for (int64_t i = 0; i < extent_.cols; ++i) {
-        const double w = weight ? weight[i] : 1.0, dscale = ds[i] * w, dcenter = dc[i] * w;
-        ds1[i] = (options_.chained ? p + q * s2[i] : p) * dscale;
+        const double dscale = ds[i] * weight[i], dcenter = dc[i] * weight[i];
+        ds1[i] = p * dscale + (chained_ ? q * dscale * (s2[i] / s1[i]) : 0.0);
+        ds2[i] = q * dscale * (chained_ ? s1[i] : 1.0);
         dc1[i] = p * dcenter;
-        ds2[i] = q * dscale * (options_.chained ? s1[i] : 1.0);
         dc2[i] = q * dcenter;
       }
     });
   }
 
-  // The second norm's transpose: to the moments it saw, and through them to the first norm.
-  void second_backward(const Pairs& moments, const Pairs& dsecond, const Pairs& dfirst,
-                       const Pairs& dmoments) {
-    if (!options_.chained) return backward_of(second_norm(), moments, dsecond, dmoments);
-    const Pairs middle = middle_, first = first_affine_;
-    const FreshPairs fresh(extent_);
-    const Pairs dmiddle = fresh;
-    backward_of(second_norm(), middle, dsecond, dmiddle);
-    each_table_row(extent_, [&](int64_t row) {
-      const double *s1 = first.firsts(row), *v = moments.seconds(row);
-      const double *dm = dmiddle.firsts(row), *dv = dmiddle.seconds(row);
-      double *ds1 = dfirst.firsts(row), *dc1 = dfirst.seconds(row);
-      double *to_m = dmoments.firsts(row), *to_v = dmoments.seconds(row);
-      for (int64_t i = 0; i < extent_.cols; ++i) {
-        ds1[i] += 2 * dv[i] * s1[i] * v[i];
-        dc1[i] += dm[i];
-        to_m[i] = 0;
-        to_v[i] = dv[i] * s1[i] * s1[i];
-      }
-    });
-  }
-
-  void add(const Pairs& from, const Pairs& to) const {
-    each_table_row(extent_, [&](int64_t row) {
-      const double *first = from.firsts(row), *second = from.seconds(row);
-      double *to_first = to.firsts(row), *to_second = to.seconds(row);
-      for (int64_t i = 0; i < extent_.cols; ++i) to_first[i] += first[i];
-      for (int64_t i = 0; i < extent_.cols; ++i) to_second[i] += second[i];
-    });
-  }
-
-  Options options_;
   Extent extent_;
-  TableParameter weight_, bias_, other_weight_, other_bias_;
+  bool chained_, batch_is_first_;
+  double group_share_, dlogit_ = 0;
+  TableParameter weight_, bias_, ones_, zeros_;
   TableNorm batch_, group_;
-  FreshPairs first_affine_, second_affine_, middle_;
-  double group_share_ = 0, first_share_ = 0, dlogit_ = 0;
-  Sums dweight_[2], dbias_[2];  // of the batch norm or after the mixture; of the group norm
+  Chain chain_;
+  Sums dweight_, dbias_;
 };
 
-// An instance norm on the first columns, a batch norm on the others; either may have none.
+// An instance norm on the first columns, a batch norm on the others.
 class Halves : public Composite {
  public:
   Halves(const Extent& extent, const CompositeOptions& options, const ParameterTensors& tensors,
          TableStatistics batch)
-      : half_(options.num_groups), extents_{{extent.rows, half_}, {extent.rows, extent.cols - half_}},
-        weights_{{*tensors[0], half_}, {*tensors[2], extent.cols - half_}},
-        biases_{{*tensors[1], half_}, {*tensors[3], extent.cols - half_}},
-        norms_{{TableStatistics(Source::row_groups, extents_[0], at_least_one(half_)), extents_[0],
-                options.group_eps, weights_[0].values(), biases_[0].values()},
-               {std::move(batch), extents_[1], options.batch_eps, weights_[1].values(),
-                biases_[1].values()}} {}
+      : half_(options.num_groups), rest_(extent.cols - half_),
+        weights_{{*tensors[0], half_, 1}, {*tensors[2], rest_, 1}},
+        biases_{{*tensors[1], half_, 0}, {*tensors[3], rest_, 0}},
+        instance_(TableStatistics(Source::row_groups, {extent.rows, half_}, half_),
+                  {extent.rows, half_}, options.group_eps, weights_[0].values(),
+                  biases_[0].values()),
+        batch_(std::move(batch), {extent.rows, rest_}, options.batch_eps, weights_[1].values(),
+               biases_[1].values()) {}
 
-  const TableStatistics& batch() const override { return norms_[1].statistics; }
+  const TableStatistics& batch() const override { return batch_.statistics; }
 
   void forward(const Pairs& moments, const Pairs& affine) override {
-    for (int part : {0, 1}) norms_[part].forward(moments.from(at(part)), affine.from(at(part)));
+    instance_.forward(moments, affine);
+    batch_.forward(moments.from(half_), affine.from(half_));
   }
 
   void backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments) override {
-    for (int part : {0, 1}) {
-      const int64_t cols = extents_[part].cols;
-      dweights_[part].assign(weights_[part] ? cols : 0, 0.0);
-      dbiases_[part].assign(biases_[part] ? cols : 0, 0.0);
-      norms_[part].backward(moments.from(at(part)), daffine.from(at(part)), dmoments.from(at(part)),
-                            weights_[part] ? dweights_[part].data() : nullptr,
-                            biases_[part] ? dbiases_[part].data() : nullptr);
-    }
+    instance_.backward(moments, daffine, dmoments);
+    batch_.backward(moments.from(half_), daffine.from(half_), dmoments.from(half_));
   }
 
   ParameterGradientTensors gradients(int64_t wanted, bool wide) const override {
-    const auto want = [&](int which) { return bool(wanted >> which & 1); };
-    return {weights_[0].gradient(dweights_[0].data(), want(0), wide),
-            biases_[0].gradient(dbiases_[0].data(), want(1), wide),
-            weights_[1].gradient(dweights_[1].data(), want(2), wide),
-            biases_[1].gradient(dbiases_[1].data(), want(3), wide)};
+    return {weights_[0].gradient(instance_.dweight, want(wanted, 0), wide),
+            biases_[0].gradient(instance_.dbias, want(wanted, 1), wide),
+            weights_[1].gradient(batch_.dweight, want(wanted, 2), wide),
+            biases_[1].gradient(batch_.dbias, want(wanted, 3), wide)};
   }
 
  private:
-  int64_t at(int part) const { return part == 0 ? 0 : half_; }
-
-  int64_t half_;
-  Extent extents_[2];
+  int64_t half_, rest_;
   TableParameter weights_[2], biases_[2];
-  TableNorm norms_[2];
-  Sums dweights_[2], dbiases_[2];
+  TableNorm instance_, batch_;
 };
 
 // The gradient of logits from that of their softmax.
@@ -263,7 +302,7 @@ class Switched : public Composite {
   Switched(const Extent& extent, const CompositeOptions& options, const ParameterTensors& tensors,
            TableStatistics batch)
       : extent_(extent), eps_(options.batch_eps), uses_batch_(options.kind == Kind::switched),
-        weight_(*tensors[0], extent.cols), bias_(*tensors[1], extent.cols),
+        weight_(*tensors[0], extent.cols, 1), bias_(*tensors[1], extent.cols, 0),
         mean_shares_(softmax(*tensors[2], uses_batch_ ? 3 : 2)),
         var_shares_(softmax(*tensors[3], uses_batch_ ? 3 : 2)),
         layer_(Source::row_groups, extent, 1), batch_(std::move(batch)), mixed_(extent) {}
@@ -274,55 +313,46 @@ class Switched : public Composite {
     layer_.measure(moments, eps_);
     if (uses_batch_) batch_.measure(moments, eps_);
     const Pairs mixed = mixed_;  // mean, 1 / sqrt(var + eps)
-    const double *weight = weight_.values(), *bias = bias_.values();
-    each_table_row(extent_, [&](int64_t row) {
-      double *scale = affine.firsts(row), *center = affine.seconds(row);
+    each_table_row_buffered(extent_, [&](int64_t row, const Pairs& buffers) {
       double *mean = mixed.firsts(row), *rstd = mixed.seconds(row);
-      const double* m = moments.firsts(row);
-      mix(mean_shares_, m, layer_.mean[row], batch_means(row, mean), mean);
-      mix(var_shares_, moments.seconds(row), layer_.var[row], batch_vars(row, rstd), rstd);
-      for (int64_t i = 0; i < extent_.cols; ++i) {
-        rstd[i] = 1.0 / std::sqrt(rstd[i] + eps_);
-        scale[i] = weight ? rstd[i] * weight[i] : rstd[i];
-        center[i] = (m[i] - mean[i]) * scale[i] + (bias ? bias[i] : 0.0);
-      }
+      mix(mean_shares_, moments.firsts(row), layer_.mean[row], batch_means(row, buffers.first),
+          mean);
+      mix(var_shares_, moments.seconds(row), layer_.var[row], batch_vars(row, buffers.second),
+          rstd);
+      for (int64_t i = 0; i < extent_.cols; ++i) rstd[i] = 1.0 / std::sqrt(rstd[i] + eps_);
+      row_norm(extent_.cols, norm_row(moments, row), affine.firsts(row), affine.seconds(row));
     });
   }
 
   void backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments) override {
-    const FreshPairs fresh(extent_), fresh_part(extent_);
-    const Pairs dmixed = fresh, part = fresh_part;
-    mixture_gradients(moments, daffine, dmixed);
-    share_gradients(moments, dmixed);
-    each_table_row(extent_, [&](int64_t row) {  // the cell's own share, and what is not mixed
-      const double *dc = daffine.seconds(row), *rstd = mixed_seconds(row);
-      const double *dmean = dmixed.firsts(row), *dvar = dmixed.seconds(row);
-      double *to_m = dmoments.firsts(row), *to_v = dmoments.seconds(row);
-      for (int64_t i = 0; i < extent_.cols; ++i) {
-        const double scale = weight_ ? rstd[i] * weight_.values()[i] : rstd[i];
-        to_m[i] = dc[i] * scale + mean_shares_[0] * dmean[i];
-        to_v[i] = var_shares_[0] * dvar[i];
-      }
+    const FreshPairs fresh(extent_), fresh_terms(extent_);
+    const Pairs dmixed = fresh, terms = fresh_terms;
+    each_table_row(extent_, [&](int64_t row) {
+      row_norm_gradient(extent_.cols, norm_row(moments, row),
+                        {daffine.firsts(row), daffine.seconds(row)}, dmixed.firsts(row),
+                        dmixed.seconds(row), dmoments.firsts(row), terms.firsts(row));
+      std::fill_n(dmoments.seconds(row), extent_.cols, 0.0);
     });
-    scaled(dmixed, 1, part);
-    layer_.transpose(moments, part, dmoments);
+    dweight_ = column_sums(extent_, terms.first, terms.stride);
+    dbias_ = column_sums(extent_, daffine.second, daffine.stride);
+    share_gradients(moments, dmixed);
+    pass_share(0, dmixed, terms);
+    each_table_row(extent_, [&](int64_t row) {
+      row_add(extent_.cols, terms.firsts(row), dmoments.firsts(row));
+      row_add(extent_.cols, terms.seconds(row), dmoments.seconds(row));
+    });
+    pass_share(1, dmixed, terms);
+    layer_.transpose(moments, terms, dmoments);
     if (!uses_batch_) return;
-    scaled(dmixed, 2, part);
-    batch_.transpose(moments, part, dmoments);
+    pass_share(2, dmixed, terms);
+    batch_.transpose(moments, terms, dmoments);
   }
 
   ParameterGradientTensors gradients(int64_t wanted, bool wide) const override {
-    const auto want = [&](int which) { return bool(wanted >> which & 1); };
-    const auto vector = [&](const Sums& values, bool is_wanted) {
-      const int64_t size = is_wanted ? int64_t(values.size()) : 0;
-      const Tensor result = fresh_table({size}, wide);
-      copy_doubles(values.data(), size, result);
-      return result;
-    };
-    return {weight_.gradient(dweight_.data(), want(0), wide),
-            bias_.gradient(dbias_.data(), want(1), wide),
-            vector(softmax_gradient(mean_shares_, dmean_shares_), want(2)),
-            vector(softmax_gradient(var_shares_, dvar_shares_), want(3))};
+    return {weight_.gradient(dweight_, want(wanted, 0), wide),
+            bias_.gradient(dbias_, want(wanted, 1), wide),
+            as_tensor(softmax_gradient(mean_shares_, dmean_shares_), want(wanted, 2), wide),
+            as_tensor(softmax_gradient(var_shares_, dvar_shares_), want(wanted, 3), wide)};
   }
 
  private:
@@ -332,37 +362,17 @@ class Switched : public Composite {
   const double* batch_vars(int64_t row, double* buffer) const {
     return uses_batch_ ? batch_.vars(row, buffer) : nullptr;
   }
-  const double* mixed_seconds(int64_t row) const { return Pairs(mixed_).seconds(row); }
+  NormRow norm_row(const Pairs& moments, int64_t row) const {
+    const Pairs mixed = mixed_;
+    return {moments.firsts(row), mixed.firsts(row), mixed.seconds(row), weight_.values(),
+            bias_.values()};
+  }
 
   void mix(const Sums& shares, const double* own, double layer, const double* batch,
            double* out) const {
-    for (int64_t i = 0; i < extent_.cols; ++i) {
-      out[i] = shares[0] * own[i] + shares[1] * layer + (batch ? shares[2] * batch[i] : 0.0);
-    }
-  }
-
-  // Of the mixed mean and variance; sums for weight and bias.
-  void mixture_gradients(const Pairs& moments, const Pairs& daffine, const Pairs& dmixed) {
-    const FreshPairs fresh(extent_);
-    const Pairs terms = fresh, mixed = mixed_;
-    each_table_row(extent_, [&](int64_t row) {
-      const double *ds = daffine.firsts(row), *dc = daffine.seconds(row);
-      const double *m = moments.firsts(row);
-      const double *mean = mixed.firsts(row), *rstd = mixed.seconds(row);
-      double *dmean = dmixed.firsts(row), *dvar = dmixed.seconds(row);
-      double* of_weight = terms.firsts(row);
-      for (int64_t i = 0; i < extent_.cols; ++i) {
-        const double w = weight_ ? weight_.values()[i] : 1.0, r = rstd[i];
-        const double whole = ds[i] + dc[i] * (m[i] - mean[i]);
-        of_weight[i] = whole * r;
-        dmean[i] = -dc[i] * r * w;
-        dvar[i] = -0.5 * r * r * r * w * whole;
-      }
-    });
-    dweight_.assign(extent_.cols, 0.0);
-    dbias_.assign(extent_.cols, 0.0);
-    add_columns(extent_, terms.first, terms.stride, dweight_.data());
-    add_columns(extent_, daffine.second, daffine.stride, dbias_.data());
+    for (int64_t i = 0; i < extent_.cols; ++i) out[i] = shares[0] * own[i] + shares[1] * layer;
+    if (!batch) return;
+    for (int64_t i = 0; i < extent_.cols; ++i) out[i] += shares[2] * batch[i];
   }
 
   // Sums over all cells of the mixture's gradients times what each share multiplies.
@@ -380,20 +390,15 @@ class Switched : public Composite {
 
   void add_shares(const double* grad, const double* own, double layer, const double* batch,
                   Sums& sums) const {
-    double of_own = 0, total = 0, of_batch = 0;
-    for (int64_t i = 0; i < extent_.cols; ++i) {
-      of_own += grad[i] * own[i];
-      total += grad[i];
-      if (batch) of_batch += grad[i] * batch[i];
-    }
-    sums[0] += of_own;
-    sums[1] += total * layer;
-    if (batch) sums[2] += of_batch;
+    sums[0] += row_product(extent_.cols, grad, own);
+    sums[1] += row_sum(extent_.cols, grad) * layer;
+    if (batch) sums[2] += row_product(extent_.cols, grad, batch);
   }
 
-  void scaled(const Pairs& from, size_t share, const Pairs& to) const {
+  // The part of the mixture's gradients that one share's statistics receive.
+  void pass_share(size_t share, const Pairs& dmixed, const Pairs& to) const {
     each_table_row(extent_, [&](int64_t row) {
-      const double *first = from.firsts(row), *second = from.seconds(row);
+      const double *first = dmixed.firsts(row), *second = dmixed.seconds(row);
       double *to_first = to.firsts(row), *to_second = to.seconds(row);
       for (int64_t i = 0; i < extent_.cols; ++i) to_first[i] = mean_shares_[share] * first[i];
       for (int64_t i = 0; i < extent_.cols; ++i) to_second[i] = var_shares_[share] * second[i];
@@ -415,18 +420,13 @@ class Switched : public Composite {
 std::unique_ptr<Composite> make_composite(const CompositeOptions& options, const Extent& extent,
                                           const ParameterTensors& parameters,
                                           TableStatistics batch) {
-  const auto two_norms = [&](const TwoNorms::Options& shape) {
-    return std::make_unique<TwoNorms>(shape, extent, options, parameters, std::move(batch));
-  };
   switch (options.kind) {
     case Kind::batch_then_group:
-      return two_norms({.batch_is_first = true, .chained = true, .mixed = false});
+      return std::make_unique<BatchThenGroup>(extent, options, parameters, std::move(batch));
     case Kind::group_first:
-      return two_norms({.batch_is_first = false, .chained = true, .mixed = true});
     case Kind::batch_first:
-      return two_norms({.batch_is_first = true, .chained = true, .mixed = true});
     case Kind::parallel:
-      return two_norms({.batch_is_first = false, .chained = false, .mixed = true});
+      return std::make_unique<GroupAndBatch>(extent, options, parameters, std::move(batch));
     case Kind::halves:
       return std::make_unique<Halves>(extent, options, parameters, std::move(batch));
     default:

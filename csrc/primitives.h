@@ -23,9 +23,14 @@ void row_moments(const Rows& a, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(a.x);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t start = row * a.length;
-    const acc_t<T> shift = first_mean(x + start, a.length);
+    const bool few = a.length <= kFewVectors<T>;
+    const acc_t<T> shift = few ? to_float(x[start]) : first_mean(x + start, a.length);
     double sums[2], mean, var;
-    span_sums(x, {start, a.length, 1, 0}, shift, sums);
+    if (few) {
+      few_sums(x, start, a.length, shift, sums);
+    } else {
+      span_sums(x, {start, a.length, 1, 0}, shift, sums);
+    }
     store_moments(&mean, &var, sums, shift, double(a.length));
     write_table(a, 0, row, mean);
     write_table(a, 1, row, var);
@@ -55,8 +60,12 @@ void row_grad_sums(const Rows& a, int64_t begin, int64_t end) {
     const double mean = read_table(a, 0, row % a.table_size);
     const acc_t<T> pivot = acc_t<T>(mean);
     double sums[2];
-    span_grad_sums(static_cast<const T*>(a.grad), static_cast<const T*>(a.x),
-                   {row * a.length, a.length, 1, 0}, pivot, sums);
+    const T *g = static_cast<const T*>(a.grad), *x = static_cast<const T*>(a.x);
+    if (a.length <= kFewVectors<T>) {
+      few_grad_sums(g, x, row * a.length, a.length, pivot, sums);
+    } else {
+      span_grad_sums(g, x, {row * a.length, a.length, 1, 0}, pivot, sums);
+    }
     write_table(a, 1, row, sums[0]);
     write_table(a, 2, row, sums[1] + (double(pivot) - mean) * sums[0]);
   }

@@ -89,6 +89,42 @@ template <class T, class F>
   sums[1] = total(second);
 }
 
+// One row of a few vectors, whose sums need no folding on the way.
+template <class T>
+constexpr int64_t kFewVectors = 8 * kWidth<T>;
+template <class T, class F>
+[[gnu::always_inline]] inline void sum_few(int64_t start, int64_t length, double* sums,
+                                           const F& term) {
+  vec<T> one[2] = {}, two[2] = {};
+  each_vector<T>(length, [&](int lane, int64_t i, int n) NORMKIT_INLINE {
+    term(start + i, n, one[lane & 1], two[lane & 1]);
+  });
+  sums[0] = total(widen(one[0] + one[1]));
+  sums[1] = total(widen(two[0] + two[1]));
+}
+
+// Around its first element, which lies at most sqrt(length) deviations from the mean.
+template <class T>
+inline void few_sums(const T* x, int64_t start, int64_t length, acc_t<T> shift, double* sums) {
+  const vec<T> shifts = splat<T>(shift);
+  sum_few<T>(start, length, sums, [&](int64_t at, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+    const vec<T> d = load_some(x + at, n, shifts) - shifts;
+    one += d;
+    two += d * d;
+  });
+}
+
+template <class T>
+inline void few_grad_sums(const T* g, const T* x, int64_t start, int64_t length, acc_t<T> pivot,
+                          double* sums) {
+  const vec<T> pivots = splat<T>(pivot);
+  sum_few<T>(start, length, sums, [&](int64_t at, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
+    const vec<T> gradient = load_some(g + at, n, vec<T>{});
+    one += gradient;
+    two += gradient * (load_some(x + at, n, pivots) - pivots);
+  });
+}
+
 // sums = {sum(x - shift), sum((x - shift)^2)}
 template <class T>
 inline void span_sums(const T* x, const Span& span, acc_t<T> shift, double* sums) {

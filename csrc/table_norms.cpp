@@ -22,23 +22,20 @@ void each_strip(const Extent& extent, const F& body) {
 
 }  // namespace
 
-TableParameter::TableParameter(const OptionalTensor& parameter, int64_t cols) {
+TableParameter::TableParameter(const OptionalTensor& parameter, int64_t cols, double absent)
+    : num_values_(parameter ? parameter->numel() : cols), values_(cols, absent) {
   if (!parameter) return;
-  num_values_ = parameter->numel();
   STD_TORCH_CHECK(num_values_ > 0 && cols % num_values_ == 0, "a parameter of ", num_values_,
                   " values does not fit ", cols, " channels");
   const std::vector<double> values = as_doubles(*parameter);
-  values_.resize(cols);
   const int64_t repeat = cols / num_values_;
-  for (int64_t i = 0; i < cols; ++i) values_[i] = values[i / repeat];
+  for (int64_t i = 0; i < num_values_; ++i) std::fill_n(&values_[i * repeat], repeat, values[i]);
 }
 
-Tensor TableParameter::gradient(const double* columns, bool wanted, bool wide) const {
-  std::vector<double> sums(wanted ? num_values_ : 0, 0.0);
-  if (!sums.empty()) {
-    const int64_t repeat = int64_t(values_.size()) / num_values_;
-    for (size_t i = 0; i < values_.size(); ++i) sums[i / repeat] += columns[i];
-  }
+Tensor TableParameter::gradient(const std::vector<double>& columns, bool wanted, bool wide) const {
+  std::vector<double> sums(wanted ? num_values_ : 0);
+  const int64_t repeat = wanted ? int64_t(values_.size()) / num_values_ : 0;
+  for (size_t i = 0; i < sums.size(); ++i) sums[i] = row_sum(repeat, &columns[i * repeat]);
   const Tensor result = fresh_table({int64_t(sums.size())}, wide);
   copy_doubles(sums.data(), int64_t(sums.size()), result);
   return result;
@@ -85,12 +82,9 @@ void TableStatistics::measure_rows(const Pairs& moments) {
     for (int64_t group = 0; group < groups; ++group) {
       const double* m = moments.firsts(row) + group * width_;
       const double* v = moments.seconds(row) + group * width_;
-      double sum = 0, spread = 0;
-      for (int64_t i = 0; i < width_; ++i) sum += m[i];
-      const double center = sum / double(width_);
-      for (int64_t i = 0; i < width_; ++i) spread += v[i] + (m[i] - center) * (m[i] - center);
+      const double center = row_sum(width_, m) / double(width_);
       mean[row * groups + group] = center;
-      var[row * groups + group] = spread / double(width_);
+      var[row * groups + group] = row_spread(width_, m, v, center) / double(width_);
     }
   });
 }
@@ -100,18 +94,14 @@ void TableStatistics::measure_columns(const Pairs& moments) {
   var.assign(extent_.cols, 0.0);
   const double reciprocal = 1.0 / double(extent_.rows);
   each_strip(extent_, [&](int64_t begin, int64_t end) {
+    const int64_t n = end - begin;
+    double *const means = &mean[begin], *const vars = &var[begin];
+    for (int64_t row = 0; row < extent_.rows; ++row) row_add(n, moments.firsts(row) + begin, means);
+    row_scale(n, reciprocal, means);
     for (int64_t row = 0; row < extent_.rows; ++row) {
-      const double* m = moments.firsts(row);
-      for (int64_t col = begin; col < end; ++col) mean[col] += m[col];
+      row_add_spread(n, moments.firsts(row) + begin, moments.seconds(row) + begin, means, vars);
     }
-    for (int64_t col = begin; col < end; ++col) mean[col] *= reciprocal;
-    for (int64_t row = 0; row < extent_.rows; ++row) {
-      const double *m = moments.firsts(row), *v = moments.seconds(row);
-      for (int64_t col = begin; col < end; ++col) {
-        var[col] += v[col] + (m[col] - mean[col]) * (m[col] - mean[col]);
-      }
-    }
-    for (int64_t col = begin; col < end; ++col) var[col] *= reciprocal;
+    row_scale(n, reciprocal, vars);
   });
 }
 
@@ -155,16 +145,10 @@ void TableStatistics::transpose_rows(const Pairs& moments, const Pairs& through,
   each_table_row(extent_, [&](int64_t row) {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = group * width_;
-      const double *m = moments.firsts(row) + begin, center = mean[row * groups + group];
-      const double *dm = through.firsts(row) + begin, *dv = through.seconds(row) + begin;
-      double *to_m = grads.firsts(row) + begin, *to_v = grads.seconds(row) + begin;
-      double first = 0, second = 0;
-      for (int64_t i = 0; i < width_; ++i) first += dm[i];
-      for (int64_t i = 0; i < width_; ++i) second += dv[i];
-      first *= reciprocal;
-      second *= reciprocal;
-      for (int64_t i = 0; i < width_; ++i) to_m[i] += first + 2 * second * (m[i] - center);
-      for (int64_t i = 0; i < width_; ++i) to_v[i] += second;
+      const double first = row_sum(width_, through.firsts(row) + begin) * reciprocal;
+      const double second = row_sum(width_, through.seconds(row) + begin) * reciprocal;
+      row_through(width_, moments.firsts(row) + begin, mean[row * groups + group], first, second,
+                  grads.firsts(row) + begin, grads.seconds(row) + begin);
     }
   });
 }
@@ -173,21 +157,17 @@ void TableStatistics::transpose_columns(const Pairs& moments, const Pairs& throu
                                         const Pairs& grads) const {
   const double reciprocal = 1.0 / double(extent_.rows);
   each_strip(extent_, [&](int64_t begin, int64_t end) {
+    const int64_t n = end - begin;
     double first[kStrip] = {}, second[kStrip] = {};
     for (int64_t row = 0; row < extent_.rows; ++row) {
-      const double *dm = through.firsts(row) + begin, *dv = through.seconds(row) + begin;
-      for (int64_t i = 0; i < end - begin; ++i) first[i] += dm[i];
-      for (int64_t i = 0; i < end - begin; ++i) second[i] += dv[i];
+      row_add(n, through.firsts(row) + begin, first);
+      row_add(n, through.seconds(row) + begin, second);
     }
-    for (int64_t i = 0; i < end - begin; ++i) first[i] *= reciprocal;
-    for (int64_t i = 0; i < end - begin; ++i) second[i] *= reciprocal;
+    row_scale(n, reciprocal, first);
+    row_scale(n, reciprocal, second);
     for (int64_t row = 0; row < extent_.rows; ++row) {
-      const double *m = moments.firsts(row) + begin, *center = mean.data() + begin;
-      double *to_m = grads.firsts(row) + begin, *to_v = grads.seconds(row) + begin;
-      for (int64_t i = 0; i < end - begin; ++i) {
-        to_m[i] += first[i] + 2 * second[i] * (m[i] - center[i]);
-        to_v[i] += second[i];
-      }
+      row_through(n, moments.firsts(row) + begin, &mean[begin], first, second,
+                  grads.firsts(row) + begin, grads.seconds(row) + begin);
     }
   });
 }
@@ -213,64 +193,38 @@ TableNorm::TableNorm(TableStatistics own_statistics, const Extent& extent, doubl
 
 void TableNorm::forward(const Pairs& moments, const Pairs& affine) {
   statistics.measure(moments, eps_);
-  each_table_row(extent_, [&](int64_t row) {
-    double *scale = affine.firsts(row), *center = affine.seconds(row);
-    const double* m = moments.firsts(row);
-    const double* rstd = statistics.rstds(row, scale);
-    const double* mean = statistics.means(row, center);
-    for (int64_t col = 0; col < extent_.cols; ++col) {
-      scale[col] = weight_ ? rstd[col] * weight_[col] : rstd[col];
-      center[col] = (m[col] - mean[col]) * scale[col] + (bias_ ? bias_[col] : 0.0);
-    }
+  each_table_row_buffered(extent_, [&](int64_t row, const Pairs& buffers) {
+    const NormRow in{moments.firsts(row), statistics.means(row, buffers.first),
+                     statistics.rstds(row, buffers.second), weight_, bias_};
+    row_norm(extent_.cols, in, affine.firsts(row), affine.seconds(row));
   });
 }
 
-void TableNorm::backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments,
-                         double* dweight, double* dbias) const {
-  const FreshPairs fresh(extent_);
+void TableNorm::backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments) {
+  const FreshPairs fresh(extent_), fresh_terms(extent_);
   const Pairs through = fresh;  // gradients of mean and variance as each cell sees them
-  const std::unique_ptr<double[]> terms(new double[at_least_one(dweight ? extent_.size() : 0)]);
-  each_table_row(extent_, [&](int64_t row) {
-    double *dmean = through.firsts(row), *dvar = through.seconds(row);
-    double *to_m = dmoments.firsts(row), *to_v = dmoments.seconds(row);
-    double* term = dweight ? terms.get() + row * extent_.cols : nullptr;
-    const double *dscale = daffine.firsts(row), *dcenter = daffine.seconds(row);
-    const double* m = moments.firsts(row);
-    const double* rstd = statistics.rstds(row, dvar);
-    const double* mean = statistics.means(row, dmean);
-    for (int64_t col = 0; col < extent_.cols; ++col) {
-      const double r = rstd[col], w = weight_ ? weight_[col] : 1.0;
-      const double whole = dscale[col] + dcenter[col] * (m[col] - mean[col]);
-      const double direct = dcenter[col] * r * w;
-      if (term) term[col] = whole * r;
-      dmean[col] = -direct;
-      dvar[col] = -0.5 * r * r * r * w * whole;
-      to_m[col] = direct;
-      to_v[col] = 0;
-    }
+  const double* terms = Pairs(fresh_terms).first;
+  each_table_row_buffered(extent_, [&](int64_t row, const Pairs& buffers) {
+    const NormRow in{moments.firsts(row), statistics.means(row, buffers.first),
+                     statistics.rstds(row, buffers.second), weight_, bias_};
+    row_norm_gradient(extent_.cols, in, {daffine.firsts(row), daffine.seconds(row)},
+                      through.firsts(row), through.seconds(row), dmoments.firsts(row),
+                      Pairs(fresh_terms).firsts(row));
+    std::fill_n(dmoments.seconds(row), extent_.cols, 0.0);
   });
   statistics.transpose(moments, through, dmoments);
-  if (dweight) add_columns(extent_, terms.get(), extent_.cols, dweight);
-  if (dbias) add_columns(extent_, daffine.second, daffine.stride, dbias);
+  dweight = column_sums(extent_, terms, extent_.cols);
+  dbias = column_sums(extent_, daffine.second, daffine.stride);
 }
 
-void transform(const Extent& extent, const Pairs& moments, const Pairs& affine,
-               const Pairs& out) {
-  each_table_row(extent, [&](int64_t row) {
-    const double *v = moments.seconds(row), *scale = affine.firsts(row);
-    double* var = out.seconds(row);
-    std::copy_n(affine.seconds(row), extent.cols, out.firsts(row));
-    for (int64_t col = 0; col < extent.cols; ++col) var[col] = scale[col] * scale[col] * v[col];
-  });
-}
-
-void add_columns(const Extent& extent, const double* values, int64_t stride, double* result) {
+std::vector<double> column_sums(const Extent& extent, const double* values, int64_t stride) {
+  std::vector<double> result(extent.cols, 0.0);
   each_strip(extent, [&](int64_t begin, int64_t end) {
     for (int64_t row = 0; row < extent.rows; ++row) {
-      const double* from = values + row * stride;
-      for (int64_t col = begin; col < end; ++col) result[col] += from[col];
+      row_add(end - begin, values + row * stride + begin, &result[begin]);
     }
   });
+  return result;
 }
 
 }  // namespace normkit

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "table_rows.h"
 #include "tensors.h"
 
 namespace normkit {
@@ -40,17 +41,16 @@ class FreshPairs {
   Extent extent_;
 };
 
-// A parameter of `cols` values or of equal runs of them, and the gradient that it collects.
+// A parameter of `cols` values or of equal runs of them; `absent` everywhere where there is none.
 class TableParameter {
  public:
-  TableParameter(const OptionalTensor& parameter, int64_t cols);
-  explicit operator bool() const { return !values_.empty(); }
-  const double* values() const { return values_.empty() ? nullptr : values_.data(); }
-  // The sums over the rows of a table, as a tensor; empty when not wanted.
-  Tensor gradient(const double* columns, bool wanted, bool wide) const;
+  TableParameter(const OptionalTensor& parameter, int64_t cols, double absent);
+  const double* values() const { return values_.data(); }
+  // From the sums of the columns of a table, as a tensor; empty when not wanted.
+  Tensor gradient(const std::vector<double>& columns, bool wanted, bool wide) const;
 
  private:
-  int64_t num_values_ = 0;
+  int64_t num_values_;
   std::vector<double> values_;  // one for each column
 };
 
@@ -70,7 +70,7 @@ class TableStatistics {
                                double share);
 
   void measure(const Pairs& moments, double eps);
-  // Mean and 1 / sqrt(var + eps) of each cell's group along a row; `buffer` may serve for it.
+  // Mean, variance, 1 / sqrt(var + eps) of each cell's group along a row; `buffer` may hold it.
   const double* means(int64_t row, double* buffer) const { return along(mean, row, buffer); }
   const double* vars(int64_t row, double* buffer) const { return along(var, row, buffer); }
   const double* rstds(int64_t row, double* buffer) const { return along(rstd, row, buffer); }
@@ -103,10 +103,11 @@ class TableNorm {
             const double* bias);
 
   void forward(const Pairs& moments, const Pairs& affine);
-  // From gradients of scale and center to those of the moments. Sums of each column, the terms of
-  // the gradients of weight and bias, are added to `dweight` and `dbias` where not null.
-  void backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments,
-                double* dweight, double* dbias) const;
+  // From gradients of scale and center to those of the moments.
+  void backward(const Pairs& moments, const Pairs& daffine, const Pairs& dmoments);
+
+  // After backward: each column's sums, for the gradients of weight and bias.
+  std::vector<double> dweight, dbias;
 
   TableStatistics statistics;
 
@@ -116,10 +117,7 @@ class TableNorm {
   const double *weight_, *bias_;
 };
 
-// Moments of the norm's output, from those of its input.
-void transform(const Extent& extent, const Pairs& moments, const Pairs& affine, const Pairs& out);
-
-// Runs body(row) on all threads.
+// Runs body(row) on all threads, or body(row, buffers) with two rows of scratch memory.
 template <class F>
 void each_table_row(const Extent& extent, const F& body) {
   parallel(extent.rows, at_least_one(kTableGrain / at_least_one(extent.cols)),
@@ -127,8 +125,16 @@ void each_table_row(const Extent& extent, const F& body) {
              for (int64_t row = begin; row < end; ++row) body(row);
            });
 }
+template <class F>
+void each_table_row_buffered(const Extent& extent, const F& body) {
+  parallel(extent.rows, at_least_one(kTableGrain / at_least_one(extent.cols)),
+           [&](int64_t begin, int64_t end) {
+             const FreshPairs fresh({1, extent.cols});
+             for (int64_t row = begin; row < end; ++row) body(row, Pairs(fresh));
+           });
+}
 
-// Adds the sum over the rows of values(row)[col] to result[col].
-void add_columns(const Extent& extent, const double* values, int64_t stride, double* result);
+// The sum of each column.
+std::vector<double> column_sums(const Extent& extent, const double* values, int64_t stride);
 
 }  // namespace normkit
