@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normkit.core.check import require_feature_map
 from normkit.kernels.select import Kernels, choose
 from normkit.layers.base import NormLayer
+from normkit.layers.whitening import GroupWhitening
 from normkit.sharing import Part, parts
 
 
@@ -57,7 +58,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
     """
     found = parts(layer)
     require_feature_map(x, cast(NormLayer, layer).num_features, type(layer).__name__)
-    kernels, reason = choose(x)
+    kernels, reason = choose(x) if not isinstance(layer, GroupWhitening) else _WHITENING
     return Explanation(
         layer=type(layer).__name__,
         kernels=kernels,
@@ -65,3 +66,6 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         groups="; ".join(part.describe(x.shape) for part in found),
         parts=found,
     )
+
+
+_WHITENING: tuple[Kernels, str] = ("reference", "whitening is computed in plain torch operators")

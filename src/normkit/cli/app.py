@@ -7,6 +7,7 @@ import tyro
 
 from normkit.cli.bench import Bench
 from normkit.cli.compare import Compare
+from normkit.cli.explain import Explain
 from normkit.cli.listing import List
 from normkit.errors import NormError
 from normkit.lab.environment import package_version
@@ -14,7 +15,7 @@ from normkit.lab.environment import package_version
 EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
-COMMANDS = {"compare": Compare, "bench": Bench, "list": List}
+COMMANDS = {"compare": Compare, "bench": Bench, "explain": Explain, "list": List}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,12 +16,14 @@ from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
 from normkit.spec import METHODS
 
+METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in short)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class List:
     """List the methods, data sets and models that the other commands know."""
 
-    method: Annotated[str | None, tyro.conf.Positional] = None
+    method: Annotated[str, tyro.conf.Positional, METHOD] = ""
     """Say all about this method: bn, gn, ..., ws."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON, and nothing else, to the standard output."""
@@ -35,7 +37,7 @@ class List:
         Raises:
             SpecError: If there is no such method.
         """
-        if self.method is None:
+        if not self.method:
             self._print_all()
         elif self.json_output:
             _print_json(_method(self.method).as_dict())

@@ -1,0 +1,166 @@
+"""Panels as a picture, PNG or SVG, side by side."""
+
+import itertools
+import math
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normkit.lab.drawing.panels import Indices, Panel, View, is_dark, shown
+
+CELL, SPACE, GAP = 10, 6, 14  # pixels of an element, between blocks, and of what is left out
+MAX_EXAMPLES, MAX_CHANNELS = 8, 12
+POSITIONS = (12, 6)  # the most rows or columns that are drawn, and how many where there are more
+MAX_LETTERS = 4  # groups in a block that get a letter
+LEFT, BOTTOM, TOP, LINE = 0.55, 0.5, 0.55, 0.17  # inches around panels, and of a line of a title
+MIN_WIDTH, CHARACTERS = 3.4, 13  # inches of a panel, and characters of a title in an inch
+DOTS_PER_INCH = 160
+PAPER, INK, NOTHING = "#ffffff", "#1d2126", "#e9ecef"
+Place = tuple[int, int]
+Blocks = defaultdict[Place, defaultdict[int, list[Place]]]
+RC: dict[Any, Any] = {
+    "svg.hashsalt": "normkit",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+}
+
+
+class _Ruler(NamedTuple):
+    """Where the blocks of one axis begin, and the elements within a block, in pixels."""
+
+    outer: Indices
+    inner: Indices
+
+    @property
+    def starts(self) -> list[int]:
+        """First pixel of each block, and where another one would begin."""
+        block = sum(GAP if index is None else CELL for index in self.inner)
+        starts = [0]
+        for index in self.outer:
+            starts.append(starts[-1] + SPACE + (GAP if index is None else block))
+        return starts
+
+    @property
+    def size(self) -> int:
+        """Pixels from the first block to the last."""
+        return self.starts[-1] - SPACE
+
+    def elements(self) -> Iterable[tuple[int, int, int]]:
+        """Outer index, inner index and first pixel of everything that is drawn."""
+        for start, index in zip(self.starts, self.outer, strict=False):
+            place = start
+            for within in self.inner:
+                if index is not None and within is not None:
+                    yield index, within, place
+                place += GAP if within is None else CELL
+
+    def ticks(self) -> tuple[list[float], list[str]]:
+        """Middles and names of the blocks."""
+        starts = self.starts
+        middles = [(a + b - SPACE - 1) / 2 for a, b in itertools.pairwise(starts)]
+        return middles, ["..." if index is None else str(index) for index in self.outer]
+
+
+class _Sheet(NamedTuple):
+    """A panel with the pixels that it takes."""
+
+    panel: Panel
+    view: View
+    down: _Ruler
+    across: _Ruler
+
+    @classmethod
+    def of(cls, panel: Panel) -> "_Sheet":
+        num_examples, num_channels, num_rows, num_columns = panel.cells.shape
+        view = View(
+            shown(num_examples, MAX_EXAMPLES),
+            shown(num_channels, MAX_CHANNELS),
+            shown(num_rows, *POSITIONS),
+            shown(num_columns, *POSITIONS),
+        )
+        down, across = _Ruler(view.examples, view.rows), _Ruler(view.channels, view.columns)
+        return cls(panel, view, down, across)
+
+    def elements(self) -> Iterable[tuple[Place, Place, int]]:
+        """Example and channel, first pixels across and down, and group of what is drawn."""
+        for example, row, y in self.down.elements():
+            for channel, column, x in self.across.elements():
+                group = int(self.panel.cells[example, channel, row, column])
+                yield (example, channel), (x, y), group
+
+
+def write_figure(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Draw the panels side by side into a file, in the format that its name ends in.
+
+    Examples go down, channels to the right; a block has the positions of one channel. The same
+    panels give the same file.
+    """
+    sheets = [_Sheet.of(panel) for panel in panels]
+    widest = max(sheet.across.size for sheet in sheets)
+    scale = min(max(MIN_WIDTH / widest, 0.012), 0.03)  # inches of a pixel
+    width, height = max(widest * scale, MIN_WIDTH), sheets[0].down.size * scale
+    titles = [textwrap.wrap(panel.title, int(width * CHARACTERS)) for panel in panels]
+    top = TOP + LINE * max(map(len, titles))
+    page = ((LEFT + width) * len(sheets) + 0.15, BOTTOM + height + top)
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=page)
+        figure.text(LEFT / page[0], 1 - 0.3 / page[1], title, weight="bold", fontsize=11)
+        for position, (sheet, lines) in enumerate(zip(sheets, titles, strict=True)):
+            left = (LEFT + width) * position + LEFT
+            box = (left, BOTTOM, sheet.across.size * scale, height)
+            axes = figure.add_axes(tuple(np.divide(box, page * 2)))
+            axes.set_title("\n".join(lines), loc="left", fontsize=9)
+            _draw(axes, sheet)
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
+
+
+def _draw(axes: Axes, sheet: _Sheet) -> None:
+    axes.imshow(_pixels(sheet), interpolation="none", aspect="auto")
+    axes.set_xticks(*sheet.across.ticks())
+    axes.set_yticks(*sheet.down.ticks())
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("example n")
+    axes.set_xlabel(f"channel c, {_positions(sheet.panel)} each", loc="left")
+    key = sheet.panel.key(sheet.view)
+    for x, y, group in _letters(sheet):
+        ink = PAPER if is_dark(key.colour(group)) else INK
+        axes.text(x, y, key.letter(group), color=ink, fontsize=8, ha="center", va="center")
+
+
+def _positions(panel: Panel) -> str:
+    rows, columns = panel.cells.shape[2:]
+    if rows > 1:
+        return f"{rows} \N{MULTIPLICATION SIGN} {columns} positions"
+    return f"{columns} position{'' if columns == 1 else 's'}"
+
+
+def _pixels(sheet: _Sheet) -> np.ndarray:
+    key = sheet.panel.key(sheet.view)
+    pixels = np.full((sheet.down.size, sheet.across.size, 3), 255, dtype=np.uint8)
+    for _, (x, y), group in sheet.elements():
+        colour = NOTHING if group < 0 else key.colour(group)
+        pixels[y : y + CELL - 1, x : x + CELL - 1] = list(bytes.fromhex(colour[1:]))
+    return pixels
+
+
+def _letters(sheet: _Sheet) -> Iterable[tuple[float, float, int]]:
+    """Where letters go: in every block near the middle of each group, where these are few."""
+    blocks: Blocks = defaultdict(lambda: defaultdict(list))
+    for block, place, group in sheet.elements():
+        blocks[block][group].append(place)
+    for groups in blocks.values():
+        for group, places in groups.items():
+            if group >= 0 and len(groups) <= MAX_LETTERS:
+                middle = np.mean(places, axis=0)
+                x, y = min(places, key=lambda place: math.dist(place, middle))
+                yield x + CELL / 2 - 1, y + CELL / 2 - 1, group
