@@ -100,6 +100,35 @@ def test_peers_compute_what_the_layer_does(norm, dtype, last):
         require_agreement(ours, Subject.of(peer, x, grad), peer, norm)
 
 
+COMPOSITES = (
+    "bcn:2", "bcn:2:channel_affine=channel", "bcn:2:micro", "gnplus:2", "gnplus:2:order=batch-first",
+    "gnplus:2:order=parallel", "sn", "sn:use_batch=false", "ibn",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", COMPOSITES)
+def test_compositions_of_composites_compute_what_the_layer_does(norm, dtype):
+    layer = nk.build(norm, 6).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    x, grad = (torch.randn(4, 6, 3, 9).to(dtype) for _ in range(2))
+    (peer,) = peers_of(layer, "composition", 4)
+    require_agreement(Subject.of(Peer(name="ours", module=layer), x, grad),
+                      Subject.of(peer, x, grad), peer, norm)  # fmt: skip
+    ours = {name.replace(".", "_"): value for name, value in layer.named_buffers()}
+    for name, value in peer.module.named_buffers():
+        torch.testing.assert_close(value, ours[name], atol=1e-2, rtol=1e-2)
+
+
+def test_composites_are_measured_beside_our_batch_norm():
+    record = run_bench(spec_of("bcn:2:micro", "sn"))
+    assert {row.entries["our_batch_norm"].name for row in record.rows} == {"normkit.BatchNorm"}
+    assert all(row.peers == ("composition",) for row in record.rows)
+    assert all(cell.kept <= 1 for cell in cells_of(record))
+
+
 @pytest.mark.parametrize("norm", ["bgn:2", "bgn:9", "ghost:4"])
 def test_compositions_move_their_running_statistics_like_the_layer(norm):
     layer = nk.build(norm, 6)

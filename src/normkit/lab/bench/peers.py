@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from normkit.errors import SpecError
-from normkit.lab.bench import compositions
+from normkit.lab.bench import composites, compositions
 from normkit.lab.bench.spec import Against
 from normkit.layers.base import SegmentLayer
 from normkit.layers.single import (
@@ -76,6 +76,9 @@ def _compositions(layer: nn.Module, batch_size: int) -> list[Peer]:
             Peer(name="F.layer_norm of permuted axes", module=compositions.ByLayerNorm(layer)),
             Peer(name="var_mean over channels", module=compositions.ByChannelMoments(layer)),
         ]
+    composed = composites.composition_of(layer)
+    if composed is not None:
+        return [Peer(name=_first_line(composed), module=composed)]
     if not isinstance(layer, SegmentLayer):
         raise SpecError(f"no composition of torch's operators is known for {type(layer).__name__}")
     groups = compositions.Groups.of(layer, batch_size)
@@ -89,9 +92,17 @@ def _compositions(layer: nn.Module, batch_size: int) -> list[Peer]:
     return [by_batch_norm, by_moments]
 
 
+def _first_line(module: nn.Module) -> str:
+    """What a composition is, in the words of its docstring."""
+    return (type(module).__doc__ or "").splitlines()[0].replace("`", "").rstrip(".")
+
+
 def _compiled(layer: nn.Module, batch_size: int) -> Peer:
-    if isinstance(layer, PositionalNorm):
-        formula: nn.Module = compositions.ByChannelMoments(layer)
+    formula = composites.composition_of(layer)
+    if formula is not None:
+        pass
+    elif isinstance(layer, PositionalNorm):
+        formula = compositions.ByChannelMoments(layer)
     elif isinstance(layer, SegmentLayer):
         formula = compositions.ByMoments(layer, compositions.Groups.of(layer, batch_size))
     else:

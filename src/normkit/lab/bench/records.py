@@ -16,6 +16,8 @@ OURS = "ours"
 COPY = "copy"  # x.clone(): what reading and writing the map once takes
 BATCH_NORM = "batch_norm"  # nn.BatchNorm2d on the tiny map, whatever the layer
 CONTIGUOUS = "contiguous"  # ours on the same map laid out contiguously
+OUR_BATCH_NORM = "our_batch_norm"  # our own BatchNorm, beside a composite
+NOT_PEERS = (OURS, COPY, BATCH_NORM, CONTIGUOUS, OUR_BATCH_NORM)
 
 
 class Entry(Frozen):
@@ -30,8 +32,8 @@ class Entry(Frozen):
 class Row(Frozen):
     """A norm on maps of one shape, and everything that was timed in turns with it.
 
-    ``entries`` are ``ours``, ``copy``, each kind of peer, and where they apply ``batch_norm`` and
-    ``contiguous``.
+    ``entries`` are ``ours``, ``copy``, each kind of peer, and where they apply ``batch_norm``,
+    ``contiguous`` and ``our_batch_norm``.
     """
 
     norm: str
@@ -49,7 +51,7 @@ class Row(Frozen):
     @property
     def peers(self) -> tuple[str, ...]:
         """The kinds of peers that the norm was measured against."""
-        return tuple(k for k in self.entries if k not in (OURS, COPY, BATCH_NORM, CONTIGUOUS))
+        return tuple(kind for kind in self.entries if kind not in NOT_PEERS)
 
     def ratio(self, over: str, timed: str) -> float:
         """Time of another entry in times of ours: above one, ours is faster."""

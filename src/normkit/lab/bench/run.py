@@ -10,14 +10,25 @@ from torch import Tensor, nn
 
 from normkit import explain
 from normkit.errors import SpecError
+from normkit.lab.bench.composites import is_composite
 from normkit.lab.bench.peers import Peer, peers_of
-from normkit.lab.bench.records import BATCH_NORM, CONTIGUOUS, COPY, OURS, BenchRecord, Entry, Row
+from normkit.lab.bench.records import (
+    BATCH_NORM,
+    CONTIGUOUS,
+    COPY,
+    OUR_BATCH_NORM,
+    OURS,
+    BenchRecord,
+    Entry,
+    Row,
+)
 from normkit.lab.bench.spec import TINY_SHAPE, Against, BenchSpec, Shape, build_norm
 from normkit.lab.bench.subject import Subject, Timed, require_agreement
 from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.train import parse_device, threads_of
 from normkit.layers.base import NormLayer, SegmentLayer
+from normkit.layers.single import BatchNorm
 
 SCREENING = Budget(seconds=0.0, repeats=3)
 
@@ -62,7 +73,8 @@ def jobs_of(spec: BenchSpec) -> list[Job]:
 def _try(job: Job, spec: BenchSpec) -> None:
     with torch.device("meta"):
         layer = build_norm(job.norm, job.batch_size, job.shape)
-    if not isinstance(layer, NormLayer) or layer.weight is None:
+    affine = any(name.endswith("weight") for name, _ in layer.named_parameters())
+    if not isinstance(layer, NormLayer) or not affine:
         raise SpecError(f"{job.norm} has no weight and bias; bench measures layers with both")
     if isinstance(layer, SegmentLayer):
         layer.partition.segment_size((job.batch_size, *job.shape))
@@ -168,18 +180,24 @@ class _Measurement:
         return min(peers, key=lambda peer: times[peer.name].median_s)
 
     def _reference_names(self) -> dict[str, str]:
-        return {COPY: "x.clone()", BATCH_NORM: "nn.BatchNorm2d", CONTIGUOUS: "ours, contiguous"}
+        return {
+            COPY: "x.clone()",
+            BATCH_NORM: "nn.BatchNorm2d",
+            CONTIGUOUS: "ours, contiguous",
+            OUR_BATCH_NORM: "normkit.BatchNorm",
+        }
 
     def _references(self) -> dict[str, Subject]:
         """What else is of interest beside the peers."""
         found = {}
+        dtype = next(self.layer.parameters()).dtype
+        options = {"device": self.x.device, "dtype": dtype}
         if self.job.shape == TINY_SHAPE:
-            batch_norm = nn.BatchNorm2d(
-                self.job.shape[0],
-                device=self.x.device,
-                dtype=self.layer.get_parameter("weight").dtype,
-            )
+            batch_norm = nn.BatchNorm2d(self.job.shape[0], **options)
             found[BATCH_NORM] = self._subject(Peer(name="nn.BatchNorm2d", module=batch_norm))
+        if is_composite(self.layer):
+            batch_norm = BatchNorm(self.job.shape[0], **options)
+            found[OUR_BATCH_NORM] = self._subject(Peer(name="BatchNorm", module=batch_norm))
         if self.spec.memory_format == "channels_last":
             found[CONTIGUOUS] = Subject.of(
                 Peer(name="ours", module=self.layer), self.x.contiguous(), self.grad.contiguous()
