@@ -115,7 +115,11 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
 
 
 def _is_movable(running: Running) -> bool:
-    return all(t.is_contiguous() and t.dtype.itemsize >= 4 for t in (running.mean, running.var))
+    mean, var = running.mean, running.var
+    wide = (torch.float32, torch.float64)
+    return (
+        mean.dtype in wide and var.dtype in wide and mean.is_contiguous() and var.is_contiguous()
+    )
 
 
 def _differentiable(

@@ -11,7 +11,7 @@ import torch
 from normkit.core.moments import Moments
 from normkit.core.transforms import known_size
 from normkit.errors import PartitionError
-from normkit.typing import GroupTable, SegmentTable
+from normkit.typing import FeatureMap, GroupTable, SegmentTable
 
 
 class Partition(NamedTuple):
@@ -173,6 +173,11 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
             f"use a larger batch (DataLoader(drop_last=True) drops a last batch of one), fewer "
             f"groups, a larger map, or .eval()"
         )
+
+
+def has_single_values(x: FeatureMap) -> bool:
+    """Whether a channel of an example is one value: only then can a group of channels be."""
+    return x.numel() == x.shape[0] * x.shape[1]
 
 
 def _nearest(num_groups: int, size: int) -> str:

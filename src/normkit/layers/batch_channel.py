@@ -16,7 +16,7 @@ from normkit.core.check import (
 )
 from normkit.core.groups import normalize_batch
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.running import RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
@@ -148,15 +148,15 @@ class BatchChannelNorm(NormLayer):
         require_feature_map(x, self.num_features, name)
         if x.numel() == 0:
             return empty_result(x, *self.parameters())
-        if self.training:
+        if self.training and has_single_values(x):
             for partition in self.partitions.values():
                 require_variance(partition, x.shape, name)
-        if is_watched(self.batch, self.channel):
-            return self.channel(self.batch(x))
-        batch, affine, groups = self.batch, self.channel._affine(), self.num_groups
+        batch, channel = self.batch, self.channel
+        if is_watched(batch, channel):
+            return channel(batch(x))
         running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
         return normalize_batch_then_group(
-            x, groups, running, batch.training, batch._affine(), affine
+            x, self.num_groups, running, batch.training, batch._affine(), channel._affine()
         )
 
     @property

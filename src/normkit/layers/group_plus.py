@@ -15,7 +15,7 @@ from normkit.core.check import (
 )
 from normkit.core.composite import Order
 from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.stages import normalize_group_and_batch
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
@@ -122,7 +122,7 @@ class GroupNormPlus(TrackingLayer):
         parameters, logit = self._affine(), self._paced_logit()
         if x.numel() == 0:
             return empty_result(x, *parameters[:2], logit)
-        if self.training:
+        if self.training and has_single_values(x):
             for partition in self.partitions.values():
                 require_variance(partition, x.shape, name)
         groups, order, running = self.num_groups, self.order, self._running()

@@ -6,7 +6,7 @@ import torch
 
 from normkit.core.check import require_count, require_feature_map
 from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
 from normkit.layers.base import Device, NormLayer, is_watched
@@ -100,16 +100,15 @@ class InstanceBatchNorm(NormLayer):
         require_feature_map(x, self.num_features, name)
         if x.numel() == 0:
             return empty_result(x, *self.parameters())
-        half = self.instance.num_features
-        if self.training:
+        instance, batch = self.instance, self.batch
+        half = instance.num_features
+        if self.training and has_single_values(x):
             for partition in self.partitions.values():
                 require_variance(partition, (x.shape[0], partition.num_groups, *x.shape[2:]), name)
-        if is_watched(self.instance, self.batch):
-            parts = (self.instance(x[:, :half]), self.batch(x[:, half:]))
-            return torch.cat(parts, dim=1)
-        batch, affine = self.batch, self.instance._affine()
-        running, training = batch._running(), batch.training
-        return normalize_halves(x, half, running, training, affine, batch._affine())
+        if is_watched(instance, batch):
+            return torch.cat((instance(x[:, :half]), batch(x[:, half:])), dim=1)
+        running, affine = batch._running(), batch._affine()
+        return normalize_halves(x, half, running, batch.training, instance._affine(), affine)
 
     @property
     def partitions(self) -> dict[str, Partition]:

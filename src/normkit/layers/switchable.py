@@ -7,7 +7,7 @@ from torch import nn
 
 from normkit.core.check import require_feature_map
 from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.stages import normalize_switched
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
@@ -105,7 +105,7 @@ class SwitchableNorm(TrackingLayer):
         parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
         if x.numel() == 0:
             return empty_result(x, *parameters[:2], *logits)
-        if self.training:
+        if self.training and has_single_values(x):
             widest = self.partitions["batch norm" if self.use_batch else "layer norm"]
             require_variance(widest, x.shape, type(self).__name__)
         return normalize_switched(x, self._running(), self.training, parameters, *logits)
