@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 import normkit as nk
+from normkit.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,6 +33,22 @@ def test_the_printed_comparison_is_the_demo():
     (command,) = re.findall(r"^    (normkit compare .*)$", README, flags=re.MULTILINE)
     demo = MAKEFILE.split("demo: ")[1].split("\n\n")[0].replace("\\\n", " ")
     assert shlex.split(command) == shlex.split(demo[demo.index("normkit compare") :])
+
+
+COMMANDS = re.findall(r"^    normkit ((?:list|explain).*)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_list_and_explain_work_as_printed(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command, comments=True)) == 0
+    for picture in tmp_path.rglob("*.svg"):
+        kept = ROOT / picture.relative_to(tmp_path)
+        assert texts(kept) == texts(picture)
+
+
+def texts(picture):
+    return re.findall(r"<text[^>]*>([^<]*)<", picture.read_text())
 
 
 def is_layer(kind):
