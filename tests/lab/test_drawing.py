@@ -29,8 +29,8 @@ def test_a_map_is_drawn_element_by_element():
         "   BBB DDD",
         "",
     ]
-    assert drawn("ghost:2", (3, 2)) == ["   c0 c1", "n0 A  B", "n1 A  B", "n2 C  D"]
-    assert drawn("ibn", (1, 4, 2)) == ["   c0 c1 c2 c3", "n0 AA BB ·· ··"]
+    assert drawn("ghost:2", (3, 2)) == ["   c0 c1", "n0 A  B", "n1 A  B", "n2 C  D", ""]
+    assert drawn("ibn", (1, 4, 2)) == ["   c0 c1 c2 c3", "n0 AA BB ·· ··", ""]
     assert drawn("pn", (1, 2, 2, 2))[1:3] == ["n0 AB AB", "   CD CD"]
 
 
@@ -51,12 +51,21 @@ def test_the_middle_of_what_is_too_large_is_left_out():
     assert lines[-2].split()[0] == "GGGG…G"
 
 
+def test_letters_that_come_again_are_said_to():
+    assert "letters come again" in drawn("pn", (2, 1, 8, 8))[-1]
+    assert drawn("pn", (2, 1, 5, 6))[-1] == ""
+
+
 @pytest.mark.parametrize(
     ("spec", "shape", "titles"),
     [
         ("bgn:2", (2, 2, 3), ["2 groups, statistics over 6 elements each"]),
         ("bgn:1", (2, 2, 3), ["1 group, statistics over 12 elements"]),
-        ("ghost:2", (3, 1, 2), ["2 groups, statistics over 4 elements each, the last over 2"]),
+        (
+            "ghost:2",
+            (3, 1, 2),
+            ["2 groups, statistics over 4 elements each, 2 in the last examples"],
+        ),
         (
             "bcn:1:micro",
             (2, 2, 3),

@@ -103,7 +103,7 @@ def _legend(part: Part, index: Tensor) -> str:
     each = f"{largest} elements{' each' if len(sizes) > 1 else ''}"
     if part.origin == "estimates":
         return f"{groups}, running estimates moved by {each}"
-    rest = "" if smallest == largest else f", the last over {smallest}"
+    rest = "" if smallest == largest else f", {smallest} in the last examples"
     return f"{groups}, statistics over {each}{rest}{share}"
 
 

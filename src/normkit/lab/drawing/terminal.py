@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from rich.style import Style
 from rich.text import Text
 
-from normkit.lab.drawing.panels import Key, Panel, View, is_dark, shown
+from normkit.lab.drawing.panels import LETTERS, Key, Panel, View, is_dark, shown
 
 MAX_EXAMPLES = 8
 ROWS, COLUMNS = (8, 5), (12, 6)  # the most that are drawn, and how many where there are more
@@ -28,8 +28,10 @@ def draw_lines(panel: Panel, width: int) -> Iterable[Text]:
     yield _line("", margin, [Text(name) for name in names])
     for example in view.examples:
         yield from [Text(GAP)] if example is None else _example(panel, view, example, margin, block)
-        if num_rows > 1:
+        if num_rows > 1 or example == num_examples - 1:
             yield Text()
+    if len(panel.key(view).ranks) > len(LETTERS):
+        yield Text("There are more groups than letters, so letters come again.\n", style="dim")
 
 
 def _example(panel: Panel, view: View, example: int, margin: int, block: int) -> Iterable[Text]:
