@@ -101,7 +101,8 @@ def test_peers_compute_what_the_layer_does(norm, dtype, last):
 
 
 COMPOSITES = (
-    "bcn:2", "bcn:2:channel_affine=channel", "bcn:2:micro", "gnplus:2", "gnplus:2:order=batch-first",
+    "bcn:2", "bcn:2:channel_affine=channel", "bcn:2:micro",
+    "gnplus:2", "gnplus:2:order=batch-first",
     "gnplus:2:order=parallel", "sn", "sn:use_batch=false", "ibn",
 )  # fmt: skip
 

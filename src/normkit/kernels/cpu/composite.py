@@ -132,16 +132,19 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
     if torch.is_grad_enabled():
         return ctx.differentiable(grad, x, table, tuple(parameters), wanted)
     kind, *options = ctx.composite
-    bits = sum(want << i for i, want in enumerate(wanted[1:]))
+    _, *wants = wanted
+    bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
     operator = torch.ops.normkit.composite_backward.default
     dx, *found = operator(grad, x, table, kind, *parameters, *options, bits)
-    return [
-        dx if wanted[0] else None,
-        *(
-            cast_gradient(g.view(p.shape), p.dtype) if want else None
-            for g, p, want in zip(found, parameters, wanted[1:], strict=True)
-        ),
-    ]
+    gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
+    return [dx if wanted[0] else None, *gradients]
+
+
+def _as_parameter(gradient: Tensor, parameter: Tensor | None, want: bool) -> Tensor | None:
+    if parameter is None or not want:
+        return None
+    shaped = gradient if parameter.ndim == 1 else gradient.view(parameter.shape)
+    return cast_gradient(shaped, parameter.dtype)
 
 
 _RECORD = recorder(_Composite)
