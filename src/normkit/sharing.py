@@ -125,17 +125,17 @@ def parts(layer: nn.Module) -> tuple[Part, ...]:
     )
 
 
-@parts.register
+@parts.register(PositionalNorm)
 def _(layer: PositionalNorm) -> tuple[Part, ...]:
     return (Part(partition=None),)
 
 
-@parts.register
+@parts.register(SegmentLayer)
 def _(layer: SegmentLayer) -> tuple[Part, ...]:
     return _tracked("statistics", layer.partition, layer)
 
 
-@parts.register
+@parts.register(GroupWhitening)
 def _(layer: GroupWhitening) -> tuple[Part, ...]:
     example = Partition(num_groups=1, examples_per_group=1)
     return (
@@ -144,20 +144,20 @@ def _(layer: GroupWhitening) -> tuple[Part, ...]:
     )
 
 
-@parts.register
+@parts.register(GroupNormPlus)
 def _(layer: GroupNormPlus) -> tuple[Part, ...]:
     found = layer.partitions
     group = Part(name="group norm", partition=found["group norm"])
     return (group, *_tracked("batch norm", found["batch norm"], layer))
 
 
-@parts.register
+@parts.register(BatchChannelNorm)
 def _(layer: BatchChannelNorm) -> tuple[Part, ...]:
     batch = [replace(part, name="batch stage") for part in parts(layer.batch)]
     return (*batch, *(replace(part, name="channel stage") for part in parts(layer.channel)))
 
 
-@parts.register
+@parts.register(EstimatedBatchNorm)
 def _(layer: EstimatedBatchNorm) -> tuple[Part, ...]:
     partition = Partition(num_groups=layer.num_features)
     if layer.training:
@@ -165,12 +165,12 @@ def _(layer: EstimatedBatchNorm) -> tuple[Part, ...]:
     return _tracked("statistics", partition, layer)
 
 
-@parts.register
+@parts.register(ChannelStage)
 def _(layer: ChannelStage) -> tuple[Part, ...]:
     return (Part(partition=layer.partition),)
 
 
-@parts.register
+@parts.register(SwitchableNorm)
 def _(layer: SwitchableNorm) -> tuple[Part, ...]:
     found = dict(layer.partitions)
     batch = found.pop("batch norm", None)
@@ -178,7 +178,7 @@ def _(layer: SwitchableNorm) -> tuple[Part, ...]:
     return (*own, *(_tracked("batch norm", batch, layer) if batch else ()))
 
 
-@parts.register
+@parts.register(InstanceBatchNorm)
 def _(layer: InstanceBatchNorm) -> tuple[Part, ...]:
     half, end = layer.instance.num_features, layer.num_features
     return (
