@@ -79,6 +79,15 @@ def test_whitening_agrees_with_an_eigendecomposition():
         assert_close(found.reshape(4, -1), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_groups", [4, 64])
+def test_more_steps_than_needed_leave_the_rows_white(num_groups):
+    x = randn(1, num_groups, 32, 32, dtype=torch.float32)
+    x += randn(1, 1, 32, 32, seed=1, dtype=torch.float32)  # which correlates them
+    y = nk.functional.group_whitening(x, num_groups, iterations=20)
+    rows = y.reshape(num_groups, -1)
+    assert_close(rows @ rows.T / rows.shape[1], torch.eye(num_groups), atol=1e-3, rtol=0)
+
+
 def test_whitening_a_constant_is_finite():
     assert torch.equal(
         nk.GroupWhitening(6, num_groups=3)(torch.ones(2, 6, 4)), torch.zeros(2, 6, 4)

@@ -39,12 +39,18 @@ def _wide_products(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _whitening_matrix(rows: Tensor, num_iterations: int, eps: float) -> Tensor:
-    """Newton's approximation of ``Sigma^(-1/2)``, ``(N, G, G)``, of centred rows ``(N, G, m)``."""
+    """Newton's approximation of ``Sigma^(-1/2)``, ``(N, G, G)``, of centred rows ``(N, G, m)``.
+
+    The steps ``P <- 1.5 P - 0.5 P^3 Sigma`` are taken with ``P Sigma`` carried along: the same
+    numbers, but rounding errors that do not commute with ``Sigma`` no longer grow from step to
+    step.
+    """
     identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     covariance = rows @ rows.mT / rows.shape[2] + eps * identity
     trace = (covariance * identity).sum(dim=(-2, -1), keepdim=True)
-    unit = covariance / trace
-    root = identity.expand_as(unit)
+    carried = covariance / trace
+    root = identity.expand_as(carried)
     for _ in range(num_iterations):
-        root = 1.5 * root - 0.5 * (root @ root @ root @ unit)
+        step = 1.5 * identity - 0.5 * (root @ carried)
+        carried, root = carried @ step, step @ root
     return root / trace.sqrt()

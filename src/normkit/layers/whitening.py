@@ -29,8 +29,8 @@ class GroupWhitening(NormLayer):
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         num_groups: Runs of channels, the rows that are decorrelated; divides ``C``.
-        iterations: Newton steps. Five leave 64 groups far from white (relative error 0.49); that
-            is the method, not an accident.
+        iterations: Newton steps. Five leave 64 groups far from white (by about a half); that is
+            the method, not an accident.
         eps: Added to the variances; unit of ``x`` squared.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         device: Where parameters live.
