@@ -77,7 +77,10 @@ std::tuple<Tensor, Tensor> composite_forward(
 
   const BatchSource source = BatchSource(batch_source);
   const bool own = source == BatchSource::own;
-  if (source == BatchSource::estimates) estimate(table, rate, *running_mean, *running_var);
+  if (source == BatchSource::estimates) {
+    STD_TORCH_CHECK(running_mean && running_var, "estimates are moved in running buffers");
+    estimate(table, rate, *running_mean, *running_var);
+  }
   if (source == BatchSource::given && num_batch > 0) {
     STD_TORCH_CHECK(given_mean && given_var && given_mean->numel() == num_batch &&
                         given_var->numel() == num_batch,

@@ -121,6 +121,11 @@ class BatchThenGroup : public Composite {
   Chain chain_;
 };
 
+double share_of(const OptionalTensor& logit) {
+  STD_TORCH_CHECK(logit && logit->numel() == 1, "a mixture needs its logit, one value");
+  return 1.0 / (1.0 + std::exp(-as_doubles(*logit)[0]));
+}
+
 // A mixture of a group norm and a batch norm, side by side or one of the other's output, and one
 // weight and bias after it: y = (p first + (1 - p) second) weight + bias.
 class GroupAndBatch : public Composite {
@@ -129,7 +134,7 @@ class GroupAndBatch : public Composite {
                 const ParameterTensors& tensors, TableStatistics batch)
       : extent_(extent), chained_(options.kind != Kind::parallel),
         batch_is_first_(options.kind == Kind::batch_first),
-        group_share_(1.0 / (1.0 + std::exp(-as_doubles(**tensors[2])[0]))),
+        group_share_(share_of(*tensors[2])),
         weight_(*tensors[0], extent.cols, 1), bias_(*tensors[1], extent.cols, 0),
         ones_({}, extent.cols, 1), zeros_({}, extent.cols, 0),
         batch_(std::move(batch), extent, options.batch_eps, ones_.values(), zeros_.values()),
@@ -287,8 +292,8 @@ Sums softmax_gradient(const Sums& shares, const Sums& dshares) {
 }
 
 Sums softmax(const OptionalTensor& logits, int64_t size) {
+  STD_TORCH_CHECK(logits && logits->numel() == size, "there are ", size, " logits");
   Sums result = as_doubles(*logits);
-  STD_TORCH_CHECK(int64_t(result.size()) == size, "there are ", size, " logits");
   const double largest = *std::max_element(result.begin(), result.end());
   double sum = 0;
   for (double& value : result) sum += value = std::exp(value - largest);
