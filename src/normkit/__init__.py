@@ -1,8 +1,10 @@
 """normkit: the normalization toolkit for PyTorch."""
 
 from normkit import functional, weights
+from normkit.convert import Conversion, convert_norm, convert_norm_
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
+    ConversionError,
     DataError,
     InputError,
     InputTypeError,
@@ -40,6 +42,8 @@ __all__ = [
     "BatchChannelNorm",
     "BatchGroupNorm",
     "BatchNorm",
+    "Conversion",
+    "ConversionError",
     "DataError",
     "Explanation",
     "GeneralBatchGroupNorm",
@@ -64,6 +68,8 @@ __all__ = [
     "WeightError",
     "bake_weights_",
     "build",
+    "convert_norm",
+    "convert_norm_",
     "decay_gamma_to_one",
     "explain",
     "functional",

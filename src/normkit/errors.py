@@ -39,3 +39,7 @@ class WeightError(NormError, ValueError):
 
 class TraceError(NormError, RuntimeError):
     """A model cannot be followed from one layer to the next."""
+
+
+class ConversionError(NormError, ValueError):
+    """A layer of a model cannot be replaced by the norm that was asked for."""

@@ -1,0 +1,17 @@
+"""Any norm into any model, and back."""
+
+from normkit.convert.report import Change, Conversion, Left
+from normkit.convert.rules import rule
+from normkit.convert.source import Source, Statistics
+from normkit.convert.verbs import convert_norm, convert_norm_
+
+__all__ = [
+    "Change",
+    "Conversion",
+    "Left",
+    "Source",
+    "Statistics",
+    "convert_norm",
+    "convert_norm_",
+    "rule",
+]

@@ -1,0 +1,112 @@
+"""What a conversion did: which norms became what, what was carried and what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from normkit.convert.swap import Swap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One norm that became another.
+
+    Args:
+        name: Its name in the model; the first one of a shared layer.
+        old: What it was.
+        new: What it became, as a spec without open questions.
+        carried: What the new layer took over.
+        lost: What it could not take over.
+        warnings: What to know before training or evaluating it.
+    """
+
+    name: str
+    old: str
+    new: str
+    carried: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """One norm that was left as it was.
+
+    Args:
+        name: Its name in the model.
+        old: What it is.
+        why: Why it was left.
+    """
+
+    name: str
+    old: str
+    why: str
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Conversion:
+    """A converted model and everything that was done to it; prints as a table.
+
+    Args:
+        model: The converted model; of a dry run the model as it is.
+        changes: The norms that became others, in the order of the model.
+        left: All other norms, with the reason.
+        standardized: Convolutions whose weights ``+ws`` standardised.
+        dry_run: Whether nothing was done.
+    """
+
+    model: nn.Module
+    changes: tuple[Change, ...]
+    left: tuple[Left, ...] = ()
+    standardized: tuple[str, ...] = ()
+    dry_run: bool = False
+    _swap: Swap = field(kw_only=True)
+
+    def revert(self) -> nn.Module:
+        """Put the old layers, weights and parameter groups back; return the model.
+
+        The old layers come back as they were: the same modules with their own running statistics,
+        hooks and optimizer state. Parameters that both layers shared have the values that they
+        have now: a conversion is undone, training is not. A second time changes nothing.
+
+        Raises:
+            OptionError: If the layers were replaced again since; nothing is changed then.
+        """
+        if not self.dry_run:
+            self.model = self._swap.revert()
+        return self.model
+
+    def __repr__(self) -> str:
+        return f"<Conversion: {self._summary()}>"
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
+        head = ("name", "old", "new", "carried", "lost")
+        rows = [(_at(c.name), c.old, c.new, _list(c.carried), _list(c.lost)) for c in self.changes]
+        lines += _table([head, *rows]) if rows else []
+        lines += [f"  {_at(c.name)}: {warning}" for c in self.changes for warning in c.warnings]
+        if self.standardized:
+            lines.append(f"weights standardised: {', '.join(self.standardized)}")
+        lines += [f"left alone: {_at(left.name)} ({left.old}): {left.why}" for left in self.left]
+        return "\n".join(lines)
+
+    def _summary(self) -> str:
+        verb = "would convert" if self.dry_run else "converted"
+        return f"{verb} {len(self.changes)} of {len(self.changes) + len(self.left)} norms"
+
+
+def _at(name: str) -> str:
+    return name or "the model itself"
+
+
+def _list(words: Sequence[str]) -> str:
+    return ", ".join(words) or "-"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  " + "  ".join(row).rstrip() for row in padded]

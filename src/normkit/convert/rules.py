@@ -1,0 +1,226 @@
+"""How each kind of norm is read: what another one takes over of it, and what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from normkit.convert.source import Activation, Source, Statistics
+from normkit.errors import ConversionError
+
+Rule = Callable[[Any], Source]
+
+RULES: dict[str, Rule] = {}
+"""The rule of each class, by its module and name: other libraries are never imported."""
+
+STATISTICS_OF_EXAMPLES = "the average over examples' own statistics (ours follow the whole batch's)"
+
+
+def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
+    """Register how layers of these classes are read; subclasses are other kinds.
+
+    Args:
+        kinds: Classes, or ``"module.Name"`` of classes that need not be installed.
+
+    Raises:
+        ConversionError: If a class has a rule.
+
+    Example:
+        >>> class MyBatchNorm(nn.BatchNorm2d):
+        ...     pass
+        >>> register = rule(MyBatchNorm)
+        >>> _ = register(RULES["torch.nn.modules.batchnorm.BatchNorm2d"])
+        >>> read(MyBatchNorm(4)).num_features
+        4
+    """
+
+    def register(function: Rule) -> Rule:
+        for key in map(key_of, kinds):
+            if key in RULES:
+                raise ConversionError(
+                    f"{key} has a rule already: {RULES[key].__module__}.{RULES[key].__name__}"
+                )
+            RULES[key] = function
+        return function
+
+    return register
+
+
+def key_of(kind: type | str) -> str:
+    """Module and name of a class."""
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def read(module: nn.Module) -> Source:
+    """Read a norm by the rule of its class.
+
+    Raises:
+        ConversionError: If its class has no rule, or its shape is not known yet.
+    """
+    kind = type(module)
+    values = [*module._parameters.values(), *module._buffers.values()]
+    if any(is_lazy(value) for value in values if value is not None):
+        raise ConversionError(
+            f"{kind.__name__} does not know its number of channels yet; send one batch through "
+            f"the model first"
+        )
+    found = RULES.get(key_of(kind)) or (_frozen if _is_frozen(module) else None)
+    if found is None:
+        raise ConversionError(
+            f"{key_of(kind)} has no rule; leave it alone with where= or by mapping its name to "
+            f"None, or say how it is read with normkit.convert.rule"
+        )
+    return found(module)
+
+
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _batch_norm(layer: nn.BatchNorm2d) -> Source:
+    """Everything is carried."""
+    return Source(
+        num_features=layer.num_features,
+        options=_tracking(layer),
+        weight=layer.weight,
+        bias=layer.bias,
+        statistics=_statistics(layer),
+        over_batch=True,
+        without_positions=isinstance(layer, nn.BatchNorm1d),
+    )
+
+
+@rule(nn.SyncBatchNorm)
+def _sync_batch_norm(layer: nn.SyncBatchNorm) -> Source:
+    return replace(_batch_norm(layer), lost=("statistics over all processes",))  # type: ignore[arg-type]
+
+
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _instance_norm(layer: nn.InstanceNorm2d) -> Source:
+    tracked = layer.track_running_stats
+    lost = ("inputs without a batch axis", *([STATISTICS_OF_EXAMPLES] if tracked else []))
+    own = {"example_weight": 0.0} if tracked else {}  # evaluates by its running statistics
+    return Source(
+        num_features=layer.num_features,
+        options=_tracking(layer) | own,
+        weight=layer.weight,
+        bias=layer.bias,
+        statistics=_statistics(layer),
+        lost=lost,
+    )
+
+
+@rule(nn.GroupNorm, "timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")
+def _group_norm(layer: nn.GroupNorm) -> Source:
+    """Everything is carried."""
+    return Source(
+        num_features=layer.num_channels,
+        options={"eps": layer.eps, "affine": layer.affine},
+        weight=layer.weight,
+        bias=layer.bias,
+    )
+
+
+@rule(
+    "torchvision.models.convnext.LayerNorm2d",
+    "timm.layers.norm.LayerNorm2d",
+    "timm.layers.norm.LayerNorm2dFp32",
+    "timm.layers.norm.LayerNormExp2d",
+)
+def _layer_norm_of_maps(layer: nn.LayerNorm) -> Source:
+    """The statistics of a position over its channels, in ``(N, C, H, W)``: ``pn`` keeps them."""
+    if len(layer.normalized_shape) != 1:
+        raise ConversionError(
+            f"{type(layer).__name__} normalizes over the axes {layer.normalized_shape}; only one "
+            f"over the channels alone can be converted; leave it alone with where="
+        )
+    return Source(
+        num_features=layer.normalized_shape[0],
+        options={"eps": layer.eps, "affine": layer.elementwise_affine},
+        weight=layer.weight,
+        bias=layer.bias,
+        warnings=_gains_bias(layer),
+    )
+
+
+@rule(nn.LayerNorm, "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+def _layer_norm(layer: nn.LayerNorm) -> Source:
+    """Likewise, with the channels in the last axis, where they stay."""
+    return replace(_layer_norm_of_maps(layer), channels_last=True, without_positions=True)
+
+
+@rule("timm.layers.norm_act.BatchNormAct2d")
+def _batch_norm_act(layer: Any) -> Source:  # noqa: ANN401 - a class that need not be installed
+    return replace(_batch_norm(layer), activation=_activation(layer))
+
+
+@rule("timm.layers.norm_act.SyncBatchNormAct")
+def _sync_batch_norm_act(layer: Any) -> Source:  # noqa: ANN401
+    return replace(_sync_batch_norm(layer), activation=_activation(layer))
+
+
+@rule("timm.layers.norm_act.GroupNormAct", "timm.layers.norm_act.GroupNorm1Act")
+def _group_norm_act(layer: Any) -> Source:  # noqa: ANN401
+    return replace(_group_norm(layer), activation=_activation(layer))
+
+
+@rule("timm.layers.norm_act.LayerNormAct2d", "timm.layers.norm_act.LayerNormAct2dFp32")
+def _layer_norm_act_of_maps(layer: Any) -> Source:  # noqa: ANN401
+    return replace(_layer_norm_of_maps(layer), activation=_activation(layer))
+
+
+@rule("timm.layers.norm_act.LayerNormAct", "timm.layers.norm_act.LayerNormActFp32")
+def _layer_norm_act(layer: Any) -> Source:  # noqa: ANN401
+    return replace(_layer_norm(layer), activation=_activation(layer))
+
+
+@rule(
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
+)
+def _frozen(layer: Any) -> Source:  # noqa: ANN401
+    """Values become parameters without a gradient; the statistics follow the training now."""
+    return Source(
+        num_features=layer.weight.numel(),
+        options={"eps": getattr(layer, "eps", 1e-5)},  # detectron-style ones may write it inline
+        weight=layer.weight,
+        bias=layer.bias,
+        statistics=Statistics(layer.running_mean, layer.running_var, None),
+        over_batch=True,
+        fixed=True,
+        warnings=("its statistics were fixed and now follow the training, unless .eval()",),
+    )
+
+
+@rule("timm.layers.norm_act.FrozenBatchNormAct2d")
+def _frozen_act(layer: Any) -> Source:  # noqa: ANN401
+    return replace(_frozen(layer), activation=_activation(layer))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it is detectron's layer, of which many projects keep a copy."""
+    buffers = {"weight", "bias", "running_mean", "running_var"}
+    named = type(module).__name__ == "FrozenBatchNorm2d"
+    return named and module._buffers.keys() == buffers and not module._parameters
+
+
+def _tracking(layer: nn.BatchNorm2d | nn.InstanceNorm2d) -> dict[str, Any]:
+    options = {"eps": layer.eps, "affine": layer.affine, "momentum": layer.momentum}
+    return options | {"track_running_stats": layer.track_running_stats}
+
+
+def _statistics(layer: nn.BatchNorm2d | nn.InstanceNorm2d) -> Statistics | None:
+    if layer.running_mean is None or layer.running_var is None:
+        return None
+    return Statistics(layer.running_mean, layer.running_var, layer.num_batches_tracked)
+
+
+def _activation(layer: nn.Module) -> Activation:
+    modules = dict(layer.named_children())
+    return Activation(modules.get("drop", nn.Identity()), modules.get("act", nn.Identity()))
+
+
+def _gains_bias(layer: nn.LayerNorm) -> tuple[str, ...]:
+    lacks = layer.weight is not None and layer.bias is None
+    return ("it had no bias and gains one, 0 at first",) if lacks else ()

@@ -1,0 +1,162 @@
+"""Which norms of a model are meant, and what each is to become."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from normkit.errors import OptionError, SpecError
+from normkit.spec import NormSpec
+from normkit.tracing.kinds import is_norm
+
+Where = Callable[[nn.Module, str], bool]
+SpecMap = Mapping[str, str | NormSpec | None]
+Found = dict[nn.Module, list[str]]
+
+HOLDERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+COMPILED = ("OptimizedModule", "ScriptModule")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What each norm is to become, or why it is left alone."""
+
+    specs: Mapping[nn.Module, NormSpec]
+    left: Mapping[nn.Module, str]
+
+
+def find_norms(model: nn.Module) -> Found:
+    """Find the norms of a model with all their names; what is inside of one is its own affair."""
+    found: Found = {}
+    for name, module in _walk(model, ""):
+        if is_norm(module):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def find_lookalikes(model: nn.Module) -> dict[str, nn.Module]:
+    """Find what is named like a norm and is none that is known."""
+    return {
+        name: module
+        for name, module in _walk(model, "")
+        if not is_norm(module)
+        and "norm" in type(module).__name__.lower()
+        and not any(module.children())
+    }
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    if is_norm(module):
+        return
+    for key, child in module._modules.items():
+        if child is not None and key != "parametrizations":
+            yield from _walk(child, f"{name}.{key}" if name else key)
+
+
+def require_bare(model: nn.Module) -> None:
+    """Refuse a model that something else holds on to.
+
+    Raises:
+        OptionError: With the wrapper and the way out.
+    """
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        at = f"module {name!r}" if name else "the model"
+        for kind in kinds.intersection(HOLDERS):
+            raise OptionError(
+                f"{at} is inside {kind}, which holds on to its parameters; convert the model "
+                f"first and wrap it afterwards"
+            )
+        for kind in kinds.intersection(COMPILED):
+            raise OptionError(
+                f"{at} is compiled ({kind}), and would go on as it was; convert the model first "
+                f"and compile it afterwards"
+            )
+
+
+def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) -> Chosen:
+    """Say for each norm what it is to become, or why it is left alone.
+
+    Raises:
+        SpecError: If a spec cannot be read.
+        OptionError: If a pattern or ``where`` chooses nothing, or there is nothing to choose.
+    """
+    if not found:
+        raise OptionError("the model has no normalization layer, so there is nothing to convert")
+    by_pattern = _by_pattern(found, wanted)
+    specs: dict[nn.Module, NormSpec] = {}
+    left: dict[nn.Module, str] = {}
+    for module, names in found.items():
+        if where is not None and not where(module, names[0]):
+            left[module] = "where= leaves it out"
+        elif isinstance(spec := by_pattern[module], NormSpec):
+            specs[module] = spec
+        else:
+            left[module] = spec
+    if where is not None and len(left) == len(found):
+        raise OptionError(
+            f"where= chooses none of the {len(found)} norms; they are: {_shown(found)}"
+        )
+    return Chosen(specs, left)
+
+
+def _by_pattern(found: Found, wanted: str | NormSpec | SpecMap) -> dict[nn.Module, NormSpec | str]:
+    if isinstance(wanted, str | NormSpec):
+        spec = NormSpec.parse(wanted)
+        return dict.fromkeys(found, spec)
+    if not isinstance(wanted, Mapping):
+        raise SpecError(
+            f"{wanted!r} was given; it is a spec such as 'gn:32', or a dict from names to specs"
+        )
+    tests = {pattern: _test(pattern) for pattern in wanted}
+    _require_matches(found, tests)
+    specs = {k: None if spec is None else NormSpec.parse(spec) for k, spec in wanted.items()}
+    return {module: _first(names, tests, specs) for module, names in found.items()}
+
+
+def _first(
+    names: list[str],
+    tests: Mapping[str, Callable[[str], bool]],
+    specs: Mapping[str, NormSpec | None],
+) -> NormSpec | str:
+    for pattern, matches in tests.items():
+        if any(map(matches, names)):
+            return specs[pattern] or f"{pattern!r} leaves it alone"
+    return "no pattern names it"
+
+
+def _test(pattern: str) -> Callable[[str], bool]:
+    """Read a pattern: ``re:`` and a regular expression, or a name with ``*`` for anything.
+
+    Raises:
+        OptionError: If it is no text, or no regular expression.
+    """
+    if not isinstance(pattern, str):
+        raise OptionError(f"{pattern!r} was given as a pattern; it is a text such as 'layer1.*'")
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    try:
+        compiled = re.compile(pattern[3:])
+    except re.error as error:
+        raise OptionError(f"{pattern!r} is no regular expression: {error}") from error
+    return lambda name: compiled.fullmatch(name) is not None
+
+
+def _require_matches(found: Found, tests: Mapping[str, Callable[[str], bool]]) -> None:
+    names = [name for several in found.values() for name in several]
+    for pattern, matches in tests.items():
+        if not any(map(matches, names)):
+            close = difflib.get_close_matches(pattern, names)
+            hint = f"close names are {', '.join(close)}" if close else f"they are: {_shown(found)}"
+            raise OptionError(f"pattern {pattern!r} matches none of the {len(found)} norms; {hint}")
+
+
+def _shown(found: Found, at_most: int = 8) -> str:
+    names = [several[0] or "the model itself" for several in found.values()]
+    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")

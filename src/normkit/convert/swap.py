@@ -1,0 +1,131 @@
+"""The one place that changes a model: everything is known before, and can be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from normkit.convert.optimizer import OptimizerEdit
+from normkit.errors import OptionError
+from normkit.weights import standardize_weights_
+from normkit.weights.once import OncePerForward
+
+
+class Slot(NamedTuple):
+    """A place in the model where a layer is exchanged."""
+
+    parent: nn.Module
+    key: str
+    old: nn.Module
+    new: nn.Module
+
+
+class Before(NamedTuple):
+    """A convolution as it was."""
+
+    layer: nn.Module
+    kind: type[nn.Module]
+    parameters: dict[str, nn.Parameter | None]
+    modules: dict[str, nn.Module | None]
+
+
+class Swap:
+    """Layers to exchange, weights to standardise, an optimizer to follow.
+
+    What is put back is absolute, not the reverse of what was done: it is right wherever an
+    interruption came.
+
+    Args:
+        model: The model, changed by ``apply``.
+        replacements: New layers for old ones.
+        standardize: Names of convolutions whose weights to standardise.
+        example_input: For following the model.
+        edit: What changes in the optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacements: Mapping[nn.Module, nn.Module],
+        standardize: Sequence[str],
+        example_input: Any,  # noqa: ANN401
+        edit: OptimizerEdit | None,
+    ) -> None:
+        self.old, self.new = model, replacements.get(model, model)
+        self._slots = list(_slots(model, replacements))
+        self._standardize = frozenset(standardize)
+        self._weights = [_before(model.get_submodule(name)) for name in standardize]
+        self._hooks = frozenset((*model._forward_hooks, *model._forward_pre_hooks))
+        self._example_input = example_input
+        self._edit = edit
+
+    def apply(self) -> nn.Module:
+        """Change everything; return the model, which is another one if it is itself a norm."""
+        if self._standardize:
+            chosen = self._standardize
+            standardize_weights_(
+                self.old, lambda _, name: name in chosen, example_input=self._example_input
+            )
+        for slot in self._slots:
+            slot.parent._modules[slot.key] = slot.new
+        if self._edit is not None:
+            self._edit.apply()
+        self._example_input = None
+        return self.new
+
+    def undo(self) -> nn.Module:
+        """Put everything back, from wherever ``apply`` got to; return the model."""
+        if self._edit is not None:
+            self._edit.undo()
+        for slot in self._slots:
+            slot.parent._modules[slot.key] = slot.old
+        for before in self._weights:
+            _put_back(before)
+        self._remove_hooks()
+        return self.old
+
+    def revert(self) -> nn.Module:
+        """Put everything back that ``apply`` has changed; once it is back, nothing happens.
+
+        Raises:
+            OptionError: If somebody else has replaced one of the layers since.
+        """
+        now = [slot.parent._modules.get(slot.key) for slot in self._slots]
+        lost = [s.key for s, m in zip(self._slots, now, strict=True) if m not in (s.old, s.new)]
+        if lost:
+            raise OptionError(
+                f"layers {', '.join(map(repr, lost))} were replaced since this conversion; revert "
+                f"the later one first"
+            )
+        if self._slots and all(s.old is m for s, m in zip(self._slots, now, strict=True)):
+            return self.old
+        return self.undo()
+
+    def _remove_hooks(self) -> None:
+        """Take away what standardising shared convolutions has hung on the model."""
+        hooks = {**self.old._forward_hooks, **self.old._forward_pre_hooks}
+        for key, hook in hooks.items():
+            owner = getattr(hook, "__self__", None)
+            if key not in self._hooks and isinstance(owner, OncePerForward):
+                owner.remove()
+
+
+def _slots(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterable[Slot]:
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is not None and child in replacements:
+                yield Slot(parent, key, child, replacements[child])
+
+
+def _before(layer: nn.Module) -> Before:
+    return Before(layer, type(layer), dict(layer._parameters), dict(layer._modules))
+
+
+def _put_back(before: Before) -> None:
+    layer, kind, parameters, modules = before
+    layer.__class__ = kind  # type: ignore[assignment]
+    for held, values in ((layer._parameters, parameters), (layer._modules, modules)):
+        held.clear()
+        held.update(values)  # type: ignore[arg-type]

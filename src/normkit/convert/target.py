@@ -1,0 +1,216 @@
+"""How a new layer is built and takes over what the old one has."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from normkit.convert.adapters import adapt_, base_of
+from normkit.convert.source import Source
+from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.layers.batch_channel import BatchChannelNorm
+from normkit.layers.group_plus import GroupNormPlus
+from normkit.layers.instance_batch import InstanceBatchNorm
+from normkit.spec import METHODS, NormSpec, Recipe
+
+AFFINE = ("weight", "bias")
+OF_STATISTICS = ("momentum", "track_running_stats", "example_weight")
+"""Options that mean the same only between layers that both look at the batch, or both do not."""
+
+
+class Slot(NamedTuple):
+    """A run of channels of a layer, and the layer inside that has their values."""
+
+    layer: NormLayer
+    start: int
+    end: int
+
+
+class Taken(NamedTuple):
+    """What came over and what did not, in words."""
+
+    carried: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def affine_slots(layer: NormLayer) -> tuple[Slot, ...]:
+    """Find where a layer of ours has scale and shift of every channel."""
+    if isinstance(layer, InstanceBatchNorm):
+        return _halves(layer)
+    if isinstance(layer, BatchChannelNorm):
+        last = layer.channel_affine == "channel"
+        return (Slot(layer.channel if last else layer.batch, 0, layer.num_features),)
+    return (Slot(layer, 0, layer.num_features),)
+
+
+def statistics_slots(layer: NormLayer) -> tuple[Slot, ...]:
+    """Find where a layer of ours has running statistics of its input, a value a channel."""
+    if isinstance(layer, InstanceBatchNorm):
+        return _halves(layer)[1:]
+    if isinstance(layer, BatchChannelNorm):
+        return (Slot(layer.batch, 0, layer.num_features),)
+    if not isinstance(layer, TrackingLayer) or layer.running_mean is None:
+        return ()
+    if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
+        return ()  # of the group norm's output
+    if layer.running_partition.num_groups != layer.num_features:
+        return ()
+    return (Slot(layer, 0, layer.num_features),)
+
+
+def _halves(layer: InstanceBatchNorm) -> tuple[Slot, Slot]:
+    half = layer.instance.num_features
+    return Slot(layer.instance, 0, half), Slot(layer.batch, half, layer.num_features)
+
+
+def built(spec: NormSpec, source: Source, like: Tensor | None) -> tuple[NormLayer, list[str]]:
+    """Build the new layer with the old one's options where the spec does not say otherwise.
+
+    Args:
+        spec: What to build, resolved.
+        source: The old layer.
+        like: Tensor whose device and dtype the new layer has.
+
+    Returns:
+        The layer, and the carried options that are not the new layer's defaults, in words.
+    """
+    recipe = METHODS[spec.name]
+    given = {key or str(recipe.argument): value for key, value in spec.arguments}
+    known = recipe.options()
+    other = () if is_over_batch(recipe) == source.over_batch else OF_STATISTICS
+    carried = {
+        option: value
+        for option, value in source.options.items()
+        if option in known and option not in given and option not in other
+    }
+    place = {} if like is None else {"device": like.device, "dtype": _dtype(like)}
+    layer = cast(NormLayer, recipe.layer(source.num_features, **carried, **given, **place))
+    said = [f"{o}={value}" for o, value in carried.items() if value != known[o].default]
+    return adapt_(layer, source.activation, source.channels_last), said
+
+
+def is_over_batch(recipe: Recipe) -> bool:
+    """Whether a layer's statistics are taken over the batch in training."""
+    weight = recipe.options().get("example_weight")
+    return weight is not None and weight.default == 0
+
+
+def take_over(new: NormLayer, old: nn.Module, source: Source) -> Taken:
+    """Give the new layer the old one's parameters, statistics, flags and hooks."""
+    carried = [name for name in AFFINE if _take_affine(new, name, getattr(source, name))]
+    if _take_statistics(new, source):
+        carried.append("running statistics")
+    same = _take_same(new, old) if base_of(new) is base_of(old) else []
+    carried += [name for name in same if name not in carried]
+    carried += source.activation.described() if source.activation else ()
+    _take_requires_grad(new, old, source)
+    _take_mode(new, old)
+    _share_hooks(new, old)
+    had = [name for name in AFFINE if getattr(source, name) is not None]
+    had += ["running statistics"] if source.statistics else []
+    had += [name for name in source.lost if name not in had]
+    return Taken(tuple(carried), tuple(name for name in had if name not in carried))
+
+
+def _take_affine(new: NormLayer, name: str, value: Tensor | None) -> bool:
+    """Take the very parameter where it fits, else a parameter with its values."""
+    slots = affine_slots(new)
+    if value is None or any(getattr(slot.layer, name) is None for slot in slots):
+        return False
+    for slot in slots:
+        setattr(slot.layer, name, _part(value, slot))
+    return True
+
+
+def _part(value: Tensor, slot: Slot) -> nn.Parameter:
+    if isinstance(value, nn.Parameter) and slot.end - slot.start == value.numel():
+        return value
+    part = value.detach()[slot.start : slot.end].clone()
+    return nn.Parameter(part, isinstance(value, nn.Parameter) and value.requires_grad)
+
+
+@torch.no_grad()
+def _take_statistics(new: NormLayer, source: Source) -> bool:
+    slots = statistics_slots(new)
+    if source.statistics is None or not slots:
+        return False
+    mean, var, count = source.statistics
+    for layer, start, end in slots:
+        for name, values in zip(BUFFERS, (mean, var), strict=True):
+            layer.get_buffer(name).copy_(values[start:end])
+        if count is not None:
+            layer.get_buffer("num_batches_tracked").copy_(count)
+    return True
+
+
+@torch.no_grad()
+def _take_same(new: NormLayer, old: nn.Module) -> list[str]:
+    """Take everything of the same name and shape from a layer of the same class."""
+    parameters, buffers = dict(new.named_parameters()), dict(new.named_buffers())
+    taken = []
+    for name, value in old.named_parameters():
+        if name in parameters and parameters[name].shape == value.shape:
+            holder, _, own = name.rpartition(".")
+            setattr(new.get_submodule(holder), own, value)
+            taken.append(name)
+    for name, value in old.named_buffers():
+        if name in buffers and buffers[name].shape == value.shape:
+            buffers[name].copy_(value)
+            taken.append("running statistics")
+    return list(dict.fromkeys(taken))
+
+
+def _take_requires_grad(new: NormLayer, old: nn.Module, source: Source) -> None:
+    """Parameters that are new learn if the old layer did."""
+    before = list(old.parameters())
+    learns = any(p.requires_grad for p in before) if before else not source.fixed
+    if not learns:
+        for parameter in new.parameters():
+            if not any(parameter is p for p in before):
+                parameter.requires_grad_(False)
+
+
+def _take_mode(new: NormLayer, old: nn.Module) -> None:
+    """Take the mode; what the new layer keeps of the old one has its own."""
+    kept = set(old.modules())
+    for module in new.modules():
+        if module not in kept:
+            module.training = old.training
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _share_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let both layers have the same hooks, so that handles given out before remove them."""
+    for name in HOOKS:
+        setattr(new, name, getattr(old, name))
+
+
+def _dtype(like: Tensor) -> torch.dtype | None:
+    return like.dtype if like.is_floating_point() else None
+
+
+def describe(module: nn.Module) -> str:
+    """Name a layer with its number of channels."""
+    sizes: tuple[Any, ...] = tuple(
+        getattr(module, name, None) for name in ("num_features", "num_channels", "normalized_shape")
+    )
+    size = next((size for size in sizes if size is not None), None)
+    shown = size[0] if isinstance(size, tuple) and len(size) == 1 else size
+    return f"{type(module).__name__}({'' if shown is None else shown})"

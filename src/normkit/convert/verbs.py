@@ -1,0 +1,158 @@
+"""Converting the norms of a model: in place, and on a copy."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
+from normkit.convert.plan import Plan, feeding, plan, staying
+from normkit.convert.report import Change, Conversion
+from normkit.convert.selection import SpecMap, Where, choose, find_norms, require_bare
+from normkit.convert.swap import Swap
+from normkit.spec import NormSpec
+
+
+def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is only known by the user
+    model: nn.Module,
+    spec: str | NormSpec | SpecMap,
+    *,
+    where: Where | None = None,
+    optimizer: Optimizer | None = None,
+    batch_size: int | None = None,
+    example_input: Any = None,  # noqa: ANN401
+    dry_run: bool = False,
+) -> Conversion:
+    """Replace the norms of a model by others, in place.
+
+    Everything is checked before anything changes, and an interruption leaves the model as it was.
+    Scale, shift, running statistics, eps, momentum, activation, hooks, mode, dtype, device and
+    ``requires_grad`` are carried wherever the new layer has a place for them; parameters that fit
+    are carried as the very same objects. Layers that are already what is asked for stay.
+
+    Args:
+        model: Any model with norms of torch, torchvision, timm, detectron or normkit.
+        spec: What every norm becomes: ``"gn:32"`` or a ``NormSpec``; with ``+ws`` the weights of
+            the convolutions that feed them are standardised. Or a dict from names to specs, of
+            which the first that matches counts: ``"layer1.*"`` and ``"head"`` (with all inside),
+            ``"re:..."`` for a regular expression of the whole name; None leaves a norm alone, and
+            so does no match.
+        where: ``where(module, name)`` says of each norm whether it is meant.
+        optimizer: Follows: parameters that no longer exist leave it, new ones join the group of
+            the old layer's, all others keep their state.
+        batch_size: Examples per worker, for ``bgn:auto``.
+        example_input: For ``+ws``, if ``torch.fx`` cannot follow the model: a tuple of arguments, a
+            dict of named ones, or the only one.
+        dry_run: Only report what would be done.
+
+    Returns:
+        The model and a report that can be printed, pickled and reverted. Use its ``.model`` where
+        the model itself may be a norm.
+
+    Raises:
+        ConversionError: If a layer has no rule or a lazy layer is empty; all are named.
+        PartitionError: If groups do not divide the channels; all such layers are named.
+        SpecError: If a spec cannot be read, or needs the batch size.
+        OptionError: If a pattern or ``where`` matches nothing, the model has no norm, is wrapped or
+            compiled, or the optimizer is another model's.
+        TraceError: If ``+ws`` cannot follow the model.
+        WeightError: If ``+ws`` meets a filter of a single value.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> print(convert_norm_(model, "gn:4"))
+        converted 1 of 1 norms
+          name  old             new   carried       lost
+          1     BatchNorm2d(8)  gn:4  weight, bias  running statistics
+    """
+    require_bare(model)
+    found = find_norms(model)
+    chosen = choose(found, spec, where)
+    planned = plan(model, found, chosen, batch_size)
+    standardize = feeding(model, found, chosen.specs, example_input)
+    edit = None if optimizer is None else _edit(model, planned, optimizer)
+    replacements = {step.old: step.new for step in planned.steps}
+    swap = Swap(model, replacements, standardize, example_input, edit)
+    result = Conversion(
+        model=model if dry_run else swap.new,
+        changes=_changes(planned, edit),
+        left=planned.left,
+        standardized=standardize,
+        dry_run=dry_run,
+        _swap=swap,
+    )
+    try:
+        if not dry_run:
+            swap.apply()
+        return result
+    except BaseException:
+        swap.undo()
+        raise
+
+
+def convert_norm(
+    model: nn.Module,
+    spec: str | NormSpec | SpecMap,
+    *,
+    where: Where | None = None,
+    batch_size: int | None = None,
+    example_input: Any = None,  # noqa: ANN401
+    dry_run: bool = False,
+) -> Conversion:
+    """Replace the norms of a copy of a model; see ``convert_norm_``.
+
+    Args:
+        model: Left as it is.
+        spec: As in ``convert_norm_``.
+        where: As in ``convert_norm_``, with the modules of the copy.
+        batch_size: As in ``convert_norm_``.
+        example_input: As in ``convert_norm_``.
+        dry_run: As in ``convert_norm_``.
+
+    Returns:
+        The copy, as ``.model``, and the report.
+
+    Raises:
+        NormError: As ``convert_norm_`` does.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> convert_norm(model, "bgn:2").model[1].num_groups, type(model[1]).__name__
+        (2, 'BatchNorm2d')
+    """
+    return convert_norm_(
+        copy.deepcopy(model),
+        spec,
+        where=where,
+        batch_size=batch_size,
+        example_input=example_input,
+        dry_run=dry_run,
+    )
+
+
+def _edit(model: nn.Module, planned: Plan, optimizer: Optimizer) -> OptimizerEdit:
+    require_optimizer(optimizer)
+    exchanges = [
+        Exchange(_named(step.names[0], step.old), _named(step.names[0], step.new))
+        for step in planned.steps
+    ]
+    return OptimizerEdit(optimizer, exchanges, staying(model, planned.steps))
+
+
+def _named(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(prefix=name))
+
+
+def _changes(planned: Plan, edit: OptimizerEdit | None) -> tuple[Change, ...]:
+    """Report the steps, and which layers learn parameters where the old ones had none."""
+    homeless = edit.homeless if edit else []
+    found = []
+    for step in planned.steps:
+        new = [n for n, _ in _named(step.names[0], step.new) if n in homeless]
+        said = [f"{', '.join(new)} joined the optimizer's first group"] if new else []
+        found.append(replace(step.change, warnings=(*step.change.warnings, *said)))
+    return tuple(found)
