@@ -142,7 +142,7 @@ def test_export_with_any_batch_size(case):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")  # theirs, at import
 @pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch.export copies its own specs
-@pytest.mark.parametrize("case", EVERY, ids=str)
+@pytest.mark.parametrize("case", [*MAIN, *CUTS], ids=str)  # export itself is tested for every one
 def test_onnxruntime_agrees(case, tmp_path):
     layer = stepped(case, torch.float32).eval()
     x, path = X.float(), str(tmp_path / "layer.onnx")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from normkit.convert.adapters import base_of
 from normkit.convert.source import Activation, Source, Statistics
 from normkit.errors import ConversionError
 
@@ -61,7 +62,7 @@ def read(module: nn.Module) -> Source:
     Raises:
         ConversionError: If its class has no rule, or its shape is not known yet.
     """
-    kind = type(module)
+    kind = base_of(module)
     values = [*module._parameters.values(), *module._buffers.values()]
     if any(is_lazy(value) for value in values if value is not None):
         raise ConversionError(

@@ -114,6 +114,8 @@ def _by_pattern(found: Found, wanted: str | NormSpec | SpecMap) -> dict[nn.Modul
         raise SpecError(
             f"{wanted!r} was given; it is a spec such as 'gn:32', or a dict from names to specs"
         )
+    if not wanted:
+        raise OptionError("an empty dict was given, which names no norm; write {'*': 'gn:32'}")
     tests = {pattern: _test(pattern) for pattern in wanted}
     _require_matches(found, tests)
     specs = {k: None if spec is None else NormSpec.parse(spec) for k, spec in wanted.items()}
