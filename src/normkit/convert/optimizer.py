@@ -100,7 +100,7 @@ def _joining(
         for name, parameter in new:
             if parameter in known:
                 continue
-            beside = own.get(_last(name)) or own.get("weight") or next(iter(own.values()), None)
+            beside = next((own[key] for key in (_last(name), "weight", *own) if key in own), None)
             if beside is None and not old and parameter.requires_grad:
                 homeless.append(name)
                 beside = first

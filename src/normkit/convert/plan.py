@@ -17,6 +17,7 @@ from normkit.convert.source import Source
 from normkit.convert.target import built, describe, take_over
 from normkit.errors import ConversionError, NormError, OptionError, PartitionError
 from normkit.layers.base import NormLayer
+from normkit.layers.instance_batch import InstanceBatchNorm
 from normkit.layers.single import BatchGroupNorm, GroupNorm, InstanceNorm
 from normkit.spec import METHODS, NormSpec
 from normkit.tracing import CONVOLUTIONS, trace_feeds
@@ -113,7 +114,7 @@ def _warnings(new: NormLayer, source: Source) -> Iterator[str]:
     single = isinstance(new, GroupNorm) and new.num_groups == size
     if single:
         yield f"{size} groups of one channel each: this is instance norm"
-    if source.without_positions and (single or isinstance(new, InstanceNorm)):
+    if source.without_positions and (single or isinstance(new, InstanceNorm | InstanceBatchNorm)):
         yield "inputs (N, C) have one value a group, which training refuses"
 
 

@@ -1,0 +1,43 @@
+"""Networks of torchvision and timm, untrained, with the input size that suits them."""
+
+import torch
+
+from normkit.lab.torchvision_ops import register_missing_operators
+
+register_missing_operators()
+import timm  # noqa: E402 - its operators must be there first
+import torchvision  # noqa: E402
+
+
+def words(text):
+    return text.split()
+
+
+WITH_BATCH_NORM = words("""
+torchvision:mobilenet_v2 torchvision:mobilenet_v3_small torchvision:mnasnet0_5
+torchvision:shufflenet_v2_x0_5 torchvision:efficientnet_b0 torchvision:regnet_x_400mf
+torchvision:regnet_y_400mf torchvision:resnet18
+timm:resnet10t timm:resnet14t timm:seresnet18 timm:resnetblur18 timm:skresnet18 timm:resnest14d
+timm:gcresnext26ts timm:dla46_c timm:dla46x_c timm:hardcorenas_a timm:mobilenetv2_035
+timm:mobilenetv3_small_050 timm:mobilenetv4_conv_small_035 timm:mobilenet_edgetpu_v2_xs
+timm:lcnet_035 timm:tinynet_e timm:efficientnet_lite0 timm:mnasnet_small timm:semnasnet_075
+timm:spnasnet_100 timm:ghostnet_050 timm:regnetx_002 timm:regnety_002 timm:rexnet_100
+timm:repghostnet_050 timm:ese_vovnet19b_slim_dw timm:hgnetv2_b0 timm:fasternet_t0 timm:starnet_s1
+timm:mobilevit_xxs timm:mobilevitv2_050 timm:efficientvit_b0 timm:xcit_nano_12_p16_224
+timm:test_resnet timm:test_efficientnet timm:test_byobnet
+""")
+"""At least forty, of as many families as are fast."""
+
+WITHOUT_BATCH_NORM = words("""
+timm:convnext_atto timm:edgenext_xx_small timm:pvt_v2_b0 timm:test_efficientnet_gn
+timm:test_efficientnet_ln timm:test_convnext timm:test_mambaout timm:test_vit
+""")
+
+
+def build(name):
+    library, _, inner = name.partition(":")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if library == "timm":
+            return timm.create_model(inner, num_classes=10)
+        return torchvision.models.get_model(inner, weights=None, num_classes=10)
