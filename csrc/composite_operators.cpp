@@ -53,6 +53,15 @@ void estimate(const KeptTable& table, double rate, const Tensor& running_mean,
   copy_doubles(var.data(), table.num_batch, running_var);
 }
 
+CompositeOptions options_of(int64_t kind, int64_t num_groups, double batch_eps, double group_eps,
+                           const FeatureMap& x) {
+  STD_TORCH_CHECK(x.numel() > 0, "composites take no empty maps");
+  STD_TORCH_CHECK(Kind(kind) != Kind::halves || (num_groups > 0 && num_groups < x.num_channels),
+                  "halves leave both norms a channel of ", x.num_channels, "; the first has ",
+                  num_groups);
+  return {Kind(kind), num_groups, batch_eps, group_eps};
+}
+
 void count_batch(const OptionalTensor& num_batches_tracked) {
   if (num_batches_tracked) ++*static_cast<int64_t*>(num_batches_tracked->data_ptr());
 }
@@ -67,8 +76,7 @@ std::tuple<Tensor, Tensor> composite_forward(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked) {
   const FeatureMap x(input);
-  STD_TORCH_CHECK(x.numel() > 0, "composites take no empty maps");
-  const CompositeOptions options{Kind(kind), num_groups, batch_eps, group_eps};
+  const CompositeOptions options = options_of(kind, num_groups, batch_eps, group_eps, x);
   const Extent extent{x.num_examples, x.num_channels};
   const int64_t num_batch = options.num_batch_channels(x.num_channels);
   const KeptTable table(fresh_table({2, extent.size() + num_batch}, true), extent, num_batch);
@@ -113,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
     const OptionalTensor& fourth, int64_t num_groups, double batch_eps, double group_eps,
     int64_t batch_source, double rate, int64_t wanted) {
   const FeatureMap x(input);
-  const CompositeOptions options{Kind(kind), num_groups, batch_eps, group_eps};
+  const CompositeOptions options = options_of(kind, num_groups, batch_eps, group_eps, x);
   const Extent extent{x.num_examples, x.num_channels};
   const int64_t num_batch = options.num_batch_channels(x.num_channels);
   const KeptTable table(kept, extent, num_batch);

@@ -31,7 +31,8 @@ def prepared(make):
 def train(model, optimizer, seeds=(0, 1)):
     for seed in seeds:
         optimizer.zero_grad()
-        model(x(seed)).square().mean().backward()
+        target = torch.arange(512).reshape(4, 128).sin()  # no gradient is zero but for rounding
+        (model(x(seed)) - target).square().mean().backward()
         optimizer.step()
 
 

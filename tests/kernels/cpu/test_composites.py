@@ -166,3 +166,7 @@ def test_what_does_not_fit_is_refused():
         forward(x, 4, *nothing, 1, 1e-5, 1e-5, 0, 0.1)
     with pytest.raises(RuntimeError, match="there are 3 logits"):
         forward(x, 4, None, None, torch.ones(2), torch.ones(3), 1, 1e-5, 1e-5, 0, 0.1)
+    with pytest.raises(RuntimeError, match="halves leave both norms a channel of 6; the first has 6"):
+        forward(x, 6, *nothing, 6, 1e-5, 1e-5, 0, 0.1)
+    with pytest.raises(RuntimeError, match="composites take no empty maps"):
+        forward(x[:0], 0, *nothing, 3, 1e-5, 1e-5, 0, 0.1)
