@@ -2,8 +2,13 @@
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# No deadlines: a busy machine is not a failure. In CI the drawn examples are the same every time.
-settings.register_profile("normkit", deadline=None, derandomize="CI" in os.environ)
+# A busy machine is not a failure. In CI the drawn examples are the same every time.
+settings.register_profile(
+    "normkit",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("normkit")
