@@ -13,6 +13,7 @@ from cases import CASES, COMPOSITES, EVERY, TOLERANCE, Case, case_shapes, groups
 
 pytestmark = pytest.mark.usefixtures("kernels")
 LAYOUTS = ("contiguous", "channels_last", "sliced")
+SLOW_OR_PICKY = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
 def arrange(x, layout):
@@ -205,7 +206,7 @@ def draw_case(case):
     return st.tuples(st.just(case), st.integers(0, 7), spatial, st.floats(0, 1e4))
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=250, deadline=None, suppress_health_check=SLOW_OR_PICKY)
 @given(drawn=st.one_of([draw_case(case) for case in CASES]))
 def test_any_shape_matches_the_definition(drawn):
     case, num_examples, spatial, offset = drawn
