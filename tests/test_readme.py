@@ -17,7 +17,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 def test_the_examples_run_one_after_the_other():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace = {}
     for block in blocks:
         exec(block, namespace)

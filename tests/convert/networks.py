@@ -15,18 +15,18 @@ def words(text):
 
 WITH_BATCH_NORM = words("""
 torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x0_5 torchvision:regnet_x_400mf
-torchvision:regnet_y_400mf torchvision:resnet18 torchvision:mnasnet0_5
+torchvision:regnet_y_400mf torchvision:resnet18
 timm:resnet10t timm:resnet14t timm:resnet26d timm:seresnet18 timm:legacy_seresnet18
 timm:resnetblur18 timm:skresnet18 timm:resnest14d timm:resnext26ts timm:gcresnext26ts
 timm:lambda_resnet26t timm:dla46_c timm:dla46x_c timm:mobilenetv2_035 timm:mobilenetv3_small_050
-timm:mobilenetv4_conv_small_035 timm:lcnet_035 timm:tinynet_e timm:mnasnet_small timm:semnasnet_075
+timm:mobilenetv4_conv_small_035 timm:lcnet_035 timm:tinynet_e timm:mnasnet_small timm:resnet18
 timm:ghostnet_050 timm:repghostnet_050 timm:regnetx_002 timm:regnety_002
 timm:ese_vovnet19b_slim_dw timm:hgnetv2_b0 timm:fasternet_t0 timm:starnet_s1
 timm:inception_next_atto timm:mobilevit_xxs timm:mobilevitv2_050 timm:efficientvit_b0
 timm:test_resnet timm:test_efficientnet timm:test_byobnet
 """)
 WITHOUT_BATCH_NORM = words("""
-timm:convnext_atto timm:edgenext_xx_small timm:pvt_v2_b0 timm:test_efficientnet_gn
+timm:convnext_atto timm:edgenext_xx_small timm:test_efficientnet_gn
 timm:test_efficientnet_ln timm:test_convnext timm:test_mambaout timm:test_vit
 """)
 SIZES = {"timm:dla46_c": 64, "timm:dla46x_c": 64, "timm:test_vit": 160}

@@ -139,6 +139,12 @@ def test_a_conversion_pickles_and_reverts_there():
     assert isinstance(model.layer1[0].bn1, nk.GroupNormPlus)
 
 
+def test_torch_does_not_pickle_standardized_weights():
+    done = nk.convert_norm(Net(), "gn:2+ws")
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through"):
+        pickle.dumps(done)
+
+
 def test_the_copying_twin_leaves_the_model_alone():
     model = Net()
     before = snapshot(model)

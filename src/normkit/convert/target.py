@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normkit.convert.adapters import adapt_, base_of
 from normkit.convert.source import Source
@@ -207,10 +208,11 @@ def _dtype(like: Tensor) -> torch.dtype | None:
 
 
 def describe(module: nn.Module) -> str:
-    """Name a layer with its number of channels."""
-    sizes: tuple[Any, ...] = tuple(
-        getattr(module, name, None) for name in ("num_features", "num_channels", "normalized_shape")
-    )
-    size = next((size for size in sizes if size is not None), None)
+    """Name a layer with its number of channels, where it says so."""
+    names = ("num_features", "num_channels", "normalized_shape")
+    weight = getattr(module, "weight", None)
+    sizes = [getattr(module, name, None) for name in names]
+    sizes.append(weight.numel() if isinstance(weight, Tensor) and not is_lazy(weight) else None)
+    size = next((size for size in sizes if size is not None), "")
     shown = size[0] if isinstance(size, tuple) and len(size) == 1 else size
-    return f"{type(module).__name__}({'' if shown is None else shown})"
+    return f"{type(module).__name__}({shown})"
