@@ -29,7 +29,12 @@ WITHOUT_BATCH_NORM = words("""
 timm:convnext_atto timm:edgenext_xx_small timm:test_efficientnet_gn
 timm:test_efficientnet_ln timm:test_convnext timm:test_mambaout timm:test_vit
 """)
-SIZES = {"timm:dla46_c": 64, "timm:dla46x_c": 64, "timm:test_vit": 160}
+SIZES = {
+    "timm:dla46_c": 64,
+    "timm:dla46x_c": 64,
+    "timm:ese_vovnet19b_slim_dw": 64,  # at 48 its last map has one position: chaotic
+    "timm:test_vit": 160,
+}
 """Height and width of inputs where 48 do not fit."""
 
 

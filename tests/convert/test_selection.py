@@ -178,14 +178,16 @@ def test_patterns_and_options_that_mean_nothing_are_refused():
 
 
 def test_wrapped_and_compiled_models_are_refused():
-    class DistributedDataParallel(nn.Module):  # by name, as a process group would be needed
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    wrapped = r"the model is inside DistributedDataParallel, .* convert the model first and wrap"
-    refused(nk.OptionError, wrapped, model=DistributedDataParallel(Net()))
-    inside = nn.Sequential(DistributedDataParallel(Net()))
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Net())
+    finally:
+        torch.distributed.destroy_process_group()
+    says = r"the model is inside DistributedDataParallel, .* convert the model first and wrap"
+    refused(nk.OptionError, says, model=wrapped)
+    inside = nn.Sequential(wrapped)
     refused(nk.OptionError, r"module '0' is inside DistributedDataParallel", model=inside)
     compiled = torch.compile(Net(), backend="eager")
     refused(nk.OptionError, r"is compiled \(OptimizedModule\).* compile it afterw", model=compiled)

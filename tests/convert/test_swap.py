@@ -236,6 +236,13 @@ def test_a_shared_layer_stays_shared():
     assert (change.name, change.warnings) == ("norm", ("shared, also named again",))
 
 
+def test_a_module_that_holds_its_holder_is_no_endless_search():
+    model = Net()
+    model.layer1[0].network = model
+    done = nk.convert_norm_(model, "gn:2")
+    assert len(done.changes) == 5
+
+
 def test_tied_parameters_stay_tied():
     model = Net()
     model.layer2[0].bn1.weight = model.layer1[0].bn1.weight

@@ -50,13 +50,17 @@ def find_lookalikes(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def _walk(
+    module: nn.Module, name: str, above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Visit a module under all of its names; one that holds what holds it ends there."""
     yield name, module
     if is_norm(module):
         return
+    above = (*above, module)
     for key, child in module._modules.items():
-        if child is not None and key != "parametrizations":
-            yield from _walk(child, f"{name}.{key}" if name else key)
+        if child is not None and key != "parametrizations" and child not in above:
+            yield from _walk(child, f"{name}.{key}" if name else key, above)
 
 
 def require_bare(model: nn.Module) -> None:
