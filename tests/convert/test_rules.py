@@ -199,6 +199,17 @@ def test_statistics_of_the_groups_output_are_not_those_of_the_input():
     assert parallel.running_mean is not old.running_mean
 
 
+def test_halves_take_the_values_of_their_channels():
+    old = trained(nn.BatchNorm2d(7))
+    new = nk.convert_norm(old, "ibn").model
+    x = inputs((4, 7, 5, 3))
+    expected = old.eval()(x)[:, 3:]
+    assert_close(new.eval()(x)[:, 3:], expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(new.instance.bias, old.bias[:3])
+    again = nk.convert_norm(new, "gn:1").model
+    assert torch.equal(again.weight, old.weight)
+
+
 def test_a_layer_of_the_same_class_keeps_all_that_it_learned():
     old = trained(nk.BatchChannelNorm(6, num_groups=3))
     new = nk.convert_norm(old, "bcn:3:eps=0.001").model
