@@ -164,6 +164,7 @@ def test_several_kinds_of_trouble_are_one_error():
 
 def test_patterns_and_options_that_mean_nothing_are_refused():
     refused(nk.OptionError, r"'stem' matches none of the 5 norms; they are: lay", {"stem": "bn"})
+    refused(nk.OptionError, r"'re:bn2' matches none", {"re:bn2": "bn"})  # the whole name
     refused(nk.OptionError, "an empty dict was given", {})
     refused(nk.OptionError, r"close names are head.1", {"head.2": "bn"})
     refused(nk.OptionError, r"'re:\(' is no regular expression: ", {"re:(": "bn"})
