@@ -35,22 +35,22 @@ void keep(const KeptTable& table, const std::vector<double>& mean, const std::ve
   std::copy_n(var.begin(), table.num_batch, table.batch_var());
 }
 
-// Moves old estimates towards the batch, the variance about the old mean, and keeps the new ones.
-void estimate(const KeptTable& table, double rate, const Tensor& running_mean,
-              const Tensor& running_var) {
+void require_statistics(const OptionalTensor& mean, const OptionalTensor& var, int64_t size) {
+  STD_TORCH_CHECK(mean && var && mean->numel() == size && var->numel() == size,
+                  "the batch stage's statistics have ", size, " values");
+}
+
+// Keeps estimates moved towards the batch, the variance about the old mean.
+void estimate(const KeptTable& table, double rate, const Tensor& old_mean, const Tensor& old_var) {
   TableStatistics batch(Source::batch, table.extent, 0);
   batch.measure(table.moments(), 0.0);
-  std::vector<double> mean = as_doubles(running_mean), var = as_doubles(running_var);
-  STD_TORCH_CHECK(running_mean.numel() == table.num_batch && running_var.numel() == table.num_batch,
-                  "estimates have ", table.num_batch, " values");
+  std::vector<double> mean = as_doubles(old_mean), var = as_doubles(old_var);
   for (int64_t i = 0; i < table.num_batch; ++i) {
     const double step = batch.mean[i] - mean[i];
     var[i] += rate * (step * step + batch.var[i] - var[i]);
     mean[i] += rate * step;
   }
   keep(table, mean, var);
-  copy_doubles(mean.data(), table.num_batch, running_mean);
-  copy_doubles(var.data(), table.num_batch, running_var);
 }
 
 CompositeOptions options_of(int64_t kind, int64_t num_groups, double batch_eps, double group_eps,
@@ -84,21 +84,20 @@ std::tuple<Tensor, Tensor> composite_forward(
   segment_moments(x, p, true, table.row(0), table.row(1));
 
   const BatchSource source = BatchSource(batch_source);
-  const bool own = source == BatchSource::own;
-  if (source == BatchSource::estimates) {
-    STD_TORCH_CHECK(running_mean && running_var, "estimates are moved in running buffers");
-    estimate(table, rate, *running_mean, *running_var);
-  }
-  if (source == BatchSource::given && num_batch > 0) {
-    STD_TORCH_CHECK(given_mean && given_var && given_mean->numel() == num_batch &&
-                        given_var->numel() == num_batch,
-                    "given statistics have ", num_batch, " values");
-    keep(table, as_doubles(*given_mean), as_doubles(*given_var));
-  }
+  const bool own = source == BatchSource::own, estimated = source == BatchSource::estimates;
+  const bool given = source == BatchSource::given && num_batch > 0;
+  if (given) require_statistics(given_mean, given_var, num_batch);
+  if (estimated) require_statistics(running_mean, running_var, num_batch);
+  if (given) keep(table, as_doubles(*given_mean), as_doubles(*given_var));
+  if (estimated) estimate(table, rate, *running_mean, *running_var);
   const auto composite = make_composite(
       options, extent, {&first, &second, &third, &fourth},
       own ? TableStatistics(Source::batch, {extent.rows, num_batch}, 0)
           : table.given(source == BatchSource::given ? rate : 0.0));
+  if (estimated) {  // not before everything has been checked
+    copy_doubles(table.batch_mean(), num_batch, *running_mean);
+    copy_doubles(table.batch_var(), num_batch, *running_var);
+  }
   const FreshPairs fresh(extent);
   const Pairs affine = fresh;
   composite->forward(table.moments(), affine);

@@ -71,8 +71,9 @@ class BatchThenGroup : public Composite {
  public:
   BatchThenGroup(const Extent& extent, const CompositeOptions& options,
                  const ParameterTensors& tensors, TableStatistics batch)
-      : extent_(extent), weights_{{*tensors[0], extent.cols, 1}, {*tensors[2], extent.cols, 1}},
-        biases_{{*tensors[1], extent.cols, 0}, {*tensors[3], extent.cols, 0}},
+      : extent_(extent), weights_{{*tensors[0], extent.cols, 1},
+                                    {*tensors[2], extent.cols, 1, options.num_groups}},
+        biases_{{*tensors[1], extent.cols, 0}, {*tensors[3], extent.cols, 0, options.num_groups}},
         batch_(std::move(batch), extent, options.batch_eps, weights_[0].values(),
                biases_[0].values()),
         group_(TableStatistics(Source::row_groups, extent, options.num_groups), extent,

@@ -22,11 +22,12 @@ void each_strip(const Extent& extent, const F& body) {
 
 }  // namespace
 
-TableParameter::TableParameter(const OptionalTensor& parameter, int64_t cols, double absent)
+TableParameter::TableParameter(const OptionalTensor& parameter, int64_t cols, double absent,
+                               int64_t num_runs)
     : num_values_(parameter ? parameter->numel() : cols), values_(cols, absent) {
   if (!parameter) return;
-  STD_TORCH_CHECK(num_values_ > 0 && cols % num_values_ == 0, "a parameter of ", num_values_,
-                  " values does not fit ", cols, " channels");
+  STD_TORCH_CHECK(num_values_ == cols || (num_values_ == num_runs && cols % num_runs == 0),
+                  "a parameter of ", num_values_, " values does not fit ", cols, " channels");
   const std::vector<double> values = as_doubles(*parameter);
   const int64_t repeat = cols / num_values_;
   for (int64_t i = 0; i < num_values_; ++i) std::fill_n(&values_[i * repeat], repeat, values[i]);

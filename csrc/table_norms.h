@@ -41,10 +41,12 @@ class FreshPairs {
   Extent extent_;
 };
 
-// A parameter of `cols` values or of equal runs of them; `absent` everywhere where there is none.
+// A parameter of a value for each column, or for each of `num_runs` equal runs of them; `absent`
+// everywhere where there is none.
 class TableParameter {
  public:
-  TableParameter(const OptionalTensor& parameter, int64_t cols, double absent);
+  TableParameter(const OptionalTensor& parameter, int64_t cols, double absent,
+                 int64_t num_runs = 0);
   const double* values() const { return values_.data(); }
   // From the sums of the columns of a table, as a tensor; empty when not wanted.
   Tensor gradient(const std::vector<double>& columns, bool wanted, bool wide) const;

@@ -1,6 +1,8 @@
 """`normkit list`: every method, and one in full."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -54,3 +56,11 @@ def test_json_has_every_field(capsys):
 def test_an_unknown_method_is_refused(capsys):
     assert main(["list", "batch"]) == 2
     assert "there is no method 'batch'; the methods are: bn, in, ln" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "normkit.cli", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as head does, only sooner
+        assert process.stderr.read() == b""
+    assert process.returncode in (0, 1)

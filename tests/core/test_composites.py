@@ -1,9 +1,12 @@
 """What composites promise beyond their definition: Algorithm 1, learning rates, whiteness."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from cases import randn
@@ -24,6 +27,64 @@ def test_a_micro_batch_stage_is_algorithm_1_over_ten_steps():
         assert_close(outputs[-1], (x - mean.reshape(1, -1, 1, 1)) * scale)
     assert_close(layer.batch.running_mean, mean)
     assert_close(layer.batch.running_var, var)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_finds_the_estimates_of_its_own_forward(reentrant, hooked, kernels):
+    def gradients(run):
+        layer = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True, update_rate=0.5).double()
+        if hooked:
+            layer.batch.register_forward_hook(lambda *_: None)
+        inputs = [randn(2, 6, 4, seed=seed, mean=seed).requires_grad_() for seed in range(3)]
+        sum(run(lambda x: layer(torch.tanh(layer(x))), x).pow(3).sum() for x in inputs).backward()
+        return [t.grad for t in (*inputs, *layer.parameters())], list(layer.buffers())
+
+    with nk.use_kernels(kernels):
+        expected = gradients(lambda f, x: f(x))
+        found = gradients(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
+    assert_close(found, expected)
+
+
+def test_a_second_look_at_something_else_is_refused():
+    layer = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True)
+    seen = iter([randn(2, 6, 4, dtype=torch.float32), randn(2, 6, 4, seed=1, dtype=torch.float32)])
+    x = randn(2, 6, 4, dtype=torch.float32).requires_grad_()
+    y = checkpoint(lambda x: layer(x + next(seen)), x, use_reentrant=True)
+    with pytest.raises(nk.InputError, match="none of its last 8 training forwards has seen"):
+        y.sum().backward()
+
+
+def test_copies_of_a_micro_batch_layer_keep_no_account_of_batches():
+    layer = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True)
+    layer(randn(2, 6, 4, dtype=torch.float32))
+    assert len(layer.batch._recent) == 1
+    assert len(copy.deepcopy(layer).batch._recent) == 0
+
+
+def test_options_reach_the_batch_stage():
+    layer = nk.BatchChannelNorm(6, num_groups=3)
+    layer.momentum = 0.5
+    assert (layer.batch.momentum, layer.momentum) == (0.5, 0.5)
+    micro = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True)
+    micro.batch.update_rate = 0.7
+    assert micro.update_rate == 0.7
+
+
+@pytest.mark.parametrize("make", [lambda: nk.BatchChannelNorm(8, num_groups=4),
+                                  lambda: nk.InstanceBatchNorm(8)])  # fmt: skip
+def test_a_stage_at_evaluation_needs_no_variance_and_one_in_training_does(make):
+    layer = make()
+    layer.batch.eval()
+    for part in layer.children():
+        if part is not layer.batch:
+            part.eval()
+    layer(torch.randn(1, 8, 1, 1))  # running statistics and an example's own: nothing to learn
+    layer.eval()
+    layer.batch.train()
+    with pytest.raises(nk.PartitionError, match="more than 1 value"):
+        layer(torch.randn(1, 8, 1, 1))
 
 
 @pytest.mark.parametrize("micro", [False, True])
@@ -99,6 +160,8 @@ def test_whitening_a_constant_is_finite():
     [
         (lambda: nk.GroupNormPlus(6, num_groups=3, order="both"), "order='both' .* group-first"),
         (lambda: nk.GroupNormPlus(6, num_groups=3, mix_rate=2), "mix_rate=2 .* from 0 to 1"),
+        (lambda: nk.GroupNormPlus(6, num_groups=3, mix_rate=None), "mix_rate=None .* a share"),
+        (lambda: nk.BatchNorm(6, eps="x"), "eps='x' was given"),
         (lambda: nk.BatchChannelNorm(6, num_groups=3, update_rate=0), r"lies in \(0, 1\]"),
         (
             lambda: nk.BatchChannelNorm(6, num_groups=3, channel_affine="x"),

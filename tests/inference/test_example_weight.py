@@ -71,4 +71,27 @@ def test_a_variance_is_never_negative_far_from_zero():
     nk.set_example_weight(layer, 0.5)
     y = layer(x)
     assert torch.isfinite(y).all()
-    assert 0.5 < y.std() < 1.5
+    torch.testing.assert_close(y, weighed(x, layer, 0.5), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_an_offset_costs_no_digits_at_evaluation(alpha, kernels):
+    x = torch.randn(16, 6, 7, 7) + 1e4
+    layer = nk.BatchNorm(6, momentum=1.0)
+    with nk.use_kernels(kernels):
+        layer(x)
+        nk.set_example_weight(layer.eval(), alpha)
+        y = layer(x)
+    limit = 1e-5 if kernels == "cpu" else 2e-2  # plain torch sums in float32
+    torch.testing.assert_close(y, weighed(x, layer, alpha), atol=limit, rtol=limit)
+
+
+def weighed(x, layer, alpha):
+    """The paper's formula in float64."""
+    x = x.double()
+    mean, var = (b.double().reshape(1, -1, 1, 1) for b in (layer.running_mean, layer.running_var))
+    own = x.mean(dim=(2, 3), keepdim=True)
+    square = alpha * x.square().mean(dim=(2, 3), keepdim=True) + (1 - alpha) * (var + mean.square())
+    mixed = alpha * own + (1 - alpha) * mean
+    return ((x - mixed) / (square - mixed.square() + layer.eps).sqrt()).float()

@@ -269,3 +269,12 @@ def test_the_definition_itself_numbers_grouped_filters_as_torch_does():
         lit = conv(torch.ones(1, 6, 4)).abs().sum((0, 2)).nonzero().flatten()
         assert lit.tolist() == [number]
     assert len(set(itertools.chain(*found))) == conv.weight.numel()
+
+
+@pytest.mark.parametrize("options", [{}, {"unbiased": True}, {"eps_to": "std"}])
+def test_a_constant_filter_without_eps_becomes_0_with_finite_gradients(options):
+    weight = torch.ones(2, 3, 3).requires_grad_()
+    result = nk.weights.standardize(weight, eps=0.0, **options)
+    result.sum().backward()
+    assert torch.equal(result, torch.zeros(2, 3, 3))
+    assert torch.isfinite(weight.grad).all()

@@ -1,5 +1,6 @@
 """The program `normkit`: its commands, and what it says when something is wrong."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     try:
-        return command.run()
+        code = command.run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except NormError as error:
         sys.stderr.write(f"normkit: {error}\n")
         return EXIT_BAD_INPUT

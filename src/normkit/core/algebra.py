@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from normkit.core.moments import Moments
 from normkit.core.normalize import Affine
@@ -85,7 +86,6 @@ class EstimatedStatistics:
 
     partition: Partition  # the whole batch
     eps: float
-    update_rate: float
 
     def __call__(
         self,
@@ -94,15 +94,20 @@ class EstimatedStatistics:
         bias: PerChannel | None,
         old_mean: GroupTable,
         old_var: GroupTable,
+        rate: Tensor,
     ) -> Affine:
         """Scale and center of every segment."""
-        return standardize(table, self.groups(table, old_mean, old_var), self, weight, bias)
+        return standardize(table, self.groups(table, old_mean, old_var, rate), self, weight, bias)
 
-    def groups(self, table: Moments, old_mean: GroupTable, old_var: GroupTable) -> Moments:
-        """Estimates after this batch, ``(1, G)``."""
+    def groups(
+        self, table: Moments, old_mean: GroupTable, old_var: GroupTable, rate: Tensor
+    ) -> Moments:
+        """Estimates after this batch, ``(1, G)``.
+
+        The rate is data like the old estimates: a checkpoint's second look brings others.
+        """
         batch = self.partition.pool(table.detach())
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
-        rate = self.update_rate
         return Moments(
             old_mean + rate * (batch.mean - old_mean), old_var + rate * (distance - old_var)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -105,8 +106,8 @@ def require_eps(eps: float) -> None:
     Raises:
         OptionError: If it is negative or not finite.
     """
-    if not 0 <= eps < math.inf:
-        raise OptionError(f"eps={eps} was given; it is added under a root, so finite and >= 0")
+    if not isinstance(eps, Real) or not 0 <= eps < math.inf:
+        raise OptionError(f"eps={eps!r} was given; it is added under a root, so finite and >= 0")
 
 
 def require_share(name: str, value: float) -> None:
@@ -115,19 +116,19 @@ def require_share(name: str, value: float) -> None:
     Raises:
         OptionError: If it does not lie from 0 to 1.
     """
-    if not 0 <= value <= 1:
-        raise OptionError(f"{name}={value} was given; it is a share, so it lies from 0 to 1")
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise OptionError(f"{name}={value!r} was given; it is a share, so it lies from 0 to 1")
 
 
-def require_update_rate(value: float) -> float:
+def require_update_rate(value: float | None) -> float:
     """Refuse a rate at which the estimates would not move, or overshoot.
 
     Raises:
         OptionError: If it does not lie in (0, 1].
     """
-    if not 0 < value <= 1:
+    if not isinstance(value, Real) or not 0 < value <= 1:
         raise OptionError(
-            f"update_rate={value} was given; it lies in (0, 1]: at 0 the estimates would never "
+            f"update_rate={value!r} was given; it lies in (0, 1]: at 0 the estimates would never "
             f"move (start a warm-up of the learning rate above 0)"
         )
     return value

@@ -18,7 +18,7 @@ from normkit.core.composite import CompositeAlgebra, Order
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.partition import Partition
-from normkit.core.running import Running, RunningEstimates, RunningStatistics, are_still
+from normkit.core.running import Recent, Running, RunningEstimates, RunningStatistics, are_still
 from normkit.kernels import cpu
 from normkit.kernels.cpu import BatchSource, Buffers, Composite, Kind
 from normkit.kernels.reference import table_dtype
@@ -81,6 +81,8 @@ def normalize_fused(
     y, table = cpu.normalize_composite(
         x, (first, second, third, fourth), composite, statistics.buffers, differentiable
     )
+    if statistics.recent is not None:
+        statistics.recent.append(table)
     if statistics.follower is not None:
         size = plan.num_batch_channels(x)
         batch = Moments(table[0, -size:], table[1, -size:])
@@ -95,6 +97,7 @@ class _Statistics(NamedTuple):
     rate: float = 0.0
     buffers: Buffers = Buffers()
     follower: RunningStatistics | None = None  # where the operator cannot move the buffers
+    recent: Recent | None = None  # keeps account of moved estimates
 
 
 def _statistics(running: Running | None, training: bool) -> _Statistics:
@@ -106,9 +109,10 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
         )
     moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
     if isinstance(running, RunningEstimates):
-        if are_still():
+        if running.update_rate == 0:  # a checkpoint's second look
             return _Statistics(BatchSource.GIVEN, 0.0, Buffers(running.mean, running.var))
-        return _Statistics(BatchSource.ESTIMATES, running.update_rate, moved)
+        rate, recent = running.update_rate, running.recent
+        return _Statistics(BatchSource.ESTIMATES, rate, moved, recent=recent)
     if running.momentum is None or not _is_movable(running):
         return _Statistics(BatchSource.OWN, follower=running)
     return _Statistics(BatchSource.OWN, running.momentum, moved)
@@ -117,9 +121,7 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
 def _is_movable(running: Running) -> bool:
     mean, var = running.mean, running.var
     wide = (torch.float32, torch.float64)
-    return (
-        mean.dtype in wide and var.dtype in wide and mean.is_contiguous() and var.is_contiguous()
-    )
+    return mean.dtype in wide and var.dtype in wide and mean.is_contiguous() and var.is_contiguous()
 
 
 def _differentiable(

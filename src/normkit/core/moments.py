@@ -33,7 +33,8 @@ class Moments:
 
         This is ``E[x^2] - mean^2`` in a form that cannot be negative.
         """
-        between = (self.mean - other.mean).square()
-        mean = weight * self.mean + (1 - weight) * other.mean
-        var = weight * self.var + (1 - weight) * other.var + weight * (1 - weight) * between
-        return Moments(mean, var)
+        step = (
+            self.mean - other.mean
+        )  # not two products of large means: an offset would cost digits
+        spread = weight * self.var + (1 - weight) * other.var
+        return Moments(other.mean + weight * step, spread + weight * (1 - weight) * step.square())

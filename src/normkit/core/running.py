@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
+from normkit.errors import InputError
 from normkit.kernels.select import functorch_is_active
 
 
@@ -74,6 +76,11 @@ class RunningStatistics(NamedTuple):
         return self.momentum
 
 
+Recent = deque[Tensor]
+"""The latest batches, ``(2, N * C + C)`` each: means above variances, of the batch's cells and then
+of the estimates that normalised it. A checkpoint looks again when the buffers may have moved on."""
+
+
 class RunningEstimates(NamedTuple):
     """Buffers that are moved first and then normalise: Algorithm 1 of batch-channel normalization.
 
@@ -83,6 +90,7 @@ class RunningEstimates(NamedTuple):
         num_batches_tracked: Counts the updates.
         update_rate: Weight of the new value.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        recent: What has been normalised lately; None keeps no account.
     """
 
     mean: Tensor
@@ -90,10 +98,33 @@ class RunningEstimates(NamedTuple):
     num_batches_tracked: Tensor
     update_rate: float
     example_weight: float
+    recent: Recent | None = None
 
-    def rate_now(self) -> float:
-        """0 for a checkpoint's second look, which finds the buffers already moved."""
-        return 0.0 if is_second_look() else self.update_rate
+    def as_they_were(self, table: Moments) -> RunningEstimates:
+        """The estimates that normalised a batch with these moments at its first look, to stay.
+
+        Raises:
+            InputError: If none of the latest batches had them.
+        """
+        if self.recent is None:
+            return self._replace(update_rate=0.0)
+        cells = table.mean.flatten()
+        for kept in reversed(self.recent):
+            seen, (mean, var) = kept[0, : cells.numel()], kept[:, cells.numel() :]
+            if mean.numel() == self.mean.numel() and torch.equal(seen, cells):
+                return self._replace(mean=mean, var=var, update_rate=0.0)
+        raise InputError(
+            f"a layer with moving estimates was called during a backward pass on an input that "
+            f"none of its last {self.recent.maxlen} training forwards has seen; what a checkpoint "
+            f"computes again must be the same (preserve_rng_state=True), or leave the layer outside"
+        )
+
+    def remember(self, table: Moments, moved: Moments) -> None:
+        """Keep account of a batch's moments and of the estimates that normalised it."""
+        if self.recent is not None and not are_still() and not torch.compiler.is_compiling():
+            pairs = ((table.mean, moved.mean), (table.var, moved.var))
+            rows = [torch.cat([a.flatten(), b.flatten()]) for a, b in pairs]
+            self.recent.append(torch.stack(rows).detach())
 
     def follow_(self, moved: Moments) -> None:
         """Keep the estimates ``(1, C)`` that have just normalised a batch."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from normkit.core.algebra import (
@@ -27,8 +28,14 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.core.running import Running, RunningEstimates, RunningStatistics
+from normkit.core.running import (
+    Running,
+    RunningEstimates,
+    RunningStatistics,
+    is_second_look,
+)
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.select import primitives
 from normkit.typing import FeatureMap
 
 
@@ -48,10 +55,8 @@ def batch_stage(
         return BatchStage(GroupStatistics(partition=partition, eps=eps), ())
     given = tables(x, running.mean, running.var)
     if training and isinstance(running, RunningEstimates):
-        rate = running.rate_now()
-        return BatchStage(
-            EstimatedStatistics(partition=partition, eps=eps, update_rate=rate), given
-        )
+        rate = given[0].new_full((), running.update_rate)
+        return BatchStage(EstimatedStatistics(partition=partition, eps=eps), (*given, rate))
     own = Partition(num_groups=num_channels, examples_per_group=1)
     weight = running.example_weight
     return BatchStage(WeighedStatistics(partition=own, eps=eps, example_weight=weight), given)
@@ -62,7 +67,9 @@ def follow_(
 ) -> None:
     """Keep what a training batch of this shape has taught; ``table`` is what the stage saw."""
     if isinstance(running, RunningEstimates):
-        running.follow_(stage.rule.groups(table, *stage.given))
+        moved = stage.rule.groups(table, *stage.given)
+        running.remember(table, moved)
+        running.follow_(moved)
     elif running is not None:
         running.update_(table, shape)
 
@@ -77,6 +84,7 @@ def normalize_estimated(
 ) -> FeatureMap:
     """A batch stage alone."""
     weight, bias, eps = parameters
+    running = _at_second_look(x, running, training)
     stage = batch_stage(x, x.shape[1], running, training, eps)
     y, table = normalize(x, positions(x), stage.rule, weight, bias, *stage.given)
     if training:
@@ -167,6 +175,7 @@ def _normalize(
     training: bool,
     parameters: tuple[Tensor | None, ...],
 ) -> FeatureMap:
+    running = _at_second_look(x, running, training)
     if can_fuse(x, running):
         return normalize_fused(x, plan, algebra, running, training, parameters)
     num_channels = plan.num_batch_channels(x)
@@ -177,6 +186,15 @@ def _normalize(
         seen = rule.batch_input(table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
     return y
+
+
+def _at_second_look(x: FeatureMap, running: Running | None, training: bool) -> Running | None:
+    """For a checkpoint's second look: the estimates of the first, which stay as they are."""
+    if not training or not isinstance(running, RunningEstimates) or not is_second_look():
+        return running
+    with torch.no_grad():  # nothing that a checkpoint would count among the saved tensors
+        table = Moments(*primitives(x).moments(x, positions(x)))
+    return running.as_they_were(table)
 
 
 def own_groups(num_groups: int, eps: float) -> GroupStatistics:

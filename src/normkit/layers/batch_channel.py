@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections import deque
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ from normkit.core.check import (
 from normkit.core.groups import normalize_batch
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.running import RunningEstimates
+from normkit.core.running import Recent, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
 from normkit.layers.single import BatchNorm
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
+NUM_RECENT = 8  # forwards before one backward that a checkpointed layer with estimates may take
 
 
 class BatchChannelNorm(NormLayer):
@@ -97,7 +99,7 @@ class BatchChannelNorm(NormLayer):
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
         super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
-        self.num_groups, self.micro_batch, self.momentum = num_groups, micro_batch, momentum
+        self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
         options = {"eps": eps, "affine": affine, "device": device, "dtype": dtype}
         self._update_rate = require_update_rate(update_rate)
         stage = {"example_weight": example_weight, **options}
@@ -120,13 +122,26 @@ class BatchChannelNorm(NormLayer):
     @property
     def update_rate(self) -> float:
         """How far the estimates of a micro batch move, in (0, 1]."""
-        return self._update_rate
+        stage = self._modules.get("batch")
+        return stage.update_rate if isinstance(stage, EstimatedBatchNorm) else self._update_rate
 
     @update_rate.setter
     def update_rate(self, value: float) -> None:
         self._update_rate = require_update_rate(value)
         if isinstance(self.batch, EstimatedBatchNorm):
             self.batch.update_rate = value
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new value in the running statistics; of no use to micro batches."""
+        stage = self._modules.get("batch")
+        return stage.momentum if isinstance(stage, BatchNorm) else self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = value
+        if isinstance(self.batch, BatchNorm):
+            self.batch.momentum = value
 
     @property
     def example_weight(self) -> float:
@@ -148,10 +163,12 @@ class BatchChannelNorm(NormLayer):
         require_feature_map(x, self.num_features, name)
         if x.numel() == 0:
             return empty_result(x, *self.parameters())
-        if self.training and has_single_values(x):
-            for partition in self.partitions.values():
-                require_variance(partition, x.shape, name)
         batch, channel = self.batch, self.channel
+        if has_single_values(x):
+            if batch.training and not self.micro_batch:
+                require_variance(batch.running_partition, x.shape, name)
+            if channel.training:
+                require_variance(channel.partition, x.shape, name)
         if is_watched(batch, channel):
             return channel(batch(x))
         running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
@@ -192,11 +209,12 @@ class EstimatedBatchNorm(TrackingLayer):
             device=device,
             dtype=dtype,
         )
+        self._recent: Recent = deque(maxlen=NUM_RECENT)
 
     @property
     def update_rate(self) -> float:
         """Weight of the new value in the estimates, in (0, 1]."""
-        return float(self.momentum or 0)
+        return self.momentum or require_update_rate(self.momentum)
 
     @update_rate.setter
     def update_rate(self, value: float) -> None:
@@ -212,7 +230,12 @@ class EstimatedBatchNorm(TrackingLayer):
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move."""
         mean, var, count = (self.get_buffer(name) for name in (*BUFFERS, "num_batches_tracked"))
-        return RunningEstimates(mean, var, count, self.update_rate, self.example_weight)
+        rate, weight = self.update_rate, self.example_weight
+        return RunningEstimates(mean, var, count, rate, weight, self._recent)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the account of the latest batches, which concerns backward passes to come."""
+        return super().__getstate__() | {"_recent": deque(maxlen=NUM_RECENT)}
 
 
 class ChannelStage(NormLayer):

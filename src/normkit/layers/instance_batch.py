@@ -102,9 +102,11 @@ class InstanceBatchNorm(NormLayer):
             return empty_result(x, *self.parameters())
         instance, batch = self.instance, self.batch
         half = instance.num_features
-        if self.training and has_single_values(x):
-            for partition in self.partitions.values():
-                require_variance(partition, (x.shape[0], partition.num_groups, *x.shape[2:]), name)
+        if has_single_values(x):
+            for norm in (instance, batch):
+                if norm.training:
+                    shape = (x.shape[0], norm.num_features, *x.shape[2:])
+                    require_variance(norm.partition, shape, name)
         if is_watched(instance, batch):
             return torch.cat((instance(x[:, :half]), batch(x[:, half:])), dim=1)
         running, affine = batch._running(), batch._affine()
@@ -130,7 +132,7 @@ def instance_channels(num_features: int, ratio: float) -> int:
     if not 0 < half < num_features:
         raise OptionError(
             f"ratio={ratio} of {num_features} channels was given; it leaves one of the norms "
-            f"without a channel; with {num_features} channels it lies from "
-            f"{1 / num_features:.3g} to below 1, and there must be two channels at least"
+            f"without a channel; there must be two channels at least, and the ratio lies from "
+            f"1 / num_features to below 1"
         )
     return half

@@ -52,7 +52,8 @@ class Standardize:
     @property
     def is_plain(self) -> bool:
         """Whether norm layers do this to maps, so that the pooled kernels compute it."""
-        return self.center and self.scale and not self.unbiased and self.eps_to == "variance"
+        plain = self.center and self.scale and not self.unbiased and self.eps_to == "variance"
+        return plain and self.eps > 0
 
     def __call__(
         self, table: Moments, gain: PerChannel | None, offset: PerChannel | None
@@ -67,12 +68,15 @@ class Standardize:
         var = table.var
         if self.unbiased:
             var = var * (self.fan_in / max(self.fan_in - 1, 1))
-        if self.eps_to == "variance":
-            return torch.rsqrt(var + self.eps)
         # the root's slope at 0 is infinite, and 0 times it is NaN: a constant filter gets slope 0
         positive = var > 0
+        if self.eps_to == "variance":
+            if self.eps > 0:
+                return torch.rsqrt(var + self.eps)
+            return torch.where(positive, torch.rsqrt(torch.where(positive, var, 1)), 0)
         std = torch.where(positive, torch.where(positive, var, 1).sqrt(), 0)
-        return 1 / (std + self.eps)
+        divisor = std + self.eps
+        return torch.where(divisor > 0, 1 / torch.where(divisor > 0, divisor, 1), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

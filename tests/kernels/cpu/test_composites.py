@@ -158,15 +158,21 @@ def test_what_does_not_fit_is_refused():
         forward(x, 0, *nothing, 4, 1e-5, 1e-5, 0, 0.1)
     with pytest.raises(RuntimeError, match="a parameter of 4 values does not fit 6 channels"):
         forward(x, 0, torch.ones(4), None, None, None, 3, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(RuntimeError, match="given statistics have 6 values"):
+    with pytest.raises(RuntimeError, match="the batch stage's statistics have 6 values"):
         forward(x, 0, *nothing, 3, 1e-5, 1e-5, 2, 0.0, torch.zeros(5), torch.ones(5))
+    mean, var = torch.zeros(6), torch.ones(6)
+    with pytest.raises(RuntimeError, match="a parameter of 2 values"):
+        forward(x, 0, *nothing[:3], torch.ones(2), 3, 1e-5, 1e-5, 1, 0.5, None, None, mean, var)
+    assert torch.equal(mean, torch.zeros(6))  # nothing has moved
     with pytest.raises(RuntimeError, match="a mixture needs its logit"):
         forward(x, 1, *nothing, 3, 1e-5, 1e-5, 0, 0.1)
     with pytest.raises(RuntimeError, match="there are 3 logits"):
         forward(x, 4, *nothing, 1, 1e-5, 1e-5, 0, 0.1)
     with pytest.raises(RuntimeError, match="there are 3 logits"):
         forward(x, 4, None, None, torch.ones(2), torch.ones(3), 1, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(RuntimeError, match="halves leave both norms a channel of 6; the first has 6"):
+    with pytest.raises(
+        RuntimeError, match="halves leave both norms a channel of 6; the first has 6"
+    ):
         forward(x, 6, *nothing, 6, 1e-5, 1e-5, 0, 0.1)
     with pytest.raises(RuntimeError, match="composites take no empty maps"):
         forward(x[:0], 0, *nothing, 3, 1e-5, 1e-5, 0, 0.1)
