@@ -290,6 +290,23 @@ def test_activation_and_drop_are_the_same_modules():
     assert type(again.model).__name__ == "BatchChannelNormAct"
 
 
+def test_it_drops_before_it_activates():
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x - 0.5
+
+    old = trained(LAYERS.BatchNormAct2d(6, drop_layer=Shift, **ACT))
+    x = inputs((4, 6, 5, 3))
+    new = nk.convert_norm(old, "bn").model
+    assert_close(new(x), old(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_bias_that_was_not_there_is_said():
+    (change,) = nk.convert_norm(nn.LayerNorm(6, bias=False), "pn").changes
+    assert change.warnings == ("it had no bias and gains one, 0 at first",)
+    assert change.carried == ("weight",)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_adapted_layers_can_be_copied_and_pickled(copied):
     model = nn.Sequential(LAYERS.BatchNormAct2d(6, **ACT), LAYERS.LayerNormAct(3, **ACT)).double()

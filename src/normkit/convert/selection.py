@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -155,10 +154,12 @@ def _test(pattern: str) -> Callable[[str], bool]:
 
 
 def _require_matches(found: Found, tests: Mapping[str, Callable[[str], bool]]) -> None:
+    from difflib import get_close_matches  # noqa: PLC0415 - slow import
+
     names = [name for several in found.values() for name in several]
     for pattern, matches in tests.items():
         if not any(map(matches, names)):
-            close = difflib.get_close_matches(pattern, names)
+            close = get_close_matches(pattern, names)
             hint = f"close names are {', '.join(close)}" if close else f"they are: {_shown(found)}"
             raise OptionError(f"pattern {pattern!r} matches none of the {len(found)} norms; {hint}")
 
