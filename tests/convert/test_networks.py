@@ -8,7 +8,7 @@ from torch import nn
 
 import normkit as nk
 from convert.networks import WITH_BATCH_NORM, WITHOUT_BATCH_NORM, build, images
-from normkit.convert.selection import find_norms
+from normkit.convert.selection import find_lookalikes, find_norms
 from normkit.layers.base import NormLayer
 
 SPECS = ["gn:max=8", "bgn:1", "ghost:2", "bcn:max=8", "in"]
@@ -113,4 +113,4 @@ def test_other_norms_build_train_report_and_revert(network, spec):
 
 
 def lookalikes(model):
-    return {*nk.convert.selection.find_lookalikes(model)}
+    return {*find_lookalikes(model)}

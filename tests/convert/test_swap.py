@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import normkit as nk
 from convert.net import Net
 from convert.networks import build
+from normkit.convert import optimizer as edits
 from normkit.convert import swap
 
 
@@ -212,14 +213,14 @@ def test_an_error_in_a_step_is_passed_on_after_putting_back(step, monkeypatch):
     optimizer = trained(model)
     before = snapshot(model, optimizer)
     if step == "_write":
-        original = nk.convert.optimizer._write
+        original = edits._write
         calls = []
 
         def second_fails(group, lists):
             calls.append(group)
             return fails() if len(calls) == 1 else original(group, lists)
 
-        monkeypatch.setattr(nk.convert.optimizer, step, second_fails)
+        monkeypatch.setattr(edits, step, second_fails)
     else:
         monkeypatch.setattr(swap, step, fails)
     with pytest.raises(RuntimeError, match="no"):
