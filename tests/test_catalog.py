@@ -9,25 +9,27 @@ from torch import nn
 
 import normkit as nk
 from cases import MAIN, randn
-from normkit.catalog import CATALOG
+from normkit.catalog import CATALOG, FUNCTIONS
 from normkit.spec import METHODS, NormSpec
 
 NORMS = [(CATALOG[case.name.partition("-")[0]], case) for case in MAIN]
 each_norm = pytest.mark.parametrize(("method", "case"), NORMS, ids=[str(case) for case in MAIN])
 
 
-def test_it_has_every_norm_of_the_grammar_in_order_and_ws():
-    assert list(CATALOG) == [*METHODS, "ws"]
+def test_it_has_every_norm_of_the_grammar_in_order_and_those_without_a_layer():
+    assert list(CATALOG) == [*METHODS, *FUNCTIONS]
     assert {method.spec for method, _ in NORMS} == set(METHODS)
     assert all(key == method.spec for key, method in CATALOG.items())
 
 
 @pytest.mark.parametrize("method", CATALOG.values(), ids=lambda method: method.spec)
 def test_its_texts_are_there_and_its_example_is_a_spec_of_it(method):
-    spec = NormSpec.parse(method.example)
-    assert spec.standardize_weights if method.spec == "ws" else spec.name == method.spec
-    if method.spec != "ws":
+    if method.spec in METHODS:
+        spec = NormSpec.parse(method.example)
+        assert spec.name == method.spec
         assert isinstance(spec.build(64), METHODS[method.spec].layer)
+    elif method.example:
+        assert NormSpec.parse(method.example).standardize_weights
     texts = method.facts() | {"name": method.name, "summary": method.summary}
     assert all(text and "\n" not in text and "`" not in text for text in texts.values())
     assert json.loads(json.dumps(method.as_dict()))["source"] == method.source
@@ -66,15 +68,25 @@ def test_it_keeps_the_maps_that_it_says(method, case, kernels):
     assert (x.data_ptr() in kept) == method.kept.startswith("x")
 
 
-def test_ws_keeps_the_raw_weight_and_two_values_for_each_filter():
+@pytest.mark.parametrize("name", ["ws", "wn", "cwn"])
+def test_weights_keep_the_raw_one_and_two_values_for_each_filter(name):
     weight, kept = torch.randn(8, 4, 3, 3, requires_grad=True), []
+    gain = () if name == "ws" else (torch.ones(8),)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        nk.weights.standardize(weight)
-    assert sum(tensor.numel() for tensor in kept) == weight.numel() + 2 * 8
+        CATALOG[name].definition(weight, *gain)
+    own = [t for t in kept if not any(t is g or torch.equal(t, g) for g in gain)]
+    assert sum(tensor.numel() for tensor in own) == weight.numel() + 2 * 8
+
+
+def test_what_a_weight_method_learns_is_what_it_attaches():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nk.BatchNorm(8))
     nk.standardize_weights_(model)
     assert {tuple(p.shape) for p in model[0].parameters()} == {(8,), (8, 4, 3, 3)}
     assert CATALOG["ws"].parameters == {} == CATALOG["ws"].buffers
+    for attach in (nk.weights.weight_norm_, nk.weights.centered_weight_norm_):
+        model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nk.BatchNorm(8))
+        attach(model)
+        assert sorted(p.numel() for p in model[0].parameters()) == [8, 8 * 4 * 3 * 3]
 
 
 @each_norm

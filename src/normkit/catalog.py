@@ -11,6 +11,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from normkit import weights
+from normkit.inference.example_weight import set_example_weight
 from normkit.spec import METHODS, Value
 
 NUM_CHANNELS, NUM_GROUPS = 24, 4  # of the layer whose shapes are read: C, C/2 and G all differ
@@ -24,8 +25,8 @@ class Method:
     What the layer itself can tell is read from it: its docstring, parameters, buffers, options.
 
     Args:
-        spec: Its name in a spec; of ``ws`` the suffix.
-        example: A spec that shows how it is written.
+        spec: Its name in a spec; of ``ws`` the suffix; else what it is known by.
+        example: A spec that shows how it is written; empty where none names it.
         name: Its full name.
         formula: One line of plain text.
         groups: What the statistics are taken over in training.
@@ -33,6 +34,7 @@ class Method:
         evaluation: Where the statistics come from at evaluation: never from the other examples.
         kept: What is kept for backward, beside parameters.
         num_maps_kept: How many tensors as large as the input that makes.
+        learned: What a method without a layer learns.
     """
 
     spec: str
@@ -44,11 +46,12 @@ class Method:
     evaluation: str
     kept: str = "x and tables"
     num_maps_kept: int = 1
+    learned: str = ""
 
     @property
     def definition(self) -> Callable[..., object]:
-        """The layer's class; of ``ws`` the function."""
-        return METHODS[self.spec].layer if self.spec in METHODS else weights.standardize
+        """The layer's class; the function of a method without a layer."""
+        return METHODS[self.spec].layer if self.spec in METHODS else FUNCTIONS[self.spec][0]
 
     @property
     def summary(self) -> str:
@@ -80,13 +83,13 @@ class Method:
     def facts(self) -> dict[str, str]:
         """All of it as texts, by what they answer."""
         return {
-            "spec": self.example,
-            "layer": f"normkit.{self.definition.__name__}" if self.options else WS_CALL,
+            "spec": self.example or "none",
+            "layer": f"normkit.{self.definition.__name__}" if self.options else self._call(),
             "formula": self.formula,
             "statistics over": self.groups,
             "at evaluation": self.evaluation,
             "depends on the batch": "in training" if self.batch_in_training else "never",
-            "parameters": _text(self.parameters) or "none",
+            "parameters": _text(self.parameters) or self.learned or "none",
             "buffers": _text(self.buffers) or "none",
             "kept for backward": self.kept,
             "source": self.source,
@@ -103,6 +106,9 @@ class Method:
             "options": dict(self.options),
             "source": self.source,
         }
+
+    def _call(self) -> str:
+        return FUNCTIONS[self.spec][1]
 
     def _docstring(self) -> str:
         return (inspect.getdoc(self.definition) or "").replace("``", "")
@@ -130,7 +136,15 @@ def _normalized(group: str) -> str:
     return f"y = γ_c (x − μ_{group}) / √(σ²_{group} + ε) + β_c"
 
 
-WS_CALL = "normkit.standardize_weights_(model)"
+FUNCTIONS: dict[str, tuple[Callable[..., object], str]] = {
+    "ws": (weights.standardize, "normkit.standardize_weights_(model)"),
+    "wn": (weights.weight_norm, "normkit.weights.weight_norm_(model)"),
+    "cwn": (weights.centered_weight_norm, "normkit.weights.centered_weight_norm_(model)"),
+    "iew": (set_example_weight, "normkit.set_example_weight(model, alpha)"),
+}
+"""The methods without a layer: where each is defined, and how a model gets it."""
+FILTER = "a filter: the weights of an output channel"
+FILTER_EVALUATION = "the filter's own statistics, as in training"
 OWN = "the example's own statistics, as in training"
 RUNNING = "running statistics"
 
@@ -262,12 +276,43 @@ _METHODS = (
         example="gn:32+ws",
         name="Weight Standardization",
         formula="W'_o = (W_o − μ_o) / √(σ²_o + ε)",
-        groups="a filter: the weights of an output channel",
+        groups=FILTER,
         batch_in_training=False,
-        evaluation="the filter's own statistics, as in training",
+        evaluation=FILTER_EVALUATION,
         kept="the raw weight and two values for each filter",
+    ),
+    Method(
+        spec="wn",
+        example="",
+        name="Weight Normalization",
+        formula="W'_o = g_o W_o / ‖W_o‖",
+        groups=FILTER,
+        batch_in_training=False,
+        evaluation=FILTER_EVALUATION,
+        kept="the raw weight and two values for each filter",
+        learned="a length g for each filter",
+    ),
+    Method(
+        spec="cwn",
+        example="",
+        name="Centred Weight Normalization",
+        formula="W'_o = g_o (W_o − μ_o) / ‖W_o − μ_o‖",
+        groups=FILTER,
+        batch_in_training=False,
+        evaluation=FILTER_EVALUATION,
+        kept="the raw weight and two values for each filter",
+        learned="a length g for each filter",
+    ),
+    Method(
+        spec="iew",
+        example="",
+        name="Inference Example Weighing",
+        formula="μ = α μ_n + (1 − α) μ_run, σ² = α E_n[x²] + (1 − α)(σ²_run + μ²_run) − μ²",
+        groups="those of the layer that it is set on, which trains as without it",
+        batch_in_training=True,
+        evaluation="α parts of the example's own statistics, 1 − α of the running ones",
     ),
 )
 
 CATALOG: Mapping[str, Method] = MappingProxyType({method.spec: method for method in _METHODS})
-"""Every method by its name in a spec: the norms of ``normkit.spec.METHODS``, and ``ws``."""
+"""Every method: the norms of ``normkit.spec.METHODS``, then those without a layer."""

@@ -24,7 +24,7 @@ class List:
     """List the methods, data sets and models that the other commands know."""
 
     method: Annotated[str, tyro.conf.Positional, METHOD] = ""
-    """Say all about this method: bn, gn, ..., ws."""
+    """Say all about this method: bn, gn, ..., ws, wn, cwn, iew."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON, and nothing else, to the standard output."""
 
@@ -48,7 +48,7 @@ class List:
     def _print_all(self) -> None:
         names = {
             "norms": list(METHODS),
-            "weights": [f"+{name}" for name in CATALOG if name not in METHODS],
+            "weights": ["+ws"],
             "data": list(READERS),
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
@@ -95,7 +95,7 @@ def _row(method: Method) -> tuple[Text, ...]:
         f"learns {facts['parameters'].replace('none', 'nothing')}; keeps {method.kept}\n",
         (source, "dim"),
     )
-    name = method.spec if method.spec in METHODS else f"+{method.spec}"
+    name = "+ws" if method.spec == "ws" else method.spec
     batch = facts["depends on the batch"]
     return Text(name, style="bold"), Text.assemble(*lines), Text(batch.replace("in ", "in\n"))
 
