@@ -189,7 +189,7 @@ def test_an_interrupt_while_workers_start_shows_no_traceback(tmp_path):
         time.sleep(0.05)
     time.sleep(0.3)  # in the middle of importing torch
     os.killpg(program.pid, signal.SIGINT)
-    _, errors = program.communicate(timeout=60)
+    _, errors = program.communicate(timeout=240)
     assert program.returncode == 130, errors
     assert "Traceback" not in errors
     assert "interrupted; finished runs are kept" in errors

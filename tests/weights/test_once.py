@@ -92,8 +92,8 @@ def test_three_uses_cost_one(attach, computed):
 
 @pytest.mark.parametrize("mode", [None, True, False, "no_grad first"])
 def test_gradients_are_right_however_backward_comes(mode):
-    model, twin = pair(ATTACH["preserve"], mode)
-    xs = [torch.randn(2, 4, 5, 5, requires_grad=True) for _ in range(2)]
+    model, twin = (net.double() for net in pair(ATTACH["preserve"], mode))
+    xs = [torch.randn(2, 4, 5, 5, requires_grad=True, dtype=torch.float64) for _ in range(2)]
 
     def accumulated(net):
         return [g for x in xs for g in gradients(net, [net(x).square().sum()])]

@@ -214,7 +214,7 @@ class EstimatedBatchNorm(TrackingLayer):
     @property
     def update_rate(self) -> float:
         """Weight of the new value in the estimates, in (0, 1]."""
-        return self.momentum or require_update_rate(self.momentum)
+        return require_update_rate(None) if self.momentum is None else self.momentum
 
     @update_rate.setter
     def update_rate(self, value: float) -> None:
