@@ -13,7 +13,10 @@ from cases import randn
 
 
 def test_a_micro_batch_stage_is_algorithm_1_over_ten_steps():
-    layer = nk.BatchChannelNorm(6, num_groups=1, micro_batch=True, update_rate=0.2).double()
+    layer, whole = (
+        nk.BatchChannelNorm(6, num_groups=1, micro_batch=True, update_rate=0.2).double()
+        for _ in range(2)
+    )
     mean, var = torch.zeros(6).double(), torch.ones(6).double()
     outputs = []
     layer.batch.register_forward_hook(lambda m, given, y: outputs.append(y))
@@ -24,9 +27,12 @@ def test_a_micro_batch_stage_is_algorithm_1_over_ten_steps():
         batch_var = (x - mean.reshape(1, -1, 1, 1)).square().mean(dim=(0, 2, 3))
         mean, var = mean + 0.2 * (batch_mean - mean), var + 0.2 * (batch_var - var)
         scale = (var + 1e-5).rsqrt().reshape(1, -1, 1, 1)
-        assert_close(outputs[-1], (x - mean.reshape(1, -1, 1, 1)) * scale)
-    assert_close(layer.batch.running_mean, mean)
-    assert_close(layer.batch.running_var, var)
+        first = (x - mean.reshape(1, -1, 1, 1)) * scale
+        assert_close(outputs[-1], first)
+        assert_close(whole(x), nn.functional.group_norm(first, 1))  # the stages at once
+    for batch in (layer.batch, whole.batch):
+        assert_close(batch.running_mean, mean)
+        assert_close(batch.running_var, var)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])

@@ -95,3 +95,19 @@ def weighed(x, layer, alpha):
     square = alpha * x.square().mean(dim=(2, 3), keepdim=True) + (1 - alpha) * (var + mean.square())
     mixed = alpha * own + (1 - alpha) * mean
     return ((x - mixed) / (square - mixed.square() + layer.eps).sqrt()).float()
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_a_weight_of_0_costs_nothing(kernels, monkeypatch):
+    """Evaluation then measures nothing: neither a moment of the input nor a mixture."""
+    layer, x = nk.BatchNorm(6).eval(), torch.randn(4, 6, 5)
+
+    def measured(*_):
+        raise AssertionError("the input's moments were taken")
+
+    monkeypatch.setattr("normkit.core.groups.normalize", measured)
+    with nk.use_kernels(kernels):
+        layer(x)
+        layer.example_weight = 0.5
+        with pytest.raises(AssertionError, match="moments were taken"):
+            layer(x)

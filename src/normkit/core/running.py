@@ -13,6 +13,7 @@ from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import InputError
 from normkit.kernels.select import functorch_is_active
+from normkit.typing import SegmentTable
 
 
 class RunningStatistics(NamedTuple):
@@ -76,9 +77,9 @@ class RunningStatistics(NamedTuple):
         return self.momentum
 
 
-Recent = deque[Tensor]
-"""The latest batches, ``(2, N * C + C)`` each: means above variances, of the batch's cells and then
-of the estimates that normalised it. A checkpoint looks again when the buffers may have moved on."""
+Recent = deque[tuple[Tensor, Moments]]
+"""The latest batches: the sum of each channel's means, which tells them apart, and the estimates
+that normalised them. A checkpoint looks again when the buffers may have moved on."""
 
 
 class RunningEstimates(NamedTuple):
@@ -100,31 +101,30 @@ class RunningEstimates(NamedTuple):
     example_weight: float
     recent: Recent | None = None
 
-    def as_they_were(self, table: Moments) -> RunningEstimates:
-        """The estimates that normalised a batch with these moments at its first look, to stay.
+    def as_they_were(self, means: SegmentTable) -> RunningEstimates:
+        """The estimates that normalised a batch with these means at its first look, to stay.
 
         Raises:
             InputError: If none of the latest batches had them.
         """
         if self.recent is None:
             return self._replace(update_rate=0.0)
-        cells = table.mean.flatten()
-        for kept in reversed(self.recent):
-            seen, (mean, var) = kept[0, : cells.numel()], kept[:, cells.numel() :]
-            if mean.numel() == self.mean.numel() and torch.equal(seen, cells):
-                return self._replace(mean=mean, var=var, update_rate=0.0)
+        sums = means.sum(dim=0)
+        for seen, moved in reversed(self.recent):
+            if torch.equal(seen, sums):
+                return self._replace(mean=moved.mean, var=moved.var, update_rate=0.0)
         raise InputError(
             f"a layer with moving estimates was called during a backward pass on an input that "
             f"none of its last {self.recent.maxlen} training forwards has seen; what a checkpoint "
             f"computes again must be the same (preserve_rng_state=True), or leave the layer outside"
         )
 
-    def remember(self, table: Moments, moved: Moments) -> None:
-        """Keep account of a batch's moments and of the estimates that normalised it."""
-        if self.recent is not None and not are_still() and not torch.compiler.is_compiling():
-            pairs = ((table.mean, moved.mean), (table.var, moved.var))
-            rows = [torch.cat([a.flatten(), b.flatten()]) for a, b in pairs]
-            self.recent.append(torch.stack(rows).detach())
+    def remember(self, means: SegmentTable, moved: Moments) -> None:
+        """Keep account of a batch's means ``(N, C)`` and of the estimates that normalised it."""
+        if self.recent is None or are_still() or torch.compiler.is_compiling():
+            return
+        mean, var = (t.detach().flatten().clone() for t in (moved.mean, moved.var))
+        self.recent.append((means.detach().sum(dim=0), Moments(mean, var)))
 
     def follow_(self, moved: Moments) -> None:
         """Keep the estimates ``(1, C)`` that have just normalised a batch."""

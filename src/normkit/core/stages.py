@@ -23,7 +23,7 @@ from normkit.core.composite import (
     Order,
     SwitchedStatistics,
 )
-from normkit.core.fused import FusedKind, Plan, can_fuse, normalize_fused
+from normkit.core.fused import can_fuse, normalize_fused
 from normkit.core.moments import Moments
 from normkit.core.normalize import normalize
 from normkit.core.parameters import Parameters
@@ -34,9 +34,16 @@ from normkit.core.running import (
     RunningStatistics,
     is_second_look,
 )
+from normkit.kernels.cpu import Composite, Kind
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import primitives
 from normkit.typing import FeatureMap
+
+ORDERS: dict[Order, Kind] = {
+    "group-first": Kind.GROUP_FIRST,
+    "batch-first": Kind.BATCH_FIRST,
+    "parallel": Kind.PARALLEL,
+}
 
 
 class BatchStage(NamedTuple):
@@ -68,7 +75,7 @@ def follow_(
     """Keep what a training batch of this shape has taught; ``table`` is what the stage saw."""
     if isinstance(running, RunningEstimates):
         moved = stage.rule.groups(table, *stage.given)
-        running.remember(table, moved)
+        running.remember(table.mean, moved)
         running.follow_(moved)
     elif running is not None:
         running.update_(table, shape)
@@ -105,8 +112,8 @@ def normalize_batch_then_group(
     def algebra(rule: Rule) -> CompositeAlgebra:
         return BatchThenGroup(batch=rule, group=own_groups(num_groups, group.eps))
 
-    plan = Plan("batch-then-group", num_groups, batch.eps, group.eps)
-    return _normalize(x, plan, algebra, running, training, (*batch[:2], *group[:2]))
+    composite = Composite(Kind.BATCH_THEN_GROUP, num_groups, batch.eps, group.eps)
+    return _normalize(x, composite, algebra, running, training, (*batch[:2], *group[:2]))
 
 
 def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -124,8 +131,8 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the m
     def algebra(rule: Rule) -> CompositeAlgebra:
         return GroupAndBatch(group=own_groups(num_groups, eps), batch=rule, order=order)
 
-    plan = Plan(order, num_groups, eps, eps)
-    return _normalize(x, plan, algebra, running, training, (weight, bias, mix_logit))
+    composite = Composite(ORDERS[order], num_groups, eps, eps)
+    return _normalize(x, composite, algebra, running, training, (weight, bias, mix_logit))
 
 
 def normalize_switched(
@@ -144,10 +151,10 @@ def normalize_switched(
         batch = rule if uses_batch else None
         return SwitchedStatistics(layer=own_groups(1, eps), batch=batch, eps=eps)
 
-    kind: FusedKind = "switched" if uses_batch else "switched-without-batch"
+    kind = Kind.SWITCHED if uses_batch else Kind.SWITCHED_WITHOUT_BATCH
     slots = (weight, bias, mean_logits, var_logits)
     followed = running if uses_batch else None
-    return _normalize(x, Plan(kind, 1, eps, eps), algebra, followed, training, slots)
+    return _normalize(x, Composite(kind, 1, eps, eps), algebra, followed, training, slots)
 
 
 def normalize_halves(
@@ -163,13 +170,13 @@ def normalize_halves(
     def algebra(rule: Rule) -> CompositeAlgebra:
         return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)
 
-    plan = Plan("halves", num_instance, batch.eps, instance.eps)
-    return _normalize(x, plan, algebra, running, training, (*instance[:2], *batch[:2]))
+    composite = Composite(Kind.HALVES, num_instance, batch.eps, instance.eps)
+    return _normalize(x, composite, algebra, running, training, (*instance[:2], *batch[:2]))
 
 
 def _normalize(
     x: FeatureMap,
-    plan: Plan,
+    composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     training: bool,
@@ -177,9 +184,9 @@ def _normalize(
 ) -> FeatureMap:
     running = _at_second_look(x, running, training)
     if can_fuse(x, running):
-        return normalize_fused(x, plan, algebra, running, training, parameters)
-    num_channels = plan.num_batch_channels(x)
-    stage = batch_stage(x, num_channels, running, training, plan.batch_eps)
+        return normalize_fused(x, composite, algebra, running, training, parameters)
+    num_channels = composite.num_batch_channels(x)
+    stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
     rule = algebra(stage.rule)
     y, table = normalize(x, positions(x), rule, *parameters, *stage.given)
     if training and running is not None:
@@ -193,8 +200,8 @@ def _at_second_look(x: FeatureMap, running: Running | None, training: bool) -> R
     if not training or not isinstance(running, RunningEstimates) or not is_second_look():
         return running
     with torch.no_grad():  # nothing that a checkpoint would count among the saved tensors
-        table = Moments(*primitives(x).moments(x, positions(x)))
-    return running.as_they_were(table)
+        mean, _ = primitives(x).moments(x, positions(x))
+    return running.as_they_were(mean)
 
 
 def own_groups(num_groups: int, eps: float) -> GroupStatistics:

@@ -122,7 +122,7 @@ class BatchChannelNorm(NormLayer):
     @property
     def update_rate(self) -> float:
         """How far the estimates of a micro batch move, in (0, 1]."""
-        stage = self._modules.get("batch")
+        stage = self.batch
         return stage.update_rate if isinstance(stage, EstimatedBatchNorm) else self._update_rate
 
     @update_rate.setter
@@ -134,7 +134,7 @@ class BatchChannelNorm(NormLayer):
     @property
     def momentum(self) -> float | None:
         """Weight of the new value in the running statistics; of no use to micro batches."""
-        stage = self._modules.get("batch")
+        stage = self.batch
         return stage.momentum if isinstance(stage, BatchNorm) else self._momentum
 
     @momentum.setter

@@ -1,10 +1,9 @@
 """C++ kernels on torch's stable ABI, from ``csrc/``; absent where no compiler was at hand."""
 
 from normkit.kernels.cpu.composite import (
-    BatchSource,
+    Batch,
     Buffers,
     Composite,
-    Kind,
     MomentTable,
     Slots,
     normalize_composite,
@@ -19,9 +18,11 @@ from normkit.kernels.cpu.functions import (
     require,
     split_table,
 )
+from normkit.kernels.cpu.kinds import BatchSource, Kind
 from normkit.kernels.cpu.library import available, instruction_set, why_not
 
 __all__ = [
+    "Batch",
     "BatchSource",
     "Buffers",
     "Composite",

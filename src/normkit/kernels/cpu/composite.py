@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from normkit.kernels.cpu.functions import cast_gradient, recorder
+from normkit.kernels.cpu.kinds import BatchSource, Kind
 from normkit.typing import FeatureMap
 
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -23,44 +23,36 @@ Differentiable = Callable[[Tensor, Tensor, Tensor, Slots, tuple[bool, ...]], lis
 that autograd can differentiate again."""
 
 
-class Kind(IntEnum):
-    """Which composite; the numbers are those of csrc/composites.h."""
-
-    BATCH_THEN_GROUP = 0
-    GROUP_FIRST = 1
-    BATCH_FIRST = 2
-    PARALLEL = 3
-    SWITCHED = 4
-    SWITCHED_WITHOUT_BATCH = 5
-    HALVES = 6
-
-
-class BatchSource(IntEnum):
-    """Where the batch stage's statistics come from."""
-
-    OWN = 0
-    ESTIMATES = 1
-    GIVEN = 2
-
-
 class Composite(NamedTuple):
-    """What is computed, as the operator takes it.
+    """What is computed, apart from where the batch stage takes its statistics.
 
     Args:
         kind: Which composite.
         num_groups: Runs of channels in its group norm; the instance norm's channels of halves.
         batch_eps: Added to the batch stage's variances.
         group_eps: Added to the other norm's.
-        source: Where the batch stage's statistics come from.
-        rate: Weight of the batch in running statistics, of the step in estimates, or of the
-            example's own statistics beside given ones.
     """
 
     kind: Kind
     num_groups: int
     batch_eps: float
     group_eps: float
-    source: BatchSource = BatchSource.OWN
+
+    def num_batch_channels(self, x: FeatureMap) -> int:
+        """Channels that the batch stage sees."""
+        return x.shape[1] - self.num_groups if self.kind == Kind.HALVES else x.shape[1]
+
+
+class Batch(NamedTuple):
+    """Where the batch stage's statistics come from.
+
+    Args:
+        source: From the input, from estimates that move first, or given.
+        rate: Weight of the batch in running statistics, of the step in estimates, or of the
+            example's own statistics beside given ones.
+    """
+
+    source: BatchSource
     rate: float = 0.0
 
 
@@ -78,6 +70,7 @@ def normalize_composite(
     x: FeatureMap,
     parameters: Slots,
     composite: Composite,
+    batch: Batch,
     buffers: Buffers,
     differentiable: Differentiable,
 ) -> tuple[FeatureMap, MomentTable]:
@@ -87,6 +80,7 @@ def normalize_composite(
         x: Feature map ``(N, C, *S)`` on the CPU, not empty.
         parameters: In the order of the composite's kind.
         composite: What is computed.
+        batch: Where the batch stage's statistics come from.
         buffers: The batch stage's.
         differentiable: Makes the gradients when a backward pass is itself differentiated.
 
@@ -96,14 +90,14 @@ def normalize_composite(
     if torch.is_grad_enabled() and (
         x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
     ):
-        return _RECORD(x, *parameters, composite, buffers, differentiable)
-    return _forward(x, parameters, composite, buffers)
+        return _RECORD(x, *parameters, (*composite, *batch), buffers, differentiable)
+    return _forward(x, parameters, (*composite, *batch), buffers)
 
 
 def _forward(
-    x: Tensor, parameters: Slots, composite: Composite, buffers: Buffers
+    x: Tensor, parameters: Slots, given: tuple[Any, ...], buffers: Buffers
 ) -> tuple[Tensor, Tensor]:
-    kind, *options = composite
+    kind, *options = given
     operator = torch.ops.normkit.composite_forward.default
     return operator(x, kind, *parameters, *options, *buffers)
 
@@ -111,10 +105,10 @@ def _forward(
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        *parameters, composite, buffers, differentiable = arguments
-        y, table = _forward(x, tuple(parameters), composite, buffers)
+        *parameters, given, buffers, differentiable = arguments
+        y, table = _forward(x, tuple(parameters), given, buffers)
         ctx.save_for_backward(x, table, *parameters)
-        ctx.composite, ctx.differentiable = composite, differentiable
+        ctx.given, ctx.differentiable = given, differentiable
         ctx.mark_non_differentiable(table)
         ctx.set_materialize_grads(False)
         return y, table
@@ -131,7 +125,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
     wanted = ctx.needs_input_grad[:5]
     if torch.is_grad_enabled():
         return ctx.differentiable(grad, x, table, tuple(parameters), wanted)
-    kind, *options = ctx.composite
+    kind, *options = ctx.given
     _, *wants = wanted
     bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
     operator = torch.ops.normkit.composite_backward.default

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WITHOUT_BATCH, _HALVES = 5, 6  # kinds of composites without a batch stage for every channel
+from normkit.kernels.cpu.kinds import Kind
 
 
 def register() -> None:
@@ -83,8 +83,9 @@ def _backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  
 
 def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     num_examples, num_channels = x.shape[:2]
-    first = {_HALVES: arguments[4], _WITHOUT_BATCH: num_channels}.get(kind, 0)
-    return _result(x), _table(x, 2, num_examples * num_channels + num_channels - first)
+    unseen = {Kind.HALVES: arguments[4], Kind.SWITCHED_WITHOUT_BATCH: num_channels}
+    num_batch = num_channels - unseen.get(Kind(kind), 0)
+    return _result(x), _table(x, 2, num_examples * num_channels + num_batch)
 
 
 def _composite_backward(
