@@ -22,16 +22,13 @@ from normkit.kernels.select import use_kernels
 from normkit.layers.batch_channel import BatchChannelNorm, sync_update_rates
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.layers.single import (
+from normkit.layers.over_batch import (
     BatchGroupNorm,
     BatchNorm,
     GeneralBatchGroupNorm,
     GhostBatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    PositionalNorm,
 )
+from normkit.layers.over_example import GroupNorm, InstanceNorm, LayerNorm, PositionalNorm
 from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 from normkit.param_groups import decay_gamma_to_one, param_groups

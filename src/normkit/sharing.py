@@ -17,7 +17,7 @@ from normkit.layers.base import SegmentLayer, TrackingLayer
 from normkit.layers.batch_channel import BatchChannelNorm, ChannelStage, EstimatedBatchNorm
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.layers.single import PositionalNorm
+from normkit.layers.over_example import PositionalNorm
 from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 

@@ -14,7 +14,7 @@ from torch import nn
 from normkit.core.composite import Order
 from normkit.core.partition import largest_divisor
 from normkit.errors import SpecError
-from normkit.layers import single
+from normkit.layers import over_batch, over_example
 from normkit.layers.batch_channel import BatchChannelNorm, ChannelAffine
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
@@ -69,20 +69,20 @@ WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 METHODS: Mapping[str, Recipe] = MappingProxyType(
     {
-        "bn": Recipe(layer=single.BatchNorm),
-        "in": Recipe(layer=single.InstanceNorm),
-        "ln": Recipe(layer=single.LayerNorm),
-        "gn": Recipe(layer=single.GroupNorm, argument="num_groups"),
-        "pn": Recipe(layer=single.PositionalNorm),
+        "bn": Recipe(layer=over_batch.BatchNorm),
+        "in": Recipe(layer=over_example.InstanceNorm),
+        "ln": Recipe(layer=over_example.LayerNorm),
+        "gn": Recipe(layer=over_example.GroupNorm, argument="num_groups"),
+        "pn": Recipe(layer=over_example.PositionalNorm),
         "bgn": Recipe(
-            layer=single.BatchGroupNorm,
+            layer=over_batch.BatchGroupNorm,
             argument="num_groups",
             over_positions=True,
             automatic=recommended_bgn_groups,
         ),
-        "ghost": Recipe(layer=single.GhostBatchNorm, argument="ghost_batch_size"),
+        "ghost": Recipe(layer=over_batch.GhostBatchNorm, argument="ghost_batch_size"),
         "gbgn": Recipe(
-            layer=single.GeneralBatchGroupNorm,
+            layer=over_batch.GeneralBatchGroupNorm,
             argument="num_groups",
             short={"examples": "examples_per_group"},
         ),

@@ -18,7 +18,8 @@ from normkit.convert.target import built, describe, take_over
 from normkit.errors import ConversionError, NormError, OptionError, PartitionError
 from normkit.layers.base import NormLayer
 from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.layers.single import BatchGroupNorm, GroupNorm, InstanceNorm
+from normkit.layers.over_batch import BatchGroupNorm
+from normkit.layers.over_example import GroupNorm, InstanceNorm
 from normkit.spec import METHODS, NormSpec
 from normkit.tracing import CONVOLUTIONS, trace_feeds
 from normkit.weights.attach import OWN_FORWARD, rules_of

@@ -21,7 +21,7 @@ from normkit.core.partition import Partition, has_single_values, require_varianc
 from normkit.core.running import Recent, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
-from normkit.layers.single import BatchNorm
+from normkit.layers.over_batch import BatchNorm
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]

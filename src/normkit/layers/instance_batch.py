@@ -10,7 +10,8 @@ from normkit.core.partition import Partition, has_single_values, require_varianc
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
 from normkit.layers.base import Device, NormLayer, is_watched
-from normkit.layers.single import BatchNorm, InstanceNorm
+from normkit.layers.over_batch import BatchNorm
+from normkit.layers.over_example import InstanceNorm
 from normkit.typing import FeatureMap
 
 

@@ -11,13 +11,8 @@ from normkit.errors import SpecError
 from normkit.lab.bench import composites, compositions
 from normkit.lab.bench.spec import Against
 from normkit.layers.base import SegmentLayer
-from normkit.layers.single import (
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    PositionalNorm,
-)
+from normkit.layers.over_batch import BatchNorm
+from normkit.layers.over_example import GroupNorm, InstanceNorm, LayerNorm, PositionalNorm
 
 Map = Float[Tensor, "n c *s"]
 

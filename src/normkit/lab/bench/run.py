@@ -28,7 +28,7 @@ from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.train import parse_device, threads_of
 from normkit.layers.base import NormLayer, SegmentLayer
-from normkit.layers.single import BatchNorm
+from normkit.layers.over_batch import BatchNorm
 
 SCREENING = Budget(seconds=0.0, repeats=3)
 

@@ -1,0 +1,260 @@
+"""Layers whose statistics are of one example: instance, layer, group and positional."""
+
+from __future__ import annotations
+
+import torch
+
+from normkit.core.check import require_channel_groups, require_feature_map
+from normkit.core.partition import Partition
+from normkit.core.positional import normalize_positions, require_channels
+from normkit.layers.base import Device, NormLayer, SegmentLayer
+from normkit.typing import FeatureMap
+
+
+class InstanceNorm(SegmentLayer):
+    r"""Normalise every channel of every example over its positions.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta_c
+
+    Training and evaluation alike, unless ``example_weight`` is below 1. Unlike
+    ``torch.nn.InstanceNorm2d`` it is affine by default and keeps the memory format.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
+        example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if a channel of an example has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016, Instance Normalization: The Missing Ingredient for Fast
+        Stylization, arXiv:1607.08022.
+
+    Example:
+        >>> norm = InstanceNorm(6)
+        >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=(2, 3)).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group a channel and example."""
+        return Partition(num_groups=self.num_features, examples_per_group=1)
+
+
+class LayerNorm(SegmentLayer):
+    r"""Normalise every example over all its channels and positions.
+
+    .. math::  y = \gamma_c \frac{x - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}} + \beta_c
+
+    This is the layer normalization of a feature map, ``GroupNorm`` with one group, its affine per
+    channel; ``torch.nn.LayerNorm`` on channels-last tokens is ``PositionalNorm``.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
+        example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: In training, if an example has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Ba, Kiros & Hinton 2016, Layer Normalization, arXiv:1607.06450.
+
+    Example:
+        >>> norm = LayerNorm(6)
+        >>> norm(torch.randn(1, 6, 5, 7)).mean().abs() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group an example."""
+        return Partition(num_groups=1, examples_per_group=1)
+
+
+class GroupNorm(SegmentLayer):
+    r"""Normalise runs of ``C / num_groups`` channels of every example.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta_c
+
+    Unlike ``torch.nn.GroupNorm`` the channels come first, so that it works as ``norm_layer=``.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        eps: Added to the variance; unit of ``x`` squared.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
+        example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+
+    Raises:
+        PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
+            has a single value.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Wu & He 2018, Group Normalization, arXiv:1803.08494, eq. 7.
+
+    Example:
+        >>> norm = GroupNorm(6, num_groups=3)
+        >>> norm(torch.randn(1, 6, 5, 7))[:, :2].mean().abs() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        num_groups = require_channel_groups(num_groups, num_features)
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_groups = num_groups
+
+    @property
+    def partition(self) -> Partition:
+        """One group a run of channels and example."""
+        return Partition(num_groups=self.num_groups, examples_per_group=1)
+
+
+class PositionalNorm(NormLayer):
+    r"""Normalise every position of every example over its channels.
+
+    .. math::  y = \gamma_c \frac{x - \mu_{ns}}{\sqrt{\sigma_{ns}^2 + \epsilon}} + \beta_c
+
+    No running statistics; training and evaluation are the same.
+
+    Args:
+        num_features: Channels ``C`` of the input ``(N, C, *S)``.
+        eps: Added to the variance; unit of ``x`` squared.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        device: Where the parameters live.
+        dtype: Of the parameters.
+
+    Raises:
+        PartitionError: In training, if there is a single channel.
+        InputError: If the input is not ``(N, C, *S)`` with ``C = num_features``.
+        InputTypeError: If it is not float32, float64, bfloat16 or float16.
+
+    Numerics:
+        Biased variance, at least float32.
+
+    Source:
+        Li, Wu, Weinberger & Belongie 2019, Positional Normalization, arXiv:1907.04312; without the
+        re-injection path, as in Zhou et al., Batch Group Normalization.
+
+    Example:
+        >>> norm = PositionalNorm(6)
+        >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=1).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        require_feature_map(x, self.num_features, type(self).__name__)
+        if self.training:
+            require_channels(x.shape, type(self).__name__)
+        return normalize_positions(x, self._affine())
