@@ -25,8 +25,12 @@ struct KeptTable {
   Pairs moments() const { return {row(0), row(1), extent.cols}; }
   double* batch_mean() const { return row(0) + extent.size(); }
   double* batch_var() const { return row(1) + extent.size(); }
-  TableStatistics given(double share) const {
-    return TableStatistics::given({extent.rows, num_batch}, batch_mean(), batch_var(), share);
+  // What the batch stage normalises by: its own statistics, or those kept here.
+  TableStatistics statistics(BatchSource source, double rate) const {
+    const Extent seen{extent.rows, num_batch};
+    if (source == BatchSource::own) return {Source::batch, seen, 0};
+    const double share = source == BatchSource::given ? rate : 0.0;
+    return TableStatistics::given(seen, batch_mean(), batch_var(), share);
   }
 };
 
@@ -90,10 +94,8 @@ std::tuple<Tensor, Tensor> composite_forward(
   if (estimated) require_statistics(running_mean, running_var, num_batch);
   if (given) keep(table, as_doubles(*given_mean), as_doubles(*given_var));
   if (estimated) estimate(table, rate, *running_mean, *running_var);
-  const auto composite = make_composite(
-      options, extent, {&first, &second, &third, &fourth},
-      own ? TableStatistics(Source::batch, {extent.rows, num_batch}, 0)
-          : table.given(source == BatchSource::given ? rate : 0.0));
+  const auto composite = make_composite(options, extent, {&first, &second, &third, &fourth},
+                                        table.statistics(source, rate));
   if (estimated) {  // not before everything has been checked
     copy_doubles(table.batch_mean(), num_batch, *running_mean);
     copy_doubles(table.batch_var(), num_batch, *running_var);
@@ -131,12 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
   const Pairs reduced = sums, daffine{reduced.second, reduced.first, reduced.stride};
   segment_grad_sums(x, g, p, {{table.row(0)}, 1, extent.rows, extent.cols}, reduced.first,
                     reduced.second);
-  const BatchSource source = BatchSource(batch_source);
-  const auto composite = make_composite(
-      options, extent, {&first, &second, &third, &fourth},
-      source == BatchSource::own
-          ? TableStatistics(Source::batch, {extent.rows, num_batch}, 0)
-          : table.given(source == BatchSource::given ? rate : 0.0));
+  const auto composite = make_composite(options, extent, {&first, &second, &third, &fourth},
+                                        table.statistics(BatchSource(batch_source), rate));
   const Pairs affine = scales, dmoments = gradients;
   composite->forward(table.moments(), affine);
   composite->backward(table.moments(), daffine, dmoments);

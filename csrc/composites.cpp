@@ -17,6 +17,16 @@ Tensor as_tensor(const Sums& values, bool wanted, bool wide) {
   return result;
 }
 
+// Of two norms with a weight and a bias each.
+ParameterGradientTensors gradients_of(const TableParameter (&weights)[2],
+                                      const TableParameter (&biases)[2], const TableNorm& first,
+                                      const TableNorm& second, int64_t wanted, bool wide) {
+  return {weights[0].gradient(first.dweight, want(wanted, 0), wide),
+          biases[0].gradient(first.dbias, want(wanted, 1), wide),
+          weights[1].gradient(second.dweight, want(wanted, 2), wide),
+          biases[1].gradient(second.dbias, want(wanted, 3), wide)};
+}
+
 // A norm of the output of another; its moments are the other's center and scale^2 var.
 class Chain {
  public:
@@ -109,10 +119,7 @@ class BatchThenGroup : public Composite {
   }
 
   ParameterGradientTensors gradients(int64_t wanted, bool wide) const override {
-    return {weights_[0].gradient(batch_.dweight, want(wanted, 0), wide),
-            biases_[0].gradient(batch_.dbias, want(wanted, 1), wide),
-            weights_[1].gradient(group_.dweight, want(wanted, 2), wide),
-            biases_[1].gradient(group_.dbias, want(wanted, 3), wide)};
+    return gradients_of(weights_, biases_, batch_, group_, wanted, wide);
   }
 
  private:
@@ -271,10 +278,7 @@ class Halves : public Composite {
   }
 
   ParameterGradientTensors gradients(int64_t wanted, bool wide) const override {
-    return {weights_[0].gradient(instance_.dweight, want(wanted, 0), wide),
-            biases_[0].gradient(instance_.dbias, want(wanted, 1), wide),
-            weights_[1].gradient(batch_.dweight, want(wanted, 2), wide),
-            biases_[1].gradient(batch_.dbias, want(wanted, 3), wide)};
+    return gradients_of(weights_, biases_, instance_, batch_, wanted, wide);
   }
 
  private:

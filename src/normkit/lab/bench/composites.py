@@ -26,6 +26,17 @@ class _Composed(nn.Module):
         for name, value in layer.named_buffers():
             self.register_buffer(name.replace(".", "_"), value.detach().clone())
 
+    def _batch_norm(
+        self, x: Map, options: tuple[float, float], prefix: str = "", affine: bool = True
+    ) -> Map:
+        """``F.batch_norm`` in training by the buffers of this prefix; options: momentum, eps."""
+        self.get_buffer(f"{prefix}num_batches_tracked").add_(1)
+        mean, var = (self.get_buffer(f"{prefix}running_{name}") for name in ("mean", "var"))
+        names = ("weight", "bias")
+        weight, bias = (self.get_parameter(prefix + n) if affine else None for n in names)
+        momentum, eps = options
+        return functional.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+
 
 class BatchThenGroup(_Composed):
     """``F.batch_norm``, then ``F.group_norm``."""
@@ -50,10 +61,7 @@ class BatchThenGroup(_Composed):
 
     def batch(self, x: Map) -> Map:
         """The batch stage."""
-        self.batch_num_batches_tracked.add_(1)
-        buffers = (self.batch_running_mean, self.batch_running_var)
-        affine = (self.batch_weight, self.batch_bias)
-        return functional.batch_norm(x, *buffers, *affine, True, self.momentum, self.eps)
+        return self._batch_norm(x, (self.momentum, self.eps), "batch_")
 
     def group(self, x: Map) -> Map:
         """The channel stage."""
@@ -95,9 +103,6 @@ class GroupAndBatch(_Composed):
     weight: Tensor
     bias: Tensor
     mix_logit: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
 
     def __init__(self, layer: GroupNormPlus) -> None:
         super().__init__(layer)
@@ -125,9 +130,7 @@ class GroupAndBatch(_Composed):
         return functional.group_norm(x, self.num_groups, eps=self.eps)
 
     def _batch(self, x: Map) -> Map:
-        self.num_batches_tracked.add_(1)
-        buffers = (self.running_mean, self.running_var)
-        return functional.batch_norm(x, *buffers, None, None, True, self.momentum, self.eps)
+        return self._batch_norm(x, (self.momentum, self.eps), affine=False)
 
 
 class Switched(_Composed):
@@ -184,11 +187,6 @@ class Halves(_Composed):
 
     instance_weight: Tensor
     instance_bias: Tensor
-    batch_weight: Tensor
-    batch_bias: Tensor
-    batch_running_mean: Tensor
-    batch_running_var: Tensor
-    batch_num_batches_tracked: Tensor
 
     def __init__(self, layer: InstanceBatchNorm) -> None:
         super().__init__(layer)
@@ -199,13 +197,10 @@ class Halves(_Composed):
         """Normalise."""
         sizes = [self.num_instance, x.shape[1] - self.num_instance]
         instance, batch = torch.split(x, sizes, dim=1)
-        self.batch_num_batches_tracked.add_(1)
-        buffers = (self.batch_running_mean, self.batch_running_var)
-        affine = (self.batch_weight, self.batch_bias)
         left = functional.instance_norm(
             instance, weight=self.instance_weight, bias=self.instance_bias, eps=self.eps
         )
-        right = functional.batch_norm(batch, *buffers, *affine, True, self.momentum, self.eps)
+        right = self._batch_norm(batch, (self.momentum, self.eps), "batch_")
         return torch.cat([left, right], dim=1)
 
 
