@@ -317,9 +317,12 @@ def test_what_cannot_be_standardised_is_refused_before_anything_changes(
     assert not model._forward_hooks
 
 
-def test_wrapped_models_are_refused():
-    with pytest.raises(nk.OptionError, match=r"inside OptimizedModule.*wrap it afterwards"):
-        nk.standardize_weights_(torch.compile(normed()))
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(torch.compile, "OptimizedModule"), (nn.DataParallel, "DataParallel")]
+)
+def test_wrapped_models_are_refused(wrap, name):
+    with pytest.raises(nk.OptionError, match=rf"inside {name}.*wrap it afterwards"):
+        nk.standardize_weights_(wrap(normed()))
 
 
 def test_baking_refuses_what_others_added():

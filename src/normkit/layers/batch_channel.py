@@ -66,8 +66,10 @@ class BatchChannelNorm(NormLayer):
 
     Numerics:
         The channel stage's statistics follow from the table of the batch stage: two passes over
-        the map, and backward keeps ``x`` and tables only. The estimates of ``micro_batch`` are
-        biased; the running variance is otherwise unbiased.
+        the map, and backward keeps ``x`` and tables only (a second map while a hook watches a
+        stage). The estimates of ``micro_batch`` are biased; the running variance is otherwise
+        unbiased. A checkpoint's second look finds the estimates of its own forward among those of
+        the layer's last eight, and is refused otherwise.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and

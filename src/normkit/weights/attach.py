@@ -28,7 +28,12 @@ Make = Callable[[Tensor, Filters], Reparametrization]
 
 OWN_FORWARD = ("StdConv", "ScaledStdConv")
 """How the names of timm's convolutions begin that standardise their weight themselves."""
-WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+WRAPPERS = (
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
+)
 
 
 def standardize_weights_(  # noqa: PLR0913 - the variants that published checkpoints differ in
@@ -59,7 +64,8 @@ def standardize_weights_(  # noqa: PLR0913 - the variants that published checkpo
     Args:
         model: Changed in place.
         where: ``where(module, name)`` says of every convolution and linear layer whether to touch
-            it; None takes the convolutions whose output goes into a normalization layer.
+            it; None takes the convolutions whose output goes into a normalization layer: a
+            module, not a function such as ``F.group_norm``.
         preserve: Learn a gain and an offset of each filter that start where the model's function
             stays what it is.
         center: Subtract the filter's mean.
