@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from normkit.passes import untouched
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
     is_norm,
@@ -23,7 +24,7 @@ from normkit.tracing.kinds import (
 
 
 def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: ANN401
-    """Follow one forward in evaluation mode, without gradients; modes and hooks are put back.
+    """Follow one forward in evaluation mode, without gradients; the model is left as it was.
 
     Args:
         model: The model.
@@ -35,7 +36,7 @@ def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: AN
     """
     recorder = _Recorder(tree_leaves(example_input))
     with ExitStack() as stack:
-        stack.enter_context(_evaluation(model))
+        stack.enter_context(untouched(model, training=False))
         stack.enter_context(torch.no_grad())
         for name, module in model.named_modules():
             if module is not model and _is_whole(module):
@@ -112,15 +113,3 @@ class _Recorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Generator[None]:
-    """Run the block in evaluation mode, then give every module its own mode back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

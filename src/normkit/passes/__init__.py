@@ -1,0 +1,18 @@
+"""Passes over data that leave a model as it was: batches in, one layer's inputs out."""
+
+from normkit.passes.batches import Forward, as_list, device_of, forward_batch, moved
+from normkit.passes.inputs import first_calls, inputs_of
+from normkit.passes.progress import progress
+from normkit.passes.untouched import untouched
+
+__all__ = [
+    "Forward",
+    "as_list",
+    "device_of",
+    "first_calls",
+    "forward_batch",
+    "inputs_of",
+    "moved",
+    "progress",
+    "untouched",
+]
