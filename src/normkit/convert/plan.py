@@ -36,11 +36,31 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Insertion:
+    """One norm where there was none.
+
+    Args:
+        old: The module at whose place it comes.
+        new: What stands there then: the same with the norm.
+        layer: The norm.
+        beside: The layer whose parameters its own stand beside in an optimizer.
+        change: What is reported.
+    """
+
+    old: nn.Module
+    new: nn.Module
+    layer: NormLayer
+    beside: nn.Module
+    change: Change
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All exchanges, and all norms that stay."""
+    """All exchanges, all norms that are added, and all that stay."""
 
     steps: tuple[Step, ...]
     left: tuple[Left, ...]
+    insertions: tuple[Insertion, ...] = ()
 
 
 def plan(model: nn.Module, found: Found, chosen: Chosen, batch_size: int | None) -> Plan:

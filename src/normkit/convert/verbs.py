@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
-from normkit.convert.plan import Plan, feeding, plan, staying
-from normkit.convert.report import Change, Conversion
+from normkit.convert.carry_out import carry_out
+from normkit.convert.plan import feeding, plan
+from normkit.convert.report import Conversion
 from normkit.convert.selection import SpecMap, Where, choose, find_norms, require_bare
-from normkit.convert.swap import Swap
 from normkit.spec import NormSpec
 
 
@@ -74,24 +72,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
     chosen = choose(found, spec, where)
     planned = plan(model, found, chosen, batch_size)
     standardize = feeding(model, found, chosen.specs, example_input)
-    edit = None if optimizer is None else _edit(model, planned, optimizer)
-    replacements = {step.old: step.new for step in planned.steps}
-    swap = Swap(model, replacements, standardize, example_input, edit)
-    result = Conversion(
-        model=model if dry_run else swap.new,
-        changes=_changes(planned, edit),
-        left=planned.left,
-        standardized=standardize,
-        dry_run=dry_run,
-        _swap=swap,
-    )
-    try:
-        if not dry_run:
-            swap.apply()
-        return result
-    except BaseException:
-        swap.undo()
-        raise
+    return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
 
 
 def convert_norm(
@@ -132,27 +113,3 @@ def convert_norm(
         example_input=example_input,
         dry_run=dry_run,
     )
-
-
-def _edit(model: nn.Module, planned: Plan, optimizer: Optimizer) -> OptimizerEdit:
-    require_optimizer(optimizer)
-    exchanges = [
-        Exchange(_named(step.names[0], step.old), _named(step.names[0], step.new))
-        for step in planned.steps
-    ]
-    return OptimizerEdit(optimizer, exchanges, staying(model, planned.steps))
-
-
-def _named(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(prefix=name))
-
-
-def _changes(planned: Plan, edit: OptimizerEdit | None) -> tuple[Change, ...]:
-    """Report the steps, and which layers learn parameters where the old ones had none."""
-    homeless = edit.homeless if edit else []
-    found = []
-    for step in planned.steps:
-        new = [n for n, _ in _named(step.names[0], step.new) if n in homeless]
-        said = [f"{', '.join(new)} joined the optimizer's first group"] if new else []
-        found.append(replace(step.change, warnings=(*step.change.warnings, *said)))
-    return tuple(found)

@@ -39,7 +39,7 @@ def trace_symbolically(model: nn.Module) -> Graph:
         kind = kind_of_module(model)
         calls = (Call("input", "input"), Call("", kind, (0,)), Call("the output", "output", (1,)))
         return Graph(calls, "torch.fx")
-    graph = _Tracer().trace(model, concrete_args=_defaults(model))
+    graph = _Tracer().trace(model, concrete_args=defaults_of(model))
     names = {module: name for name, module in model.named_modules()}
     index = {node: i for i, node in enumerate(graph.nodes)}
     calls = tuple(_call(node, index, model, names) for node in graph.nodes)
@@ -61,7 +61,7 @@ def _call(
     return Call(str(node.target), "input" if node.op == "placeholder" else "constant", inputs)
 
 
-def _defaults(model: nn.Module) -> dict[str, Any]:
+def defaults_of(model: nn.Module) -> dict[str, Any]:
     """Arguments that a caller may leave out, as they are then."""
     parameters = inspect.signature(model.forward).parameters
     return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}

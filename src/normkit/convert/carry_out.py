@@ -1,0 +1,74 @@
+"""From a plan to a changed model and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
+from normkit.convert.plan import Plan, staying
+from normkit.convert.report import Change, Conversion
+from normkit.convert.swap import Swap
+
+
+def carry_out(
+    model: nn.Module,
+    planned: Plan,
+    standardize: Sequence[str],
+    optimizer: Optimizer | None,
+    example_input: Any,  # noqa: ANN401
+    dry_run: bool,
+) -> Conversion:
+    """Change the model as planned, unless it is a dry run; an interruption puts it back."""
+    edit = None if optimizer is None else _edit(model, planned, optimizer)
+    parts = (*planned.steps, *planned.insertions)
+    swap = Swap(model, {part.old: part.new for part in parts}, standardize, example_input, edit)
+    result = Conversion(
+        model=model if dry_run else swap.new,
+        changes=_changes(planned, edit),
+        left=planned.left,
+        standardized=tuple(standardize),
+        dry_run=dry_run,
+        _swap=swap,
+    )
+    try:
+        if not dry_run:
+            swap.apply()
+        return result
+    except BaseException:
+        swap.undo()
+        raise
+
+
+def _edit(model: nn.Module, planned: Plan, optimizer: Optimizer) -> OptimizerEdit:
+    require_optimizer(optimizer)
+    exchanges = [
+        Exchange(_named(step.names[0], step.old), _named(step.names[0], step.new))
+        for step in planned.steps
+    ]
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    for part in planned.insertions:
+        beside = [(name, p) for name, p in part.beside.named_parameters() if p in held]
+        exchanges.append(Exchange(beside, _named(part.change.name, part.layer)))
+    return OptimizerEdit(optimizer, exchanges, staying(model, planned.steps))
+
+
+def _named(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(prefix=name))
+
+
+def _changes(planned: Plan, edit: OptimizerEdit | None) -> tuple[Change, ...]:
+    """Report what is done, and which layers learn parameters where the old ones had none."""
+    homeless = edit.homeless if edit else []
+    parts = [(step.change, step.names[0], step.new) for step in planned.steps]
+    parts += [(part.change, part.change.name, part.layer) for part in planned.insertions]
+    found = []
+    for change, name, layer in parts:
+        new = [n for n, _ in _named(name, layer) if n in homeless]
+        said = [f"{', '.join(new)} joined the optimizer's first group"] if new else []
+        found.append(replace(change, warnings=(*change.warnings, *said)))
+    return tuple(found)
