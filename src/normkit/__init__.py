@@ -1,6 +1,7 @@
 """normkit: the normalization toolkit for PyTorch."""
 
 from normkit import functional, weights
+from normkit.advice import Finding, validate
 from normkit.convert import Conversion, convert_norm, convert_norm_
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "ConversionError",
     "DataError",
     "Explanation",
+    "Finding",
     "GeneralBatchGroupNorm",
     "GhostBatchNorm",
     "GroupNorm",
@@ -77,5 +79,6 @@ __all__ = [
     "standardize_weights_",
     "sync_update_rates",
     "use_kernels",
+    "validate",
     "weights",
 ]

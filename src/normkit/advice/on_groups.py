@@ -1,0 +1,207 @@
+"""Checks of the statistics groups: whether they fit, and how many values they hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from normkit.advice.finding import Finding
+from normkit.advice.pools import Pool
+from normkit.advice.registry import check
+from normkit.advice.situation import Norm, Situation
+from normkit.core.partition import Partition, largest_divisor
+from normkit.layers.base import NormLayer
+from normkit.layers.over_batch import BatchGroupNorm
+from normkit.spec import recommended_bgn_groups
+
+FEW_EXAMPLES = 8
+"""Below this many examples per worker batch norm lost accuracy: Zhou et al., table 2."""
+FEW_OF_BATCH = 32
+"""Values of a batch below which the deviation is off by more than an eighth, 1/sqrt(2n)."""
+FEW_OF_EXAMPLE = 8
+"""Values of an example below which results are bound to less than 2.7 deviations, sqrt(n-1)."""
+
+
+def call(norm: Norm, spec: str) -> str:
+    """The call that turns a norm into another."""
+    wanted = f'{{"{norm.name}": "{spec}"}}' if norm.name else f'"{spec}"'
+    return f"nk.convert_norm_(model, {wanted})"
+
+
+@check("groups that do not fit")
+def groups_that_do_not_fit(situation: Situation) -> Iterator[Finding]:
+    """Groups that do not divide the norm's input, or an input that it refuses otherwise."""
+    for norm in situation.norms:
+        misfit = next((pool for pool in norm.pools or () if pool.refusal), None)
+        if misfit is not None:
+            yield Finding(
+                name=norm.name,
+                what=str(misfit.refusal),
+                why="the layer refuses such inputs",
+                fix=_fitting(norm, misfit),
+                severity="error",
+            )
+        elif norm.refusal is not None and "more than 1" not in norm.refusal:
+            yield Finding(
+                name=norm.name,
+                what=f"it refuses its input: {norm.refusal}",
+                why="a forward fails",
+                fix="build it for the input that it gets here",
+                severity="error",
+            )
+
+
+def _fitting(norm: Norm, misfit: Pool) -> str:
+    if not isinstance(norm.module, BatchGroupNorm):
+        return "a number of groups that divides"
+    size = math.prod(misfit.shape[1:])
+    return call(norm, f"bgn:{largest_divisor(size, norm.module.num_groups)}")
+
+
+@check("single values")
+def single_values(situation: Situation) -> Iterator[Finding]:
+    """Statistics groups of one value."""
+    for norm in situation.norms:
+        single = next((p for p in norm.usable if p.of_input and p.num_values == 1), None)
+        if single is not None:
+            yield Finding(
+                name=norm.name,
+                what=f"{_counted(single)}: {_made_of(single)}",
+                why=_why_single(norm, single),
+                fix=_wider(norm, single),
+                severity="error",
+            )
+
+
+def _why_single(norm: Norm, pool: Pool) -> str:
+    refuses = norm.trains and (pool.over_batch or isinstance(norm.module, NormLayer))
+    if refuses or norm.refusal:
+        return "one value has no variance; the layer refuses such batches" + (
+            " in training" if norm.trains else ""
+        )
+    return "one value minus its mean is 0: the result is the bias, and nothing before it learns"
+
+
+def _wider(norm: Norm, pool: Pool) -> str:
+    """Say how a group gets more values."""
+    larger = "a larger batch, or " if pool.over_batch else ""
+    if math.prod(pool.shape[1:]) < 2:
+        return f"{larger}no norm here: an example has one value"
+    return f"{larger}{call(norm, 'ln')}"
+
+
+def _counted(pool: Pool) -> str:
+    count = pool.num_values
+    return f"a group has {count} value{'' if count == 1 else 's'} for input {pool.shape}"
+
+
+def _made_of(pool: Pool) -> str:
+    partition = pool.part.partition or Partition(1, 1)
+    return partition.describe_group(pool.shape).removeprefix("a group of ")
+
+
+@check("few values")
+def few_values(situation: Situation) -> Iterator[Finding]:
+    """Statistics groups of so few values that the statistics say little."""
+    for norm in situation.norms:
+        pool = min(
+            (p for p in norm.usable if p.of_input and p.num_values > 1 and not _is_scarce(norm, p)),
+            key=lambda p: p.num_values / _enough(p),
+            default=None,
+        )
+        if pool is not None and pool.num_values < _enough(pool):
+            yield Finding(
+                name=norm.name,
+                what=f"{_counted(pool)}: {_consequence(pool)}",
+                why=_why_few(pool),
+                fix=_wider(norm, pool),
+                severity="warning",
+            )
+
+
+def _enough(pool: Pool) -> int:
+    return FEW_OF_BATCH if pool.over_batch else FEW_OF_EXAMPLE
+
+
+def _consequence(pool: Pool) -> str:
+    count = pool.num_values
+    if pool.over_batch:
+        return f"the deviation is off by {1 / math.sqrt(2 * count):.0%} at best"
+    return f"results lie within ±{math.sqrt(count - 1):.3g}"
+
+
+def _why_few(pool: Pool) -> str:
+    if pool.over_batch:
+        return (
+            "a deviation estimated from n values has a relative error of 1/sqrt(2n) even if they "
+            "are independent, and neighbours in a map are not"
+        )
+    return "of n normalised values none is beyond sqrt(n-1), so that strong features are lost"
+
+
+@check("few examples")
+def few_examples(situation: Situation) -> Iterator[Finding]:
+    """Statistics of the batch, channel by channel, from very few examples."""
+    for norm in situation.norms:
+        pool = next((p for p in norm.usable if norm.trains and _is_scarce(norm, p)), None)
+        if pool is not None:
+            yield Finding(
+                name=norm.name,
+                what=f"training takes its statistics over {_examples(pool)}: {_consequence(pool)}",
+                why=(
+                    "statistics of few examples vary from batch to batch, and evaluation uses "
+                    "others; on ImageNet batch norm fell from 76.8 % at 64 examples to 72.8 % at "
+                    "4 and 66.5 % at 2 (Zhou et al., table 2)"
+                ),
+                fix=(
+                    f'nk.convert_norm_(model, "gn:max=32"); nk.recommend(batch_size='
+                    f"{situation.batch_size}) names more"
+                ),
+                severity="warning",
+            )
+
+
+def _examples(pool: Pool) -> str:
+    count = pool.shape[0]
+    return f"{count} example{'' if count == 1 else 's'}, {pool.num_values} values a group"
+
+
+def _is_scarce(norm: Norm, pool: Pool) -> bool:
+    num_examples, partition = pool.shape[0], pool.part.partition
+    if partition is None or not (pool.of_input and pool.over_batch) or pool.num_values < 2:
+        return False
+    fine = isinstance(norm.module, BatchGroupNorm)
+    split = fine and partition.num_groups > recommended_bgn_groups(num_examples)
+    return num_examples < FEW_EXAMPLES and (split or partition.num_groups >= pool.shape[1])
+
+
+@check("last batch of one")
+def last_batch_of_one(situation: Situation) -> Iterator[Finding]:
+    """Norms that refuse a batch of one example, which the end of an epoch may bring."""
+    for norm in situation.norms:
+        pools = (p for p in norm.usable if p.of_input and p.over_batch and norm.trains)
+        if any(p.num_values > 1 and p.num_values_of_one == 1 for p in pools):
+            yield Finding(
+                name=norm.name,
+                what="a batch of one example has one value in a group",
+                why="training refuses it if an epoch's last batch is one example",
+                fix="DataLoader(..., drop_last=True)",
+                severity="note",
+            )
+
+
+@check("statistics of the test batch")
+def statistics_of_the_test_batch(situation: Situation) -> Iterator[Finding]:
+    """Norms that compute statistics over the batch at evaluation."""
+    for norm in situation.norms:
+        layer = norm.module
+        over_batch = any(pool.of_input and pool.over_batch for pool in norm.usable)
+        if over_batch and getattr(layer, "track_running_stats", None) is False:
+            yield Finding(
+                name=norm.name,
+                what="it keeps no running statistics (track_running_stats=False)",
+                why="evaluation normalises by the test batch: a prediction depends on the others",
+                fix="build it with track_running_stats=True, or a norm of the example: "
+                + call(norm, "gn:max=32"),
+                severity="warning",
+            )

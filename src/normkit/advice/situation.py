@@ -1,0 +1,219 @@
+"""A model as the checks see it: its norms, what goes into each, and who feeds them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from normkit.advice.pools import Pool, Shape, num_processes, pools
+from normkit.convert.selection import find_norms
+from normkit.errors import InputError
+from normkit.passes import device_of, untouched
+from normkit.tracing import Feeds, trace_feeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """A norm of the model.
+
+    Args:
+        name: Its name; the first one of a shared module.
+        module: The layer.
+        trains: Whether it normalises as in training: asked for, and not in evaluation mode while
+            the model trains.
+        pools: What its statistics are taken over at the batch size, for each shape of its input;
+            None if it is of an unknown kind, empty if it was not called.
+        refusal: What it raised, if it did.
+        called: Whether the forward calls it.
+        repeated: Whether the forward calls it under activation checkpointing.
+    """
+
+    name: str
+    module: nn.Module
+    trains: bool
+    pools: tuple[Pool, ...] | None
+    refusal: str | None
+    called: bool
+    repeated: bool
+
+    @property
+    def usable(self) -> Iterator[Pool]:
+        """Pools whose groups fit the input."""
+        return (pool for pool in self.pools or () if pool.refusal is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """A model, what is asked of it, and its norms in order.
+
+    Args:
+        model: The model, in the mode it was in.
+        batch_size: Examples of a batch.
+        training: Whether training is asked about, too.
+        norms: The norms.
+        feeds: Who feeds them; None if the model cannot be followed.
+    """
+
+    model: nn.Module
+    batch_size: int
+    training: bool
+    norms: tuple[Norm, ...]
+    feeds: Feeds | None
+
+    def norm(self, name: str) -> Norm | None:
+        """The norm of this name."""
+        return next((norm for norm in self.norms if norm.name == name), None)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one forward shows of a norm."""
+
+    shapes: dict[Shape, None] = field(default_factory=dict)
+    refusal: str | None = None
+    repeated: bool = False
+
+
+def examine(model: nn.Module, batch_size: int, training: bool, example_input: Any) -> Situation:  # noqa: ANN401
+    """Send an example through the model, once, and leave the model as it was.
+
+    Raises:
+        InputError: If the model does not take the example.
+    """
+    found = find_norms(model)
+    trains = {m: training and (m.training or not model.training) for m in found}
+    with untouched(model, training=False):
+        seen = _watch(model, list(found), example_input)
+        norms = tuple(
+            _norm(
+                names[0], module, trains[module], seen[module], batch_size / _count(example_input)
+            )
+            for module, names in found.items()
+        )
+        feeds = _follow(model, example_input)
+    return Situation(
+        model=model, batch_size=batch_size, training=training, norms=norms, feeds=feeds
+    )
+
+
+def _norm(name: str, module: nn.Module, trains: bool, seen: _Seen, scale: float) -> Norm:
+    for part in module.modules():
+        part.training = trains
+    factor = scale * num_processes(module)
+    found = [pools(module, (round(shape[0] * factor), *shape[1:])) for shape in seen.shapes]
+    known = tuple(pool for several in found if several is not None for pool in several)
+    return Norm(
+        name=name,
+        module=module,
+        trains=trains,
+        pools=None if None in found else known,
+        refusal=seen.refusal,
+        called=bool(seen.shapes),
+        repeated=seen.repeated,
+    )
+
+
+def _follow(model: nn.Module, example_input: Any) -> Feeds | None:  # noqa: ANN401
+    try:
+        return trace_feeds(model, example_input)
+    except Exception:  # noqa: BLE001 - the model's own code; None is reported by a check
+        return None
+
+
+def _watch(
+    model: nn.Module,
+    norms: list[nn.Module],
+    example_input: Any,  # noqa: ANN401
+) -> dict[nn.Module, _Seen]:
+    """Run the model; a norm that refuses its input gives it on as it is."""
+    seen = {norm: _Seen() for norm in norms}
+    with ExitStack() as stack, torch.no_grad():
+        for norm in norms:
+            stack.enter_context(_noted(norm, seen[norm]))
+        try:
+            _call(model, example_input)
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} cannot take {_described(example_input)}: "
+                f"{type(error).__name__}: {_shortened(error)}; input_shape= is of one example "
+                f"without the batch axis, e.g. (3, 224, 224); for other inputs pass "
+                f"example_input=, a tuple of arguments, a dict of named ones, or the only one"
+            ) from error
+    return seen
+
+
+@contextmanager
+def _noted(norm: nn.Module, seen: _Seen) -> Generator[None]:
+    """Note the inputs of a norm while the block runs."""
+    own: Callable[..., Any] | None = norm.__dict__.get("forward")
+    forward = norm.forward
+
+    def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        seen.shapes[tuple(x.shape)] = None
+        seen.repeated |= _is_checkpointed(sys._getframe())
+        try:
+            return forward(x, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
+            seen.refusal = _shortened(error)
+            return x
+
+    norm.__dict__["forward"] = noting
+    try:
+        yield
+    finally:
+        del norm.__dict__["forward"]
+        if own is not None:
+            norm.__dict__["forward"] = own
+
+
+def _is_checkpointed(frame: FrameType | None) -> bool:
+    """Whether ``torch.utils.checkpoint`` is among the callers."""
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def example_of(model: nn.Module, input_shape: Shape) -> Tensor:
+    """Make an example of a shape, always the same, where the model's first parameter is."""
+    values = torch.rand((1, *input_shape), generator=torch.Generator().manual_seed(0))
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return values.to(device=device_of(model), dtype=next(dtypes, torch.float32))
+
+
+def _count(example_input: Any) -> int:  # noqa: ANN401
+    """Count the examples in an example input: its first argument's first axis."""
+    first = example_input
+    if isinstance(first, dict):
+        first = next(iter(first.values()), None)
+    elif isinstance(first, tuple):
+        first = first[0] if first else None
+    if isinstance(first, Tensor) and first.ndim:
+        return max(first.shape[0], 1)
+    return max(len(first), 1) if isinstance(first, list) else 1
+
+
+def _call(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
+    if isinstance(example_input, dict):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+
+
+def _described(example_input: Any) -> str:  # noqa: ANN401
+    if isinstance(example_input, Tensor):
+        return f"an input of shape {tuple(example_input.shape)}"
+    return f"the example input, a {type(example_input).__name__}"
+
+
+def _shortened(error: Exception, at_most: int = 240) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= at_most else f"{text[:at_most]}..."
