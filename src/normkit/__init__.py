@@ -2,7 +2,14 @@
 
 from normkit import functional, weights
 from normkit.advice import Finding, validate
-from normkit.convert import Conversion, convert_norm, convert_norm_
+from normkit.convert import (
+    Conversion,
+    convert_norm,
+    convert_norm_,
+    place_gnbn_,
+    place_ibn_,
+    place_xbn_,
+)
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
     ConversionError,
@@ -75,6 +82,9 @@ __all__ = [
     "largest_divisor",
     "param_groups",
     "parse_specs",
+    "place_gnbn_",
+    "place_ibn_",
+    "place_xbn_",
     "set_example_weight",
     "standardize_weights_",
     "sync_update_rates",

@@ -1,5 +1,6 @@
 """Any norm into any model, and back."""
 
+from normkit.convert.placement import place_gnbn_, place_ibn_, place_xbn_
 from normkit.convert.report import Change, Conversion, Left
 from normkit.convert.rules import rule
 from normkit.convert.source import Source, Statistics
@@ -13,5 +14,8 @@ __all__ = [
     "Statistics",
     "convert_norm",
     "convert_norm_",
+    "place_gnbn_",
+    "place_ibn_",
+    "place_xbn_",
     "rule",
 ]

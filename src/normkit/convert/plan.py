@@ -63,7 +63,13 @@ class Plan:
     insertions: tuple[Insertion, ...] = ()
 
 
-def plan(model: nn.Module, found: Found, chosen: Chosen, batch_size: int | None) -> Plan:
+def plan(
+    model: nn.Module,
+    found: Found,
+    chosen: Chosen,
+    batch_size: int | None,
+    insertions: tuple[Insertion, ...] = (),
+) -> Plan:
     """Build every new layer; refuse with everything that is wrong.
 
     Raises:
@@ -88,7 +94,7 @@ def plan(model: nn.Module, found: Found, chosen: Chosen, batch_size: int | None)
         raise _refusal(problems, found, chosen.specs)
     lookalikes = find_lookalikes(model).items()
     left += [_left(n, m, "it is named like a norm, but none that is known") for n, m in lookalikes]
-    return Plan(tuple(steps), tuple(left))
+    return Plan(tuple(steps), tuple(left), insertions)
 
 
 def _left(name: str, module: nn.Module, why: str) -> Left:
