@@ -133,6 +133,30 @@ def test_inputs_are_those_of_every_call_and_the_rest_is_left_out():
     assert not model.shared._forward_pre_hooks
 
 
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x):
+        x = x * 1
+        y = self.norm(input=x)
+        return self.norm(y + x.zero_())
+
+
+@pytest.mark.parametrize("num_calls", [2, 0], ids=["known", "varying"])
+def test_inputs_are_those_of_their_time_and_after_other_hooks(num_calls):
+    model, x = InPlace(), torch.randn(2, 3)
+    seen = []
+    model.norm.register_forward_pre_hook(
+        lambda _, args, named: (args, {k: v + 1 for k, v in named.items()}), with_kwargs=True
+    )
+    model.norm.register_forward_hook(lambda _, args, y: seen.append(y))
+    first, _ = inputs_of(model, model.norm, [x], num_calls)
+    assert torch.equal(first, x + 1)
+    assert len(seen) == (1 if num_calls else 2)
+
+
 def test_an_error_in_the_forward_takes_the_hook_away():
     model = Twice()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):

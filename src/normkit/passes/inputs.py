@@ -51,16 +51,20 @@ def inputs_of(
 ) -> Iterator[Tensor]:
     """Give every input of a layer, batch for batch; each forward ends at the layer's last call.
 
+    An input is what the layer's own forward gets, after all of its other hooks.
+
     Args:
         model: The model, in the mode that it is in; see ``untouched``.
         layer: The layer whose first argument is given.
         batches: What is sent through the model.
-        num_calls: How often a forward calls the layer; see ``first_calls``.
+        num_calls: How often a forward calls the layer; see ``first_calls``. 0 if that varies:
+            forwards then run to their end.
         forward: How a batch is sent through the model.
     """
     for batch in batches:
         seen: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(_collector(seen, num_calls), prepend=True)
+        collect = _collector(seen, num_calls)
+        handle = layer.register_forward_pre_hook(collect, with_kwargs=True)
         try:
             with torch.no_grad():
                 forward(model, moved(batch, device_of(model)))
@@ -71,10 +75,12 @@ def inputs_of(
         yield from seen
 
 
-def _collector(seen: list[Tensor], num_calls: int) -> Callable[[nn.Module, Any], None]:
-    def collect(_layer: nn.Module, args: Any) -> None:  # noqa: ANN401
-        seen.append(args[0])
-        if len(seen) == num_calls:
+def _collector(seen: list[Tensor], num_calls: int) -> Callable[..., None]:
+    def collect(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(named.values()))
+        last = len(seen) + 1 == num_calls
+        seen.append(x if last else x.clone())  # what comes after may write into it
+        if last:
             raise _Reached
 
     return collect

@@ -33,7 +33,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> Generator[No
         tensor(0)
     """
     modules = list(model.modules())
-    modes = [module.training for module in modules]
+    modes = [vars(module).get("training", module.training) for module in modules]  # as it was set
     buffers = [_kept(module) for module in modules]
     grads = [(p, p.grad) for p in model.parameters()]
     with _random_states(_cuda_devices(model)):
