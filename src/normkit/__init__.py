@@ -1,7 +1,7 @@
 """normkit: the normalization toolkit for PyTorch."""
 
 from normkit import functional, weights
-from normkit.advice import Finding, validate
+from normkit.advice import Finding, Recommendation, recommend, validate
 from normkit.convert import (
     Conversion,
     convert_norm,
@@ -25,7 +25,8 @@ from normkit.errors import (
     WeightError,
 )
 from normkit.explain import Explanation, explain
-from normkit.inference import set_example_weight
+from normkit.fold import Folding, fold
+from normkit.inference import freeze_statistics, set_example_weight, thaw_statistics
 from normkit.kernels.select import use_kernels
 from normkit.layers.batch_channel import BatchChannelNorm, sync_update_rates
 from normkit.layers.group_plus import GroupNormPlus
@@ -52,6 +53,7 @@ __all__ = [
     "DataError",
     "Explanation",
     "Finding",
+    "Folding",
     "GeneralBatchGroupNorm",
     "GhostBatchNorm",
     "GroupNorm",
@@ -68,6 +70,7 @@ __all__ = [
     "OptionError",
     "PartitionError",
     "PositionalNorm",
+    "Recommendation",
     "SpecError",
     "SwitchableNorm",
     "TraceError",
@@ -78,6 +81,8 @@ __all__ = [
     "convert_norm_",
     "decay_gamma_to_one",
     "explain",
+    "fold",
+    "freeze_statistics",
     "functional",
     "largest_divisor",
     "param_groups",
@@ -85,9 +90,11 @@ __all__ = [
     "place_gnbn_",
     "place_ibn_",
     "place_xbn_",
+    "recommend",
     "set_example_weight",
     "standardize_weights_",
     "sync_update_rates",
+    "thaw_statistics",
     "use_kernels",
     "validate",
     "weights",

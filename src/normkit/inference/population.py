@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.core.moments import Moments
 from normkit.functional import group_norm
@@ -11,6 +14,26 @@ from normkit.layers.base import TrackingLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.typing import FeatureMap
+
+
+class Sums(NamedTuple):
+    """What has been seen, so that two of them can be merged.
+
+    Args:
+        num_values: Behind each mean; examples, for torch's instance norms.
+        num_inputs: Inputs that were not empty.
+        mean: Of each statistics group, float64.
+        squares: Sum of the squared distances from it; of the examples' variances, for torch's
+            instance norms.
+    """
+
+    num_values: int
+    num_inputs: int
+    mean: Tensor
+    squares: Tensor
+
+
+EMPTY = Sums(0, 0, torch.zeros(()), torch.zeros(()))
 
 
 class Population:
@@ -21,16 +44,23 @@ class Population:
     .. math::  n = n_1 + n_2, \quad \delta = \mu_2 - \mu_1, \quad \mu = \mu_1 + \delta n_2 / n,
                \quad S = S_1 + S_2 + \delta^2 n_1 n_2 / n, \quad \sigma^2 = S / n
 
+    The buffers of torch's instance norms average the statistics of the examples, each with the
+    same weight; so does this.
+
     Args:
         layer: A layer with running statistics: torch's batch norms or one of ours. Composites
-            that hold such a layer are asked through it.
+            that hold such a layer are asked through it. None is for the channels of any map.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module | None = None) -> None:
         self._layer = layer
-        self.count = 0
-        self._mean = torch.zeros(())
-        self._squares = torch.zeros(())
+        self._of_examples = isinstance(layer, _InstanceNorm)
+        self.sums = EMPTY
+
+    @property
+    def count(self) -> int:
+        """Number of values behind each mean; of examples, for torch's instance norms."""
+        return self.sums.num_values
 
     @torch.no_grad()
     def add(self, x: FeatureMap) -> None:
@@ -38,23 +68,31 @@ class Population:
         if x.numel() == 0:
             return
         cells = self._cells(x)
+        if self._of_examples:
+            var, mean = torch.var_mean(cells, dim=2, correction=min(cells.shape[2] - 1, 1))
+            self.merge(Sums(len(cells), 1, mean.mean(dim=0), var.sum(dim=0)))
+            return
         count = cells.shape[0] * cells.shape[2]
         var, mean = torch.var_mean(cells, dim=(0, 2), correction=0)
-        self._merge(count, mean, var * count)
+        self.merge(Sums(count, 1, mean, var * count))
 
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        if self.count == 0:
-            self.count, self._mean, self._squares = count, mean, squares
+    def merge(self, other: Sums) -> None:
+        """Take into account what somebody else has seen."""
+        own = self.sums
+        if own.num_values == 0 or other.num_values == 0:
+            self.sums = own if other.num_values == 0 else other
             return
-        total, step = self.count + count, mean - self._mean
-        self._mean = self._mean + step * (count / total)
-        self._squares = self._squares + squares + step.square() * (self.count * count / total)
-        self.count = total
+        total, step = own.num_values + other.num_values, other.mean - own.mean
+        squares = own.squares + other.squares
+        if not self._of_examples:
+            squares = squares + step.square() * (own.num_values * other.num_values / total)
+        mean = own.mean + step * (other.num_values / total)
+        self.sums = Sums(total, own.num_inputs + other.num_inputs, mean, squares)
 
     @property
     def moments(self) -> Moments:
         """Mean and biased variance, ``(G,)`` in float64."""
-        return Moments(self._mean, self._squares / max(self.count, 1))
+        return Moments(self.sums.mean, self.sums.squares / max(self.count, 1))
 
     @property
     def buffers(self) -> Moments:
@@ -62,9 +100,9 @@ class Population:
 
         The variance is unbiased, except of the estimates of micro-batch normalization.
         """
-        if isinstance(self._layer, EstimatedBatchNorm):
-            return self.moments
-        return Moments(self._mean, self._squares / max(self.count - 1, 1))
+        if self._of_examples or isinstance(self._layer, EstimatedBatchNorm):
+            return self.moments  # of examples: unbiased already
+        return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 
     def _cells(self, x: Tensor) -> Tensor:
         """Values of each statistics group, ``(N, G, L)``."""
@@ -72,7 +110,7 @@ class Population:
         wide = x.double()
         if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
             wide = group_norm(wide, layer.num_groups, eps=layer.eps)
-        groups = x.shape[1]
+        groups = wide.shape[1]
         if isinstance(layer, TrackingLayer):
             groups = layer.running_partition.num_groups
-        return wide.reshape(x.shape[0], groups, -1)
+        return wide.reshape(wide.shape[0], groups, -1)
