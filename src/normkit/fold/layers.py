@@ -1,0 +1,138 @@
+"""Convolutions and linear layers as linear maps, into which another one is multiplied."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from normkit.convert.rules import key_of
+from normkit.fold.affine import Affine
+from normkit.layers.base import is_watched
+from normkit.tracing import CONVOLUTIONS
+from normkit.weights.filters import TRANSPOSED
+
+Layer = (
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
+)
+PADS_ITSELF = "timm.layers.conv2d_same.Conv2dSame"
+AS_TORCH = frozenset({PADS_ITSELF, "timm.layers.linear.Linear"})
+"""Classes with a forward of their own that is linear in ``weight`` and ``bias`` all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMap:
+    """Weight and bias of a layer, in float64 on the CPU.
+
+    Args:
+        weight: ``(groups, out / groups, in / groups, kernel)`` of any layer.
+        bias: ``(out,)``; zeros if the layer has none.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer) -> LinearMap:
+        """Read a layer."""
+        weight = _wide(layer.weight)
+        groups, kernel = _groups(layer), math.prod(weight.shape[2:])
+        rows = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], kernel)
+        rows = rows.transpose(1, 2) if isinstance(layer, TRANSPOSED) else rows
+        out = rows.shape[0] * rows.shape[1]
+        bias = rows.new_zeros(out) if layer.bias is None else _wide(layer.bias)
+        return cls(rows, bias)
+
+    def followed_by(self, affine: Affine) -> LinearMap:
+        """The map whose result is scaled and shifted, ``(out,)`` each."""
+        scale = affine.scale.reshape(self.weight.shape[0], -1, 1, 1)
+        return LinearMap(self.weight * scale, self.bias * affine.scale + affine.shift)
+
+    def preceded_by(self, affine: Affine) -> LinearMap:
+        """The map whose input is scaled and shifted, ``(in,)`` each.
+
+        The shift is right where every tap of the kernel meets the input: see ``shifts_alike``.
+        """
+        groups = self.weight.shape[0]
+        scale, shift = (values.reshape(groups, 1, -1, 1) for values in affine)
+        moved = (self.weight * shift).sum(dim=(2, 3)).flatten()
+        return LinearMap(self.weight * scale, self.bias + moved)
+
+    def fits(self, layer: Layer) -> bool:
+        """Whether the layer's dtype can hold it."""
+        values = (self.weight, self.bias)
+        return all(bool(v.to(layer.weight.dtype).isfinite().all()) for v in values)
+
+    @torch.no_grad()
+    def write_(self, layer: Layer) -> None:
+        """Give a layer new parameters with these values; a bias where it had none."""
+        weight, old = self.weight, layer.weight
+        rows = weight.transpose(1, 2) if isinstance(layer, TRANSPOSED) else weight
+        new = torch.empty_like(old).copy_(rows.reshape(old.shape))
+        layer.weight = nn.Parameter(new, old.requires_grad)
+        bias = self.bias.to(old.device, old.dtype)
+        learns = old.requires_grad if layer.bias is None else layer.bias.requires_grad
+        layer.bias = nn.Parameter(bias, learns)
+
+
+def why_fixed(layer: Layer) -> str | None:
+    """Say why a layer's weights cannot take a norm in, or None if they can."""
+    weight = layer._parameters.get("weight")
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrised"
+    if is_watched(layer):
+        return "hooks look at it"
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return "it has no plain weight"
+    if _has_own_forward(layer):
+        return f"it computes in its own way ({key_of(type(layer))})"
+    return None
+
+
+def shifts_alike(layer: Layer) -> bool:
+    """Whether a constant added to the input adds a constant to the output, up to the borders."""
+    if isinstance(layer, nn.Linear):
+        return True
+    pointwise = all(size == 1 for size in layer.kernel_size)
+    if isinstance(layer, TRANSPOSED):
+        return pointwise and all(step == 1 for step in layer.stride)
+    if pointwise and layer.padding == "same":
+        return True
+    if key_of(type(layer)) == PADS_ITSELF:
+        return pointwise
+    pads = layer.padding == "same" or any(size not in (0, "valid") for size in layer.padding)
+    return layer.padding_mode != "zeros" or not pads
+
+
+def channel_axis(layer: Layer) -> int:
+    """The axis of a layer's channels, from the end: there may be no batch axis."""
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    if "forward" in vars(layer):
+        return True
+    if key_of(type(layer)) in AS_TORCH:
+        return False
+    base = next(kind for kind in (*CONVOLUTIONS, nn.Linear) if isinstance(layer, kind))
+    return any(
+        getattr(type(layer), name, None) is not getattr(base, name, None)
+        for name in ("forward", "_conv_forward", "__call__")
+    )
+
+
+def _groups(layer: Layer) -> int:
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float64)

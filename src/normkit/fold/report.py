@@ -1,0 +1,71 @@
+"""What was folded into what, and what was not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from normkit.convert.report import Left, _at, _table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folded:
+    """A norm that moved into the weights of its neighbours.
+
+    Args:
+        name: Its name in the model; the first one of a shared layer.
+        old: What it was.
+        into: Names of the layers whose weights have it now.
+        stays: What is in its place now: an identity, its activation, its channel stage.
+    """
+
+    name: str
+    old: str
+    into: tuple[str, ...]
+    stays: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Folding:
+    """A folded copy of a model and everything that was done to it; prints as a table.
+
+    Args:
+        model: The copy, in evaluation mode.
+        folded: The norms that are in the weights now, in the order of the forward.
+        left: All other norms, with the reason.
+        baked: Layers whose computed weights were written down first.
+        difference: Largest error of the output on the example input, over its largest value; None
+            if the outputs cannot be compared.
+    """
+
+    model: nn.Module
+    folded: tuple[Folded, ...]
+    left: tuple[Left, ...]
+    baked: tuple[str, ...]
+    difference: float | None
+
+    def __repr__(self) -> str:
+        return f"<Folding: {self._summary()}>"
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
+        head = ("name", "old", "into", "in its place")
+        rows = [(_at(f.name), f.old, ", ".join(f.into), f.stays) for f in self.folded]
+        lines += _table([head, *rows]) if rows else []
+        if self.baked:
+            lines.append(f"weights baked: {', '.join(self.baked)}")
+        return "\n".join([*lines, *self._left()])
+
+    def _summary(self) -> str:
+        count = f"folded {len(self.folded)} of {len(self.folded) + len(self.left)} norms"
+        if self.difference is None:
+            return f"{count}; the outputs cannot be compared"
+        return f"{count}; the output differs by {self.difference:.1e} of its largest value"
+
+    def _left(self) -> list[str]:
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for left in self.left:
+            by_reason[left.why].append(f"{_at(left.name)} ({left.old})")
+        return [f"left: {', '.join(names)}: {why}" for why, names in by_reason.items()]

@@ -1,0 +1,103 @@
+"""One forward of a model: its output, and what each of its layers was given and gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from normkit.passes import untouched
+
+Shape = tuple[int, ...]
+
+
+class Shapes(NamedTuple):
+    """Shapes of a layer's first argument and of its result, in one call."""
+
+    taken: Shape
+    given: Shape
+
+
+class Seen(NamedTuple):
+    """A model's output, and the calls of some of its layers."""
+
+    output: Any
+    calls: dict[nn.Module, list[Shapes]]
+
+
+def run(model: nn.Module, example_input: Any, layers: Collection[nn.Module] = ()) -> Seen:  # noqa: ANN401
+    """Send the example input through a model in its mode; twice in a row draws the same numbers.
+
+    Args:
+        model: Left as it was.
+        example_input: A tuple of arguments, a dict of named ones, or the only one.
+        layers: Whose calls are noted.
+    """
+    calls: dict[nn.Module, list[Shapes]] = {layer: [] for layer in layers}
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        stack.enter_context(torch.no_grad())
+        for layer in layers:
+            hook = layer.register_forward_hook(_noting(calls[layer]), with_kwargs=True)
+            stack.callback(hook.remove)
+        return Seen(_called(model, example_input), calls)
+
+
+def _called(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
+    if isinstance(example_input, dict):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+
+
+def _noting(calls: list[Shapes]) -> Callable[..., None]:
+    def note(_layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+        first = next(iter((*args, *kwargs.values())), None)
+        calls.append(Shapes(_shape(first), _shape(output)))
+
+    return note
+
+
+def _shape(value: object) -> Shape:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def difference(before: Any, after: Any) -> float | None:  # noqa: ANN401
+    r"""Compare two outputs of any structure: the largest error over the largest value.
+
+    .. math::  \max_t \max_i |a_{ti} - b_{ti}| / \max_i |a_{ti}|
+
+    over the floating-point tensors ``t``. None if there are none, or their shapes differ.
+    """
+    (first, one), (second, two) = tree_flatten(before), tree_flatten(after)
+    if one != two:
+        return None
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if _is_compared(a)]
+    if not pairs or any(a.shape != b.shape for a, b in pairs):
+        return None
+    return max(_relative(_wide(a), _wide(b)) for a, b in pairs)
+
+
+def tolerance(output: Any) -> float:  # noqa: ANN401
+    """Say what difference is still rounding, in the coarsest dtype of an output."""
+    dtypes = [leaf.dtype for leaf in tree_leaves(output) if _is_compared(leaf)]
+    return 10 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5
+
+
+def _is_compared(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float64)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    unequal = (a != b) & ~(a.isnan() & b.isnan())
+    if not unequal.any():
+        return 0.0
+    largest = a.abs().max()
+    return float(((a - b).abs()[unequal] / largest).max()) if largest > 0 else float("inf")
