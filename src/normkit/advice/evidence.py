@@ -1,0 +1,182 @@
+"""What the papers' tables, and this project's own runs, say about a norm: numbers as printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+ZHOU = "Zhou et al., Batch Group Normalization"
+GUNAWAN = "Gunawan et al., Understanding and Improving Group Normalization"
+SUMMERS = "Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization"
+QIAO = "Qiao et al., Micro-Batch Training with Batch-Channel Normalization"
+HUANG = "Huang et al., Delving into the Estimation Shift of Batch Normalization"
+OURS = "normkit's own runs"
+
+ACCURACY, ERROR = "accuracy, %", "error, %"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Numbers of one comparison, as printed.
+
+    Args:
+        source: Authors and title, or where this project has the numbers from.
+        place: The table, or the section if they stand in the text.
+        setting: Network, data and batch.
+        metric: What was measured, and its unit.
+        values: What was compared, with its number; the recommended one first.
+    """
+
+    source: str
+    place: str
+    setting: str
+    metric: str
+    values: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.place}: {self.setting}, {self.metric}: {self.numbers}"
+
+    @property
+    def numbers(self) -> str:
+        """What was compared and how it did."""
+        return ", ".join(f"{what} {value}" for what, value in self.values.items())
+
+    def as_dict(self) -> dict[str, object]:
+        """All of it as plain values, for JSON."""
+        return asdict(self)
+
+
+IMAGENET = "ResNet-50 on ImageNet"
+BATCH_SIZES = (128, 64, 32, 16, 8, 4, 2)
+ZHOU_TABLE_2 = {
+    "BN": ("76.832", "76.832", "76.656", "75.744", "75.632", "72.752", "66.512"),
+    "GN": ("75.776", "76.544", "75.952", "76.496", "75.632", "76.240", "75.872"),
+    "BGN": ("77.008", "77.104", "76.784", "76.624", "76.208", "76.336", "76.096"),
+}
+"""Top-1 accuracy by images per GPU."""
+
+GUNAWAN_TABLE_2 = {
+    "BN": {8: "95.17", 16: "95.38", 32: "95.31", 64: "94.56", 128: "94.19"},
+    "GN": {8: "94.01", 16: "93.74", 32: "93.52", 64: "92.66", 128: "91.88"},
+}
+"""Validation accuracy on CIFAR-10 by batch size."""
+
+OWN_RUNS = {
+    2: {
+        "bn": "67.37 ± 0.82",
+        "gn:8": "67.62 ± 1.91",
+        "gn:8+ws": "71.73 ± 0.72",
+        "bgn:auto": "65.92 ± 2.67",
+        "bcn:8:micro_batch+ws": "70.76 ± 0.65",
+    },
+    32: {
+        "bn": "70.84 ± 0.13",
+        "gn:8": "61.51 ± 0.49",
+        "gn:8+ws": "68.26 ± 0.81",
+        "bgn:auto": "70.83 ± 0.41",
+        "ghost:4": "68.55 ± 1.14",
+        "bcn:8:micro_batch+ws": "69.64 ± 0.38",
+    },
+}
+"""Test accuracy of docs/compare.md by batch size, mean and spread of three seeds."""
+
+
+def by_batch_size(name: str, batch_size: int, others: tuple[str, ...]) -> Iterator[Evidence]:
+    """Table 2 of Zhou et al. at the nearest batch size; nothing below its smallest."""
+    if batch_size >= BATCH_SIZES[-1]:
+        column = BATCH_SIZES.index(batch_size)
+        yield Evidence(
+            source=ZHOU,
+            place="table 2",
+            setting=f"{IMAGENET}, {batch_size} images a GPU",
+            metric=f"top-1 {ACCURACY}",
+            values={each: ZHOU_TABLE_2[each][column] for each in (name, *others)},
+        )
+
+
+def cifar_by_batch_size(batch_size: int) -> Iterator[Evidence]:
+    """Table 2 of Gunawan et al., where it has the batch size."""
+    if batch_size in GUNAWAN_TABLE_2["BN"]:
+        yield Evidence(
+            source=GUNAWAN,
+            place="table 2",
+            setting=f"CIFAR-10, batches of {batch_size}",
+            metric=ACCURACY,
+            values={each: column[batch_size] for each, column in GUNAWAN_TABLE_2.items()},
+        )
+
+
+def own_runs(name: str, batch_size: int) -> Iterator[Evidence]:
+    """This project's runs, where it made them at the batch size."""
+    if name in OWN_RUNS.get(batch_size, {}):
+        found = OWN_RUNS[batch_size]
+        yield Evidence(
+            source=OURS,
+            place="docs/compare.md",
+            setting=f"small-resnet on 2000 images of fashion-mnist, batches of {batch_size}",
+            metric=ACCURACY,
+            values={each: found[each] for each in dict.fromkeys((name, "bn", "gn:8"))},
+        )
+
+
+def qiao(place: str, setting: str, metric: str, **values: str) -> Evidence:
+    """A table of Qiao et al.; ``_WS`` in a name is ``+WS``."""
+    named = {name.replace("_", "+"): value for name, value in values.items()}
+    return Evidence(source=QIAO, place=place, setting=setting, metric=metric, values=named)
+
+
+def huang(place: str, setting: str, metric: str, **values: str) -> Evidence:
+    """A table of Huang et al."""
+    return Evidence(source=HUANG, place=place, setting=setting, metric=metric, values=values)
+
+
+def summers(place: str, setting: str, metric: str, **values: str) -> Evidence:
+    """A passage of Summers & Dinneen; ``_`` in a name is a space."""
+    named = {name.replace("_", " "): value for name, value in values.items()}
+    return Evidence(source=SUMMERS, place=place, setting=setting, metric=metric, values=named)
+
+
+MICRO_IMAGENET = qiao(
+    "table 1", f"{IMAGENET}, 1 image a GPU, BN 64", f"top-1 {ERROR}",
+    GN_WS="23.72", GN="24.81", BN="24.30",
+)  # fmt: skip
+CHANNELS_IMAGENET = qiao(
+    "table 1", f"{IMAGENET}, 1 image a GPU, BN 64", f"top-1 {ERROR}",
+    GN="24.81", BN="24.30", LN="27.22", IN="29.49",
+)  # fmt: skip
+BN_WS_IMAGENET = qiao(
+    "table 1", f"{IMAGENET}, 64 images a GPU", f"top-1 {ERROR}", BN_WS="23.76", BN="24.30"
+)
+BCN_IMAGENET = qiao(
+    "table 6", f"{IMAGENET}, 32 or 64 images a GPU by the caption", f"top-1 {ERROR}",
+    BCN_WS="23.09", GN_WS="23.72", GN="24.81",
+)  # fmt: skip
+BCN_CIFAR_MICRO = qiao(
+    "table 7", "ResNet-110 on CIFAR-10, batches of 1", ERROR,
+    BCN_WS="6.31", GN_WS="6.82", GN="7.45",
+)  # fmt: skip
+BCN_CIFAR_100_MICRO = qiao(
+    "table 7", "ResNet-110 on CIFAR-100, batches of 1", ERROR,
+    BCN_WS="28.28", GN_WS="29.49", GN="32.86",
+)  # fmt: skip
+BCN_CIFAR = qiao(
+    "table 7", "ResNet-110 on CIFAR-10, batches of 128", ERROR, BCN_WS="5.90", BN="6.43"
+)
+BCN_SN_MICRO = qiao(
+    "table 8", "ResNet-18 on CIFAR-10, batches of 1, BN and SN 2", ERROR,
+    BCN_WS="5.43", SN="7.62", BN="8.45",
+)  # fmt: skip
+COCO_BOXES = {
+    "BCN_WS": "41.4",
+    "GN_WS": "40.8",
+    "GN": "39.8",
+}
+COCO_MASKS = {"BCN_WS": "37.3", "GN_WS": "36.5", "GN": "36.1"}
+VOC = {"BCN_WS": "78.22", "GN_WS": "77.20", "BN_WS": "77.15", "BN": "76.49", "GN": "74.90"}
+VIDEO = {"BN_WS": "46.49", "BCN_WS": "45.27", "BN": "44.30", "GN_WS": "44.26", "GN": "42.07"}
+COCO_FROM_SCRATCH = {
+    "XBN": {2: "27.45", 4: "30.51", 8: "30.58"},
+    "BN": {2: "25.35", 4: "29.33", 8: "29.56"},
+    "GN": {2: "28.19", 4: "27.36", 8: "28.22"},
+}
+"""Box AP of Huang et al., table 6, by images per GPU."""
