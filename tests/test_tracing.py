@@ -93,6 +93,16 @@ def test_timms_norms_with_activations_are_followed_as_norms():
     assert Pair("stem.conv", "stem.bn") in found.pairs
 
 
+def test_hooks_of_the_user_do_not_meet_proxies():
+    calls = []
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: calls.append(1))
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert len(trace_feeds(model).pairs) == 1
+    assert calls == []
+
+
 def test_a_network_that_torch_fx_cannot_follow_is_followed_by_running():
     model = timm.create_model("mobilevit_xxs")
     with pytest.raises(
