@@ -1,6 +1,8 @@
 """Networks for looking at where norms are placed."""
 
+import copy
 from collections import OrderedDict
+from functools import cache
 
 import torch
 from torch import nn
@@ -16,11 +18,15 @@ RESNET18 = {"layer1": 2, "layer2": 2, "layer3": 2, "layer4": 2}
 RESNET50 = {"layer1": 3, "layer2": 4, "layer3": 6, "layer4": 3}
 
 
-def build(name, device="cpu"):
-    """Build a network of torchvision or timm; one on ``meta`` costs no time."""
+def build(name):
+    """A network of torchvision or timm without values, which costs little time."""
+    return copy.deepcopy(_built(name))
+
+
+@cache
+def _built(name):
     library, _, inner = name.partition(":")
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
+    with torch.device("meta"):
         if library == "timm":
             return timm.create_model(inner, num_classes=10)
         return torchvision.models.get_model(inner, weights=None, num_classes=10)

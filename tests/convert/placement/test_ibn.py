@@ -53,7 +53,7 @@ KINDS = ["basic", "bottleneck", "inverted", "timm"]
 
 @pytest.mark.parametrize("name", FIRST_NORMS)
 def test_a_takes_the_first_norm_of_the_blocks_of_all_stages_but_the_last(name):
-    done = nk.place_ibn_(build(name, "meta"))
+    done = nk.place_ibn_(build(name))
     assert changed(done) == FIRST_NORMS[name]
     found = [n for n, m in done.model.named_modules() if isinstance(m, nk.InstanceBatchNorm)]
     assert found == FIRST_NORMS[name]
@@ -61,7 +61,7 @@ def test_a_takes_the_first_norm_of_the_blocks_of_all_stages_but_the_last(name):
 
 @pytest.mark.parametrize("name", AFTER_SUMS)
 def test_b_takes_the_stem_and_the_ends_of_the_first_two_stages(name):
-    model = build(name, "meta")
+    model = build(name)
     keys = list(model.state_dict())
     done = nk.place_ibn_(model, "b")
     assert changed(done) == AFTER_SUMS[name]
@@ -73,8 +73,9 @@ def test_b_takes_the_stem_and_the_ends_of_the_first_two_stages(name):
     assert {*model.state_dict()} == {*keys, *added} - {*lost}
 
 
-@pytest.mark.parametrize("variant", ["a", "b"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "variant"), [*((kind, "b") for kind in KINDS), ("basic", "a"), ("inverted", "a")]
+)
 def test_it_trains_copies_pickles_and_all_comes_back(kind, variant):
     model, x = small(kind), images(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)

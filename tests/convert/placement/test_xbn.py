@@ -52,7 +52,7 @@ STEMS = {
 
 @pytest.mark.parametrize("name", SECOND_NORMS)
 def test_the_second_norm_of_each_block(name):
-    done = nk.place_xbn_(build(name, "meta"), norm="gn:max=64")
+    done = nk.place_xbn_(build(name), norm="gn:max=64")
     assert changed(done) == SECOND_NORMS[name]
     assert all(isinstance(done.model.get_submodule(n), nk.GroupNorm) for n in SECOND_NORMS[name])
     assert sum(isinstance(m, nk.GroupNorm) for m in done.model.modules()) == len(done.changes)
@@ -60,7 +60,7 @@ def test_the_second_norm_of_each_block(name):
 
 @pytest.mark.parametrize("name", STEMS)
 def test_the_stem_on_request(name):
-    done = nk.place_xbn_(build(name, "meta"), norm="in", stem=True)
+    done = nk.place_xbn_(build(name), norm="in", stem=True)
     assert changed(done) == STEMS[name] + SECOND_NORMS[name]
 
 
@@ -89,11 +89,11 @@ def test_the_stem_on_request(name):
     ids=str,
 )
 def test_positions_and_blocks_of_the_paper(options, names):
-    assert changed(nk.place_xbn_(build("torchvision:resnet50", "meta"), **options)) == names
+    assert changed(nk.place_xbn_(build("torchvision:resnet50"), **options)) == names
 
 
 def test_groups_are_at_most_the_channels_and_the_report_says_what_that_is():
-    done = nk.place_xbn_(build("torchvision:resnet50", "meta"), stem=True)
+    done = nk.place_xbn_(build("torchvision:resnet50"), stem=True)
     new = {change.name: change.new for change in done.changes}
     assert set(new.values()) == {"gn:64"}
     told = {change.name for change in done.changes if "this is instance norm" in str(change)}
@@ -119,13 +119,13 @@ def test_weights_before_the_placed_norms_alone_are_standardized():
 
 
 def test_the_report_says_what_the_others_are():
-    done = nk.place_xbn_(build("torchvision:mobilenet_v2", "meta"), norm="in", every=2)
+    done = nk.place_xbn_(build("torchvision:mobilenet_v2"), norm="in", every=2)
     why = {left.name: left.why for left in done.left}
     assert why["features.0.1"] == "it is in the stem"
     assert why["features.1.conv.0.1"] == "its block has 2 norms, most have 3"
     assert why["features.2.conv.1.1"] == "it is norm 2 of block 1"
     assert why["features.18.1"] == "it is in no residual block"
-    resnet = nk.place_xbn_(build("torchvision:resnet18", "meta"))
+    resnet = nk.place_xbn_(build("torchvision:resnet18"))
     why = {left.name: left.why for left in resnet.left}
     assert why["layer2.0.downsample.1"] == "it is in the shortcut"
     assert len(why) + len(resnet.changes) == 20
@@ -166,7 +166,7 @@ def test_it_trains_the_optimizer_follows_and_all_comes_back(name):
 
 
 def test_twice_is_once():
-    model = build("torchvision:resnet18", "meta")
+    model = build("torchvision:resnet18")
     nk.place_xbn_(model)
     before = state_of(model)[0]
     assert nk.place_xbn_(model).changes == ()
@@ -270,7 +270,7 @@ def test_what_is_refused(model, options, error, message):
 )
 def test_networks_without_a_chain_of_norms_beside_a_shortcut_are_refused(name):
     with pytest.raises(nk.OptionError, match="has no residual blocks that could be recognised"):
-        nk.place_xbn_(build(name, "meta"))
+        nk.place_xbn_(build(name))
 
 
 def test_a_norm_without_a_rule_is_refused_by_name():
