@@ -61,7 +61,7 @@ def test_a_fix_that_names_a_call_of_ours_works(name, batch, shape, broken):
     for call in calls:
         eval(call, {"nk": nk, "model": model})
     left = [f.name for f in nk.validate(model, **options) if f.check == name]
-    assert (finding.name in left) == (not any("convert" in call for call in calls))
+    assert (finding.name in left) == all("recommend" in call for call in calls)
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -196,8 +196,27 @@ def test_half_precision_is_checked_as_it_is():
     assert [f.check for f in results if f.severity == "warning"] == ["16-bit running statistics"]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_is_frozen_for_good_is_not_asked_for_examples(training):
+    model = conv(trained(BN(8))).train(training)
+    nk.freeze_statistics(model)
+    assert at_64(model, batch_size=2) == []
+    fresh = conv(BN(8)).train(training)
+    nk.freeze_statistics(fresh)
+    [finding] = at_64(fresh, batch_size=2)
+    assert (finding.check, finding.severity) == ("no statistics yet", "warning")
+
+
+def test_a_fix_of_one_example_has_groups_of_enough_values():
+    model = nn.Sequential(nn.Linear(3, 64, bias=False), nn.BatchNorm1d(64))
+    [finding] = [
+        f for f in nk.validate(model, batch_size=2, input_shape=(3,)) if f.check == "few examples"
+    ]
+    assert finding.fix.startswith('nk.convert_norm_(model, {"1": "ln"})')
+
+
 def test_a_frozen_layer_is_not_asked_for_examples():
-    model = conv(BN(8))
+    model = conv(trained(BN(8)))
     model[1].eval()
     assert [f.check for f in at_64(model, batch_size=2)] == ["frozen for now"]
 

@@ -173,8 +173,17 @@ CANDIDATES: Mapping[str, Candidate] = {
         spec="bn",
         why="the network predicts as before; a share of the example's own statistics at "
         "evaluation, nk.set_example_weight(model, alpha), may add to it without any training",
-        limits="below 16 examples freeze it: .eval() on the norms after every .train(); alpha is "
-        "tuned on held-out data",
+        limits="alpha is tuned on held-out data; on other data the statistics move",
+        evidence=_kept,
+        keeps_function=True,
+    ),
+    "bn frozen": Candidate(
+        spec="bn",
+        apply="nk.freeze_statistics(model)",
+        why="the network predicts as before, and too few examples move no statistics; a share "
+        "of the example's own at evaluation, nk.set_example_weight(model, alpha), may add to it",
+        limits="the statistics stay those of the old data; alpha is tuned on held-out data, and "
+        'needs nk.convert_norm_(model, "bn") first',
         evidence=_kept,
         keeps_function=True,
     ),

@@ -71,14 +71,15 @@ class Findings(list[Finding]):
 def _lines(found: list[Finding]) -> Iterator[str]:
     """Print findings of one kind: what for each, why and the first one's fix once."""
     first = found[0]
-    several = f" ({len(found)} layers)" if len(found) > 1 else ""
-    yield f"{first.severity}{f': {first.check}' if first.check else ''}{several}"
+    count = f" ({len(found)} layers)" if len(found) > 1 else ""
+    yield f"{first.severity}{f': {first.check}' if first.check else ''}{count}"
     for each in found[:SHOWN]:
         yield f"  {each.name or 'the model itself'}: {each.what}"
     if rest := found[SHOWN:]:
         yield f"  and {len(rest)} more: {_few([each.name for each in rest])}"
     yield f"  why: {first.why}"
-    yield f"  fix: {first.fix}"
+    several = " (the first one's)" if len({each.fix for each in found}) > 1 else ""
+    yield f"  fix{several}: {first.fix}"
 
 
 def _few(names: list[str], at_most: int = 6) -> str:

@@ -147,23 +147,27 @@ def few_examples(situation: Situation) -> Iterator[Finding]:
         if pool is not None:
             yield Finding(
                 name=norm.name,
-                what=f"training takes its statistics over {_examples(pool)}: {_consequence(pool)}",
+                what=f"training takes its statistics over {_examples(pool)}",
                 why=(
                     "statistics of few examples vary from batch to batch, and evaluation uses "
                     "others; on ImageNet batch norm fell from 76.8 % at 64 examples to 72.8 % at "
                     "4 and 66.5 % at 2 (Zhou et al., table 2)"
                 ),
-                fix=(
-                    f'nk.convert_norm_(model, "gn:max=32"); nk.recommend(batch_size='
-                    f"{situation.batch_size}) names more"
-                ),
+                fix=f"{_batch_free(norm, pool)}; nk.recommend({situation.batch_size}) names more",
                 severity="warning",
             )
 
 
+def _batch_free(norm: Norm, pool: Pool) -> str:
+    """The call for a norm of the example: by groups where they would have enough values."""
+    enough = pool.num_values_of_one * pool.shape[1] >= FEW_OF_EXAMPLE * 32
+    return 'nk.convert_norm_(model, "gn:max=32")' if enough else call(norm, "ln")
+
+
 def _examples(pool: Pool) -> str:
     count = pool.shape[0]
-    return f"{count} example{'' if count == 1 else 's'}, {pool.num_values} values a group"
+    off = f": {_consequence(pool)}" if pool.num_values < FEW_OF_BATCH else ""
+    return f"{count} example{'' if count == 1 else 's'}, {pool.num_values} values a group{off}"
 
 
 def _is_scarce(norm: Norm, pool: Pool) -> bool:

@@ -79,7 +79,8 @@ def dropout_before(situation: Situation) -> Iterator[Finding]:
     """Batch statistics of values that dropout has changed, which evaluation does not see."""
     for pair in situation.feeds.pairs if situation.feeds else ():
         norm = situation.norm(pair.norm)
-        drop = next((name for name in pair.through if _drops(situation.model, name)), None)
+        drops = (_dropout(situation.model, name) for name in pair.through)
+        drop = next((found for found in drops if found), None)
         if norm is not None and norm.trains and drop and any(p.over_batch for p in norm.usable):
             yield Finding(
                 name=pair.norm,
@@ -91,12 +92,13 @@ def dropout_before(situation: Situation) -> Iterator[Finding]:
             )
 
 
-def _drops(model: nn.Module, name: str) -> bool:
-    """Whether an operation of this name drops values: a layer that does, or the function."""
+def _dropout(model: nn.Module, name: str) -> str | None:
+    """Describe an operation of this name if it drops values: a layer that does, or a function."""
     module = dict(model.named_modules()).get(name)
     if module is None:
-        return name.startswith("dropout")
-    return isinstance(module, DROPOUTS) and module.p > 0
+        return f"a call of {name}" if name.startswith("dropout") else None
+    drops = isinstance(module, DROPOUTS) and module.p > 0
+    return f"{type(module).__name__} {name}" if drops else None
 
 
 @check("model not followed")

@@ -12,6 +12,7 @@ from normkit.advice.on_groups import call
 from normkit.advice.registry import check
 from normkit.advice.situation import Norm, Situation
 from normkit.convert.selection import find_lookalikes
+from normkit.inference.freeze import is_frozen
 from normkit.layers.base import BUFFERS, NormLayer
 
 COUNT = "num_batches_tracked"
@@ -77,15 +78,16 @@ def stale_statistics(situation: Situation) -> Iterator[Finding]:
     """Running statistics that no batch has moved."""
     tracking = [n for n in situation.norms if n.called and any(_uses_running(n))]
     stale = [norm for norm in tracking if all(map(_is_fresh, _uses_running(norm)))]
-    if situation.training and len(stale) == len(tracking):
-        return  # a new model, which training will fill
+    new = len(stale) == len(tracking)  # a new model, which training will fill
     for norm in stale:
+        if new and norm.trains:
+            continue
         yield Finding(
             name=norm.name,
             what="running statistics are 0 and 1, and num_batches_tracked is 0",
             why="evaluation uses them as they are: it subtracts 0 and divides by 1",
             fix="load the whole checkpoint, or train before evaluating",
-            severity="note" if situation.training else "warning",
+            severity="note" if norm.trains else "warning",
         )
 
 
@@ -144,29 +146,30 @@ def constant_channels(situation: Situation) -> Iterator[Finding]:
 def frozen_for_now(situation: Situation) -> Iterator[Finding]:
     """Norms that look frozen and are not, or are until somebody calls ``train()``."""
     for norm in situation.norms:
-        layers = [layer for _, layer in trackers(norm)]
+        layers = [layer for _, layer in trackers(norm) if not is_frozen(layer)]
         if not (situation.training and layers):
             continue
+        freeze = f'nk.freeze_statistics(model, lambda layer, name: name == "{norm.name}")'
         if not norm.trains:
             yield _frozen(
                 norm,
                 "in evaluation mode inside a model in training mode",
                 "the model's next .train() thaws it, and its statistics move again",
-                "set .eval() on it after every .train(), or in an overridden train()",
+                f"{freeze}, which holds in any mode",
             )
         elif all(_is_fixed(layer) for layer in layers):
             yield _frozen(
                 norm,
                 "weight and bias do not learn, and the running statistics still move",
                 "training changes the result of a layer that was meant to stay",
-                "set .eval() on it after every .train(), or in an overridden train()",
+                f"{freeze}, which holds in any mode",
             )
         elif any(getattr(layer, "momentum", None) == 0 for layer in layers):
             yield _frozen(
                 norm,
                 "momentum is 0: the running statistics never move",
                 "training normalises by the batch, evaluation by something else",
-                "set .eval() on it to freeze it, or momentum to 0.1",
+                f"{freeze}, or momentum=0.1",
             )
 
 

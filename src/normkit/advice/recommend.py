@@ -41,6 +41,9 @@ RANKING: Mapping[Task, Mapping[int, tuple[str, ...]]] = {
 }
 """Best first, from this many examples per worker on; docs/advice.md has the reasons."""
 
+MOVING = 16
+"""From this many examples on the statistics of a trained network may move."""
+
 KEPT = {"bn+ws": "bn+ws kept"}
 """Other ways to put a norm into a trained network."""
 
@@ -149,7 +152,7 @@ def recommend(
     steps = RANKING[task]
     names = steps[max(step for step in steps if step <= nearest)]
     if pretrained:
-        names = ("bn kept", *_keeping_first(names))
+        names = ("bn kept" if nearest >= MOVING else "bn frozen", *_keeping_first(names))
     return Recommendations(_recommendation(CANDIDATES[n], task, nearest, pretrained) for n in names)
 
 

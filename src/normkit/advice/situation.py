@@ -16,6 +16,7 @@ from torch.utils import checkpoint
 from normkit.advice.pools import Pool, Shape, num_processes, pools
 from normkit.convert.selection import find_norms
 from normkit.errors import InputError
+from normkit.inference.freeze import is_frozen
 from normkit.passes import device_of, untouched
 from normkit.tracing import Feeds, trace_feeds
 
@@ -27,8 +28,8 @@ class Norm:
     Args:
         name: Its name; the first one of a shared module.
         module: The layer.
-        trains: Whether it normalises as in training: asked for, and not in evaluation mode while
-            the model trains.
+        trains: Whether it normalises as in training: asked for, and neither in evaluation mode
+            while the model trains nor frozen by ``freeze_statistics``.
         pools: What its statistics are taken over at the batch size, for each shape of its input;
             None if it is of an unknown kind, empty if it was not called.
         refusal: What it raised, if it did.
@@ -89,7 +90,7 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
         InputError: If the model does not take the example.
     """
     found = find_norms(model)
-    trains = {m: training and (m.training or not model.training) for m in found}
+    trains = {m: training and _would_train(m, model) for m in found}
     with untouched(model, training=False):
         seen = _watch(model, list(found), example_input)
         norms = tuple(
@@ -102,6 +103,11 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
     return Situation(
         model=model, batch_size=batch_size, training=training, norms=norms, feeds=feeds
     )
+
+
+def _would_train(norm: nn.Module, model: nn.Module) -> bool:
+    """Whether a norm trains with the model; where that is in evaluation mode, after ``train()``."""
+    return norm.training if model.training else not is_frozen(norm)
 
 
 def _norm(name: str, module: nn.Module, trains: bool, seen: _Seen, scale: float) -> Norm:
