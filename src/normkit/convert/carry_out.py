@@ -9,24 +9,28 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from normkit.convert.calibration import Calibrator
 from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
 from normkit.convert.plan import Plan, staying
 from normkit.convert.report import Change, Conversion
 from normkit.convert.swap import Swap
 
 
-def carry_out(
+def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is measured
     model: nn.Module,
     planned: Plan,
     standardize: Sequence[str],
     optimizer: Optimizer | None,
     example_input: Any,  # noqa: ANN401
     dry_run: bool,
+    calibrator: Calibrator | None = None,
 ) -> Conversion:
     """Change the model as planned, unless it is a dry run; an interruption puts it back."""
     edit = None if optimizer is None else _edit(model, planned, optimizer)
     parts = (*planned.steps, *planned.insertions)
-    swap = Swap(model, {part.old: part.new for part in parts}, standardize, example_input, edit)
+    replacements = {part.old: part.new for part in parts}
+    keep_function = calibrator is not None
+    swap = Swap(model, replacements, standardize, example_input, edit, keep_function)
     result = Conversion(
         model=model if dry_run else swap.new,
         changes=_changes(planned, edit),
@@ -38,6 +42,8 @@ def carry_out(
     try:
         if not dry_run:
             swap.apply()
+        if calibrator is not None:
+            result.calibration = calibrator.run(swap.new)
         return result
     except BaseException:
         swap.undo()

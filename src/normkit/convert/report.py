@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
 
 
@@ -56,6 +57,7 @@ class Conversion:
         left: All other norms, with the reason.
         standardized: Convolutions whose weights ``+ws`` standardised.
         dry_run: Whether nothing was done.
+        calibration: How near the outputs are to the original's, if it was calibrated.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Conversion:
     left: tuple[Left, ...] = ()
     standardized: tuple[str, ...] = ()
     dry_run: bool = False
+    calibration: Calibration | None = None
     _swap: Swap = field(kw_only=True)
 
     def revert(self) -> nn.Module:
@@ -91,11 +94,21 @@ class Conversion:
         if self.standardized:
             lines.append(f"weights standardised: {', '.join(self.standardized)}")
         lines += [f"left alone: {_at(left.name)} ({left.old}): {left.why}" for left in self.left]
+        lines += [] if self.calibration is None else _calibrated(self.calibration)
         return "\n".join(lines)
 
     def _summary(self) -> str:
         verb = "would convert" if self.dry_run else "converted"
         return f"{verb} {len(self.changes)} of {len(self.changes) + len(self.left)} norms"
+
+
+def _calibrated(done: Calibration) -> list[str]:
+    several = "es" if done.num_batches > 1 else ""
+    lines = [f"calibrated {done.num_layers} norms on {done.num_batches} batch{several}; "]
+    lines[0] += "outputs against the original's:"
+    states = {"original": done.original, "plain swap": done.plain, "calibrated": done.calibrated}
+    lines += _table(rows(list(states.items())))
+    return lines + [f"not calibrated: {_at(name)}: {why}" for name, why in done.skipped]
 
 
 def _at(name: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from normkit.convert.optimizer import OptimizerEdit
+from normkit.convert.optimizer import Exchange, OptimizerEdit
 from normkit.errors import OptionError
 from normkit.weights import standardize_weights_
 from normkit.weights.once import OncePerForward
@@ -43,6 +45,9 @@ class Swap:
         standardize: Names of convolutions whose weights to standardise.
         example_input: For following the model.
         edit: What changes in the optimizer.
+        keep_function: Whether the new layers are calibrated next: standardised weights then start
+            with the old gain and offset of each filter, and what the old layers share with the
+            new ones gets its values back too.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Swap:
         standardize: Sequence[str],
         example_input: Any,  # noqa: ANN401
         edit: OptimizerEdit | None,
+        keep_function: bool = False,
     ) -> None:
         self.old, self.new = model, replacements.get(model, model)
         self._slots = list(_slots(model, replacements))
@@ -59,30 +65,42 @@ class Swap:
         self._weights = [_before(model.get_submodule(name)) for name in standardize]
         self._hooks = frozenset((*model._forward_hooks, *model._forward_pre_hooks))
         self._example_input = example_input
-        self._edit = edit
+        self._edit, self._weights_edit = edit, None
+        self._keep_function = keep_function
+        kept = [p for old in replacements for p in old.parameters()] if keep_function else []
+        self._values = [(parameter, parameter.detach().clone()) for parameter in kept]
 
     def apply(self) -> nn.Module:
         """Change everything; return the model, which is another one if it is itself a norm."""
         if self._standardize:
             chosen = self._standardize
             standardize_weights_(
-                self.old, lambda _, name: name in chosen, example_input=self._example_input
+                self.old,
+                lambda _, name: name in chosen,
+                preserve=self._keep_function,
+                example_input=self._example_input,
             )
         for slot in self._slots:
             slot.parent._modules[slot.key] = slot.new
         if self._edit is not None:
             self._edit.apply()
+            self._weights_edit = self._edit_of_weights(self._edit.optimizer)
+            self._weights_edit.apply()
         self._example_input = None
         return self.new
 
     def undo(self) -> nn.Module:
         """Put everything back, from wherever ``apply`` got to; return the model."""
-        if self._edit is not None:
-            self._edit.undo()
+        for edit in (self._weights_edit, self._edit):
+            if edit is not None:
+                edit.undo()
         for slot in self._slots:
             slot.parent._modules[slot.key] = slot.old
         for before in self._weights:
             _put_back(before)
+        with torch.no_grad():
+            for parameter, values in self._values:
+                parameter.copy_(values)
         self._remove_hooks()
         return self.old
 
@@ -102,6 +120,17 @@ class Swap:
         if self._slots and all(s.old is m for s, m in zip(self._slots, now, strict=True)):
             return self.old
         return self.undo()
+
+    def _edit_of_weights(self, optimizer: Optimizer) -> OptimizerEdit:
+        """Let gains and offsets that standardised weights have gained join the weights' groups."""
+        exchanges = [
+            Exchange(
+                [(name, p) for name, p in before.parameters.items() if p is not None],
+                list(before.layer.named_parameters()),
+            )
+            for before in self._weights
+        ]
+        return OptimizerEdit(optimizer, exchanges, self.new.parameters())
 
     def _remove_hooks(self) -> None:
         """Take away what standardising shared convolutions has hung on the model."""

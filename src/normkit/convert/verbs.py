@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from normkit.convert.calibration import Calibrator
 from normkit.convert.carry_out import carry_out
 from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import SpecMap, Where, choose, find_norms, require_bare
+from normkit.errors import OptionError
+from normkit.passes import Forward
 from normkit.spec import NormSpec
 
 
@@ -21,6 +25,8 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
     *,
     where: Where | None = None,
     optimizer: Optimizer | None = None,
+    calibrate: Iterable[Any] | None = None,
+    forward: Forward | None = None,
     batch_size: int | None = None,
     example_input: Any = None,  # noqa: ANN401
     dry_run: bool = False,
@@ -42,6 +48,12 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
         where: ``where(module, name)`` says of each norm whether it is meant.
         optimizer: Follows: parameters that no longer exist leave it, new ones join the group of
             the old layer's, all others keep their state.
+        calibrate: Batches (inputs, pairs or dicts; a finite iterable, read once and kept): from
+            front to back, running statistics, and scale and shift of every channel (of every group
+            in ``bcn``), are set so that each new layer's outputs have the mean and variance of the
+            old one's, and ``+ws`` keeps the weights' own gain and offset. The report tells how
+            near the outputs then are.
+        forward: ``forward(model, batch)`` sends a batch through the model, if it is none of these.
         batch_size: Examples per worker, for ``bgn:auto``.
         example_input: For ``+ws``, if ``torch.fx`` cannot follow the model: a tuple of arguments, a
             dict of named ones, or the only one.
@@ -59,6 +71,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
             compiled, or the optimizer is another model's.
         TraceError: If ``+ws`` cannot follow the model.
         WeightError: If ``+ws`` meets a filter of a single value.
+        DataError: If ``calibrate`` gives no batch, or one that needs ``forward``.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -68,18 +81,25 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
           1     BatchNorm2d(8)  gn:4  weight, bias  running statistics
     """
     require_bare(model)
+    if forward is not None and calibrate is None:
+        raise OptionError("forward= was given without calibrate=, which it is for")
     found = find_norms(model)
     chosen = choose(found, spec, where)
     planned = plan(model, found, chosen, batch_size)
     standardize = feeding(model, found, chosen.specs, example_input)
-    return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
+    calibrator = None
+    if calibrate is not None and not dry_run:
+        calibrator = Calibrator(model, planned.steps, calibrate, forward)
+    return carry_out(model, planned, standardize, optimizer, example_input, dry_run, calibrator)
 
 
-def convert_norm(
+def convert_norm(  # noqa: PLR0913 - as convert_norm_, without an optimizer
     model: nn.Module,
     spec: str | NormSpec | SpecMap,
     *,
     where: Where | None = None,
+    calibrate: Iterable[Any] | None = None,
+    forward: Forward | None = None,
     batch_size: int | None = None,
     example_input: Any = None,  # noqa: ANN401
     dry_run: bool = False,
@@ -90,6 +110,8 @@ def convert_norm(
         model: Left as it is.
         spec: As in ``convert_norm_``.
         where: As in ``convert_norm_``, with the modules of the copy.
+        calibrate: As in ``convert_norm_``.
+        forward: As in ``convert_norm_``.
         batch_size: As in ``convert_norm_``.
         example_input: As in ``convert_norm_``.
         dry_run: As in ``convert_norm_``.
@@ -109,6 +131,8 @@ def convert_norm(
         copy.deepcopy(model),
         spec,
         where=where,
+        calibrate=calibrate,
+        forward=forward,
         batch_size=batch_size,
         example_input=example_input,
         dry_run=dry_run,

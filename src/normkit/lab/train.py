@@ -56,6 +56,27 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     )
 
 
+def train(spec: RunSpec, on_step: OnStep = lambda: None) -> nn.Module:
+    """Train one network and give it, in evaluation mode, on the CPU.
+
+    Args:
+        spec: Decides the network, bit for bit on one machine.
+        on_step: Called after each training step.
+
+    Raises:
+        DivergenceError: If the loss is no longer finite.
+        NormError: As :func:`run`; what goes wrong is not recorded but raised.
+    """
+    device = parse_device(spec.protocol.device)
+    dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
+    with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
+        training = _Training(spec, dataset, _built(spec, dataset), _Stopwatch([], device, on_step))
+        outcome = training.outcome()
+    if outcome.status == "diverged":
+        raise DivergenceError(outcome.message)
+    return training.model.eval().cpu()
+
+
 def parse_device(name: str) -> torch.device:
     """Read a device's name; ``"auto"`` is CUDA where there is one, else the CPU.
 
@@ -109,19 +130,22 @@ class _Stopwatch:
 
 def _outcome(spec: RunSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
     try:
-        built = build_model(
-            spec.protocol.model,
-            num_classes=dataset.num_classes,
-            input_shape=dataset.input_shape,
-            norm=spec.norm,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-        )
-        return _Training(spec, dataset, built, stopwatch).outcome()
+        return _Training(spec, dataset, _built(spec, dataset), stopwatch).outcome()
     except NormError as error:
         return Outcome(status="failed", message=str(error))
     except Exception as error:  # noqa: BLE001 -- one run must not end the sweep; it is recorded
         return Outcome(status="failed", message=f"{type(error).__name__}: {error}")
+
+
+def _built(spec: RunSpec, dataset: Dataset) -> BuiltModel:
+    return build_model(
+        spec.protocol.model,
+        num_classes=dataset.num_classes,
+        input_shape=dataset.input_shape,
+        norm=spec.norm,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
 
 
 @dataclass(slots=True)

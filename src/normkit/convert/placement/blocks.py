@@ -63,6 +63,9 @@ class Layout:
             count = f"its block has {len(block.norms)} norms, most have {self.num_positions}"
             roles |= dict.fromkeys(block.norms, count)
         for number, block in enumerate(self.blocks, 1):
+            roles |= dict.fromkeys(
+                find_norms(block.own.module), f"it comes after the sum of block {number}"
+            )
             for position, norm in enumerate(block.norms, 1):
                 roles[norm] = f"it is norm {position} of block {number}"
         for block in (*self.blocks, *self.others):

@@ -1,0 +1,119 @@
+"""How near the outputs of a converted model are to those of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Outputs = list[list[Tensor]]
+"""The tensors in a model's output, batch by batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    r"""Outputs ``y`` of a model against the original's ``o``, over all batches.
+
+    Args:
+        top1: Share of examples (or positions) whose largest value along axis 1 is the same; None
+            if there is one value or no such axis.
+        r2: :math:`1 - \sum (y - o)^2 / \sum (o - \bar o)^2`: 1 is the same, 0 no better than the
+            mean.
+        relative_error: :math:`\lVert y - o \rVert / \lVert o \rVert`.
+    """
+
+    top1: float | None
+    r2: float
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What calibrating a converted model has done, on the batches that were given.
+
+    Args:
+        num_batches: Batches that it has seen.
+        num_layers: Norms whose scale and shift were solved.
+        skipped: Names of norms that were not, with the reason.
+        original: The original model once more: what it does not reproduce of itself is noise.
+        plain: The model after the swap.
+        calibrated: The model after calibration.
+    """
+
+    num_batches: int
+    num_layers: int
+    skipped: tuple[tuple[str, str], ...]
+    original: Agreement | None
+    plain: Agreement | None
+    calibrated: Agreement | None
+
+
+def tensors_of(output: Any) -> list[Tensor]:  # noqa: ANN401
+    """Find the real-valued tensors of a model's output; those of 16 bits are widened."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf.detach().float() for leaf in leaves if leaf.is_floating_point()]
+
+
+def agreement(outputs: Outputs, original: Outputs) -> Agreement | None:
+    """Compare outputs for the same batches; None if there are none, or their shapes differ.
+
+    Args:
+        outputs: Of the model, batch by batch.
+        original: Of the original model, likewise.
+    """
+    values, expected = _joined(outputs), _joined(original)
+    if not expected or [y.shape for y in values] != [o.shape for o in expected]:
+        return None
+    pairs = list(zip(values, expected, strict=True))
+    error = sum(_squares(y - o) for y, o in pairs)
+    spread = sum(_squares(o - o.mean()) for _, o in pairs)
+    size = sum(_squares(o) for _, o in pairs)
+    return Agreement(
+        top1=_top1(outputs, original),
+        r2=1 - _ratio(error, spread),
+        relative_error=_ratio(error, size) ** 0.5,
+    )
+
+
+def _joined(outputs: Outputs) -> list[Tensor]:
+    """All values of each tensor in the output, in float64."""
+    if len({len(batch) for batch in outputs}) != 1:
+        return []
+    return [
+        torch.cat([t.double().flatten() for t in several]) for several in zip(*outputs, strict=True)
+    ]
+
+
+def _top1(outputs: Outputs, original: Outputs) -> float | None:
+    """Compare the places of the largest values of the first tensor."""
+    pairs = [(y[0], o[0]) for y, o in zip(outputs, original, strict=True)]
+    if any(o.ndim < 2 or o.shape[1] < 2 for _, o in pairs):
+        return None
+    same = [(y.argmax(1) == o.argmax(1)).flatten() for y, o in pairs]
+    return torch.cat(same).double().mean().item()
+
+
+def _squares(values: Tensor) -> float:
+    return values.square().sum().item()
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole == 0:
+        return 0.0 if part == 0 else float("inf")
+    return part / whole
+
+
+def rows(named: Sequence[tuple[str, Agreement | None]]) -> list[tuple[str, str, str, str]]:
+    """Cells of a table of agreements."""
+    found = [("", "top-1", "R2", "relative error")]
+    for name, value in named:
+        if value is None:
+            found.append((name, "-", "-", "-"))
+        else:
+            top1 = "-" if value.top1 is None else f"{100 * value.top1:.1f} %"
+            found.append((name, top1, f"{value.r2:.4f}", f"{value.relative_error:.4f}"))
+    return found
