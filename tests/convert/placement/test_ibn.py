@@ -86,7 +86,6 @@ def test_it_trains_copies_pickles_and_all_comes_back(kind, variant):
     y = model.eval()(x)
     assert_close(copy.deepcopy(model)(x), y)
     assert_close(pickle.loads(pickle.dumps(done)).model(x), y)
-    assert nk.place_ibn_(model, variant).changes == ()
     model.train()
     assert done.revert() is model
     assert_as_before(model, before)
@@ -211,6 +210,19 @@ def test_xbn_and_ibn_together():
     second.revert()
     first.revert()
     assert type(model.layer1[1].bn2) is nn.BatchNorm2d
+
+
+def test_twice_is_once_and_the_report_says_what_the_added_norms_are():
+    model = small("bottleneck")
+    nk.place_ibn_(model, "b")
+    again = nk.place_ibn_(model, "b")
+    why = {left.name: left.why for left in again.left}
+    assert again.changes == ()
+    assert why["layer1.1.sum_norm"] == "it comes after the sum of block 2"
+    assert why["bn1"] == "it is in already"
+    model = small("basic")
+    nk.place_ibn_(model, "a")
+    assert nk.place_ibn_(model, "a").changes == ()
 
 
 def test_the_report():
