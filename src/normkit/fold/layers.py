@@ -15,15 +15,10 @@ from normkit.layers.base import is_watched
 from normkit.tracing import CONVOLUTIONS
 from normkit.weights.filters import TRANSPOSED
 
-Layer = (
-    nn.Linear
-    | nn.Conv1d
-    | nn.Conv2d
-    | nn.Conv3d
-    | nn.ConvTranspose1d
-    | nn.ConvTranspose2d
-    | nn.ConvTranspose3d
+Convolution = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 )
+Layer = nn.Linear | Convolution
 PADS_ITSELF = "timm.layers.conv2d_same.Conv2dSame"
 AS_TORCH = frozenset({PADS_ITSELF, "timm.layers.linear.Linear"})
 """Classes with a forward of their own that is linear in ``weight`` and ``bias`` all the same."""
@@ -105,12 +100,15 @@ def shifts_alike(layer: Layer) -> bool:
     pointwise = all(size == 1 for size in layer.kernel_size)
     if isinstance(layer, TRANSPOSED):
         return pointwise and all(step == 1 for step in layer.stride)
-    if pointwise and layer.padding == "same":
-        return True
     if key_of(type(layer)) == PADS_ITSELF:
         return pointwise
-    pads = layer.padding == "same" or any(size not in (0, "valid") for size in layer.padding)
-    return layer.padding_mode != "zeros" or not pads
+    return layer.padding_mode != "zeros" or not _pads(layer)
+
+
+def _pads(layer: Convolution) -> bool:
+    if layer.padding == "same":
+        return any(size > 1 for size in layer.kernel_size)
+    return layer.padding != "valid" and any(layer.padding)
 
 
 def channel_axis(layer: Layer) -> int:

@@ -47,7 +47,8 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
         The folded copy in evaluation mode, as ``.model``, and what was done; prints as a table.
 
     Raises:
-        ConversionError: If a lazy layer is empty, or the folded model does something else.
+        ConversionError: If a lazy layer is empty, torch cannot copy the model, or the folded model
+            does something else.
         OptionError: If the model is wrapped or compiled.
         WeightError: If a weight is parametrised by something else as well.
         TraceError: If the model cannot be followed.
@@ -64,7 +65,7 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     """
     require_bare(model)
     _require_known_sizes(model)
-    new = _evaluating(copy.deepcopy(model))
+    new = _evaluating(_copied(model))
     norms = find_norms(new)
     before = run(new, example_input, [m for m in new.modules() if m in norms or is_producer(m)])
     baked = bake_weights_(new).changed
@@ -96,6 +97,22 @@ def _require_known_sizes(model: nn.Module) -> None:
 def _is_empty(module: nn.Module) -> bool:
     values = (*module._parameters.values(), *module._buffers.values())
     return any(is_lazy(value) for value in values if value is not None)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Copy a model.
+
+    Raises:
+        ConversionError: If torch cannot.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConversionError(
+            f"the model cannot be copied ({error}); if a hook computes weights, as of pruning or "
+            f"torch.nn.utils.weight_norm, remove it, or send a batch through the model under "
+            f"torch.no_grad() first"
+        ) from error
 
 
 def _evaluating(model: nn.Module) -> nn.Module:
