@@ -104,6 +104,20 @@ def pooled(mean, std):
     return mean.mean(1), square.mean(1) - mean.mean(1).square()
 
 
+def test_running_statistics_are_those_of_the_batches(batches):
+    model = nn.Sequential(nn.GroupNorm(4, 8), nn.ReLU(), nn.GroupNorm(4, 8)).eval()
+    done = nk.convert_norm(model, {"0": "bgn:2", "2": "bn"}, calibrate=batches)
+    first, last = done.model[0], done.model[2]
+    x = torch.cat(batches).double()
+    runs = x.unflatten(1, (2, 4)).transpose(0, 1).flatten(1)
+    with torch.no_grad():
+        maps = done.model[:2](x.float()).double().transpose(0, 1).flatten(1)
+    for layer, values in ((first, runs), (last, maps)):
+        assert_close(layer.running_mean, values.mean(1).float(), rtol=1e-5, atol=1e-6)
+        assert_close(layer.running_var, values.var(1).float(), rtol=1e-5, atol=1e-6)
+        assert layer.num_batches_tracked == 3
+
+
 def test_a_scale_keeps_its_sign(batches):
     model = trained_looking(Net())
     signs = model.layer1[0].bn1.weight.sign()
