@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from normkit.lab.torchvision_ops import register_missing_operators
 
@@ -83,7 +84,9 @@ class Block(nn.Module):
     def forward(self, x):
         """Compute the output."""
         y = self.norm_b(self.conv2(self.norm_a(self.conv1(x)).relu()))
-        return torch.add(self.skip(x), y).relu()
+        skip = self.skip(x)
+        missing = y.shape[1] - skip.shape[1]  # asks about the longer way, and is not on it
+        return torch.add(functional.pad(skip, (0, 0, 0, 0, 0, missing)), y).relu()
 
 
 class Late(nn.Module):

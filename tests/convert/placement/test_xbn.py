@@ -22,6 +22,7 @@ from convert.placement.nets import (
     train_step,
 )
 from normkit.convert import swap
+from normkit.lab.models import build_model
 
 SECOND_NORMS = {
     "torchvision:resnet18": each(RESNET18, "bn2"),
@@ -116,6 +117,11 @@ def test_any_batch_free_norm(norm, kind):
 def test_weights_before_the_placed_norms_alone_are_standardized():
     done = nk.place_xbn_(nn.Sequential(Block(), Block()), norm="gn:4+ws", position=1, every=2)
     assert done.standardized == ("1.conv1",)
+
+
+def test_the_small_network_of_the_lab_has_blocks():
+    done = nk.place_xbn_(build_model("small-resnet", num_classes=10).model, position=1)
+    assert changed(done) == ["3.norm1", "4.norm1"]
 
 
 def test_the_report_says_what_the_others_are():

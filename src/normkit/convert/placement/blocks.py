@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from normkit.convert.placement.own_forward import OwnForward, follow, own_forwards
+from normkit.convert.placement.own_forward import (
+    OwnForward,
+    follow,
+    is_sequence,
+    own_forwards,
+)
 from normkit.convert.rules import read
 from normkit.convert.selection import Found, find_norms
 from normkit.errors import ConversionError, OptionError, TraceError
@@ -167,7 +172,7 @@ def _stem(
 
 def _is_unit(part: nn.Module, blocks: Sequence[Block]) -> bool:
     """Whether this is a block of some kind, such as the first one of timm's MobileNetV2."""
-    if is_norm(part) or isinstance(part, nn.Sequential) or len(find_norms(part)) < 2:
+    if is_norm(part) or is_sequence(part) or len(find_norms(part)) < 2:
         return False
     parts = set(part.modules())
     return not any(block.own.module in parts for block in blocks)

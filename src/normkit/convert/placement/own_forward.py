@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import fx, nn
 
 from normkit.convert.selection import find_norms
-from normkit.tracing.kinds import CONVOLUTIONS, is_norm, kind_of_operation, plain_name
+from normkit.tracing.kinds import CONVOLUTIONS, Kind, is_norm, kind_of_operation, plain_name
 from normkit.tracing.symbolic import defaults_of
 
 
@@ -70,21 +70,26 @@ class OwnForward:
 
 def follow(module: nn.Module) -> OwnForward | None:
     """Follow a module's own forward; None if ``torch.fx`` cannot, or it has none of its own."""
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+    if is_sequence(module) or type(module).forward is nn.Module.forward:
         return None
     try:
         graph = _Tracer().trace(module, concrete_args=defaults_of(module))
     except Exception:  # noqa: BLE001 - the module's own code runs on proxies
         return None
-    sums = [node for node in graph.nodes if _is_sum(node) and len(_addends(node)) == 2]
+    sums = [node for node in graph.nodes if _kind(node) == "sum" and len(_addends(node)) == 2]
     return OwnForward(module, graph, sums[-1] if sums else None)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether its forward is that of ``Sequential``, which adds nothing to its parts."""
+    return type(module).forward is nn.Sequential.forward
 
 
 def _holds_chain(module: nn.Module) -> bool:
     if len(find_norms(module)) < 2:
         return True
-    if isinstance(module, nn.Sequential):
-        return all(map(_holds_chain, module))
+    if is_sequence(module):
+        return all(map(_holds_chain, module.children()))
     own = follow(module)
     if own is None:
         return False
@@ -92,20 +97,20 @@ def _holds_chain(module: nn.Module) -> bool:
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A call and everything that its input is made from."""
+    """A call and everything whose values come to it; asking for a shape takes none."""
     found: set[fx.Node] = set()
     open_ = [node]
     while open_:
         at = open_.pop()
         if at not in found:
             found.add(at)
-            open_.extend(at.all_input_nodes)
+            open_.extend(at.all_input_nodes if _kind(at) != "ask" else ())
     return found
 
 
-def _is_sum(node: fx.Node) -> bool:
+def _kind(node: fx.Node) -> Kind | None:
     called = node.op in ("call_function", "call_method")
-    return called and kind_of_operation(plain_name(node.target)) == "sum"
+    return kind_of_operation(plain_name(node.target)) if called else None
 
 
 def _addends(node: fx.Node) -> list[fx.Node]:
