@@ -120,7 +120,7 @@ converted 2 of 3 norms
   1.0   BatchNorm1d(8)   gn:8  weight, bias  running statistics
   1.0: 8 groups of one channel each: this is instance norm
   1.0: inputs (N, C) have one value a group, which training refuses
-left alone: 1.1 (BatchNorm1d(8)): '1.1' leaves it alone"""
+left alone, '1.1' leaves it alone: 1.1 (BatchNorm1d(8))"""
     )
     assert repr(done) == "<Conversion: converted 2 of 3 norms>"
     with pytest.raises(nk.PartitionError, match="more than 1 value"):  # as the report said

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import tyro
 
+from normkit.cli.advice import Recommend, Validate
 from normkit.cli.bench import Bench
 from normkit.cli.compare import Compare
+from normkit.cli.convert import Convert
 from normkit.cli.explain import Explain
 from normkit.cli.listing import List
 from normkit.errors import NormError
@@ -16,7 +18,15 @@ from normkit.lab.environment import package_version
 EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
-COMMANDS = {"compare": Compare, "bench": Bench, "explain": Explain, "list": List}
+COMMANDS = {
+    "compare": Compare,
+    "recommend": Recommend,
+    "convert": Convert,
+    "validate": Validate,
+    "explain": Explain,
+    "list": List,
+    "bench": Bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

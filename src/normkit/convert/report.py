@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -93,13 +93,20 @@ class Conversion:
         lines += [f"  {_at(c.name)}: {warning}" for c in self.changes for warning in c.warnings]
         if self.standardized:
             lines.append(f"weights standardised: {', '.join(self.standardized)}")
-        lines += [f"left alone: {_at(left.name)} ({left.old}): {left.why}" for left in self.left]
+        lines += _left_alone(self.left)
         lines += [] if self.calibration is None else _calibrated(self.calibration)
         return "\n".join(lines)
 
     def _summary(self) -> str:
         verb = "would convert" if self.dry_run else "converted"
         return f"{verb} {len(self.changes)} of {len(self.changes) + len(self.left)} norms"
+
+
+def _left_alone(left: Sequence[Left]) -> Iterator[str]:
+    """Say each reason once, with all of its norms."""
+    for why in dict.fromkeys(each.why for each in left):
+        names = [f"{_at(each.name)} ({each.old})" for each in left if each.why == why]
+        yield f"left alone, {why}: {', '.join(names)}"
 
 
 def _calibrated(done: Calibration) -> list[str]:

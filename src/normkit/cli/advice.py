@@ -1,0 +1,89 @@
+"""`normkit validate` and `normkit recommend`: which norms fit a model and a batch size."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from normkit.advice import recommend, validate
+from normkit.advice.recommend import Task
+from normkit.cli.model import ModelOptions
+
+EXIT_FINDINGS = 1
+Json = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validate(ModelOptions):
+    """Find what is wrong with the norms of a model at a batch size.
+
+    The exit code is 1 if there is an error among the findings.
+    """
+
+    batch_size: int
+    """Examples of a batch that one process computes."""
+    evaluation: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ask about evaluation only."""
+    json_output: Json = False
+    """Print the findings as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Print the findings.
+
+        Returns:
+            1 if one of them is an error, else 0.
+
+        Raises:
+            NormError: If an option breaks its rule.
+        """
+        found = validate(
+            self.build().train(not self.evaluation),
+            batch_size=self.batch_size,
+            input_shape=self.shape(),
+            training=not self.evaluation,
+        )
+        sys.stdout.write((json.dumps(found.as_list()) if self.json_output else str(found)) + "\n")
+        return EXIT_FINDINGS if any(each.severity == "error" for each in found) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommend:
+    """Rank norms for a batch size, with what the papers measured."""
+
+    batch_size: int
+    """Examples of a batch that one process computes."""
+    workers: int | None = None
+    """Number of processes, if the batch size is of all of them together."""
+    pretrained: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Weights trained with batch norm are to be kept."""
+    task: Task = "classification"
+    """What the network is for."""
+    details: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the reasons, the evidence and the limits of each."""
+    json_output: Json = False
+    """Print everything as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Print the ranking.
+
+        Returns:
+            0.
+
+        Raises:
+            NormError: If an option breaks its rule.
+        """
+        found = recommend(
+            self.batch_size,
+            per_worker=self.workers is None,
+            workers=self.workers,
+            pretrained=self.pretrained,
+            task=self.task,
+        )
+        if self.json_output:
+            text = json.dumps(found.as_list())
+        else:
+            text = "\n".join(map(str, found)) if self.details else str(found)
+        sys.stdout.write(text + "\n")
+        return 0

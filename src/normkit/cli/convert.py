@@ -1,0 +1,100 @@
+"""`normkit convert`: other norms in a model, and its weights in a file."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from normkit.cli.model import ModelOptions
+from normkit.convert import Conversion, convert_norm_
+from normkit.errors import SpecError
+from normkit.lab.checkpoints import save_weights
+from normkit.lab.data import Dataset, load
+from normkit.lab.records import usable_folder
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(ModelOptions):
+    """Replace the norms of a model by others and save its weights.
+
+    With --calibrate the new layers are set so that they put out what the old ones did on training
+    examples of that data set; the report tells how near the outputs then are to the original's.
+    """
+
+    to: str
+    """What the norms become: gn:32, gn:max=8, bcn:32+ws, ..."""
+    save: Path | None = None
+    """File for the weights; its name ends in .safetensors. Without it nothing is written."""
+    where: str | None = None
+    """Names of the norms that are meant, with commas between: layer1.*, or re: and a regular
+    expression; all if not given."""
+    calibrate: str | None = None
+    """Data set to calibrate on: digits, fashion-mnist, cifar10, cifar100 or svhn."""
+    examples: int = 512
+    """Training examples to calibrate on."""
+    batch_size: int = 64
+    """Examples of a batch while calibrating; for bgn:auto, of a training batch."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the report as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Convert, print the report, and save.
+
+        Returns:
+            0.
+
+        Raises:
+            NormError: If an option breaks its rule, or the model cannot be converted.
+        """
+        self._check()
+        dataset = None if self.calibrate is None else load(self.calibrate)
+        done = convert_norm_(
+            self.build(dataset),
+            self.to if self.where is None else self._map(),
+            calibrate=None if dataset is None else self._batches(dataset),
+            batch_size=self.batch_size,
+            example_input=self.example(dataset),
+        )
+        if self.save is not None:
+            save_weights(done.model, self.save, {"model": self.model, "norms": self.to})
+        sys.stdout.write((json.dumps(as_json(done)) if self.json_output else str(done)) + "\n")
+        if self.save is not None:
+            sys.stderr.write(f"weights: {self.save}\n")
+        return 0
+
+    def _check(self) -> None:
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < 1:
+                given, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+                raise SpecError(f"{flag} was given {given}; give 1 or more")
+        if self.save is not None:
+            if self.save.suffix != SUFFIX:
+                raise SpecError(f"--save was given {str(self.save)!r}; its name ends in {SUFFIX}")
+            usable_folder(self.save.parent, self.save.name)
+
+    def _map(self) -> dict[str, str]:
+        patterns = [part.strip() for part in (self.where or "").split(",")]
+        if "" in patterns:
+            raise SpecError(
+                f"--where was given {self.where!r}; write names with commas between, such as "
+                f"'layer1.*,layer2.*'"
+            )
+        return dict.fromkeys(patterns, self.to)
+
+    def _batches(self, dataset: Dataset) -> list[object]:
+        return list(dataset.train.inputs[: self.examples].split(self.batch_size))
+
+
+def as_json(done: Conversion) -> dict[str, object]:
+    """The report as plain values."""
+    return {
+        "changes": [asdict(change) for change in done.changes],
+        "left": [asdict(left) for left in done.left],
+        "standardized": done.standardized,
+        "calibration": None if done.calibration is None else asdict(done.calibration),
+    }

@@ -1,0 +1,70 @@
+"""The options that say which model a command is about."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from normkit.cli.numbers import whole_numbers
+from normkit.errors import SpecError
+from normkit.lab.checkpoints import load_weights_
+from normkit.lab.data import Dataset
+from normkit.lab.models import build_model
+
+NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and with which weights."""
+
+    model: str
+    """Network: small-resnet, mlp, vgg11, or torchvision:NAME or timm:NAME."""
+    checkpoint: Path | None = None
+    """File with its weights: .safetensors, or what torch.save wrote of a state dict."""
+    num_classes: int | None = None
+    """Length of its output: the data set's if one is given, else 1000."""
+    input_shape: str | None = None
+    """Channels, height and width of an input: the data set's if one is given, else 3,224,224."""
+
+    def build(self, dataset: Dataset | None = None) -> nn.Module:
+        """Build the model and load its weights; without a checkpoint they are random.
+
+        Args:
+            dataset: Says what the options do not.
+
+        Raises:
+            SpecError: If the model is unknown or cannot take the inputs.
+            DataError: If the checkpoint cannot be read or does not fit.
+        """
+        known = NUM_CLASSES if dataset is None else dataset.num_classes
+        built = build_model(
+            self.model,
+            num_classes=known if self.num_classes is None else self.num_classes,
+            input_shape=self.shape(dataset),
+        )
+        if self.checkpoint is not None:
+            load_weights_(built.model, self.checkpoint)
+        return built.model.eval()
+
+    def shape(self, dataset: Dataset | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of an input.
+
+        Raises:
+            SpecError: If they are not three numbers of 1 or more.
+        """
+        if self.input_shape is None and dataset is not None:
+            return dataset.input_shape
+        text = self.input_shape or INPUT_SHAPE
+        shape = whole_numbers("--input-shape", text)
+        if len(shape) != 3 or 0 in shape:
+            raise SpecError(
+                f"--input-shape was given {text!r}; it has channels, height and width, all 1 or "
+                f"more, such as {INPUT_SHAPE}"
+            )
+        return shape
+
+    def example(self, dataset: Dataset | None = None) -> torch.Tensor:
+        """Give two inputs of zeros, for following the model."""
+        return torch.zeros(2, *self.shape(dataset))

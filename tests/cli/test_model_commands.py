@@ -1,0 +1,110 @@
+"""`normkit convert`, `validate` and `recommend`."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import normkit as nk
+from normkit.cli import main
+from normkit.lab.models import build_model
+
+SMALL = ("--model", "small-resnet", "--num-classes", "10", "--input-shape", "1,8,8")
+
+
+@pytest.fixture
+def normkit(capsys):
+    """Run a command; returns the exit code, the output and the errors."""
+
+    def run(*arguments):
+        code = main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_weights_are_converted_and_saved(normkit, tmp_path):
+    path = tmp_path / "new" / "weights.safetensors"
+    code, output, errors = normkit("convert", *SMALL, "--to", "gn:4", "--save", str(path))
+    assert code == 0
+    assert output.startswith("converted 5 of 5 norms")
+    assert str(path) in errors
+    model = build_model("small-resnet", num_classes=10, input_shape=(1, 8, 8)).model
+    nk.convert_norm_(model, "gn:4")
+    model.load_state_dict(load_file(path))
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"model": "small-resnet", "norms": "gn:4"}
+
+
+def test_a_checkpoint_is_calibrated_on_a_data_set(normkit, tmp_path):
+    model = build_model("small-resnet", num_classes=10, input_shape=(1, 8, 8)).model
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    code, output, _ = normkit(
+        *("convert", "--model", "small-resnet", "--checkpoint", str(tmp_path / "weights.pt")),
+        *("--to", "gn:4", "--calibrate", "digits", "--examples", "96", "--batch-size", "32"),
+        "--json",
+    )
+    assert code == 0
+    report = json.loads(output)
+    assert report["calibration"]["num_batches"] == 3
+    assert report["calibration"]["num_layers"] == len(report["changes"]) == 5
+    assert report["calibration"]["original"]["relative_error"] == 0
+
+
+def test_only_the_named_norms_are_converted(normkit):
+    code, output, _ = normkit("convert", *SMALL, "--to", "gn:4", "--where", "re:.*0.*, nothing*")
+    assert code == 2
+    code, output, _ = normkit("convert", *SMALL, "--to", "gn:4", "--where", "re:.*1.*")
+    assert code == 0
+    assert "left alone, no pattern names it: " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "gn:5"), "cannot be converted; nothing was changed"),
+        (("--to", "gm:5"), "gm"),
+        (("--to", "gn:4", "--save", "weights.pt"), "its name ends in .safetensors"),
+        (("--to", "gn:4", "--where", "layer1,,bn"), "write names with commas between"),
+        (("--to", "gn:4", "--examples", "0"), "--examples was given 0; give 1 or more"),
+        (("--to", "gn:4", "--calibrate", "nothing"), "there is no data set 'nothing'"),
+        (("--to", "gn:4", "--checkpoint", "nothing.pt"), "nothing.pt cannot be read"),
+        (("--to", "gn:4", "--input-shape", "8,8"), "it has channels, height and width"),
+    ],
+)
+def test_misuse_is_said_in_a_line(normkit, arguments, message):
+    code, output, errors = normkit("convert", *SMALL, *arguments)
+    assert code == 2
+    assert output == ""
+    assert errors.startswith("normkit: ")
+    assert message in errors
+
+
+def test_validate_prints_findings_and_fails_on_errors(normkit):
+    tiny = ("--model", "small-resnet", "--num-classes", "10", "--input-shape", "1,4,4")
+    code, output, _ = normkit("validate", *tiny, "--batch-size", "1")
+    assert code == 1
+    assert output.startswith("error: single values")
+    code, output, _ = normkit("validate", *SMALL, "--batch-size", "32")
+    assert code == 0
+    code, output, _ = normkit("validate", *tiny, "--batch-size", "1", "--json")
+    assert {found["severity"] for found in json.loads(output)} >= {"error"}
+    code, output, _ = normkit("validate", *SMALL, "--batch-size", "0")
+    assert code == 2
+
+
+def test_recommend_ranks_norms(normkit):
+    code, output, _ = normkit("recommend", "--batch-size", "2")
+    assert code == 0
+    assert output.splitlines()[1].startswith("1  bcn")
+    code, output, _ = normkit("recommend", "--batch-size", "64", "--workers", "32", "--details")
+    assert output.startswith("bcn")
+    assert "evidence: " in output
+    code, output, _ = normkit("recommend", "--batch-size", "2", "--json")
+    assert [each["spec"] for each in json.loads(output)] == [str(r.spec) for r in nk.recommend(2)]
+    code, _, errors = normkit("recommend", "--batch-size", "2", "--workers", "3")
+    assert code == 2
+    assert "3 workers" in errors
