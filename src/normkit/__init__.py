@@ -26,7 +26,13 @@ from normkit.errors import (
 )
 from normkit.explain import Explanation, explain
 from normkit.fold import Folding, fold
-from normkit.inference import freeze_statistics, set_example_weight, thaw_statistics
+from normkit.inference import (
+    StatisticsPatch,
+    freeze_statistics,
+    recalibrate,
+    set_example_weight,
+    thaw_statistics,
+)
 from normkit.kernels.select import use_kernels
 from normkit.layers.batch_channel import BatchChannelNorm, sync_update_rates
 from normkit.layers.group_plus import GroupNormPlus
@@ -72,6 +78,7 @@ __all__ = [
     "PositionalNorm",
     "Recommendation",
     "SpecError",
+    "StatisticsPatch",
     "SwitchableNorm",
     "TraceError",
     "WeightError",
@@ -91,6 +98,7 @@ __all__ = [
     "place_ibn_",
     "place_xbn_",
     "recommend",
+    "recalibrate",
     "set_example_weight",
     "standardize_weights_",
     "sync_update_rates",

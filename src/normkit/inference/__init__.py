@@ -2,5 +2,13 @@
 
 from normkit.inference.example_weight import set_example_weight
 from normkit.inference.freeze import freeze_statistics, thaw_statistics
+from normkit.inference.patch import StatisticsPatch
+from normkit.inference.recalibrate import recalibrate
 
-__all__ = ["freeze_statistics", "set_example_weight", "thaw_statistics"]
+__all__ = [
+    "StatisticsPatch",
+    "freeze_statistics",
+    "recalibrate",
+    "set_example_weight",
+    "thaw_statistics",
+]
