@@ -249,6 +249,31 @@ def test_an_input_that_the_model_does_not_take_is_refused_with_the_way_out():
         nk.validate(conv(BN(8)), batch_size=32, example_input=["a"])
 
 
+def test_a_lazy_model_is_refused():
+    with pytest.raises(nk.InputError, match=r"1\.weight does not know its shape yet; send one"):
+        at_64(conv(nn.LazyBatchNorm2d()))
+
+
+def test_only_the_norms_that_are_checkpointed_are_named():
+    model = build("timm:resnet18")
+    model.set_grad_checkpointing(True)
+    names = [f.name for f in at_64(model) if f.check == "repeated by checkpointing"]
+    assert len(names) == 19  # all but the stem's
+    assert "bn1" not in names
+
+
+def test_a_norm_may_be_called_by_name():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = BN(3)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    assert "2 examples, 8192 values" in at_64(ByName(), batch_size=2)[0].what
+
+
 def test_a_compiled_model_is_refused():
     class OptimizedModule(nn.Module):
         """Stands for ``torch.compile``'s, which takes seconds to import."""

@@ -11,11 +11,9 @@ from normkit.advice.finding import Finding
 from normkit.advice.on_groups import call
 from normkit.advice.on_state import trackers
 from normkit.advice.registry import check
-from normkit.advice.situation import Norm, Situation
+from normkit.advice.situation import Norm, Situation, switches
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-SWITCHES = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
-"""Attributes by which timm, transformers and torchvision say that they checkpoint."""
 
 
 @check("repeated by checkpointing")
@@ -23,7 +21,7 @@ def repeated_by_checkpointing(situation: Situation) -> Iterator[Finding]:
     """Torch's batch norms whose forward a checkpoint runs twice a step."""
     for norm in situation.norms:
         own = norm.trains and isinstance(norm.module, _BatchNorm) and any(trackers(norm))
-        how = _checkpointed_by(situation.model, norm) if own else None
+        how = _checkpointed_by(situation, norm) if own else None
         if how is not None:
             yield Finding(
                 name=norm.name,
@@ -35,15 +33,12 @@ def repeated_by_checkpointing(situation: Situation) -> Iterator[Finding]:
             )
 
 
-def _checkpointed_by(model: nn.Module, norm: Norm) -> str | None:
-    """Say what shows that a norm is checkpointed: a call that was seen, or a switch above it."""
-    if norm.repeated:
-        return "torch.utils.checkpoint calls it"
-    above = norm.name.split(".")[:-1]
-    for depth in range(len(above), -1, -1):
-        holder = model.get_submodule(".".join(above[:depth]))
-        switch = next((name for name in SWITCHES if getattr(holder, name, None) is True), None)
-        if switch is not None:
+def _checkpointed_by(situation: Situation, norm: Norm) -> str | None:
+    """Say what shows that a norm is checkpointed: a call; if none is seen, a switch above it."""
+    if any(each.repeated for each in situation.norms):
+        return "torch.utils.checkpoint calls it" if norm.repeated else None
+    for holder, switch in switches(situation.model):
+        if any(module is norm.module for module in holder.modules()):
             return f"{switch}=True in {type(holder).__name__}"
     return None
 

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from normkit.advice.pools import Pool, Shape, num_processes, pools
@@ -19,6 +21,9 @@ from normkit.errors import InputError
 from normkit.inference.freeze import is_frozen
 from normkit.passes import device_of, untouched
 from normkit.tracing import Feeds, trace_feeds
+
+SWITCHES = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
+"""Attributes by which timm, transformers and torchvision are told to checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +92,9 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
     """Send an example through the model, once, and leave the model as it was.
 
     Raises:
-        InputError: If the model does not take the example.
+        InputError: If the model does not take the example, or has lazy layers.
     """
+    _require_shapes(model)
     found = find_norms(model)
     trains = {m: training and _would_train(m, model) for m in found}
     with untouched(model, training=False):
@@ -103,6 +109,19 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
     return Situation(
         model=model, batch_size=batch_size, training=training, norms=norms, feeds=feeds
     )
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """Refuse layers that wait for their first input.
+
+    Raises:
+        InputError: With the first one's name.
+    """
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(value):
+            raise InputError(
+                f"{name} does not know its shape yet; send one batch through the model first"
+            )
 
 
 def _would_train(norm: nn.Module, model: nn.Module) -> bool:
@@ -141,7 +160,7 @@ def _watch(
 ) -> dict[nn.Module, _Seen]:
     """Run the model; a norm that refuses its input gives it on as it is."""
     seen = {norm: _Seen() for norm in norms}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.set_grad_enabled(bool(list(switches(model)))):
         for norm in norms:
             stack.enter_context(_noted(norm, seen[norm]))
         try:
@@ -162,11 +181,12 @@ def _noted(norm: nn.Module, seen: _Seen) -> Generator[None]:
     own: Callable[..., Any] | None = norm.__dict__.get("forward")
     forward = norm.forward
 
-    def noting(x: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         seen.shapes[tuple(x.shape)] = None
         seen.repeated |= _is_checkpointed(sys._getframe())
         try:
-            return forward(x, *args, **kwargs)
+            return forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
             seen.refusal = _shortened(error)
             return x
@@ -178,6 +198,17 @@ def _noted(norm: nn.Module, seen: _Seen) -> Generator[None]:
         del norm.__dict__["forward"]
         if own is not None:
             norm.__dict__["forward"] = own
+
+
+def switches(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules that are told to checkpoint what is in them, and by which attribute.
+
+    Some do so only where gradients are computed, so their forward is watched with gradients.
+    """
+    for module in model.modules():
+        for name in SWITCHES:
+            if module.__dict__.get(name) is True:
+                yield module, name
 
 
 def _is_checkpointed(frame: FrameType | None) -> bool:

@@ -29,8 +29,8 @@ def validate(
 ) -> Findings:
     """Find what is wrong with the norms of a model at a batch size.
 
-    The model sees one example in evaluation mode, without gradients, and is left as it was: modes,
-    buffers, hooks and random states. How many values share statistics at the batch size is worked
+    The model sees one example in evaluation mode, and is left as it was: modes, buffers, hooks,
+    gradients and random states. How many values share statistics at the batch size is worked
     out from the shapes that the norms get.
 
     Args:
@@ -46,7 +46,7 @@ def validate(
         A list of ``Finding``, the worst first, then in the model's order. It can be printed.
 
     Raises:
-        InputError: If the model does not take the input.
+        InputError: If the model does not take the input, or has lazy layers without a shape.
         OptionError: If the batch size or the shape has no whole numbers of at least 1, there is
             not one of ``input_shape`` and ``example_input``, or the model is compiled.
 
