@@ -279,6 +279,31 @@ def test_networks_without_a_chain_of_norms_beside_a_shortcut_are_refused(name):
         nk.place_xbn_(build(name))
 
 
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        """Compute the output."""
+        return self.left(x) if x.sum() > 0 else self.right(x)
+
+
+class AroundOpaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = Opaque()
+
+    def forward(self, x):
+        """Compute the output."""
+        return x + self.inside(x)
+
+
+def test_norms_in_a_part_that_cannot_be_followed_are_no_chain():
+    with pytest.raises(nk.OptionError, match="has no residual blocks that could be recognised"):
+        nk.place_xbn_(nn.Sequential(AroundOpaque()))
+
+
 def test_a_norm_without_a_rule_is_refused_by_name():
     class Own(nn.BatchNorm2d):
         pass
