@@ -18,6 +18,19 @@ from timm.layers import BatchNormAct2d  # noqa: E402 - torchvision's operators c
 
 SIZES = [8, 8, 1]
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
+
+
+class LastAxis(nn.Module):
+    """A converted layer norm takes the channels in the last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nk.convert_norm(nn.LayerNorm(6), "bn").model
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
 CHANNELS = {
     "torch bn": lambda: nn.BatchNorm2d(6),
     "torch bn, momentum None": lambda: nn.BatchNorm2d(6, momentum=None),
@@ -29,19 +42,8 @@ CHANNELS = {
     "tracked gn": lambda: nk.GroupNorm(6, num_groups=3, track_running_stats=True),
     "bcn": lambda: nk.BatchChannelNorm(6, num_groups=3),
     "sn": lambda: nk.SwitchableNorm(6),
-    "channels last": lambda: ChannelsLast(),
+    "channels last": LastAxis,
 }
-
-
-class ChannelsLast(nn.Module):
-    """A converted layer norm takes the channels in the last axis."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nk.convert_norm(nn.LayerNorm(6), "bn").model
-
-    def forward(self, x):
-        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def data(seed=0):
@@ -325,7 +327,7 @@ def test_a_subclass_that_reads_its_statistics_in_training_is_measured():
 
 
 def test_nothing_to_measure_is_an_error():
-    with pytest.raises(nk.OptionError, match="Conv2d has no layer with running statistics$"):
+    with pytest.raises(nk.OptionError, match=r"Conv2d has no layer with running statistics$"):
         nk.recalibrate(nn.Conv2d(3, 6, 3), [data()])
     with pytest.raises(nk.OptionError, match=r"chooses none of the 1 layers; they are: 1"):
         nk.recalibrate(net(), [data()], where=lambda _, name: name == "bn")
@@ -333,7 +335,7 @@ def test_nothing_to_measure_is_an_error():
     nk.freeze_statistics(model)
     with pytest.raises(nk.OptionError, match="no layer to measure: 1: it is frozen"):
         nk.recalibrate(model, [data()])
-    with pytest.raises(nk.OptionError, match="'1'.*does not know its number of channels"):
+    with pytest.raises(nk.OptionError, match=r"'1'.*does not know its number of channels"):
         nk.recalibrate(nn.Sequential(nn.Identity(), nn.LazyBatchNorm2d()), [data()])
 
 
@@ -350,11 +352,11 @@ def test_batches_that_cannot_be_measured_are_refused():
         nk.recalibrate(model, iter([x]), sequential=True)
     with pytest.raises(nk.DataError, match=r"Tensor of shape .* was given as batches"):
         nk.recalibrate(model, x)
-    with pytest.raises(nk.OptionError, match="max_batches"):
+    with pytest.raises(nk.OptionError, match=r"max_batches=0"):
         nk.recalibrate(model, [x], max_batches=0)
-    with pytest.raises(nk.DataError, match="'1' has statistics that are not finite in torch.float"):
+    with pytest.raises(nk.DataError, match="'1' has statistics that are not finite"):
         nk.recalibrate(model, [x, x * float("nan")])
-    with pytest.raises(nk.OptionError, match="torch.distributed is not initialised"):
+    with pytest.raises(nk.OptionError, match=r"torch\.distributed is not initialised"):
         nk.recalibrate(model, [x], group=object())
 
 
