@@ -210,6 +210,16 @@ def test_a_norm_that_is_not_called():
     reasons(Idle(conv(), nn.BatchNorm2d(8)).double().eval(), {"1": "the forward does not call it"})
 
 
+def test_a_norm_that_these_arguments_do_not_reach():
+    class Optional(nn.Sequential):
+        def forward(self, x, raw=None):  # torch.fx follows the default
+            return self[1](self[0](x)) if raw is None else self[0](x)
+
+    model = trained(Optional(conv(), nn.BatchNorm2d(8)).double())
+    (left,) = nk.fold(model, (X, True)).left
+    assert left.why == "the forward does not call it"
+
+
 def test_parameters_that_the_forward_reads_itself():
     class Reading(nn.Sequential):
         def forward(self, x):

@@ -97,11 +97,11 @@ class _Planner:
 
     def why_not_once(self, name: str, module: nn.Module) -> str:
         """Say why it is not the one call of a module that decides what it does; '' if it is."""
-        times = max(self.neighbours.num_calls[name], len(self.calls[module]))
-        if not self.neighbours.num_calls[name]:
+        times = (self.neighbours.num_calls[name], len(self.calls[module]))  # traced, and run
+        if not all(times):
             return "the forward does not call it"
-        if times > 1:
-            return f"one forward calls it {times} times"
+        if max(times) > 1:
+            return f"one forward calls it {max(times)} times"
         reads = name in self.neighbours.read_directly
         return "the forward reads its parameters directly" if reads else ""
 
