@@ -50,7 +50,11 @@ def a_trained_network():
     return model.eval()
 
 
-CALLS = {each.apply: each.keeps_function for each in recommended()}
+CALLS = {
+    each.apply: each.keeps_function
+    for each in recommended()
+    if str(each.spec) not in ("bgn:max=2", "bgn:max=64", "bgn:max=128", "bgn:max=256")  # as others
+}
 
 
 @pytest.mark.parametrize("call", sorted(CALLS))
@@ -61,7 +65,7 @@ def test_a_call_works_and_keeps_the_function_if_it_says_so(call):
         before = model(x)
         eval(call, {"nk": nk, "model": model})
         change = (model(x) - before).abs().max() / before.std()
-    fine = re.search(r"bgn:max=(256|512)", call)  # of so few channels each is a group
+    fine = re.search(r"bgn:max=512", call)  # of so few channels each is a group
     assert (change < 1e-3) == bool(CALLS[call] or fine)
     model.train()(x).sum().backward()
 

@@ -68,10 +68,8 @@ def test_a_fix_that_names_a_call_of_ours_works(name, batch, shape, broken):
 def test_sound_networks_raise_no_alarm(name):
     shape = (3, 160, 160) if name == "timm:test_vit" else (3, 64, 64)
     model = build(name)
-    for training in (True, False):
-        fresh = nk.validate(model, batch_size=32, input_shape=shape, training=training)
-        alarms = {f.check for f in fresh if f.severity != "note"}
-        assert alarms <= (set() if training else {"no statistics yet"})
+    found = nk.validate(model, batch_size=32, input_shape=shape)
+    assert [f for f in found if f.severity != "note"] == []
 
 
 def test_small_batches_are_found_in_a_real_network():
