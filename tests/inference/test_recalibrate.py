@@ -367,6 +367,9 @@ def test_single_values_are_refused_where_they_have_no_variance():
     assert nk.recalibrate(plain, x.split(SIZES), sequential=True).num_batches == 3
     with pytest.raises(nk.DataError, match="'' got a single value for each of its statistics"):
         nk.recalibrate(plain, [x[:1]], sequential=True)
+    ghost = nk.GhostBatchNorm(3, ghost_batch_size=8)
+    with pytest.raises(nk.PartitionError, match="layer '' expected more than 1 value per statist"):
+        nk.recalibrate(ghost, [x])
     instance = nn.InstanceNorm2d(3, track_running_stats=True)
     with pytest.raises(nk.InputError, match="a channel of an example is a single value"):
         nk.recalibrate(instance, [data()[..., :1, :1]], sequential=True)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.core.partition import require_variance
 from normkit.errors import DataError, InputError
 from normkit.inference.population import Population, Sums
 from normkit.inference.ranks import Group, together
 from normkit.inference.tracked import feature_map, statistics_of
-from normkit.layers.base import BUFFERS, TrackingLayer
+from normkit.layers.base import BUFFERS, SegmentLayer, TrackingLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import (
     Forward,
@@ -155,6 +156,8 @@ def _watch(name: str, layer: nn.Module, population: Population) -> Callable[[], 
                 f"its statistics, which has no variance to normalise by; leave such batches out "
                 f"(DataLoader(drop_last=True)), or pass sequential=True, which takes them"
             )
+        if isinstance(layer, SegmentLayer):
+            require_variance(layer.partition, x.shape, f"layer {name!r}")
         population.add(x)
 
     return layer.register_forward_pre_hook(see, with_kwargs=True).remove
@@ -172,7 +175,7 @@ def _normalise_by_batch(layer: nn.Module) -> None:
     hides = isinstance(layer, nn.SyncBatchNorm | TrackingLayer)
     for name, buffer in statistics_of(layer).items():
         layer._buffers[name] = None if hides else buffer.clone()
-    layer.training = not isinstance(layer, nn.SyncBatchNorm)
+    layer.training = not hides  # without statistics these normalise by their input in any mode
 
 
 def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
         DataError: If there is no batch, one that needs ``forward``, an iterator for a
             ``sequential`` measurement, statistics that are not finite, or another rank has failed.
         InputError: If a batch has a single value for each statistic of a layer.
+        PartitionError: If a group that a layer of ours normalises by has a single value.
 
     Example:
         >>> import torch
