@@ -48,6 +48,7 @@ from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 from normkit.param_groups import decay_gamma_to_one, param_groups
 from normkit.spec import NormSpec, build, parse_specs
+from normkit.tune import Tuning, tune_example_weight
 from normkit.weights import bake_weights_, standardize_weights_
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "StatisticsPatch",
     "SwitchableNorm",
     "TraceError",
+    "Tuning",
     "WeightError",
     "bake_weights_",
     "build",
@@ -103,6 +105,7 @@ __all__ = [
     "standardize_weights_",
     "sync_update_rates",
     "thaw_statistics",
+    "tune_example_weight",
     "use_kernels",
     "validate",
     "weights",

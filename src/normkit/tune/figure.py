@@ -1,0 +1,58 @@
+"""The curve over example weights as a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from normkit.errors import OptionError
+from normkit.tune.gain import CONFIDENCE
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise OptionError(
+        f"matplotlib is not installed ({error}); pip install 'normkit[lab]' brings it"
+    ) from error
+
+if TYPE_CHECKING:
+    from normkit.tune.result import Tuning
+
+SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.8), 160
+LINE, BAND, MARK, INK = "#1b6ca8", "#a9c9e2", "#c2410c", "#1d2126"
+QUANTILE = 1.96  # of the interval that the band shows
+
+
+def draw(result: Tuning) -> Figure:
+    """Gain against ``alpha = 0`` over all examples, with its interval, and what was chosen."""
+    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    alphas = [point.alpha for point in result.curve]
+    gains = [point.gain for point in result.curve]
+    errors = [QUANTILE * point.error for point in result.curve]
+    low, high = ([g + sign * e for g, e in zip(gains, errors, strict=True)] for sign in (-1, 1))
+    axes.fill_between(alphas, low, high, color=BAND, linewidth=0)
+    axes.plot(alphas, gains, color=LINE, marker="o", markersize=3.5)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    _mark_judged(axes, result)
+    axes.set_xlabel("example weight alpha")
+    axes.set_ylabel(f"gain in {result.metric.name} against alpha = 0")
+    axes.set_title(
+        f"{result.curve[0].num_examples:,} examples; the band is the {100 * CONFIDENCE:g} % "
+        f"interval of a gain",
+        fontsize=9,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _mark_judged(axes: Axes, result: Tuning) -> None:
+    """The gain of the best common weight where it had no part in choosing."""
+    gain = result.shared_gain
+    ends = [[gain.mean - gain.low], [gain.high - gain.mean]]
+    label = f"{result.shared:.3g}, judged by the {gain.num_examples:,} examples that did not choose"
+    axes.errorbar(
+        [result.shared], [gain.mean], ends, color=MARK, marker="s", capsize=3, label=label
+    )
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,143 @@
+"""Which layers of a model are weighed, how torch's come to be ours, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normkit.convert import Conversion, convert_norm_
+from normkit.convert.rules import RULES, key_of
+from normkit.errors import OptionError
+from normkit.layers.base import NormLayer, SegmentLayer, TrackingLayer
+
+Weights = float | Mapping[str, float]
+"""One example weight for all layers, or one for each by name."""
+
+
+class WeighedLayers:
+    """The layers of a model that have running statistics to weigh.
+
+    Args:
+        model: The model; it is changed by ``convert_`` and ``set_``.
+
+    Raises:
+        OptionError: If there is nothing to weigh, or the model is itself a norm of torch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.conversion: Conversion | None = None
+        self._foreign, self.left = _foreign(model)
+        own = _tracking(model)
+        if model in self._foreign:
+            raise OptionError(
+                f"the model is itself a {type(model).__name__}, which cannot be replaced in place; "
+                f"put it into nn.Sequential first"
+            )
+        if not own and not self._foreign:
+            also = "".join(f"; {name}: {why}" for name, why in self.left.items())
+            raise OptionError(
+                f"{type(model).__name__} has no BatchNorm and no layer of normkit with running "
+                f"statistics, so there is nothing to weigh{also}"
+            )
+        self._before = {layer: layer.example_weight for layer in own.values()}
+        self.named, self.callers = own, _callers(model, own)
+
+    def convert_(self) -> None:
+        """Replace torch's batch norms by ours, which compute the same."""
+        if self._foreign:
+            self.conversion = convert_norm_(
+                self.model, "bn", where=lambda module, _: module in self._foreign
+            )
+        self.named = _tracking(self.model)
+        self.callers = _callers(self.model, self.named)
+
+    def set_(self, weights: Weights) -> None:
+        """Give every layer its weight."""
+        for name, layer in self.named.items():
+            layer.example_weight = weights[name] if isinstance(weights, Mapping) else weights
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that the layers have."""
+        return {name: layer.example_weight for name, layer in self.named.items()}
+
+    @contextmanager
+    def kept(self) -> Generator[None]:
+        """Run the block, then give the layers the weights that they have now."""
+        before = self.weights
+        try:
+            yield
+        finally:
+            self.set_(before)
+
+    @property
+    def has_composites(self) -> bool:
+        """Whether a layer weighs inside an operator that takes plain numbers alone."""
+        return any(not isinstance(caller, SegmentLayer) for caller in self.callers)
+
+    def require_in_place(self) -> None:
+        """Refuse to weigh layers that are no longer in the model.
+
+        Raises:
+            OptionError: If the conversion was undone or others were put in.
+        """
+        modules = set(self.model.modules())
+        gone = [name for name, layer in self.named.items() if layer not in modules]
+        if gone:
+            raise OptionError(
+                f"layers {', '.join(map(repr, gone[:5]))} are no longer in the model: the tuning "
+                f"was undone, or they were replaced since; tune it again"
+            )
+
+    def undo(self) -> None:
+        """Put torch's layers and the old weights back."""
+        if self.conversion is not None:
+            self.conversion.revert()
+        for layer, weight in self._before.items():
+            layer.example_weight = weight
+
+
+def _tracking(model: nn.Module) -> dict[str, TrackingLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TrackingLayer) and module.track_running_stats
+    }
+
+
+def _foreign(model: nn.Module) -> tuple[set[nn.Module], dict[str, str]]:
+    """Batch norms of other libraries that can become ours, and why others cannot."""
+    found: set[nn.Module] = set()
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NormLayer) or not isinstance(module, _BatchNorm):
+            continue
+        if module.running_mean is None:
+            left[name] = "it has no running statistics"
+        elif key_of(type(module)) not in RULES:
+            left[name] = f"{type(module).__name__} is no batch norm that normkit can replace"
+        else:
+            found.add(module)
+    return found, left
+
+
+def _callers(
+    model: nn.Module, named: Mapping[str, TrackingLayer]
+) -> dict[nn.Module, list[TrackingLayer]]:
+    """The modules that a model calls, each with the layers that weigh inside of it.
+
+    The stages of a composite are not called themselves.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    found: dict[nn.Module, list[TrackingLayer]] = {}
+    for name, layer in named.items():
+        parts = name.split(".") if name else []
+        above = [".".join(parts[:end]) for end in range(len(parts) + 1)]
+        caller = next(modules[path] for path in above if isinstance(modules[path], NormLayer))
+        found.setdefault(caller, []).append(layer)
+    return found

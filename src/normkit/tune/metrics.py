@@ -1,0 +1,112 @@
+"""What is tuned for: a score of every example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from normkit.errors import DataError, OptionError
+
+Score = Callable[[Any, Any], Tensor]
+"""``score(output, batch)`` gives one value for each example."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A score of every example, and which way is better.
+
+    Args:
+        name: Its name, for people.
+        score: From a model's output and its batch.
+        larger_is_better: Whether that is so.
+        binary: Whether scores are 0 or 1 alone: it has steps and no slope.
+    """
+
+    name: str
+    score: Score
+    larger_is_better: bool
+    binary: bool = False
+
+    def of(self, output: Any, batch: Any) -> Tensor:  # noqa: ANN401 - whatever a model takes and gives
+        """Scores of a batch, ``(n,)`` in float64.
+
+        Raises:
+            DataError: If the metric gives something else.
+        """
+        scores = self.score(output, batch)
+        if not isinstance(scores, Tensor) or scores.ndim != 1:
+            given = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+            raise DataError(
+                f"the metric {self.name} gave {given} for a batch; it gives one value for each "
+                f"example, shape (n,), so that examples can be compared: reduction='none', no mean"
+            )
+        return scores.double()
+
+    def gains(self, scores: Tensor, before: Tensor) -> Tensor:
+        """What each example gains."""
+        return scores - before if self.larger_is_better else before - scores
+
+
+def read_metric(metric: Literal["loss", "accuracy"] | Score, larger_is_better: bool) -> Metric:
+    """Read ``metric=``.
+
+    Raises:
+        OptionError: If it is neither a known name nor callable.
+    """
+    if isinstance(metric, str) and metric in KNOWN:
+        return KNOWN[metric]
+    if isinstance(metric, str) or not callable(metric):
+        raise OptionError(
+            f"metric={metric!r} was given; it is one of {', '.join(map(repr, KNOWN))} or a "
+            f"callable metric(output, batch) that gives one value for each example"
+        )
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return Metric(name=name, score=metric, larger_is_better=larger_is_better)
+
+
+def _loss(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+    scores, target = _classes(output, batch)
+    return functional.cross_entropy(scores.double(), target, reduction="none")
+
+
+def _accuracy(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+    scores, target = _classes(output, batch)
+    return (scores.argmax(1) == target).double()
+
+
+KNOWN = {
+    "loss": Metric(name="loss", score=_loss, larger_is_better=False),
+    "accuracy": Metric(name="accuracy", score=_accuracy, larger_is_better=True, binary=True),
+}
+
+
+def _classes(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Scores of the classes ``(N, K)`` and the targets ``(N,)``.
+
+    Raises:
+        DataError: If the output or the batch is something else.
+    """
+    way_out = "pass metric=lambda output, batch: ..., which gives one value for each example"
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        raise DataError(
+            f"a batch of type {type(batch).__name__} was given; loss and accuracy take pairs "
+            f"(inputs, target); {way_out}"
+        )
+    target = batch[1]
+    fits = isinstance(output, Tensor) and output.ndim == 2 and target.shape == output.shape[:1]
+    if not fits or target.is_floating_point():
+        raise DataError(
+            f"the output is {_shown(output)} and the target {_shown(target)}; loss and accuracy "
+            f"take scores (N, K) and whole numbers (N,); {way_out}"
+        )
+    return output, target.long()
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"

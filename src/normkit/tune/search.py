@@ -1,0 +1,227 @@
+"""Which example weight is best: a grid, a closer look around its best point, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.check import require_share
+from normkit.errors import DataError, OptionError
+from normkit.passes import Forward, as_list, forward_batch
+from normkit.tune.gain import Gain, paired_gain, standard_error
+from normkit.tune.gradient import descend
+from normkit.tune.layers import WeighedLayers, Weights
+from normkit.tune.metrics import Metric, Score, read_metric
+from normkit.tune.result import CurvePoint, Tuning
+from normkit.tune.sweep import Sweep
+
+GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # the best ones are small
+CLOSE_ENOUGH = 0.01  # width of the bracket at which the golden section ends
+GOLDEN = (math.sqrt(5) - 1) / 2
+CHOOSES, JUDGES = slice(0, None, 2), slice(1, None, 2)  # examples, by their places
+MIN_EXAMPLES = 4
+
+
+def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, how closely
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    metric: Literal["loss", "accuracy"] | Score = "loss",
+    grid: Sequence[float] = GRID,
+    per_layer: bool = False,
+    refine: bool = True,
+    forward: Forward | None = None,
+    larger_is_better: bool = True,
+) -> Tuning:
+    r"""Choose the example weight of a trained model on held-out data, and set it.
+
+    .. math::  m = \alpha e + (1 - \alpha) m_r, \quad
+               v = \alpha v_e + (1 - \alpha) v_r + \alpha (1 - \alpha) (e - m_r)^2
+
+    Every batch norm of torch becomes ours in place, with the same function and the same names in
+    the state dict. The examples at even places choose ``alpha``; those at odd places, which had no
+    part in that, say what it gains against ``alpha = 0``. Unless the interval of this gain lies
+    above 0, ``alpha`` is 0 in the end: what is best of a grid is better than 0 on the data that
+    chose it, even where all differences are noise.
+
+    Weights share a forward where the model lets them, each with its own copy of the batch; what
+    comes before the first norm is computed once for all of them.
+
+    Args:
+        model: Any model with batch norms of torch or layers of normkit with running statistics.
+        batches: Held-out data: pairs ``(inputs, target)``, or what ``forward`` takes; independent
+            examples, none of which the model was trained on. Read once and kept.
+        metric: ``"loss"``, the cross entropy of scores ``(N, K)`` with targets ``(N,)``;
+            ``"accuracy"``; or ``metric(output, batch)``, which gives one value for each example.
+        grid: Weights to try, from 0 to 1; 0 is tried in any case.
+        per_layer: Find a weight for each layer: 20 steps of Adam by the gradient of the metric,
+            from the best common one.
+        refine: Look closer between the neighbours of the grid's best point, by golden section,
+            until 0.01 is left. The accuracy has no slope to follow and is not refined.
+        forward: ``forward(model, batch)`` for batches of another form.
+        larger_is_better: Of a ``metric`` that is a function, whether larger values are better.
+
+    Returns:
+        The chosen weight with its gain, and the curve over all weights; ``undo`` brings back the
+        model as it was.
+
+    Raises:
+        OptionError: If the model has nothing to weigh, is wrapped or compiled, or an option has a
+            value that it cannot have; ``per_layer`` with ``"accuracy"`` among them.
+        DataError: If there are fewer than 4 examples, a batch needs ``forward``, reaches no layer,
+            or the metric does not give one finite value for each example.
+
+    Numerics:
+        Scores and gains are float64. The interval of a mean is the normal one, of accuracies that
+        of Agresti & Min.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.1.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(),
+        ...                       nn.Linear(216, 5))
+        >>> data = [(torch.randn(8, 3, 8, 8), torch.randint(5, (8,))) for _ in range(2)]
+        >>> result = tune_example_weight(model, data, grid=(0, 0.5, 1))
+        >>> [point.alpha for point in result.curve if point.alpha in (0, 0.5, 1)]
+        [0.0, 0.5, 1.0]
+        >>> result.undo()[1]
+        BatchNorm2d(6, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    measured, alphas = read_metric(metric, larger_is_better), _read_grid(grid)
+    if per_layer and measured.binary:
+        raise OptionError(
+            "per_layer=True was given with metric='accuracy', which has no gradient to follow; "
+            "tune for metric='loss', or with per_layer=False"
+        )
+    layers = WeighedLayers(model)
+    sweep = Sweep(layers, measured, forward or forward_batch, as_list(batches))
+    try:
+        layers.convert_()
+        found = _searched(sweep, alphas, per_layer, refine and not measured.binary)
+        layers.set_(found.alpha)
+        return found
+    except BaseException:
+        layers.undo()
+        raise
+
+
+def _searched(sweep: Sweep, alphas: tuple[float, ...], per_layer: bool, refine: bool) -> Tuning:
+    table = _Table(sweep, alphas)
+    if refine:
+        table.refine()
+    shared = table.best()
+    chosen: Weights = descend(sweep, shared) if per_layer else shared
+    gain = table.gain_of(chosen)
+    nothing: Weights = dict.fromkeys(sweep.layers.named, 0.0) if per_layer else 0.0
+    return Tuning(
+        model=sweep.model,
+        metric=sweep.metric,
+        alpha=chosen if gain.significant else nothing,
+        best=chosen,
+        gain=gain,
+        shared=shared,
+        shared_gain=table.gain_of(shared),
+        curve=tuple(table.points()),
+        how=sweep.how or "one by one",
+        _sweep=sweep,
+    )
+
+
+class _Table:
+    """Scores of every example under every weight that was tried."""
+
+    def __init__(self, sweep: Sweep, alphas: tuple[float, ...]) -> None:
+        self.sweep, self.metric = sweep, sweep.metric
+        self.rows = dict(zip(alphas, sweep.scores(alphas), strict=True))
+        _require_examples(self.rows[0.0], self.metric)
+
+    def gains(self, alpha: float) -> Tensor:
+        """What every example gains against 0."""
+        return self.metric.gains(self.rows[alpha], self.rows[0.0])
+
+    def choosing(self, alpha: float) -> float:
+        """Mean gain of the examples that choose; the worst there is where it is no number."""
+        if alpha not in self.rows:
+            self.rows[alpha] = self.sweep.scores((alpha,))[0]
+        mean = self.gains(alpha)[CHOOSES].mean().item()
+        return -math.inf if math.isnan(mean) else mean
+
+    def best(self) -> float:
+        """The weight with the largest gain, the smallest of several."""
+        return max(sorted(self.rows), key=self.choosing)
+
+    def refine(self) -> None:
+        """Try weights between the neighbours of the best one."""
+        tried = sorted(self.rows)
+        place = tried.index(self.best())
+        low, high = tried[max(place - 1, 0)], tried[min(place + 1, len(tried) - 1)]
+        golden_section(self.choosing, low, high)
+
+    def gain_of(self, weights: Weights) -> Gain:
+        """Gain of the examples that had no part in choosing."""
+        if not isinstance(weights, float):
+            scores = self.sweep.scores_of(weights)
+            differences = self.metric.gains(scores, self.rows[0.0])
+        else:
+            differences = self.gains(weights)
+        return paired_gain(differences[JUDGES], self.metric.binary)
+
+    def points(self) -> Iterator[CurvePoint]:
+        """Means over all examples, in the order of the weights."""
+        for alpha, scores in sorted(self.rows.items()):
+            gains = self.gains(alpha)
+            mean, gain = scores.mean().item(), gains.mean().item()
+            yield CurvePoint(alpha, mean, len(scores), gain, standard_error(gains))
+
+
+def golden_section(value: Callable[[float], float], low: float, high: float) -> None:
+    """Ask for values ever closer to where they are largest between two ends.
+
+    Args:
+        value: Has one maximum between the ends; keeps what it has found.
+        low: Lower end.
+        high: Upper end.
+    """
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    while high - low > CLOSE_ENOUGH:
+        if value(left) >= value(right):
+            high, right = right, left
+            left = high - GOLDEN * (high - low)
+        else:
+            low, left = left, right
+            right = low + GOLDEN * (high - low)
+
+
+def _read_grid(grid: Sequence[float]) -> tuple[float, ...]:
+    """Weights in rising order, 0 among them.
+
+    Raises:
+        OptionError: If one is no share, or there is nothing to compare with 0.
+    """
+    for alpha in grid:
+        require_share("grid", alpha)
+    alphas = tuple(sorted({0.0, *map(float, grid)}))
+    if len(alphas) < 2:
+        raise OptionError(
+            f"grid={tuple(grid)} was given; give at least one weight above 0, such as (0.1, 0.3)"
+        )
+    return alphas
+
+
+def _require_examples(scores: Tensor, metric: Metric) -> None:
+    if len(scores) < MIN_EXAMPLES:
+        raise DataError(
+            f"{len(scores)} examples were given; half of them choose and half judge, so there "
+            f"must be {MIN_EXAMPLES} at least, and hundreds to tell a gain from noise"
+        )
+    if not torch.isfinite(scores).all():
+        number = int((~torch.isfinite(scores)).sum())
+        raise DataError(
+            f"the {metric.name} of {number} of {len(scores)} examples is not finite at alpha = 0; "
+            f"see what the model makes of them before tuning it"
+        )
