@@ -258,6 +258,8 @@ def test_an_activation_inside():
 def test_channels_that_are_not_the_layers():
     model = model_of(conv(8, 1), nn.Flatten(2), nn.Unflatten(1, (2, 4)), nn.BatchNorm2d(2))
     assert nk.fold(model, X).left == ()  # a channel of the norm is four of the layer's
+    features = model_of(conv(8, 1), nn.Flatten(), nn.BatchNorm1d(8 * 35))  # a norm for each pixel
+    reasons(features, {"2": "its channels are not those of '0'"})
     shuffled = model_of(conv(8, 1), nn.ChannelShuffle(2), nn.BatchNorm2d(8))
     reasons(shuffled, {"2": "its input comes from '1' (ChannelShuffle)"})
     tokens = model_of(nn.Linear(5, 7), nn.Flatten(2), nn.BatchNorm1d(6))
