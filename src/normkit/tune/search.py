@@ -164,11 +164,11 @@ class _Table:
 
     def gain_of(self, weights: Weights) -> Gain:
         """Gain of the examples that had no part in choosing."""
-        if not isinstance(weights, float):
-            scores = self.sweep.scores_of(weights)
-            differences = self.metric.gains(scores, self.rows[0.0])
-        else:
+        if isinstance(weights, float):
             differences = self.gains(weights)
+        else:  # both in plain forwards, so that rounding is no gain where all weights are 0
+            before = self.sweep.scores_of(0.0)
+            differences = self.metric.gains(self.sweep.scores_of(weights), before)
         return paired_gain(differences[JUDGES], self.metric.binary)
 
     def points(self) -> Iterator[CurvePoint]:
