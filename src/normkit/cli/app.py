@@ -12,6 +12,7 @@ from normkit.cli.compare import Compare
 from normkit.cli.convert import Convert
 from normkit.cli.explain import Explain
 from normkit.cli.listing import List
+from normkit.cli.tune import Tune
 from normkit.errors import NormError
 from normkit.lab.environment import package_version
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "recommend": Recommend,
     "convert": Convert,
     "validate": Validate,
+    "tune": Tune,
     "explain": Explain,
     "list": List,
     "bench": Bench,

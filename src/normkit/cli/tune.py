@@ -1,0 +1,124 @@
+"""`normkit tune`: the example weight of a trained model, chosen on held-out data."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from normkit.cli.model import ModelOptions
+from normkit.cli.numbers import flag
+from normkit.errors import SpecError
+from normkit.lab.checkpoints import save_weights
+from normkit.lab.data import Examples, load
+from normkit.lab.records import usable_folder
+from normkit.tune import Gain, Tuning, tune_example_weight
+
+SUFFIX, PICTURES = ".safetensors", (".png", ".svg", ".pdf")
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(ModelOptions):
+    """Choose how much of its own statistics each example has at evaluation, and test it.
+
+    The weight is chosen on the data set's validation examples; what it gains is then measured on
+    the test examples, which have no part in choosing. If the gain may be noise the weight stays 0.
+    """
+
+    data: str
+    """Data set: digits, fashion-mnist, cifar10, cifar100 or svhn."""
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What the weight is to be best for."""
+    per_layer: Flag = False
+    """Find a weight for each layer, by gradient; for the loss only."""
+    examples: int | None = None
+    """Validation and test examples to use, of each at most so many; all if not given."""
+    batch_size: int = 100
+    """Examples of a batch."""
+    save: Path | None = None
+    """File for the weights; its name ends in .safetensors. Without it nothing is written."""
+    plot: Path | None = None
+    """File for the curve: its name ends in .png, .svg or .pdf."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Tune, test, print, and write the files.
+
+        Returns:
+            0.
+
+        Raises:
+            NormError: If an option breaks its rule, or the model cannot be tuned.
+        """
+        self._check()
+        dataset = load(self.data)
+        result = tune_example_weight(
+            self.build(dataset),
+            self._batches(dataset.validation),
+            metric=self.metric,
+            per_layer=self.per_layer,
+        )
+        test = result.gain_on(self._batches(dataset.test))
+        text = json.dumps(as_json(result, test)) if self.json_output else _text(result, test)
+        sys.stdout.write(text + "\n")
+        self._write(result)
+        return 0
+
+    def _check(self) -> None:
+        for name in ("examples", "batch_size"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        for name, suffixes in (("save", (SUFFIX,)), ("plot", PICTURES)):
+            path = getattr(self, name)
+            if path is None:
+                continue
+            if path.suffix not in suffixes:
+                known = " or ".join(suffixes)
+                raise SpecError(f"--{name} was given {str(path)!r}; its name ends in {known}")
+            usable_folder(path.parent, path.name)
+
+    def _batches(self, examples: Examples) -> list[object]:
+        inputs = examples.inputs[: self.examples].split(self.batch_size)
+        targets = examples.targets[: self.examples].split(self.batch_size)
+        return list(zip(inputs, targets, strict=True))
+
+    def _write(self, result: Tuning) -> None:
+        if self.save is not None:
+            weight = json.dumps(result.alpha)
+            save_weights(result.model, self.save, {"model": self.model, "example_weight": weight})
+            sys.stderr.write(f"weights: {self.save}\n")
+        if self.plot is not None:
+            result.plot(self.plot)
+            sys.stderr.write(f"curve: {self.plot}\n")
+
+
+def as_json(result: Tuning, test: Gain) -> dict[str, object]:
+    """The result as plain values."""
+    return {
+        "metric": result.metric.name,
+        "larger_is_better": result.metric.larger_is_better,
+        "alpha": result.alpha,
+        "best": result.best,
+        "shared": result.shared,
+        "significant": result.significant,
+        "gain": asdict(result.gain),
+        "shared_gain": asdict(result.shared_gain),
+        "test_gain": asdict(test),
+        "curve": [point._asdict() for point in result.curve],
+        "forwards": result.how,
+    }
+
+
+def _text(result: Tuning, test: Gain) -> str:
+    if not result.significant:
+        return f"{result}\non the test examples nothing changes"
+    lines = [str(result)]
+    if isinstance(result.alpha, Mapping):
+        lines += [f"  {name}: {alpha:.3g}" for name, alpha in result.alpha.items()]
+    return "\n".join([*lines, f"on {test.num_examples:,} test examples it gains {test}"])
