@@ -50,7 +50,7 @@ class Recipe:
     def options(self) -> Mapping[str, inspect.Parameter]:
         """Keyword options of the layer, by name."""
         parameters = inspect.signature(self.layer).parameters
-        hidden = ("num_features", "device", "dtype")
+        hidden = ("num_features", "process_group", "device", "dtype")
         return {name: p for name, p in parameters.items() if name not in hidden}
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.moments import Moments
 from normkit.core.normalize import Affine
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
+from normkit.core.ranks import merge, merge_with_own, sum_gradients
 from normkit.typing import GroupTable, PerChannel, SegmentTable
 
 
@@ -87,7 +89,7 @@ class EstimatedStatistics:
     partition: Partition  # the whole batch
     eps: float
 
-    def __call__(
+    def __call__(  # noqa: PLR0913, PLR0917 - a table, the parameters, and what the rule is given
         self,
         table: Moments,
         weight: PerChannel | None,
@@ -95,32 +97,100 @@ class EstimatedStatistics:
         old_mean: GroupTable,
         old_var: GroupTable,
         rate: Tensor,
+        rows: Tensor | None = None,
     ) -> Affine:
         """Scale and center of every segment."""
-        return standardize(table, self.groups(table, old_mean, old_var, rate), self, weight, bias)
+        groups = self.groups(table, old_mean, old_var, rate, rows)
+        return standardize(table, groups, self, weight, bias)
 
     def groups(
-        self, table: Moments, old_mean: GroupTable, old_var: GroupTable, rate: Tensor
+        self,
+        table: Moments,
+        old_mean: GroupTable,
+        old_var: GroupTable,
+        rate: Tensor,
+        rows: Tensor | None = None,
     ) -> Moments:
-        """Estimates after this batch, ``(1, G)``.
+        """Estimates after this batch, ``(1, G)``; ``rows`` are what several processes saw of it.
 
         The rate is data like the old estimates: a checkpoint's second look brings others.
         """
-        batch = self.partition.pool(table.detach())
+        batch = self.partition.pool(table.detach()) if rows is None else merge(rows)
+        if rows is not None:
+            batch = Moments(batch.mean.to(old_mean.dtype), batch.var.to(old_var.dtype))
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
         return Moments(
             old_mean + rate * (batch.mean - old_mean), old_var + rate * (distance - old_var)
         )
 
 
-Rule = GroupStatistics | WeighedStatistics | EstimatedStatistics
-"""Where a stage takes its statistics from: own groups, a mixture with running ones, estimates."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynchronizedStatistics:
+    """Normalise by the statistics of all processes' batches together."""
+
+    partition: Partition  # the whole batch
+    gathered: Partition  # what is exchanged: the same, or finer
+    eps: float
+    ranks: dist.ProcessGroup
+
+    def __call__(
+        self, table: Moments, weight: PerChannel | None, bias: PerChannel | None, rows: Tensor
+    ) -> Affine:
+        """Scale and center of every segment."""
+        return standardize(table, self.groups(table, rows), self, weight, bias)
+
+    def groups(self, table: Moments, rows: Tensor) -> Moments:
+        """Statistics of every group, ``(1, G)``."""
+        own = _pooled_or_nothing(self.gathered, table)
+        return self.partition.pool(merge_with_own(rows, own, self.ranks))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynchronizedRuns:
+    """Normalise by the statistics of runs of examples that may span several processes' batches."""
+
+    partition: Partition  # runs of examples of all processes
+    eps: float
+    ranks: dist.ProcessGroup
+    place: slice  # of this process's examples
+
+    def __call__(
+        self,
+        table: Moments,
+        weight: PerChannel | None,
+        bias: PerChannel | None,
+        mean: SegmentTable,
+        var: SegmentTable,
+    ) -> Affine:
+        """Scale and center of every segment."""
+        start, stop = self.place.start, self.place.stop
+        whole = Moments(
+            torch.cat((mean[:start], table.mean.to(mean.dtype), mean[stop:])),
+            torch.cat((var[:start], table.var.to(var.dtype), var[stop:])),
+        )
+        groups = sum_gradients(self.partition.pool(whole), self.ranks)
+        scale, center = standardize(whole, groups, self, weight, bias)
+        mine = [t.expand_as(whole.mean)[self.place].to(table.mean.dtype) for t in (scale, center)]
+        return Affine(*mine)
+
+
+Rule = GroupStatistics | WeighedStatistics | EstimatedStatistics | SynchronizedStatistics
+"""Where a stage takes its statistics from: own groups, a mixture with running ones, estimates,
+the groups of several processes."""
+
+
+def _pooled_or_nothing(partition: Partition, table: Moments) -> Moments:
+    """Pool; an empty batch gives zeros that depend on it, so that its gradient is asked for."""
+    if table.mean.shape[0]:
+        return partition.pool(table)
+    sums = [t.sum(dim=0).view(1, partition.num_groups, -1) for t in (table.mean, table.var)]
+    return Moments(sums[0].sum(dim=2), sums[1].sum(dim=2))
 
 
 def standardize(
     table: Moments,
     groups: Moments,
-    rule: Rule,
+    rule: Rule | SynchronizedRuns,
     weight: PerChannel | None,
     bias: PerChannel | None,
 ) -> Affine:

@@ -59,7 +59,7 @@ def normalize_fused(
         if isinstance(statistics.follower, RunningEstimates):
             statistics.follower.remember(cells[0].view(x.shape[0], size), batch)
         else:
-            statistics.follower.follow_(batch, (x.shape[0], size, *x.shape[2:]))
+            statistics.follower.follow_(batch, x.shape[0] * math.prod(x.shape[2:]))
     return y
 
 

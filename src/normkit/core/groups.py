@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
 from normkit.core.moments import Moments
 from normkit.core.normalize import apply_tables, normalize
@@ -9,6 +11,7 @@ from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.running import RunningStatistics
+from normkit.core.synchronized import normalize_part
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import takes_cpu
 from normkit.typing import FeatureMap
@@ -19,8 +22,14 @@ def normalize_batch(
     partition: Partition,
     running: RunningStatistics | None,
     parameters: Parameters,
+    ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    """Normalise by the statistics of the input's own groups; ``running`` follows them.
+
+    With ``ranks`` the input is this process's part of a batch.
+    """
+    if ranks is not None:
+        return normalize_part(x, partition, running, parameters, ranks)
     if takes_cpu(x):
         return normalize_pooled(x, partition, running, parameters)
     segment_size = partition.segment_size(x.shape)

@@ -10,6 +10,7 @@ offsets from cancelling. Backward has the same shape: one pass for ``sum(g)`` an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from normkit.core.moments import Moments
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
+from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import primitives
 from normkit.typing import FeatureMap, SegmentTable
 
@@ -34,12 +36,25 @@ Algebra = Callable[..., Affine]
 """From ``Moments`` of the segments and parameters, in differentiable operations on tables."""
 
 
+Known = tuple[FeatureMap | None, Moments]
+"""A result and its moments, or the moments alone."""
+
+
+def measure(x: FeatureMap, segment_size: int) -> Moments:
+    """Moments ``(N, K)`` of the segments, without a gradient."""
+    if x.shape[0] == 0:
+        table = x.new_zeros(0, math.prod(x.shape[1:]) // segment_size, dtype=table_dtype(x.dtype))
+        return Moments(table, table)
+    with torch.no_grad():
+        return Moments(*primitives(x).moments(x, segment_size))
+
+
 def normalize(
     x: FeatureMap,
     segment_size: int,
     algebra: Algebra,
     *parameters: Tensor | None,
-    known: tuple[FeatureMap, Moments] | None = None,
+    known: Known | None = None,
 ) -> tuple[FeatureMap, Moments]:
     """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
 
@@ -49,7 +64,7 @@ def normalize(
         algebra: ``algebra(moments, *parameters)``; a gradient flows through it.
         parameters: Tensors that the algebra uses and that may want a gradient.
         known: What the same call returned before: the result then gets a gradient of its own, but
-            is not computed again.
+            is not computed again. With None for the result: the moments alone.
 
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
@@ -79,17 +94,17 @@ class _Normalize(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch's context has no public type
         x: Tensor,
         segment_size: int,
-        algebra_and_known: tuple[Algebra, tuple[FeatureMap, Moments] | None],
+        algebra_and_known: tuple[Algebra, Known | None],
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         algebra, known = algebra_and_known
-        y, table = known or _forward(x, segment_size, algebra, parameters)
+        y, table = _forward(x, segment_size, algebra, parameters, known)
         mean, var = table.mean, table.var
         ctx.save_for_backward(x, mean, var, *parameters)
         ctx.segment_size, ctx.algebra = segment_size, algebra
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return own(y if known is None else y.view_as(y)), mean, var
+        return own(y.view_as(y) if known is not None and y is known[0] else y), mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -110,12 +125,17 @@ class _Normalize(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+    x: Tensor,
+    segment_size: int,
+    algebra: Algebra,
+    parameters: tuple[Tensor | None, ...],
+    known: Known | None,
 ) -> tuple[Tensor, Moments]:
-    kernels = primitives(x)
-    table = Moments(*kernels.moments(x, segment_size))
+    y, table = known or (None, measure(x, segment_size))
+    if y is not None:
+        return y, table
     scale, center = algebra(table, *parameters)
-    return kernels.apply(x, table.mean, scale, center, segment_size), table
+    return primitives(x).apply(x, table.mean, scale, center, segment_size), table
 
 
 def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401

@@ -48,7 +48,7 @@ def normalize_pooled(
     )
     if running is not None and follower is None:
         mean, var = table[:, -running.mean.numel() :]
-        running.follow_(Moments(mean, var), x.shape)
+        running.follow_(Moments(mean, var), running.partition.group_sizes(x.shape)[0])
     return y
 
 

@@ -41,9 +41,9 @@ class RunningStatistics(NamedTuple):
         if are_still():
             return
         batch = self.partition.pool(table)
-        self.follow_(Moments(batch.mean[0], batch.var[0]), shape)
+        self.follow_(Moments(batch.mean[0], batch.var[0]), self.partition.group_sizes(shape)[0])
 
-    def follow_(self, batch: Moments, shape: Sequence[int]) -> None:
+    def follow_(self, batch: Moments, num_values: int | Tensor) -> None:
         r"""Move towards the statistics of one batch, in place and without a gradient.
 
         .. math::  m \leftarrow (1 - r) m + r \mu, \quad
@@ -51,13 +51,19 @@ class RunningStatistics(NamedTuple):
 
         Args:
             batch: Moments in the shape of the buffers, biased.
-            shape: Shape of the batch, which says how many values ``n`` stand behind each.
+            num_values: How many values ``n`` stand behind each. As a tensor it may be 0, which
+                moves nothing.
         """
-        num_values, _ = self.partition.group_sizes(shape)
-        correction = num_values / max(num_values - 1, 1)  # one value: its variance, 0, as it is
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            rate = self._rate()
+            if isinstance(num_values, Tensor):
+                counted = num_values > 0
+                correction = num_values / (num_values - 1).clamp(min=1)
+                self.num_batches_tracked.add_(counted)
+                rate = self._rate() * counted.to(self.mean.dtype)
+            else:
+                correction = num_values / max(num_values - 1, 1)  # one value: its variance, 0
+                self.num_batches_tracked.add_(1)
+                rate = self._rate()
             self.mean.lerp_(batch.mean.to(self.mean.dtype), rate)
             self.var.lerp_((batch.var * correction).to(self.var.dtype), rate)
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.algebra import (
     EstimatedStatistics,
     GroupStatistics,
     Rule,
+    SynchronizedStatistics,
     WeighedStatistics,
 )
 from normkit.core.composite import (
@@ -25,15 +27,18 @@ from normkit.core.composite import (
 )
 from normkit.core.fused import can_fuse, normalize_fused
 from normkit.core.moments import Moments
-from normkit.core.normalize import normalize
+from normkit.core.normalize import measure, normalize
 from normkit.core.parameters import Parameters
-from normkit.core.partition import Partition
+from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.ranks import count_of, gather, merge
 from normkit.core.running import (
     Running,
     RunningEstimates,
     RunningStatistics,
+    are_still,
     is_second_look,
 )
+from normkit.core.synchronized import follow_all_
 from normkit.kernels.cpu import Composite, Kind
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import primitives
@@ -69,6 +74,22 @@ def batch_stage(
     return BatchStage(WeighedStatistics(partition=own, eps=eps, example_weight=weight), given)
 
 
+def synchronized(
+    stage: BatchStage, seen: Moments, ranks: dist.ProcessGroup
+) -> tuple[BatchStage, Tensor]:
+    """Let a stage in training look at all processes' batches; ``seen`` is this one's, ``(N, C)``.
+
+    Returns:
+        The stage, and what was gathered.
+    """
+    partition, eps = stage.rule.partition, stage.rule.eps
+    rows = gather(partition.pool(seen), seen.mean.shape[0], ranks)
+    if isinstance(stage.rule, EstimatedStatistics):
+        return BatchStage(stage.rule, (*stage.given, rows)), rows
+    rule = SynchronizedStatistics(partition=partition, gathered=partition, eps=eps, ranks=ranks)
+    return BatchStage(rule, (rows,)), rows
+
+
 def follow_(
     running: Running | None, stage: BatchStage, table: Moments, shape: Sequence[int]
 ) -> None:
@@ -87,25 +108,32 @@ def tables(x: FeatureMap, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 def normalize_estimated(
-    x: FeatureMap, running: Running | None, training: bool, parameters: Parameters
+    x: FeatureMap,
+    running: Running | None,
+    training: bool,
+    parameters: Parameters,
+    ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
     """A batch stage alone."""
     weight, bias, eps = parameters
     running = _at_second_look(x, running, training)
     stage = batch_stage(x, x.shape[1], running, training, eps)
+    if ranks is not None and training:
+        stage, _ = synchronized(stage, measure(x, positions(x)), ranks)
     y, table = normalize(x, positions(x), stage.rule, weight, bias, *stage.given)
     if training:
         follow_(running, stage, table, x.shape)
     return y
 
 
-def normalize_batch_then_group(
+def normalize_batch_then_group(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     num_groups: int,
     running: Running | None,
     training: bool,
     batch: Parameters,
     group: Parameters,
+    ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
     """A group norm of the batch stage's output; ``running`` follows ``x``."""
 
@@ -113,7 +141,7 @@ def normalize_batch_then_group(
         return BatchThenGroup(batch=rule, group=own_groups(num_groups, group.eps))
 
     composite = Composite(Kind.BATCH_THEN_GROUP, num_groups, batch.eps, group.eps)
-    return _normalize(x, composite, algebra, running, training, (*batch[:2], *group[:2]))
+    return _normalize(x, composite, algebra, running, training, (*batch[:2], *group[:2]), ranks)
 
 
 def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -124,6 +152,7 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the m
     training: bool,
     parameters: Parameters,
     mix_logit: Tensor,
+    ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
     """Group norm and batch norm, mixed; ``running`` follows what the batch norm sees."""
     weight, bias, eps = parameters
@@ -132,16 +161,17 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the m
         return GroupAndBatch(group=own_groups(num_groups, eps), batch=rule, order=order)
 
     composite = Composite(ORDERS[order], num_groups, eps, eps)
-    return _normalize(x, composite, algebra, running, training, (weight, bias, mix_logit))
+    return _normalize(x, composite, algebra, running, training, (weight, bias, mix_logit), ranks)
 
 
-def normalize_switched(
+def normalize_switched(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     running: Running | None,
     training: bool,
     parameters: Parameters,
     mean_logits: Tensor,
     var_logits: Tensor,
+    ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
     """Statistics of instance, layer and, with three logits, batch norm, mixed."""
     weight, bias, eps = parameters
@@ -153,17 +183,18 @@ def normalize_switched(
 
     kind = Kind.SWITCHED if uses_batch else Kind.SWITCHED_WITHOUT_BATCH
     slots = (weight, bias, mean_logits, var_logits)
-    followed = running if uses_batch else None
-    return _normalize(x, Composite(kind, 1, eps, eps), algebra, followed, training, slots)
+    followed, ranks = (running, ranks) if uses_batch else (None, None)
+    return _normalize(x, Composite(kind, 1, eps, eps), algebra, followed, training, slots, ranks)
 
 
-def normalize_halves(
+def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     num_instance: int,
     running: Running | None,
     training: bool,
     instance: Parameters,
     batch: Parameters,
+    ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
     """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
 
@@ -171,18 +202,21 @@ def normalize_halves(
         return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)
 
     composite = Composite(Kind.HALVES, num_instance, batch.eps, instance.eps)
-    return _normalize(x, composite, algebra, running, training, (*instance[:2], *batch[:2]))
+    return _normalize(x, composite, algebra, running, training, (*instance[:2], *batch[:2]), ranks)
 
 
-def _normalize(
+def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     training: bool,
     parameters: tuple[Tensor | None, ...],
+    ranks: dist.ProcessGroup | None,
 ) -> FeatureMap:
     running = _at_second_look(x, running, training)
+    if ranks is not None and training:
+        return _normalize_part(x, composite, algebra, running, parameters, ranks)
     if can_fuse(x, running):
         return normalize_fused(x, composite, algebra, running, training, parameters)
     num_channels = composite.num_batch_channels(x)
@@ -192,6 +226,32 @@ def _normalize(
     if training and running is not None:
         seen = rule.batch_input(table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
+    return y
+
+
+def _normalize_part(
+    x: FeatureMap,
+    composite: Composite,
+    algebra: Callable[[Rule], CompositeAlgebra],
+    running: Running | None,
+    parameters: tuple[Tensor | None, ...],
+    ranks: dist.ProcessGroup,
+) -> FeatureMap:
+    """Train on this process's part of a batch that several have parts of."""
+    table, num_channels = measure(x, positions(x)), composite.num_batch_channels(x)
+    stage = batch_stage(x, num_channels, running, True, composite.batch_eps)
+    seen = algebra(stage.rule).batch_input(table)
+    stage, rows = synchronized(stage, seen, ranks)
+    if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):
+        shape = (int(count_of(rows)), num_channels)
+        require_variance(stage.rule.partition, shape, "a norm over several processes")
+    rule, given = algebra(stage.rule), stage.given
+    y, _ = normalize(x, positions(x), rule, *parameters, *given, known=(None, table))
+    if isinstance(running, RunningEstimates):
+        follow_(running, stage, seen, x.shape)
+    elif running is not None and not are_still():
+        shape = (x.shape[0], num_channels, *x.shape[2:])
+        follow_all_(running, merge(rows), count_of(rows), shape)
     return y
 
 

@@ -61,7 +61,8 @@ def _segments(x: FeatureMap, segment_size: int) -> Tensor:
     """Read ``(N, C, *S)`` as ``(N, C, Q, L)`` in the dtype of the tables."""
     num_examples, num_channels = x.shape[:2]
     rows = x.unsqueeze(-1) if x.ndim == 2 else x.flatten(2)
-    rows = rows.reshape(num_examples, num_channels, -1, segment_size)
+    num_segments = rows.shape[2] // max(segment_size, 1)  # not -1: a part of a batch may be empty
+    rows = rows.reshape(num_examples, num_channels, num_segments, segment_size)
     return rows.to(table_dtype(x.dtype))
 
 

@@ -96,7 +96,7 @@ def takes_cpu(x: Tensor) -> bool:
 
 def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
-    return cpu_primitives if takes_cpu(x) else reference
+    return cpu_primitives if x.numel() and takes_cpu(x) else reference
 
 
 def require_kernels(name: str) -> Kernels:

@@ -8,12 +8,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.core.check import require_count, require_eps, require_feature_map, require_share
 from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, require_variance
+from normkit.core.ranks import (
+    HeldGroup,
+    ProcessGroup,
+    World,
+    active_group,
+    has_examples_elsewhere,
+    held_group,
+)
 from normkit.core.running import RunningStatistics
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap
@@ -72,7 +81,8 @@ class NormLayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
         options = inspect.signature(type(self)).parameters
-        shown = [f"{o}={getattr(self, o)!r}" for o in options if o not in _NOT_SHOWN]
+        hidden = _NOT_SHOWN if getattr(self, "process_group", None) else _NOT_SHOWN_ALONE
+        shown = [f"{o}={getattr(self, o)!r}" for o in options if o not in hidden]
         return ", ".join([str(self.num_features), *shown])
 
     def __repr__(self) -> str:
@@ -86,6 +96,7 @@ class TrackingLayer(NormLayer):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    _process_group: HeldGroup | World | None
     _version = 2  # torch's own norms: since 2 there is num_batches_tracked
 
     def __init__(  # noqa: PLR0913 - the options of torch's norms
@@ -97,6 +108,7 @@ class TrackingLayer(NormLayer):
         affine: bool,
         track_running_stats: bool,
         example_weight: float,
+        process_group: ProcessGroup,
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
@@ -106,6 +118,7 @@ class TrackingLayer(NormLayer):
         self.momentum = momentum
         self.track_running_stats = track_running_stats
         self.example_weight = example_weight
+        self.process_group = process_group
         self._register_statistics(device, dtype)
         self.reset_parameters()
 
@@ -131,6 +144,25 @@ class TrackingLayer(NormLayer):
     def example_weight(self, value: float) -> None:
         require_share("example_weight", value)
         self._example_weight = float(value)
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """Whose batches count as one in training: a group's, the ``"world"``'s, or None: its own.
+
+        ``"world"`` is everybody once ``torch.distributed`` is initialized, and nobody before.
+        """
+        held = self._process_group
+        return held.group if isinstance(held, HeldGroup) else held
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroup) -> None:
+        self._process_group = held_group(value)
+
+    def _ranks(self) -> dist.ProcessGroup | None:
+        """Processes to talk to in this forward."""
+        if self._process_group is None or not self.training:
+            return None
+        return active_group(self.process_group)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count to 0."""
@@ -211,7 +243,10 @@ class SegmentLayer(TrackingLayer):
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
         partition, running = self.partition, self._running()
-        parameters = self._affine()
+        parameters, ranks = self._affine(), self._ranks()
+        alone = partition.examples_per_group == 1 and running is None
+        if ranks is not None and not alone and has_examples_elsewhere(x):
+            return normalize_batch(x, partition, running, parameters, ranks)
         if x.numel() == 0:
             return empty_result(x, *parameters[:2])
         if self.training:
@@ -230,6 +265,7 @@ def is_watched(*modules: nn.Module) -> bool:
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")
+_NOT_SHOWN_ALONE = (*_NOT_SHOWN, "process_group")
 
 
 def _modernize(state_dict: dict[str, Any], prefix: str, version: int | None) -> None:

@@ -18,6 +18,7 @@ from normkit.core.check import (
 from normkit.core.groups import normalize_batch
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
 from normkit.core.running import Recent, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
@@ -54,6 +55,8 @@ class BatchChannelNorm(NormLayer):
             ``micro_batch``; None averages all batches.
         affine: Learn scales and shifts in both stages.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -96,6 +99,7 @@ class BatchChannelNorm(NormLayer):
         momentum: float | None = 0.1,
         affine: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,7 +108,7 @@ class BatchChannelNorm(NormLayer):
         self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
         options = {"eps": eps, "affine": affine, "device": device, "dtype": dtype}
         self._update_rate = require_update_rate(update_rate)
-        stage = {"example_weight": example_weight, **options}
+        stage = {"example_weight": example_weight, "process_group": process_group, **options}
         if micro_batch:
             self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
         else:
@@ -155,6 +159,15 @@ class BatchChannelNorm(NormLayer):
         self.batch.example_weight = value
 
     @property
+    def process_group(self) -> ProcessGroup:
+        """Whose batches count as one batch in training."""
+        return self.batch.process_group
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroup) -> None:
+        self.batch.process_group = value
+
+    @property
     def channel_affine(self) -> ChannelAffine:
         """What the channel stage's scales and shifts belong to."""
         return self.channel.channel_affine
@@ -163,11 +176,12 @@ class BatchChannelNorm(NormLayer):
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         name = type(self).__name__
         require_feature_map(x, self.num_features, name)
-        if x.numel() == 0:
-            return empty_result(x, *self.parameters())
         batch, channel = self.batch, self.channel
+        ranks = batch._ranks() if has_examples_elsewhere(x) else None
+        if x.numel() == 0 and ranks is None:
+            return empty_result(x, *self.parameters())
         if has_single_values(x):
-            if batch.training and not self.micro_batch:
+            if batch.training and not self.micro_batch and ranks is None:
                 require_variance(batch.running_partition, x.shape, name)
             if channel.training:
                 require_variance(channel.partition, x.shape, name)
@@ -175,7 +189,7 @@ class BatchChannelNorm(NormLayer):
             return channel(batch(x))
         running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
         return normalize_batch_then_group(
-            x, self.num_groups, running, batch.training, batch._affine(), channel._affine()
+            x, self.num_groups, running, batch.training, batch._affine(), channel._affine(), ranks
         )
 
     @property
@@ -198,6 +212,7 @@ class EstimatedBatchNorm(TrackingLayer):
         eps: float = 1e-5,
         affine: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -208,6 +223,7 @@ class EstimatedBatchNorm(TrackingLayer):
             affine=affine,
             track_running_stats=True,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -225,9 +241,10 @@ class EstimatedBatchNorm(TrackingLayer):
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
-        if x.numel() == 0:
+        ranks = self._ranks() if has_examples_elsewhere(x) else None
+        if x.numel() == 0 and ranks is None:
             return empty_result(x, self.weight, self.bias)
-        return normalize_estimated(x, self.estimates(), self.training, self._affine())
+        return normalize_estimated(x, self.estimates(), self.training, self._affine(), ranks)
 
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move."""

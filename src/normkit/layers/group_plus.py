@@ -16,6 +16,7 @@ from normkit.core.check import (
 from normkit.core.composite import Order
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
 from normkit.core.stages import normalize_group_and_batch
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
@@ -50,6 +51,8 @@ class GroupNormPlus(TrackingLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each. ``mix_logit`` is always learned.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics in BN at evaluation, from 0 to 1.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -87,6 +90,7 @@ class GroupNormPlus(TrackingLayer):
         affine: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,6 +104,7 @@ class GroupNormPlus(TrackingLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -120,14 +125,16 @@ class GroupNormPlus(TrackingLayer):
         name = type(self).__name__
         require_feature_map(x, self.num_features, name)
         parameters, logit = self._affine(), self._paced_logit()
-        if x.numel() == 0:
+        ranks = self._ranks() if has_examples_elsewhere(x) else None
+        if x.numel() == 0 and ranks is None:
             return empty_result(x, *parameters[:2], logit)
         if self.training and has_single_values(x):
             for partition in self.partitions.values():
-                require_variance(partition, x.shape, name)
+                if ranks is None or partition.examples_per_group == 1:
+                    require_variance(partition, x.shape, name)
         groups, order, running = self.num_groups, self.order, self._running()
         return normalize_group_and_batch(
-            x, groups, order, running, self.training, parameters, logit
+            x, groups, order, running, self.training, parameters, logit, ranks
         )
 
     @property

@@ -7,6 +7,7 @@ import torch
 from normkit.core.check import require_count, require_feature_map
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
 from normkit.layers.base import Device, NormLayer, is_watched
@@ -31,6 +32,8 @@ class InstanceBatchNorm(NormLayer):
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias`` in both norms.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -65,6 +68,7 @@ class InstanceBatchNorm(NormLayer):
         momentum: float | None = 0.1,
         affine: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,7 +79,11 @@ class InstanceBatchNorm(NormLayer):
         self.ratio, self.momentum = ratio, momentum
         self.instance = InstanceNorm(half, **options, **place)
         self.batch = BatchNorm(
-            num_features - half, **options, example_weight=example_weight, **place
+            num_features - half,
+            **options,
+            example_weight=example_weight,
+            process_group=process_group,
+            **place,
         )
 
     def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
@@ -95,23 +103,33 @@ class InstanceBatchNorm(NormLayer):
     def example_weight(self, value: float) -> None:
         self.batch.example_weight = value
 
+    @property
+    def process_group(self) -> ProcessGroup:
+        """Whose batches count as one batch in training."""
+        return self.batch.process_group
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroup) -> None:
+        self.batch.process_group = value
+
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         name = type(self).__name__
         require_feature_map(x, self.num_features, name)
-        if x.numel() == 0:
-            return empty_result(x, *self.parameters())
         instance, batch = self.instance, self.batch
+        ranks = batch._ranks() if has_examples_elsewhere(x) else None
+        if x.numel() == 0 and ranks is None:
+            return empty_result(x, *self.parameters())
         half = instance.num_features
         if has_single_values(x):
             for norm in (instance, batch):
-                if norm.training:
+                if norm.training and (norm is instance or ranks is None):
                     shape = (x.shape[0], norm.num_features, *x.shape[2:])
                     require_variance(norm.partition, shape, name)
         if is_watched(instance, batch):
             return torch.cat((instance(x[:, :half]), batch(x[:, half:])), dim=1)
         running, affine = batch._running(), batch._affine()
-        return normalize_halves(x, half, running, batch.training, instance._affine(), affine)
+        return normalize_halves(x, half, running, batch.training, instance._affine(), affine, ranks)
 
     @property
     def partitions(self) -> dict[str, Partition]:

@@ -6,6 +6,7 @@ import torch
 
 from normkit.core.check import require_channel_groups, require_count
 from normkit.core.partition import Partition
+from normkit.core.ranks import ProcessGroup
 from normkit.layers.base import Device, SegmentLayer
 
 
@@ -24,6 +25,8 @@ class BatchNorm(SegmentLayer):
         affine: Learn ``weight`` (:math:`\gamma`) and ``bias`` (:math:`\beta`), ``(C,)`` each.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -55,6 +58,7 @@ class BatchNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +69,7 @@ class BatchNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -97,6 +102,8 @@ class BatchGroupNorm(SegmentLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -129,6 +136,7 @@ class BatchGroupNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,6 +148,7 @@ class BatchGroupNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -172,6 +181,8 @@ class GhostBatchNorm(SegmentLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -204,6 +215,7 @@ class GhostBatchNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -215,6 +227,7 @@ class GhostBatchNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -245,6 +258,8 @@ class GeneralBatchGroupNorm(SegmentLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -278,6 +293,7 @@ class GeneralBatchGroupNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -291,6 +307,7 @@ class GeneralBatchGroupNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )

@@ -7,6 +7,7 @@ import torch
 from normkit.core.check import require_channel_groups, require_feature_map
 from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
+from normkit.core.ranks import ProcessGroup
 from normkit.layers.base import Device, NormLayer, SegmentLayer
 from normkit.typing import FeatureMap
 
@@ -26,6 +27,8 @@ class InstanceNorm(SegmentLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
+            ``"world"`` for all processes', or None for this process's alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -56,6 +59,7 @@ class InstanceNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = False,
         example_weight: float = 1.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,6 +70,7 @@ class InstanceNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -91,6 +96,8 @@ class LayerNorm(SegmentLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
+            ``"world"`` for all processes', or None for this process's alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -120,6 +127,7 @@ class LayerNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = False,
         example_weight: float = 1.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,6 +138,7 @@ class LayerNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -155,6 +164,8 @@ class GroupNorm(SegmentLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
+        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
+            ``"world"`` for all processes', or None for this process's alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -186,6 +197,7 @@ class GroupNorm(SegmentLayer):
         affine: bool = True,
         track_running_stats: bool = False,
         example_weight: float = 1.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -197,6 +209,7 @@ class GroupNorm(SegmentLayer):
             affine=affine,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )

@@ -8,6 +8,7 @@ from torch import nn
 from normkit.core.check import require_feature_map
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
 from normkit.core.stages import normalize_switched
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
@@ -31,6 +32,8 @@ class SwitchableNorm(TrackingLayer):
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each. The logits are always learned.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics in the batch part at evaluation.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
 
@@ -67,6 +70,7 @@ class SwitchableNorm(TrackingLayer):
         affine: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -78,6 +82,7 @@ class SwitchableNorm(TrackingLayer):
             affine=affine,
             track_running_stats=track_running_stats and use_batch,
             example_weight=example_weight,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -103,12 +108,14 @@ class SwitchableNorm(TrackingLayer):
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
         parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
-        if x.numel() == 0:
+        talks = self.use_batch and has_examples_elsewhere(x)
+        ranks = self._ranks() if talks else None
+        if x.numel() == 0 and ranks is None:
             return empty_result(x, *parameters[:2], *logits)
-        if self.training and has_single_values(x):
+        if self.training and ranks is None and has_single_values(x):
             widest = self.partitions["batch norm" if self.use_batch else "layer norm"]
             require_variance(widest, x.shape, type(self).__name__)
-        return normalize_switched(x, self._running(), self.training, parameters, *logits)
+        return normalize_switched(x, self._running(), self.training, parameters, *logits, ranks)
 
     @property
     def partitions(self) -> dict[str, Partition]:

@@ -1,0 +1,180 @@
+r"""Statistics over several processes: their tables are gathered, and gradients of them summed.
+
+Every process puts its moments with the number of its examples on one table; what all have put
+there is pooled by the law of total variance, an empty batch with weight 0:
+
+.. math::  n = \sum_r n_r, \quad M = \sum_r \frac{n_r}{n} m_r, \quad
+           V = \sum_r \frac{n_r}{n} \left(v_r + (m_r - M)^2\right)
+
+That is one all-gather forward. Backward, each process knows what its own loss says of the pooled
+statistics; one all-reduce adds up what all losses say. Both are in float64: processes may have
+tables of different dtypes, and these are small.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normkit.core.moments import Moments
+from normkit.errors import InputError, OptionError
+from normkit.kernels.select import transform
+from normkit.typing import FeatureMap
+
+World = Literal["world"]
+ProcessGroup = dist.ProcessGroup | World | None
+"""Whose batches count as one batch: a group's, everybody's, or this process's alone."""
+
+
+def active_group(process_group: ProcessGroup) -> dist.ProcessGroup | None:
+    """The group to talk to; None where there is nobody else.
+
+    Raises:
+        InputError: Inside a transform, where processes cannot talk.
+    """
+    if process_group is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if process_group == "world" else process_group
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    why = transform()
+    if why is not None:
+        raise InputError(
+            f"statistics over several processes were asked for, but {why}, inside of which they "
+            f"cannot talk; set process_group=None or call .eval() for that"
+        )
+    return group
+
+
+class HeldGroup:
+    """A group as an attribute: copies of a layer share it, files cannot hold it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise OptionError(
+            "a layer with process_group= set to a group was pickled, which cannot be; set it to "
+            "None or 'world' before, or save the state_dict()"
+        )
+
+
+def held_group(value: ProcessGroup) -> HeldGroup | World | None:
+    """Check a group that was given, and hold it.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    if value is None:
+        return None
+    if value == "world":
+        return "world"
+    if isinstance(value, dist.ProcessGroup):
+        return HeldGroup(value)
+    raise OptionError(
+        f"process_group={value!r} was given; it is a torch.distributed group, 'world' for all "
+        f"processes, or None for this one alone"
+    )
+
+
+def has_examples_elsewhere(x: FeatureMap) -> bool:
+    """Whether other processes may have examples like those of ``x``, be it that it has none."""
+    return x.numel() > 0 or x.shape[0] == 0
+
+
+def gather(batch: Moments, num_examples: int, group: dist.ProcessGroup) -> Tensor:
+    """Exchange the moments ``(1, G)`` of this process's examples; gives no gradient.
+
+    Returns:
+        Means, variances and the number of examples of each process, ``(R, 2 G + 1)``.
+    """
+    mean, var = batch.mean.double(), batch.var.double()
+    row = torch.cat((mean, var, mean.new_full((1, 1), num_examples)), dim=1).detach()
+    row = row if num_examples else torch.zeros_like(row)  # the mean of nothing is NaN
+    return _all_gather(row, group)
+
+
+def merge(rows: Tensor) -> Moments:
+    """Moments of all examples, ``(1, G)`` in float64, from what was gathered."""
+    mean, var = rows[:, :-1].chunk(2, dim=1)
+    return _merge(mean, var, rows[:, -1:])
+
+
+def merge_with_own(rows: Tensor, own: Moments, group: dist.ProcessGroup) -> Moments:
+    """Do that with this process's moments, which have a gradient, in the place of its row.
+
+    The gradient is then the sum over all processes' losses.
+    """
+    rank = dist.get_rank(group)
+    mean, var = rows[:, :-1].chunk(2, dim=1)
+    mean, var = (_with_row(t, rank, o) for t, o in ((mean, own.mean), (var, own.var)))
+    merged = sum_gradients(_merge(mean, var, rows[:, -1:]), group)
+    return Moments(merged.mean.to(own.mean.dtype), merged.var.to(own.var.dtype))
+
+
+def count_of(rows: Tensor) -> Tensor:
+    """Examples of all processes, ``()``, from what was gathered."""
+    return rows[:, -1].sum()
+
+
+def _merge(mean: Tensor, var: Tensor, counts: Tensor) -> Moments:
+    share = counts / counts.sum().clamp(min=1)
+    total = (share * mean).sum(dim=0, keepdim=True)
+    return Moments(total, (share * (var + (mean - total).square())).sum(dim=0, keepdim=True))
+
+
+def gather_examples(table: Moments, group: dist.ProcessGroup) -> tuple[Moments, slice]:
+    """Exchange the moments of every example, ``(N, K)``, in the order of the processes.
+
+    Returns:
+        The moments of all examples in float64, and where this process's are among them.
+    """
+    rows = torch.stack((table.mean, table.var)).detach().double()
+    sizes = _all_gather(rows.new_full((1,), rows.shape[1]), group).long().tolist()
+    padded = rows.new_zeros(1, 2, max(sizes), rows.shape[2])
+    padded[0, :, : rows.shape[1]] = rows
+    found = _all_gather(padded, group)
+    mean, var = torch.cat([part[:, :size] for part, size in zip(found, sizes, strict=True)], dim=1)
+    start = sum(sizes[: dist.get_rank(group)])
+    return Moments(mean, var), slice(start, start + rows.shape[1])
+
+
+def sum_gradients(statistics: Moments, group: dist.ProcessGroup) -> Moments:
+    """Give the same statistics; their gradient is the sum over all processes' losses."""
+    both = _SumGradients.apply(torch.stack((statistics.mean, statistics.var)), group)
+    return Moments(both[0], both[1])
+
+
+class _SumGradients(torch.autograd.Function):
+    """What every process uses gets a gradient from every process."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return _all_reduce(grads[0].contiguous(), ctx.group), None
+
+
+def _with_row(rows: Tensor, index: int, row: Tensor) -> Tensor:
+    return torch.cat((rows[:index], row.to(rows.dtype), rows[index + 1 :]))
+
+
+def _all_gather(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Put together what every process has, along the first axis; also while compiling."""
+    operators = torch.ops._c10d_functional
+    found = operators.all_gather_into_tensor(row, dist.get_world_size(group), group.group_name)
+    return operators.wait_tensor(found)
+
+
+def _all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    operators = torch.ops._c10d_functional
+    return operators.wait_tensor(operators.all_reduce(values, "sum", group.group_name))

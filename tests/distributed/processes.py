@@ -1,0 +1,48 @@
+"""Starting processes that talk through gloo, and collecting what they found."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parent.parent
+
+
+def start(module, size, folder, *arguments):
+    """Start ``python -m MODULE RANK SIZE FOLDER ...`` for each rank."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), str(size), str(folder), *arguments],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def results(module, size, folder, *arguments):
+    """Run the processes to their end; what each has saved as ``FOLDER/RANK.pt``."""
+    processes = start(module, size, folder, *arguments)
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+
+
+def kill(process):
+    """End a process as a crash does."""
+    process.send_signal(signal.SIGKILL)
+
+
+def wait_for(path, timeout_s=120):
+    """Wait for a file."""
+    end = time.monotonic() + timeout_s
+    while not Path(path).exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
