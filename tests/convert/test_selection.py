@@ -188,6 +188,8 @@ def test_wrapped_and_compiled_models_are_refused():
         torch.distributed.destroy_process_group()
     says = r"the model is inside DistributedDataParallel, .* convert the model first and wrap"
     refused(nk.OptionError, says, model=wrapped)
+    parallel = nn.DataParallel(Net())
+    refused(nk.OptionError, "the model is inside DataParallel", model=parallel)
     inside = nn.Sequential(wrapped)
     refused(nk.OptionError, r"module '0' is inside DistributedDataParallel", model=inside)
     compiled = torch.compile(Net(), backend="eager")

@@ -17,9 +17,6 @@ Where = Callable[[nn.Module, str], bool]
 SpecMap = Mapping[str, str | NormSpec | None]
 Found = dict[nn.Module, list[str]]
 
-HOLDERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-COMPILED = ("OptimizedModule", "ScriptModule")
-
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -60,27 +57,6 @@ def _walk(
     for key, child in module._modules.items():
         if child is not None and key != "parametrizations" and child not in above:
             yield from _walk(child, f"{name}.{key}" if name else key, above)
-
-
-def require_bare(model: nn.Module) -> None:
-    """Refuse a model that something else holds on to.
-
-    Raises:
-        OptionError: With the wrapper and the way out.
-    """
-    for name, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        at = f"module {name!r}" if name else "the model"
-        for kind in kinds.intersection(HOLDERS):
-            raise OptionError(
-                f"{at} is inside {kind}, which holds on to its parameters; convert the model "
-                f"first and wrap it afterwards"
-            )
-        for kind in kinds.intersection(COMPILED):
-            raise OptionError(
-                f"{at} is compiled ({kind}), and would go on as it was; convert the model first "
-                f"and compile it afterwards"
-            )
 
 
 def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) -> Chosen:

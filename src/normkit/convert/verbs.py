@@ -13,10 +13,11 @@ from normkit.convert.calibration import Calibrator
 from normkit.convert.carry_out import carry_out
 from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
-from normkit.convert.selection import SpecMap, Where, choose, find_norms, require_bare
+from normkit.convert.selection import SpecMap, Where, choose, find_norms
 from normkit.errors import OptionError
 from normkit.passes import Forward
 from normkit.spec import NormSpec
+from normkit.tracing import require_bare
 
 
 def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is only known by the user
@@ -80,7 +81,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
           name  old             new   carried       lost
           1     BatchNorm2d(8)  gn:4  weight, bias  running statistics
     """
-    require_bare(model)
+    require_bare(model, "convert")
     if forward is not None and calibrate is None:
         raise OptionError("forward= was given without calibrate=, which it is for")
     found = find_norms(model)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normkit.convert.report import Left
-from normkit.convert.selection import Found, find_lookalikes, find_norms, require_bare
+from normkit.convert.selection import Found, find_lookalikes, find_norms
 from normkit.convert.target import describe
 from normkit.errors import ConversionError
 from normkit.fold.layers import Layer
@@ -18,7 +18,7 @@ from normkit.fold.neighbours import Neighbours
 from normkit.fold.plan import Plan, Step, plan
 from normkit.fold.report import Folded, Folding
 from normkit.fold.seen import difference, run, tolerance
-from normkit.tracing import is_producer, trace
+from normkit.tracing import is_producer, require_bare, trace
 from normkit.weights import bake_weights_
 
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
@@ -63,7 +63,7 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
         >>> done.model[1], [(row.name, row.into) for row in done.folded]
         (Identity(), [('1', ('0',))])
     """
-    require_bare(model)
+    require_bare(model, "fold")
     _require_known_sizes(model)
     new = _evaluating(_copied(model))
     norms = find_norms(new)

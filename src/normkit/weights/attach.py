@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.errors import NormError, OptionError, TraceError, WeightError
+from normkit.errors import NormError, TraceError, WeightError
+from normkit.tracing.bare import require_bare
 from normkit.tracing.feeds import Feeds, trace_feeds
 from normkit.tracing.kinds import CONVOLUTIONS, is_producer
 from normkit.weights.algebra import EpsTo
@@ -28,12 +29,6 @@ Make = Callable[[Tensor, Filters], Reparametrization]
 
 OWN_FORWARD = ("StdConv", "ScaledStdConv")
 """How the names of timm's convolutions begin that standardise their weight themselves."""
-WRAPPERS = (
-    "DataParallel",
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-)
 
 
 def standardize_weights_(  # noqa: PLR0913 - the variants that published checkpoints differ in
@@ -205,7 +200,7 @@ def attach_(
     example_input: Any,  # noqa: ANN401
 ) -> WeightReport:
     """Reparametrise the chosen layers' weights; everything is checked before anything changes."""
-    _require_bare(model)
+    require_bare(model, "reparametrise")
     layers = {name: module for name, module in model.named_modules() if is_producer(module)}
     feeds = _followed(model, where, example_input)
     why_not = {name: _why_not(name, module, feeds, where) for name, module in layers.items()}
@@ -228,14 +223,6 @@ def rules_of(module: nn.Module) -> list[Reparametrization]:
         return []
     chain = module.get_submodule("parametrizations").get_submodule("weight").children()
     return [rule for rule in chain if isinstance(rule, Reparametrization)]
-
-
-def _require_bare(model: nn.Module) -> None:
-    if type(model).__name__ in WRAPPERS:
-        raise OptionError(
-            f"a model inside {type(model).__name__} was given, which holds on to its parameters; "
-            f"reparametrise the model first and wrap it afterwards"
-        )
 
 
 def _followed(model: nn.Module, where: Where | None, example_input: Any) -> Feeds | None:  # noqa: ANN401

@@ -11,9 +11,10 @@ from normkit.convert.carry_out import carry_out
 from normkit.convert.placement.batch_free import batch_free
 from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
-from normkit.convert.selection import Chosen, Found, find_norms, require_bare
+from normkit.convert.selection import Chosen, Found, find_norms
 from normkit.errors import OptionError
 from normkit.spec import NormSpec
+from normkit.tracing import require_bare
 from normkit.tracing.trace import trace
 
 
@@ -58,7 +59,7 @@ def place_gnbn_(
         >>> [change.name for change in done.changes]
         ['1', '5']
     """
-    require_bare(model)
+    require_bare(model, "convert")
     spec = batch_free(norm)
     found = find_norms(model)
     called = _called(model, found, example_input)

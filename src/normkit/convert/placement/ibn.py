@@ -14,9 +14,10 @@ from normkit.convert.placement.after_sum import has_norm_after_sum, norm_after_s
 from normkit.convert.placement.blocks import Block, Layout, find_layout
 from normkit.convert.plan import plan
 from normkit.convert.report import Conversion
-from normkit.convert.selection import Chosen, require_bare
+from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
 from normkit.spec import NormSpec
+from normkit.tracing import require_bare
 
 Variant = Literal["a", "b"]
 STAGES = 4
@@ -73,7 +74,7 @@ def place_ibn_(
         >>> [change.name for change in place_ibn_(nn.Sequential(*stages)).changes]
         ['0.0.bn1', '1.0.bn1', '2.0.bn1']
     """
-    require_bare(model)
+    require_bare(model, "convert")
     if variant not in get_args(Variant):
         raise OptionError(f"variant={variant!r} was given; it is one of {[*get_args(Variant)]}")
     layout = find_layout(model)

@@ -12,9 +12,10 @@ from normkit.convert.placement.batch_free import batch_free, with_at_most
 from normkit.convert.placement.blocks import Layout, find_layout
 from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
-from normkit.convert.selection import Chosen, require_bare
+from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
 from normkit.spec import NormSpec
+from normkit.tracing import require_bare
 
 
 def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only the user knows
@@ -76,7 +77,7 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
         >>> [(change.name, change.new) for change in done.changes]
         [('1.bn2', 'gn:32')]
     """
-    require_bare(model)
+    require_bare(model, "convert")
     spec = batch_free(norm)
     for name, value in (("position", position), ("every", every)):
         _require_ordinal(name, value)
