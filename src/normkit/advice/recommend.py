@@ -12,6 +12,7 @@ from normkit.advice.evidence import BATCH_SIZES, Evidence
 from normkit.core.check import require_choice, require_count
 from normkit.errors import OptionError
 from normkit.spec import NormSpec
+from normkit.text import table_lines
 
 Task = Literal["classification", "detection", "segmentation", "video"]
 
@@ -96,9 +97,7 @@ class Recommendations(list[Recommendation]):
             first = each.evidence[0] if each.evidence else None
             measured = f"{first.numbers} ({first.metric}; {first.place})" if first else "-"
             rows.append((str(rank), str(each.spec), each.apply, measured))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        padded = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows)
-        return "\n".join("  ".join(row).rstrip() for row in padded)
+        return "\n".join(table_lines(rows, indent=""))
 
     def as_list(self) -> list[dict[str, object]]:
         """All of them as plain values, for JSON."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
+from normkit.text import module_name, table_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +89,14 @@ class Conversion:
     def __str__(self) -> str:
         lines = [self._summary()]
         head = ("name", "old", "new", "carried", "lost")
-        rows = [(_at(c.name), c.old, c.new, _list(c.carried), _list(c.lost)) for c in self.changes]
-        lines += _table([head, *rows]) if rows else []
-        lines += [f"  {_at(c.name)}: {warning}" for c in self.changes for warning in c.warnings]
+        rows = [
+            (module_name(c.name), c.old, c.new, _list(c.carried), _list(c.lost))
+            for c in self.changes
+        ]
+        lines += table_lines([head, *rows]) if rows else []
+        lines += [
+            f"  {module_name(c.name)}: {warning}" for c in self.changes for warning in c.warnings
+        ]
         if self.standardized:
             lines.append(f"weights standardised: {', '.join(self.standardized)}")
         lines += _left_alone(self.left)
@@ -105,7 +111,7 @@ class Conversion:
 def _left_alone(left: Sequence[Left]) -> Iterator[str]:
     """Say each reason once, with all of its norms."""
     for why in dict.fromkeys(each.why for each in left):
-        names = [f"{_at(each.name)} ({each.old})" for each in left if each.why == why]
+        names = [f"{module_name(each.name)} ({each.old})" for each in left if each.why == why]
         yield f"left alone, {why}: {', '.join(names)}"
 
 
@@ -114,19 +120,9 @@ def _calibrated(done: Calibration) -> list[str]:
     lines = [f"calibrated {done.num_layers} norms on {done.num_batches} batch{several}; "]
     lines[0] += "outputs against the original's:"
     states = {"original": done.original, "plain swap": done.plain, "calibrated": done.calibrated}
-    lines += _table(rows(list(states.items())))
-    return lines + [f"not calibrated: {_at(name)}: {why}" for name, why in done.skipped]
-
-
-def _at(name: str) -> str:
-    return name or "the model itself"
+    lines += table_lines(rows(list(states.items())))
+    return lines + [f"not calibrated: {module_name(name)}: {why}" for name, why in done.skipped]
 
 
 def _list(words: Sequence[str]) -> str:
     return ", ".join(words) or "-"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  " + "  ".join(row).rstrip() for row in padded]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normkit.convert.report import Left, _at, _table
+from normkit.convert.report import Left
+from normkit.text import module_name, table_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +53,8 @@ class Folding:
     def __str__(self) -> str:
         lines = [self._summary()]
         head = ("name", "old", "into", "in its place")
-        rows = [(_at(f.name), f.old, ", ".join(f.into), f.stays) for f in self.folded]
-        lines += _table([head, *rows]) if rows else []
+        rows = [(module_name(f.name), f.old, ", ".join(f.into), f.stays) for f in self.folded]
+        lines += table_lines([head, *rows]) if rows else []
         if self.baked:
             lines.append(f"weights baked: {', '.join(self.baked)}")
         return "\n".join([*lines, *self._left()])
@@ -67,5 +68,5 @@ class Folding:
     def _left(self) -> list[str]:
         by_reason: dict[str, list[str]] = defaultdict(list)
         for left in self.left:
-            by_reason[left.why].append(f"{_at(left.name)} ({left.old})")
+            by_reason[left.why].append(f"{module_name(left.name)} ({left.old})")
         return [f"left: {', '.join(names)}: {why}" for why, names in by_reason.items()]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normkit.errors import DataError, OptionError
 from normkit.inference.tracked import bare, statistics_of
 from normkit.layers.base import BUFFERS
+from normkit.text import module_name, table_lines
 
 MEAN, VAR = BUFFERS
 FORMAT = "normkit.StatisticsPatch 1"
@@ -185,11 +186,17 @@ class StatisticsPatch:
     def __str__(self) -> str:
         head = ("name", "layer", "values", "mean shift", "std ratio")
         rows = [
-            (_at(r.name), r.kind, f"{r.num_values:,}", f"{r.mean_shift:.3g}", _range(*r.std_ratio))
+            (
+                module_name(r.name),
+                r.kind,
+                f"{r.num_values:,}",
+                f"{r.mean_shift:.3g}",
+                _range(*r.std_ratio),
+            )
             for r in self.layers
         ]
-        lines = [self._summary(), *_table([head, *rows])]
-        lines += [f"left out: {_at(row.name)} ({row.kind}): {row.why}" for row in self.left]
+        lines = [self._summary(), *table_lines([head, *rows])]
+        lines += [f"left out: {module_name(row.name)} ({row.kind}): {row.why}" for row in self.left]
         return "\n".join(lines)
 
     def _summary(self) -> str:
@@ -261,10 +268,6 @@ def _fill(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
         buffer.copy_(values[name])
 
 
-def _at(name: str) -> str:
-    return name or "the model itself"
-
-
 def _listed(names: Sequence[str], at_most: int = 5) -> str:
     shown = ", ".join(repr(name) for name in names[:at_most])
     return shown + (f" and {len(names) - at_most} others" if len(names) > at_most else "")
@@ -276,9 +279,3 @@ def _range(low: float, high: float) -> str:
 
 def _plural(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  " + "  ".join(row).rstrip() for row in padded]
