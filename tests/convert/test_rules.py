@@ -182,7 +182,6 @@ def test_what_only_a_composite_has_is_lost_by_name():
     assert lost_of(nk.InstanceBatchNorm(6)) == ("running statistics",)
     assert lost_of(nk.BatchGroupNorm(6, num_groups=2)) == ("running statistics",)
     assert lost_of(nk.BatchGroupNorm(6, num_groups=6)) == ()
-    assert lost_of(nn.SyncBatchNorm(6)) == ("statistics over all processes",)
 
 
 def lost_of(layer):

@@ -13,6 +13,7 @@ from normkit.convert.target import (
     Slot,
     affine_slots,
     is_over_batch,
+    pools_examples,
     statistics_slots,
 )
 from normkit.layers.base import BUFFERS, NormLayer
@@ -36,6 +37,7 @@ def own(layer: NormLayer) -> Source:
         over_batch=is_over_batch(recipe),
         activation=activation,
         channels_last=channels_last,
+        process_group=getattr(layer, "process_group", None) if pools_examples(layer) else None,
         lost=_lost(layer, slots),
     )
 

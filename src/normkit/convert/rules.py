@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from normkit.convert.adapters import base_of
 from normkit.convert.source import Activation, Source, Statistics
 from normkit.errors import ConversionError
+from normkit.inference.freeze import is_frozen
 
 Rule = Callable[[Any], Source]
 
@@ -60,9 +61,16 @@ def read(module: nn.Module) -> Source:
     """Read a norm by the rule of its class.
 
     Raises:
-        ConversionError: If its class has no rule, or its shape is not known yet.
+        ConversionError: If its class has no rule, its shape is not known yet, or its statistics
+            are frozen.
     """
     kind = base_of(module)
+    if any(map(is_frozen, module.modules())):
+        raise ConversionError(
+            "its statistics are frozen, which no other layer would be; call "
+            "normkit.thaw_statistics first and freeze the new layer afterwards, or leave it alone "
+            "with where="
+        )
     values = [*module._parameters.values(), *module._buffers.values()]
     if any(is_lazy(value) for value in values if value is not None):
         raise ConversionError(
@@ -94,7 +102,8 @@ def _batch_norm(layer: nn.BatchNorm2d) -> Source:
 
 @rule(nn.SyncBatchNorm)
 def _sync_batch_norm(layer: nn.SyncBatchNorm) -> Source:
-    return replace(_batch_norm(layer), lost=("statistics over all processes",))  # type: ignore[arg-type]
+    """Likewise; no group means all processes."""
+    return replace(_batch_norm(layer), process_group=layer.process_group or "world")  # type: ignore[arg-type]
 
 
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

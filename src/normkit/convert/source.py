@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from normkit.core.ranks import ProcessGroup
 from normkit.spec import Value
 
 
@@ -49,6 +50,7 @@ class Source:
         lost: What no other norm takes over, in words.
         warnings: What the user must know, in words.
         without_positions: Whether inputs ``(N, C)`` are usual.
+        process_group: Whose batches count as one batch in training.
     """
 
     num_features: int
@@ -63,3 +65,4 @@ class Source:
     lost: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     without_positions: bool = False
+    process_group: ProcessGroup = None

@@ -10,13 +10,14 @@ from torch.nn.parameter import is_lazy
 
 from normkit.convert.adapters import adapt_, base_of
 from normkit.convert.source import Source
-from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer
 from normkit.layers.batch_channel import BatchChannelNorm
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
 from normkit.spec import METHODS, NormSpec, Recipe
 
 AFFINE = ("weight", "bias")
+OVER_PROCESSES = "statistics over all processes"
 OF_STATISTICS = ("momentum", "track_running_stats", "example_weight")
 """Options that mean the same only between layers that both look at the batch, or both do not."""
 
@@ -89,7 +90,17 @@ def built(spec: NormSpec, source: Source, like: Tensor | None) -> tuple[NormLaye
     place = {} if like is None else {"device": like.device, "dtype": _dtype(like)}
     layer = cast(NormLayer, recipe.layer(source.num_features, **carried, **given, **place))
     said = [f"{o}={value}" for o, value in carried.items() if value != known[o].default]
+    if pools_examples(layer):
+        cast(TrackingLayer, layer).process_group = source.process_group  # or a composite's
     return adapt_(layer, source.activation, source.channels_last), said
+
+
+def pools_examples(layer: nn.Module) -> bool:
+    """Whether a layer of ours, in training, pools or keeps statistics of several examples."""
+    if any(isinstance(m, TrackingLayer) and m.running_mean is not None for m in layer.modules()):
+        return True
+    own = {"": layer.partition} if isinstance(layer, SegmentLayer) else {}
+    return any(p.examples_per_group != 1 for p in getattr(layer, "partitions", own).values())
 
 
 def is_over_batch(recipe: Recipe) -> bool:
@@ -103,6 +114,8 @@ def take_over(new: NormLayer, old: nn.Module, source: Source) -> Taken:
     carried = [name for name in AFFINE if _take_affine(new, name, getattr(source, name))]
     if _take_statistics(new, source):
         carried.append("running statistics")
+    if source.process_group is not None and pools_examples(new):
+        carried.append(OVER_PROCESSES)
     same = _take_same(new, old) if base_of(new) is base_of(old) else []
     carried += [name for name in same if name not in carried]
     carried += source.activation.described() if source.activation else ()
@@ -111,6 +124,7 @@ def take_over(new: NormLayer, old: nn.Module, source: Source) -> Taken:
     _share_hooks(new, old)
     had = [name for name in AFFINE if getattr(source, name) is not None]
     had += ["running statistics"] if source.statistics else []
+    had += [] if source.process_group is None else [OVER_PROCESSES]
     had += [name for name in source.lost if name not in had]
     return Taken(tuple(carried), tuple(name for name in had if name not in carried))
 
