@@ -12,6 +12,7 @@ any choice.
 
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import normkit as nk
+from normkit.lab.bench.markdown import table
 from normkit.lab.checkpoints import load_weights_, save_weights
 from normkit.lab.data import Dataset, Examples, load
 from normkit.lab.environment import code_hash, describe_environment
@@ -44,7 +46,15 @@ BATCH_SIZES, SEEDS, METRICS = (2, 4, 8), (0, 1, 2), ("loss", "accuracy")
 NUM_HELD_OUT, EVALUATION_BATCH = 3000, 100
 NUM_ROUNDS = 5
 COST_CASES = (("small-resnet", (1, 28, 28), 100), ("torchvision:resnet18", (3, 64, 64), 8))
+NUM_COST_BATCHES = 6
+MARKED = re.compile(r"(<!-- begin tuning.json -->\n).*?(<!-- end -->)", re.DOTALL)
 TICKS = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+SHOWN = {"loss": (0.5, 1.0), "accuracy": (65, 83)}
+GAIN_HEAD = (
+    *("trained at batch", "seed", "tuned for", "best alpha", "gain, judged by held-out images"),
+    *("set", "test set at 0", "test set, gain of the best alpha"),
+)
+COST_HEAD = ("network", "inputs", "batch", "tuned, s", "plain passes, s", "times as fast")
 COLOURS = {2: "#c2410c", 4: "#1b6ca8", 8: "#3f7d20"}
 
 
@@ -79,7 +89,7 @@ def tune_all() -> None:
         print("tuned", spec.batch_size, spec.seed, flush=True)
 
 
-def _tuned(spec: RunSpec, data: Dataset, held_out: list, metric: Any) -> dict:  # noqa: ANN401
+def _tuned(spec: RunSpec, data: Dataset, held_out: list, metric: Any) -> dict:
     result = nk.tune_example_weight(_model(spec, data), held_out, metric=metric)
     test = _pairs(data.test, len(data.test))
     found = {"alpha": result.alpha, "best": result.best, "how": result.how}
@@ -123,7 +133,8 @@ def _weights(spec: RunSpec) -> Path:
 
 def measure_cost() -> None:
     """Time the curve of 11 weights in shared forwards and in plain passes, in turns."""
-    rows = [_cost(*case) for case in COST_CASES]
+    with threads_of(1):
+        rows = [_cost(*case) for case in COST_CASES]
     record = {"rows": rows, "load": os.getloadavg()[0]}
     COST.write_text(json.dumps(record))
     print(json.dumps(record, indent=1))
@@ -133,7 +144,8 @@ def _cost(name: str, shape: tuple[int, int, int], batch_size: int) -> dict:
     torch.manual_seed(0)
     built = build_model(name, num_classes=10, input_shape=shape).model.eval()
     nk.convert_norm_(built, "bn")
-    inputs, targets = torch.randn(2 * batch_size, *shape), torch.randint(10, (2 * batch_size,))
+    number = NUM_COST_BATCHES * batch_size
+    inputs, targets = torch.randn(number, *shape), torch.randint(10, (number,))
     batches = list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
     ways: dict[str, Callable[[], object]] = {
         "tuned": lambda: nk.tune_example_weight(built, batches, refine=False),
@@ -171,8 +183,48 @@ def write_docs() -> None:
         "cost": json.loads(COST.read_text()),
         "rows": rows,
     }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    RECORD.write_text(json.dumps(record) + "\n")
     _draw(rows)
+    page = MARKED.sub(lambda m: f"{m[1]}\n{_results(record)}\n{m[2]}", PAGE.read_text())
+    PAGE.write_text(page)
+
+
+def _results(record: dict) -> str:
+    """The tables of the page."""
+    rows = sorted(record["rows"], key=lambda row: (row["batch_size"], row["seed"]))
+    gains = [_gain_cells(row, metric) for row in rows for metric in METRICS]
+    cost, made = record["cost"], record["environment"]
+    about = (
+        f"Cost of the curve of {len(GRID)} weights, one thread, float32, medians of {NUM_ROUNDS} "
+        f"rounds in turns; load of the machine {cost['load']:.1f}:"
+    )
+    where = f"{made['device']}, torch {made['torch']}, {made['date'][:10]}"
+    parts = [
+        *(table(GAIN_HEAD, gains), about, table(COST_HEAD, map(_cost_cells, cost["rows"]))),
+        f"{where}, code `{record['code_hash']}`.\n",
+    ]
+    return "\n\n".join(parts)
+
+
+def _gain_cells(row: dict, metric: str) -> list[str]:
+    found = row[metric]
+    return [
+        *(str(row["batch_size"]), str(row["seed"]), metric, f"{found['best']:.3g}"),
+        *(_interval(found["held_out_gain"]), "yes" if found["significant"] else "no"),
+        *(f"{found['test_at_zero']:.4f}", _interval(found["test_gain_of_best"])),
+    ]
+
+
+def _cost_cells(row: dict) -> list[str]:
+    shape, tuned, plain = "x".join(map(str, row["input_shape"])), row["tuned_s"], row["plain_s"]
+    times = [f"{tuned:.2f}", f"{plain:.2f}", f"**{plain / tuned:.2f}**"]
+    return [row["model"], shape, str(row["batch_size"]), *times]
+
+
+def _interval(gain: dict) -> str:
+    if gain["low"] == gain["high"] == 0:
+        return "0"
+    return f"{gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
 
 
 def _draw(rows: list[dict]) -> None:
@@ -186,13 +238,15 @@ def _draw(rows: list[dict]) -> None:
             y = [scale * point["mean"] for point in curve]
             axes.plot(x, y, color=COLOURS[row["batch_size"]], linewidth=1.1, label=label)
         axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(*SHOWN[metric])
         axes.set_xticks(
             [0, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0", ".02", ".05", ".1", ".2", ".5", "1"]
         )
         axes.set_xlabel("example weight alpha")
         axes.set_ylabel(f"{metric} on held-out images" + (", %" if metric == "accuracy" else ""))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(FIGURE)
 
 

@@ -147,8 +147,8 @@ def test_without_memory_fewer_weights_share_a_forward(limit):
     assert_close(found, by_hand(model, data(), ALPHAS), rtol=1e-6, atol=1e-6)
 
 
-def test_a_small_limit_of_memory_makes_parts(monkeypatch):
-    monkeypatch.setattr("normkit.tune.sweep.MEMORY_BYTES", 4 * 2 * 4 * 6 * 7 * 7 * 4)
+def test_copies_of_large_maps_are_made_in_parts(monkeypatch):
+    monkeypatch.setattr("normkit.tune.sweep.CPU_BYTES", 2 * (4 * 6 * 7 * 7 * 4))
     model = plain_net()
     sweep = sweep_of(model)
     found = sweep.scores(ALPHAS)

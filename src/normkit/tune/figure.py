@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.8), 160
 LINE, BAND, MARK, INK = "#1b6ca8", "#a9c9e2", "#c2410c", "#1d2126"
+TICKS, LINEAR_TO = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1), 0.1  # of a scale that spreads small weights
+LOSS_SHOWN, ROOM = 3, 1.5  # how far the picture goes down and up, in largest gains
 QUANTILE = 1.96  # of the interval that the band shows
 
 
@@ -33,6 +35,13 @@ def draw(result: Tuning) -> Figure:
     low, high = ([g + sign * e for g, e in zip(gains, errors, strict=True)] for sign in (-1, 1))
     axes.fill_between(alphas, low, high, color=BAND, linewidth=0)
     axes.plot(alphas, gains, color=LINE, marker="o", markersize=3.5)
+    if max(high) > 0:  # a gain would be hard to see beside the losses of large weights
+        top = max(*high, result.shared_gain.high)
+        axes.set_ylim(max(min(low), -LOSS_SHOWN * top), ROOM * top)
+    axes.set_xscale("symlog", linthresh=LINEAR_TO)
+    axes.set_xlim(0, 1)
+    ticks = [tick for tick in TICKS if tick <= max(alphas)]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.axhline(0, color=INK, linewidth=0.8)
     _mark_judged(axes, result)
     axes.set_xlabel("example weight alpha")
@@ -53,6 +62,13 @@ def _mark_judged(axes: Axes, result: Tuning) -> None:
     ends = [[gain.mean - gain.low], [gain.high - gain.mean]]
     label = f"{result.shared:.3g}, judged by the {gain.num_examples:,} examples that did not choose"
     axes.errorbar(
-        [result.shared], [gain.mean], ends, color=MARK, marker="s", capsize=3, label=label
+        [result.shared],
+        [gain.mean],
+        ends,
+        color=MARK,
+        marker="s",
+        markersize=3,
+        capsize=3,
+        label=label,
     )
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")

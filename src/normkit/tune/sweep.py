@@ -18,8 +18,8 @@ from normkit.tune.several import agree, repeated, split, weighed_by_copy
 
 How = Literal["from the first norm on", "from the input on", "one by one"]
 WAYS: tuple[How, ...] = ("from the first norm on", "from the input on", "one by one")
-MEMORY_BYTES = 2**29  # for the copies of the largest map that a norm sees ...
-LIVE_MAPS = 4  # ... and for those that are alive beside it
+CPU_BYTES = 24 * 2**20  # of the largest map that a norm sees, in all copies: larger ones are slower
+GPU_BYTES = 2**29  # where more copies only get faster; what does not fit is halved
 
 
 class Sweep:
@@ -129,7 +129,8 @@ class Sweep:
                 f"the first batch has reached none of the {len(self.layers.named)} layers with "
                 f"running statistics; it is empty, or forward= goes past them"
             )
-        at_once = min(len(alphas), max(1, MEMORY_BYTES // (LIVE_MAPS * max(largest.num_bytes, 1))))
+        limit = CPU_BYTES if largest.on_cpu else GPU_BYTES
+        at_once = min(len(alphas), max(1, limit // largest.num_bytes))
         for how in WAYS[:-1]:
             try:
                 found = self._outputs(batch, ends, how)
@@ -144,7 +145,7 @@ class LargestInput:
     """Size of the largest map that goes into one of some layers."""
 
     def __init__(self) -> None:
-        self.num_bytes = 0
+        self.num_bytes, self.on_cpu = 0, True
 
     def watch(self, layers: Sequence[nn.Module] | dict[nn.Module, Any]) -> ExitStack:
         """Look at the inputs of layers until the block ends."""
@@ -156,4 +157,4 @@ class LargestInput:
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(named.values()))
-        self.num_bytes = max(self.num_bytes, x.nbytes)
+        self.num_bytes, self.on_cpu = max(self.num_bytes, x.nbytes), x.is_cpu
