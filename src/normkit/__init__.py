@@ -11,6 +11,21 @@ from normkit.convert import (
     place_xbn_,
 )
 from normkit.core.partition import largest_divisor
+from normkit.diagnostics import (
+    ChannelDifference,
+    EstimationShift,
+    InactiveChannels,
+    channel_difference,
+    disturb_statistics,
+    estimation_shift,
+    inactive_channels,
+)
+from normkit.distributed import (
+    Accumulation,
+    Synchronization,
+    accumulate_statistics,
+    synchronize_,
+)
 from normkit.errors import (
     ConversionError,
     DataError,
@@ -52,12 +67,15 @@ from normkit.tune import Tuning, tune_example_weight
 from normkit.weights import bake_weights_, standardize_weights_
 
 __all__ = [
+    "Accumulation",
     "BatchChannelNorm",
     "BatchGroupNorm",
     "BatchNorm",
+    "ChannelDifference",
     "Conversion",
     "ConversionError",
     "DataError",
+    "EstimationShift",
     "Explanation",
     "Finding",
     "Folding",
@@ -66,6 +84,7 @@ __all__ = [
     "GroupNorm",
     "GroupNormPlus",
     "GroupWhitening",
+    "InactiveChannels",
     "InputError",
     "InputTypeError",
     "InstanceBatchNorm",
@@ -81,18 +100,24 @@ __all__ = [
     "SpecError",
     "StatisticsPatch",
     "SwitchableNorm",
+    "Synchronization",
     "TraceError",
     "Tuning",
     "WeightError",
+    "accumulate_statistics",
     "bake_weights_",
     "build",
+    "channel_difference",
     "convert_norm",
     "convert_norm_",
     "decay_gamma_to_one",
+    "disturb_statistics",
+    "estimation_shift",
     "explain",
     "fold",
     "freeze_statistics",
     "functional",
+    "inactive_channels",
     "largest_divisor",
     "param_groups",
     "parse_specs",
@@ -104,6 +129,7 @@ __all__ = [
     "set_example_weight",
     "standardize_weights_",
     "sync_update_rates",
+    "synchronize_",
     "thaw_statistics",
     "tune_example_weight",
     "use_kernels",

@@ -1,0 +1,89 @@
+"""Disturbed statistics: how sensitive a network is to errors in what its norms remember."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.check import require_share
+from normkit.errors import OptionError
+from normkit.inference.tracked import Where, bare, chosen, statistics_of, tracked
+from normkit.layers.base import BUFFERS
+
+
+@contextmanager
+def disturb_statistics(
+    model: nn.Module, delta: float, *, seed: int = 0, where: Where | None = None
+) -> Generator[tuple[str, ...]]:
+    r"""Run the block with disturbed running statistics, then put them back.
+
+    .. math::  \hat\mu_c \leftarrow \hat\mu_c (1 + d_c), \quad
+               \hat\sigma_c^2 \leftarrow \hat\sigma_c^2 (1 + d'_c), \quad
+               d, d' \sim U(-\Delta, \Delta)
+
+    independently for every channel. What a layer gets depends on its name and the seed alone, not
+    on which others are disturbed.
+
+    Args:
+        model: Holds norms of torch or ours with running statistics.
+        delta: How far, from 0 to 1.
+        seed: Of the draws; the paper averages five.
+        where: ``where(layer, name)`` says which layers are meant; by default all. The paper takes
+            the first batch norm of each of the first six blocks.
+
+    Yields:
+        Names of the disturbed layers.
+
+    Raises:
+        OptionError: If ``delta`` lies outside 0 to 1, or no layer is meant; nothing is changed
+            then.
+
+    Source:
+        Huang et al., Delving into the Estimation Shift of Batch Normalization in a Network, eq. 5.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(6).eval()
+        >>> with disturb_statistics(norm, 0.5):
+        ...     bool((norm.running_var != 1).all())
+        True
+        >>> bool((norm.running_var == 1).all())
+        True
+    """
+    require_share("delta", delta)
+    layers = chosen(tracked(bare(model)), where)
+    if not layers:
+        raise OptionError(
+            f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
+            f"disturb"
+        )
+    buffers = [b for layer in layers.values() for b in statistics_of(layer).values()]
+    before = [buffer.detach().clone() for buffer in buffers]
+    try:
+        for name, layer in layers.items():
+            _disturb_(layer, delta, _generator(seed, name))
+        yield tuple(layers)
+    finally:
+        with torch.no_grad():
+            for buffer, values in zip(buffers, before, strict=True):
+                buffer.copy_(values)
+
+
+@torch.no_grad()
+def _disturb_(layer: nn.Module, delta: float, generator: torch.Generator) -> None:
+    for name in BUFFERS:
+        buffer = statistics_of(layer)[name]
+        draw = torch.rand(buffer.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        buffer.mul_(_like(1 + delta * draw, buffer))
+
+
+def _like(values: Tensor, buffer: Tensor) -> Tensor:
+    return values.to(device=buffer.device, dtype=buffer.dtype)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

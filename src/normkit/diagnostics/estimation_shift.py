@@ -1,0 +1,207 @@
+"""Estimation shift: how far running statistics are from those of the data they normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normkit.core.check import require_choice
+from normkit.core.moments import Moments
+from normkit.diagnostics.measurement import Measurement
+from normkit.errors import DataError, OptionError
+from normkit.inference.measure import Data
+from normkit.inference.population import Population
+from normkit.inference.tracked import Where, bare, chosen, feature_map, statistics_of, tracked
+from normkit.layers.base import BUFFERS
+from normkit.passes import Forward, device_of, forward_batch, moved, progress, untouched
+
+Normalize = Literal["sqrt_c"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShift:
+    """The shift of one layer.
+
+    Args:
+        name: Its name; ``"input"`` is the model's input.
+        num_groups: Values of its running mean: channels, or groups.
+        num_values: Values of its input behind each of them.
+        esm_mean: Distance of the running mean from the expected one, in the unit of the input.
+        esm_std: Distance of the running standard deviation from the expected one, likewise.
+    """
+
+    name: str
+    num_groups: int
+    num_values: int
+    esm_mean: float | None
+    esm_std: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimationShift(Measurement):
+    """Estimation shift of every layer with running statistics.
+
+    Args:
+        layers: The model's input first, then layers in the order of the forward.
+        num_batches: Batches that were measured.
+        normalize: What the distances were divided by: nothing, or the root of their number.
+    """
+
+    layers: tuple[LayerShift, ...]
+    num_batches: int
+    normalize: Normalize | None = None
+
+    drawn = ("esm_mean", "esm_std")
+
+    @property
+    def reading(self) -> str:
+        """Where the shift is largest, and whether it grows with depth."""
+        rows = self.layers[1:]
+        worst = max(rows, key=_std)
+        largest = (
+            f"it is largest in {worst.name or 'the model itself'} ({_std(worst):.3g} in the "
+            f"standard deviations, {worst.esm_mean or 0.0:.3g} in the means)"
+        )
+        half = len(rows) // 2
+        earlier, later = (sum(map(_std, part)) for part in (rows[:half], rows[len(rows) - half :]))
+        if earlier == 0:
+            return f"Estimation shift over {len(rows)} layers: {largest}."
+        return (
+            f"Estimation shift of the later half of the {len(rows)} layers is "
+            f"{later / earlier:.2g} times that of the earlier half; {largest}."
+        )
+
+
+def _std(row: LayerShift) -> float:
+    return row.esm_std or 0.0
+
+
+def estimation_shift(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    train_batches: Iterable[Any] | None = None,
+    where: Where | None = None,
+    normalize: Normalize | None = None,
+    forward: Forward | None = None,
+) -> EstimationShift:
+    r"""Measure how far running statistics are from those of the data they normalise.
+
+    .. math::  ESM_\mu = \lVert \hat\mu - \mu \rVert_2, \quad
+               ESM_\sigma = \lVert \sqrt{\hat\sigma^2} - \sqrt{\sigma^2} \rVert_2
+
+    over a layer's channels (or groups), with the running :math:`\hat\mu, \hat\sigma^2` and the
+    mean and biased variance of its input over all batches, in float64, the model at evaluation:
+    layers before it normalise by their running statistics. The model is left as it was.
+
+    Args:
+        model: Holds norms of torch or ours with running statistics.
+        batches: Test data: inputs, ``(inputs, target)`` or dicts of arguments, of any sizes.
+        train_batches: Training data: the first row is then the distance between the statistics of
+            the two inputs; without it that row has no values.
+        where: ``where(layer, name)`` says which layers are meant; by default all.
+        normalize: ``"sqrt_c"`` divides by the root of the number of channels, so that layers of
+            different widths compare; by default nothing does, as in the paper.
+        forward: ``forward(model, batch)`` for batches of another form.
+
+    Returns:
+        A row for each layer; prints, ``to_json``, ``table``, ``plot``.
+
+    Raises:
+        OptionError: If no layer has running statistics, or an option is unknown.
+        DataError: If there is no batch, or no layer gets an input.
+
+    Source:
+        Huang et al., Delving into the Estimation Shift of Batch Normalization in a Network,
+        definitions 1 and 2.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
+        >>> shift = estimation_shift(model, [torch.randn(n, 3, 8, 8) for n in (8, 8, 1)])
+        >>> [row.name for row in shift.layers], shift.layers[1].num_values
+        (['input', '1'], 612)
+    """
+    if normalize is not None:
+        require_choice("normalize", normalize, ("sqrt_c",))
+    model = bare(model)
+    layers = chosen(tracked(model), where)
+    if not layers:
+        raise OptionError(
+            f"{type(model).__name__} has no layer with running statistics, so nothing can shift"
+        )
+    send = forward or forward_batch
+    seen, entry, num_batches = _observed(model, layers, Data(batches=batches, forward=send))
+    trained = None
+    if train_batches is not None:
+        _, before, _ = _observed(model, {}, Data(batches=train_batches, forward=send))
+        trained = before.moments
+    first = _row("input", entry, trained, normalize)
+    rows = [
+        _row(name, seen[name], _running(layers[name]), normalize)
+        for name in seen
+        if seen[name].count
+    ]
+    if not rows:
+        raise DataError("no layer with running statistics was called in any forward")
+    return EstimationShift(layers=(first, *rows), num_batches=num_batches, normalize=normalize)
+
+
+def _observed(
+    model: nn.Module, layers: dict[str, nn.Module], data: Data
+) -> tuple[dict[str, Population], Population, int]:
+    """Let the layers, and the model's input, be seen in one pass at evaluation."""
+    seen: dict[str, Population] = {}
+    entry, num_batches, device = Population(), 0, device_of(model)
+
+    def watch(name: str, layer: nn.Module) -> Any:  # noqa: ANN401 - a hook
+        def see(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(named.values()))
+            seen.setdefault(name, Population(layer)).add(feature_map(layer, x))
+
+        return see
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = next((v for v in (*args, *named.values()) if isinstance(v, Tensor)), None)
+        if x is not None and x.ndim > 1:
+            entry.add(x)
+
+    with untouched(model, training=False), torch.no_grad(), ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for batch in progress(data.read(), "measuring estimation shift", data.total()):
+            data.forward(model, moved(batch, device))
+            num_batches += 1
+    if num_batches == 0:
+        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+    return seen, entry, num_batches
+
+
+def _running(layer: nn.Module) -> Moments:
+    mean, var = (statistics_of(layer)[name].double() for name in BUFFERS)
+    return Moments(mean, var)
+
+
+def _row(
+    name: str, population: Population, given: Moments | None, normalize: Normalize | None
+) -> LayerShift:
+    expected, distances = population.moments, (None, None)
+    size = expected.mean.numel()
+    if given is not None:
+        scale = size**0.5 if normalize == "sqrt_c" else 1.0
+        mean = (given.mean - expected.mean).norm() / scale
+        std = (given.var.sqrt() - expected.var.sqrt()).norm() / scale
+        distances = (mean.item(), std.item())
+    return LayerShift(
+        name=name,
+        num_groups=size,
+        num_values=population.count,
+        esm_mean=distances[0],
+        esm_std=distances[1],
+    )

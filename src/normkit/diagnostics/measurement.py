@@ -1,0 +1,87 @@
+"""What every measurement can do: be read, printed, written and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from normkit.text import table_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(ABC):
+    """Something measured layer by layer; ``str`` gives its reading and its table.
+
+    Args:
+        layers: A row for each layer, in the order of the forward.
+    """
+
+    layers: tuple[Any, ...]
+
+    drawn: ClassVar[tuple[str, ...]]
+    """Columns that ``plot`` draws over the layers."""
+
+    @property
+    @abstractmethod
+    def reading(self) -> str:
+        """What the numbers say, in one sentence."""
+
+    def to_json(self) -> str:
+        """All numbers as JSON; what is not finite is null."""
+        return json.dumps(_plain({"measure": type(self).__name__, **asdict(self)}))
+
+    def table(self) -> str:
+        """The rows as a table of plain text."""
+        if not self.layers:
+            return ""
+        names = [field.name for field in fields(self.layers[0])]
+        rows = [[_cell(getattr(row, name)) for name in names] for row in self.layers]
+        return "\n".join(table_lines([[name.replace("_", " ") for name in names], *rows]))
+
+    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+        """Draw the columns over the layers; returns a matplotlib ``Figure``.
+
+        Raises:
+            ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
+        """
+        from matplotlib.figure import Figure  # noqa: PLC0415 - only who draws needs it
+
+        rows = [row for row in self.layers if any(_is_number(getattr(row, c)) for c in self.drawn)]
+        figure = Figure(figsize=(max(6.0, 0.28 * len(rows) + 2), 4), layout="constrained")
+        axes = figure.subplots()
+        for column, marker in zip(self.drawn, "os^dv", strict=False):
+            values = [getattr(row, column) for row in rows]
+            shown = [value if _is_number(value) else math.nan for value in values]
+            axes.plot(range(len(rows)), shown, marker=marker, label=column.replace("_", " "))
+        axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=90, fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.set_title(self.reading, fontsize=9, wrap=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+    def __str__(self) -> str:
+        return f"{self.reading}\n{self.table()}".rstrip()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a dataclass holds
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
