@@ -226,6 +226,7 @@ def test_inactive_channels_are_counted(batches):
     model = lived(Cnn())
     with torch.no_grad():
         model.norm1.weight[2], model.norm1.bias[2] = 0, -1  # off everywhere
+        model.norm1.weight[3], model.norm1.bias[3] = 0, 0  # likewise: exactly 0
         model.norm2.bias[5] = 40  # on everywhere
     found = nk.inactive_channels(model, batches)
     assert [row.name for row in found.layers] == ["relu", "relu, call 2", "the model itself"]
@@ -239,7 +240,7 @@ def test_inactive_channels_are_counted(batches):
         assert row.zero_share == pytest.approx(float(zeros.mean()), rel=1e-6)
         assert row.largest_zero_share == pytest.approx(float(zeros.max()), rel=1e-6)
         assert row.num_eliminated == int((values.amax((0, 2, 3)) <= 0).sum())
-    assert found.layers[0].num_eliminated == 1
+    assert found.layers[0].num_eliminated == 2
     assert "are off everywhere in the data" in found.reading
 
 
