@@ -54,7 +54,10 @@ def test_frozen_statistics_are_refused_with_the_way_out(make):
     model = nn.Sequential(make())
     nk.freeze_statistics(model)
     kinds = [type(m) for m in model.modules()]
-    with pytest.raises(nk.ConversionError, match=r"0 to gn:2: its statistics are frozen, .*call normkit.thaw_statistics first"):
+    with pytest.raises(
+        nk.ConversionError,
+        match=r"0 to gn:2: its statistics are frozen, .*call normkit.thaw_statistics first",
+    ):
         nk.convert_norm_(model, "gn:2")
     assert [type(m) for m in model.modules()] == kinds
     nk.thaw_statistics(model)
