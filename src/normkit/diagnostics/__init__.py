@@ -4,13 +4,21 @@ from normkit.diagnostics.channel_difference import ChannelDifference, channel_di
 from normkit.diagnostics.disturb import disturb_statistics
 from normkit.diagnostics.estimation_shift import EstimationShift, estimation_shift
 from normkit.diagnostics.inactive_channels import InactiveChannels, inactive_channels
+from normkit.diagnostics.landscape import GradientLandscape, gradient_landscape
+from normkit.diagnostics.lipschitz import LipschitzTerms, lipschitz_terms
+from normkit.diagnostics.noise import add_output_noise
 
 __all__ = [
     "ChannelDifference",
     "EstimationShift",
+    "GradientLandscape",
     "InactiveChannels",
+    "LipschitzTerms",
+    "add_output_noise",
     "channel_difference",
     "disturb_statistics",
     "estimation_shift",
+    "gradient_landscape",
     "inactive_channels",
+    "lipschitz_terms",
 ]

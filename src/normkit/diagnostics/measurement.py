@@ -13,16 +13,18 @@ from normkit.text import table_lines
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(ABC):
-    """Something measured layer by layer; ``str`` gives its reading and its table.
+    """Something measured row by row; ``str`` gives its reading and its table.
 
-    Args:
-        layers: A row for each layer, in the order of the forward.
+    The rows are layers in the order of the forward, or training steps.
     """
 
-    layers: tuple[Any, ...]
-
     drawn: ClassVar[tuple[str, ...]]
-    """Columns that ``plot`` draws over the layers."""
+    """Columns that ``plot`` draws over the rows."""
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The rows: those of its fields that are called ``layers`` or ``steps``."""
+        return getattr(self, "layers", ()) or getattr(self, "steps", ())
 
     @property
     @abstractmethod
@@ -35,28 +37,29 @@ class Measurement(ABC):
 
     def table(self) -> str:
         """The rows as a table of plain text."""
-        if not self.layers:
+        if not self.rows:
             return ""
-        names = [field.name for field in fields(self.layers[0])]
-        rows = [[_cell(getattr(row, name)) for name in names] for row in self.layers]
+        names = [field.name for field in fields(self.rows[0])]
+        rows = [[_cell(getattr(row, name)) for name in names] for row in self.rows]
         return "\n".join(table_lines([[name.replace("_", " ") for name in names], *rows]))
 
     def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
-        """Draw the columns over the layers; returns a matplotlib ``Figure``.
+        """Draw the columns over the rows; returns a matplotlib ``Figure``.
 
         Raises:
             ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
         """
         from matplotlib.figure import Figure  # noqa: PLC0415 - only who draws needs it
 
-        rows = [row for row in self.layers if any(_is_number(getattr(row, c)) for c in self.drawn)]
+        rows = [row for row in self.rows if any(_is_number(getattr(row, c)) for c in self.drawn)]
         figure = Figure(figsize=(max(6.0, 0.28 * len(rows) + 2), 4), layout="constrained")
         axes = figure.subplots()
         for column, marker in zip(self.drawn, "os^dv", strict=False):
             values = [getattr(row, column) for row in rows]
             shown = [value if _is_number(value) else math.nan for value in values]
             axes.plot(range(len(rows)), shown, marker=marker, label=column.replace("_", " "))
-        axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=90, fontsize=8)
+        names = [str(getattr(row, "name", i)) for i, row in enumerate(rows)]
+        axes.set_xticks(range(len(rows)), names, rotation=90, fontsize=8)
         axes.set_ylim(bottom=0)
         axes.set_title(self.reading, fontsize=9, wrap=True)
         axes.grid(alpha=0.3)

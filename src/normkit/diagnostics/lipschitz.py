@@ -1,0 +1,202 @@
+"""Lipschitz terms: what weight standardization takes out of the gradient of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.diagnostics.measurement import Measurement
+from normkit.errors import DataError, OptionError
+from normkit.inference.measure import Data
+from normkit.inference.tracked import bare
+from normkit.passes import Forward, device_of, forward_batch, moved, progress, untouched
+from normkit.weights.attach import rules_of
+from normkit.weights.parametrizations import Reparametrization, WeightStandardization
+
+Loss = Callable[[Any, Any], Tensor]
+"""``loss(output, batch)`` gives a number to be differentiated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTerms:
+    """Shares of the two terms in one layer.
+
+    Args:
+        name: The layer.
+        num_filters: Filters of its weight.
+        weight_share: Share of the term along the standardised weight.
+        mean_share: Share of the term along the constant.
+    """
+
+    name: str
+    num_filters: int
+    weight_share: float
+    mean_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LipschitzTerms(Measurement):
+    """Shares of the terms by which standardization reduces the gradient, layer by layer.
+
+    Args:
+        layers: Layers with standardised weights, in the order of the model.
+        num_batches: Batches that were measured.
+    """
+
+    layers: tuple[LayerTerms, ...]
+    num_batches: int
+
+    drawn = ("mean_share", "weight_share")
+
+    @property
+    def reading(self) -> str:
+        """Which of the two terms is larger."""
+        mean, weight = (
+            sum(getattr(row, name) for row in self.layers) / len(self.layers)
+            for name in ("mean_share", "weight_share")
+        )
+        return (
+            f"Of the squared gradient of standardised weights, {100 * mean:.2g} % lie along the "
+            f"constant and {100 * weight:.2g} % along the weight itself (means over layers); "
+            f"standardization takes both out."
+        )
+
+
+def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+    """Cross entropy of scores ``(N, K)``, for batches ``(inputs, target)``.
+
+    Raises:
+        DataError: If the batch is no pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise DataError(
+            f"a batch of type {type(batch).__name__} has no target; give pairs (inputs, target), "
+            f"or loss=lambda output, batch: ..."
+        )
+    return functional.cross_entropy(output, batch[1])
+
+
+def lipschitz_terms(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss = cross_entropy_of_pairs,
+    forward: Forward | None = None,
+) -> LipschitzTerms:
+    r"""Measure by how much weight standardization reduces the gradient of each weight.
+
+    With the gradient :math:`g` of the standardised weight :math:`\hat W` of a filter of
+    :math:`I` values, the squared gradient of the raw weight is
+
+    .. math::  \frac{1}{\sigma^2} \left( \lVert g \rVert^2 - \frac{1}{I} \langle 1, g \rangle^2
+               - \frac{1}{I} \langle \hat W, g \rangle^2 \right)
+
+    and the shares are those of the last two terms in the first, summed over filters and batches.
+    The model is in training mode, normalises by its batches, and is left as it was.
+
+    Args:
+        model: Has weights that ``standardize_weights_`` has standardised.
+        batches: ``(inputs, target)``, or what ``loss`` and ``forward`` take.
+        loss: ``loss(output, batch)``; by default the cross entropy.
+        forward: ``forward(model, batch)`` for batches of another form.
+
+    Returns:
+        A row for each standardised layer.
+
+    Raises:
+        OptionError: If no weight is standardised.
+        DataError: If there is no batch, or one without a target.
+
+    Source:
+        Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, eqs. 17 and 20.
+
+    Example:
+        >>> import normkit as nk
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+        >>> _ = nk.standardize_weights_(model)
+        >>> pair = torch.randn(4, 3, 3, 3), torch.tensor([0, 1, 2, 3])
+        >>> [row.name for row in lipschitz_terms(model, [pair]).layers]
+        ['0']
+    """
+    model = bare(model)
+    rules = _standardised(model)
+    data = Data(batches=batches, forward=forward or forward_batch)
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}
+    num_batches, device = 0, device_of(model)
+    with untouched(model, training=True), torch.enable_grad():
+        for batch in progress(data.read(), "measuring gradients", data.total()):
+            sent = moved(batch, device)
+            for name, terms in _terms(rules, lambda b=sent: loss(data.forward(model, b), b)):
+                sums[name] += terms
+            num_batches += 1
+    if num_batches == 0:
+        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+    rows = [_row(name, model.get_submodule(name), rules[name], sums[name]) for name in rules]
+    return LipschitzTerms(layers=tuple(rows), num_batches=num_batches)
+
+
+def _standardised(model: nn.Module) -> dict[str, WeightStandardization]:
+    found = {
+        name: rule
+        for name, module in model.named_modules()
+        for rule in rules_of(module)
+        if isinstance(rule, WeightStandardization)
+    }
+    if not found:
+        raise OptionError(
+            f"{type(model).__name__} has no standardised weight; nk.standardize_weights_(model) "
+            f"standardises them"
+        )
+    return found
+
+
+def _terms(
+    rules: Mapping[str, Reparametrization], compute: Callable[[], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Squared gradient, and its terms along the constant and the weight, of each layer."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def see(_rule: nn.Module, args: tuple[Tensor], weight: Tensor) -> None:
+            seen.setdefault(name, (args[0], weight))
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, rule in rules.items():
+            hooks.callback(rule.register_forward_hook(keep(name)).remove)
+        total = compute()
+    weights = [weight for _, weight in seen.values()]
+    grads = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
+    for (name, (raw, _)), grad in zip(seen.items(), grads, strict=True):
+        yield name, _split(rules[name], raw.detach(), grad)
+
+
+def _split(rule: Reparametrization, raw: Tensor, grad: Tensor) -> Tensor:
+    values, g = (rule.filters.rows(t)[0].double() for t in (raw, grad))
+    if rule.gain is not None:
+        g = g * rule.gain.detach().double()[:, None]  # of the weight before gain and offset
+    centred = values - values.mean(dim=1, keepdim=True)
+    unit = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+    size = g.shape[1]
+    along = [g.sum(dim=1).square() / size, (unit * g).sum(dim=1).square() / size]
+    return torch.stack([g.square().sum(), *(term.sum() for term in along)]).cpu()
+
+
+def _row(name: str, layer: nn.Module, rule: Reparametrization, sums: Tensor) -> LayerTerms:
+    squares, mean, weight = sums.tolist()
+    return LayerTerms(
+        name=name,
+        num_filters=rule.filters.num_filters(
+            layer.get_parameter("parametrizations.weight.original")
+        ),
+        mean_share=mean / squares if squares else 0.0,
+        weight_share=weight / squares if squares else 0.0,
+    )
