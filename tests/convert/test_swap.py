@@ -115,6 +115,34 @@ def test_revert_after_training_undoes_the_conversion_alone(spec):
     steps(model, optimizer)
 
 
+@pytest.mark.parametrize("spec", ["gn:2", "in:affine=false", "bcn:4"])
+def test_revert_follows_the_mode_and_the_dtype_that_the_model_has_now(spec):
+    model = Net()
+    model.layer1[0].bn1.eval()
+    x = torch.randn(2, 8, 4, 4).double()
+    done = nk.convert_norm_(model, spec)
+    model.train()  # thaws all of them
+    model.layer2[0].bn1.eval()
+    model.double()
+    old = done.revert()
+    assert [m.training for m in (old.layer1[0].bn1, old.layer2[0].bn1)] == [True, False]
+    dtypes = {v.dtype for v in old.state_dict().values() if v.is_floating_point()}
+    assert dtypes == {torch.float64}
+    expected = Net().double()
+    expected.load_state_dict(old.state_dict())
+    assert_close(old.eval()(x), expected.eval()(x))
+
+
+def test_revert_leaves_the_modes_of_parts_that_nobody_has_changed():
+    model = nn.Sequential(build("timm:test_efficientnet"))
+    act = next(m for m in model.modules() if type(m).__name__ == "BatchNormAct2d")
+    act.drop.train(False)
+    act.eval().act.train()
+    done = nk.convert_norm_(model, "gn:max=8")
+    done.revert()
+    assert [m.training for m in (act, act.drop, act.act)] == [False, False, True]
+
+
 def test_revert_refuses_what_somebody_else_has_replaced():
     model = Net()
     first = nk.convert_norm_(model, "gn:2")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.convert.optimizer import Exchange, OptimizerEdit
@@ -22,6 +23,35 @@ class Slot(NamedTuple):
     key: str
     old: nn.Module
     new: nn.Module
+
+
+class Place(NamedTuple):
+    """In which mode, where and in which precision a layer computes."""
+
+    training: bool
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Bring a tensor here."""
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+
+class Pair(NamedTuple):
+    """A layer and its successor, which was in this place at first."""
+
+    old: nn.Module
+    new: nn.Module
+    place: Place
+
+    def follow(self, model: nn.Module) -> None:
+        """Bring the old layer to the mode and the place that the new one was put in since."""
+        place, kept = _place(self.new, model), set(self.new.modules())
+        for module in self.old.modules():
+            if module not in kept and place.training != self.place.training:
+                module.training = place.training
+            if module not in kept and place[1:] != self.place[1:]:
+                module._apply(place.take, recurse=False)
 
 
 class Before(NamedTuple):
@@ -61,6 +91,7 @@ class Swap:
     ) -> None:
         self.old, self.new = model, replacements.get(model, model)
         self._slots = list(_slots(model, replacements))
+        self._pairs = [Pair(o, n, _place(n, model)) for o, n in replacements.items()]
         self._standardize = frozenset(standardize)
         self._weights = [_before(model.get_submodule(name)) for name in standardize]
         self._hooks = frozenset((*model._forward_hooks, *model._forward_pre_hooks))
@@ -119,7 +150,10 @@ class Swap:
             )
         if self._slots and all(s.old is m for s, m in zip(self._slots, now, strict=True)):
             return self.old
-        return self.undo()
+        self.undo()
+        for pair in reversed(self._pairs):  # layers inside of a block come before it, and decide
+            pair.follow(self.old)
+        return self.old
 
     def _edit_of_weights(self, optimizer: Optimizer) -> OptimizerEdit:
         """Let gains and offsets that standardised weights have gained join the weights' groups."""
@@ -146,6 +180,13 @@ def _slots(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Ite
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 yield Slot(parent, key, child, replacements[child])
+
+
+def _place(layer: nn.Module, model: nn.Module) -> Place:
+    """Find where a layer is, by a parameter of its own or, if it has none, of its model."""
+    found = next(chain(layer.parameters(), model.parameters()), None)
+    device, dtype = (None, None) if found is None else (found.device, found.dtype)
+    return Place(layer.training, device, dtype)
 
 
 def _before(layer: nn.Module) -> Before:
