@@ -83,10 +83,16 @@ def tune_all() -> None:
         if path.exists():
             continue
         with threads_of(1):
-            row = {"batch_size": spec.batch_size, "seed": spec.seed}
+            row: dict = {"batch_size": spec.batch_size, "seed": spec.seed, **_made()}
             row |= {metric: _tuned(spec, data, held_out, metric) for metric in METRICS}
         path.write_text(json.dumps(row))
         print("tuned", spec.batch_size, spec.seed, flush=True)
+
+
+def _made() -> dict:
+    """With what code and where something is measured that starts now."""
+    environment = describe_environment(parse_device("cpu"), 1).model_dump(mode="json")
+    return {"code_hash": code_hash(), "environment": environment}
 
 
 def _tuned(spec: RunSpec, data: Dataset, held_out: list, metric: Any) -> dict:
@@ -135,7 +141,7 @@ def measure_cost() -> None:
     """Time the curve of 11 weights in shared forwards and in plain passes, in turns."""
     with threads_of(1):
         rows = [_cost(*case) for case in COST_CASES]
-    record = {"rows": rows, "load": os.getloadavg()[0]}
+    record = {"rows": rows, "load": os.getloadavg()[0], **_made()}
     COST.write_text(json.dumps(record))
     print(json.dumps(record, indent=1))
 
@@ -178,8 +184,6 @@ def write_docs() -> None:
     record = {
         "protocol": PROTOCOL.model_dump(mode="json"),
         "num_held_out": NUM_HELD_OUT,
-        "environment": describe_environment(parse_device("cpu"), 1).model_dump(mode="json"),
-        "code_hash": code_hash(),
         "cost": json.loads(COST.read_text()),
         "rows": rows,
     }
@@ -193,17 +197,22 @@ def _results(record: dict) -> str:
     """The tables of the page."""
     rows = sorted(record["rows"], key=lambda row: (row["batch_size"], row["seed"]))
     gains = [_gain_cells(row, metric) for row in rows for metric in METRICS]
-    cost, made = record["cost"], record["environment"]
+    cost = record["cost"]
     about = (
         f"Cost of the curve of {len(GRID)} weights, one thread, float32, medians of {NUM_ROUNDS} "
         f"rounds in turns; load of the machine {cost['load']:.1f}:"
     )
-    where = f"{made['device']}, torch {made['torch']}, {made['date'][:10]}"
     parts = [
-        *(table(GAIN_HEAD, gains), about, table(COST_HEAD, map(_cost_cells, cost["rows"]))),
-        f"{where}, code `{record['code_hash']}`.\n",
+        *(table(GAIN_HEAD, gains), _where(rows), about),
+        *(table(COST_HEAD, map(_cost_cells, cost["rows"])), _where([cost])),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
+
+
+def _where(measured: list[dict]) -> str:
+    made = measured[0]["environment"]
+    codes = ", ".join(sorted({f"`{each['code_hash']}`" for each in measured}))
+    return f"{made['device']}, torch {made['torch']}, {made['date'][:10]}, code {codes}."
 
 
 def _gain_cells(row: dict, metric: str) -> list[str]:
