@@ -54,6 +54,23 @@ def test_a_checkpoint_is_calibrated_on_a_data_set(normkit, tmp_path):
     assert report["calibration"]["original"]["relative_error"] == 0
 
 
+def test_calibrated_standardized_weights_can_be_loaded_again(normkit, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    code, _, _ = normkit(
+        *("convert", "--model", "small-resnet", "--to", "gn:4+ws", "--where", "re:[34].*"),
+        *("--calibrate", "digits", "--examples", "32", "--save", str(path)),
+    )
+    assert code == 0
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["where"] == "re:[34].*"
+    names = about["standardized"].split(",")
+    model = build_model("small-resnet", num_classes=10, input_shape=(1, 8, 8)).model
+    nk.convert_norm_(model, {"re:[34].*": "gn:4"})
+    nk.standardize_weights_(model, lambda layer, name: name in names, preserve=True)
+    model.load_state_dict(load_file(path))
+
+
 def test_only_the_named_norms_are_converted(normkit):
     code, output, _ = normkit("convert", *SMALL, "--to", "gn:4", "--where", "re:.*0.*, nothing*")
     assert code == 2
@@ -69,6 +86,7 @@ def test_only_the_named_norms_are_converted(normkit):
         (("--to", "gm:5"), "gm"),
         (("--to", "gn:4", "--save", "weights.pt"), "its name ends in .safetensors"),
         (("--to", "gn:4", "--where", "layer1,,bn"), "write names with commas between"),
+        (("--to", "gn:4", "--num-classes", "0"), "--num-classes was given 0; give 1 or more"),
         (("--to", "gn:4", "--examples", "0"), "--examples was given 0; give 1 or more"),
         (("--to", "gn:4", "--calibrate", "nothing"), "there is no data set 'nothing'"),
         (("--to", "gn:4", "--checkpoint", "nothing.pt"), "nothing.pt cannot be read"),

@@ -61,7 +61,7 @@ class Convert(ModelOptions):
             example_input=self.example(dataset),
         )
         if self.save is not None:
-            save_weights(done.model, self.save, {"model": self.model, "norms": self.to})
+            save_weights(done.model, self.save, self._about(done))
         sys.stdout.write((json.dumps(as_json(done)) if self.json_output else str(done)) + "\n")
         if self.save is not None:
             sys.stderr.write(f"weights: {self.save}\n")
@@ -76,6 +76,12 @@ class Convert(ModelOptions):
             if self.save.suffix != SUFFIX:
                 raise SpecError(f"--save was given {str(self.save)!r}; its name ends in {SUFFIX}")
             usable_folder(self.save.parent, self.save.name)
+
+    def _about(self, done: Conversion) -> dict[str, str]:
+        """What to know for loading the weights."""
+        about = {"model": self.model, "norms": self.to, "where": self.where}
+        about["standardized"] = ",".join(done.standardized)
+        return {name: value for name, value in about.items() if value}
 
     def _map(self) -> dict[str, str]:
         patterns = [part.strip() for part in (self.where or "").split(",")]

@@ -38,6 +38,8 @@ class ModelOptions:
             SpecError: If the model is unknown or cannot take the inputs.
             DataError: If the checkpoint cannot be read or does not fit.
         """
+        if self.num_classes is not None and self.num_classes < 1:
+            raise SpecError(f"--num-classes was given {self.num_classes}; give 1 or more")
         known = NUM_CLASSES if dataset is None else dataset.num_classes
         built = build_model(
             self.model,
