@@ -108,6 +108,20 @@ def test_what_looks_like_a_norm_is_not_passed_over_in_silence():
     assert row.why == "it is named like a norm, but none that is known"
 
 
+def test_norms_in_a_python_list_are_not_passed_over_in_silence():
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+            self.order = [self.norm]
+            self.by_name = {"other": nn.BatchNorm2d(8)}
+
+    done = nk.convert_norm_(nn.Sequential(Hiding()), "gn:2")
+    assert [change.name for change in done.changes] == ["0.norm"]
+    why = "it is in a Python list or dict, not an nn.ModuleList"
+    assert {row.name: row.why for row in done.left} == dict.fromkeys(["0.order", "0.by_name"], why)
+
+
 def test_the_report_prints_as_a_table():
     model = nn.Sequential(nn.BatchNorm2d(20), nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(8)))
     done = nk.convert_norm_(model, {"1.1": None, "*": "gn:max=8"})
@@ -170,6 +184,7 @@ def test_patterns_and_options_that_mean_nothing_are_refused():
     refused(nk.OptionError, r"'re:\(' is no regular expression: ", {"re:(": "bn"})
     refused(nk.OptionError, r"3 was given as a pattern", {3: "bn"})
     refused(nk.OptionError, r"where= chooses none of the 5 norms", where=lambda m, n: False)
+    refused(nk.OptionError, r"where='bn1' was given; it is a function", where="bn1")
     refused(nk.SpecError, r"names norm 'gm'", "gm:2")
     refused(nk.SpecError, r"names norm 'gm'", {"layer1": "gm:2"})
     refused(nk.SpecError, r"3 was given; it is a spec such as 'gn:32', or a dict", 3)

@@ -24,6 +24,7 @@ from normkit.convert.plan import Step
 from normkit.convert.target import Slot, affine_slots
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
+from normkit.errors import DataError
 from normkit.inference.population import Population
 from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
 from normkit.layers.batch_channel import BatchChannelNorm
@@ -50,7 +51,8 @@ class Calibrator:
         forward: How a batch is sent through the model.
 
     Raises:
-        DataError: If there is no batch, or one that needs ``forward``.
+        DataError: If there is no batch, one that needs ``forward``, or one whose values overflow or
+            are NaN; or if the model has no values.
     """
 
     def __init__(
@@ -61,6 +63,11 @@ class Calibrator:
         forward: Forward | None,
     ) -> None:
         self._steps: dict[nn.Module, Step] = {step.new: step for step in steps}
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise DataError(
+                "the model is on the meta device and has no values to calibrate; load its weights "
+                "first, or leave calibrate= out"
+            )
         self._batches = as_list(batches)
         self._forward = forward or forward_batch
         self._targets = {new: Population() for new in self._steps}
@@ -68,6 +75,8 @@ class Calibrator:
             for new, step in self._steps.items():
                 stack.callback(_watch(step, self._targets[new]))
             self._before = self._outputs(model, "measuring the original")
+        for new, step in self._steps.items():
+            _require_finite(self._targets[new], step, "original")
         self._again = self._outputs(model, "measuring the original again")
 
     def run(self, model: nn.Module) -> Calibration:
@@ -114,6 +123,7 @@ class Calibrator:
         with self._evaluation(place.model):
             for y in self._normalised(place):
                 found.add(y)
+        _require_finite(found, self._steps[new], "converted")
         for slot, weight in zip(slots, carried, strict=True):
             _fit(slot, weight, target.moments, found.moments)
         return ""
@@ -152,6 +162,20 @@ class _Place(NamedTuple):
     model: nn.Module
     layer: NormLayer
     num_calls: int
+
+
+def _require_finite(population: Population, step: Step, which: str) -> None:
+    """Refuse to solve for values that are none.
+
+    Raises:
+        DataError: With the layer's name.
+    """
+    mean, squares = population.sums[2:]
+    if not (mean.isfinite().all() and squares.isfinite().all()):
+        raise DataError(
+            f"on these batches {step.change.name or 'the norm'} of the {which} model puts out NaN "
+            f"or infinity; look into the batches and, in 16 bits, into the range of the values"
+        )
 
 
 def _watch(step: Step, population: Population) -> Any:  # noqa: ANN401

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import normkit.convert.own  # noqa: F401 - registers its rule
 from normkit.convert.report import Change, Left
 from normkit.convert.rules import read
-from normkit.convert.selection import Chosen, Found, find_lookalikes
+from normkit.convert.selection import Chosen, Found, find_hidden, find_lookalikes
 from normkit.convert.source import Source
 from normkit.convert.target import built, describe, take_over
 from normkit.errors import ConversionError, NormError, OptionError, PartitionError
@@ -94,6 +94,8 @@ def plan(
         raise _refusal(problems, found, chosen.specs)
     lookalikes = find_lookalikes(model).items()
     left += [_left(n, m, "it is named like a norm, but none that is known") for n, m in lookalikes]
+    hidden = find_hidden(model).items()
+    left += [_left(n, m, "it is in a Python list or dict, not an nn.ModuleList") for n, m in hidden]
     return Plan(tuple(steps), tuple(left), insertions)
 
 

@@ -46,6 +46,21 @@ def find_lookalikes(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def find_hidden(model: nn.Module) -> dict[str, nn.Module]:
+    """Find norms in Python lists and dicts, which torch does not look into.
+
+    What is called there goes on being called: nothing is exchanged in such a place.
+    """
+    return {
+        f"{name}.{key}" if name else key: each
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if not key.startswith("_") and isinstance(value, list | tuple | dict)
+        for each in (value.values() if isinstance(value, dict) else value)
+        if isinstance(each, nn.Module) and is_norm(each)
+    }
+
+
 def _walk(
     module: nn.Module, name: str, above: tuple[nn.Module, ...] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -67,7 +82,15 @@ def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) 
         OptionError: If a pattern or ``where`` chooses nothing, or there is nothing to choose.
     """
     if not found:
-        raise OptionError("the model has no normalization layer, so there is nothing to convert")
+        raise OptionError(
+            "the model has no normalization layer, so there is nothing to convert; layers in a "
+            "Python list are not seen, only those in an nn.ModuleList"
+        )
+    if where is not None and not callable(where):
+        raise OptionError(
+            f"where={where!r} was given; it is a function of a module and its name. Names go into "
+            f"a dict: {{'layer1.*': 'gn:32'}}"
+        )
     by_pattern = _by_pattern(found, wanted)
     specs: dict[nn.Module, NormSpec] = {}
     left: dict[nn.Module, str] = {}
