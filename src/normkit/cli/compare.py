@@ -7,37 +7,49 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from normkit.cli.numbers import flag, whole_numbers
-from normkit.cli.progress import sweep_progress
+from normkit.cli.progress import line_by_line, sweep_progress
 from normkit.cli.tables import print_tables
 from normkit.errors import SpecError
 from normkit.lab.compare import Comparison, compare, of_sweep
+from normkit.lab.launch import Launch, launched
 from normkit.lab.records import (
     CORRUPT_NAME,
     RECORDS_NAME,
     Contents,
     Record,
+    complete_records,
     read_records,
     usable_folder,
 )
 from normkit.lab.report import REPORT_NAME, write_report
-from normkit.lab.spec import Protocol, SweepSpec
-from normkit.lab.sweep import check, default_workers, missing_runs, run_all
+from normkit.lab.spec import Protocol, RunSpec, SweepSpec
+from normkit.lab.sweep import Collected, check, default_workers, missing_runs, run_all
 from normkit.lab.train import parse_device
 from normkit.spec import parse_specs
 
 EXIT_FAILED_RUNS = 1
 
 
+class _Plan(NamedTuple):
+    """What is to be done, the same for all processes of a launch."""
+
+    sweep: SweepSpec
+    specs: tuple[RunSpec, ...]
+    num_examples: int
+    num_workers: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compare:
     """Train one network with several norms at several batch sizes, and show which wins.
 
-    Runs that have a record in the output folder are not repeated.
+    Runs that have a record in the output folder are not repeated. Processes that torchrun started
+    share the runs; the first one shows the result.
     """
 
     data: str = "digits"
@@ -76,22 +88,43 @@ class Compare:
             0, or 1 if runs failed.
         """
         with redirect_stdout(sys.stderr):  # libraries that download print to the standard output
-            sweep = self.sweep()
-            num_workers = self._num_workers(sweep)
-            num_examples = check(sweep)
-            folder = usable_folder(self.out, RECORDS_NAME, CORRUPT_NAME, REPORT_NAME)
-            contents = read_records(folder)
-            _tell_of_corrupt_lines(contents, folder)
-            specs = missing_runs(sweep, contents.records)
-            if specs:
-                with sweep_progress(specs, num_examples) as watcher:
-                    run_all(specs, folder, num_workers, watcher)
-            records = of_sweep(sweep, read_records(folder).records)
-            comparison = compare(sweep, records)
+            with launched() as launch:
+                plan = launch.first(self._plan)
+                folder = usable_folder(self.out, RECORDS_NAME)
+                own = self._run_share(plan, folder, launch)
+                everybodys = [
+                    record for several in launch.gather(lambda: own) for record in several
+                ]
+            if not launch.is_first:
+                return 0
+            complete_records(folder, everybodys)
+            records = of_sweep(plan.sweep, read_records(folder).records)
+            comparison = compare(plan.sweep, records)
             write_report(folder, comparison, records, self.command())
         self._print(comparison, records)
         failed = any(record.outcome.status == "failed" for record in records)
         return EXIT_FAILED_RUNS if failed else 0
+
+    def _plan(self) -> _Plan:
+        """Check everything, and find the runs that have no record."""
+        sweep = self.sweep()
+        num_workers = self._num_workers(sweep)
+        num_examples = check(sweep)
+        folder = usable_folder(self.out, RECORDS_NAME, CORRUPT_NAME, REPORT_NAME)
+        contents = read_records(folder)
+        _tell_of_corrupt_lines(contents, folder)
+        return _Plan(sweep, missing_runs(sweep, contents.records), num_examples, num_workers)
+
+    def _run_share(self, plan: _Plan, folder: Path, launch: Launch) -> list[Record]:
+        """Run what falls to this process."""
+        specs = launch.share(plan.specs)
+        if not specs:
+            return []
+        show = sweep_progress if launch.is_first else line_by_line
+        with show(specs, plan.num_examples) as watcher:
+            collected = Collected(watcher)
+            run_all(specs, folder, plan.num_workers, collected)
+        return collected.records
 
     def sweep(self) -> SweepSpec:
         """What the options ask for.

@@ -1,5 +1,6 @@
 """The progress display of a sweep, on the standard error."""
 
+import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,23 @@ def sweep_progress(specs: Sequence[RunSpec], num_examples: int) -> Generator["Sw
     )
     with Progress(*columns, console=Console(stderr=True), speed_estimate_period=120) as display:
         yield SweepProgress(display, specs, num_examples)
+
+
+@contextmanager
+def line_by_line(specs: Sequence[RunSpec], num_examples: int) -> Generator["Lines"]:
+    """Only tell of runs that end: another process has the display."""
+    yield Lines()
+
+
+class Lines:
+    """Prints a line for each run that ends."""
+
+    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+        """Say nothing."""
+
+    def on_record(self, record: Record) -> None:
+        """Say how the run ended."""
+        sys.stderr.write(_line(record) + "\n")
 
 
 class SweepProgress:

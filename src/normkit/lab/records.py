@@ -1,7 +1,7 @@
 """One line of JSON for each run, in a file that survives being killed."""
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,18 @@ def append_record(folder: Path, record: Record) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def complete_records(folder: Path, records: Iterable[Record]) -> None:
+    """Add those records that are not in the folder: other machines may have written elsewhere.
+
+    Raises:
+        DataError: If they cannot be read or written.
+    """
+    known = {record.model_dump_json() for record in read_records(folder).records}
+    for record in records:
+        if record.model_dump_json() not in known:
+            append_record(folder, record)
 
 
 def read_records(folder: Path) -> Contents:

@@ -42,6 +42,23 @@ class Watcher(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A watcher that also keeps the records."""
+
+    watcher: Watcher
+    records: list[Record] = field(default_factory=list)
+
+    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+        """Pass it on."""
+        self.watcher.on_steps(spec, num_steps)
+
+    def on_record(self, record: Record) -> None:
+        """Keep it and pass it on."""
+        self.records.append(record)
+        self.watcher.on_record(record)
+
+
 def check(sweep: SweepSpec) -> int:
     """Find bad input before the first run; nothing is trained or written.
 
