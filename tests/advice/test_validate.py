@@ -283,3 +283,27 @@ def test_a_compiled_model_is_refused():
 def test_a_check_of_the_same_name_is_refused():
     with pytest.raises(nk.OptionError, match="check 'few values' is there already: few_values"):
         check("few values")(lambda situation: iter(()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "check", "is_found"),
+    [
+        ((4, 8, 8), 7, "few examples", True),  # 8 is the smallest that loses nothing in table 2
+        ((4, 8, 8), 8, "few examples", False),
+        ((4, 1, 1), 31, "few values", True),  # 1/sqrt(2 * 32) is an eighth
+        ((4, 1, 1), 32, "few values", False),
+    ],
+)
+def test_limits_are_where_they_are_said_to_be(shape, batch, check, is_found):
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    found = {each.check for each in nk.validate(model, batch_size=batch, input_shape=shape)}
+    assert (check in found) == is_found
+
+
+def test_synchronized_norms_see_the_examples_of_all_processes(monkeypatch):
+    model = conv(nn.SyncBatchNorm(8))
+    options = {"batch_size": 2, "input_shape": (3, 8, 8)}
+    assert found(model, "few examples", **options) == [("warning", "1")]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 4)
+    assert found(model, "few examples", **options) == []

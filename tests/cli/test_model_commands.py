@@ -126,3 +126,27 @@ def test_recommend_ranks_norms(normkit):
     code, _, errors = normkit("recommend", "--batch-size", "2", "--workers", "3")
     assert code == 2
     assert "3 workers" in errors
+
+
+def test_every_option_of_recommend_counts(normkit):
+    options = {
+        ("--pretrained",): {"pretrained": True},
+        ("--task", "detection"): {"task": "detection"},
+        ("--workers", "4"): {"per_worker": False, "workers": 4},
+    }
+    plain = [each.as_dict() for each in nk.recommend(16)]
+    for given, meant in options.items():
+        _, output, _ = normkit("recommend", "--batch-size", "16", *given, "--json")
+        found = json.loads(output)
+        assert found == json.loads(json.dumps(nk.recommend(16, **meant).as_list()))
+        assert found != json.loads(json.dumps(plain))
+
+
+def test_options_reach_the_calls_that_they_are_for(normkit):
+    _, output, _ = normkit("convert", *SMALL, "--to", "bgn:auto", "--batch-size", "2", "--json")
+    assert {change["new"] for change in json.loads(output)["changes"]} == {"bgn:1"}
+    arguments = ("validate", *SMALL, "--batch-size", "2", "--json")
+    _, training, _ = normkit(*arguments)
+    _, evaluation, _ = normkit(*arguments, "--evaluation")
+    kinds = [{each["check"] for each in json.loads(text)} for text in (training, evaluation)]
+    assert kinds == [{"few examples"}, {"no statistics yet"}]
