@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import normkit as nk
 from cases import CASES, EVERY, MAIN, TOLERANCE, randn
+from convert.networks import timm
 
 X = randn(4, 6, 5, 3, mean=1.0)
 CLOSE = TOLERANCE[torch.float64]
@@ -150,3 +152,43 @@ def test_onnxruntime_agrees(case, tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_close(torch.from_numpy(y), layer(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_averaged_models_average_statistics_too(case):
+    layer, states = case.make(dtype=torch.float64), []
+    average = AveragedModel(layer, use_buffers=True)
+    for step in range(3):
+        layer(X * (step + 1))
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(layer.parameters()) + step, layer.parameters()
+        )
+        average.update_parameters(layer)
+        states.append(copy.deepcopy(layer.state_dict()))
+    for name, value in average.module.state_dict().items():
+        if value.is_floating_point() and "example_weight" not in name:
+            assert_close(value, sum(state[name] for state in states) / 3, **CLOSE)
+    assert average.eval()(X).isfinite().all()
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_functional_call_moves_the_buffers_that_it_is_given(case):
+    layer, other = stepped(case), stepped(case)
+    before = copy.deepcopy(layer.state_dict())
+    other(X + 1)
+    given = {n: t.detach().clone() for n, t in [*layer.named_parameters(), *layer.named_buffers()]}
+    y = functional_call(layer, given, (X + 1,))
+    assert_close(y, stepped(case)(X + 1), **CLOSE)
+    for name, value in other.named_buffers():
+        assert_close(given[name], value, **CLOSE)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_what_conversion_adds_to_a_layer_is_exported_with_it():
+    """An activation, and channels in the last axis."""
+    old = nn.Sequential(timm.layers.BatchNormAct2d(6, act_layer=nn.SiLU), nn.LayerNorm(3)).double()
+    network = nk.convert_norm(old, {"0": "bgn:2", "1": "pn"}).model.eval()
+    program = torch.export.export(network, (X,), strict=True)
+    assert_close(program.module()(X), network(X), **CLOSE)
+    assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(X), network(X))
