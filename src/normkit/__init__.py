@@ -1,36 +1,11 @@
 """normkit: the normalization toolkit for PyTorch."""
 
-from normkit import functional, weights
-from normkit.advice import Finding, Recommendation, recommend, validate
-from normkit.convert import (
-    Conversion,
-    convert_norm,
-    convert_norm_,
-    place_gnbn_,
-    place_ibn_,
-    place_xbn_,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from normkit import functional
 from normkit.core.partition import largest_divisor
-from normkit.diagnostics import (
-    ChannelDifference,
-    EstimationShift,
-    GradientLandscape,
-    InactiveChannels,
-    LipschitzTerms,
-    add_output_noise,
-    channel_difference,
-    disturb_statistics,
-    estimation_shift,
-    gradient_landscape,
-    inactive_channels,
-    lipschitz_terms,
-)
-from normkit.distributed import (
-    Accumulation,
-    Synchronization,
-    accumulate_statistics,
-    synchronize_,
-)
 from normkit.errors import (
     ConversionError,
     DataError,
@@ -45,14 +20,6 @@ from normkit.errors import (
     WeightError,
 )
 from normkit.explain import Explanation, explain
-from normkit.fold import Folding, fold
-from normkit.inference import (
-    StatisticsPatch,
-    freeze_statistics,
-    recalibrate,
-    set_example_weight,
-    thaw_statistics,
-)
 from normkit.kernels.select import use_kernels
 from normkit.layers.batch_channel import BatchChannelNorm, sync_update_rates
 from normkit.layers.group_plus import GroupNormPlus
@@ -68,8 +35,123 @@ from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 from normkit.param_groups import decay_gamma_to_one, param_groups
 from normkit.spec import NormSpec, build, parse_specs
-from normkit.tune import Tuning, tune_example_weight
-from normkit.weights import bake_weights_, standardize_weights_
+
+if TYPE_CHECKING:
+    from normkit import weights
+    from normkit.advice import Finding, Recommendation, recommend, validate
+    from normkit.convert import (
+        Conversion,
+        convert_norm,
+        convert_norm_,
+        place_gnbn_,
+        place_ibn_,
+        place_xbn_,
+    )
+    from normkit.diagnostics import (
+        ChannelDifference,
+        EstimationShift,
+        GradientLandscape,
+        InactiveChannels,
+        LipschitzTerms,
+        add_output_noise,
+        channel_difference,
+        disturb_statistics,
+        estimation_shift,
+        gradient_landscape,
+        inactive_channels,
+        lipschitz_terms,
+    )
+    from normkit.distributed import (
+        Accumulation,
+        Synchronization,
+        accumulate_statistics,
+        synchronize_,
+    )
+    from normkit.folding import Folding, fold
+    from normkit.inference import (
+        StatisticsPatch,
+        freeze_statistics,
+        recalibrate,
+        set_example_weight,
+        thaw_statistics,
+    )
+    from normkit.tune import Tuning, tune_example_weight
+    from normkit.weights import bake_weights_, standardize_weights_
+
+LATER = {
+    "normkit.advice": (
+        "Finding",
+        "Recommendation",
+        "recommend",
+        "validate",
+    ),
+    "normkit.convert": (
+        "Conversion",
+        "convert_norm",
+        "convert_norm_",
+        "place_gnbn_",
+        "place_ibn_",
+        "place_xbn_",
+    ),
+    "normkit.diagnostics": (
+        "ChannelDifference",
+        "EstimationShift",
+        "GradientLandscape",
+        "InactiveChannels",
+        "LipschitzTerms",
+        "add_output_noise",
+        "channel_difference",
+        "disturb_statistics",
+        "estimation_shift",
+        "gradient_landscape",
+        "inactive_channels",
+        "lipschitz_terms",
+    ),
+    "normkit.distributed": (
+        "Accumulation",
+        "Synchronization",
+        "accumulate_statistics",
+        "synchronize_",
+    ),
+    "normkit.folding": (
+        "Folding",
+        "fold",
+    ),
+    "normkit.inference": (
+        "StatisticsPatch",
+        "freeze_statistics",
+        "recalibrate",
+        "set_example_weight",
+        "thaw_statistics",
+    ),
+    "normkit.tune": (
+        "Tuning",
+        "tune_example_weight",
+    ),
+    "normkit.weights": (
+        "bake_weights_",
+        "standardize_weights_",
+    ),
+}
+"""What is imported when it is first asked for: models are built without it."""
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever has the name
+    import importlib  # noqa: PLC0415 - only needed here
+
+    if name == "weights":
+        return importlib.import_module("normkit.weights")
+    for module, names in LATER.items():
+        if name in names:
+            found = getattr(importlib.import_module(module), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module 'normkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Accumulation",

@@ -1,7 +1,6 @@
 """Whole models: branches, activations, standardised weights, what the user's model keeps."""
 
 import copy
-import importlib
 import random
 
 import pytest
@@ -11,8 +10,8 @@ from torch import nn
 import normkit as nk
 from convert.networks import timm
 from fold.trained import model_of, randn, trained
+from normkit.folding import verbs
 
-verbs = importlib.import_module("normkit.fold.verbs")  # normkit.fold itself is the function
 X = randn(2, 6, 7, 5)
 
 

@@ -1,6 +1,6 @@
 """Norms with running statistics into the weights of their neighbours."""
 
-from normkit.fold.report import Folded, Folding
-from normkit.fold.verbs import fold
+from normkit.folding.report import Folded, Folding
+from normkit.folding.verbs import fold
 
 __all__ = ["Folded", "Folding", "fold"]

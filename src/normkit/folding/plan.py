@@ -11,10 +11,10 @@ from typing import NamedTuple, cast
 from torch import nn
 
 from normkit.convert.selection import Found
-from normkit.fold.affine import TORCH_INSTANCE_NORMS, Affine, Evaluated, evaluated
-from normkit.fold.layers import Layer, LinearMap, channel_axis, shifts_alike, why_fixed
-from normkit.fold.neighbours import Layout, Neighbours
-from normkit.fold.seen import Shape, Shapes
+from normkit.folding.affine import TORCH_INSTANCE_NORMS, Affine, Evaluated, evaluated
+from normkit.folding.layers import Layer, LinearMap, channel_axis, shifts_alike, why_fixed
+from normkit.folding.neighbours import Layout, Neighbours
+from normkit.folding.seen import Shape, Shapes
 
 
 class Step(NamedTuple):

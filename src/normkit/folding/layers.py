@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.convert.rules import key_of
-from normkit.fold.affine import Affine
+from normkit.folding.affine import Affine
 from normkit.layers.base import is_watched
 from normkit.tracing import CONVOLUTIONS
 from normkit.weights.filters import TRANSPOSED

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normkit.fold.seen import Shape
+from normkit.folding.seen import Shape
 from normkit.layers.base import is_watched
 from normkit.tracing import Call, Graph
 

@@ -13,11 +13,11 @@ from normkit.convert.report import Left
 from normkit.convert.selection import Found, find_lookalikes, find_norms
 from normkit.convert.target import describe
 from normkit.errors import ConversionError
-from normkit.fold.layers import Layer
-from normkit.fold.neighbours import Neighbours
-from normkit.fold.plan import Plan, Step, plan
-from normkit.fold.report import Folded, Folding
-from normkit.fold.seen import difference, run, tolerance
+from normkit.folding.layers import Layer
+from normkit.folding.neighbours import Neighbours
+from normkit.folding.plan import Plan, Step, plan
+from normkit.folding.report import Folded, Folding
+from normkit.folding.seen import difference, run, tolerance
 from normkit.tracing import is_producer, require_bare, trace
 from normkit.weights import bake_weights_
 
