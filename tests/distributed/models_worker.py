@@ -16,8 +16,8 @@ PARTS = {(5, 3): 3, (8, 0): 2, (2, 4): 5}
 """Sizes of the processes' parts, and micro-batches: a seed for each."""
 
 
-def network(mixed=True):
-    """Norms of torch and of ours, single and composite; ``mixed`` has a scalar parameter."""
+def network():
+    """Norms of torch and of ours, single and composite."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3),
@@ -25,7 +25,7 @@ def network(mixed=True):
         nn.ReLU(),
         nk.BatchChannelNorm(6, num_groups=3),
         nn.Conv2d(6, 6, 3),
-        nk.GroupNormPlus(6, num_groups=3) if mixed else nk.SwitchableNorm(6),
+        nk.GroupNormPlus(6, num_groups=3),
         nk.GroupNorm(6, num_groups=3, track_running_stats=True),
         nk.BatchGroupNorm(6, num_groups=2),
     ).double()
@@ -81,7 +81,7 @@ def sharded(rank, size):
     found = {}
     mesh = init_device_mesh("cpu", (size,))
     for sizes, seed in PARTS.items():
-        model = network(mixed=False)
+        model = network()
         nk.synchronize_(model)
         for layer in (model[0], model[4]):
             fully_shard(layer, mesh=mesh)

@@ -29,7 +29,7 @@ def alone(model, sizes, seed):
 @pytest.mark.parametrize("job", ["synchronised", "sharded"])
 @pytest.mark.parametrize("sizes", PARTS, ids=str)
 def test_a_step_is_that_of_one_process_with_the_whole_batch(job, sizes, found):
-    expected = alone(network(mixed=job == "synchronised"), sizes, PARTS[sizes])
+    expected = alone(network(), sizes, PARTS[sizes])
     parts = [each[job][sizes] for each in found]
     assert_close(torch.cat([each["y"] for each in parts]), expected.pop("y"), **CLOSE)
     for each in parts:

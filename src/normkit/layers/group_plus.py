@@ -113,7 +113,8 @@ class GroupNormPlus(TrackingLayer):
 
     def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
         super()._register_parameters(device, dtype)
-        self.mix_logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        one = torch.empty(1, device=device, dtype=dtype)  # sharding refuses scalars
+        self.mix_logit = nn.Parameter(one)
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1, ``bias`` to 0, ``mix_logit`` to 1, and the statistics to 0 and 1."""
@@ -147,6 +148,6 @@ class GroupNormPlus(TrackingLayer):
 
     def _paced_logit(self) -> Tensor:
         if self.mix_rate == 1:
-            return self.mix_logit
-        still = self.mix_logit.detach()
-        return still + self.mix_rate * (self.mix_logit - still)
+            return self.mix_logit[0]
+        still = self.mix_logit[0].detach()
+        return still + self.mix_rate * (self.mix_logit[0] - still)
