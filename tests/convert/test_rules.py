@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normkit as nk
@@ -388,3 +389,23 @@ def test_device_and_dtype_are_those_of_the_old_layer():
         assert {p.dtype for p in new.parameters()} == {torch.float64}
     bare = nn.Sequential(nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6)).double()
     assert nk.convert_norm(bare, "gn:2:affine").model[1].weight.dtype == torch.float64
+
+
+def test_layers_that_somebody_has_changed_are_refused():
+    pruned = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    prune.l1_unstructured(pruned[1], "weight", 0.5)
+    with pytest.raises(nk.ConversionError, match=r"1 to gn:4: its weight is no parameter but comp"):
+        nk.convert_norm_(pruned, "gn:4")
+    prune.remove(pruned[1], "weight")
+    nk.convert_norm_(pruned, "gn:4").model(torch.randn(2, 3, 4, 4))
+    patched = nn.Sequential(nn.BatchNorm2d(8))
+    patched[0].forward = lambda x: x
+    with pytest.raises(nk.ConversionError, match="0 to gn:4: its forward was replaced on this"):
+        nk.convert_norm_(patched, "gn:4")
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(
+        nk.InputTypeError, match=r"a dict was given to convert; it takes a torch\.nn\.Module"
+    ):
+        nk.convert_norm_({}, "gn:4")

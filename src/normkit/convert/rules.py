@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normkit.convert.adapters import base_of
@@ -71,6 +71,7 @@ def read(module: nn.Module) -> Source:
             "normkit.thaw_statistics first and freeze the new layer afterwards, or leave it alone "
             "with where="
         )
+    _require_plain(module)
     values = [*module._parameters.values(), *module._buffers.values()]
     if any(is_lazy(value) for value in values if value is not None):
         raise ConversionError(
@@ -84,6 +85,26 @@ def read(module: nn.Module) -> Source:
             f"None, or say how it is read with normkit.convert.rule"
         )
     return found(module)
+
+
+def _require_plain(module: nn.Module) -> None:
+    """Refuse a layer that somebody has changed in ways that no other layer would follow.
+
+    Raises:
+        ConversionError: If its forward was replaced, or a parameter is computed, as by pruning.
+    """
+    own = vars(module)
+    if "forward" in own:
+        raise ConversionError(
+            "its forward was replaced on this very layer, which a new layer would not have; take "
+            "that away first, or leave the layer alone with where="
+        )
+    computed = [name for name in ("weight", "bias") if isinstance(own.get(name), Tensor)]
+    if computed:
+        raise ConversionError(
+            f"its {' and '.join(computed)} is no parameter but computed, as pruning does; make it "
+            f"permanent first (torch.nn.utils.prune.remove), or leave it alone with where="
+        )
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from normkit.errors import OptionError
+from normkit.errors import InputTypeError, OptionError
 
 HOLDERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 COMPILED = ("OptimizedModule", "ScriptModule")
@@ -19,7 +19,12 @@ def require_bare(model: nn.Module, verb: str) -> None:
 
     Raises:
         OptionError: With the wrapper and the way out.
+        InputTypeError: If it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"a {type(model).__name__} was given to {verb}; it takes a torch.nn.Module"
+        )
     for name, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         at = f"module {name!r}" if name else "the model"
