@@ -212,3 +212,11 @@ def test_wrapped_and_compiled_models_are_refused():
     with pytest.warns(DeprecationWarning, match="jit"):
         scripted = torch.jit.trace(Net().eval(), torch.randn(2, 8, 4, 4))
     refused(nk.OptionError, r"is compiled \(ScriptModule\)", model=scripted)
+
+
+def test_a_pattern_that_comes_too_late_is_refused():
+    says = r"pattern 'layer1\.\*' has no effect: '\*' before it names all .* put it first"
+    with pytest.raises(nk.OptionError, match=says):
+        nk.convert_norm_(Net(), {"*": "gn:4", "layer1.*": "in"})
+    nk.convert_norm_(Net(), {"*": "gn:4", "layer1.*": "gn:4"})  # says the same
+    nk.convert_norm_(Net(), {"layer1.0.bn1": None, "layer1.*": "in", "*": "gn:4"})

@@ -79,7 +79,8 @@ def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) 
 
     Raises:
         SpecError: If a spec cannot be read.
-        OptionError: If a pattern or ``where`` chooses nothing, or there is nothing to choose.
+        OptionError: If a pattern or ``where`` chooses nothing or comes too late to, or there is
+            nothing to choose.
     """
     if not found:
         raise OptionError(
@@ -121,7 +122,27 @@ def _by_pattern(found: Found, wanted: str | NormSpec | SpecMap) -> dict[nn.Modul
     tests = {pattern: _test(pattern) for pattern in wanted}
     _require_matches(found, tests)
     specs = {k: None if spec is None else NormSpec.parse(spec) for k, spec in wanted.items()}
+    _require_effect(found, tests, specs)
     return {module: _first(names, tests, specs) for module, names in found.items()}
+
+
+def _require_effect(
+    found: Found,
+    tests: Mapping[str, Callable[[str], bool]],
+    specs: Mapping[str, NormSpec | None],
+) -> None:
+    """Refuse a pattern that says something of its norms, all of which earlier ones have taken."""
+    earlier: dict[nn.Module, str] = {}
+    for pattern, matches in tests.items():
+        named = [module for module, names in found.items() if any(map(matches, names))]
+        taken = {earlier[module] for module in named if module in earlier}
+        others = [each for each in taken if specs[each] != specs[pattern]]
+        if others and all(module in earlier for module in named):
+            raise OptionError(
+                f"pattern {pattern!r} has no effect: {', '.join(map(repr, sorted(others)))} before "
+                f"it names all of its norms, and the first pattern counts; put it first"
+            )
+        earlier |= {module: pattern for module in named if module not in earlier}
 
 
 def _first(
