@@ -36,7 +36,27 @@ def test_weights_are_converted_and_saved(normkit, tmp_path):
     nk.convert_norm_(model, "gn:4")
     model.load_state_dict(load_file(path))
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"model": "small-resnet", "norms": "gn:4"}
+        about = file.metadata()
+    assert (about["model"], about["norms"]) == ("small-resnet", "gn:4")
+    assert json.loads(about["changes"])["1"] == "gn:4"
+
+
+def test_a_saved_conversion_brings_its_norms_with_it(normkit, tmp_path):
+    first, second = (str(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+    small = ("--model", "small-resnet")
+    data = ("--calibrate", "digits", "--examples", "32")
+    to = ("--to", "gn:4+ws", "--where", "3.*")
+    assert normkit("convert", *small, *to, *data, "--save", first)[0] == 0
+    again = ("--checkpoint", first, "--to", "bcn:8+ws", "--where", "4.*", "--save", second)
+    code, output, errors = normkit("convert", *small, *again, *SMALL[2:])
+    assert code == 0, errors
+    assert "3.norm1 (GroupNorm(32))" in output
+    code, output, _ = normkit("validate", *SMALL, "--checkpoint", second, "--batch-size", "32")
+    assert code == 0
+    state = load_file(second)
+    assert any(key.startswith("3.conv1.parametrizations") and "gain" in key for key in state)
+    assert any(key.startswith("4.conv1.parametrizations") for key in state)
+    assert not any(key.startswith("4.") and "gain" in key for key in state)
 
 
 def test_a_checkpoint_is_calibrated_on_a_data_set(normkit, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -77,6 +77,17 @@ def read_tensors(path: Path) -> Mapping[str, object]:
     if not isinstance(found, Mapping):
         raise DataError(f"{path} holds a {type(found).__name__}; a checkpoint is a state dict")
     return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; other files, and unreadable ones, say nothing."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError:
+        return {}  # reading its tensors will say what is wrong
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
