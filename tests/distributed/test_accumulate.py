@@ -229,3 +229,17 @@ def test_once_at_a_time():
             with pytest.raises(nk.OptionError, match="accumulated already; end that with remove"):
                 nk.accumulate_statistics(part, 2)
     nk.accumulate_statistics(model, 2).remove()
+
+
+def test_a_model_may_be_compiled_afterwards():
+    model = nn.Sequential(nn.BatchNorm2d(6), nk.BatchNorm(6)).double()
+    plain = copy.deepcopy(model)
+    with nk.accumulate_statistics(model, steps=3):
+        compiled = torch.compile(model, backend="aot_eager")
+        for x in BATCHES:
+            compiled(x)
+    with nk.accumulate_statistics(plain, steps=3):
+        for x in BATCHES:
+            plain(x)
+    for name, value in plain.named_buffers():
+        assert_close(model.get_buffer(name), value, **CLOSE)

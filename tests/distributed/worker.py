@@ -124,6 +124,13 @@ def refused(rank, size):
         torch.func.jvp(bn, (torch.ones(2, 6, 3),), (torch.ones(2, 6, 3),))
     except ValueError as error:
         found["transform"] = str(error)
+    x = torch.randn(2, 6, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(bn(x).pow(3).sum(), x, create_graph=True)
+    found["first"] = first.isfinite().all()
+    try:
+        first.sum().backward()
+    except ValueError as error:
+        found["second"] = str(error)
     bn(torch.randn(1, 6))  # as many values as processes
     bn.eval()
     found["evaluates alone"] = bn(torch.randn(rank, 6)).shape[0]

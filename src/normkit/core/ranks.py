@@ -161,7 +161,26 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        return _all_reduce(grads[0].contiguous(), ctx.group), None
+        with torch.no_grad():
+            total = _all_reduce(grads[0].contiguous(), ctx.group)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return _NotTwice.apply(grads[0], total), None
+        return total, None
+
+
+class _NotTwice(torch.autograd.Function):
+    """A derivative that is not differentiated again: what others contribute would be missing."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, total: Tensor) -> Tensor:  # noqa: ANN401
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: ANN401
+        raise InputError(
+            "a second derivative of statistics over several processes was asked for, which is not "
+            "computed; set process_group=None or call .eval() for it"
+        )
 
 
 def _with_row(rows: Tensor, index: int, row: Tensor) -> Tensor:
