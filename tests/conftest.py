@@ -2,11 +2,12 @@
 
 import os
 
-# Workers share the cores: with all threads in each they wait for one another most of the time.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: with all threads in each they wait for one another most of the time.
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, settings
 
 # A busy machine is not a failure. In CI the drawn examples are the same every time.
 settings.register_profile(
