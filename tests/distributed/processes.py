@@ -30,7 +30,7 @@ def results(module, size, folder, *arguments):
     """Run the processes to their end; what each has saved as ``FOLDER/RANK.pt``."""
     processes = start(module, size, folder, *arguments)
     for process in processes:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=280)
         assert process.returncode == 0, errors
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
