@@ -57,12 +57,12 @@ def evaluated(norm: nn.Module) -> Evaluated | str:
     """Read what a norm does at evaluation, or say why it is not one scale and shift a channel."""
     if is_watched(norm, *_stages(norm)):
         return "hooks look at it"
+    if "forward" in vars(norm):
+        return "its forward was replaced"
     try:
         source = read(norm)
     except ConversionError:
         return f"{key_of(type(norm))} has no rule; say with normkit.convert.rule how it is read"
-    if "forward" in vars(norm):
-        return "its forward was replaced"
     found = _affine_of_ours(norm) if isinstance(norm, NormLayer) else _affine(norm, source)
     if isinstance(found, str):
         return found
