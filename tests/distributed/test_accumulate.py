@@ -153,7 +153,7 @@ class Failing(nn.Module):
 def test_an_exception_leaves_no_hook_and_drops_what_is_pending(error, inside, monkeypatch):
     norm, failing = nn.BatchNorm2d(6), Failing(error)
     if inside:
-        monkeypatch.setattr(norm, "_check_input_dim", failing)
+        monkeypatch.setattr(norm, "_check_input_dim", failing.forward)
     model = nn.Sequential(norm, failing).double()
     before, hooks = copy.deepcopy(model.state_dict()), hooks_of(model)
     objects = dict(norm._buffers)
