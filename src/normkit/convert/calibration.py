@@ -25,8 +25,10 @@ from normkit.convert.target import Slot, affine_slots
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import DataError
+from normkit.inference.measure import values_of
 from normkit.inference.population import Population
-from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.inference.tracked import feature_map
+from normkit.layers.base import NormLayer, TrackingLayer
 from normkit.layers.batch_channel import BatchChannelNorm
 from normkit.passes import (
     Forward,
@@ -132,11 +134,10 @@ class Calibrator:
         population = Population(layer)
         with self._evaluation(place.model):
             for x in self._inputs(place, layer):
-                population.add(_channels_second(x, place.layer))
-        buffers = population.buffers
-        for name, values in zip(BUFFERS, (buffers.mean, buffers.var), strict=True):
-            layer.get_buffer(name).copy_(values)
-        layer.get_buffer("num_batches_tracked").fill_(len(self._batches))
+                population.add(feature_map(place.layer, x))
+        name = self._steps[place.layer].change.name
+        for buffer, values in values_of(name, layer, population.sums).items():
+            layer.get_buffer(buffer).copy_(values)
 
     def _normalised(self, place: _Place) -> Iterator[Tensor]:
         """Give the layer's outputs, channels second, without its activation."""
@@ -146,7 +147,7 @@ class Calibrator:
         for values in outputs:
             with torch.no_grad():
                 y = new(values) if activation is None else values
-            yield _channels_second(y, new)
+            yield feature_map(new, y)
 
     def _inputs(self, place: _Place, layer: nn.Module) -> Iterator[Tensor]:
         return inputs_of(place.model, layer, self._batches, place.num_calls, self._forward)
@@ -183,20 +184,16 @@ def _watch(step: Step, population: Population) -> Any:  # noqa: ANN401
     activation, _ = adapters_of(step.new)
 
     def see_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        population.add(_channels_second(args[0], step.new))
+        population.add(feature_map(step.new, args[0]))
 
     def see_output(_module: nn.Module, _args: Any, output: Tensor) -> None:  # noqa: ANN401
-        population.add(_channels_second(output, step.new))
+        population.add(feature_map(step.new, output))
 
     if activation is None:
         return step.old.register_forward_hook(see_output, prepend=True).remove
     inside = any(module is activation.drop for module in step.old.children())
     after = activation.drop if inside else activation.act
     return after.register_forward_pre_hook(see_input, prepend=True).remove
-
-
-def _channels_second(x: Tensor, layer: nn.Module) -> Tensor:
-    return x.movedim(-1, 1) if adapters_of(layer)[1] else x
 
 
 def _last_slots(layer: NormLayer) -> tuple[Slot, ...]:

@@ -14,11 +14,10 @@ from normkit.core.check import require_share
 from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.measure import Data
 from normkit.inference.population import Population
 from normkit.inference.tracked import Where, bare, chosen, feature_map
 from normkit.layers.base import NormLayer
-from normkit.passes import Forward, device_of, forward_batch, moved, progress, untouched
+from normkit.passes import Data, Forward, forward_batch, untouched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +122,10 @@ def channel_difference(
         )
     observers: dict[str, _Observer] = {}
     data = Data(batches=batches, forward=forward or forward_batch)
-    num_batches, device = 0, device_of(model)
-    with untouched(model, training=False), torch.no_grad(), ExitStack() as hooks:
+    with untouched(model, training=False), ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.callback(_watch(layer, name, momentum, observers))
-        for batch in progress(data.read(), "measuring channels", data.total()):
-            data.forward(model, moved(batch, device))
-            num_batches += 1
+        num_batches = data.send(model, "measuring channels")
     if not observers:
         raise DataError("no batch has reached a norm that pools channels")
     found = {name: _stat_diff(o.moments, groups[name]) for name, o in observers.items()}

@@ -7,18 +7,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from normkit.core.check import require_choice
 from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.measure import Data
 from normkit.inference.population import Population
 from normkit.inference.tracked import Where, bare, chosen, feature_map, statistics_of, tracked
 from normkit.layers.base import BUFFERS
-from normkit.passes import Forward, device_of, forward_batch, moved, progress, untouched
+from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
 
 Normalize = Literal["sqrt_c"]
 
@@ -156,7 +154,7 @@ def _observed(
 ) -> tuple[dict[str, Population], Population, int]:
     """Let the layers, and the model's input, be seen in one pass at evaluation."""
     seen: dict[str, Population] = {}
-    entry, num_batches, device = Population(), 0, device_of(model)
+    entry = Population()
 
     def watch(name: str, layer: nn.Module) -> Any:  # noqa: ANN401 - a hook
         def see(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -170,16 +168,13 @@ def _observed(
         if x is not None and x.ndim > 1:
             entry.add(x)
 
-    with untouched(model, training=False), torch.no_grad(), ExitStack() as hooks:
+    with untouched(model, training=False), ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
             hooks.callback(handle.remove)
-        for batch in progress(data.read(), "measuring estimation shift", data.total()):
-            data.forward(model, moved(batch, device))
-            num_batches += 1
-    if num_batches == 0:
-        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+        num_batches = data.send(model, "measuring estimation shift")
+    require_batches(num_batches)
     return seen, entry, num_batches
 
 

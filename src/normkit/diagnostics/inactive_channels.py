@@ -14,9 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError
-from normkit.inference.measure import Data
 from normkit.inference.tracked import bare
-from normkit.passes import Forward, device_of, forward_batch, moved, progress, untouched
+from normkit.passes import Data, Forward, forward_batch, uncompiled, untouched
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6"})
 """Functions that give 0 for everything that is not positive."""
@@ -104,14 +103,14 @@ def inactive_channels(
     """
     model = bare(model)
     data = Data(batches=batches, forward=forward or forward_batch)
-    recorder, num_batches, device = _Recorder(), 0, device_of(model)
-    with untouched(model, training=False), torch.no_grad(), ExitStack() as stack:
+    recorder, num_batches = _Recorder(), 0
+    with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(recorder.follow(name, module))
         stack.enter_context(recorder)
-        for batch in progress(data.read(), "measuring activations", data.total()):
+        for batch in data.each(model, "measuring activations"):
             recorder.calls.clear()
-            data.forward(model, moved(batch, device))
+            data.forward(model, batch)
             num_batches += 1
     if not recorder.seen:
         raise DataError(

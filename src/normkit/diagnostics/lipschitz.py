@@ -13,9 +13,8 @@ from torch.nn import functional
 
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.measure import Data
 from normkit.inference.tracked import bare
-from normkit.passes import Forward, device_of, forward_batch, moved, progress, untouched
+from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
 from normkit.weights.attach import rules_of
 from normkit.weights.parametrizations import Reparametrization, WeightStandardization
 
@@ -129,15 +128,13 @@ def lipschitz_terms(
     rules = _standardised(model)
     data = Data(batches=batches, forward=forward or forward_batch)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}
-    num_batches, device = 0, device_of(model)
+    num_batches = 0
     with untouched(model, training=True), torch.enable_grad():
-        for batch in progress(data.read(), "measuring gradients", data.total()):
-            sent = moved(batch, device)
-            for name, terms in _terms(rules, lambda b=sent: loss(data.forward(model, b), b)):
+        for batch in data.each(model, "measuring gradients"):
+            for name, terms in _terms(rules, lambda b=batch: loss(data.forward(model, b), b)):
                 sums[name] += terms
             num_batches += 1
-    if num_batches == 0:
-        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+    require_batches(num_batches)
     rows = [_row(name, model.get_submodule(name), rules[name], sums[name]) for name in rules]
     return LipschitzTerms(layers=tuple(rows), num_batches=num_batches)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,54 +14,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normkit.core.partition import require_variance
 from normkit.errors import DataError, InputError
 from normkit.inference.population import Population, Sums
-from normkit.inference.ranks import Group, together
+from normkit.inference.ranks import together
 from normkit.inference.tracked import feature_map, statistics_of
 from normkit.layers.base import BUFFERS, SegmentLayer, TrackingLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.passes import (
-    Forward,
-    device_of,
-    first_calls,
-    forward_batch,
-    inputs_of,
-    moved,
-    progress,
-    untouched,
-)
-from normkit.passes.batches import iterate
+from normkit.passes import Data, first_calls, inputs_of, progress, uncompiled, untouched
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
 """A layer's buffers by name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """Batches, how they go through a model, and who else has some.
-
-    Args:
-        batches: What is measured.
-        forward: How a batch goes through the model.
-        max_batches: How many at most.
-        group: Ranks whose batches count as well.
-    """
-
-    batches: Iterable[Any]
-    forward: Forward = forward_batch
-    max_batches: int | None = None
-    group: Group | None = None
-
-    def read(self) -> Iterator[Any]:
-        """Give the batches, not more than ``max_batches``."""
-        return islice(iterate(self.batches), self.max_batches)
-
-    def total(self) -> int | None:
-        """Count the batches, if that can be done without reading them."""
-        try:
-            size = len(self.batches)  # type: ignore[arg-type]
-        except TypeError:  # also a loader whose data set does not know its length
-            return self.max_batches
-        return min(size, self.max_batches or size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +43,11 @@ def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
 
     def work() -> Measured:
         populations = {name: Population(layer) for name, layer in layers.items()}
-        num_batches, device = 0, device_of(model)
-        with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as hooks:
+        with untouched(model, training=False), ExitStack() as hooks:
             for name, layer in layers.items():
                 hooks.callback(_watch(name, layer, populations[name]))
                 _normalise_by_batch(layer)
-            for batch in progress(data.read(), "measuring statistics", data.total()):
-                data.forward(model, moved(batch, device))
-                num_batches += 1
+            num_batches = data.send(model, "measuring statistics")
         return Measured(num_batches, {n: _on_cpu(p.sums) for n, p in populations.items()})
 
     return _merged(together(work, data.group), layers)
@@ -134,13 +90,6 @@ def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
         )
     counts = {name: b for name, b in old.items() if name not in values}
     return values | {name: torch.full_like(b, sums.num_inputs) for name, b in counts.items()}
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Let compiled modules run as they are written, so that hooks see what goes in and out."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _watch(name: str, layer: nn.Module, population: Population) -> Callable[[], None]:

@@ -11,7 +11,6 @@ from normkit.core.check import require_count
 from normkit.errors import DataError, OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.inference.measure import (
-    Data,
     Layers,
     Measured,
     measure_at_once,
@@ -22,7 +21,7 @@ from normkit.inference.patch import PatchedLayer, StatisticsPatch, Unmeasured, v
 from normkit.inference.ranks import Group
 from normkit.inference.tracked import Where, bare, chosen, tracked
 from normkit.layers.base import BUFFERS
-from normkit.passes import Forward, forward_batch
+from normkit.passes import Data, Forward, forward_batch
 
 
 def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chosen by itself

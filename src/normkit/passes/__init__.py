@@ -1,11 +1,20 @@
 """Passes over data that leave a model as it was: batches in, one layer's inputs out."""
 
-from normkit.passes.batches import Forward, as_list, device_of, forward_batch, moved
+from normkit.passes.batches import (
+    Forward,
+    as_list,
+    device_of,
+    forward_batch,
+    moved,
+    require_batches,
+)
+from normkit.passes.data import Data, uncompiled
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
 from normkit.passes.untouched import untouched
 
 __all__ = [
+    "Data",
     "Forward",
     "as_list",
     "device_of",
@@ -14,5 +23,7 @@ __all__ = [
     "inputs_of",
     "moved",
     "progress",
+    "require_batches",
+    "uncompiled",
     "untouched",
 ]

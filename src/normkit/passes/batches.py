@@ -75,9 +75,18 @@ def as_list(batches: Iterable[Any]) -> list[Any]:
         DataError: If there is none, or a tensor is given where batches are expected.
     """
     found = list(iterate(batches))
-    if not found:
-        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+    require_batches(len(found))
     return found
+
+
+def require_batches(number: int) -> None:
+    """Refuse that there was nothing.
+
+    Raises:
+        DataError: If there was no batch.
+    """
+    if number == 0:
+        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
 
 
 def iterate(batches: Iterable[Any]) -> Iterator[Any]:
