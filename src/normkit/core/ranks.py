@@ -22,7 +22,6 @@ from torch import Tensor
 from normkit.core.moments import Moments
 from normkit.errors import InputError, OptionError
 from normkit.kernels.select import transform
-from normkit.typing import FeatureMap
 
 World = Literal["world"]
 ProcessGroup = dist.ProcessGroup | World | None
@@ -81,11 +80,6 @@ def held_group(value: ProcessGroup) -> HeldGroup | World | None:
         f"process_group={value!r} was given; it is a torch.distributed group, 'world' for all "
         f"processes, or None for this one alone"
     )
-
-
-def has_examples_elsewhere(x: FeatureMap) -> bool:
-    """Whether other processes may have examples like those of ``x``, be it that it has none."""
-    return x.numel() > 0 or x.shape[0] == 0
 
 
 def gather(batch: Moments, num_examples: int, group: dist.ProcessGroup) -> Tensor:

@@ -20,7 +20,6 @@ from normkit.core.ranks import (
     ProcessGroup,
     World,
     active_group,
-    has_examples_elsewhere,
     held_group,
 )
 from normkit.core.running import RunningStatistics
@@ -158,10 +157,12 @@ class TrackingLayer(NormLayer):
     def process_group(self, value: ProcessGroup) -> None:
         self._process_group = held_group(value)
 
-    def _ranks(self) -> dist.ProcessGroup | None:
-        """Processes to talk to in this forward."""
+    def _ranks(self, x: FeatureMap) -> dist.ProcessGroup | None:
+        """Processes to talk to in a forward of ``x``, be it that this one has no examples."""
         if self._process_group is None or not self.training:
             return None
+        if x.numel() == 0 and x.shape[0]:
+            return None  # maps without positions, on every process
         return active_group(self.process_group)
 
     def reset_running_stats(self) -> None:
@@ -243,9 +244,9 @@ class SegmentLayer(TrackingLayer):
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
         partition, running = self.partition, self._running()
-        parameters, ranks = self._affine(), self._ranks()
+        parameters, ranks = self._affine(), self._ranks(x)
         alone = partition.examples_per_group == 1 and running is None
-        if ranks is not None and not alone and has_examples_elsewhere(x):
+        if ranks is not None and not alone:
             return normalize_batch(x, partition, running, parameters, ranks)
         if x.numel() == 0:
             return empty_result(x, *parameters[:2])

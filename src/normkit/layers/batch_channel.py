@@ -18,7 +18,7 @@ from normkit.core.check import (
 from normkit.core.groups import normalize_batch
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
+from normkit.core.ranks import ProcessGroup
 from normkit.core.running import Recent, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
@@ -177,7 +177,7 @@ class BatchChannelNorm(NormLayer):
         name = type(self).__name__
         require_feature_map(x, self.num_features, name)
         batch, channel = self.batch, self.channel
-        ranks = batch._ranks() if has_examples_elsewhere(x) else None
+        ranks = batch._ranks(x)
         if x.numel() == 0 and ranks is None:
             return empty_result(x, *self.parameters())
         if has_single_values(x):
@@ -241,7 +241,7 @@ class EstimatedBatchNorm(TrackingLayer):
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
-        ranks = self._ranks() if has_examples_elsewhere(x) else None
+        ranks = self._ranks(x)
         if x.numel() == 0 and ranks is None:
             return empty_result(x, self.weight, self.bias)
         return normalize_estimated(x, self.estimates(), self.training, self._affine(), ranks)

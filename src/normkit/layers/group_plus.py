@@ -16,7 +16,7 @@ from normkit.core.check import (
 from normkit.core.composite import Order
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
+from normkit.core.ranks import ProcessGroup
 from normkit.core.stages import normalize_group_and_batch
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
@@ -126,7 +126,7 @@ class GroupNormPlus(TrackingLayer):
         name = type(self).__name__
         require_feature_map(x, self.num_features, name)
         parameters, logit = self._affine(), self._paced_logit()
-        ranks = self._ranks() if has_examples_elsewhere(x) else None
+        ranks = self._ranks(x)
         if x.numel() == 0 and ranks is None:
             return empty_result(x, *parameters[:2], logit)
         if self.training and has_single_values(x):

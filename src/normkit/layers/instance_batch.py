@@ -7,7 +7,7 @@ import torch
 from normkit.core.check import require_count, require_feature_map
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
+from normkit.core.ranks import ProcessGroup
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
 from normkit.layers.base import Device, NormLayer, is_watched
@@ -117,7 +117,7 @@ class InstanceBatchNorm(NormLayer):
         name = type(self).__name__
         require_feature_map(x, self.num_features, name)
         instance, batch = self.instance, self.batch
-        ranks = batch._ranks() if has_examples_elsewhere(x) else None
+        ranks = batch._ranks(x)
         if x.numel() == 0 and ranks is None:
             return empty_result(x, *self.parameters())
         half = instance.num_features

@@ -8,7 +8,7 @@ from torch import nn
 from normkit.core.check import require_feature_map
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import ProcessGroup, has_examples_elsewhere
+from normkit.core.ranks import ProcessGroup
 from normkit.core.stages import normalize_switched
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
@@ -108,8 +108,7 @@ class SwitchableNorm(TrackingLayer):
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
         require_feature_map(x, self.num_features, type(self).__name__)
         parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
-        talks = self.use_batch and has_examples_elsewhere(x)
-        ranks = self._ranks() if talks else None
+        ranks = self._ranks(x) if self.use_batch else None
         if x.numel() == 0 and ranks is None:
             return empty_result(x, *parameters[:2], *logits)
         if self.training and ranks is None and has_single_values(x):
