@@ -3,10 +3,10 @@
 import sys
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import EVERY, randn
+from distributed.processes import work
 
 PROCESSES = 2
 
@@ -23,19 +23,14 @@ def gradients_of(case, broadcast, rank):
     return {name: p.grad for name, p in layer.module.named_parameters()}
 
 
-def main(rank, folder):
+def trained(rank, size):
     """Train every layer for one step, with and without broadcast buffers."""
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
-    found = {
+    return {
         (case.name, broadcast): gradients_of(case, broadcast, rank)
         for case in EVERY
         for broadcast in (True, False)
     }
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    work({"trained": trained}, *sys.argv[1:])

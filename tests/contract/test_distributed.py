@@ -1,39 +1,22 @@
 """Every layer in ``DistributedDataParallel`` on two processes that talk through gloo."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from cases import EVERY
 from contract.ddp_worker import PROCESSES, batch_of
+from distributed.processes import results
 
 pytestmark = pytest.mark.xdist_group("ddp")  # the processes are started once
-TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
     """What each process found for each case."""
     folder = tmp_path_factory.mktemp("ddp")
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "contract.ddp_worker", str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    found = results("contract.ddp_worker", PROCESSES, folder, "trained")
+    return [each["trained"] for each in found]
 
 
 @pytest.mark.parametrize("broadcast", [True, False])

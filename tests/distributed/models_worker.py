@@ -3,7 +3,6 @@
 import sys
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -11,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normkit as nk
 from cases import randn
+from distributed.processes import work
 
 PARTS = {(5, 3): 3, (8, 0): 2, (2, 4): 5}
 """Sizes of the processes' parts, and micro-batches: a seed for each."""
@@ -96,13 +96,5 @@ def sharded(rank, size):
 JOBS = {f.__name__: f for f in (synchronised, accumulated, sharded)}
 
 
-def main(rank, size, folder, *jobs):
-    """Do the jobs and save what was found."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/m", rank=rank, world_size=size)
-    torch.save({job: JOBS[job](rank, size) for job in jobs}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    work(JOBS, *sys.argv[1:])

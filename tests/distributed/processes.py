@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 TESTS = Path(__file__).parent.parent
 
@@ -29,10 +30,24 @@ def start(module, size, folder, *arguments):
 def results(module, size, folder, *arguments):
     """Run the processes to their end; what each has saved as ``FOLDER/RANK.pt``."""
     processes = start(module, size, folder, *arguments)
-    for process in processes:
-        _, errors = process.communicate(timeout=280)
-        assert process.returncode == 0, errors
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=280)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+
+
+def work(jobs, rank, size, folder, *names):
+    """Be one of the processes: join the others, do the jobs of these names, save what they find."""
+    rank, size = int(rank), int(size)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/m", rank=rank, world_size=size)
+    torch.save({name: jobs[name](rank, size) for name in names}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def kill(process):

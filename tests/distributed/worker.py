@@ -9,10 +9,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from cases import EVERY, MAIN, randn
+from distributed.processes import work
 
 SIZES = {2: [(5, 3), (8, 0)], 4: [(1, 1, 1, 1), (3, 0, 1, 2)]}
 DTYPES = (torch.float64, torch.float32)
-COMPILED = ("bn", "bgn", "gnplus", "bcn")
+COMPILED = (
+    "bn",
+    "bgn",
+    "gbgn-whole",
+    "gn-tracked",
+    "gnplus",
+    "bcn",
+    "bcn-micro",
+    "sn",
+    "ibn",
+)
 
 
 def rows(size):
@@ -147,13 +158,5 @@ def refused(rank, size):
 JOBS = {f.__name__: f for f in (equality, checkpointed, wrapped, compiled, refused)}
 
 
-def main(rank, size, folder, *jobs):
-    """Do the jobs and save what was found."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/m", rank=rank, world_size=size)
-    torch.save({job: JOBS[job](rank, size) for job in jobs}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    work(JOBS, *sys.argv[1:])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import normkit as nk
+from distributed.processes import work
 
 PROCESSES = 2
 
@@ -64,12 +65,8 @@ class Broken:
         yield examples()[2:]
 
 
-def main(rank, folder):
+def recalibrated(rank, size):
     """Recalibrate in every way."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
-    )
     found = {
         (split, sequential): outcome_of(rank, batches_of(split, rank), sequential=sequential)
         for split in SPLITS
@@ -81,9 +78,8 @@ def main(rank, folder):
     own = [dist.new_group([r]) for r in range(PROCESSES)]
     found["own group"] = outcome_of(rank, batches_of("even", rank), group=own[rank])
     found["other group"] = outcome_of(rank, batches_of("even", rank), group=own[1 - rank])
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    work({"recalibrated": recalibrated}, *sys.argv[1:])

@@ -1,44 +1,21 @@
 """Recalibration on two processes that talk through gloo, against one that has all data."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 from torch.testing import assert_close
 
 import normkit as nk
+from distributed.processes import results
 from inference.ranks_worker import PROCESSES, SPLITS, batches_of, examples, net
 
 pytestmark = pytest.mark.xdist_group("ranks")  # the processes are started once
-TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "inference.ranks_worker", str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    found = results("inference.ranks_worker", PROCESSES, folder, "recalibrated")
+    return [each["recalibrated"] for each in found]
 
 
 def rows_of(patch):
