@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         GradientLandscape,
         InactiveChannels,
         LipschitzTerms,
+        Probe,
         add_output_noise,
         channel_difference,
         disturb_statistics,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         accumulate_statistics,
         synchronize_,
     )
+    from normkit.doctor import Diagnosis, diagnose
     from normkit.folding import Folding, fold
     from normkit.inference import (
         StatisticsPatch,
@@ -99,6 +101,7 @@ LATER = {
         "GradientLandscape",
         "InactiveChannels",
         "LipschitzTerms",
+        "Probe",
         "add_output_noise",
         "channel_difference",
         "disturb_statistics",
@@ -112,6 +115,10 @@ LATER = {
         "Synchronization",
         "accumulate_statistics",
         "synchronize_",
+    ),
+    "normkit.doctor": (
+        "Diagnosis",
+        "diagnose",
     ),
     "normkit.folding": (
         "Folding",
@@ -162,6 +169,7 @@ __all__ = [
     "Conversion",
     "ConversionError",
     "DataError",
+    "Diagnosis",
     "EstimationShift",
     "Explanation",
     "Finding",
@@ -185,6 +193,7 @@ __all__ = [
     "OptionError",
     "PartitionError",
     "PositionalNorm",
+    "Probe",
     "Recommendation",
     "SpecError",
     "StatisticsPatch",
@@ -201,6 +210,7 @@ __all__ = [
     "convert_norm",
     "convert_norm_",
     "decay_gamma_to_one",
+    "diagnose",
     "disturb_statistics",
     "estimation_shift",
     "explain",

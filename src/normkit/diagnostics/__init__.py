@@ -7,13 +7,18 @@ from normkit.diagnostics.inactive_channels import InactiveChannels, inactive_cha
 from normkit.diagnostics.landscape import GradientLandscape, gradient_landscape
 from normkit.diagnostics.lipschitz import LipschitzTerms, lipschitz_terms
 from normkit.diagnostics.noise import add_output_noise
+from normkit.diagnostics.probe import LayerRecord, Probe, ProbedStep, ProbeHistory
 
 __all__ = [
     "ChannelDifference",
     "EstimationShift",
     "GradientLandscape",
     "InactiveChannels",
+    "LayerRecord",
     "LipschitzTerms",
+    "Probe",
+    "ProbeHistory",
+    "ProbedStep",
     "add_output_noise",
     "channel_difference",
     "disturb_statistics",

@@ -114,7 +114,7 @@ def channel_difference(
     if momentum is not None:
         require_share("momentum", momentum)
     model = bare(model)
-    groups = {name: n for name, layer in model.named_modules() if (n := _num_groups(layer))}
+    groups = {name: n for name, layer in model.named_modules() if (n := pooling_groups(layer))}
     layers = chosen({name: model.get_submodule(name) for name in groups}, where)
     if not layers:
         raise OptionError(
@@ -128,7 +128,7 @@ def channel_difference(
         num_batches = data.send(model, "measuring channels")
     if not observers:
         raise DataError("no batch has reached a norm that pools channels")
-    found = {name: _stat_diff(o.moments, groups[name]) for name, o in observers.items()}
+    found = {name: stat_diff(o.moments, groups[name]) for name, o in observers.items()}
     every = torch.cat(list(found.values()))
     return ChannelDifference(
         layers=tuple(_row(name, values, observers[name]) for name, values in found.items()),
@@ -167,15 +167,14 @@ def _watch(
     layer: nn.Module, name: str, momentum: float | None, observers: dict[str, _Observer]
 ) -> Any:  # noqa: ANN401 - how the watching ends
     def see(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(named.values()))
-        x = x.movedim(-1, 1) if _takes_channels_last(layer) else feature_map(layer, x)
+        x = channels_first(layer, args[0] if args else next(iter(named.values())))
         if x.numel():
             observers.setdefault(name, _Observer(momentum)).see(x)
 
     return layer.register_forward_pre_hook(see, with_kwargs=True).remove
 
 
-def _num_groups(layer: nn.Module) -> int:
+def pooling_groups(layer: nn.Module) -> int:
     """Groups of several channels that a norm pools; 0 for other modules."""
     if isinstance(layer, nn.GroupNorm):
         groups, channels = layer.num_groups, layer.num_channels
@@ -194,12 +193,18 @@ def _own_groups(layer: NormLayer) -> int:
     return getattr(layer, "num_groups", 0) if not hasattr(layer, "batch") else 0
 
 
+def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the input of a norm that pools channels with the channels in the second axis."""
+    return x.movedim(-1, 1) if _takes_channels_last(layer) else feature_map(layer, x)
+
+
 def _takes_channels_last(layer: nn.Module) -> bool:
     """Whether this is torch's layer norm; torchvision's and timm's for maps say ``2d``."""
     return isinstance(layer, nn.LayerNorm) and "2d" not in type(layer).__name__
 
 
-def _stat_diff(moments: Moments, num_groups: int) -> Tensor:
+def stat_diff(moments: Moments, num_groups: int) -> Tensor:
+    """StatDiff of each group, from the moments of each channel."""
     mean = moments.mean.view(num_groups, -1)
     return mean.std(dim=1, correction=0) / moments.var.sqrt().view(num_groups, -1).mean(dim=1)
 

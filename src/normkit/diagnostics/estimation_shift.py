@@ -119,6 +119,7 @@ def estimation_shift(
         definitions 1 and 2.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval()
         >>> shift = estimation_shift(model, [torch.randn(n, 3, 8, 8) for n in (8, 8, 1)])
         >>> [row.name for row in shift.layers], shift.layers[1].num_values
@@ -140,7 +141,7 @@ def estimation_shift(
         trained = before.moments
     first = _row("input", entry, trained, normalize)
     rows = [
-        _row(name, seen[name], _running(layers[name]), normalize)
+        _row(name, seen[name], running_moments(layers[name]), normalize)
         for name in seen
         if seen[name].count
     ]
@@ -178,9 +179,17 @@ def _observed(
     return seen, entry, num_batches
 
 
-def _running(layer: nn.Module) -> Moments:
+def running_moments(layer: nn.Module) -> Moments:
+    """Running mean and variance of a layer, in float64."""
     mean, var = (statistics_of(layer)[name].double() for name in BUFFERS)
     return Moments(mean, var)
+
+
+def distances_between(given: Moments, expected: Moments) -> tuple[float, float]:
+    """Lengths of the differences of two tables' means and of their standard deviations."""
+    mean = (given.mean - expected.mean).norm()
+    std = (given.var.sqrt() - expected.var.sqrt()).norm()
+    return mean.item(), std.item()
 
 
 def _row(
@@ -190,9 +199,7 @@ def _row(
     size = expected.mean.numel()
     if given is not None:
         scale = size**0.5 if normalize == "sqrt_c" else 1.0
-        mean = (given.mean - expected.mean).norm() / scale
-        std = (given.var.sqrt() - expected.var.sqrt()).norm() / scale
-        distances = (mean.item(), std.item())
+        distances = tuple(value / scale for value in distances_between(given, expected))
     return LayerShift(
         name=name,
         num_groups=size,

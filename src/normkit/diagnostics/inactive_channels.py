@@ -16,6 +16,7 @@ from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError
 from normkit.inference.tracked import bare
 from normkit.passes import Data, Forward, forward_batch, uncompiled, untouched
+from normkit.text import module_name
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6"})
 """Functions that give 0 for everything that is not positive."""
@@ -103,15 +104,20 @@ def inactive_channels(
     """
     model = bare(model)
     data = Data(batches=batches, forward=forward or forward_batch)
-    recorder, num_batches = _Recorder(), 0
+    recorder, num_batches = Recorder(), 0
     with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(recorder.follow(name, module))
         stack.enter_context(recorder)
         for batch in data.each(model, "measuring activations"):
-            recorder.calls.clear()
+            recorder.begin()
             data.forward(model, batch)
             num_batches += 1
+    if recorder.uneven:
+        raise DataError(
+            f"the second axis of the input of {sorted(recorder.uneven)[0]} changes its size from "
+            f"batch to batch, so it does not count channels; give batches of one size"
+        )
     if not recorder.seen:
         raise DataError(
             "no ReLU was called: there was no batch, or the model has activations that are never "
@@ -147,32 +153,52 @@ class _Seen:
         )
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Sees every rectifier, and knows which module calls it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, _Seen] = {}
+        self.uneven: set[str] = set()
         self.calls: Counter[str] = Counter()
         self._inside: list[str] = []
 
     def follow(self, name: str, module: nn.Module) -> Callable[[], None]:
         """Note when a module runs; return how that ends."""
 
-        def enter(_module: nn.Module, _args: Any) -> None:  # noqa: ANN401
-            self._inside.append(name)
+        def before_it(_module: nn.Module, _args: Any) -> None:  # noqa: ANN401
+            self.enter(name)
 
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
-            self._inside.pop()
+        def after_it(_module: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
+            self.leave()
 
-        before = module.register_forward_pre_hook(enter)
-        after = module.register_forward_hook(leave, always_call=True)
+        before = module.register_forward_pre_hook(before_it)
+        after = module.register_forward_hook(after_it, always_call=True)
 
         def end() -> None:
             before.remove()
             after.remove()
 
         return end
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a module runs."""
+        return bool(self._inside)
+
+    def begin(self) -> None:
+        """Count calls anew: a forward begins."""
+        self.calls.clear()
+        self._inside.clear()
+
+    def enter(self, name: str) -> None:
+        """Note that a module runs from here on."""
+        self._inside.append(name)
+
+    def leave(self) -> None:
+        """Note that the module that ran last is done."""
+        if self._inside:
+            self._inside.pop()
 
     def __torch_function__(  # what torch calls, with whatever a function takes
         self,
@@ -189,6 +215,11 @@ class _Recorder(TorchFunctionMode):
         place = self._inside[-1] if self._inside else ""
         self.calls[place] += 1
         number = self.calls[place]
-        name = (place or "the model itself") + (f", call {number}" if number > 1 else "")
-        if x.numel():
-            self.seen.setdefault(name, _Seen(x.shape[1])).add(x)
+        name = module_name(place) + (f", call {number}" if number > 1 else "")
+        if x.numel() == 0:
+            return
+        seen = self.seen.setdefault(name, _Seen(x.shape[1]))
+        if x.shape[1] == seen.zeros.numel():
+            seen.add(x)
+        else:
+            self.uneven.add(name)

@@ -1,0 +1,58 @@
+"""A probe as a callback of Lightning's Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from normkit.diagnostics.probe.probe import Probe
+from normkit.errors import OptionError
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def callback_of(probe: Probe) -> Any:  # noqa: ANN401 - a Callback, which need not be installed
+    """Make a ``Callback`` that opens the probe for the time of ``Trainer.fit``.
+
+    Raises:
+        OptionError: If Lightning is not installed.
+    """
+
+    class ProbeCallback(_base()):  # a Trainer calls all of its callback's methods: it has to be one
+        """Opens a probe, tells it of every optimizer step, and closes it."""
+
+        def __init__(self) -> None:
+            self._seen = 0
+
+        def on_train_start(self, trainer: Any, _module: Any) -> None:  # noqa: ANN401
+            """Open the probe."""
+            self._seen = trainer.global_step
+            probe.start()
+
+        def on_train_batch_end(self, trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:  # noqa: ANN401
+            """Count a step, unless the optimizer only accumulates gradients."""
+            if trainer.global_step != self._seen:
+                self._seen = trainer.global_step
+                probe.on_train_batch_end(outputs)
+
+        def on_train_end(self, *_: Any) -> None:  # noqa: ANN401
+            """Close the probe."""
+            probe.stop()
+
+        def on_exception(self, *_: Any) -> None:  # noqa: ANN401
+            """Close the probe, also after an interruption."""
+            probe.stop()
+
+    return ProbeCallback()
+
+
+def _base() -> Any:  # noqa: ANN401
+    for package in PACKAGES:
+        try:
+            return importlib.import_module(package).Callback
+        except ImportError:
+            continue
+    raise OptionError(
+        f"neither {' nor '.join(PACKAGES)} is installed; install one (pip install lightning), or "
+        f"call probe.step(loss) in the loop"
+    )
