@@ -19,6 +19,7 @@ from normkit.diagnostics.probe.gradients import (
     kept,
     lengths,
 )
+from normkit.diagnostics.probe.norms import norms_of
 from normkit.diagnostics.probe.outputs import Outputs, Writer, write_lines
 from normkit.diagnostics.probe.record import ProbedStep, ProbeHistory
 from normkit.diagnostics.probe.rows import (
@@ -27,7 +28,7 @@ from normkit.diagnostics.probe.rows import (
     notes_on_numbers,
     rows_of,
 )
-from normkit.diagnostics.probe.watch import Watch, compiled_modules, norms_of
+from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import OptionError
 from normkit.inference.tracked import Where, bare
 from normkit.text import module_name

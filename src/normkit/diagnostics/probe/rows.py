@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from normkit.diagnostics.inactive_channels import LayerActivity
 from normkit.diagnostics.probe.gradients import Gradients, lengths
+from normkit.diagnostics.probe.norms import Norm
 from normkit.diagnostics.probe.record import LayerRecord
-from normkit.diagnostics.probe.watch import Norm, Watch
+from normkit.diagnostics.probe.watch import Watch
 from normkit.text import module_name
 from normkit.tracing.kinds import is_norm
 

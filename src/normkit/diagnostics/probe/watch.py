@@ -9,16 +9,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normkit.core.moments import Moments
 from normkit.core.running import are_still
-from normkit.diagnostics.channel_difference import channels_first, pooling_groups, stat_diff
-from normkit.diagnostics.estimation_shift import distances_between, running_moments
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
-from normkit.inference.population import Population
-from normkit.inference.tracked import Where, feature_map, keeps_statistics, tracked
-from normkit.layers.base import NormLayer
+from normkit.diagnostics.probe.norms import Norm, norms_of, parts_of_composites
+from normkit.inference.tracked import Where
 from normkit.passes import uncompiled
 
 
@@ -49,14 +45,14 @@ class Watch:
 
     def open(self) -> None:
         """Put the hooks in."""
+        parts = parts_of_composites(self._model)
         for name, module in self._model.named_modules():
-            if module not in self._compiled:
-                before, after = _Before(self, name, module), _After(self, module)
-                for handle in (
-                    module.register_forward_pre_hook(before, with_kwargs=True),
-                    module.register_forward_hook(after, always_call=True),
-                ):
-                    self._hooks.callback(handle.remove)
+            if module not in self._compiled and module not in parts:
+                before, after = _Before(self, name, module), _After(self, name, module)
+                handle = module.register_forward_pre_hook(before)
+                self._hooks.callback(handle.remove)
+                handle = module.register_forward_hook(after, with_kwargs=True, always_call=True)
+                self._hooks.callback(handle.remove)
         if self._eager:
             self._hooks.enter_context(uncompiled())
 
@@ -77,21 +73,25 @@ class Watch:
         """Activations whose second axis does not count channels."""
         return sorted(self._recorder.uneven)
 
-    def enter(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def enter(self, name: str) -> None:
         """A module begins to run."""
         if not name or not self._recorder.is_inside:
             self._begin()
         self._recorder.enter(name)
         if self._counts:
-            given = args[0] if args else next(iter(named.values()), None)
             for norm in self._at[name]:
-                norm.see(given)
+                norm.before()
 
-    def leave(self) -> None:
-        """A module is done."""
+    def leave(self, name: str, x: Any, *, failed: bool) -> None:  # noqa: ANN401 - its first input
+        """A module is done, or has raised: of such a forward nothing is kept."""
         self._recorder.leave()
+        if self._counts and not failed:
+            for norm in self._at[name]:
+                norm.see(x)
         if not self._recorder.is_inside:
             self._leave_functions()
+            if failed and self._counts:
+                self._forget()
 
     def _begin(self) -> None:
         """A forward begins: of the model, or of a part of it that is called by itself.
@@ -113,89 +113,44 @@ class Watch:
     def _leave_functions(self) -> None:
         self._functions.close()
 
-
-class Norm:
-    """Inputs of one norm in one step.
-
-    Args:
-        name: Its name.
-        layer: It.
-        host_name: Name of the module whose input is looked at: the norm, or the composite that it
-            is a part of, which computes its parts together as long as no hook watches them.
-        host: That module.
-    """
-
-    def __init__(self, name: str, layer: nn.Module, host_name: str, host: nn.Module) -> None:
-        self.name, self.host_name = name, host_name
-        self._layer, self._host = layer, host
-        self._groups = pooling_groups(layer)
-        self._running: Moments | None = None
-        self._batch, self._channels = Population(layer), Population()
-
-    def see(self, x: Any) -> None:  # noqa: ANN401 - whatever a module is given
-        """Take an input into account, if it is one that the layer will not refuse."""
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
-            return
-        if keeps_statistics(self._layer):
-            if self._running is None:
-                running = running_moments(self._layer)
-                self._running = Moments(running.mean.clone(), running.var.clone())
-            self._batch.add(self._own_part(feature_map(self._host, x)))
-        if self._groups:
-            self._channels.add(channels_first(self._layer, x))
-
-    @property
-    def shift(self) -> tuple[float, float] | None:
-        """Distances of the batch's means and standard deviations from the running ones."""
-        if self._running is None or not self._batch.count:
-            return None
-        return distances_between(self._running, self._batch.moments)
-
-    @property
-    def stat_diff(self) -> Tensor | None:
-        """StatDiff of each group."""
-        if not self._channels.count:
-            return None
-        return stat_diff(self._channels.moments, self._groups)
-
-    @property
-    def was_seen(self) -> bool:
-        """Whether it got an input."""
-        return bool(self._batch.count or self._channels.count)
-
-    def _own_part(self, x: Tensor) -> Tensor:
-        """The last channels: all of them, but for the batch norm beside an instance norm."""
-        if self._host is self._layer:
-            return x
-        return x[:, -self._layer.num_features :]  # type: ignore[operator]
+    def _forget(self) -> None:
+        self._recorder, self.num_forwards = Recorder(), 0
+        for norm in self.norms.values():
+            norm.forget()
 
 
-class _Before:
-    """Called before a module runs; copies of the model get one that does nothing."""
+class _Hook:
+    """A hook of one module; a copy of the model gets one that does nothing."""
 
     def __init__(self, watch: Watch, name: str, module: nn.Module) -> None:
         self._watch, self._name, self._module = watch, name, module
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and module is self._module:
-            self._watch.enter(self._name, args, named)
-
     def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
         return Inert, ()
 
 
-class _After:
-    """Called when a module is done; copies of the model get one that does nothing."""
-
-    def __init__(self, watch: Watch, module: nn.Module) -> None:
-        self._watch, self._module = watch, module
+class _Before(_Hook):
+    """Called before the module runs."""
 
     def __call__(self, module: nn.Module, *_given: Any) -> None:  # noqa: ANN401
         if not torch.compiler.is_compiling() and module is self._module:
-            self._watch.leave()
+            self._watch.enter(self._name)
 
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
+
+class _After(_Hook):
+    """Called when the module is done, or has raised."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,  # noqa: ANN401
+    ) -> None:
+        if not torch.compiler.is_compiling() and module is self._module:
+            x = args[0] if args else next(iter(named.values()), None)
+            failed = output is None and sys.exc_info()[0] is not None
+            self._watch.leave(self._name, x, failed=failed)
 
 
 class Inert:
@@ -214,21 +169,6 @@ def compiled_modules(model: nn.Module) -> set[nn.Module]:
             found.update(inner.modules())
         if getattr(module, "_compiled_call_impl", None) is not None:
             found.update(module.modules())
-    return found
-
-
-def norms_of(model: nn.Module, where: Where | None) -> list[Norm]:
-    """Norms with running statistics, and norms that pool channels."""
-    modules = dict(model.named_modules())
-    known = tracked(model)
-    found = []
-    for name, layer in modules.items():
-        host_name = name.rpartition(".")[0]
-        within = isinstance(modules.get(host_name), NormLayer) and name != host_name
-        measured = name in known or (pooling_groups(layer) and not within)
-        if measured and (where is None or where(layer, name)):
-            host = host_name if within else name
-            found.append(Norm(name, layer, host, modules[host]))
     return found
 
 

@@ -1,0 +1,119 @@
+"""Norms whose inputs a probe looks at, and what it computes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+from normkit.core.moments import Moments
+from normkit.diagnostics.channel_difference import channels_first, pooling_groups, stat_diff
+from normkit.diagnostics.estimation_shift import distances_between, running_moments
+from normkit.inference.population import Population
+from normkit.inference.tracked import Where, feature_map, keeps_statistics, tracked
+from normkit.layers.base import NormLayer
+from normkit.layers.batch_channel import BatchChannelNorm, EstimatedBatchNorm
+from normkit.layers.over_batch import BatchNorm
+
+
+class Norm:
+    """Inputs of one norm in one step.
+
+    Args:
+        name: Its name.
+        layer: It.
+        host_name: Name of the module whose input is looked at: the norm, or the composite that it
+            is a part of, which computes its parts together as long as no hook watches them.
+        host: That module.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, host_name: str, host: nn.Module) -> None:
+        self.name, self.host_name = name, host_name
+        self._layer, self._host = layer, host
+        self._groups = pooling_groups(layer)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._running: Moments | None = None
+        self._batch, self._channels = Population(self._layer), Population()
+
+    def before(self) -> None:
+        """Keep the running statistics that the step found."""
+        if self._running is None and keeps_statistics(self._layer):
+            running = running_moments(self._layer)
+            self._running = Moments(running.mean.clone(), running.var.clone())
+
+    @torch.no_grad()
+    def see(self, x: Any) -> None:  # noqa: ANN401 - whatever the module was given
+        """Take an input into account that the module has normalised."""
+        if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+            return
+        x = channels_first(self._layer, x) if self._host is self._layer else self._own_part(x)
+        if x is None:
+            return
+        if self._running is not None:
+            self._batch.add(x)
+        if self._groups:
+            self._channels.add(x)
+
+    @property
+    def shift(self) -> tuple[float, float] | None:
+        """Distances of the batch's means and standard deviations from the running ones."""
+        if self._running is None or not self._batch.count:
+            return None
+        return distances_between(self._running, self._batch.moments)
+
+    @property
+    def stat_diff(self) -> Tensor | None:
+        """StatDiff of each group."""
+        if not self._channels.count:
+            return None
+        return stat_diff(self._channels.moments, self._groups)
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether it got an input."""
+        return bool(self._batch.count or self._channels.count)
+
+    def _own_part(self, x: Tensor) -> Tensor | None:
+        """What a composite gives to this part of it, worked out."""
+        host, x = self._host, feature_map(self._host, x)
+        if isinstance(host, BatchChannelNorm):
+            return x if self._layer is host.batch else _after_batch_stage(host.batch, x)
+        width: Any = self._layer.num_features
+        return x[:, -width:]  # the batch norm beside an instance norm takes the last channels
+
+
+def norms_of(model: nn.Module, where: Where | None) -> list[Norm]:
+    """Find norms with running statistics, and norms that pool channels."""
+    modules = dict(model.named_modules())
+    known, parts = tracked(model), parts_of_composites(model)
+    found = []
+    for name, layer in modules.items():
+        if not (name in known or pooling_groups(layer)):
+            continue
+        if where is not None and not where(layer, name):
+            continue
+        host = name.rpartition(".")[0] if layer in parts else name
+        found.append(Norm(name, layer, host, modules[host]))
+    return found
+
+
+def parts_of_composites(model: nn.Module) -> set[nn.Module]:
+    """Find norms inside of norms: with a hook in one, a composite computes otherwise."""
+    composites = (module for module in model.modules() if isinstance(module, NormLayer))
+    return {part for norm in composites for part in norm.children() if isinstance(part, NormLayer)}
+
+
+def _after_batch_stage(stage: BatchNorm | EstimatedBatchNorm, x: Tensor) -> Tensor | None:
+    """Output of the first stage of batch-channel normalization, unless other ranks have a say."""
+    statistics = running_moments(stage)  # of micro batches: moved before they were used
+    own = stage.training and not isinstance(stage, EstimatedBatchNorm)
+    if (own and stage.process_group is not None) or (not stage.training and stage.example_weight):
+        return None
+    mean, var = (None, None) if own else (statistics.mean, statistics.var)
+    weight, bias = (None if p is None else p.double() for p in (stage.weight, stage.bias))
+    return batch_norm(x.double(), mean, var, weight, bias, own, 0.0, stage.eps)
