@@ -13,7 +13,7 @@ from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.running import RunningStatistics
 from normkit.core.synchronized import normalize_part
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import takes_cpu
+from normkit.kernels.select import pooled_kernels
 from normkit.typing import FeatureMap
 
 
@@ -30,8 +30,9 @@ def normalize_batch(
     """
     if ranks is not None:
         return normalize_part(x, partition, running, parameters, ranks)
-    if takes_cpu(x):
-        return normalize_pooled(x, partition, running, parameters)
+    kernels = pooled_kernels(x)
+    if kernels is not None:
+        return normalize_pooled(kernels, x, partition, running, parameters)
     segment_size = partition.segment_size(x.shape)
     algebra = GroupStatistics(partition=partition, eps=parameters.eps)
     y, table = normalize(x, segment_size, algebra, parameters.weight, parameters.bias)
@@ -63,7 +64,8 @@ def _normalize_fixed(
     x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``."""
-    if takes_cpu(x):
-        return normalize_given(x, partition, groups, parameters)
+    kernels = pooled_kernels(x)
+    if kernels is not None:
+        return normalize_given(kernels, x, partition, groups, parameters)
     tables = fixed_tables(groups, partition, x.shape, parameters)
     return apply_tables(x, *tables, partition.segment_size(x.shape))

@@ -1,14 +1,16 @@
-"""The short way for single-partition layers: pooling and its transpose inside the C++ kernel.
+"""The short way for single-partition layers: pooling and its transpose inside the kernels.
 
 On small maps a dozen operations on tiny tables cost more than the passes over the map, so the
-kernel does them. What it computes is ``normalize`` with ``GroupStatistics``, and ``apply_tables``
+kernels do them. What they compute is ``normalize`` with ``GroupStatistics``, and ``apply_tables``
 with ``fixed_tables``; second derivatives are taken of those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, fixed_tables
@@ -23,6 +25,7 @@ from normkit.typing import FeatureMap
 
 
 def normalize_pooled(
+    kernels: ModuleType,
     x: FeatureMap,
     partition: Partition,
     running: RunningStatistics | None,
@@ -42,8 +45,8 @@ def normalize_pooled(
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
     pooling = cpu.Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)
-    follower = None if running is None else _follower(running)
-    y, table = cpu.normalize_pooled(
+    follower = None if running is None else _follower(running, kernels)
+    y, table = kernels.normalize_pooled(
         x, weight, bias, pooling, follower, differentiable(formula, bias)
     )
     if running is not None and follower is None:
@@ -53,7 +56,11 @@ def normalize_pooled(
 
 
 def normalize_given(
-    x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
+    kernels: ModuleType,
+    x: FeatureMap,
+    partition: Partition,
+    groups: Moments,
+    parameters: Parameters,
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``, which get no gradient."""
     weight, bias, eps = parameters
@@ -63,7 +70,7 @@ def normalize_given(
         tables = fixed_tables(groups, partition, x.shape, Parameters(weight, bias, eps))
         return reference.apply(x, *tables, size)
 
-    return cpu.normalize_given(
+    return kernels.normalize_given(
         x,
         groups.mean[0],
         groups.var[0],
@@ -75,11 +82,19 @@ def normalize_given(
     )
 
 
-def _follower(running: RunningStatistics) -> cpu.Running | None:
+def _follower(running: RunningStatistics, kernels: ModuleType) -> cpu.Running | None:
     """The buffers as the kernel moves them itself; None where it cannot."""
     if running.momentum is None or not running.mean.is_contiguous():
         return None
+    if kernels is not cpu and (torch.compiler.is_compiling() or not _is_wide(running)):
+        return None
     return cpu.Running(running.mean, running.var, running.num_batches_tracked, running.momentum)
+
+
+def _is_wide(running: RunningStatistics) -> bool:
+    """Whether both buffers are of the dtypes that they are made in, and lie side by side."""
+    wide = (torch.float32, torch.float64)
+    return running.mean.dtype in wide and running.var.dtype in wide and running.var.is_contiguous()
 
 
 def differentiable(formula: Callable[..., Tensor], bias: Tensor | None) -> Differentiable:

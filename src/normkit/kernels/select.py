@@ -6,6 +6,8 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
@@ -17,8 +19,10 @@ from normkit.errors import KernelError
 from normkit.kernels import cpu, reference
 from normkit.kernels.cpu import primitives as cpu_primitives
 
-Kernels = Literal["reference", "cpu"]
+Kernels = Literal["reference", "cpu", "triton"]
+NAMES: dict[Kernels, str] = {"reference": "reference", "cpu": "C++", "triton": "Triton"}
 ENVIRONMENT_VARIABLE = "NORMKIT_KERNELS"
+OLDEST_GPU = 7  # compute capability
 
 
 @dataclass(slots=True)
@@ -50,12 +54,12 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
     The environment variable ``NORMKIT_KERNELS`` does the same for a whole process.
 
     Args:
-        kernels: ``"reference"`` (plain torch) or ``"cpu"`` (C++). What the chosen ones cannot do
-            (function transforms, second derivatives, other devices) the reference does;
-            ``normkit.explain`` says so.
+        kernels: ``"reference"`` (plain torch), ``"cpu"`` (C++) or ``"triton"`` (GPU). What the
+            chosen ones cannot do (function transforms, second derivatives, other devices) the
+            reference does; ``normkit.explain`` says so.
 
     Raises:
-        KernelError: If there are no such kernels, or they were not built.
+        KernelError: If there are no such kernels, they were not built, or do not load.
 
     Example:
         >>> import normkit as nk
@@ -77,50 +81,152 @@ def choose(x: Tensor) -> Choice:
     Raises:
         KernelError: If the environment asks for kernels that there are not.
     """
-    if _asked.kernels is not None and require_kernels(_asked.kernels) == "reference":
-        return Choice("reference", "the reference kernels were asked for")
-    obstacle = _obstacle(x)
+    candidate = _candidate(x)
+    if candidate.kernels == "reference":
+        return candidate
+    name = NAMES[candidate.kernels]
+    obstacle = _obstacle()
     if obstacle is not None:
-        return Choice("reference", f"{obstacle}, which the C++ kernels do not compute")
-    if _WHY_NOT_CPU is not None:
-        return Choice("reference", _WHY_NOT_CPU)
-    return Choice("cpu", f"the C++ kernels compute this (vector code: {cpu.instruction_set()})")
+        return Choice("reference", f"{obstacle}, which the {name} kernels do not compute")
+    missing = _why_not(candidate.kernels, x.device)
+    if missing is not None:
+        return Choice("reference", missing)
+    return Choice(candidate.kernels, f"the {name} kernels compute this{_details(candidate)}")
+
+
+def chosen(x: Tensor) -> Kernels:
+    """The kernels for a call on ``x``: ``choose`` without the words."""
+    kernels = "cpu" if _asked.kernels is None and x.is_cpu else _candidate(x).kernels
+    if kernels == "cpu":
+        return kernels if _WHY_NOT_CPU is None and _obstacle() is None else "reference"
+    if kernels == "triton" and x.numel() and _obstacle() is None:
+        return kernels if _why_not_triton(x.device) is None else "reference"
+    return "reference"
 
 
 def takes_cpu(x: Tensor) -> bool:
-    """Whether the C++ kernels compute a call on ``x``: ``choose`` without the words."""
-    if _asked.kernels is not None and require_kernels(_asked.kernels) == "reference":
-        return False
-    return _WHY_NOT_CPU is None and _obstacle(x) is None
+    """Whether the C++ kernels compute a call on ``x``."""
+    return chosen(x) == "cpu"
 
 
 def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
-    return cpu_primitives if x.numel() and takes_cpu(x) else reference
+    kernels = chosen(x) if x.numel() else "reference"
+    if kernels == "triton":
+        from normkit.kernels.triton import primitives as triton_primitives  # noqa: PLC0415 - slow
+
+        return triton_primitives
+    return cpu_primitives if kernels == "cpu" else reference
+
+
+def pooled_kernels(x: Tensor) -> ModuleType | None:
+    """The module whose ``normalize_pooled`` and ``normalize_given`` take ``x``, if there is one."""
+    kernels = chosen(x)
+    if kernels == "triton":
+        return _triton()
+    return cpu if kernels == "cpu" else None
 
 
 def require_kernels(name: str) -> Kernels:
     """Return the name if there are such kernels.
 
     Raises:
-        KernelError: If it is unknown, or they were not built.
+        KernelError: If it is unknown, they were not built, or do not load.
     """
     known: tuple[Kernels, ...] = get_args(Kernels)
     for kernels in known:
         if kernels == name:
-            if kernels == "cpu" and _WHY_NOT_CPU is not None:
-                raise KernelError(f"the cpu kernels were asked for; {_WHY_NOT_CPU}")
+            missing = _why_not_loaded(kernels)
+            if missing is not None:
+                raise KernelError(f"the {name} kernels were asked for; {missing}")
             return kernels
     raise KernelError(f"there are no kernels {name!r}; these are known: {', '.join(known)}")
 
 
-def _obstacle(x: Tensor) -> str | None:
-    """Why the C++ kernels cannot compute a call on ``x``, or None."""
-    if not x.is_cpu:
-        return f"the input is on {x.device}"
+def _candidate(x: Tensor) -> Choice:
+    """What would compute a call on ``x`` if nothing about the call forbade it."""
+    asked = None if _asked.kernels is None else require_kernels(_asked.kernels)
+    if asked == "reference":
+        return Choice("reference", "the reference kernels were asked for")
+    device = x.device.type
+    if device not in ("cpu", "cuda"):
+        name = NAMES[asked or "cpu"]
+        return Choice(
+            "reference", f"the input is on {x.device}, which the {name} kernels do not compute"
+        )
+    best: Kernels = "triton" if device == "cuda" else "cpu"
+    if asked in (None, best) or asked == "triton":
+        return Choice(asked or best, "")
+    return Choice("reference", f"the input is on {x.device}, which the C++ kernels do not compute")
+
+
+def _obstacle() -> str | None:
+    """Why neither the C++ nor the Triton kernels can compute a call here, or None."""
     if torch.compiler.is_exporting():
         return "the call is being exported"
     return transform()
+
+
+def _details(choice: Choice) -> str:
+    return f" (vector code: {cpu.instruction_set()})" if choice.kernels == "cpu" else ""
+
+
+def _why_not(kernels: Kernels, device: torch.device) -> str | None:
+    return _why_not_triton(device) if kernels == "triton" else _WHY_NOT_CPU
+
+
+def _why_not_loaded(kernels: Kernels) -> str | None:
+    if kernels == "triton":
+        return _why_triton_is_missing()
+    return _WHY_NOT_CPU if kernels == "cpu" else None
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """Load the Triton kernels, once; the reason why they cannot compute on a device, or None."""
+    return _triton_obstacle(device)
+
+
+@cache
+def _triton_obstacle(device: torch.device) -> str | None:
+    missing = _why_triton_is_missing()
+    if missing is not None:
+        return missing
+    interpreted = _triton().INTERPRETED
+    if device.type == "cpu":
+        needed = "which the Triton kernels compute only in triton's interpreter"
+        return None if interpreted else f"the input is on cpu, {needed} (TRITON_INTERPRET=1)"
+    if interpreted:
+        return "triton runs in its interpreter (TRITON_INTERPRET=1), which computes on the CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < OLDEST_GPU:
+        return f"the GPU has compute capability {major}.{minor}; triton needs {OLDEST_GPU}.0"
+    return None
+
+
+@cache
+def _why_triton_is_missing() -> str | None:
+    """Why the Triton kernels cannot be imported, or None."""
+    if find_spec("triton") is None:
+        return (
+            "triton is not installed; `pip install triton` (Linux), in the version torch asks for"
+        )
+    try:
+        _triton().register()
+    except (ImportError, RuntimeError) as error:
+        return f"the Triton kernels do not load: {error}"
+    return None
+
+
+def _triton() -> ModuleType:
+    from normkit.kernels import triton  # noqa: PLC0415 - slow, and nothing for the CPU
+
+    return triton
+
+
+for _asked_once in (_why_not_triton, _why_not_loaded):
+    # what torch.compiler.assume_constant_result does, without importing the compiler: the answers
+    # never change, and nothing need be traced through the import of triton
+    _asked_once._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def transform() -> str | None:

@@ -82,7 +82,7 @@ def normalize_pooled(
         y, table = normalize_pooled(x, weight, bias, pooling, None, differentiable)
         _follow(running, x, table, pooling)
         return y, table
-    if _needs_gradient(x, weight, bias):
+    if needs_gradient(x, weight, bias):
         record = _Pooled.apply if torch.compiler.is_compiling() else _RECORD_POOLED
         return record(x, weight, bias, pooling, running, differentiable)
     return _pooled_forward(x, weight, bias, pooling, running)
@@ -121,14 +121,14 @@ class _Pooled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weight, bias, pooling, running, differentiable = arguments
         y, table = _pooled_forward(x, weight, bias, pooling, running)
-        _keep(ctx, (x, weight, bias), table, differentiable)
+        keep(ctx, (x, weight, bias), table, differentiable)
         ctx.options = (pooling.num_groups, pooling.examples_per_group, pooling.eps)
         return y, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
         operator = torch.ops.normkit.pooled_backward.default
-        return *_gradients(ctx, grads[0], operator), None, None, None
+        return *gradients(ctx, grads[0], operator), None, None, None
 
 
 def normalize_given(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
@@ -142,7 +142,7 @@ def normalize_given(  # noqa: PLR0913, PLR0917 - the operator's own arguments, i
     differentiable: Differentiable | None = None,
 ) -> FeatureMap:
     """Normalise by given statistics ``(G,)``, which get no gradient: evaluation, frozen layers."""
-    if _needs_gradient(x, weight, bias):
+    if needs_gradient(x, weight, bias):
         statistics = (mean, var)
         record = _Given.apply if torch.compiler.is_compiling() else _RECORD_GIVEN
         return record(x, weight, bias, statistics, (num_groups, eps), differentiable)
@@ -169,7 +169,7 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
         operator = torch.ops.normkit.evaluate_backward.default
-        return *_gradients(ctx, grads[0], operator), None, None, None
+        return *gradients(ctx, grads[0], operator), None, None, None
 
 
 def normalize_positions(
@@ -180,7 +180,7 @@ def normalize_positions(
     differentiable: Differentiable | None = None,
 ) -> tuple[FeatureMap, CellTable]:
     """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
-    if _needs_gradient(x, weight, bias):
+    if needs_gradient(x, weight, bias):
         record = _Positional.apply if torch.compiler.is_compiling() else _RECORD_POSITIONAL
         return record(x, weight, bias, eps, differentiable)
     return torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
@@ -197,23 +197,23 @@ class _Positional(torch.autograd.Function):
         differentiable: Differentiable | None,
     ) -> tuple[Tensor, Tensor]:
         y, table = torch.ops.normkit.positional_forward.default(x, weight, bias, eps)
-        _keep(ctx, (x, weight, bias), table, differentiable)
+        keep(ctx, (x, weight, bias), table, differentiable)
         ctx.options = (eps,)
         return y, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
         operator = torch.ops.normkit.positional_backward.default
-        return *_gradients(ctx, grads[0], operator), None, None
+        return *gradients(ctx, grads[0], operator), None, None
 
 
-def _keep(
+def keep(
     ctx: Any,  # noqa: ANN401
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     table: Tensor,
     differentiable: Differentiable | None,
 ) -> None:
-    """Keep what ``_gradients`` reads, and say that the table has no gradient."""
+    """Keep what ``gradients`` reads, and say that the table has no gradient."""
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight, table)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -233,7 +233,7 @@ def recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 _RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(recorder, (_Pooled, _Given, _Positional))
 
 
-def _needs_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def needs_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether autograd is to record: without, the node and its Python are saved."""
     return torch.is_grad_enabled() and (
         x.requires_grad
@@ -242,7 +242,7 @@ def _needs_gradient(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
     )
 
 
-def _gradients(
+def gradients(
     ctx: Any,  # noqa: ANN401
     grad: Tensor | None,
     operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
@@ -255,7 +255,7 @@ def _gradients(
     if torch.is_grad_enabled():
         if ctx.differentiable is None:
             raise NotImplementedError(
-                "this backward pass of normkit's CPU kernels cannot be differentiated again; "
+                "this backward pass of normkit's kernels cannot be differentiated again; "
                 "choose the reference kernels for second derivatives"
             )
         return ctx.differentiable(grad, x, weight, (wants_x, wants_weight, wants_bias))

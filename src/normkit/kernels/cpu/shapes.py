@@ -13,7 +13,18 @@ from normkit.kernels.cpu.kinds import Kind
 
 def register() -> None:
     """Tell torch what each operator returns; once, after the library is loaded."""
-    for name, fake in {
+    for name in _fakes():
+        register_one(f"normkit::{name}")
+
+
+def register_one(qualified_name: str) -> None:
+    """Tell torch what an operator returns: what the C++ operator of its name does."""
+    fake = _fakes()[qualified_name.split("::")[1]]
+    torch.library.register_fake(qualified_name, _on_one_device(fake))
+
+
+def _fakes() -> dict[str, Callable[..., Any]]:
+    return {
         "pooled_forward": _pooled_forward,
         "pooled_backward": _backward,
         "evaluate_forward": _like_x,
@@ -27,8 +38,7 @@ def register() -> None:
         "reduce_grad": _reduce_grad,
         "combine_grad": _combine_grad,
         "update_running_": _nothing,
-    }.items():
-        torch.library.register_fake(f"normkit::{name}", _on_one_device(fake))
+    }
 
 
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:

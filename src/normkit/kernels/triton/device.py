@@ -1,0 +1,58 @@
+"""What every kernel shares on the device: addresses of a map's rows, centring, blocks of groups.
+
+A map ``(N, C, P)`` has strides ``(SN, SC, SP)``. Its segment ``k`` of ``L`` positions is part
+``k % Q`` of channel ``k // Q``. A group of ``J`` segments and ``E`` examples has one cell in a
+table ``(B, G)``, at ``(n // E) * G + k // J``. ``WIDE`` computes addresses in 64 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_starts(n, k, SN, SC, SP, Q, L, WIDE: tl.constexpr):
+    """Address of the first element of segment ``k`` of example ``n``."""
+    if WIDE:
+        n = tl.cast(n, tl.int64)
+        k = tl.cast(k, tl.int64)
+    return n * SN + (k // Q) * SC + (k % Q) * L * SP
+
+
+@triton.jit
+def columns(l, SP, WIDE: tl.constexpr):
+    """Address of position ``l`` from the first of its segment."""
+    if WIDE:
+        l = tl.cast(l, tl.int64)
+    return l * SP
+
+
+@triton.jit
+def split(value, ACC: tl.constexpr):
+    """A float64 number as the sum of two of ``ACC``: 1e4 and a part of 1e-4 of it both survive."""
+    high = value.to(ACC)
+    return high, (value - high.to(tl.float64)).to(ACC)
+
+
+@triton.jit
+def reciprocal_root(var, eps_high, eps_low):
+    """``1 / sqrt(var + eps)`` in float64."""
+    return 1.0 / tl.sqrt(var + (tl.cast(eps_high, tl.float64) + tl.cast(eps_low, tl.float64)))
+
+
+@triton.jit
+def move(pointer, value, rate_high, rate_low, mask):
+    """Move buffers towards ``value`` by a rate that comes in two parts."""
+    rate = tl.cast(rate_high, tl.float64) + tl.cast(rate_low, tl.float64)
+    old = tl.load(pointer, mask=mask, other=0.0)
+    wide = old.to(tl.float64)
+    tl.store(pointer, (wide + rate * (value - wide)).to(old.dtype), mask=mask)
+
+
+@triton.jit
+def count_batch(counter, is_first):
+    """Count a batch, once: by the first program."""
+    pointer = counter + tl.arange(0, 1)
+    mask = tl.zeros((1,), tl.int32) + tl.cast(is_first, tl.int32) > 0
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + 1, mask=mask)

@@ -1,0 +1,232 @@
+"""How a map lies in memory, how it is cut into segments and groups, and how programs share it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Self
+
+from torch import Tensor
+
+from normkit.kernels.cpu.shapes import is_dense
+
+LARGEST_INT32 = 2**31 - 1
+
+
+class Strides(NamedTuple):
+    """Elements between neighbours along examples, channels and positions."""
+
+    example: int
+    channel: int
+    position: int
+
+
+class Map(NamedTuple):
+    """A tensor read as ``(N, C, P)``."""
+
+    tensor: Tensor
+    strides: Strides
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        """Read in place wherever the spatial axes are one axis in memory; copy otherwise."""
+        position = _position_stride(x)
+        if position is None:
+            x, position = x.contiguous(), 1
+        return cls(x, Strides(x.stride(0), x.stride(1), position))
+
+    def folded(self, num_examples: int, num_positions: int) -> Strides | None:
+        """Strides with runs of examples as one longer axis of positions, where memory has it so."""
+        example, channel, position = self.strides
+        if num_positions == 1:
+            position = example
+        if example != num_positions * position:
+            return None
+        return Strides(num_examples * example, channel, position)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether an address does not fit 32 bits."""
+        sizes = zip(self.tensor.shape, self.tensor.stride(), strict=True)
+        return sum((size - 1) * stride for size, stride in sizes) > LARGEST_INT32
+
+
+def _position_stride(x: Tensor) -> int | None:
+    """Elements between neighbouring positions; None where they have no single distance."""
+    axes = [(size, x.stride(axis + 2)) for axis, size in enumerate(x.shape[2:]) if size > 1]
+    if not axes:
+        return 1
+    reach = axes[-1][1]
+    for size, stride in reversed(axes):
+        if stride != reach:
+            return None
+        reach = stride * size
+    return axes[-1][1]
+
+
+def result_like(x: Tensor) -> Tensor:
+    """An empty tensor in the dtype and layout of ``x``: contiguous unless ``x`` is dense."""
+    if is_dense(x):
+        return x.new_empty_strided(x.shape, x.stride())
+    return x.new_empty(x.shape)
+
+
+class Grouping(NamedTuple):
+    """How a map ``(N, C, P)`` is cut: every channel into ``Q`` segments of ``L``, and who shares.
+
+    A group has ``J`` segments of each of ``E`` examples; an example has ``G`` groups.
+    """
+
+    N: int
+    C: int
+    Q: int
+    L: int
+    E: int
+    J: int
+    G: int
+
+    @classmethod
+    def of(cls, x: Tensor, num_groups: int, examples_per_group: int) -> Self:
+        """Of a map that ``num_groups`` divides; no examples a group: the whole batch."""
+        num_examples, num_channels = x.shape[:2]
+        positions = math.prod(x.shape[2:])
+        size = positions
+        if num_channels % num_groups:
+            size = math.gcd(positions, num_channels * positions // num_groups)
+        parts = positions // size
+        run = min(examples_per_group or num_examples, num_examples)
+        return cls(
+            num_examples, num_channels, parts, size, run, num_channels * parts // num_groups,
+            num_groups,
+        )  # fmt: skip
+
+    @classmethod
+    def of_segments(cls, x: Tensor, segment_size: int) -> Self:
+        """Every segment a group."""
+        parts = math.prod(x.shape[2:]) // segment_size
+        return cls(x.shape[0], x.shape[1], parts, segment_size, 1, 1, x.shape[1] * parts)
+
+    @property
+    def K(self) -> int:  # noqa: N802 - the letter of the formulas
+        """Segments of an example."""
+        return self.C * self.Q
+
+    @property
+    def B(self) -> int:  # noqa: N802
+        """Runs of examples."""
+        return ceil_div(self.N, self.E)
+
+    @property
+    def num_cells(self) -> int:
+        """Groups of the whole map."""
+        return self.B * self.G
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a group."""
+        return self.E * self.J * self.L
+
+    @property
+    def rest_size(self) -> int:
+        """Elements of a group of the last, possibly smaller, run of examples."""
+        return ((self.N - 1) % self.E + 1) * self.J * self.L
+
+    def folded(self) -> Self:
+        """Runs of examples read as one example with so many more positions."""
+        return self._replace(N=self.B, L=self.E * self.L, E=1)
+
+
+class Layout(NamedTuple):
+    """A grouping, the strides of the maps that take part, and whether addresses are wide."""
+
+    grouping: Grouping
+    strides: tuple[Strides, ...]
+    wide: bool
+
+    @classmethod
+    def of(cls, grouping: Grouping, *maps: Map) -> Self:
+        """Fold runs of examples into positions wherever all maps lie so: a simpler grouping."""
+        strides = tuple(m.strides for m in maps)
+        wide = any(m.is_wide for m in maps)
+        if grouping.Q == 1 and grouping.E > 1 and grouping.N % grouping.E == 0:
+            folded = [m.folded(grouping.E, grouping.L) for m in maps]
+            found = tuple(f for f in folded if f is not None)
+            if len(found) == len(maps):
+                return cls(grouping.folded(), found, wide)
+        return cls(grouping, strides, wide)
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether channels, not positions, lie side by side in memory."""
+        result = self.strides[-1]
+        return result.channel < result.position
+
+
+class Stream(NamedTuple):
+    """Programs that stream over a map, of ``BK`` segments each and ``BL`` elements at a time."""
+
+    BK: int
+    BL: int
+    splits: int
+    span: int
+    num_programs: int
+
+
+def stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
+    """Cut a map into programs of blocks of ``elements``; share segments where they are few."""
+    grouping = layout.grouping
+    if layout.by_channel:
+        rows = min(power_of_two(grouping.K), 64)
+        columns = min(power_of_two(grouping.L), max(elements // rows, 1))
+    else:
+        columns = min(power_of_two(grouping.L), elements)
+        rows = min(power_of_two(grouping.K), max(elements // columns, 1))
+    programs = grouping.N * ceil_div(grouping.K, rows)
+    shares = min(ceil_div(grouping.L, columns), max(ceil_div(wanted_programs, programs), 1))
+    span = ceil_div(ceil_div(grouping.L, shares), columns) * columns
+    splits = ceil_div(grouping.L, span)
+    return Stream(rows, columns, splits, span, programs * splits)
+
+
+class Tile(NamedTuple):
+    """Programs that take whole groups: blocks of ``(BG, BR, BL)`` elements."""
+
+    BG: int
+    BR: int
+    BL: int
+    num_programs: int
+    num_warps: int
+
+
+SECTOR_BYTES = 32
+FEW_ELEMENTS = 4096
+ELEMENTS_PER_WARP = 1024
+
+
+def tile_blocks(
+    layout: Layout, item_bytes: int, most_elements: int, processors: int
+) -> Tile | None:
+    """Blocks that hold whole groups; None where groups are too large, or too few for the device."""
+    grouping = layout.grouping
+    rows, columns = power_of_two(grouping.E * grouping.J), power_of_two(grouping.L)
+    size, groups = rows * columns, 1
+    beside = SECTOR_BYTES // (item_bytes * grouping.J) if layout.by_channel else 1
+    while groups < min(beside, grouping.G):
+        groups *= 2
+    while groups < grouping.G and groups * size < ELEMENTS_PER_WARP:
+        groups *= 2
+    programs = grouping.B * ceil_div(grouping.G, groups)
+    elements = groups * size
+    if elements > most_elements or (elements > FEW_ELEMENTS and 2 * programs < processors):
+        return None
+    warps = min(max(elements // ELEMENTS_PER_WARP, 1), 16)
+    return Tile(groups, rows, columns, programs, warps)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def ceil_div(size: int, part: int) -> int:
+    """How many parts hold ``size``."""
+    return -(-size // part)

@@ -1,0 +1,104 @@
+"""The kernels as torch operators ``torch.ops.normkit_triton.*``, which ``torch.compile`` keeps.
+
+Shapes and dtypes of their results are those of the C++ operators of the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from normkit.kernels.cpu import shapes
+from normkit.kernels.cpu.functions import Pooling
+from normkit.kernels.triton import pooled
+from normkit.kernels.triton.launch import INTERPRETED
+from normkit.kernels.triton.passes import Statistics
+from normkit.kernels.triton.pooled import Results, Wanted
+
+NAMESPACE = "normkit_triton"
+
+
+def pooled_forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    examples_per_group: int,
+    eps: float,
+    channel_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """Normalise by the statistics of ``x``'s own groups: ``y`` and the statistics."""
+    pooling = Pooling(num_groups, examples_per_group, eps, channel_statistics)
+    return pooled.forward(x, (weight, bias), pooling, None)
+
+
+def pooled_backward(  # noqa: PLR0913, PLR0917
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    examples_per_group: int,
+    eps: float,
+    need_weight: bool,
+    need_bias: bool,
+) -> Results:
+    """Gradients of x, weight and bias."""
+    pooling = Pooling(num_groups, examples_per_group, eps)
+    return pooled.backward(grad, x, table, weight, pooling, Wanted(need_weight, need_bias))
+
+
+def evaluate_forward(  # noqa: PLR0913, PLR0917
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    """Normalise by given statistics ``(num_groups,)``."""
+    return pooled.forward_given(x, Statistics(mean, var, eps), (weight, bias))
+
+
+def evaluate_backward(  # noqa: PLR0913, PLR0917
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    eps: float,
+    need_weight: bool,
+    need_bias: bool,
+) -> Results:
+    """Gradients of x, weight and bias; the statistics are constants."""
+    wanted = Wanted(need_weight, need_bias)
+    return pooled.backward_given(grad, x, Statistics(mean, var, eps), weight, wanted)
+
+
+_POOLING = "int num_groups, int examples_per_group, float eps"
+_NEEDS = "bool need_weight, bool need_bias"
+SCHEMAS: dict[Callable[..., object], str] = {
+    pooled_forward: f"(Tensor x, Tensor? weight, Tensor? bias, {_POOLING}, "
+    "bool channel_statistics) -> (Tensor, Tensor)",
+    pooled_backward: f"(Tensor grad, Tensor x, Tensor table, Tensor? weight, {_POOLING}, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor)",
+    evaluate_forward: "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+    "int num_groups, float eps) -> Tensor",
+    evaluate_backward: "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+    f"int num_groups, float eps, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+}
+
+
+@cache
+def register() -> None:
+    """Tell torch of the operators; once."""
+    for function, schema in SCHEMAS.items():
+        name = f"{NAMESPACE}::{function.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, "cpu" if INTERPRETED else "cuda", function)
+        shapes.register_one(name)

@@ -1,0 +1,131 @@
+# triton declares what kernels call as never returning
+# pyright: reportGeneralTypeIssues=false
+"""Kernels for groups that fit a program: the map is read once and written once.
+
+A program takes ``BG`` groups side by side, of ``E`` examples and ``J`` segments each: a block of
+``(BG, BR, BL)`` elements, whose rows are the pairs of an example and a segment.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from normkit.kernels.triton.device import (
+    columns,
+    count_batch,
+    move,
+    reciprocal_root,
+    row_starts,
+    split,
+)
+
+
+@triton.jit
+def block(N, G, E, J, L, BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
+    """A program's run of examples and groups; its rows' examples and segments; what is inside."""
+    tiles = tl.cdiv(G, BG)
+    run = tl.program_id(0) // tiles
+    g = (tl.program_id(0) % tiles) * BG + tl.arange(0, BG)
+    row = tl.arange(0, BR)
+    examples = tl.minimum(E, N - run * E)
+    n = run * E + row // J
+    k = g[:, None] * J + (row % J)[None, :]
+    rows_inside = (g < G)[:, None] & (row < examples * J)[None, :]
+    inside = rows_inside[:, :, None] & (tl.arange(0, BL) < L)[None, None, :]
+    return run, g, n, k, rows_inside, inside, examples * J * L
+
+
+@triton.jit
+def group_sum(values):
+    """Sums over a block's rows and positions."""
+    return tl.sum(tl.sum(values, axis=2), axis=1)
+
+
+@triton.jit
+def tile_forward_kernel(
+    x, y, weight, bias, table, running_mean, running_var, counter,
+    SN, SC, SP, YN, YC, YP, N, Q, L, E, J, G, num_cells,
+    eps_high, eps_low, rate_high, rate_low,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr,
+    BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Normalise groups; their means and variances go to ``table``, float64 ``(2, num_cells)``."""
+    run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL)
+    l = tl.arange(0, BL)
+    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE)
+    at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
+    corner = row_starts(run * E, g * J, SN, SC, SP, Q, L, WIDE)
+    shift = tl.load(x + corner, mask=g < G, other=0.0).to(ACC)
+    moved = tl.where(inside, value - shift[:, None, None], 0.0)
+    center = group_sum(moved) / size
+    unit = tl.where(inside, moved - center[:, None, None], 0.0)
+    var = (group_sum(unit * unit) / size).to(tl.float64)
+    mean = shift.to(tl.float64) + center.to(tl.float64)
+    factor = reciprocal_root(var, eps_high, eps_low).to(ACC)[:, None]
+    if HAS_WEIGHT:
+        factor = factor * tl.load(weight + k // Q, mask=rows_inside, other=0.0).to(ACC)
+    result = unit * factor[:, :, None]
+    if HAS_BIAS:
+        offset = tl.load(bias + k // Q, mask=rows_inside, other=0.0).to(ACC)
+        result += offset[:, :, None]
+    outs = row_starts(n[None, :], k, YN, YC, YP, Q, L, WIDE)
+    out_at = outs[:, :, None] + columns(l, YP, WIDE)[None, None, :]
+    tl.store(y + out_at, result.to(y.dtype.element_ty), mask=inside)
+    cell = run.to(tl.int64) * G + g
+    tl.store(table + cell, mean, mask=g < G)
+    tl.store(table + num_cells + cell, var, mask=g < G)
+    if HAS_RUNNING:
+        unbiased = var * (size.to(tl.float64) / tl.maximum(size - 1, 1).to(tl.float64))
+        move(running_mean + g, mean, rate_high, rate_low, g < G)
+        move(running_var + g, unbiased, rate_high, rate_low, g < G)
+    if HAS_COUNTER:
+        count_batch(counter, tl.program_id(0) == 0)
+
+
+@triton.jit
+def tile_backward_kernel(
+    g_map, x, dx, weight, table, sums, sums_x,
+    GN, GC, GP, SN, SC, SP, DN, DC, DP, N, Q, L, E, J, G, K, num_cells, eps_high, eps_low,
+    HAS_WEIGHT: tl.constexpr, BY_RUN: tl.constexpr, BY_ROW: tl.constexpr,
+    BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of groups' elements, and the parts of the parameters' gradients.
+
+    Sums of ``g`` and of ``g * (x - mean) / std`` go to tables ``(B, K)`` (``BY_RUN``, for groups of
+    one segment) or ``(N, K)`` (``BY_ROW``).
+    """
+    run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL)
+    l = tl.arange(0, BL)
+    cell = run.to(tl.int64) * G + g
+    high, low = split(tl.load(table + cell, mask=g < G, other=0.0), ACC)
+    var = tl.load(table + num_cells + cell, mask=g < G, other=1.0)
+    rstd = reciprocal_root(var, eps_high, eps_low).to(ACC)
+    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE)
+    at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
+    unit = ((value - high[:, None, None]) - low[:, None, None]) * rstd[:, None, None]
+    unit = tl.where(inside, unit, 0.0)
+    grads = row_starts(n[None, :], k, GN, GC, GP, Q, L, WIDE)
+    grad_at = grads[:, :, None] + columns(l, GP, WIDE)[None, None, :]
+    grad = tl.load(g_map + grad_at, mask=inside, other=0.0).to(ACC)
+    if BY_RUN:
+        out = run.to(tl.int64) * K + g
+        tl.store(sums + out, group_sum(grad), mask=g < G)
+        tl.store(sums_x + out, group_sum(grad * unit), mask=g < G)
+    if BY_ROW:
+        row_out = n.to(tl.int64)[None, :] * K + k
+        tl.store(sums + row_out, tl.sum(grad, axis=2), mask=rows_inside)
+        tl.store(sums_x + row_out, tl.sum(grad * unit, axis=2), mask=rows_inside)
+    if HAS_WEIGHT:
+        factor = tl.load(weight + k // Q, mask=rows_inside, other=0.0).to(ACC)
+        grad = grad * factor[:, :, None]
+    by_unit = group_sum(grad * unit) / size
+    shift = group_sum(grad) / size
+    result = grad - shift[:, None, None] - unit * by_unit[:, None, None]
+    result = result * rstd[:, None, None]
+    outs = row_starts(n[None, :], k, DN, DC, DP, Q, L, WIDE)
+    out_at = outs[:, :, None] + columns(l, DP, WIDE)[None, None, :]
+    tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)
