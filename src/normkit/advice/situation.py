@@ -99,10 +99,9 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
     trains = {m: training and _would_train(m, model) for m in found}
     with untouched(model, training=False):
         seen = _watch(model, list(found), example_input)
+        scale = batch_size / count_examples(example_input)
         norms = tuple(
-            _norm(
-                names[0], module, trains[module], seen[module], batch_size / _count(example_input)
-            )
+            _norm(names[0], module, trains[module], seen[module], scale)
             for module, names in found.items()
         )
         feeds = _follow(model, example_input)
@@ -227,8 +226,8 @@ def example_of(model: nn.Module, input_shape: Shape) -> Tensor:
     return values.to(device=device_of(model), dtype=next(dtypes, torch.float32))
 
 
-def _count(example_input: Any) -> int:  # noqa: ANN401
-    """Count the examples in an example input: its first argument's first axis."""
+def count_examples(example_input: Any) -> int:  # noqa: ANN401
+    """Count the examples in what a model is called with: its first argument's first axis."""
     first = example_input
     if isinstance(first, dict):
         first = next(iter(first.values()), None)

@@ -10,6 +10,7 @@ from normkit.cli.advice import Recommend, Validate
 from normkit.cli.bench import Bench
 from normkit.cli.compare import Compare
 from normkit.cli.convert import Convert
+from normkit.cli.diagnose import Diagnose
 from normkit.cli.explain import Explain
 from normkit.cli.listing import List
 from normkit.cli.tune import Tune
@@ -24,6 +25,7 @@ COMMANDS = {
     "recommend": Recommend,
     "convert": Convert,
     "validate": Validate,
+    "diagnose": Diagnose,
     "tune": Tune,
     "explain": Explain,
     "list": List,

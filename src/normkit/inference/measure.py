@@ -46,7 +46,7 @@ def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
         with untouched(model, training=False), ExitStack() as hooks:
             for name, layer in layers.items():
                 hooks.callback(_watch(name, layer, populations[name]))
-                _normalise_by_batch(layer)
+                normalise_by_batch(layer)
             num_batches = data.send(model, "measuring statistics")
         return Measured(num_batches, {n: _on_cpu(p.sums) for n, p in populations.items()})
 
@@ -112,7 +112,7 @@ def _watch(name: str, layer: nn.Module, population: Population) -> Callable[[], 
     return layer.register_forward_pre_hook(see, with_kwargs=True).remove
 
 
-def _normalise_by_batch(layer: nn.Module) -> None:
+def normalise_by_batch(layer: nn.Module) -> None:
     """Let a layer of a model at evaluation do what it does in training.
 
     Estimates of micro batches stay: they normalise in training too. Buffers are hidden where that

@@ -2,6 +2,7 @@
 
 from normkit.passes.batches import (
     Forward,
+    arguments_of,
     as_list,
     device_of,
     forward_batch,
@@ -16,6 +17,7 @@ from normkit.passes.untouched import untouched
 __all__ = [
     "Data",
     "Forward",
+    "arguments_of",
     "as_list",
     "device_of",
     "first_calls",

@@ -34,14 +34,19 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
         return model(batch[0])
     if isinstance(batch, Mapping):
-        return model(**_arguments(model, batch))
+        return model(**arguments_of(model, batch))
     raise DataError(
         f"a batch of type {type(batch).__name__} was given; a batch is a tensor, a pair "
         f"(inputs, target) or a dict of arguments; for others pass forward=lambda model, batch: ..."
     )
 
 
-def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries of a dict that a model's forward takes.
+
+    Raises:
+        DataError: If it takes none of them.
+    """
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(batch)

@@ -60,7 +60,7 @@ def write_report(
 def render(comparison: Comparison, records: Sequence[Record], command: str) -> str:
     """The report as text."""
     return (
-        _templates()
+        templates()
         .get_template("page.html.j2")
         .render(
             comparison=comparison,
@@ -89,7 +89,8 @@ def best_norms(comparison: Comparison, batch_size: int) -> list[str]:
     return [norm for norm, mean in means.items() if mean == max(means.values())]
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The pages, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("normkit.lab", "report"),
         autoescape=lambda name: name is not None and name.endswith(ESCAPED),

@@ -1,0 +1,142 @@
+"""`normkit diagnose`: why a trained model evaluates badly, and what helps."""
+
+import copy
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from normkit.cli.model import ModelOptions
+from normkit.cli.numbers import flag
+from normkit.doctor import Diagnosis, diagnose
+from normkit.errors import SpecError
+from normkit.lab.checkpoints import load_weights_
+from normkit.lab.data import Dataset, Examples, load, read_examples
+from normkit.lab.data.files import SUFFIX
+from normkit.lab.records import file_errors, usable_folder
+from normkit.lab.report import DIAGNOSIS_NAME, REPORT_NAME, write_diagnosis
+
+EXIT_CAUSES = 1
+TEST_BATCH_SIZE = 64  # at least: smaller test batches would take long
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose(ModelOptions):
+    """Find out why a trained model evaluates badly, by how much, and what helps.
+
+    Test losses with different running statistics are compared, and what each gains is explained by
+    the signs that the layers show. The exit code is 1 if a cause was found.
+    """
+
+    train_data: str
+    """Training examples: the name of a data set, or a .safetensors file with inputs and targets."""
+    test_data: str
+    """Test examples, likewise; half of them judge."""
+    batch_size: int = 32
+    """Examples of a batch in training."""
+    checkpoints: str | None = None
+    """Earlier checkpoints of the model, with commas between, the oldest first."""
+    examples: int | None = None
+    """Training and test examples to use, of each at most so many; all if not given."""
+    try_: Annotated[bool, tyro.conf.arg(name="try"), tyro.conf.FlagCreatePairsOff] = False
+    """Try fixes on copies of the model, and measure what each gains."""
+    out: Path = Path("runs/diagnose")
+    """Folder for diagnosis.json and report.html."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the diagnosis as JSON, and nothing else, to the standard output."""
+
+    def run(self) -> int:
+        """Diagnose, print, and write the report.
+
+        Returns:
+            1 if a cause was found, else 0.
+
+        Raises:
+            NormError: If an option breaks its rule, or a file cannot be used.
+        """
+        for name in ("batch_size", "examples"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        folder = usable_folder(self.out, DIAGNOSIS_NAME, REPORT_NAME)
+        dataset = self.dataset()
+        model = self.build(dataset)
+        found = diagnose(
+            model,
+            list(_batches(dataset.train, self.examples, self.batch_size)),
+            list(_batches(dataset.test, self.examples, max(self.batch_size, TEST_BATCH_SIZE))),
+            batch_size=self.batch_size,
+            checkpoints=self._earlier(model),
+            try_fixes=self.try_,
+        )
+        self._write(found, folder)
+        return EXIT_CAUSES if found.causes else 0
+
+    def dataset(self) -> Dataset:
+        """The training and the test examples.
+
+        Raises:
+            NormError: If there is no such data set, or a file cannot be used.
+        """
+        if self.train_data == self.test_data and self.train_data.endswith(SUFFIX):
+            raise SpecError(
+                f"--train-data and --test-data were both given {self.train_data!r}; what a model "
+                f"was trained on says nothing about its test"
+            )
+        train, test = _read(self.train_data, "train"), _read(self.test_data, "test")
+        shapes = train.inputs.shape[1:], test.inputs.shape[1:]
+        if shapes[0] != shapes[1]:
+            raise SpecError(
+                f"--train-data has inputs of shape {tuple(shapes[0])} and --test-data of "
+                f"{tuple(shapes[1])}; both are for one model"
+            )
+        num_classes = int(max(train.targets.max(), test.targets.max())) + 1
+        none = train.take(torch.arange(0))
+        return Dataset(
+            name=self.train_data, num_classes=num_classes, train=train, validation=none, test=test
+        )
+
+    def _earlier(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """State dicts of the earlier checkpoints, by their files' names."""
+        found = {}
+        for path in map(Path, self.checkpoints.split(",") if self.checkpoints else ()):
+            state = copy.deepcopy(model)
+            load_weights_(state, path)
+            found[path.stem] = state.state_dict()
+        return found
+
+    def command(self) -> str:
+        """The command line that repeats this, every option that decides something named."""
+        words = ["normkit", "diagnose"]
+        for option in fields(self):
+            value, name = getattr(self, option.name), option.name.rstrip("_")
+            if value is True and name != "json_output":
+                words.append(flag(name))
+            elif value is not None and not isinstance(value, bool):
+                words += [flag(name), str(value)]
+        return shlex.join(words)
+
+    def _write(self, found: Diagnosis, folder: Path) -> None:
+        text = found.to_json()
+        with file_errors(folder / DIAGNOSIS_NAME):
+            (folder / DIAGNOSIS_NAME).write_text(text + "\n", encoding="utf-8")
+        report = write_diagnosis(folder, found, f"{self.model} on {self.test_data}", self.command())
+        sys.stdout.write((text if self.json_output else str(found)) + "\n")
+        if not self.json_output:
+            sys.stdout.write(f"report: {report}\n")
+
+
+def _read(name: str, part: str) -> Examples:
+    return read_examples(Path(name)) if name.endswith(SUFFIX) else getattr(load(name), part)
+
+
+def _batches(examples: Examples, at_most: int | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    kept = (examples.inputs[:at_most], examples.targets[:at_most])
+    yield from zip(*(values.split(size) for values in kept), strict=True)

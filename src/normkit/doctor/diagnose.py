@@ -1,0 +1,322 @@
+"""The doctor: why an evaluation is bad, and what helps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean, median, stdev
+from typing import Any
+
+from torch import Tensor, nn
+
+from normkit.advice import validate
+from normkit.advice.situation import count_examples
+from normkit.core.check import require_count
+from normkit.diagnostics import (
+    EstimationShift,
+    channel_difference,
+    disturb_statistics,
+    estimation_shift,
+    inactive_channels,
+)
+from normkit.doctor import causes
+from normkit.doctor.causes import ADAPTED, AS_IT_IS, BY_BATCH, RECALIBRATED, RESTORED, thawed
+from normkit.doctor.diagnosis import (
+    AtCheckpoint,
+    Diagnosis,
+    LayerReport,
+    Sensitivity,
+    State,
+)
+from normkit.doctor.judge import Judge, Scores, at_evaluation, with_statistics
+from normkit.doctor.signs import STATISTICS, Case, has_small_last
+from normkit.doctor.states import Patient, Rows, is_dropout, new_values, with_dropout
+from normkit.doctor.trials import try_all
+from normkit.errors import DataError, NormError
+from normkit.inference.tracked import tracked
+from normkit.passes import Forward, as_list, forward_batch, progress
+from normkit.tracing import require_bare
+from normkit.tune.metrics import Score, read_metric
+
+DELTAS, NUM_SEEDS = (0.1, 0.3), 3
+"""How far statistics are disturbed, and how often."""
+
+
+def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
+    model: nn.Module,
+    train_batches: Iterable[Any],
+    test_batches: Iterable[Any],
+    *,
+    loss: Score | None = None,
+    batch_size: int | None = None,
+    checkpoints: Mapping[str, Mapping[str, Tensor]] | None = None,
+    try_fixes: bool = False,
+    forward: Forward | None = None,
+) -> Diagnosis:
+    r"""Find out why a model evaluates badly, by how much, and what helps.
+
+    The test loss is taken with the model's running statistics, with those of the training data,
+    with those of other test inputs, and by each batch's own. What each exchange gains, with its
+    95 % interval over paired examples, is explained by the signs that the layers show; a cause
+    explains at least a twentieth of the loss. What looks at test inputs is done twice, by the
+    batches at even and by those at odd places, and judged by the others. The model is left as it
+    was.
+
+    Args:
+        model: A trained model with norms of torch or ours.
+        train_batches: Training data as the training saw it, a last smaller batch included; read
+            once and kept.
+        test_batches: Test data with targets, two batches or more; read once and kept.
+        loss: ``loss(output, batch)`` with one value for each example, by default the cross entropy
+            of pairs ``(inputs, target)``.
+        batch_size: Examples of a batch in training, if not those of the train batches (median).
+        checkpoints: Earlier state dicts of this model by name, the oldest first.
+        try_fixes: Try fixes on copies of the model, and measure what each gains.
+        forward: ``forward(model, batch)`` for batches of another form.
+
+    Returns:
+        Causes with what they explain and how to mend them, layers, trials; prints, ``to_json``,
+        ``table``, ``plot``.
+
+    Raises:
+        OptionError: If the model is compiled or wrapped, or the batch size is no count.
+        DataError: If there are fewer than two test batches, no training batch, a batch needs
+            ``forward``, or a checkpoint does not fit.
+
+    Source:
+        Huang et al., Delving into the Estimation Shift of Batch Normalization in a Network, for
+        the shift; Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, for differences of channels and eliminated ones.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(),
+        ...                       nn.Linear(216, 5))
+        >>> data = [(9 + torch.randn(16, 3, 8, 8), torch.randint(5, (16,))) for _ in range(8)]
+        >>> diagnose(model, data, data).causes[0].name
+        'statistics never set'
+    """
+    require_bare(model, "diagnose")
+    patient = _admit(model, train_batches, test_batches, loss, batch_size, checkpoints, forward)
+    notes = list[str]()
+    case, scores = _examine(patient, notes)
+    found = causes.wrong_statistics(patient, case, scores)
+    shift = _shift(patient, notes)
+    recalibrated = None if shift is None else _recalibrated_shift(patient, case)
+    every = [*found.causes, *causes.other_causes(scores, shift)]
+    before = scores[AS_IT_IS]
+    measures = (channel_difference, inactive_channels)
+    return Diagnosis(
+        num_train=sum(case.sizes),
+        num_judged=len(before.loss),
+        batch_size=patient.batch_size,
+        states=tuple(_state(name, each, before) for name, each in scores.items()),
+        causes=tuple(sorted(every, key=lambda cause: -cause.explains.mean)),
+        layers=tuple(_layers(case, found, shift, recalibrated)),
+        shift=shift,
+        over_training=tuple(_over_training(patient, shift)),
+        sensitivity=tuple(_sensitivity(patient)),
+        **{measure.__name__: _or_note(measure, patient, notes) for measure in measures},  # type: ignore[arg-type]
+        findings=tuple(_findings(patient, notes)),
+        trials=tuple(try_all(patient, case, before)) if try_fixes else (),
+        notes=tuple(notes),
+    )
+
+
+def _admit(  # noqa: PLR0913, PLR0917 - the arguments of diagnose
+    model: nn.Module,
+    train_batches: Iterable[Any],
+    test_batches: Iterable[Any],
+    loss: Score | None,
+    batch_size: int | None,
+    checkpoints: Mapping[str, Mapping[str, Tensor]] | None,
+    forward: Forward | None,
+) -> Patient:
+    """Check everything that can be checked before anything runs."""
+    metric = read_metric("loss" if loss is None else loss, larger_is_better=False)
+    train, test = as_list(train_batches), as_list(test_batches)
+    if len(test) < 2:
+        raise DataError(
+            "test_batches= gave one batch; give two or more: what looks at one half of them is "
+            "judged by the other"
+        )
+    send = forward or forward_batch
+    return Patient(
+        model=model,
+        train=train,
+        judge=Judge((test[::2], test[1::2]), metric, send),
+        forward=send,
+        batch_size=require_count("batch_size", batch_size or round(median(_sizes(train)))),
+        checkpoints=_fitting(model, checkpoints or {}),
+    )
+
+
+def _sizes(batches: Sequence[Any]) -> list[int]:
+    return [count_examples(batch) for batch in batches]
+
+
+def _fitting(
+    model: nn.Module, checkpoints: Mapping[str, Mapping[str, Tensor]]
+) -> Mapping[str, Mapping[str, Tensor]]:
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    for name, state in checkpoints.items():
+        other = [
+            key
+            for key in {*shapes, *state}
+            if not key.endswith(STATISTICS[-1])
+            and (key not in state or shapes.get(key) != state[key].shape)
+        ]
+        if other:
+            raise DataError(
+                f"checkpoint {name!r} is of another model: {', '.join(sorted(other)[:4])} differ; "
+                f"give state dicts of this one"
+            )
+    return checkpoints
+
+
+def _examine(patient: Patient, notes: list[str]) -> tuple[Case, dict[str, Scores]]:
+    """Measure statistics of all data, and score the model with each of them."""
+    model, sizes = patient.model, tuple(_sizes(patient.train))
+    rows = patient.measure(patient.train)
+    dropout = any(map(is_dropout, model.modules()))
+    case = Case(
+        model=model,
+        rows=rows,
+        dropped=patient.measure(patient.train, with_dropout(patient.forward)) if dropout else {},
+        last=_of_last(patient) if has_small_last(sizes) else {},
+        sizes=sizes,
+        batch_size=patient.batch_size,
+        reference=_reference(patient),
+    )
+    scores = {AS_IT_IS: patient.as_it_is()}
+    if not rows:
+        notes.append("running statistics: no layer has some that move")
+        return case, scores
+    scores[RECALIBRATED] = patient.with_statistics(new_values(rows), "judging new statistics")
+    names = thawed(case)
+    if names:
+        values = {name: case.reference[name] for name in names}
+        scores[RESTORED] = patient.with_statistics(values, "judging old statistics")
+    scores[ADAPTED] = patient.adapted()
+    by_batch = patient.by_batch()
+    if isinstance(by_batch, str):
+        notes.append(f"each test batch's own statistics: {by_batch}")
+    else:
+        scores[BY_BATCH] = by_batch
+    return case, scores
+
+
+def _of_last(patient: Patient) -> Rows:
+    """Measure the last training batch; nothing where that is a single value, without variance."""
+    try:
+        return patient.measure(patient.train[-1:])
+    except DataError:
+        return {}
+
+
+def _reference(patient: Patient) -> dict[str, dict[str, Tensor]]:
+    """Statistics and parameters of each tracking layer in the first checkpoint."""
+    first = next(iter(patient.checkpoints.values()), {})
+    found = {}
+    for name in tracked(patient.model):
+        prefix = f"{name}." if name else ""
+        own = {key.removeprefix(prefix): v for key, v in first.items() if key.startswith(prefix)}
+        found[name] = {key: value for key, value in own.items() if "." not in key}
+    return found
+
+
+def _state(name: str, scores: Scores, before: Scores) -> State:
+    return State(
+        name=name, loss=scores.mean_loss, accuracy=scores.accuracy, gain=scores.gain_over(before)
+    )
+
+
+def _shift(patient: Patient, notes: list[str]) -> EstimationShift | None:
+    def measure(model: nn.Module, test: Sequence[Any], forward: Forward) -> EstimationShift:
+        return estimation_shift(model, test, train_batches=patient.train, forward=forward)
+
+    measure.__name__ = "estimation_shift"
+    return _or_note(measure, patient, notes)
+
+
+def _recalibrated_shift(patient: Patient, case: Case) -> EstimationShift | None:
+    with with_statistics(patient.model, new_values(case.rows)):
+        return estimation_shift(patient.model, patient.test, forward=patient.forward)
+
+
+def _or_note(measure: Any, patient: Patient, notes: list[str]) -> Any:  # noqa: ANN401
+    """Measure on the test data; a note instead where the model has nothing to measure."""
+    try:
+        return measure(patient.model, patient.test, forward=patient.forward)
+    except NormError as error:
+        notes.append(f"{measure.__name__}: {error}")
+        return None
+
+
+def _layers(
+    case: Case,
+    found: causes.Statistics,
+    shift: EstimationShift | None,
+    recalibrated: EstimationShift | None,
+) -> Iterator[LayerReport]:
+    after = {row.name: row for row in recalibrated.layers} if recalibrated else {}
+    for each in shift.layers[1:] if shift else ():
+        row = case.rows.get(each.name)
+        low, high = (None, None) if row is None else row.std_ratio
+        yield LayerReport(
+            name=each.name,
+            kind=type(case.layer(each.name)).__name__,
+            mean_shift=None if row is None else row.mean_shift,
+            std_low=low,
+            std_high=high,
+            esm_mean=each.esm_mean,
+            esm_std=each.esm_std,
+            esm_std_recalibrated=after[each.name].esm_std if each.name in after else None,
+            returns=found.returns.get(each.name),
+            cause=found.layers.get(each.name),
+        )
+
+
+def _over_training(patient: Patient, now: EstimationShift | None) -> Iterator[AtCheckpoint]:
+    if now is None or not patient.checkpoints:
+        return
+    with at_evaluation(patient.model):
+        model = copy.deepcopy(patient.model)
+    states = patient.checkpoints.items()
+    for name, state in progress(states, "measuring checkpoints", len(states)):
+        model.load_state_dict(dict(state), strict=False)  # old ones lack counts of batches
+        shift = estimation_shift(model, patient.test, forward=patient.forward)
+        yield AtCheckpoint(name=name, shift=shift)
+    yield AtCheckpoint(name="now", shift=now)
+
+
+def _sensitivity(patient: Patient) -> Iterator[Sensitivity]:
+    if not tracked(patient.model):
+        return
+    for delta in DELTAS:
+        losses = list[float]()
+        for seed in range(NUM_SEEDS):
+            with (
+                at_evaluation(patient.model),
+                disturb_statistics(patient.model, delta, seed=seed),
+            ):
+                scores = patient.judge.scores(patient.model, f"disturbing statistics by {delta:g}")
+            losses.append(scores.mean_loss)
+        yield Sensitivity(
+            delta=delta, num_seeds=NUM_SEEDS, loss=fmean(losses), spread=stdev(losses)
+        )
+
+
+def _findings(patient: Patient, notes: list[str]) -> Iterator[str]:
+    example = patient.example()
+    try:
+        if example is None:
+            raise DataError("batches that forward= sends are not looked into")
+        found = validate(patient.model, batch_size=patient.batch_size, example_input=example)
+    except NormError as error:
+        notes.append(f"validate: {error}")
+        return
+    for each in found:
+        if each.severity != "note":
+            yield f"{each.severity}: {each.check}: {each.name or 'the model itself'}: {each.what}"

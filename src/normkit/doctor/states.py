@@ -1,0 +1,144 @@
+"""States of one model: as it is, with statistics measured anew, and normalised by each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.doctor.judge import Judge, Scores, Values, at_evaluation, with_statistics
+from normkit.errors import InputError, OptionError, PartitionError
+from normkit.inference import recalibrate
+from normkit.inference.measure import normalise_by_batch
+from normkit.inference.patch import PatchedLayer, StatisticsPatch
+from normkit.inference.tracked import tracked
+from normkit.passes import Forward, arguments_of, device_of, forward_batch, moved
+
+Rows = Mapping[str, PatchedLayer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patient:
+    """A model, its data, and who judges.
+
+    Args:
+        model: The model, without wrappers.
+        train: Training batches.
+        judge: Has the test batches, and scores states of the model on them.
+        forward: How a batch goes through the model.
+        batch_size: Examples of a training batch.
+        checkpoints: Earlier states by name, the oldest first.
+    """
+
+    model: nn.Module
+    train: Sequence[Any]
+    judge: Judge
+    forward: Forward
+    batch_size: int
+    checkpoints: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def test(self) -> list[Any]:
+        """All test batches."""
+        return [*self.judge.halves[0], *self.judge.halves[1]]
+
+    def example(self) -> Any:  # noqa: ANN401 - whatever the model takes
+        """What the model is called with for the first training batch; None if nobody knows."""
+        if self.forward is not forward_batch:
+            return None
+        batch = moved(self.train[0], device_of(self.model))
+        if isinstance(batch, Mapping):
+            return arguments_of(self.model, batch)
+        return batch if isinstance(batch, Tensor) else batch[0]
+
+    def as_it_is(self) -> Scores:
+        """Score the model at evaluation."""
+        with at_evaluation(self.model):
+            return self.judge.scores(self.model, "judging the model as it is")
+
+    def with_statistics(self, values: Values, what: str) -> Scores:
+        """Score it with other running statistics."""
+        with with_statistics(self.model, values):
+            return self.judge.scores(self.model, what)
+
+    def adapted(self) -> Scores:
+        """Score each half with the statistics of the other half's inputs."""
+        found = list[Scores]()
+        for half, other in enumerate(reversed(self.judge.halves)):
+            with with_statistics(self.model, new_values(self.measure(other))):
+                found.append(self.judge.scores(self.model, "judging test statistics", half))
+        return found[0].then(found[1])
+
+    def by_batch(self) -> Scores | str:
+        """Score it with every norm normalising by each test batch; or say why that cannot be."""
+        with at_evaluation(self.model):
+            for layer in tracked(self.model).values():
+                normalise_by_batch(layer)
+            try:
+                return self.judge.scores(self.model, "judging by each batch's statistics")
+            except ValueError as error:  # a batch of one value
+                return str(error)
+
+    def measure(self, batches: Sequence[Any], forward: Forward | None = None) -> Rows:
+        """Measure the population statistics of all layers that have some; none without a layer."""
+        try:
+            return _rows(self._patch(batches, forward or self.forward, sequential=False))
+        except OptionError:
+            return {}
+        except (InputError, PartitionError):  # a batch of a single value
+            return _rows(self._patch(batches, forward or self.forward, sequential=True))
+
+    def _patch(
+        self, batches: Sequence[Any], forward: Forward, *, sequential: bool
+    ) -> StatisticsPatch:
+        return recalibrate(self.model, batches, forward=forward, sequential=sequential)
+
+
+def with_dropout(forward: Forward) -> Forward:
+    """Send batches through a model whose dropout layers drop, as in training."""
+
+    def send(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+        drops = [module for module in model.modules() if is_dropout(module)]
+        for module in drops:
+            module.training = True
+        try:
+            return forward(model, batch)
+        finally:
+            for module in drops:
+                module.training = False
+
+    return send
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether this drops values in training: torch's dropouts, timm's and torchvision's paths."""
+    rates = (getattr(module, name, None) for name in ("p", "drop_prob"))
+    named = type(module).__name__.lower()
+    return ("drop" in named or "stochasticdepth" in named) and any(rates)
+
+
+def new_values(rows: Rows) -> Values:
+    """What was measured."""
+    return {name: row.new for name, row in rows.items()}
+
+
+def distance(old: Mapping[str, Tensor], new: Mapping[str, Tensor], eps: float) -> float:
+    r"""Distance of statistics, in standard deviations, for both moments together.
+
+    .. math:: \frac{1}{C} \sum_c \frac{(\mu_c - m_c)^2}{v_c + \epsilon}
+              + \Bigl(\tfrac12 \log \frac{\sigma^2_c + \epsilon}{v_c + \epsilon}\Bigr)^2
+    """
+    mean, var = (
+        [side[name].double().cpu() for side in (old, new)]
+        for name in ("running_mean", "running_var")
+    )
+    shift = (mean[0] - mean[1]).square() / (var[1] + eps)
+    ratio = ((var[0] + eps) / (var[1] + eps)).log() / 2
+    return torch.nan_to_num(shift + ratio.square(), nan=torch.inf).mean().item()
+
+
+def _rows(patch: StatisticsPatch) -> Rows:
+    return {row.name: row for row in patch.layers}
