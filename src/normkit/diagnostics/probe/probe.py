@@ -285,10 +285,11 @@ class Probe:
         moved, moved_by_layer = lengths(changes(now, before) if now and before else {})
         groups = [found for norm in watch.norms.values() if (found := norm.stat_diff) is not None]
         rows = rows_of(self._model, watch, lengths_by_layer, moved_by_layer)
-        value, step = None if loss is None else float(loss), self.num_steps
+        value = loss.item() if isinstance(loss, Tensor) else loss
+        step = self.num_steps
         return ProbedStep(
             step=step,
-            loss=value,
+            loss=None if value is None else float(value),
             stat_diff=torch.cat([g.cpu() for g in groups]).mean().item() if groups else None,
             gradient_norm=length,
             gradient_change=moved,
