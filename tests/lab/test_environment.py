@@ -33,6 +33,7 @@ def test_the_environment_names_the_kernels_that_compute_and_the_version():
         ("cli/a.py", False),
         ("lab/bench/a.py", False),
         ("lab/report/a.py", False),
+        ("lab/reproduce/a.py", False),
     ],
 )
 def test_the_code_hash_covers_what_decides_a_run(tmp_path, monkeypatch, name, matters):

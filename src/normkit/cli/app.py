@@ -13,6 +13,7 @@ from normkit.cli.convert import Convert
 from normkit.cli.diagnose import Diagnose
 from normkit.cli.explain import Explain
 from normkit.cli.listing import List
+from normkit.cli.reproduce import Reproduce
 from normkit.cli.tune import Tune
 from normkit.errors import NormError
 from normkit.lab.environment import package_version
@@ -30,6 +31,7 @@ COMMANDS = {
     "explain": Explain,
     "list": List,
     "bench": Bench,
+    "reproduce": Reproduce,
 }
 
 
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"normkit: {error}\n")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        kept = "finished runs are kept" if isinstance(command, Compare) else "nothing was written"
+        keeps = isinstance(command, Compare | Reproduce)
+        kept = "finished runs are kept" if keeps else "nothing was written"
         sys.stderr.write(f"normkit: interrupted; {kept}\n")
         return EXIT_INTERRUPTED

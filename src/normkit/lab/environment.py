@@ -15,7 +15,8 @@ from normkit.lab.spec import Frozen
 
 PACKAGE = Path(__file__).parents[1]
 CODE_SUFFIXES = (".py", ".so")  # the compiled kernels stand for their sources
-UNINVOLVED = ("cli/", "lab/bench/", "lab/report/")  # cannot change what a run of compare does
+# cannot change what a run of compare does
+UNINVOLVED = ("cli/", "lab/bench/", "lab/report/", "lab/reproduce/")
 
 
 class Environment(Frozen):

@@ -1,0 +1,188 @@
+"""Huang et al., Fig. 8: accuracy with disturbed statistics, BN against XBN."""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import normkit as nk
+from normkit.lab.models.own import ResidualBlock
+from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.reproduce.networks import seeded_network
+from normkit.lab.reproduce.preset import HUANG, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.verdict import ABOVE
+from normkit.lab.spec import Count
+from normkit.lab.steps import evaluate
+
+LABELS = {"bn": "BN", "xbn-gn": "XBN with GN", "xbn-in": "XBN with IN"}
+
+
+class DisturbedSettings(Training):
+    """A residual network trained with BN or XBN and tested with disturbed statistics.
+
+    Args:
+        model: A small residual network.
+        groups: Of XBN's group norm.
+        deltas: Magnitudes of the disturbance.
+        num_blocks: The first norm of so many blocks is disturbed, from the first block on.
+        num_draws: Disturbances that accuracies are averaged over.
+    """
+
+    model: str
+    groups: Count
+    deltas: tuple[float, ...]
+    num_blocks: Count = 6
+    num_draws: Count = 5
+
+
+def measure_disturbed(settings: DisturbedSettings, arm: str, seed: int) -> Values:
+    """Train a network and test it with statistics disturbed by each magnitude.
+
+    Args:
+        settings: What is trained and disturbed.
+        arm: ``bn``, ``xbn-gn`` or ``xbn-in``.
+        seed: Of weights and order.
+
+    Returns:
+        Test accuracy without disturbance, and by magnitude (a mean over draws).
+    """
+    dataset = settings.load_data()
+    model = seeded_network(settings.model, "bn", dataset, seed)
+    norm = {"xbn-gn": f"gn:{settings.groups}", "xbn-in": "in"}.get(arm)
+    if norm is not None:
+        nk.place_xbn_(model, position=2, norm=norm)
+    settings.fit(model, dataset.train, seed)
+    chosen = first_norms(model, settings.num_blocks)
+    accuracies = []
+    for delta in settings.deltas:
+        found = []
+        for draw in range(1, settings.num_draws + 1):
+            with nk.disturb_statistics(
+                model, delta, seed=draw, where=lambda _layer, name: name in chosen
+            ):
+                found.append(evaluate(model, dataset.test)[1])
+        accuracies.append(float(np.mean(found)))
+    return {
+        "deltas": list(settings.deltas),
+        "undisturbed": evaluate(model, dataset.test)[1],
+        "accuracy": accuracies,
+        "layers": chosen,
+    }
+
+
+def first_norms(model: nn.Module, num_blocks: int) -> list[str]:
+    """Names of the first norm of each of the first blocks."""
+    blocks = [name for name, m in model.named_modules() if isinstance(m, ResidualBlock)]
+    return [f"{name}.norm1" for name in blocks[:num_blocks]]
+
+
+def drop(values: Values) -> float:
+    """Accuracy that is lost, mean over the magnitudes."""
+    return float(values["undisturbed"] - np.mean(values["accuracy"]))
+
+
+def _difference(arms: Arms, more: str, less: str) -> float:
+    return drop(arms[more]) - drop(arms[less])
+
+
+CLAIMS = (
+    Claim(
+        source="Fig. 8, sec. 5.2.1",
+        text="With BN accuracy falls markedly as the disturbance grows.",
+        quantity="accuracy of BN undisturbed - at the largest disturbance",
+        criterion=ABOVE,
+        value=lambda arms: arms["bn"]["undisturbed"] - arms["bn"]["accuracy"][-1],
+    ),
+    Claim(
+        source="Fig. 8, sec. 5.2.1",
+        text="XBN with GN is more stable than BN.",
+        quantity="loss of accuracy (mean over disturbances) of BN - of XBN with GN",
+        criterion=ABOVE,
+        value=lambda arms: _difference(arms, "bn", "xbn-gn"),
+    ),
+    Claim(
+        source="Fig. 8, sec. 5.2.1",
+        text="XBN with IN is more stable than BN.",
+        quantity="loss of accuracy (mean over disturbances) of BN - of XBN with IN",
+        criterion=ABOVE,
+        value=lambda arms: _difference(arms, "bn", "xbn-in"),
+    ),
+    Claim(
+        source="Fig. 8, sec. 5.2.1",
+        text="XBN with IN is more robust than with GN.",
+        quantity="loss of accuracy (mean over disturbances) of XBN with GN - with IN",
+        criterion=ABOVE,
+        value=lambda arms: _difference(arms, "xbn-gn", "xbn-in"),
+    ),
+)
+
+
+def draw_disturbed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+    """Accuracy by magnitude of the disturbance."""
+    lines = [
+        Line(
+            label=label,
+            x=[0.0, *runs[min(runs)][arm]["deltas"]],
+            values=np.column_stack(
+                [by_seed(runs, arm, "undisturbed"), by_seed(runs, arm, "accuracy")]
+            ),
+        )
+        for arm, label in LABELS.items()
+    ]
+    labels = {"title": "test accuracy", "x": "magnitude of the disturbance", "y": "accuracy"}
+    draw_lines(figure.subplots(), lines, labels)
+
+
+PRESETS = (
+    Preset(
+        name="disturbed-statistics",
+        paper=HUANG,
+        figures="Fig. 8",
+        title="Accuracy with disturbed statistics in the first norm of the first six blocks",
+        task=Task(name="disturbed", measure=measure_disturbed),
+        arms=lambda _settings: list(LABELS),
+        claims=CLAIMS,
+        draw=draw_disturbed,
+        scales={
+            "tiny": Size(
+                settings=DisturbedSettings(
+                    data="digits",
+                    num_train=64,
+                    num_test=50,
+                    epochs=1,
+                    learning_rate=0.05,
+                    model="small-resnet:width=4:blocks=1",
+                    groups=2,
+                    deltas=(0.5, 1.0),
+                    num_draws=2,
+                ),
+                num_seeds=3,
+            ),
+            "small": Size(
+                settings=DisturbedSettings(
+                    data="digits",
+                    epochs=8,
+                    learning_rate=0.05,
+                    weight_decay=1e-4,
+                    model="small-resnet:blocks=3",
+                    groups=8,
+                    deltas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+                ),
+                num_seeds=5,
+            ),
+        },
+        original={
+            "data": "ImageNet",
+            "model": "ResNet-50, bottlenecks with the second of three norms replaced",
+            "epochs": "100",
+            "batch_size": "256",
+            "groups": "64",
+            "num_blocks": "6",
+            "num_draws": "5",
+            "num_seeds": "1 network",
+        },
+        size=(6, 4),
+    ),
+)

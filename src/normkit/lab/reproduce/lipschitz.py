@@ -1,0 +1,188 @@
+"""Qiao et al., Fig. 4: what centring and scaling of weights take out of the gradient, and bring."""
+
+from typing import Any
+
+import numpy as np
+
+import normkit as nk
+from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.reproduce.networks import seeded_network
+from normkit.lab.reproduce.preset import QIAO, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.verdict import ABOVE, Criterion
+from normkit.lab.spec import Count
+from normkit.lab.steps import evaluate
+
+PARTS = {"gn": (False, False), "center": (True, False), "scale": (False, True), "ws": (True, True)}
+LABELS = {
+    "gn": "GN",
+    "center": "GN, centred weights (eq. 11)",
+    "scale": "GN, scaled weights (eq. 12)",
+    "ws": "GN, both (WS)",
+}
+
+
+class StandardizedSettings(Training):
+    """A residual network trained with group norm and parts of weight standardization.
+
+    Args:
+        model: A small residual network.
+        groups: Of group norm.
+        num_batches: Training batches whose gradients are looked at, each epoch.
+    """
+
+    model: str
+    groups: Count
+    num_batches: Count = 1
+
+
+def measure_standardized(settings: StandardizedSettings, arm: str, seed: int) -> Values:
+    """Train, and with both parts take the shares of the gradient at each epoch's first batches.
+
+    Args:
+        settings: What is trained.
+        arm: ``gn``, ``center``, ``scale`` or ``ws``.
+        seed: Of weights and order.
+
+    Returns:
+        Training error by epoch, test accuracy, and for ``ws`` the shares by epoch.
+    """
+    dataset = settings.load_data()
+    model = seeded_network(settings.model, f"gn:{settings.groups}", dataset, seed)
+    center, scale = PARTS[arm]
+    if center or scale:
+        nk.standardize_weights_(model, center=center, scale=scale)
+    size = settings.batch_size
+    pairs = zip(dataset.train.inputs.split(size), dataset.train.targets.split(size), strict=True)
+    batches = list(pairs)[: settings.num_batches]
+    mean_shares, weight_shares = [], []
+
+    def look(epoch: int) -> None:
+        if arm == "ws" and epoch < settings.epochs:
+            layers = nk.lipschitz_terms(model, batches).layers
+            mean_shares.append(float(np.mean([row.mean_share for row in layers])))
+            weight_shares.append(float(np.mean([row.weight_share for row in layers])))
+
+    errors = settings.fit(model, dataset.train, seed, look)
+    return {
+        "train_error": errors,
+        "accuracy": evaluate(model, dataset.test)[1],
+        "mean_share": mean_shares,
+        "weight_share": weight_shares,
+    }
+
+
+def _share(arms: Arms, name: str) -> float:
+    return float(np.mean(arms["ws"][name]))
+
+
+def speed(arms: Arms, arm: str) -> float:
+    """How much lower the training error (mean over epochs) is than with GN alone."""
+    return float(np.mean(arms["gn"]["train_error"]) - np.mean(arms[arm]["train_error"]))
+
+
+CLAIMS = (
+    Claim(
+        source="Fig. 4 right, sec. 5.2.2",
+        text="The term along the weight, which scaling takes out, is small: below 0.02.",
+        quantity="share of the squared gradient along the weight, mean over layers and epochs",
+        criterion=Criterion(side="below", bound=0.02),
+        value=lambda arms: _share(arms, "weight_share"),
+    ),
+    Claim(
+        source="Fig. 4 right, sec. 5.2.2",
+        text="The term along the constant, which centring takes out, is the larger of the two.",
+        quantity="share along the constant - share along the weight, means over layers and epochs",
+        criterion=ABOVE,
+        value=lambda arms: _share(arms, "mean_share") - _share(arms, "weight_share"),
+    ),
+    Claim(
+        source="Fig. 4 left, sec. 5.2.2",
+        text="Centring the weights speeds training up.",
+        quantity="training error (mean over epochs) of GN - of GN with centred weights",
+        criterion=ABOVE,
+        value=lambda arms: speed(arms, "center"),
+    ),
+    Claim(
+        source="Fig. 4 left, sec. 5.2.2",
+        text="Scaling the weights speeds training up slightly.",
+        quantity="training error (mean over epochs) of GN - of GN with scaled weights",
+        criterion=ABOVE,
+        value=lambda arms: speed(arms, "scale"),
+    ),
+    Claim(
+        source="Fig. 4 left, sec. 5.2.2",
+        text="Most of the improvement is due to centring.",
+        quantity="gain in training error by centring - by scaling",
+        criterion=ABOVE,
+        value=lambda arms: speed(arms, "center") - speed(arms, "scale"),
+    ),
+)
+
+
+def draw_standardized(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+    """Training errors by epoch, and both shares on a logarithmic axis."""
+    errors, shares = figure.subplots(1, 2)
+    epochs = list(range(1, 1 + len(runs[min(runs)]["gn"]["train_error"])))
+    lines = [
+        Line(label=label, x=epochs, values=by_seed(runs, arm, "train_error"))
+        for arm, label in LABELS.items()
+    ]
+    draw_lines(errors, lines, {"title": "training error", "x": "epoch", "y": "share wrong"})
+    names = {"mean_share": "along the constant", "weight_share": "along the weight"}
+    lines = [
+        Line(label=label, x=epochs, values=by_seed(runs, "ws", name))
+        for name, label in names.items()
+    ]
+    labels = {"title": "share of the squared gradient, WS", "x": "epoch", "y": "share"}
+    draw_lines(shares, lines, labels)
+    shares.set_yscale("log")
+
+
+PRESETS = (
+    Preset(
+        name="lipschitz",
+        paper=QIAO,
+        figures="Fig. 4",
+        title="What centring and scaling of weights take out of the gradient, and bring",
+        task=Task(name="standardized", measure=measure_standardized),
+        arms=lambda _settings: list(PARTS),
+        claims=CLAIMS,
+        draw=draw_standardized,
+        scales={
+            "tiny": Size(
+                settings=StandardizedSettings(
+                    data="digits",
+                    num_train=64,
+                    num_test=50,
+                    epochs=2,
+                    learning_rate=0.05,
+                    model="small-resnet:width=4:blocks=1",
+                    groups=2,
+                ),
+                num_seeds=3,
+            ),
+            "small": Size(
+                settings=StandardizedSettings(
+                    data="digits",
+                    epochs=6,
+                    learning_rate=0.05,
+                    weight_decay=1e-4,
+                    model="small-resnet:blocks=3",
+                    groups=8,
+                    num_batches=4,
+                ),
+                num_seeds=5,
+            ),
+        },
+        original={
+            "data": "ImageNet",
+            "model": "ResNet-50",
+            "epochs": "90",
+            "groups": "32",
+            "num_batches": "1",
+            "num_seeds": "1",
+        },
+    ),
+)

@@ -1,0 +1,216 @@
+"""Gunawan et al., Figs. 5 and 11: training with noise on the output of every norm."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import normkit as nk
+from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.reproduce.networks import vgg11
+from normkit.lab.reproduce.preset import GUNAWAN, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
+from normkit.lab.spec import Count
+from normkit.lab.steps import evaluate
+
+NORMS = {"bn": "BN", "gn": "GN", "gnplus": "GNPlus"}
+GRANULARITIES = {
+    "group": "a draw for each example and group, as in the authors' code",
+    "element": "a draw for each value",
+}
+CHANCE = 0.1  # of ten classes
+
+
+class NoiseSettings(Training):
+    """A VGG-11 trained with noise.
+
+    Args:
+        width: Channels of the first layer; the others in proportion.
+        groups: Of group norm.
+        noise_mean: Of the noise.
+        noise_std: Standard deviation of the noise.
+    """
+
+    width: Count
+    groups: Count
+    noise_mean: float = 1e-3
+    noise_std: float = 1.001
+
+
+def arm_of(norm: str, granularity: str = "") -> str:
+    """Name of a norm with noise of a granularity, or without."""
+    return f"{norm}+{granularity}" if granularity else norm
+
+
+ARMS = [arm_of(norm, granularity) for granularity in ("", *GRANULARITIES) for norm in NORMS]
+
+
+def measure_noise(settings: NoiseSettings, arm: str, seed: int) -> Values:
+    """Train with noise, which there is none of at evaluation.
+
+    Args:
+        settings: What is trained.
+        arm: A norm, alone or with ``+group`` or ``+element``.
+        seed: Of weights, order and noise.
+
+    Returns:
+        Training error of each epoch; test accuracy before and after every epoch.
+    """
+    norm, _, granularity = arm.partition("+")
+    dataset = settings.load_data()
+    spec = norm if norm == "bn" else f"{norm}:{settings.groups}"
+    model = vgg11(spec, dataset, settings.width, seed)
+    accuracies = []
+    noise = (
+        nk.add_output_noise(
+            model,
+            mean=settings.noise_mean,
+            std=settings.noise_std,
+            granularity=granularity,  # type: ignore[arg-type]  # one of the two by the arm's name
+        )
+        if granularity
+        else nullcontext()
+    )
+    with noise:
+        errors = settings.fit(
+            model,
+            dataset.train,
+            seed,
+            lambda _epoch: accuracies.append(evaluate(model, dataset.test)[1]),
+        )
+    return {"train_error": errors, "accuracy": accuracies}
+
+
+def final(arms: Arms, arm: str) -> float:
+    """Test accuracy at the end."""
+    return arms[arm]["accuracy"][-1]
+
+
+def lost(arms: Arms, norm: str, granularity: str) -> float:
+    """Test accuracy that noise costs."""
+    return final(arms, norm) - final(arms, arm_of(norm, granularity))
+
+
+def _claims(granularity: str) -> tuple[Claim, ...]:
+    gn, bn, plus = (arm_of(norm, granularity) for norm in ("gn", "bn", "gnplus"))
+    how = f"noise: {GRANULARITIES[granularity]}"
+    untrained = Criterion(side="below", bound=2 * CHANCE)
+    return (
+        Claim(
+            source="Fig. 5, sec. 3.2.1",
+            text="With noise on its output the network with GN does not train.",
+            quantity=f"test accuracy of GN with noise; untrained is below twice chance ({how})",
+            criterion=untrained,
+            value=lambda arms: final(arms, gn),
+        ),
+        Claim(
+            source="Fig. 5, sec. 3.2.1",
+            text="With noise the network with BN trains.",
+            quantity=f"test accuracy of BN with noise; trained is above twice chance ({how})",
+            criterion=Criterion(side="above", bound=2 * CHANCE),
+            value=lambda arms: final(arms, bn),
+        ),
+        Claim(
+            source="Fig. 5, appendix A.2",
+            text="GN is more sensitive to the noise than BN.",
+            quantity=f"loss of test accuracy by noise of GN - of BN ({how})",
+            criterion=ABOVE,
+            value=lambda arms: lost(arms, "gn", granularity) - lost(arms, "bn", granularity),
+        ),
+        Claim(
+            source="Fig. 11, sec. 5.3",
+            text="With noise GNPlus is better than GN.",
+            quantity=f"test accuracy with noise of GN - of GNPlus ({how})",
+            criterion=BELOW,
+            value=lambda arms: final(arms, gn) - final(arms, plus),
+        ),
+        Claim(
+            source="Fig. 11, sec. 5.3",
+            text="With noise GNPlus is better than BN.",
+            quantity=f"test accuracy with noise of BN - of GNPlus ({how})",
+            criterion=BELOW,
+            value=lambda arms: final(arms, bn) - final(arms, plus),
+        ),
+    )
+
+
+def draw_noise(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+    """Test accuracy by epoch, without noise and with both kinds."""
+    titles = {"": "no noise", "group": "a draw for each group", "element": "a draw for each value"}
+    for axes, (granularity, title) in zip(
+        figure.subplots(1, 3, sharey=True), titles.items(), strict=True
+    ):
+        lines = []
+        for norm, label in NORMS.items():
+            values = by_seed(runs, arm_of(norm, granularity), "accuracy")
+            lines.append(Line(label=label, x=list(range(values.shape[1])), values=values))
+        draw_lines(axes, lines, {"title": title, "x": "epoch", "y": "test accuracy"})
+        axes.set_ylim(0, 1)
+
+
+PRESETS = (
+    Preset(
+        name="output-noise",
+        paper=GUNAWAN,
+        figures="Figs. 5 and 11",
+        title="Training VGG-11 with noise on the output of every norm",
+        task=Task(name="noise", measure=measure_noise),
+        arms=lambda _settings: ARMS,
+        claims=tuple(claim for granularity in GRANULARITIES for claim in _claims(granularity)),
+        draw=draw_noise,
+        scales={
+            "tiny": Size(
+                settings=NoiseSettings(
+                    data="digits",
+                    num_train=64,
+                    num_test=50,
+                    epochs=1,
+                    optimizer="adam",
+                    learning_rate=1e-3,
+                    width=8,
+                    groups=2,
+                ),
+                num_seeds=3,
+            ),
+            "small": Size(
+                settings=NoiseSettings(
+                    data="fashion-mnist",
+                    num_train=3000,
+                    num_test=2000,
+                    shrink=2,
+                    epochs=5,
+                    batch_size=64,
+                    optimizer="adam",
+                    learning_rate=1e-3,
+                    width=16,
+                    groups=8,
+                ),
+                num_seeds=3,
+            ),
+            "paper": Size(
+                settings=NoiseSettings(
+                    data="cifar10",
+                    epochs=50,
+                    batch_size=128,
+                    optimizer="adam",
+                    learning_rate=1e-3,
+                    width=64,
+                    groups=32,
+                ),
+                num_seeds=3,
+            ),
+        },
+        original={
+            "data": "cifar10",
+            "num_train": "all",
+            "shrink": "1",
+            "epochs": "50",
+            "batch_size": "128",
+            "learning_rate": "0.001",
+            "width": "64",
+            "groups": "32",
+            "num_seeds": "not said",
+        },
+        size=(12, 3.8),
+    ),
+)

@@ -1,0 +1,153 @@
+"""What a preset is: runs of a task, claims about them, and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from normkit.errors import SpecError
+from normkit.lab.reproduce.store import RunSpec, Values
+from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
+from normkit.lab.spec import Frozen
+
+Scale = Literal["tiny", "small", "paper"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+
+Arms = Mapping[str, Values]  # what was measured with one seed, by arm
+Runs = Mapping[int, Arms]  # by seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """A paper, as it is cited."""
+
+    authors: str
+    title: str
+
+
+HUANG = Paper(
+    authors="Huang et al.",
+    title="Delving into the Estimation Shift of Batch Normalization in a Network",
+)
+QIAO = Paper(
+    authors="Qiao et al.",
+    title="Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+)
+GUNAWAN = Paper(authors="Gunawan et al.", title="Understanding and Improving Group Normalization")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A sentence of a paper, and the number that decides it.
+
+    Args:
+        source: Figure and section.
+        text: What the paper says.
+        quantity: What is computed of each seed's runs, in words.
+        criterion: What the claim says of it.
+        value: Computes it.
+    """
+
+    source: str
+    text: str
+    quantity: str
+    criterion: Criterion
+    value: Callable[[Arms], float]
+
+    def judged(self, runs: Runs) -> Verdict:
+        """The verdict of all seeds."""
+        return judge([float(self.value(arms)) for arms in runs.values()], self.criterion)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Something that is run for each arm and seed.
+
+    Args:
+        name: In records.
+        measure: ``measure(settings, arm, seed)`` gives what was measured, as plain values.
+    """
+
+    name: str
+    measure: Callable[[Any, str, int], Values]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A preset at one scale: the settings of its task, and how many seeds."""
+
+    settings: Frozen
+    num_seeds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A figure of a paper.
+
+    Args:
+        name: On the command line.
+        paper: Whose figure it is.
+        figures: Which.
+        title: What it shows.
+        task: What is run.
+        arms: ``arms(settings)``: what is compared.
+        claims: About the runs.
+        draw: ``draw(figure, runs)`` draws on a matplotlib figure.
+        size: ``(width, height)`` of the figure in inches.
+        scales: The sizes it can be run at.
+        original: What the paper used, by names of settings and ``num_seeds``.
+    """
+
+    name: str
+    paper: Paper
+    figures: str
+    title: str
+    task: Task
+    arms: Callable[[Any], Sequence[str]]
+    claims: tuple[Claim, ...]
+    draw: Callable[[Any, Runs], None]
+    scales: Mapping[Scale, Size]
+    original: Mapping[str, str] = field(default_factory=dict)
+    size: tuple[float, float] = (10, 4)
+
+    def at(self, scale: Scale) -> Size:
+        """Its settings at a scale.
+
+        Raises:
+            SpecError: If it has none there.
+        """
+        if scale not in self.scales:
+            raise SpecError(
+                f"preset {self.name!r} has no scale {scale!r}; it has {', '.join(self.scales)}"
+            )
+        return self.scales[scale]
+
+    def specs(self, scale: Scale) -> tuple[RunSpec, ...]:
+        """All runs, seed by seed, so that every arm has a first result early."""
+        size = self.at(scale)
+        settings = size.settings.model_dump(mode="json")
+        return tuple(
+            RunSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
+            for seed in range(1, size.num_seeds + 1)
+            for arm in self.arms(size.settings)
+        )
+
+    def differences(self, scale: Scale) -> tuple[str, ...]:
+        """How a scale differs from the paper, setting by setting."""
+        size = self.at(scale)
+        ours = size.settings.model_dump(mode="json") | {"num_seeds": size.num_seeds}
+        pairs = [(name, _said(ours[name]), theirs) for name, theirs in self.original.items()]
+        return tuple(
+            f"{name.replace('_', ' ')} {value} (paper: {theirs})"
+            for name, value, theirs in pairs
+            if value != theirs
+        )
+
+
+def _said(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_said, value))
+    if value is None:
+        return "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,185 @@
+"""What a preset came to: verdicts and runs in one file, and as text."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from normkit.errors import DataError
+from normkit.lab.records import file_errors
+from normkit.lab.reproduce.catalog import PRESETS, find_preset
+from normkit.lab.reproduce.preset import Preset, Scale
+from normkit.lab.reproduce.run import measured
+from normkit.lab.reproduce.store import RunRecord
+from normkit.lab.reproduce.verdict import Criterion, Verdict
+from normkit.lab.spec import Frozen
+
+
+class Judged(Frozen):
+    """A claim and its verdict."""
+
+    source: str
+    claim: str
+    quantity: str
+    criterion: Criterion
+    verdict: Verdict
+
+
+class Result(Frozen):
+    """A preset that was run.
+
+    Args:
+        preset: Its name.
+        paper: Authors and title.
+        figures: Of the paper.
+        scale: How large it was run.
+        differences: From the paper's settings.
+        claims: With their verdicts, which are computed from ``runs``.
+        runs: All of them.
+    """
+
+    preset: str
+    paper: str
+    figures: str
+    scale: Scale
+    differences: tuple[str, ...]
+    claims: tuple[Judged, ...]
+    runs: tuple[RunRecord, ...]
+
+
+def conclude(preset: Preset, scale: Scale, records: Iterable[RunRecord]) -> Result:
+    """Judge every claim of a preset by its records."""
+    records = tuple(records)
+    runs = measured(records)
+    return Result(
+        preset=preset.name,
+        paper=f"{preset.paper.authors}, {preset.paper.title}",
+        figures=preset.figures,
+        scale=scale,
+        differences=preset.differences(scale),
+        claims=tuple(
+            Judged(
+                source=claim.source,
+                claim=claim.text,
+                quantity=claim.quantity,
+                criterion=claim.criterion,
+                verdict=claim.judged(runs),
+            )
+            for claim in preset.claims
+        ),
+        runs=records,
+    )
+
+
+def result_path(folder: Path, name: str) -> Path:
+    """Where a preset's result is in a folder."""
+    return folder / f"reproduce-{name}.json"
+
+
+def write_result(folder: Path, result: Result) -> Path:
+    """Write a result in one piece, a run a line.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    path = result_path(folder, result.preset)
+    about = json.dumps(result.model_dump(mode="json", exclude={"runs"}), indent=1)
+    lines = ",\n".join(f"  {record.model_dump_json()}" for record in result.runs)
+    text = f'{about.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n'
+    with file_errors(path):
+        draft = path.with_suffix(".tmp")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    return path
+
+
+def read_result(path: Path) -> Result:
+    """Read a result.
+
+    Raises:
+        DataError: If the file holds none.
+    """
+    with file_errors(path):
+        text = path.read_bytes()
+    try:
+        return Result.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise DataError(
+            f"{path} holds no result of a preset ({where}: {first['msg']}); run "
+            f"normkit reproduce again, which repeats no run that has a record"
+        ) from error
+
+
+def results_in(folder: Path) -> list[Result]:
+    """Results of all presets that a folder has, in the order of the presets.
+
+    Raises:
+        DataError: If there is none.
+    """
+    paths = [result_path(folder, name) for name in PRESETS]
+    found = [read_result(path) for path in paths if path.exists()]
+    if not found:
+        raise DataError(
+            f"{folder} has no results; normkit reproduce NAME --out {folder} makes them"
+        )
+    return found
+
+
+def as_text(result: Result) -> str:
+    """A result for a terminal."""
+    lines = [
+        f"{result.preset}: {result.paper}, {result.figures} (scale {result.scale})",
+        *(f"  {difference}" for difference in result.differences),
+    ]
+    for judged in result.claims:
+        lines += [
+            f"{judged.verdict.outcome.upper()}: {judged.claim} ({judged.source})",
+            f"  {judged.quantity}: {judged.verdict}; claimed: {judged.criterion}",
+        ]
+    return "\n".join(lines)
+
+
+def as_markdown(results: Sequence[Result]) -> str:
+    """Tables of claims and verdicts, a section for each preset."""
+    return "\n".join([_summary(results), *(_section(result) for result in results)])
+
+
+def _summary(results: Sequence[Result]) -> str:
+    outcomes = [judged.verdict.outcome for result in results for judged in result.claims]
+    counts = ", ".join(
+        f"{outcomes.count(outcome)} {outcome}"
+        for outcome in ("held", "did not hold", "not decided")
+    )
+    return f"{len(outcomes)} claims: {counts}.\n"
+
+
+def _circumstances(result: Result) -> str:
+    minutes = sum(record.cpu_time_s for record in result.runs) / 60
+    differences = "; ".join(result.differences) or "nothing"
+    return (
+        f"{find_preset(result.preset).title}. {len(result.runs)} runs, {minutes:.1f} minutes of "
+        f"one core. Otherwise than in the paper: {differences}.\n"
+    )
+
+
+def _section(result: Result) -> str:
+    preset = find_preset(result.preset)
+    rows = [
+        f"| {judged.claim} ({judged.source}) | {judged.quantity} | {judged.verdict} | "
+        f"{judged.criterion} | **{judged.verdict.outcome}** |"
+        for judged in result.claims
+    ]
+    return "\n".join(
+        [
+            f"### `{result.preset}`: {result.paper.split(',')[0]}, {result.figures}\n",
+            _circumstances(result),
+            f"![{preset.title}](images/reproduce-{result.preset}.svg)\n",
+            "| the paper says | measured | mean [95 % interval] | claimed | verdict |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

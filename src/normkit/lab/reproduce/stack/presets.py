@@ -1,0 +1,110 @@
+"""Huang et al., Figs. 2 to 5."""
+
+from normkit.lab.reproduce.networks import NO_NORM
+from normkit.lab.reproduce.preset import HUANG, Preset, Scale, Size
+from normkit.lab.reproduce.stack.claims import FIG2, FIG3, FIG4, FIG5
+from normkit.lab.reproduce.stack.figures import (
+    draw_blocked,
+    draw_blocked_samples,
+    draw_equal_sets,
+    draw_samples,
+)
+from normkit.lab.reproduce.stack.run import BLOCKED, STACK, StackSettings
+
+EQUAL: dict[Scale, Size] = {
+    "tiny": Size(
+        settings=StackSettings(
+            data="digits", num_test=60, depth=4, width=8, iterations=10, every=5, groups=2
+        ),
+        num_seeds=3,
+    ),
+    "small": Size(settings=StackSettings(data="fashion-mnist", num_test=2000), num_seeds=5),
+    "paper": Size(settings=StackSettings(data="fashion-mnist", num_test=10000), num_seeds=5),
+}
+SAMPLED: dict[Scale, Size] = {
+    "tiny": Size(
+        settings=StackSettings(
+            data="digits",
+            num_test=60,
+            depth=4,
+            width=8,
+            iterations=10,
+            every=10,
+            groups=2,
+            sizes=(8, 16),
+        ),
+        num_seeds=3,
+    ),
+    "small": Size(
+        settings=StackSettings(
+            data="fashion-mnist", num_test=10000, every=20, sizes=(32, 128, 256, 512, 1024)
+        ),
+        num_seeds=5,
+    ),
+    "paper": Size(
+        settings=StackSettings(
+            data="fashion-mnist", num_test=10000, every=2, sizes=(32, 128, 256, 512, 1024)
+        ),
+        num_seeds=5,
+    ),
+}
+ORIGINAL = {"data": "MNIST", "num_test": "10000", "depth": "20", "width": "128", "iterations": "80"}
+ORIGINAL |= {"learning_rate": "0.1", "groups": "4", "num_seeds": "not said"}
+
+
+def _arms(settings: StackSettings, *norms: str) -> list[str]:
+    return [f"{norm}-{size}" for norm in norms for size in settings.sizes]
+
+
+PRESETS = (
+    Preset(
+        name="estimation-shift",
+        paper=HUANG,
+        figures="Fig. 2",
+        title="Estimation shift of a stack of BN whose training set is the test set",
+        task=STACK,
+        arms=lambda _settings: ["bn"],
+        claims=FIG2,
+        draw=draw_equal_sets,
+        scales=EQUAL,
+        original=ORIGINAL,
+        size=(12, 3.6),
+    ),
+    Preset(
+        name="small-training-sets",
+        paper=HUANG,
+        figures="Fig. 3",
+        title="Estimation shift of a stack of BN trained on samples of the test set",
+        task=STACK,
+        arms=lambda s: [*_arms(s, "bn"), f"{NO_NORM}-{s.sizes[0]}"],
+        claims=FIG3,
+        draw=draw_samples,
+        scales=SAMPLED,
+        original=ORIGINAL | {"sizes": "32, 128, 256, 512, 1024"},
+    ),
+    Preset(
+        name="gnbn",
+        paper=HUANG,
+        figures="Fig. 4",
+        title="GN between BN, the training set being the test set",
+        task=STACK,
+        arms=lambda _settings: ["bn", BLOCKED],
+        claims=FIG4,
+        draw=draw_blocked,
+        scales=EQUAL,
+        original=ORIGINAL,
+        size=(12, 3.6),
+    ),
+    Preset(
+        name="gnbn-small-training-sets",
+        paper=HUANG,
+        figures="Fig. 5",
+        title="GN between BN, trained on samples of the test set",
+        task=STACK,
+        arms=lambda s: _arms(s, "bn", BLOCKED),
+        claims=FIG5,
+        draw=draw_blocked_samples,
+        scales=SAMPLED,
+        original=ORIGINAL | {"sizes": "32, 128, 256, 512, 1024"},
+    ),
+)

@@ -1,0 +1,166 @@
+"""Qiao et al., Fig. 6: how different the channels are that group and layer norm pool."""
+
+from typing import Any
+
+import numpy as np
+
+import normkit as nk
+from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.reproduce.networks import seeded_network
+from normkit.lab.reproduce.preset import QIAO, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.verdict import ABOVE, BELOW
+from normkit.lab.spec import Count
+from normkit.lab.steps import evaluate
+
+NORMS = ("gn", "gn+ws", "ln", "ln+ws")
+
+
+class StatDiffSettings(Training):
+    """A residual network trained with group or layer norm.
+
+    Args:
+        model: A small residual network.
+        groups: Of group norm.
+    """
+
+    model: str
+    groups: Count
+
+
+def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int) -> Values:
+    """Train, and take StatDiff of the training examples before and after every epoch.
+
+    Args:
+        settings: What is trained.
+        arm: ``gn`` or ``ln``, alone or with ``+ws``.
+        seed: Of weights and order.
+
+    Returns:
+        Mean and spread of StatDiff over all groups by epoch, and test accuracy.
+    """
+    dataset = settings.load_data()
+    norm = arm.replace("gn", f"gn:{settings.groups}")
+    model = seeded_network(settings.model, norm, dataset, seed)
+    means, stds = [], []
+
+    def observe(_epoch: int) -> None:
+        parts = dataset.train.inputs.split(settings.batch_size)
+        found = nk.channel_difference(model, parts)
+        means.append(found.mean)
+        stds.append(found.std)
+
+    settings.fit(model, dataset.train, seed, observe)
+    return {"mean": means, "std": stds, "accuracy": evaluate(model, dataset.test)[1]}
+
+
+def trained(values: Values) -> float:
+    """StatDiff, mean over the epochs of training."""
+    return float(np.mean(values["mean"][1:]))
+
+
+def _lower(arms: Arms, norm: str) -> float:
+    return trained(arms[f"{norm}+ws"]) / trained(arms[norm]) - 1
+
+
+def _gain(arms: Arms, better: str, worse: str) -> float:
+    return arms[better]["accuracy"] - arms[worse]["accuracy"]
+
+
+CLAIMS = (
+    Claim(
+        source="Fig. 6, sec. 6.1.4",
+        text="WS brings StatDiff of GN much closer to zero.",
+        quantity="StatDiff (mean over groups and epochs) of GN+WS / of GN - 1",
+        criterion=BELOW,
+        value=lambda arms: _lower(arms, "gn"),
+    ),
+    Claim(
+        source="Fig. 6, sec. 6.1.4",
+        text="WS brings StatDiff of LN much closer to zero.",
+        quantity="StatDiff (mean over groups and epochs) of LN+WS / of LN - 1",
+        criterion=BELOW,
+        value=lambda arms: _lower(arms, "ln"),
+    ),
+    Claim(
+        source="sec. 6.1.4",
+        text="WS makes the results of GN better.",
+        quantity="test accuracy of GN+WS - of GN",
+        criterion=ABOVE,
+        value=lambda arms: _gain(arms, "gn+ws", "gn"),
+    ),
+    Claim(
+        source="sec. 6.1.4",
+        text="WS makes the results of LN better.",
+        quantity="test accuracy of LN+WS - of LN",
+        criterion=ABOVE,
+        value=lambda arms: _gain(arms, "ln+ws", "ln"),
+    ),
+    Claim(
+        source="sec. 6.1.4",
+        text="GN performs better than LN.",
+        quantity="test accuracy of GN - of LN",
+        criterion=ABOVE,
+        value=lambda arms: _gain(arms, "gn", "ln"),
+    ),
+)
+
+
+def draw_statdiff(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+    """Mean and spread of StatDiff by epoch."""
+    names = {"mean": "StatDiff, mean over groups", "std": "StatDiff, deviation over groups"}
+    for axes, (name, title) in zip(figure.subplots(1, 2), names.items(), strict=True):
+        epochs = range(len(runs[min(runs)]["gn"]["mean"]))
+        lines = [
+            Line(label=norm.upper(), x=list(epochs), values=by_seed(runs, norm, name))
+            for norm in NORMS
+        ]
+        draw_lines(axes, lines, {"title": title, "x": "epoch", "y": "StatDiff"})
+        axes.set_ylim(bottom=0)
+
+
+PRESETS = (
+    Preset(
+        name="statdiff",
+        paper=QIAO,
+        figures="Fig. 6",
+        title="StatDiff of GN and LN, with and without weight standardization",
+        task=Task(name="statdiff", measure=measure_statdiff),
+        arms=lambda _settings: list(NORMS),
+        claims=CLAIMS,
+        draw=draw_statdiff,
+        scales={
+            "tiny": Size(
+                settings=StatDiffSettings(
+                    data="digits",
+                    num_train=64,
+                    num_test=50,
+                    epochs=1,
+                    learning_rate=0.05,
+                    model="small-resnet:width=4:blocks=1",
+                    groups=2,
+                ),
+                num_seeds=3,
+            ),
+            "small": Size(
+                settings=StatDiffSettings(
+                    data="digits",
+                    epochs=6,
+                    learning_rate=0.05,
+                    weight_decay=1e-4,
+                    model="small-resnet:blocks=3",
+                    groups=8,
+                ),
+                num_seeds=5,
+            ),
+        },
+        original={
+            "data": "CIFAR-10",
+            "model": "ResNet-110",
+            "epochs": "not said",
+            "groups": "not said",
+            "num_seeds": "not said",
+        },
+    ),
+)

@@ -1,0 +1,54 @@
+"""Every preset from end to end at the scale of seconds."""
+
+import pytest
+
+from normkit.lab.reproduce import (
+    PRESETS,
+    as_markdown,
+    as_text,
+    conclude,
+    measured,
+    run_missing,
+    save_figure,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Presets share the runs that several of them need."""
+    return tmp_path_factory.mktemp("reproduce")
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_a_preset_runs_judges_and_draws(preset, folder):
+    records = run_missing(preset, "tiny", folder)
+    result = conclude(preset, "tiny", records)
+    assert len(result.claims) == len(preset.claims) > 0
+    for judged in result.claims:
+        assert judged.verdict.num_seeds == 3
+        assert judged.verdict.mean is not None, judged
+    path = folder / f"{preset.name}.svg"
+    save_figure(preset, measured(records), path)
+    drawn = path.read_text()
+    assert drawn.startswith("<?xml")
+    assert "<text" in drawn  # and no outlines of letters
+    assert preset.claims[0].text in as_text(result)
+    assert f"### `{preset.name}`: {preset.paper.authors}, {preset.figures}" in as_markdown([result])
+
+
+def test_equal_runs_give_equal_figures(folder):
+    preset = PRESETS["estimation-shift"]
+    runs = measured(run_missing(preset, "tiny", folder))
+    paths = [folder / name for name in ("one.svg", "two.svg")]
+    for path in paths:
+        save_figure(preset, runs, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert b"<dc:date>" not in paths[0].read_bytes()
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_a_preset_says_how_it_differs_from_the_paper(preset):
+    for scale in preset.scales:
+        assert preset.specs(scale)
+        assert preset.differences(scale)  # each at least takes several seeds
+    assert preset.at("small").num_seeds >= 3
