@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
@@ -14,7 +14,7 @@ from normkit.errors import OptionError
 
 
 class Net(nn.Module):
-    """Every kind of row: two kinds of running statistics, two of groups, a shared and a bare ReLU."""
+    """Every kind of row: running statistics, groups of channels, a shared and a bare ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -164,7 +164,10 @@ def test_dead_channels_are_those_of_the_step(second):
         assert rows[name].zero_share == pytest.approx(float((channels <= 0).double().mean()))
         assert rows[name].num_rectified == 8
     assert rows["relu"].num_dead == 2
-    assert (record.num_dead, record.num_rectified) == (sum(r.num_dead or 0 for r in rows.values()), 24)
+    assert (record.num_dead, record.num_rectified) == (
+        sum(r.num_dead or 0 for r in rows.values()),
+        24,
+    )
 
 
 def test_gradients_are_those_of_this_step_and_the_one_before(second):
@@ -418,7 +421,7 @@ def test_what_cannot_be_meant_is_refused():
 def test_functional_relu_is_seen_in_whichever_form():
     class Forms(nn.Module):
         def forward(self, x):
-            return F.relu(x) + x.relu() + torch.relu(x) + F.relu(input=x)
+            return functional.relu(x) + x.relu() + torch.relu(x) + functional.relu(input=x)
 
     with nk.Probe(Forms(), every=1) as probe:
         Forms().train()

@@ -1,0 +1,169 @@
+"""What a probe costs at ``every=50``: a training step's time with it and without.
+
+Steps of two equal models are interleaved, one with a probe that writes JSON lines and one without.
+The cost of 50 steps is put together of medians: what the recorded step takes longer, what
+``step`` takes before it (it copies the gradients and puts the hooks in), and 48 times what ``step``
+takes otherwise, over 50 steps without a probe. Whole periods are timed too, which noise drowns.
+Writes ``docs/records/probe.json``.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import normkit as nk
+from normkit.lab.environment import describe_environment
+from normkit.lab.models import build_model
+from normkit.lab.torchvision_ops import register_missing_operators
+from normkit.lab.train import parse_device
+
+RECORD = Path(__file__).parents[1] / "docs" / "records" / "probe.json"
+EVERY, CYCLE, THREADS = 50, 4, 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its batches, how much is timed, and what was expected of the cost."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    cycles: int
+    periods: int
+    predicted_percent: float
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 of torchvision."""
+    register_missing_operators()
+    return build_model("torchvision:resnet18", num_classes=10, input_shape=(3, 64, 64)).model
+
+
+def small_resnet() -> nn.Module:
+    """The lab's small network for 8x8 digits, with batch norm."""
+    return build_model("small-resnet", num_classes=10, input_shape=(1, 8, 8), norm="bn").model
+
+
+def mlp() -> nn.Module:
+    """Two hidden layers with batch norm: the smallest step that anybody trains."""
+    layers = [(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()) for _ in range(2)]
+    return nn.Sequential(*(part for layer in layers for part in layer), nn.Linear(64, 10))
+
+
+SUBJECTS = (
+    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 15, 0, 1.5),
+    Subject("small-resnet", small_resnet, (32, 1, 8, 8), 100, 8, 2.0),
+    Subject("mlp", mlp, (32, 64), 200, 15, 10.0),
+)
+
+
+class Run:
+    """One model in training, with or without a probe."""
+
+    def __init__(self, subject: Subject, probe: nk.Probe | None, model: nn.Module) -> None:
+        self.model, self.probe = model, probe
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.inputs, self.target = torch.randn(subject.shape), torch.randint(10, subject.shape[:1])
+
+    def step(self) -> tuple[float, float]:
+        """Train for one step: its seconds, and those of them that the probe's ``step`` took."""
+        begin = time.perf_counter()
+        loss: Tensor = cross_entropy(self.model(self.inputs), self.target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        trained = time.perf_counter()
+        if self.probe is not None:
+            self.probe.step(loss)
+        end = time.perf_counter()
+        return end - begin, end - trained
+
+
+def runs(subject: Subject, every: int, folder: str) -> tuple[Run, Run]:
+    """A run without a probe and one with it, both warm."""
+    plain, watched = subject.make(), subject.make()
+    probe = nk.Probe(watched, every, path=Path(folder) / "lines.jsonl")
+    pair = Run(subject, None, plain), Run(subject, probe, watched)
+    probe.start()
+    for run in pair:
+        for _ in range(every):
+            run.step()
+    return pair
+
+
+def by_steps(subject: Subject, folder: str) -> dict[str, list[float]]:
+    """Seconds of each kind of step, the probe recording every fourth."""
+    plain, probed = runs(subject, CYCLE, folder)
+    times = defaultdict(list)
+    for _ in range(subject.cycles):
+        for number in range(CYCLE):
+            times["plain"].append(plain.step()[0])
+            whole, own = probed.step()
+            if number == CYCLE - 1:
+                times["recorded"].append(whole)
+            else:
+                times["call before" if number == CYCLE - 2 else "call"].append(own)
+    probed.probe.stop()
+    return times
+
+
+def by_periods(subject: Subject, folder: str) -> list[float]:
+    """Ratios of whole periods of 50 steps, with a probe and without."""
+    plain, probed = runs(subject, EVERY, folder)
+    ratios = []
+    for number in range(subject.periods):
+        seconds = {}
+        for run in (plain, probed) if number % 2 else (probed, plain):
+            seconds[run] = sum(run.step()[0] for _ in range(EVERY))
+        ratios.append(seconds[probed] / seconds[plain])
+    probed.probe.stop()
+    return ratios
+
+
+def measure(subject: Subject) -> dict:
+    """Time both ways."""
+    with tempfile.TemporaryDirectory() as folder:
+        times, ratios = by_steps(subject, folder), by_periods(subject, folder)
+    usual = {kind: median(values) for kind, values in times.items()}
+    extra = usual["recorded"] - usual["plain"] + usual["call before"] + (EVERY - 2) * usual["call"]
+    row = {
+        "model": subject.name,
+        "shape": subject.shape,
+        "predicted_percent": subject.predicted_percent,
+        "percent": 100 * extra / (EVERY * usual["plain"]),
+        "median_ms": {kind: 1e3 * value for kind, value in usual.items()},
+        "quartiles_ms": {kind: [1e3 * q for q in quantiles(v)] for kind, v in times.items()},
+        "n": {kind: len(values) for kind, values in times.items()},
+    }
+    if ratios:
+        row["periods_percent"] = [100 * (q - 1) for q in quantiles(ratios)]
+    return row
+
+
+def main() -> None:
+    """Measure all, or those that are named, and write the record."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    known = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+    rows = {row["model"]: row for row in known}
+    for subject in SUBJECTS:
+        if subject.name in (sys.argv[1:] or [subject.name]):
+            rows[subject.name] = measure(subject)
+            print(json.dumps(rows[subject.name]))
+    environment = describe_environment(parse_device("cpu"), THREADS).model_dump(mode="json")
+    record = {"every": EVERY, "environment": environment, "rows": list(rows.values())}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
