@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.func import vmap
 
 import normkit as nk
-from normkit.kernels import cpu
+from normkit.kernels import cpu, select
 
 X = torch.randn(4, 6, 5, 3)
 LAYER = nk.GroupNorm(6, num_groups=3)
@@ -72,7 +73,7 @@ def test_other_layers_are_not_explained():
 
 
 def test_unknown_kernels_are_refused():
-    text = "no kernels 'cuda'; these are known: reference, cpu"
+    text = "no kernels 'cuda'; these are known: reference, cpu, triton"
     with pytest.raises(nk.KernelError, match=text), nk.use_kernels("cuda"):
         pass
 
@@ -102,6 +103,60 @@ def test_an_unknown_name_in_the_environment_is_refused():
         "except nk.KernelError as error: print(error)"
     )
     assert "no kernels 'gpu'" in in_a_process(code, NORMKIT_KERNELS="gpu")
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+def test_triton_does_not_compute_on_the_cpu_outside_its_interpreter():
+    code = """
+import sys, torch, normkit as nk
+layer, x = nk.BatchNorm(2), torch.randn(4, 2)
+layer(x)
+assert "triton" not in sys.modules
+with nk.use_kernels("triton"):
+    layer(x)
+    print(nk.explain(layer, x))
+"""
+    said = in_a_process(code, TRITON_INTERPRET="0").splitlines()[-1]
+    assert said == (
+        "reference kernels: the input is on cpu, which the Triton kernels compute only in triton's "
+        "interpreter (TRITON_INTERPRET=1)"
+    )
+
+
+@needs_triton
+def test_the_environment_chooses_triton_in_its_interpreter():
+    code = (
+        "import torch, normkit as nk;print(nk.explain(nk.BatchNorm(2), torch.ones(2, 2)).kernels)"
+    )
+    assert in_a_process(code, NORMKIT_KERNELS="triton", TRITON_INTERPRET="1") == "triton"
+
+
+def test_without_triton_layers_run_and_say_why():
+    code = """
+import sys, torch
+sys.modules["triton"] = None
+import normkit as nk
+try:
+    with nk.use_kernels("triton"):
+        pass
+except nk.KernelError as error:
+    print(error)
+"""
+    said = in_a_process(code)
+    assert said.startswith("the triton kernels were asked for; triton is not installed; `pip")
+
+
+def test_gpus_get_the_triton_kernels_or_the_reason_why_not(monkeypatch):
+    x = torch.empty(2, 2, device="meta")
+    monkeypatch.setattr(select, "_candidate", lambda x: select.Choice("triton", ""))
+    monkeypatch.setattr(select, "_triton_obstacle", lambda device: None)
+    assert select.choose(x) == ("triton", "the Triton kernels compute this")
+    monkeypatch.setattr(select, "_triton_obstacle", lambda device: "the GPU is old")
+    assert select.choose(x) == ("reference", "the GPU is old")
+    assert select.chosen(x) == "reference"
 
 
 def test_without_the_library_layers_run_and_say_why():

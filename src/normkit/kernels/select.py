@@ -206,7 +206,7 @@ def _triton_obstacle(device: torch.device) -> str | None:
 @cache
 def _why_triton_is_missing() -> str | None:
     """Why the Triton kernels cannot be imported, or None."""
-    if find_spec("triton") is None:
+    if not _is_installed("triton"):
         return (
             "triton is not installed; `pip install triton` (Linux), in the version torch asks for"
         )
@@ -215,6 +215,13 @@ def _why_triton_is_missing() -> str | None:
     except (ImportError, RuntimeError) as error:
         return f"the Triton kernels do not load: {error}"
     return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # imports of it are forbidden
+        return False
 
 
 def _triton() -> ModuleType:

@@ -195,7 +195,8 @@ def _tile_backward(
     grouping = layout.grouping
     needs, by_run = wanted.weight or wanted.bias, grouping.J == 1
     rows = (grouping.B if by_run else grouping.N) if needs else 0
-    sums, sums_x = x.tensor.new_empty((2, rows, grouping.K), dtype=table_dtype(x.tensor.dtype))
+    options = {"dtype": table_dtype(x.tensor.dtype), "device": x.tensor.device}
+    sums, sums_x = (torch.empty(rows, grouping.K, **options) for _ in range(2))  # no views: results
     launch(
         tile_backward_kernel,
         tile.num_programs,
@@ -214,13 +215,13 @@ def _parameter_sums(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias; with statistics the sums have yet to be divided by the std."""
     grouping, (first, second) = layout.grouping, sums
-    nothing = first.new_empty(0)
-    if not (wanted.weight or wanted.bias):
-        return nothing, nothing
+    nothing = [first.new_empty(0) for _ in wanted]
+    if not any(wanted):
+        return nothing[0], nothing[1]
     if statistics is None and first.numel() == grouping.C:
         dweight, dbias = second.view(-1), first.view(-1)
     else:
-        dweight, dbias = first.new_empty((2, grouping.C)).unbind()
+        dweight, dbias = first.new_empty(grouping.C), first.new_empty(grouping.C)
         var, eps = (None, 0.0) if statistics is None else (statistics.var, statistics.eps)
         num_rows = first.shape[0]
         columns = min(power_of_two(grouping.C), 32)
@@ -232,7 +233,7 @@ def _parameter_sums(
             SCALED=statistics is not None, BK=columns,
             BR=min(power_of_two(num_rows * grouping.Q), 32), ACC=accumulator(first.dtype),
         )  # fmt: skip
-    return dweight if wanted.weight else nothing, dbias if wanted.bias else nothing
+    return dweight if wanted.weight else nothing[0], dbias if wanted.bias else nothing[1]
 
 
 def _group_factors(
@@ -273,9 +274,9 @@ def backward_given(
     weight = None if weight is None else weight.contiguous()
     outer = layout._replace(strides=(layout.strides[0], layout.strides[2]))
     passes.scale_groups(maps[0], maps[2], outer, statistics, weight)
-    nothing = x.new_empty(0, dtype=table_dtype(x.dtype))
-    if not (wanted.weight or wanted.bias):
-        return dx, nothing, nothing
+    if not any(wanted):
+        nothing = [x.new_empty(0, dtype=table_dtype(x.dtype)) for _ in wanted]
+        return dx, nothing[0], nothing[1]
     sums = _summed(maps, layout, statistics.mean)
     return dx, *_parameter_sums(sums, layout, statistics, wanted)
 

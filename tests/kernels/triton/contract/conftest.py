@@ -1,0 +1,73 @@
+"""The kernels' contract: on a GPU in full, in triton's interpreter a part of it.
+
+Collected where there is a GPU (marked ``gpu``), and in a process with ``TRITON_INTERPRET=1``, which
+``test_interpreted.py`` starts: triton reads the variable when kernels are defined.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import normkit as nk
+from normkit.kernels.select import require_kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).parent
+
+if not INTERPRETED and not torch.cuda.is_available():
+    collect_ignore_glob = ["*"]
+
+
+def pytest_collection_modifyitems(items):
+    if not INTERPRETED:
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels():
+    """Every test of the contract runs with these kernels."""
+    require_kernels("triton")
+    with nk.use_kernels("triton"):
+        yield
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter(monkeypatch):
+    """Prepare triton's language once, not again for each function that a kernel calls."""
+    if INTERPRETED:
+        from triton.language import core  # noqa: PLC0415
+        from triton.runtime import interpreter  # noqa: PLC0415
+
+        def call(self, *args, **kwargs):
+            if core.is_builtin(core.load):
+                interpreter._patch_lang(self.fn)
+            return self.rewrite()(*args, **kwargs)
+
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+def take_path(path, monkeypatch):
+    """Let groups be taken whole, or the map be streamed over in small blocks with many parts."""
+    from normkit.kernels.triton import launch, pooled  # noqa: PLC0415 - not without triton
+
+    if path == "stream":
+        monkeypatch.setattr(pooled, "MOST_FORWARD", 0)
+        monkeypatch.setattr(pooled, "MOST_BACKWARD", 0)
+        monkeypatch.setattr(launch, "CONFIGS", (launch.Config(8, 4),))
+        monkeypatch.setattr(launch, "_found", {})
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    """Indirect: ``tile`` or ``stream``."""
+    take_path(request.param, monkeypatch)
+    return request.param

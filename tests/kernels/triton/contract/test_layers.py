@@ -1,0 +1,226 @@
+"""Layers on the Triton kernels: values, gradients and buffers against the float64 oracle."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import normkit as nk
+import oracle
+from cases import EVERY, SHAPES, TOLERANCE, groups, randn, statistics
+
+THOROUGH = os.environ.get("TRITON_INTERPRET") != "1"
+CASES = {case.name: case for case in EVERY if case.kind not in ("pn", "gw")}
+PATHS = ("tile", "stream")
+float32 = torch.float32
+
+PICKED = [  # one that each of the ways through the kernels needs
+    ("bn", "odd", float32, "contiguous", "tile"),
+    ("bn", "one", float32, "contiguous", "stream"),
+    ("bn", "odd", torch.bfloat16, "channels_last", "tile"),
+    ("bn", "line", torch.bfloat16, "channels_last", "stream"),
+    ("bn", "dense", torch.float16, "contiguous", "tile"),
+    ("bn", "dense", float32, "contiguous", "stream"),
+    ("bn", "pixel", float32, "sliced", "tile"),
+    ("bn", "line", torch.float64, "contiguous", "tile"),
+    ("bn", "line", torch.float64, "sliced", "stream"),
+    ("in", "line", float32, "contiguous", "tile"),
+    ("in", "one", float32, "contiguous", "stream"),
+    ("ln", "one", torch.float16, "contiguous", "stream"),
+    ("ln", "dense", float32, "contiguous", "tile"),
+    ("gn", "odd", float32, "contiguous", "tile"),
+    ("gn", "line", float32, "channels_last", "stream"),
+    ("gn", "volume", torch.float64, "channels_last", "tile"),
+    ("gn", "one", torch.bfloat16, "contiguous", "stream"),
+    ("bgn", "odd", float32, "channels_last", "tile"),
+    ("bgn", "line", float32, "contiguous", "stream"),
+    ("bgn-cuts", "line", float32, "contiguous", "tile"),
+    ("bgn-cuts", "line", float32, "channels_last", "stream"),
+    ("ghost", "odd", float32, "channels_last", "tile"),
+    ("ghost-rest", "pixel", float32, "contiguous", "tile"),
+    ("ghost-rest", "dense", float32, "contiguous", "stream"),
+    ("gbgn", "line", float32, "contiguous", "tile"),
+    ("gbgn", "dense", torch.float64, "contiguous", "stream"),
+    ("gn-tracked", "line", float32, "contiguous", "tile"),
+    ("gbgn-whole", "line", float32, "contiguous", "stream"),
+    ("bcn", "line", float32, "contiguous", "stream"),
+    ("bcn-micro", "odd", float32, "channels_last", "tile"),
+    ("gnplus", "line", float32, "contiguous", "tile"),
+    ("sn", "line", torch.bfloat16, "contiguous", "tile"),
+    ("ibn", "line", float32, "contiguous", "tile"),
+]  # fmt: skip
+
+
+def rows():
+    """What is picked; on a GPU everything."""
+    if not THOROUGH:
+        return PICKED
+    found = []
+    for case in CASES.values():
+        layouts = ("contiguous", "channels_last", "sliced")
+        found += itertools.product([case.name], case.shapes, TOLERANCE, layouts, PATHS)
+    return found
+
+
+def arrange(x, layout):
+    """Lay the same values out differently in memory."""
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        return torch.stack([x, x + 1], dim=-1)[..., 0]
+    return x.contiguous()
+
+
+def on(device, case, dtype):
+    """The case's layer on a device."""
+    return case.make(dtype=wide(dtype)).to(device)
+
+
+def wide(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_float64(layer):
+    """Parameters by name, on the CPU, as leaves of their own."""
+    return {n: p.detach().cpu().double().requires_grad_() for n, p in layer.named_parameters()}
+
+
+def buffers_of(case, layer):
+    if not case.tracks:
+        return None
+    holder = statistics(layer)
+    return [t.detach().cpu().double().clone() for t in (holder.running_mean, holder.running_var)]
+
+
+def near(found, expected, dtype, times=1):
+    """Let an error be small beside the largest value: sums over a map grow with it."""
+    tolerance = TOLERANCE[dtype]
+    largest = max(1.0, expected.abs().max().item())
+    assert_close(
+        found.detach().cpu().double(),
+        expected.detach(),
+        atol=times * tolerance["atol"] * largest,
+        rtol=tolerance["rtol"],
+    )
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype", "layout", "path"), rows(), indirect=["path"])
+def test_training_matches_its_definition(name, shape, dtype, layout, path, device):
+    case, shape = CASES[name], SHAPES[shape]
+    layer = on(device, case, dtype)
+    x = arrange(randn(*shape, dtype=dtype, mean=0.5).to(device), layout).requires_grad_()
+    grad = randn(*shape, dtype=dtype, seed=1)
+    before = buffers_of(case, layer)
+    assert nk.explain(layer, x).kernels == "triton"
+    y = layer(x)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(device))
+    exact, parameters = x.detach().cpu().double().requires_grad_(), in_float64(layer)
+    value = oracle.train(case.kind, exact, parameters, layer.eps, before, **groups(case))
+    expected = torch.autograd.grad(value, [exact, *parameters.values()], grad.double())
+    assert y.dtype == dtype
+    assert y.stride() == torch.empty_like(x).stride()
+    near(y, value, dtype)
+    for ours, theirs in zip(found, expected, strict=True):
+        near(ours, theirs, dtype)
+    if case.tracks:
+        options = groups(case)
+        moved = oracle.follow(case.kind, exact.detach(), before, parameters, layer.eps, **options)
+        for ours, theirs in zip(buffers_of(case, layer), moved, strict=True):
+            near(ours, theirs, wide(dtype))
+        assert statistics(layer).num_batches_tracked == 1
+
+
+EVALUATED = [("bn", 0.0), ("bgn-cuts", 0.0), ("ghost", 1.0), ("bgn-weighed", 0.3), ("bcn", 0.0)]
+
+
+@pytest.mark.parametrize("path", PATHS if THOROUGH else PATHS[1:], indirect=True)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"] if THOROUGH else ["contiguous"])
+@pytest.mark.parametrize(("name", "alpha"), EVALUATED)
+def test_evaluation_matches_its_definition(name, alpha, layout, path, device):
+    case, shape, dtype = CASES[name], SHAPES["line" if THOROUGH else "one"], torch.float32
+    layer = on(device, case, dtype)
+    with nk.use_kernels("reference"):
+        layer(randn(*shape, dtype=dtype, mean=0.5).to(device))
+    layer.eval().example_weight = alpha
+    x = arrange(randn(*shape, dtype=dtype, mean=1.0, seed=5).to(device), layout).requires_grad_()
+    y = layer(x)
+    grad = randn(*shape, dtype=dtype, seed=6)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(device))
+    exact, parameters = x.detach().cpu().double().requires_grad_(), in_float64(layer)
+    running = buffers_of(case, layer)
+    value = oracle.evaluate(case.kind, exact, parameters, layer.eps, running, alpha, **groups(case))
+    near(y, value, dtype)
+    expected = torch.autograd.grad(value, [exact, *parameters.values()], grad.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        near(ours, theirs, dtype, times=8)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("name", list(CASES) if THOROUGH else ["bn", "gn", "bgn-cuts"])
+def test_an_offset_costs_no_digits(name, path, device):
+    case, shape = CASES[name], SHAPES["line" if THOROUGH else "one"]
+    layer = on(device, case, torch.float32)
+    x = randn(*shape, mean=1e4, dtype=torch.float32).to(device).requires_grad_()
+    grad = randn(*shape, seed=1, dtype=torch.float32)
+    before = buffers_of(case, layer)
+    y = layer(x)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(device))
+    exact, parameters = x.detach().cpu().double().requires_grad_(), in_float64(layer)
+    value = oracle.train(case.kind, exact, parameters, layer.eps, before, **groups(case))
+    near(y, value, torch.float32)
+    expected = torch.autograd.grad(value, [exact, *parameters.values()], grad.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        near(ours, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_64_bit_addresses_reach_the_same_elements(path, device, monkeypatch):
+    from normkit.kernels.triton import geometry  # noqa: PLC0415 - not without triton
+
+    x = arrange(randn(2, 6, 9, dtype=torch.float32).to(device), "channels_last")
+    results = []
+    for largest in (geometry.LARGEST_INT32, 0):
+        monkeypatch.setattr(geometry, "LARGEST_INT32", largest)
+        assert geometry.Map.of(x).is_wide == (largest == 0)
+        layer = on(device, CASES["bgn-cuts"], torch.float32)
+        leaf = x.detach().requires_grad_()
+        y = layer(leaf)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
+    for narrow, wide_ones in zip(*results, strict=True):
+        assert torch.equal(narrow, wide_ones)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_the_same_call_gives_the_same_bits(path, device):
+    shape = (33, 48, 31, 29) if THOROUGH else SHAPES["one"]
+    x = randn(*shape, dtype=torch.float32).to(device).requires_grad_()
+    layer = nk.GroupNorm(shape[1], num_groups=3).to(device)
+    found = []
+    for _ in range(5 if THOROUGH else 2):
+        y = layer(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for again in found[1:]:
+        assert all(map(torch.equal, found[0], again))
+
+
+def test_an_empty_batch_gives_zero_gradients(device):
+    layer = nk.BatchNorm(6).to(device)
+    x = torch.randn(0, 6, 4, device=device, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert torch.equal(layer.weight.grad, torch.zeros(6, device=device))
+
+
+def test_without_affine_and_momentum(device):
+    x = randn(4, 6, 5, dtype=torch.float32).to(device).requires_grad_()
+    results = []
+    for kernels in ("reference", "triton"):
+        layer = nk.BatchNorm(6, affine=False, momentum=None).to(device)
+        with nk.use_kernels(kernels):
+            y = layer(layer(x))
+        results.append([y, *torch.autograd.grad(y.square().sum(), x), *layer.buffers()])
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,145 @@
+"""What surrounds the Triton kernels: compilation, transforms, streams, graphs, devices."""
+
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import normkit as nk
+from normkit.kernels.triton import operators
+
+THOROUGH = os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def draw(*shape, device, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def test_operators_tell_the_truth_to_tracers(device):
+    x, grad = draw(2, 2, 3, device=device), draw(2, 2, 3, device=device, seed=1)
+    weight, mean = torch.ones(2, device=device), torch.zeros(2, device=device)
+    namespace = getattr(torch.ops, operators.NAMESPACE)
+    _, table = namespace.pooled_forward(x, weight, None, 2, 0, 1e-5, True)
+    for name, arguments in {
+        "pooled_forward": (x, weight, None, 2, 0, 1e-5, True),
+        "pooled_backward": (grad, x, table, weight, 2, 0, 1e-5, True, False),
+        "evaluate_forward": (x, mean, weight, weight, None, 2, 1e-5),
+        "evaluate_backward": (grad, x, mean, weight, weight, 2, 1e-5, True, True),
+    }.items():
+        utilities = ("test_schema", "test_faketensor")
+        utilities += ("test_aot_dispatch_dynamic",) if THOROUGH else ()
+        operator = getattr(namespace, name).default
+        torch.library.opcheck(operator, arguments, test_utils=utilities)
+
+
+def compiled_graphs(layer, x):
+    """Output, gradients and buffers of a compiled layer, and the names of what its graphs call."""
+    calls = []
+
+    from functorch.compile import make_boxed_func  # noqa: PLC0415 - slow
+    from torch._dynamo.backends.common import aot_autograd  # noqa: PLC0415
+
+    def note(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+    y = compiled(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], calls
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compilation_keeps_the_operators(mode, device):
+    x = draw(2, 2, 3, device=device).requires_grad_()
+    results = []
+    for compiled in (False, True):
+        layer = nk.BatchNorm(2).to(device).train(mode == "train")
+        if compiled:
+            found, calls = compiled_graphs(layer, x)
+        else:
+            y = layer(x)
+            found = [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+        results.append([*found, *layer.buffers()])
+    way = "pooled" if mode == "train" else "evaluate"
+    assert {f"normkit_triton.{way}_{side}.default" for side in ("forward", "backward")} <= set(
+        calls
+    )
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_transforms_and_second_derivatives_are_the_references(device):
+    x, layer = draw(3, 2, 3, device=device), nk.InstanceNorm(2).to(device)
+    mapped = torch.func.vmap(layer)(x[None])[0]
+    with nk.use_kernels("reference"):
+        assert torch.equal(mapped, layer(x))
+    leaf = x.double().requires_grad_()
+    assert torch.autograd.gradgradcheck(layer.double(), leaf[:1, :1, :2].repeat(1, 2, 1))
+    assert nk.explain(layer, leaf).kernels == "triton"
+
+
+def test_buffers_that_a_kernel_moves_count_as_changed(device):
+    layer = nk.BatchNorm(2).to(device)
+    before = layer.running_mean._version
+    layer(draw(2, 2, 3, device=device))
+    assert layer.running_mean._version > before
+
+
+def test_a_graph_that_reads_moved_buffers_is_refused(device):
+    layer = nk.BatchNorm(2).to(device)
+    scale = torch.ones(2, device=device, requires_grad=True)
+    product = scale * layer.running_var  # saves the buffer
+    layer(draw(2, 2, 3, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+if THOROUGH:  # not skipped in the interpreter, where there is nothing of the kind: a GPU's alone
+
+    @pytest.mark.parametrize("name", ["bn", "gn:2", "bgn:2", "ghost:2", "bcn:2"])
+    def test_nothing_waits_for_the_device(name, device):
+        layer, x = nk.build(name, 4).to(device), draw(4, 4, 9, 9, device=device).requires_grad_()
+        layer(x).sum().backward()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("name", ["bn", "gn:2", "bgn:2", "ghost:2"])
+    def test_a_cuda_graph_replays_a_training_step(name, device):
+        layer, x = nk.build(name, 4).to(device), draw(4, 4, 9, 9, device=device).requires_grad_()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                torch.autograd.grad(layer(x).square().sum(), x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+            (dx,) = torch.autograd.grad(y.square().sum(), x)
+        with torch.no_grad():
+            x.copy_(draw(4, 4, 9, 9, device=device, seed=3))
+        graph.replay()
+        fresh = layer(x)
+        assert_close(y, fresh)
+        assert_close(dx, torch.autograd.grad(fresh.square().sum(), x)[0])
+
+    def test_the_current_stream_is_used(device):
+        layer, stream = nk.BatchNorm(64).to(device), torch.cuda.Stream()
+        x = draw(16, 64, 56, 56, device=device)
+        expected = layer(x)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            later = x * 2
+            y = layer(later)
+        stream.synchronize()
+        assert_close(y, expected, atol=1e-3, rtol=1e-3)
+
+    def test_autocast_keeps_the_maps_dtype(device):
+        layer = nk.GroupNorm(4, num_groups=2).to(device)
+        x = draw(4, 4, 9, 9, device=device).bfloat16()
+        with torch.autocast("cuda", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16

@@ -1,0 +1,89 @@
+"""The four primitives of the Triton kernels against their formulas in float64."""
+
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from normkit.kernels.triton import geometry, primitives
+
+THOROUGH = os.environ.get("TRITON_INTERPRET") != "1"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "every other example": lambda x: x.repeat_interleave(2, 0)[::2],
+    "every other position": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+EVERY = [
+    (dtype, layout, path)
+    for dtype in TOLERANCE
+    for layout in LAYOUTS
+    for path in ("tile", "stream")
+]
+PICKED = [
+    (torch.float64, "transposed", "stream"),
+    (torch.float32, "every other position", "stream"),
+    (torch.float32, "channels_last", "tile"),
+    (torch.float16, "every other example", "tile"),
+    (torch.bfloat16, "expanded", "tile"),
+]  # "tile" only in so far as blocks are large: primitives always stream
+
+
+def draw(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "path"), EVERY if THOROUGH else PICKED, indirect=["path"]
+)
+@pytest.mark.parametrize("rows", ["one for each example", "one for all"])
+def test_primitives_are_their_formulas(dtype, layout, path, rows, device):
+    shape, size = (2, 3, 4, 6), 8
+    num_rows, num_segments = (1 if rows == "one for all" else 2), 9
+    x, grad, *tables = draw(shape, shape, *[(num_rows, num_segments)] * 4)
+    x, grad = (LAYOUTS[layout]((t + 10).to(dtype).to(device)) for t in (x, grad))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, *factors = (t.to(wide).to(device) for t in tables)
+    cells, grads = (t.double().reshape(2, num_segments, size) for t in (x, grad))
+    m, k1, k2, k3 = (t.double()[..., None] for t in (mean, *factors))
+
+    def near(found, expected):
+        scale = expected.abs().max().clamp(min=1)
+        assert_close(found.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
+
+    found = primitives.moments(x, size)
+    near(found[0], cells.mean(2))
+    near(found[1], cells.var(2, correction=0))
+    assert found[0].shape == (2, num_segments)
+    y = primitives.apply(x, mean, *factors[:2], size)
+    near(y, (k1 * (cells - m) + k2).reshape(shape))
+    assert y.dtype == dtype
+    assert y.stride() == geometry.result_like(x).stride()
+    sums = primitives.reduce_grad(grad, x, mean, size)
+    near(sums[0], grads.sum(2))
+    near(sums[1], (grads * (cells - m)).sum(2))
+    dx = primitives.combine_grad(grad, x, mean, tuple(factors), size)
+    near(dx, (k1 * grads + k2 * (cells - m) + k3).reshape(shape))
+
+
+def test_only_maps_without_one_axis_of_positions_are_copied():
+    x = torch.empty(3, 4, 5, 6)
+    for name, arrange in LAYOUTS.items():
+        laid_out = arrange(x)
+        copied = geometry.Map.of(laid_out).tensor is not laid_out
+        assert copied == (name == "transposed")
+
+
+def test_runs_of_examples_are_read_as_positions_where_memory_has_it_so():
+    x = torch.empty(6, 4, 5, 7)
+    grouping = geometry.Grouping.of(x, 4, 3)
+    for arrange, folds in ((LAYOUTS["channels_last"], True), (LAYOUTS["contiguous"], False)):
+        found = geometry.Layout.of(grouping, geometry.Map.of(arrange(x))).grouping
+        expected = (2, 105, 1) if folds else (6, 35, 3)
+        sizes = found.N, found.L, found.E
+        assert sizes == expected

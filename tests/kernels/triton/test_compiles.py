@@ -1,0 +1,64 @@
+"""Every kernel becomes machine code of a GPU that is not there: what an interpreter cannot see."""
+
+import collections
+
+import pytest
+import torch
+
+from normkit.kernels import cpu
+
+pytest.importorskip("triton", reason="triton is not installed, so there are no Triton kernels")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled for the GPU that is there", allow_module_level=True)
+
+from kernels.triton.without_gpu import compiled_for
+from normkit.kernels import triton
+from normkit.kernels.triton import primitives
+
+HOPPER = 90
+STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of channels
+    (torch.bfloat16, torch.channels_last, (8, 64, 56, 56), 64, 0, False),
+    (torch.float32, torch.contiguous_format, (8, 64, 56, 56), 1, 0, True),
+    (torch.float16, torch.contiguous_format, (4, 64, 7, 7), 8, 1, False),
+    (torch.float64, torch.contiguous_format, (4, 8, 4, 4), 4, 2, False),
+]
+KERNELS = {
+    "moments_kernel", "apply_kernel", "reduce_grad_kernel", "combine_grad_kernel",
+    "tile_forward_kernel", "tile_backward_kernel", "pool_rows_kernel", "pool_segments_kernel",
+    "sum_rows_kernel", "group_factors_kernel", "parameter_sums_kernel",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    """Nothing that was compiled before counts."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_every_kernel_of_the_layers_compiles():
+    found = []
+    for dtype, layout, shape, num_groups, examples, by_channel in STEPS:
+        x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight, bias = (torch.zeros(shape[1], dtype=wide, requires_grad=True) for _ in range(2))
+        size = shape[1] if by_channel else num_groups
+        running = cpu.Running(torch.zeros(size), torch.ones(size), torch.tensor(0), 0.1)
+        pooling = cpu.Pooling(num_groups, examples, 1e-5, by_channel)
+        follower = running if examples == 0 else None
+        with compiled_for(HOPPER) as kernels:
+            y, _ = triton.normalize_pooled(x, weight, bias, pooling, follower)
+            y.backward(torch.zeros_like(y))
+        found += kernels
+    names = collections.Counter(name for name, _ in found)
+    assert set(names) == KERNELS
+    assert all(kernel.asm["cubin"] for _, kernel in found)
+
+
+def test_the_primitives_compile():
+    x, table = torch.zeros(2, 6, 8, 8, dtype=torch.bfloat16), torch.zeros(2, 6)
+    with compiled_for(HOPPER) as found:
+        primitives.apply(x, table.double(), table, table[:1], 64)
+        primitives.reduce_grad(x[:1].expand(x.shape), x, table.double(), 64)
+        primitives.combine_grad(x, x, table, (table, table, table), 64)
+    assert [bool(kernel.asm["cubin"]) for _, kernel in found] == [True] * len(found)
+    assert len(found) >= 3
