@@ -1,11 +1,9 @@
-import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
+from lab.browser import requests_of, run
 from normkit.errors import DataError
 from normkit.lab.compare import compare
 from normkit.lab.models import PlacedNorm
@@ -28,12 +26,12 @@ def wide_sweep(protocol):
 def records(wide_sweep, record):
     """Records in which `ln` is best at 2, `bn` at 32, and one run of each other kind."""
     made = []
-    for run in wide_sweep.runs():
-        slope = {"bn": 0.1, "ln": -0.1, "bgn:auto": 0.0}[run.norm]
-        accuracy = 0.8 + slope * (run.batch_size - 8) / 32 + run.seed / 100
-        resolved = "bgn:16" if run.norm == "bgn:auto" else run.norm
+    for spec in wide_sweep.runs():
+        slope = {"bn": 0.1, "ln": -0.1, "bgn:auto": 0.0}[spec.norm]
+        accuracy = 0.8 + slope * (spec.batch_size - 8) / 32 + spec.seed / 100
+        resolved = "bgn:16" if spec.norm == "bgn:auto" else spec.norm
         norms = (PlacedNorm(name="2", norm=resolved, num_features=8, num_positions=1),)
-        made.append(record(run.norm, run.batch_size, run.seed, accuracy, norms=norms))
+        made.append(record(spec.norm, spec.batch_size, spec.seed, accuracy, norms=norms))
     diverged = {"status": "diverged", "message": "the loss was nan", "diverged_step": 7}
     failed = {"status": "failed", "message": "<script>alert(1)</script>"}
     troubled = (record("bn", 32, 2, None, **diverged), record("bgn:auto", 32, 2, None, **failed))
@@ -109,28 +107,6 @@ def test_a_report_that_cannot_be_written_is_named(wide_sweep, records, tmp_path)
         write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """A browser; without one these tests fail where it is required, else they are skipped."""
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        reason = "chromium and chromedriver are not both on the path"
-        if os.environ.get("NORMKIT_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from selenium import webdriver  # noqa: PLC0415 -- only where there is a browser to drive
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=driver)
-    browser = webdriver.Chrome(options=options, service=service)
-    yield browser
-    browser.quit()
-
-
 @pytest.fixture
 def page(chromium, wide_sweep, records, tmp_path):
     """The report, open in a window 1280 wide."""
@@ -140,20 +116,6 @@ def page(chromium, wide_sweep, records, tmp_path):
     chromium.get_log("browser")
     chromium.get(path.as_uri())
     return chromium
-
-
-def run(page, script):
-    return page.execute_script(f"return {script}")
-
-
-def requests_of(page):
-    """Addresses of everything that the page has asked for."""
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    return [
-        message["params"]["request"]["url"]
-        for message in messages
-        if message["method"] == "Network.requestWillBeSent"
-    ]
 
 
 @pytest.mark.browser

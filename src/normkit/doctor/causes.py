@@ -95,6 +95,7 @@ class _Reason(NamedTuple):
     name: str
     why: str
     fix: str
+    smallest_share: float = SMALLEST_SHARE
 
 
 _SHIFTED = _Reason(
@@ -106,6 +107,7 @@ _SHIFTED = _Reason(
 _ESTIMATION = _Reason(
     name="estimation shift",
     why="errors of population statistics add up from norm to norm",
+    smallest_share=0.5,  # examples of a batch tell about each other: some gain is no fault
     fix="nk.tune_example_weight(model, held_out); or nk.place_xbn_(model), and train on",
 )
 
@@ -146,7 +148,8 @@ def _cause(
     scores: Mapping[str, Scores],
 ) -> Iterator[Cause]:
     """Name a cause if it explains enough."""
-    if _counts(gain, scores):
+    share = gain.mean / scores[AS_IT_IS].mean_loss
+    if _counts(gain, scores) and share >= getattr(about, "smallest_share", 0.0):
         yield Cause(
             name=about.name,
             what=what,
@@ -154,5 +157,5 @@ def _cause(
             fix=about.fix,
             layers=layers,
             explains=gain,
-            share=gain.mean / scores[AS_IT_IS].mean_loss,
+            share=share,
         )

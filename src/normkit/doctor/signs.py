@@ -194,6 +194,16 @@ def _last_batch(case: Case, names: tuple[str, ...]) -> str:
     )
 
 
+def _thawed_layers(case: Case, names: tuple[str, ...]) -> str:
+    layers = [case.layer(name) for name in names]
+    if any(p.requires_grad for layer in layers for p in layer.parameters(recurse=False)):
+        return (
+            f"weight and bias of {_count(names)} are those of the first checkpoint, but the "
+            f"running statistics have moved since"
+        )
+    return f"weight and bias of {_count(names)} do not learn, but the running statistics still move"
+
+
 def _stale(case: Case, names: tuple[str, ...]) -> str:
     worst = max(names, key=lambda name: case.rows[name].mean_shift)
     row = case.rows[worst]
@@ -208,10 +218,7 @@ def _stale(case: Case, names: tuple[str, ...]) -> str:
 THAWED = Sign(
     name="thawed statistics",
     shows=_is_thawed,
-    what=lambda _, names: (
-        f"weight and bias of {_count(names)} do not learn, but the running "
-        f"statistics have moved and still do"
-    ),
+    what=_thawed_layers,
     why="a .train() has thawed layers that were meant to stand still",
     fix="load their statistics from before (or measure them anew: "
     f"{RECALIBRATE}), then nk.freeze_statistics(model), which holds in any mode",

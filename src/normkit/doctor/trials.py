@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from normkit.advice import recommend
+from normkit.advice.situation import count_examples
 from normkit.convert import convert_norm_, place_xbn_
 from normkit.doctor.causes import RESTORED, thawed
 from normkit.doctor.diagnosis import Trial
@@ -21,6 +22,8 @@ from normkit.inference import recalibrate
 from normkit.tune import tune_example_weight
 from normkit.tune.metrics import KNOWN
 
+CALIBRATED_ON = 1024
+"""Training examples, at most, that calibrate a conversion: it takes half a forward a layer."""
 UNTRAINED = "before any training on; layers changed: {}"
 
 
@@ -189,13 +192,23 @@ def _converted(model: nn.Module, specs: str | dict[str, str], patient: Patient) 
     done = convert_norm_(
         model,
         specs,
-        calibrate=patient.train,
+        calibrate=_first(patient.train, CALIBRATED_ON),
         forward=patient.forward,
         batch_size=patient.batch_size,
         example_input=patient.example(),
     )
     names = [change.name for change in done.changes]
     return UNTRAINED.format(", ".join(names[:4]) + (", ..." if len(names) > 4 else ""))
+
+
+def _first(batches: Sequence[Any], at_most: int) -> Sequence[Any]:
+    """As many of the batches as hold so many examples, one at least."""
+    total = 0
+    for place, batch in enumerate(batches):
+        total += count_examples(batch)
+        if total > at_most:
+            return batches[: max(place, 1)]
+    return batches
 
 
 def _short(error: Exception, at_most: int = 120) -> str:
