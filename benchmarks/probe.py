@@ -1,10 +1,10 @@
 """What a probe costs at ``every=50``: a training step's time with it and without.
 
-Steps of two equal models are interleaved, one with a probe that writes JSON lines and one without.
+Steps of two equal models are interleaved, one with a probe that writes JSON lines and one without,
+on one thread, in CPU time, which other programs hardly change (wall time stands beside it).
 The cost of 50 steps is put together of medians: what the recorded step takes longer, what
 ``step`` takes before it (it copies the gradients and puts the hooks in), and 48 times what ``step``
-takes otherwise, over 50 steps without a probe. Whole periods are timed too, which noise drowns.
-Writes ``docs/records/probe.json``.
+takes otherwise. Writes ``docs/records/probe.json``.
 """
 
 import json
@@ -28,7 +28,8 @@ from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.lab.train import parse_device
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "probe.json"
-EVERY, CYCLE, THREADS = 50, 4, 2
+EVERY, CYCLE, THREADS = 50, 4, 1
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Subject:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     cycles: int
-    periods: int
     predicted_percent: float
 
 
@@ -61,9 +61,9 @@ def mlp() -> nn.Module:
 
 
 SUBJECTS = (
-    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 15, 0, 1.5),
-    Subject("small-resnet", small_resnet, (32, 1, 8, 8), 100, 8, 2.0),
-    Subject("mlp", mlp, (32, 64), 200, 15, 10.0),
+    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 12, 1.5),
+    Subject("small-resnet", small_resnet, (32, 1, 8, 8), 150, 2.0),
+    Subject("mlp", mlp, (32, 64), 500, 10.0),
 )
 
 
@@ -75,78 +75,58 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.inputs, self.target = torch.randn(subject.shape), torch.randint(10, subject.shape[:1])
 
-    def step(self) -> tuple[float, float]:
+    def step(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Train for one step: its seconds, and those of them that the probe's ``step`` took."""
-        begin = time.perf_counter()
+        begin = clock()
         loss: Tensor = cross_entropy(self.model(self.inputs), self.target)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        trained = time.perf_counter()
+        trained = clock()
         if self.probe is not None:
             self.probe.step(loss)
-        end = time.perf_counter()
+        end = clock()
         return end - begin, end - trained
 
 
-def runs(subject: Subject, every: int, folder: str) -> tuple[Run, Run]:
-    """A run without a probe and one with it, both warm."""
+def seconds(subject: Subject, clock: Callable[[], float], folder: str) -> dict[str, list[float]]:
+    """Time each kind of step, the probe recording every fourth."""
     plain, watched = subject.make(), subject.make()
-    probe = nk.Probe(watched, every, path=Path(folder) / "lines.jsonl")
-    pair = Run(subject, None, plain), Run(subject, probe, watched)
-    probe.start()
-    for run in pair:
-        for _ in range(every):
-            run.step()
-    return pair
-
-
-def by_steps(subject: Subject, folder: str) -> dict[str, list[float]]:
-    """Seconds of each kind of step, the probe recording every fourth."""
-    plain, probed = runs(subject, CYCLE, folder)
     times = defaultdict(list)
-    for _ in range(subject.cycles):
-        for number in range(CYCLE):
-            times["plain"].append(plain.step()[0])
-            whole, own = probed.step()
-            if number == CYCLE - 1:
-                times["recorded"].append(whole)
-            else:
-                times["call before" if number == CYCLE - 2 else "call"].append(own)
-    probed.probe.stop()
+    with nk.Probe(watched, CYCLE, path=Path(folder) / "lines.jsonl") as probe:
+        runs = Run(subject, None, plain), Run(subject, probe, watched)
+        for cycle in range(1 + subject.cycles):
+            for number in range(CYCLE):
+                (usual, _), (whole, own) = (run.step(clock) for run in runs)
+                if cycle == 0:  # warm up
+                    continue
+                times["plain"].append(usual)
+                if number == CYCLE - 1:
+                    times["recorded"].append(whole)
+                else:
+                    times["call before" if number == CYCLE - 2 else "call"].append(own)
     return times
 
 
-def by_periods(subject: Subject, folder: str) -> list[float]:
-    """Ratios of whole periods of 50 steps, with a probe and without."""
-    plain, probed = runs(subject, EVERY, folder)
-    ratios = []
-    for number in range(subject.periods):
-        seconds = {}
-        for run in (plain, probed) if number % 2 else (probed, plain):
-            seconds[run] = sum(run.step()[0] for _ in range(EVERY))
-        ratios.append(seconds[probed] / seconds[plain])
-    probed.probe.stop()
-    return ratios
-
-
 def measure(subject: Subject) -> dict:
-    """Time both ways."""
-    with tempfile.TemporaryDirectory() as folder:
-        times, ratios = by_steps(subject, folder), by_periods(subject, folder)
-    usual = {kind: median(values) for kind, values in times.items()}
-    extra = usual["recorded"] - usual["plain"] + usual["call before"] + (EVERY - 2) * usual["call"]
+    """Cost by both clocks, one after the other."""
     row = {
         "model": subject.name,
         "shape": subject.shape,
         "predicted_percent": subject.predicted_percent,
-        "percent": 100 * extra / (EVERY * usual["plain"]),
-        "median_ms": {kind: 1e3 * value for kind, value in usual.items()},
-        "quartiles_ms": {kind: [1e3 * q for q in quantiles(v)] for kind, v in times.items()},
-        "n": {kind: len(values) for kind, values in times.items()},
     }
-    if ratios:
-        row["periods_percent"] = [100 * (q - 1) for q in quantiles(ratios)]
+    for name, clock in CLOCKS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            times = seconds(subject, clock, folder)
+        usual = {kind: median(values) for kind, values in times.items()}
+        calls = usual["call before"] + (EVERY - 2) * usual["call"]
+        extra = usual["recorded"] - usual["plain"] + calls
+        row[name] = {
+            "percent": 100 * extra / (EVERY * usual["plain"]),
+            "median_ms": {kind: 1e3 * value for kind, value in usual.items()},
+            "quartiles_ms": {kind: [1e3 * q for q in quantiles(v)] for kind, v in times.items()},
+            "n": {kind: len(values) for kind, values in times.items()},
+        }
     return row
 
 

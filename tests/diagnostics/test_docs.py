@@ -1,14 +1,18 @@
-"""The page on diagnostics runs and prints what it says."""
+"""The pages on diagnostics run and print what they say."""
 
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text()
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_examples_run_and_print_what_stands_below(capsys):
+@pytest.mark.parametrize("page", ["diagnostics.md", "probe.md"])
+def test_the_examples_run_and_print_what_stands_below(page, capsys):
     namespace = {}
-    blocks = re.findall(r"```python\n([\s\S]*?)```\n\n?((?:    .*\n)*)", PAGE)
+    text = (DOCS / page).read_text()
+    blocks = re.findall(r"```python\n([\s\S]*?)```\n\n?((?:    .*\n)*)", text)
     assert len(blocks) == 2
     for source, printed in blocks:
         exec(source, namespace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from normkit.text import table_lines
@@ -33,7 +33,7 @@ class Measurement(ABC):
 
     def to_json(self) -> str:
         """All numbers as JSON; what is not finite is null."""
-        return json.dumps(_plain({"measure": type(self).__name__, **asdict(self)}))
+        return json.dumps({"measure": type(self).__name__, **_plain(self)})
 
     def table(self) -> str:
         """The rows as a table of plain text."""
@@ -81,10 +81,12 @@ def _cell(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a dataclass holds
+    if value is None or isinstance(value, str | int):
+        return value
+    if (columns := getattr(value, "__dataclass_fields__", None)) is not None:
+        return {name: _plain(getattr(value, name)) for name in columns}
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

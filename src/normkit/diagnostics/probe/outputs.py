@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from normkit.diagnostics.probe.record import ProbedStep
+from normkit.diagnostics.probe.record import NUMBERS, ProbedStep
 from normkit.errors import DataError
 
 
@@ -61,10 +60,9 @@ def scalars(record: ProbedStep) -> Iterator[tuple[str, float]]:
         if (value := getattr(record, name)) is not None:
             yield f"normkit/{name}", value
     for row in record.layers:
-        for field in fields(row):
-            value = getattr(row, field.name)
-            if field.name != "name" and value is not None:
-                yield f"normkit/{field.name}/{row.name}", value
+        for column in NUMBERS:
+            if (value := getattr(row, column)) is not None:
+                yield f"normkit/{column}/{row.name}", value
 
 
 def lines_at(path: Path, *, anew: bool = False) -> IO[str]:

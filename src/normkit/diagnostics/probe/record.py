@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from normkit.diagnostics.measurement import Measurement
@@ -41,6 +41,10 @@ class LayerRecord:
     beta_norm: float | None = None
     gradient_norm: float | None = None
     gradient_change: float | None = None
+
+
+NUMBERS = tuple(field.name for field in fields(LayerRecord) if field.name != "name")
+"""Columns of a row that hold numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

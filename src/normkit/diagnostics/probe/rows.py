@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from normkit.diagnostics.inactive_channels import LayerActivity
 from normkit.diagnostics.probe.gradients import Gradients, lengths
 from normkit.diagnostics.probe.norms import Norm
-from normkit.diagnostics.probe.record import LayerRecord
+from normkit.diagnostics.probe.record import NUMBERS, LayerRecord
 from normkit.diagnostics.probe.watch import Watch
 from normkit.text import module_name
 from normkit.tracing.kinds import is_norm
@@ -31,15 +30,17 @@ def rows_of(
         cells[module_name(norm.name)] |= _of_norm(norm)
     for activity in watch.activities:
         cells[activity.name] |= _of_activity(activity)
+    modules = dict(model.named_modules())
+    norms = {name: module for name, module in modules.items() if is_norm(module)}
     for column, values in (
-        ("gamma_norm", lengths(_of_norms(model, "weight"))[1]),
-        ("beta_norm", lengths(_of_norms(model, "bias"))[1]),
+        ("gamma_norm", lengths(_parameters(norms, "weight"))[1]),
+        ("beta_norm", lengths(_parameters(norms, "bias"))[1]),
         ("gradient_norm", gradients),
         ("gradient_change", moved),
     ):
         for name, value in values.items():
             cells[module_name(name)][column] = value
-    order = {module_name(name): number for number, (name, _) in enumerate(model.named_modules())}
+    order = {module_name(name): number for number, name in enumerate(modules)}
     names = sorted((n for n in cells if cells[n]), key=lambda n: order[n.split(", call ")[0]])
     return tuple(LayerRecord(name=name, **cells[name]) for name in names)
 
@@ -84,7 +85,7 @@ def notes_on_numbers(loss: float | None, rows: tuple[LayerRecord, ...]) -> list[
     """Name what is not finite, which JSON has no way to write."""
     found = [] if loss is None or math.isfinite(loss) else [f"the loss ({loss})"]
     for row in rows:
-        values = [getattr(row, field.name) for field in fields(row)]
+        values = [getattr(row, column) for column in NUMBERS]
         if any(isinstance(value, float) and not math.isfinite(value) for value in values):
             found.append(row.name)
     return [f"not finite: {', '.join(found)}"] if found else []
@@ -108,10 +109,10 @@ def _of_activity(activity: LayerActivity) -> dict[str, float]:
     }
 
 
-def _of_norms(model: nn.Module, kind: str) -> dict[str, Tensor]:
-    """Weights, or biases, of all norms."""
+def _parameters(norms: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]:
+    """Weights, or biases."""
     return {
         f"{name}.{kind}": parameter.detach()
-        for name, module in model.named_modules()
-        if is_norm(module) and (parameter := module._parameters.get(kind)) is not None
+        for name, module in norms.items()
+        if (parameter := module._parameters.get(kind)) is not None
     }
