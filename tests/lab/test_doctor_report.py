@@ -136,6 +136,14 @@ def test_arrow_keys_read_a_chart_value_by_value(page, found):
 
 
 @pytest.mark.browser
+def test_charts_of_distances_begin_at_zero(page):
+    lowest = (
+        "[...document.querySelectorAll('#%s svg.chart')].map((s) => s.querySelector('text').textContent)"
+    )
+    assert run(page, lowest % "shift-chart") == ["0", "0"]
+
+
+@pytest.mark.browser
 def test_layers_sort_by_what_they_cost(page, found):
     page.execute_script("document.querySelectorAll('#layers th button')[3].click()")
     first = run(page, "document.querySelector('#layers').tBodies[0].rows[0].cells[1].textContent")

@@ -90,7 +90,9 @@ class Axis:
     ticks: tuple[Tick, ...]
 
 
-def line_chart(lines: Sequence[Line], frame: Frame, x_axis: Axis, y_title: str) -> Chart:
+def line_chart(
+    lines: Sequence[Line], frame: Frame, x_axis: Axis, y_title: str, *, from_zero: bool = False
+) -> Chart:
     """Place lines in a frame.
 
     Args:
@@ -98,8 +100,10 @@ def line_chart(lines: Sequence[Line], frame: Frame, x_axis: Axis, y_title: str) 
         frame: Where it is drawn.
         x_axis: Ticks in values of ``x``; the outermost ones bound the plot.
         y_title: Name of the vertical axis, whose ticks are chosen to hold all values.
+        from_zero: Let the vertical axis hold 0.
     """
-    y_values = nice_ticks(*_extent(lines))
+    low, high = _extent(lines)
+    y_values = nice_ticks(min(low, 0.0), max(high, 0.0)) if from_zero else nice_ticks(low, high)
     x_of = _scale(
         [tick.at for tick in x_axis.ticks], frame.left + 14, frame.width - frame.right - 14
     )

@@ -102,7 +102,7 @@ def _charts(
     if not any(line.values for line in lines):
         return None
     return {
-        size: line_chart(lines, frame, _depths(len(layers), at_most), title)
+        size: line_chart(lines, frame, _depths(len(layers), at_most), title, from_zero=True)
         for size, frame, at_most in (("wide", WIDE, 20), ("narrow", NARROW, 8))
     }
 
