@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 Params = Callable[[str, nn.Parameter], bool]
 Gradients = Mapping[str, Tensor]
 """By the names of the parameters; those without a gradient are not in it."""
+
+PIECE = 2**15  # elements; 256 KiB in float64
 
 
 def gradients_of(model: nn.Module, params: Params | None) -> dict[str, Tensor]:
@@ -27,36 +29,43 @@ def kept(gradients: Gradients) -> dict[str, Tensor]:
     return {name: grad.clone() for name, grad in gradients.items()}
 
 
-def changes(now: Gradients, before: Gradients) -> dict[str, Tensor]:
-    """What was added since the step before; a gradient that is missing is zero."""
-    names = dict.fromkeys([*now, *before])
-    return {name: _minus(now.get(name), before.get(name)) for name in names}
+def lengths(
+    vectors: Gradients, minus: Gradients | None = None
+) -> tuple[float | None, dict[str, float]]:
+    """Length of all vectors together, and of those of each layer, in float64.
 
-
-def lengths(vectors: Gradients) -> tuple[float | None, dict[str, float]]:
-    """Length of all vectors together, and of those of each layer, in float64."""
-    if not vectors:
+    Args:
+        vectors: By the names of the parameters.
+        minus: What is taken from them first; a vector that is missing, here or there, is zero.
+    """
+    names: list[str] = list(dict.fromkeys([*vectors, *(minus or {})]))
+    if not names:
         return None, {}
-    each = [torch.linalg.vector_norm(dense(v), dtype=torch.float64) for v in vectors.values()]
-    first = each[0].device
-    numbers = torch.stack([length.to(first) for length in each]).tolist()  # waits for it once
-    layers: dict[str, list[float]] = defaultdict(list)
-    for name, number in zip(vectors, numbers, strict=True):
-        layers[name.rpartition(".")[0]].append(number)
-    return _together(numbers), {name: _together(parts) for name, parts in layers.items()}
+    each = [_square(vectors.get(name), (minus or {}).get(name)) for name in names]
+    squares = torch.stack([s.to(each[0].device) for s in each]).tolist()  # waits for it once
+    layers: dict[str, float] = defaultdict(float)
+    for name, square in zip(names, squares, strict=True):
+        layers[name.rpartition(".")[0]] += square
+    return sum(squares) ** 0.5, {name: square**0.5 for name, square in layers.items()}
 
 
-def dense(vector: Tensor) -> Tensor:
-    """Write out what an embedding may keep sparse."""
-    return vector if vector.layout == torch.strided else vector.to_dense()
+def _square(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Squared length of ``a - b``, piece by piece: wide copies of large ones do not fit a cache."""
+    first, *rest = (_flat(vector) for vector in (a, b) if vector is not None)
+    if first.device.type != "cpu" or first.numel() <= PIECE:
+        return _square_of_piece(first, *rest)
+    pieces = zip(*(vector.split(PIECE) for vector in (first, *rest)), strict=True)
+    return torch.stack([_square_of_piece(*piece) for piece in pieces]).sum()
 
 
-def _together(parts: Iterable[float]) -> float:
-    return sum(part * part for part in parts) ** 0.5
+def _square_of_piece(a: Tensor, b: Tensor | None = None) -> Tensor:
+    wide = a.to(torch.float64, copy=b is not None)
+    if b is not None:
+        wide.sub_(b)
+    return wide.dot(wide)
 
 
-def _minus(a: Tensor | None, b: Tensor | None) -> Tensor:
-    if a is None or b is None:
-        given = a if a is not None else b
-        return torch.zeros(()) if given is None else given
-    return dense(a).double() - dense(b)
+def _flat(vector: Tensor) -> Tensor:
+    """One axis, with what an embedding keeps sparse written out."""
+    dense = vector if vector.layout == torch.strided else vector.to_dense()
+    return dense.flatten()

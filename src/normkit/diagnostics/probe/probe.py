@@ -14,7 +14,6 @@ from normkit.core.check import require_count
 from normkit.diagnostics.probe.gradients import (
     Gradients,
     Params,
-    changes,
     gradients_of,
     kept,
     lengths,
@@ -282,7 +281,7 @@ class Probe:
     ) -> ProbedStep:
         now = gradients_of(self._model, self._params)
         length, lengths_by_layer = lengths(now)
-        moved, moved_by_layer = lengths(changes(now, before) if now and before else {})
+        moved, moved_by_layer = lengths(now, before) if now and before else (None, {})
         groups = [found for norm in watch.norms.values() if (found := norm.stat_diff) is not None]
         rows = rows_of(self._model, watch, lengths_by_layer, moved_by_layer)
         value = loss.item() if isinstance(loss, Tensor) else loss
