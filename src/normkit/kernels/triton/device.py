@@ -12,12 +12,15 @@ import triton.language as tl
 
 
 @triton.jit
-def row_starts(n, k, SN, SC, SP, Q, L, WIDE: tl.constexpr):
-    """Address of the first element of segment ``k`` of example ``n``."""
+def row_starts(n, k, SN, SC, SP, Q, L, WIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Address of the first element of segment ``k`` of example ``n``.
+
+    ``ALIGN`` divides it: said as a product, which the compiler looks through.
+    """
     if WIDE:
         n = tl.cast(n, tl.int64)
         k = tl.cast(k, tl.int64)
-    return n * SN + (k // Q) * SC + (k % Q) * L * SP
+    return (n * SN + (k // Q) * SC + (k % Q) * L * SP) // ALIGN * ALIGN
 
 
 @triton.jit
@@ -36,15 +39,25 @@ def split(value, ACC: tl.constexpr):
 
 
 @triton.jit
-def reciprocal_root(var, eps_high, eps_low):
-    """``1 / sqrt(var + eps)`` in float64."""
-    return 1.0 / tl.sqrt(var + (tl.cast(eps_high, tl.float64) + tl.cast(eps_low, tl.float64)))
+def reciprocal_root(var, eps_high, eps_low, ACC: tl.constexpr):
+    """``1 / sqrt(var + eps)``; few GPUs are fast in float64, so only where ``ACC`` is."""
+    if ACC == tl.float32:  # noqa: SIM300 - a constant of the kernel, not of Python
+        root = tl.rsqrt(var.to(ACC) + eps_high)
+    else:
+        root = 1.0 / tl.sqrt(var.to(ACC) + join(eps_high, eps_low))
+    return root
+
+
+@triton.jit
+def join(high, low):
+    """A number that came in two parts, in float64."""
+    return tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
 
 
 @triton.jit
 def move(pointer, value, rate_high, rate_low, mask):
     """Move buffers towards ``value`` by a rate that comes in two parts."""
-    rate = tl.cast(rate_high, tl.float64) + tl.cast(rate_low, tl.float64)
+    rate = join(rate_high, rate_low)
     old = tl.load(pointer, mask=mask, other=0.0)
     wide = old.to(tl.float64)
     tl.store(pointer, (wide + rate * (value - wide)).to(old.dtype), mask=mask)

@@ -10,6 +10,7 @@ from torch import Tensor
 from normkit.kernels.cpu.shapes import is_dense
 
 LARGEST_INT32 = 2**31 - 1
+MOST_ALIGNED = 16  # what triton finds out about numbers by itself
 
 
 class Strides(NamedTuple):
@@ -155,6 +156,14 @@ class Layout(NamedTuple):
         return cls(grouping, strides, wide)
 
     @property
+    def alignment(self) -> int:
+        """A power of two that divides segments' addresses and sizes, where it is of use."""
+        found = MOST_ALIGNED
+        for strides in self.strides:
+            found = math.gcd(found, strides.example, strides.channel)
+        return 1 if self.by_channel else math.gcd(found, self.grouping.L)
+
+    @property
     def by_channel(self) -> bool:
         """Whether channels, not positions, lie side by side in memory."""
         result = self.strides[-1]
@@ -199,12 +208,16 @@ class Tile(NamedTuple):
 
 SECTOR_BYTES = 32
 FEW_ELEMENTS = 4096
-ELEMENTS_PER_WARP = 1024
 
 
-def tile_blocks(
-    layout: Layout, item_bytes: int, most_elements: int, processors: int
-) -> Tile | None:
+class Limits(NamedTuple):
+    """How much a program can hold: elements of a block, and of a warp of it."""
+
+    elements: int
+    elements_per_warp: int
+
+
+def tile_blocks(layout: Layout, item_bytes: int, limits: Limits, processors: int) -> Tile | None:
     """Blocks that hold whole groups; None where groups are too large, or too few for the device."""
     grouping = layout.grouping
     rows, columns = power_of_two(grouping.E * grouping.J), power_of_two(grouping.L)
@@ -212,13 +225,13 @@ def tile_blocks(
     beside = SECTOR_BYTES // (item_bytes * grouping.J) if layout.by_channel else 1
     while groups < min(beside, grouping.G):
         groups *= 2
-    while groups < grouping.G and groups * size < ELEMENTS_PER_WARP:
+    while groups < grouping.G and groups * size < limits.elements_per_warp:
         groups *= 2
     programs = grouping.B * ceil_div(grouping.G, groups)
     elements = groups * size
-    if elements > most_elements or (elements > FEW_ELEMENTS and 2 * programs < processors):
+    if elements > limits.elements or (elements > FEW_ELEMENTS and 2 * programs < processors):
         return None
-    warps = min(max(elements // ELEMENTS_PER_WARP, 1), 16)
+    warps = min(max(elements // limits.elements_per_warp, 1), 16)
     return Tile(groups, rows, columns, programs, warps)
 
 

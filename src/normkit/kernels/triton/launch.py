@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normkit.kernels.triton.geometry import Stream
+from normkit.kernels.triton.geometry import Layout, Stream
 from normkit.kernels.triton.streams import moments_kernel
 
 INTERPRETED = not isinstance(moments_kernel, triton.JITFunction)
@@ -111,6 +111,13 @@ def _time_ms(run: Callable[[Config], object], config: Config) -> float:
     return min(times)
 
 
-def stream_constants(stream: Stream, x: Tensor, wide: bool) -> Constants:
+def stream_constants(stream: Stream, x: Tensor, layout: Layout) -> Constants:
     """What every streaming kernel is compiled for."""
-    return {"BK": stream.BK, "BL": stream.BL, "ACC": accumulator(x.dtype), "WIDE": wide}
+    constants = map_constants(layout, x)
+    constants["ALIGN"] = min(layout.alignment, stream.BL)  # divides a program's span, too
+    return {"BK": stream.BK, "BL": stream.BL, **constants}
+
+
+def map_constants(layout: Layout, x: Tensor) -> Constants:
+    """What every kernel on maps is compiled for."""
+    return {"ACC": accumulator(x.dtype), "WIDE": layout.wide, "ALIGN": layout.alignment}

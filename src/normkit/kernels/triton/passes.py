@@ -36,7 +36,7 @@ from normkit.kernels.triton.streams import (
 from normkit.kernels.triton.tables import pool_rows_kernel, sum_rows_kernel
 
 PROGRAMS_THAT_REDUCE = 8  # a multiprocessor: each leaves a row for the next kernel to add up
-PROGRAMS_THAT_WRITE = 32
+PROGRAMS_THAT_WRITE = 16
 
 
 class Table(NamedTuple):
@@ -96,7 +96,7 @@ def measure(x: Map, layout: Layout) -> Parts:
             (tensor, mean, var, *layout.strides[0], grouping.K, grouping.Q, grouping.L,
              stream.splits, stream.span),
             config.num_warps,
-            **stream_constants(stream, tensor, layout.wide),
+            **stream_constants(stream, tensor, layout),
         )  # fmt: skip
         return Parts(mean, var, stream)
 
@@ -203,7 +203,7 @@ def _apply(
              stream.span, *indices),
             config.num_warps,
             **flags,
-            **stream_constants(stream, x, layout.wide),
+            **stream_constants(stream, x, layout),
         )  # fmt: skip
 
     run(*_config("apply", layout, x, PROGRAMS_THAT_WRITE, run))
@@ -223,7 +223,7 @@ def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
             (grad.tensor, tensor, mean.values, sums, sums_x, *grad_strides, *strides, grouping.K,
              grouping.Q, grouping.L, stream.splits, stream.span, grouping.E, grouping.J, mean.row),
             config.num_warps,
-            **stream_constants(stream, tensor, layout.wide),
+            **stream_constants(stream, tensor, layout),
         )  # fmt: skip
         return Parts(sums, sums_x, stream)
 
@@ -289,7 +289,7 @@ def _combine(
              stream.span, *indices),
             config.num_warps,
             **flags,
-            **stream_constants(stream, tensors[1], layout.wide),
+            **stream_constants(stream, tensors[1], layout),
         )  # fmt: skip
 
     run(*_config("combine_grad", layout, tensors[1], PROGRAMS_THAT_WRITE, run))

@@ -17,6 +17,7 @@ from normkit.kernels.triton import passes
 from normkit.kernels.triton.geometry import (
     Grouping,
     Layout,
+    Limits,
     Map,
     Tile,
     ceil_div,
@@ -24,7 +25,14 @@ from normkit.kernels.triton.geometry import (
     result_like,
     tile_blocks,
 )
-from normkit.kernels.triton.launch import Constants, accumulator, halves, launch, num_processors
+from normkit.kernels.triton.launch import (
+    Constants,
+    accumulator,
+    halves,
+    launch,
+    map_constants,
+    num_processors,
+)
 from normkit.kernels.triton.passes import Follower, Parts, Statistics, Table
 from normkit.kernels.triton.tables import (
     group_factors_kernel,
@@ -33,8 +41,8 @@ from normkit.kernels.triton.tables import (
 )
 from normkit.kernels.triton.tiles import tile_backward_kernel, tile_forward_kernel
 
-MOST_FORWARD = 32768  # float32 elements of a block: 64 registers of each of 512 threads
-MOST_BACKWARD = 16384
+FORWARD = Limits(32768, 1024)  # float32: 64 registers of each of at most 512 threads
+BACKWARD = Limits(16384, 512)  # of two maps
 
 Affine = tuple[Tensor | None, Tensor | None]
 Results = tuple[Tensor, Tensor, Tensor]
@@ -51,7 +59,7 @@ def forward(
     y = result_like(x)
     maps = Map.of(x), Map.of(y)
     layout = Layout.of(grouping, *maps)
-    tile = None if pooling.channel_statistics else _tile(layout, x, MOST_FORWARD)
+    tile = None if pooling.channel_statistics else _tile(layout, x, FORWARD)
     if tile is not None:
         _tile_forward(maps, layout, tile, (weight, bias), (table, pooling.eps, follower))
         return y, table
@@ -61,9 +69,10 @@ def forward(
     return y, table
 
 
-def _tile(layout: Layout, x: Tensor, most: int) -> Tile | None:
+def _tile(layout: Layout, x: Tensor, limits: Limits) -> Tile | None:
     wide = table_dtype(x.dtype).itemsize // 4
-    return tile_blocks(layout, x.element_size(), most // wide, num_processors(x.device))
+    fitting = Limits(limits.elements // wide, limits.elements_per_warp // wide)
+    return tile_blocks(layout, x.element_size(), fitting, num_processors(x.device))
 
 
 def _tile_constants(tile: Tile, layout: Layout, x: Tensor) -> Constants:
@@ -71,8 +80,8 @@ def _tile_constants(tile: Tile, layout: Layout, x: Tensor) -> Constants:
         "BG": tile.BG,
         "BR": tile.BR,
         "BL": tile.BL,
-        "ACC": accumulator(x.dtype),
-        "WIDE": layout.wide,
+        "SINGLE": layout.grouping.J == 1,
+        **map_constants(layout, x),
     }
 
 
@@ -164,7 +173,7 @@ def backward(
     maps = Map.of(grad), Map.of(x), Map.of(dx)
     layout = Layout.of(grouping, *maps)
     weight = None if weight is None else weight.contiguous()
-    tile = _tile(layout, x, MOST_BACKWARD)
+    tile = _tile(layout, x, BACKWARD)
     if tile is not None:
         dweight, dbias = _tile_backward(maps, layout, tile, (table, weight, pooling.eps), wanted)
         return dx, dweight, dbias

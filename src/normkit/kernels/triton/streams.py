@@ -30,6 +30,7 @@ def moments_kernel(
     x, mean, var,
     SN, SC, SP, K, Q, L, SPLITS, span,
     BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance of every part of a segment, in float64: tables ``(N, SPLITS, K)``.
 
@@ -38,8 +39,8 @@ def moments_kernel(
     """
     n, part, k, inside = place(K, SPLITS, BK)
     start = part * span
-    stop = tl.minimum(start + span, L)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE)
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     shift = tl.load(x + rows, mask=inside, other=0.0).to(ACC)
     lane_mean = tl.zeros((BK, BL), ACC)
     lane_square = tl.zeros((BK, BL), ACC)
@@ -78,6 +79,7 @@ def apply_kernel(
     E, J, MEAN_ROW, SCALE_ROW, CENTER_ROW, eps_high, eps_low,
     POOLED: tl.constexpr, CENTERED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CENTER: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``scale * (x - mean) + center``.
 
@@ -93,16 +95,16 @@ def apply_kernel(
     shift = tl.zeros((BK,), ACC)
     if POOLED:
         wide = tl.load(var + cell, mask=inside, other=1.0)
-        factor = reciprocal_root(wide, eps_high, eps_low).to(ACC)
+        factor = reciprocal_root(wide, eps_high, eps_low, ACC)
     if HAS_SCALE:
         scale_at = k // Q if POOLED else cells(n, k, 1, 1, SCALE_ROW, WIDE)
         factor *= tl.load(scale + scale_at, mask=inside, other=0.0).to(ACC)
     if HAS_CENTER:
         center_at = k // Q if POOLED else cells(n, k, 1, 1, CENTER_ROW, WIDE)
         shift = tl.load(center + center_at, mask=inside, other=0.0).to(ACC)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE)
-    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE)
-    stop = tl.minimum(part * span + span, L)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
+    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
     for first in range(part * span, stop, BL):
         l = first + tl.arange(0, BL)
         mask = inside[:, None] & (l < stop)[None, :]
@@ -118,16 +120,17 @@ def reduce_grad_kernel(
     g, x, mean, sums, sums_x,
     GN, GC, GP, SN, SC, SP, K, Q, L, SPLITS, span, E, J, MEAN_ROW,
     BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``sum(g)`` and ``sum(g * (x - mean))`` of every part of a segment, ``(N, SPLITS, K)``."""
     n, part, k, inside = place(K, SPLITS, BK)
     cell = cells(n, k, E, J, MEAN_ROW, WIDE)
     high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE)
-    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
     total = tl.zeros((BK, BL), ACC)
     total_x = tl.zeros((BK, BL), ACC)
-    stop = tl.minimum(part * span + span, L)
+    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
     for first in range(part * span, stop, BL):
         l = first + tl.arange(0, BL)
         mask = inside[:, None] & (l < stop)[None, :]
@@ -148,6 +151,7 @@ def combine_grad_kernel(
     E, J, MEAN_ROW, K1_ROW, K2_ROW, K3_ROW, eps_high, eps_low,
     POOLED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``k1 * g + k2 * (x - mean) + k3``.
 
@@ -159,7 +163,7 @@ def combine_grad_kernel(
     high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
     if POOLED:
         wide = tl.load(var + cell, mask=inside, other=1.0)
-        by_grad = reciprocal_root(wide, eps_high, eps_low).to(ACC)
+        by_grad = reciprocal_root(wide, eps_high, eps_low, ACC)
         if HAS_WEIGHT:
             by_grad *= tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
         at2 = cell
@@ -171,10 +175,10 @@ def combine_grad_kernel(
         at3 = cells(n, k, 1, 1, K3_ROW, WIDE)
     by_unit = tl.load(k2 + at2, mask=inside, other=0.0).to(ACC)
     shift = tl.load(k3 + at3, mask=inside, other=0.0).to(ACC)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE)
-    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE)
-    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE)
-    stop = tl.minimum(part * span + span, L)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
+    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
     for first in range(part * span, stop, BL):
         l = first + tl.arange(0, BL)
         mask = inside[:, None] & (l < stop)[None, :]

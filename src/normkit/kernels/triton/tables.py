@@ -140,7 +140,7 @@ def parameter_sums_kernel(
         part = tl.load(sums_x + row * C * Q + k, mask=mask, other=0.0)
         if SCALED:
             wide = tl.load(var + row * G + k // J, mask=mask, other=1.0)
-            part = part * reciprocal_root(wide, eps_high, eps_low).to(ACC)
+            part = part * reciprocal_root(wide, eps_high, eps_low, ACC)
         total_x += part
     tl.store(dbias + c, tl.sum(total, axis=0), mask=c < C)
     tl.store(dweight + c, tl.sum(total_x, axis=0), mask=c < C)
@@ -175,7 +175,7 @@ def group_factors_kernel(
     if run == num_runs - 1:
         size = tl.cast(rest_size, tl.float64)
     one = tl.arange(0, 1)
-    rstd = reciprocal_root(tl.load(var + cell + one), eps_high, eps_low)
+    rstd = reciprocal_root(tl.load(var + cell + one), eps_high, eps_low, tl.float64)
     by_unit = -tl.sum(total_x, axis=0).to(tl.float64) * rstd * rstd * rstd / size
     shift = -tl.sum(total, axis=0).to(tl.float64) * rstd / size
     tl.store(k2 + cell + one, by_unit.to(ACC))

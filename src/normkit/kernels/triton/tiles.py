@@ -22,7 +22,9 @@ from normkit.kernels.triton.device import (
 
 
 @triton.jit
-def block(N, G, E, J, L, BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
+def block(
+    N, G, E, J, L, BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
     """A program's run of examples and groups; its rows' examples and segments; what is inside."""
     tiles = tl.cdiv(G, BG)
     run = tl.program_id(0) // tiles
@@ -32,7 +34,8 @@ def block(N, G, E, J, L, BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
     n = run * E + row // J
     k = g[:, None] * J + (row % J)[None, :]
     rows_inside = (g < G)[:, None] & (row < examples * J)[None, :]
-    inside = rows_inside[:, :, None] & (tl.arange(0, BL) < L)[None, None, :]
+    size = L // ALIGN * ALIGN  # L, and known to be a multiple: elements are then read together
+    inside = rows_inside[:, :, None] & (tl.arange(0, BL) < size)[None, None, :]
     return run, g, n, k, rows_inside, inside, examples * J * L
 
 
@@ -43,6 +46,16 @@ def group_sum(values):
 
 
 @triton.jit
+def of_rows(values, g, G, k, inside, Q, ACC: tl.constexpr, SINGLE: tl.constexpr):
+    """A channel's value for each row; ``SINGLE``: for each group, which is then one segment."""
+    if SINGLE:
+        found = tl.load(values + g // Q, mask=g < G, other=0.0)[:, None]
+    else:
+        found = tl.load(values + k // Q, mask=inside, other=0.0)
+    return found.to(ACC)
+
+
+@triton.jit
 def tile_forward_kernel(
     x, y, weight, bias, table, running_mean, running_var, counter,
     SN, SC, SP, YN, YC, YP, N, Q, L, E, J, G, num_cells,
@@ -50,28 +63,28 @@ def tile_forward_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr,
     BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Normalise groups; their means and variances go to ``table``, float64 ``(2, num_cells)``."""
-    run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL)
+    run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL, ALIGN)
     l = tl.arange(0, BL)
-    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE)
+    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE, ALIGN)
     at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
-    corner = row_starts(run * E, g * J, SN, SC, SP, Q, L, WIDE)
+    corner = row_starts(run * E, g * J, SN, SC, SP, Q, L, WIDE, 1)
     shift = tl.load(x + corner, mask=g < G, other=0.0).to(ACC)
     moved = tl.where(inside, value - shift[:, None, None], 0.0)
     center = group_sum(moved) / size
     unit = tl.where(inside, moved - center[:, None, None], 0.0)
     var = (group_sum(unit * unit) / size).to(tl.float64)
     mean = shift.to(tl.float64) + center.to(tl.float64)
-    factor = reciprocal_root(var, eps_high, eps_low).to(ACC)[:, None]
+    factor = reciprocal_root(var, eps_high, eps_low, ACC)[:, None]
     if HAS_WEIGHT:
-        factor = factor * tl.load(weight + k // Q, mask=rows_inside, other=0.0).to(ACC)
+        factor = factor * of_rows(weight, g, G, k, rows_inside, Q, ACC, SINGLE)
     result = unit * factor[:, :, None]
     if HAS_BIAS:
-        offset = tl.load(bias + k // Q, mask=rows_inside, other=0.0).to(ACC)
-        result += offset[:, :, None]
-    outs = row_starts(n[None, :], k, YN, YC, YP, Q, L, WIDE)
+        result += of_rows(bias, g, G, k, rows_inside, Q, ACC, SINGLE)[:, :, None]
+    outs = row_starts(n[None, :], k, YN, YC, YP, Q, L, WIDE, ALIGN)
     out_at = outs[:, :, None] + columns(l, YP, WIDE)[None, None, :]
     tl.store(y + out_at, result.to(y.dtype.element_ty), mask=inside)
     cell = run.to(tl.int64) * G + g
@@ -91,24 +104,25 @@ def tile_backward_kernel(
     GN, GC, GP, SN, SC, SP, DN, DC, DP, N, Q, L, E, J, G, K, num_cells, eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, BY_RUN: tl.constexpr, BY_ROW: tl.constexpr,
     BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of groups' elements, and the parts of the parameters' gradients.
 
     Sums of ``g`` and of ``g * (x - mean) / std`` go to tables ``(B, K)`` (``BY_RUN``, for groups of
     one segment) or ``(N, K)`` (``BY_ROW``).
     """
-    run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL)
+    run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL, ALIGN)
     l = tl.arange(0, BL)
     cell = run.to(tl.int64) * G + g
     high, low = split(tl.load(table + cell, mask=g < G, other=0.0), ACC)
     var = tl.load(table + num_cells + cell, mask=g < G, other=1.0)
-    rstd = reciprocal_root(var, eps_high, eps_low).to(ACC)
-    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE)
+    rstd = reciprocal_root(var, eps_high, eps_low, ACC)
+    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE, ALIGN)
     at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
     unit = ((value - high[:, None, None]) - low[:, None, None]) * rstd[:, None, None]
     unit = tl.where(inside, unit, 0.0)
-    grads = row_starts(n[None, :], k, GN, GC, GP, Q, L, WIDE)
+    grads = row_starts(n[None, :], k, GN, GC, GP, Q, L, WIDE, ALIGN)
     grad_at = grads[:, :, None] + columns(l, GP, WIDE)[None, None, :]
     grad = tl.load(g_map + grad_at, mask=inside, other=0.0).to(ACC)
     if BY_RUN:
@@ -120,12 +134,11 @@ def tile_backward_kernel(
         tl.store(sums + row_out, tl.sum(grad, axis=2), mask=rows_inside)
         tl.store(sums_x + row_out, tl.sum(grad * unit, axis=2), mask=rows_inside)
     if HAS_WEIGHT:
-        factor = tl.load(weight + k // Q, mask=rows_inside, other=0.0).to(ACC)
-        grad = grad * factor[:, :, None]
+        grad = grad * of_rows(weight, g, G, k, rows_inside, Q, ACC, SINGLE)[:, :, None]
     by_unit = group_sum(grad * unit) / size
     shift = group_sum(grad) / size
     result = grad - shift[:, None, None] - unit * by_unit[:, None, None]
     result = result * rstd[:, None, None]
-    outs = row_starts(n[None, :], k, DN, DC, DP, Q, L, WIDE)
+    outs = row_starts(n[None, :], k, DN, DC, DP, Q, L, WIDE, ALIGN)
     out_at = outs[:, :, None] + columns(l, DP, WIDE)[None, None, :]
     tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)

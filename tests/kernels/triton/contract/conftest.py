@@ -57,11 +57,11 @@ def fast_interpreter(monkeypatch):
 
 def take_path(path, monkeypatch):
     """Let groups be taken whole, or the map be streamed over in small blocks with many parts."""
-    from normkit.kernels.triton import launch, pooled  # noqa: PLC0415 - not without triton
+    from normkit.kernels.triton import geometry, launch, pooled  # noqa: PLC0415 - not without triton
 
     if path == "stream":
-        monkeypatch.setattr(pooled, "MOST_FORWARD", 0)
-        monkeypatch.setattr(pooled, "MOST_BACKWARD", 0)
+        for limits in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(pooled, limits, geometry.Limits(0, 1))
         monkeypatch.setattr(launch, "CONFIGS", (launch.Config(8, 4),))
         monkeypatch.setattr(launch, "_found", {})
 
