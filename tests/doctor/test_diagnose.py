@@ -72,7 +72,7 @@ CASES = {
 def test_nothing_is_wrong_with_a_good_model(good, digits):
     found = nk.diagnose(good, *digits)
     assert found.causes == ()
-    assert found.reading.startswith("Nothing wrong: the test loss is ")
+    assert found.reading.startswith("Nothing wrong with the norms' statistics: the test loss")
     assert found.findings == ()
     assert {row.cause for row in found.layers} == {None}
 

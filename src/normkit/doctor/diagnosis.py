@@ -181,7 +181,7 @@ class Diagnosis(Measurement):
         loss = self.states[0].loss
         if not self.causes:
             return (
-                f"Nothing wrong: the test loss is {loss:.4g} by the model's own statistics; "
+                f"Nothing wrong with the norms' statistics: the test loss is {loss:.4g} by them; "
                 f"{self._best()}."
             )
         first = self.causes[0]
