@@ -55,7 +55,7 @@ def test_a_preset_is_run_judged_drawn_and_reported(normkit, tmp_path):
     code, report, _ = normkit("--report", "--out", str(tmp_path))
     assert code == 0
     assert report.startswith("3 claims: ")
-    assert "images/reproduce-gnbn.svg" in report
+    assert "](reproduce-gnbn.svg)" in report
 
 
 @pytest.mark.parametrize(

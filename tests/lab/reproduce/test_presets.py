@@ -33,7 +33,11 @@ def test_a_preset_runs_judges_and_draws(preset, folder):
     assert drawn.startswith("<?xml")
     assert "<text" in drawn  # and no outlines of letters
     assert preset.claims[0].text in as_text(result)
-    assert f"### `{preset.name}`: {preset.paper.authors}, {preset.figures}" in as_markdown([result])
+    page = as_markdown([result], "images/")
+    assert (
+        f"### {preset.name}\n\n{preset.title}: {preset.paper.authors}, {preset.figures}. " in page
+    )
+    assert f"](images/reproduce-{preset.name}.svg)" in page
 
 
 def test_equal_runs_give_equal_figures(folder):

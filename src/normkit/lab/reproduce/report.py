@@ -12,7 +12,7 @@ from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.run import measured
 from normkit.lab.reproduce.store import RunRecord
-from normkit.lab.reproduce.verdict import Criterion, Verdict
+from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
 from normkit.lab.spec import Frozen
 
 
@@ -142,41 +142,70 @@ def as_text(result: Result) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(results: Sequence[Result]) -> str:
-    """Tables of claims and verdicts, a section for each preset."""
-    return "\n".join([_summary(results), *(_section(result) for result in results)])
+def as_markdown(results: Sequence[Result], images: str = "") -> str:
+    """Tables of claims and verdicts, a section for each preset.
+
+    Args:
+        results: In this order.
+        images: What stands before the names of the figures' files.
+    """
+    sections = (_section(result, images) for result in results)
+    return "\n".join([*_summary(results), *sections])
 
 
-def _summary(results: Sequence[Result]) -> str:
-    outcomes = [judged.verdict.outcome for result in results for judged in result.claims]
-    counts = ", ".join(
-        f"{outcomes.count(outcome)} {outcome}"
-        for outcome in ("held", "did not hold", "not decided")
-    )
-    return f"{len(outcomes)} claims: {counts}.\n"
+def _summary(results: Sequence[Result]) -> list[str]:
+    """How many claims held, altogether and by preset."""
+    rows = [
+        f"| [`{result.preset}`](#{result.preset}) | {_cited(result)} | {_counts([result], ' | ')} |"
+        for result in results
+    ]
+    versions = sorted({record.code_hash for result in results for record in result.runs})
+    number = sum(len(result.claims) for result in results)
+    minutes = sum(map(_minutes, results))
+    cost = f"{minutes:.0f} minutes of one core; code {', '.join(versions)}"
+    return [
+        f"{number} claims: {_counts(results, ', ', named=True)}. {cost}.\n",
+        f"| preset | figure | {' | '.join(OUTCOMES)} |",
+        "|---|---|---:|---:|---:|",
+        *rows,
+        "",
+    ]
+
+
+def _counts(results: Iterable[Result], between: str, *, named: bool = False) -> str:
+    found = [judged.verdict.outcome for result in results for judged in result.claims]
+    counts = ((found.count(outcome), outcome) for outcome in OUTCOMES)
+    return between.join(f"{count} {outcome}" if named else str(count) for count, outcome in counts)
+
+
+def _cited(result: Result) -> str:
+    return f"{find_preset(result.preset).paper.authors}, {result.figures}"
+
+
+def _minutes(result: Result) -> float:
+    return sum(record.cpu_time_s for record in result.runs) / 60
 
 
 def _circumstances(result: Result) -> str:
-    minutes = sum(record.cpu_time_s for record in result.runs) / 60
     differences = "; ".join(result.differences) or "nothing"
     return (
-        f"{find_preset(result.preset).title}. {len(result.runs)} runs, {minutes:.1f} minutes of "
-        f"one core. Otherwise than in the paper: {differences}.\n"
+        f"{find_preset(result.preset).title}: {_cited(result)}. {len(result.runs)} runs, "
+        f"{_minutes(result):.1f} minutes of one core. Otherwise than in the paper: {differences}.\n"
     )
 
 
-def _section(result: Result) -> str:
-    preset = find_preset(result.preset)
+def _section(result: Result, images: str) -> str:
     rows = [
         f"| {judged.claim} ({judged.source}) | {judged.quantity} | {judged.verdict} | "
         f"{judged.criterion} | **{judged.verdict.outcome}** |"
         for judged in result.claims
     ]
+    title = find_preset(result.preset).title
     return "\n".join(
         [
-            f"### `{result.preset}`: {result.paper.split(',')[0]}, {result.figures}\n",
+            f"### {result.preset}\n",
             _circumstances(result),
-            f"![{preset.title}](images/reproduce-{result.preset}.svg)\n",
+            f"![{title}]({images}reproduce-{result.preset}.svg)\n",
             "| the paper says | measured | mean [95 % interval] | claimed | verdict |",
             "|---|---|---|---|---|",
             *rows,

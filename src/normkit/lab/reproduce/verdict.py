@@ -3,13 +3,14 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from normkit.lab.spec import Frozen
 
 Outcome = Literal["held", "did not hold", "not decided"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Side = Literal["above", "below", "within"]
 
 FEWEST_SEEDS = 3
