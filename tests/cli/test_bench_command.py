@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from normkit.cli import main
 from normkit.lab.bench.end_to_end import WORKLOADS
@@ -85,8 +86,17 @@ def test_an_interrupt_is_said_to_keep_nothing(bench, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("b.*"))
 
 
+def test_a_gpu_that_is_not_there_is_refused(bench):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for way in ([], ["--end-to-end"]):
+        code, _, errors = bench("--device", "cuda", *way)
+        assert code == 2
+        assert "there is no device 'cuda' here; choose auto or cpu" in errors
+
+
 def test_networks_are_timed_end_to_end(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("normkit.cli.bench.WORKLOADS", WORKLOADS[1:])
+    monkeypatch.setattr("normkit.cli.bench.workloads_for", lambda device: WORKLOADS[1:])
     path = tmp_path / "steps.json"
     arguments = ["bench", "--end-to-end", "--repeats", "1", "--out", str(path)]
     assert main(arguments) == 0

@@ -29,7 +29,7 @@ from normkit.lab.bench import (
     write_record,
 )
 from normkit.lab.bench.chart import draw
-from normkit.lab.bench.end_to_end import WORKLOADS, Setting, run_end_to_end
+from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.records import usable_folder
 from normkit.lab.train import parse_device
@@ -130,10 +130,12 @@ class Bench:
         return 0
 
     def _run_end_to_end(self) -> int:
-        setting = Setting(device=self.device, threads=self._threads(), repeats=self.repeats)
-        with redirect_stdout(sys.stderr), _progress(len(WORKLOADS)) as display:
+        device = parse_device(self.device)
+        setting = Setting(device=str(device), threads=self._threads(), repeats=self.repeats)
+        workloads = workloads_for(device)
+        with redirect_stdout(sys.stderr), _progress(len(workloads)) as display:
             record = run_end_to_end(
-                setting, WORKLOADS, lambda _: display.advance(display.task_ids[0])
+                setting, workloads, lambda _: display.advance(display.task_ids[0])
             )
         if self.json_output:
             sys.stdout.write(record.model_dump_json() + "\n")

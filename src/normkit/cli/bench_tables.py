@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normkit.lab.bench import BenchRecord, cells_of, targets_of
-from normkit.lab.bench.end_to_end import EndToEndRecord
+from normkit.lab.bench.end_to_end import NETWORKS, EndToEndRecord, pairs_of
 from normkit.lab.bench.markdown import slowest_text
 from normkit.lab.bench.records import BATCH_NORM, OURS, Row
 from normkit.lab.bench.summary import TIMED, Cell, Target, Timed, tiny_rows
@@ -26,16 +26,21 @@ def print_bench(record: BenchRecord, verbose: bool) -> None:
 
 
 def print_end_to_end(record: EndToEndRecord) -> None:
-    """Print the times of the training steps."""
-    table = Table(
-        "network", "input", "torch, ms", "ours, ms", "torch / ours", title="Training step"
-    )
+    """Print the times of the training steps, and where it was measured their memory."""
+    table = Table(title="Training step")
+    table.add_column("network", no_wrap=True)
+    for name in ("input", "norm", "torch, ms", "ours, ms", "torch / ours", "peak MiB"):
+        table.add_column(name)
     for result in record.results:
         work = result.workload
-        times = (f"{1e3 * t.median_s:.2f}" for t in (result.torch, result.ours))
-        table.add_row(
-            work.model, str((work.batch_size, *work.input_shape)), *times, f"{result.ratio:.2f}"
-        )
+        for name, ours, theirs in pairs_of(result):
+            measured = [k for k in NETWORKS[name] if k in result.peak_bytes]
+            peaks = " and ".join(f"{result.peak_bytes[k] / 2**20:.0f}" for k in measured)
+            table.add_row(
+                work.model, str((work.batch_size, *work.input_shape)), name,
+                f"{1e3 * theirs.median_s:.2f}", f"{1e3 * ours.median_s:.2f}",
+                f"{theirs.median_s / ours.median_s:.2f}", peaks,
+            )  # fmt: skip
     Console().print(table)
 
 

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,19 +11,28 @@ from normkit.lab.bench import (
     BenchError,
     BenchSpec,
     cells_of,
+    end_to_end,
     jobs_of,
     read_record,
     read_shapes,
     run_bench,
+    targets_of,
     write_record,
 )
 from normkit.lab.bench import peers as peers_module
 from normkit.lab.bench.chart import draw
-from normkit.lab.bench.end_to_end import Setting, Workload, run_end_to_end
+from normkit.lab.bench.end_to_end import (
+    Setting,
+    Workload,
+    pairs_of,
+    run_end_to_end,
+    workloads_for,
+)
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.bench.peers import Peer, peers_of
 from normkit.lab.bench.run import SCREENING
 from normkit.lab.bench.subject import Subject, require_agreement
+from normkit.lab.bench.timing import Budget, Call, time_in_turns
 
 KINDS = ("torch", "composition")
 
@@ -279,3 +289,64 @@ def test_networks_that_differ_are_not_compared(monkeypatch):
     monkeypatch.setattr("normkit.lab.bench.end_to_end._NORMS", {"torch": None, "ours": "in"})
     with pytest.raises(BenchError, match=r"small-resnet: the first loss is .* and .* with ours"):
         run_end_to_end(Setting(repeats=1, budget_s=0.0), (SMALL,))
+
+
+class FakeEvent:
+    """A GPU's clock that advances by 3 ms with each reading."""
+
+    now_ms = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.now_ms += 3.0
+        self.at_ms = FakeEvent.now_ms
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at_ms - self.at_ms
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device = torch.device("cuda")
+    calls = {"a": Call(run=lambda: None), "b": Call(run=lambda: None)}
+    found = time_in_turns(calls, Budget(seconds=0.0, repeats=5), device)
+    assert found["a"].median_s == found["b"].median_s == pytest.approx(3e-3)
+    assert waited == [device] * (2 * (2 + 5))  # two calls, warm-ups and repeats
+
+
+def test_a_gpu_is_given_resnet50_as_it_is_trained():
+    sizes = [work.batch_size for work in workloads_for(torch.device("cuda"))]
+    assert sizes == [2, 32, 128]
+    assert all(w.autocast and w.channels_last for w in workloads_for(torch.device("cuda")))
+
+
+def test_networks_in_16_bits_and_channels_last_are_timed_too():
+    work = SMALL.model_copy(update={"autocast": True, "channels_last": True})
+    found = run_end_to_end(Setting(repeats=1, budget_s=0.0), (work,))
+    assert [name for name, *_ in pairs_of(found.results[0])] == ["batch"]
+
+
+def test_torch_group_norms_take_the_place_of_ours():
+    model = nn.Sequential(nk.GroupNorm(6, num_groups=3))
+    expected = model(torch.ones(2, 6, 4).cumsum(2))
+    end_to_end._take_torch_group_norms_(model)
+    assert type(model[0]) is nn.GroupNorm
+    torch.testing.assert_close(model(torch.ones(2, 6, 4).cumsum(2)), expected)
+
+
+def test_records_of_a_gpu_have_targets_of_their_own(record):
+    spec = record.spec.model_copy(update={"device": "cuda:0", "shapes": "resnet50"})
+    found = targets_of(record.model_copy(update={"spec": spec}))
+    wanted = {target.name: target.wanted for target in found}
+    assert wanted["bn against torch, forward + backward"] == "at least 1 times as fast"
+    assert wanted["gn:2 against torch, forward + backward"] == "at least 1.3 times as fast"
+    assert wanted["bgn:2 against composition, forward + backward"] == "at least 1.3 times as fast"
+    assert sum(target.name.endswith("kept for backward") for target in found) == 8

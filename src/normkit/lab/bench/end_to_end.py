@@ -1,4 +1,7 @@
-"""Whole training steps: a network with torch's batch norm and with ours, in turns."""
+"""Whole training steps: a network with torch's batch norm and with ours, in turns.
+
+On a GPU the same network with torch's group norm and with ours, too, and the memory of each.
+"""
 
 import os
 import time
@@ -17,38 +20,73 @@ from normkit.lab.models import build_model
 from normkit.lab.spec import Frozen
 from normkit.lab.steps import train_step
 from normkit.lab.train import parse_device, threads_of
+from normkit.layers.over_example import GroupNorm
 
 MOST_LOSS_DIFFERENCE = 1e-3  # of the first losses; fifty norms in a row round differently
+MOST_AUTOCAST_DIFFERENCE = 5e-2  # maps have 8 bits of mantissa
 BUDGET_S = 20.0
 MOST_REPEATS = 200
 
 
 class Workload(Frozen):
-    """A network and its batch."""
+    """A network and its batch; ``autocast`` is to bfloat16, ``channels_last`` how maps lie."""
 
     model: str
     input_shape: tuple[int, int, int]
     num_classes: int
     batch_size: int
+    autocast: bool = False
+    channels_last: bool = False
 
 
 WORKLOADS = (
     Workload(model="torchvision:resnet50", input_shape=(3, 64, 64), num_classes=1000, batch_size=2),
     Workload(model="small-resnet", input_shape=(1, 8, 8), num_classes=10, batch_size=8),
 )
+CUDA_WORKLOADS = tuple(
+    Workload(
+        model="torchvision:resnet50",
+        input_shape=(3, 224, 224),
+        num_classes=1000,
+        batch_size=batch_size,
+        autocast=True,
+        channels_last=True,
+    )
+    for batch_size in (2, 32, 128)
+)
+
+
+def workloads_for(device: torch.device) -> tuple[Workload, ...]:
+    """The networks that a device is asked to train."""
+    return CUDA_WORKLOADS if device.type == "cuda" else WORKLOADS
 
 
 class Result(Frozen):
-    """Times of a workload's training step."""
+    """Times of a workload's training step; on a GPU also with group norms, and peaks of memory."""
 
     workload: Workload
     torch: Times
     ours: Times
+    torch_group_norm: Times | None = None
+    our_group_norm: Times | None = None
+    peak_bytes: dict[str, int] = Field(default={}, description="of the GPU's allocator, by network")
 
     @property
     def ratio(self) -> float:
         """Time with torch's batch norm in times of the one with ours."""
         return self.torch.median_s / self.ours.median_s
+
+
+NETWORKS = {"batch": ("torch", "ours"), "group": ("torch_group_norm", "our_group_norm")}
+"""The networks that differ in nothing but whose norm it is, by the norm's name."""
+
+
+def pairs_of(result: Result) -> list[tuple[str, Times, Times]]:
+    """The norms of a result: their name, times with ours and with torch's."""
+    found = [("batch", result.ours, result.torch)]
+    if result.our_group_norm is not None and result.torch_group_norm is not None:
+        found.append(("group", result.our_group_norm, result.torch_group_norm))
+    return found
 
 
 class EndToEndRecord(Frozen):
@@ -72,14 +110,14 @@ class Setting:
 
 def run_end_to_end(
     setting: Setting,
-    workloads: tuple[Workload, ...] = WORKLOADS,
+    workloads: tuple[Workload, ...] | None = None,
     on_workload: Callable[[Workload], object] = lambda workload: None,
 ) -> EndToEndRecord:
     """Time the training steps of whole networks.
 
     Args:
         setting: Where and for how long.
-        workloads: The networks.
+        workloads: The networks; if not given, those meant for the device.
         on_workload: Called after each.
 
     Raises:
@@ -90,7 +128,7 @@ def run_end_to_end(
     environment = describe_environment(device, setting.threads)
     with threads_of(setting.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for workload in workloads:
+        for workload in workloads_for(device) if workloads is None else workloads:
             results.append(_measure(workload, setting, device))
             on_workload(workload)
     return EndToEndRecord(
@@ -103,37 +141,86 @@ def run_end_to_end(
 
 def _measure(workload: Workload, setting: Setting, device: torch.device) -> Result:
     started = time.perf_counter()
-    inputs = torch.randn(workload.batch_size, *workload.input_shape, device=device)
-    targets = torch.arange(workload.batch_size, device=device) % workload.num_classes
-    batch = Examples(inputs=inputs, targets=targets)
-    steps = {name: _stepper(workload, norm, batch) for name, norm in _NORMS.items()}
+    batch = _batch(workload, device)
+    norms = _NORMS | _GROUP_NORMS if device.type == "cuda" else _NORMS
+    steps = {
+        name: _stepper(workload, norm, batch, by_torch=name.startswith("torch"))
+        for name, norm in norms.items()
+    }
     losses = {name: step() for name, step in steps.items()}
     _require_equal_losses(workload, losses)
     rest_s = max(setting.budget_s - (time.perf_counter() - started), 0.0)
     budget = Budget(seconds=rest_s, repeats=setting.repeats)
     times = time_in_turns({k: Call(run=s) for k, s in steps.items()}, budget, device)
-    return Result(workload=workload, **times)
+    del steps
+    return Result(workload=workload, **times, peak_bytes=_peaks(workload, norms, batch))
+
+
+def _batch(workload: Workload, device: torch.device) -> Examples:
+    inputs = torch.randn(workload.batch_size, *workload.input_shape, device=device)
+    if workload.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(workload.batch_size, device=device) % workload.num_classes
+    return Examples(inputs=inputs, targets=targets)
 
 
 _NORMS = {"torch": None, "ours": "bn"}
+_GROUP_NORMS = {"torch_group_norm": "gn:32", "our_group_norm": "gn:32"}
 
 
-def _stepper(workload: Workload, norm: str | None, batch: Examples) -> Callable[[], float]:
+def _peaks(workload: Workload, norms: dict[str, str | None], batch: Examples) -> dict[str, int]:
+    """Peak memory of the second step of each network alone; on a GPU only."""
+    device, found = batch.inputs.device, {}
+    for name in norms if device.type == "cuda" else ():
+        step = _stepper(workload, norms[name], batch, by_torch=name.startswith("torch"))
+        step()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        found[name] = torch.cuda.max_memory_allocated(device)
+        del step
+    return found
+
+
+def _stepper(
+    workload: Workload, norm: str | None, batch: Examples, by_torch: bool = False
+) -> Callable[[], float]:
     model: nn.Module = build_model(
         workload.model,
         num_classes=workload.num_classes,
         input_shape=workload.input_shape,
         norm=norm,
     ).model
-    model = model.to(batch.inputs.device).train()
+    if by_torch:
+        _take_torch_group_norms_(model)
+    device = batch.inputs.device
+    layout = torch.channels_last if workload.channels_last else torch.contiguous_format
+    model = model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue] - not in its stub
+    model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    if workload.autocast:
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     return lambda: train_step(model, optimizer, batch)[0]
 
 
+def _take_torch_group_norms_(model: nn.Module) -> None:
+    """Replace every group norm of ours by torch's, with the same parameters."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, GroupNorm):
+                twin = nn.GroupNorm(child.num_groups, child.num_features, child.eps)
+                twin.load_state_dict(child.state_dict())
+                setattr(module, name, twin)
+
+
 def _require_equal_losses(workload: Workload, losses: dict[str, float]) -> None:
-    difference = abs(losses["torch"] - losses["ours"]) / max(abs(losses["torch"]), 1e-12)
-    if not difference <= MOST_LOSS_DIFFERENCE:
-        raise BenchError(
-            f"{workload.model}: the first loss is {losses['torch']:.6g} with torch's batch norm "
-            f"and {losses['ours']:.6g} with ours; times of different results are not compared"
-        )
+    most = MOST_AUTOCAST_DIFFERENCE if workload.autocast else MOST_LOSS_DIFFERENCE
+    for norm, (theirs, ours) in NETWORKS.items():
+        if theirs not in losses:
+            continue
+        difference = abs(losses[theirs] - losses[ours]) / max(abs(losses[theirs]), 1e-12)
+        if not difference <= most:
+            raise BenchError(
+                f"{workload.model}: the first loss is {losses[theirs]:.6g} with torch's "
+                f"{norm} norm and {losses[ours]:.6g} with "
+                f"ours; times of different results are not compared"
+            )

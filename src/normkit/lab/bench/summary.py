@@ -114,18 +114,25 @@ COMPOSITION_TARGETS = {
     "bgn": 3.0, "ghost": 3.0, "gbgn": 3.0,
     "bcn": 2.5, "gnplus": 2.5, "sn": 2.5,
 }  # fmt: skip
+# on a GPU, forward + backward, geometric mean, by kind of peer
+GPU_TARGETS = {"torch": 1.3, "composition": 1.3, "compile": 1.0}
+GPU_BATCH_NORM = 1.0  # against torch's, which is cuDNN's
+GPU_COMPOSITE = 2.0
+COMPOSITES = ("bcn", "gnplus", "sn")
 MOST_COMPOSITE = 1.2  # of our BatchNorm's time
 MOST_TINY = 1.3
 MOST_CHANNELS_LAST = 1.2
 
 
 def targets_of(record: BenchRecord) -> list[Target]:
-    """The targets for the CPU that a record has something to say about.
+    """The targets that a record has something to say about.
 
-    They are stated for float32 and two threads, on ResNet-50's shapes; other records are not
-    judged.
+    They are stated on ResNet-50's shapes, for the CPU in float32 and with two threads, for a GPU in
+    float32 and bfloat16; other records are not judged.
     """
     spec = record.spec
+    if spec.device.startswith("cuda") and spec.shapes == "resnet50":
+        return [t for norm in spec.norms for t in _on_gpu(norm, sized_rows(record, norm))]
     if (spec.device, spec.dtype, spec.shapes) != ("cpu", "float32", "resnet50"):
         return []
     found = [t for norm in spec.norms for t in _of_norm(norm, sized_rows(record, norm))]
@@ -154,6 +161,19 @@ def _of_norm(norm: str, rows: Sequence[Row]) -> list[Target]:
         name_of = f"{norm}, of our BatchNorm's time, forward + backward, geometric mean"
         targets.append(at_most(name_of, MOST_COMPOSITE, measured))
     return targets
+
+
+def _on_gpu(norm: str, rows: Sequence[Row]) -> list[Target]:
+    name, found = norm.partition(":")[0], [_kept(norm, rows)]
+    for kind in rows[0].peers:
+        wanted = GPU_TARGETS[kind]
+        if name in COMPOSITES and kind == "composition":
+            wanted = GPU_COMPOSITE
+        elif name == "bn" and kind == "torch":
+            wanted = GPU_BATCH_NORM
+        measured = _mean(rows, kind, "forward_backward")
+        found.append(at_least(f"{norm} against {kind}, forward + backward", wanted, measured))
+    return found
 
 
 def _mean(rows: Sequence[Row], over: str, timed: Timed) -> float:
