@@ -61,7 +61,7 @@ def mlp() -> nn.Module:
 
 
 SUBJECTS = (
-    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 12, 1.5),
+    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 6, 1.5),
     Subject("small-resnet", small_resnet, (32, 1, 8, 8), 150, 2.0),
     Subject("mlp", mlp, (32, 64), 500, 10.0),
 )
