@@ -30,6 +30,7 @@ from normkit.lab.train import parse_device
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "probe.json"
 EVERY, CYCLE, THREADS = 50, 4, 1
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+Times = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def mlp() -> nn.Module:
 
 
 SUBJECTS = (
-    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 6, 1.5),
+    Subject("torchvision:resnet18", resnet18, (8, 3, 64, 64), 8, 1.5),
     Subject("small-resnet", small_resnet, (32, 1, 8, 8), 150, 2.0),
     Subject("mlp", mlp, (32, 64), 500, 10.0),
 )
@@ -75,21 +76,31 @@ class Run:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.inputs, self.target = torch.randn(subject.shape), torch.randint(10, subject.shape[:1])
 
-    def step(self, clock: Callable[[], float]) -> tuple[float, float]:
-        """Train for one step: its seconds, and those of them that the probe's ``step`` took."""
-        begin = clock()
+    def step(self) -> tuple[Times, Times]:
+        """Train for one step: its seconds by each clock, and those of the probe's ``step``."""
+        begin = now()
         loss: Tensor = cross_entropy(self.model(self.inputs), self.target)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        trained = clock()
+        trained = now()
         if self.probe is not None:
             self.probe.step(loss)
-        end = clock()
-        return end - begin, end - trained
+        end = now()
+        return since(begin, end), since(trained, end)
 
 
-def seconds(subject: Subject, clock: Callable[[], float], folder: str) -> dict[str, list[float]]:
+def now() -> Times:
+    """What each clock says."""
+    return {name: clock() for name, clock in CLOCKS.items()}
+
+
+def since(begin: Times, end: Times) -> Times:
+    """Seconds between two times."""
+    return {name: end[name] - begin[name] for name in CLOCKS}
+
+
+def seconds(subject: Subject, folder: str) -> dict[str, list[Times]]:
     """Time each kind of step, the probe recording every fourth."""
     plain, watched = subject.make(), subject.make()
     times = defaultdict(list)
@@ -97,7 +108,7 @@ def seconds(subject: Subject, clock: Callable[[], float], folder: str) -> dict[s
         runs = Run(subject, None, plain), Run(subject, probe, watched)
         for cycle in range(1 + subject.cycles):
             for number in range(CYCLE):
-                (usual, _), (whole, own) = (run.step(clock) for run in runs)
+                (usual, _), (whole, own) = (run.step() for run in runs)
                 if cycle == 0:  # warm up
                     continue
                 times["plain"].append(usual)
@@ -108,25 +119,27 @@ def seconds(subject: Subject, clock: Callable[[], float], folder: str) -> dict[s
     return times
 
 
-def measure(subject: Subject) -> dict:
-    """Cost by both clocks, one after the other."""
-    row = {
-        "model": subject.name,
-        "shape": subject.shape,
-        "predicted_percent": subject.predicted_percent,
+def cost(times: dict[str, list[float]]) -> dict:
+    """Put a period together of the medians of its steps."""
+    usual = {kind: median(values) for kind, values in times.items()}
+    calls = usual["call before"] + (EVERY - 2) * usual["call"]
+    extra = usual["recorded"] - usual["plain"] + calls
+    return {
+        "percent": 100 * extra / (EVERY * usual["plain"]),
+        "median_ms": {kind: 1e3 * value for kind, value in usual.items()},
+        "quartiles_ms": {kind: [1e3 * q for q in quantiles(v)] for kind, v in times.items()},
+        "n": {kind: len(values) for kind, values in times.items()},
     }
-    for name, clock in CLOCKS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            times = seconds(subject, clock, folder)
-        usual = {kind: median(values) for kind, values in times.items()}
-        calls = usual["call before"] + (EVERY - 2) * usual["call"]
-        extra = usual["recorded"] - usual["plain"] + calls
-        row[name] = {
-            "percent": 100 * extra / (EVERY * usual["plain"]),
-            "median_ms": {kind: 1e3 * value for kind, value in usual.items()},
-            "quartiles_ms": {kind: [1e3 * q for q in quantiles(v)] for kind, v in times.items()},
-            "n": {kind: len(values) for kind, values in times.items()},
-        }
+
+
+def measure(subject: Subject) -> dict:
+    """Cost by each clock."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = seconds(subject, folder)
+    row = {"model": subject.name, "shape": subject.shape}
+    row["predicted_percent"] = subject.predicted_percent
+    for clock in CLOCKS:
+        row[clock] = cost({kind: [t[clock] for t in values] for kind, values in times.items()})
     return row
 
 

@@ -1,5 +1,6 @@
 """The pages on diagnostics run and print what they say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -18,3 +19,10 @@ def test_the_examples_run_and_print_what_stands_below(page, capsys):
         exec(source, namespace)
         expected = [line.removeprefix("    ") for line in printed.splitlines()]
         assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_the_cost_of_the_probe_is_what_was_measured():
+    text = (DOCS / "probe.md").read_text()
+    rows = json.loads((DOCS / "records" / "probe.json").read_text())["rows"]
+    costs = [f"| {row['cpu']['percent']:.1f} % |" for row in rows]
+    assert re.findall(r"\| [\d.]+ % \|$", text, flags=re.MULTILINE) == costs
