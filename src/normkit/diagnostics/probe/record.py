@@ -171,7 +171,7 @@ class ProbeHistory(Measurement):
     def reading(self) -> str:
         """What has changed from the first recorded step to the last."""
         if not self.steps:
-            return f"No step has been recorded yet: each {self.every}th is."
+            return f"No step has been recorded yet; one in {self.every} is."
         first, last = self.rows[0], self.rows[-1]
         if len(self.steps) == 1:
             return self.steps[0].reading
