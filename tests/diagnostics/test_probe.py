@@ -429,3 +429,16 @@ def test_functional_relu_is_seen_in_whichever_form():
         record = probe.step()
     names = ["the model itself", *(f"the model itself, call {n}" for n in (2, 3, 4))]
     assert [row.name for row in record.layers] == names
+
+
+def test_gradients_that_are_written_over_in_place_are_compared_all_the_same():
+    model, gradients = nn.Linear(3, 2), []
+    with nk.Probe(model, every=2) as probe:
+        for scale in (1.0, 3.0):
+            model.zero_grad(set_to_none=False)
+            (model(torch.ones(4, 3)) * scale).sum().backward()
+            gradients.append([p.grad.double() for p in model.parameters()])
+            record = probe.step()
+    moved = [b - a for a, b in zip(*gradients, strict=True)]
+    assert record.gradient_change == pytest.approx(length(moved))
+    assert record.gradient_change > 0
