@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,18 +23,30 @@ from normkit.core.running import Running, RunningEstimates, RunningStatistics, a
 from normkit.kernels import cpu
 from normkit.kernels.cpu import Batch, BatchSource, Buffers, Composite
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import takes_cpu
+from normkit.kernels.select import pooled_kernels
 from normkit.typing import FeatureMap
 
 
-def can_fuse(x: FeatureMap, running: Running | None) -> bool:
-    """Whether the operator computes a call on ``x`` and can move its estimates in place."""
-    if torch.compiler.is_compiling() or not takes_cpu(x):
-        return False
-    return not isinstance(running, RunningEstimates) or _is_movable(running)
+def fusing_kernels(
+    x: FeatureMap, composite: Composite, running: Running | None, training: bool
+) -> ModuleType | None:
+    """The module whose ``normalize_composite`` computes a call and can move its estimates.
+
+    The C++ kernels do all composites; Triton's those whose batch stage takes the input's own
+    statistics, as in training.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    kernels = pooled_kernels(x)
+    if kernels is cpu or kernels is None:
+        movable = not isinstance(running, RunningEstimates) or _is_movable(running)
+        return kernels if movable else None
+    own = running is None or (training and isinstance(running, RunningStatistics))
+    return kernels if own and kernels.can_compute(x, composite) else None
 
 
-def normalize_fused(
+def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixes
+    kernels: ModuleType,
     x: FeatureMap,
     composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
@@ -45,7 +58,7 @@ def normalize_fused(
     statistics = _statistics(running, training)
     first, second, third, fourth = (*parameters, None)[:4]
     differentiable = _differentiable(composite, algebra, statistics.batch, len(parameters))
-    y, table = cpu.normalize_composite(
+    y, table = kernels.normalize_composite(
         x,
         (first, second, third, fourth),
         composite,

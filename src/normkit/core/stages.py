@@ -25,7 +25,7 @@ from normkit.core.composite import (
     Order,
     SwitchedStatistics,
 )
-from normkit.core.fused import can_fuse, normalize_fused
+from normkit.core.fused import fusing_kernels, normalize_fused
 from normkit.core.moments import Moments
 from normkit.core.normalize import measure, normalize
 from normkit.core.parameters import Parameters
@@ -217,8 +217,9 @@ def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     running = _at_second_look(x, running, training)
     if ranks is not None and training:
         return _normalize_part(x, composite, algebra, running, parameters, ranks)
-    if can_fuse(x, running):
-        return normalize_fused(x, composite, algebra, running, training, parameters)
+    kernels = fusing_kernels(x, composite, running, training)
+    if kernels is not None:
+        return normalize_fused(kernels, x, composite, algebra, running, training, parameters)
     num_channels = composite.num_batch_channels(x)
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
     rule = algebra(stage.rule)

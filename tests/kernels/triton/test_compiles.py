@@ -13,7 +13,8 @@ if torch.cuda.is_available():
 
 from kernels.triton.without_gpu import compiled_for
 from normkit.kernels import triton
-from normkit.kernels.triton import primitives
+from normkit.kernels.cpu import Kind
+from normkit.kernels.triton import composite, primitives
 
 HOPPER = 90
 STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of channels
@@ -27,12 +28,6 @@ KERNELS = {
     "tile_forward_kernel", "tile_backward_kernel", "pool_rows_kernel", "pool_segments_kernel",
     "sum_rows_kernel", "group_factors_kernel", "parameter_sums_kernel",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path, monkeypatch):
-    """Nothing that was compiled before counts."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def test_every_kernel_of_the_layers_compiles():
@@ -51,6 +46,32 @@ def test_every_kernel_of_the_layers_compiles():
         found += kernels
     names = collections.Counter(name for name, _ in found)
     assert set(names) == KERNELS
+    assert all(kernel.asm["cubin"] for _, kernel in found)
+
+
+COMPOSITE_KERNELS = {
+    "rows_forward_kernel", "rows_backward_kernel", "columns_forward_kernel",
+    "columns_backward_kernel", "columns_first_backward_kernel", "rows_first_backward_kernel",
+    "switched_forward_kernel", "switched_backward_kernel",
+}  # fmt: skip
+
+
+def test_every_kernel_of_the_composites_compiles():
+    found = []
+    x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    for kind in composite.KINDS:
+        shapes = {Kind.BATCH_THEN_GROUP: (8, 8), Kind.SWITCHED: (3, 3)}.get(kind, (1, None))
+        if kind == Kind.SWITCHED_WITHOUT_BATCH:
+            shapes = (2, 2)
+        sizes = (64, 64, *shapes)
+        slots = [None if n is None else torch.zeros(n, requires_grad=True) for n in sizes]
+        buffers = cpu.Buffers(None, None, torch.zeros(64), torch.ones(64), torch.tensor(0))
+        given = (cpu.Composite(kind, 8, 1e-5, 1e-5), cpu.Batch(cpu.BatchSource.OWN, 0.1), buffers)
+        with compiled_for(HOPPER) as kernels:
+            y, _ = triton.normalize_composite(x, tuple(slots), *given, None)
+            y.backward(torch.zeros_like(y))
+        found += kernels
+    assert {name for name, _ in found} >= COMPOSITE_KERNELS
     assert all(kernel.asm["cubin"] for _, kernel in found)
 
 

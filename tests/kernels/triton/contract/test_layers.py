@@ -48,7 +48,12 @@ PICKED = [  # one that each of the ways through the kernels needs
     ("bcn", "line", float32, "contiguous", "stream"),
     ("bcn-micro", "odd", float32, "channels_last", "tile"),
     ("gnplus", "line", float32, "contiguous", "tile"),
+    ("gnplus", "one", float32, "contiguous", "stream"),
+    ("gnplus-batch", "line", float32, "channels_last", "tile"),
+    ("gnplus-parallel", "line", torch.float64, "contiguous", "tile"),
+    ("bcn-channel", "line", torch.float16, "contiguous", "tile"),
     ("sn", "line", torch.bfloat16, "contiguous", "tile"),
+    ("sn-two", "line", float32, "contiguous", "tile"),
     ("ibn", "line", float32, "contiguous", "tile"),
 ]  # fmt: skip
 
@@ -158,7 +163,7 @@ def test_evaluation_matches_its_definition(name, alpha, layout, path, device):
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
-@pytest.mark.parametrize("name", list(CASES) if THOROUGH else ["bn", "gn", "bgn-cuts"])
+@pytest.mark.parametrize("name", list(CASES) if THOROUGH else ["bn", "gn", "bgn-cuts", "bcn"])
 def test_an_offset_costs_no_digits(name, path, device):
     case, shape = CASES[name], SHAPES["line" if THOROUGH else "one"]
     layer = on(device, case, torch.float32)
@@ -224,3 +229,37 @@ def test_without_affine_and_momentum(device):
         results.append([y, *torch.autograd.grad(y.square().sum(), x), *layer.buffers()])
     for one, other in zip(*results, strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+LAUNCHES = {  # on tables, forward and backward, of a map whose segments are not shared
+    "bcn": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
+    "gnplus": (
+        ["pool_segments", "columns_forward"], ["columns_first_backward", "rows_first_backward"],
+    ),
+    "sn": (["pool_rows", "switched_forward"], ["switched_backward", "columns_backward"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_composites_take_two_launches_on_tables(name, device, monkeypatch):
+    from normkit.kernels.triton import composite, passes  # noqa: PLC0415 - not without triton
+
+    seen = []
+    launch = passes.launch
+
+    def note(kernel, *arguments, **options):
+        seen.append(kernel.fn.__name__.removesuffix("_kernel"))
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(composite, "launch", note)
+    monkeypatch.setattr(passes, "launch", note)
+    x = randn(2, 6, 4, dtype=torch.float32).to(device).requires_grad_()
+    y = on(device, CASES[name], torch.float32)(x)
+    forward = list(seen)
+    torch.autograd.grad(y.square().sum(), x)
+    on_map = ({"moments", "apply"}, {"reduce_grad", "combine_grad"})
+    for found, expected, passes_over in zip(
+        (forward, seen[len(forward) :]), LAUNCHES[name], on_map, strict=True
+    ):
+        assert [kernel for kernel in found if kernel not in passes_over] == expected
+        assert set(found) - set(expected) == passes_over
