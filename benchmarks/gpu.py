@@ -57,7 +57,7 @@ if STAND_IN:
     sys.modules["jaxtyping"] = module
 
 import torch
-from gpu_peers import Chain, Runs, resnet50
+from gpu_peers import Chain, Positions, Runs, resnet50
 from gpu_report import environment, markdown
 from torch import nn
 from torch.nn import functional
@@ -166,9 +166,9 @@ def stepper(module, x, grad):
 
 def check_layers():
     """Every norm, forward and backward, against the plain formula in float64."""
-    norms = ["bn", "gn:4", "bgn:4", "ghost:2"] if DRY else [
+    norms = ["bn", "gn:4", "pn", "sn"] if DRY else [
         "bn", "gn:32", "in", "ln", "bgn:8", "bgn:192", "ghost:2", "gbgn:8", "bcn:32", "gnplus:32",
-        "sn", "ibn",
+        "sn", "ibn", "pn",
     ]  # fmt: skip
     shapes = [(2, 8, 3, 4)] if DRY else [(4, 96, 14, 14), (3, 96, 57, 56)]
     for norm in norms:
@@ -207,8 +207,15 @@ def check_contract():
         record["left_out"].append("the contract by pytest (no time)")
         return
     contract = "tests/kernels/triton/contract"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull,
-               "--rootdir=.", f"--confcutdir={contract}", "--import-mode=importlib", contract]  # fmt: skip
+    options = f"-q -p no:cacheprovider -c {os.devnull} --rootdir=. --confcutdir={contract}"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *options.split(),
+        "--import-mode=importlib",
+        contract,
+    ]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     added = {"PYTHONPATH": path, "NORMKIT_CONTRACT": "picked"}
     try:
@@ -255,6 +262,7 @@ PEERS = {  # ours, torch's, and how many times faster ours is to be
     "ln": ("ln", lambda c: nn.GroupNorm(1, c), 1.3),
     "in": ("in", lambda c: nn.InstanceNorm2d(c, affine=True), 1.3),
     "bgn": ("bgn:8", lambda c: Runs(c, 8), 1.3),
+    "pn": ("pn", Positions, 1.3),
     "bcn": (f"bcn:{GROUPS}", lambda c: Chain(c, GROUPS), 2.0),
 }
 

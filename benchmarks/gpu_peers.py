@@ -31,6 +31,13 @@ class Runs(nn.Module):
         return unit * self.weight[:, None, None] + self.bias[:, None, None]
 
 
+class Positions(nn.LayerNorm):
+    """Layer norm of each position, by permuted axes."""
+
+    def forward(self, x):  # noqa: D102 - torch's
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Bottleneck(nn.Module):
     """Three convolutions with norms, and a way past them."""
 

@@ -10,6 +10,7 @@ where the bars are means over channels and :math:`r = 1/\sqrt{\sigma^2 + \epsilo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels import cpu
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import takes_cpu
+from normkit.kernels.select import pooled_kernels
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -30,21 +31,22 @@ def normalize_positions(x: FeatureMap, parameters: Parameters) -> FeatureMap:
     """Normalise every position over its channels, then scale and shift every channel."""
     if x.numel() == 0:
         return empty_result(x, *parameters[:2])
-    if takes_cpu(x):
-        return _by_kernel(x, parameters)
+    kernels = pooled_kernels(x)
+    if kernels is not None and (kernels is cpu or kernels.can_hold(x)):
+        return _by_kernel(kernels, x, parameters)
     if needs_plain_formula():
         return _plain(x, *parameters)
     return _NormalizePositions.apply(x, *parameters)
 
 
-def _by_kernel(x: FeatureMap, parameters: Parameters) -> FeatureMap:
-    """Do all of it in the C++ kernel; second derivatives are those of the plain formula."""
+def _by_kernel(kernels: ModuleType, x: FeatureMap, parameters: Parameters) -> FeatureMap:
+    """Do all of it in the kernel; second derivatives are those of the plain formula."""
     weight, bias, eps = parameters
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    y, _ = cpu.normalize_positions(x, weight, bias, eps, differentiable(formula, bias))
+    y, _ = kernels.normalize_positions(x, weight, bias, eps, differentiable(formula, bias))
     return y
 
 

@@ -104,11 +104,6 @@ def chosen(x: Tensor) -> Kernels:
     return "reference"
 
 
-def takes_cpu(x: Tensor) -> bool:
-    """Whether the C++ kernels compute a call on ``x``."""
-    return chosen(x) == "cpu"
-
-
 def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
     kernels = chosen(x) if x.numel() else "reference"

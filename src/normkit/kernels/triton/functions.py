@@ -128,4 +128,39 @@ class _Given(torch.autograd.Function):
         return *gradients(ctx, grads[0], operator), None, None, None
 
 
-_RECORD_POOLED, _RECORD_GIVEN = map(recorder, (_Pooled, _Given))
+def normalize_positions(
+    x: FeatureMap,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    eps: float,
+    differentiable: Differentiable | None = None,
+) -> tuple[FeatureMap, CellTable]:
+    """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
+    if needs_gradient(x, weight, bias):
+        record = _Positional.apply if torch.compiler.is_compiling() else _RECORD_POSITIONAL
+        return record(x, weight, bias, eps, differentiable)
+    return _callable("positional_forward", x)(x, weight, bias, eps)
+
+
+class _Positional(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        differentiable: Differentiable | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, table = _callable("positional_forward", x)(x, weight, bias, eps)
+        keep(ctx, (x, weight, bias), table, differentiable)
+        ctx.options = (eps,)
+        return y, table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        operator = _callable("positional_backward", ctx.saved_tensors[0])
+        return *gradients(ctx, grads[0], operator), None, None
+
+
+_RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(recorder, (_Pooled, _Given, _Positional))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normkit.kernels.cpu import shapes
 from normkit.kernels.cpu.functions import Pooling
-from normkit.kernels.triton import pooled
+from normkit.kernels.triton import pooled, positional
 from normkit.kernels.triton.launch import INTERPRETED
 from normkit.kernels.triton.passes import Statistics
 from normkit.kernels.triton.pooled import Results, Wanted
@@ -80,6 +80,26 @@ def evaluate_backward(  # noqa: PLR0913, PLR0917
     return pooled.backward_given(grad, x, Statistics(mean, var, eps), weight, wanted)
 
 
+def positional_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Normalise each position over its channels: ``y`` and the statistics."""
+    return positional.forward(x, weight, bias, eps)
+
+
+def positional_backward(  # noqa: PLR0913, PLR0917
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    need_weight: bool,
+    need_bias: bool,
+) -> Results:
+    """Gradients of x, weight and bias; the table is not needed, for ``x`` is read anyway."""
+    return positional.backward(grad, x, weight, eps, (need_weight, need_bias))
+
+
 _POOLING = "int num_groups, int examples_per_group, float eps"
 _NEEDS = "bool need_weight, bool need_bias"
 SCHEMAS: dict[Callable[..., object], str] = {
@@ -91,6 +111,9 @@ SCHEMAS: dict[Callable[..., object], str] = {
     "int num_groups, float eps) -> Tensor",
     evaluate_backward: "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
     f"int num_groups, float eps, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    positional_forward: "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    positional_backward: "(Tensor grad, Tensor x, Tensor table, Tensor? weight, float eps, "
+    f"{_NEEDS}) -> (Tensor, Tensor, Tensor)",
 }
 
 

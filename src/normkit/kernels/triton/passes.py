@@ -37,6 +37,7 @@ from normkit.kernels.triton.tables import pool_rows_kernel, sum_rows_kernel
 
 PROGRAMS_THAT_REDUCE = 8  # a multiprocessor: each leaves a row for the next kernel to add up
 PROGRAMS_THAT_WRITE = 16
+ROWS_THAT_ADD = 256  # rows of a table that one program adds up
 
 
 class Table(NamedTuple):

@@ -21,11 +21,14 @@ def test_operators_tell_the_truth_to_tracers(device):
     weight, mean = torch.ones(2, device=device), torch.zeros(2, device=device)
     namespace = getattr(torch.ops, operators.NAMESPACE)
     _, table = namespace.pooled_forward(x, weight, None, 2, 0, 1e-5, True)
+    _, positions = namespace.positional_forward(x, weight, None, 1e-5)
     for name, arguments in {
         "pooled_forward": (x, weight, None, 2, 0, 1e-5, True),
         "pooled_backward": (grad, x, table, weight, 2, 0, 1e-5, True, False),
         "evaluate_forward": (x, mean, weight, weight, None, 2, 1e-5),
         "evaluate_backward": (grad, x, mean, weight, weight, 2, 1e-5, True, True),
+        "positional_forward": (x, weight, None, 1e-5),
+        "positional_backward": (grad, x, positions, weight, 1e-5, True, False),
     }.items():
         utilities = ("test_schema", "test_faketensor")
         utilities += ("test_aot_dispatch_dynamic",) if THOROUGH else ()

@@ -1,0 +1,96 @@
+# triton declares what kernels call as never returning
+# pyright: reportGeneralTypeIssues=false
+"""Kernels for statistics across the channels of a position; a program takes all channels of some.
+
+Blocks are ``(BC, BP)``: channels by positions of one example. Nothing but ``x`` is kept: the
+backward pass reads it anyway, and measures it again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from normkit.kernels.triton.device import columns, reciprocal_root
+
+
+@triton.jit
+def channel_starts(n, c, SN, SC, WIDE: tl.constexpr):
+    """Address of the first position of channel ``c`` of example ``n``."""
+    if WIDE:
+        n = tl.cast(n, tl.int64)
+        c = tl.cast(c, tl.int64)
+    return n * SN + c * SC
+
+
+@triton.jit
+def standardized(
+    x, SN, SC, SP, n, c, l, inside, C, eps_high, eps_low, ACC: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A block of ``x`` with mean 0 and variance 1 at each position, its mean, variance and rstd."""
+    at = channel_starts(n, c, SN, SC, WIDE)[:, None] + columns(l, SP, WIDE)[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
+    some = tl.sum(tl.where((c == 0)[:, None], value, 0.0), axis=0)
+    moved = tl.where(inside, value - some[None, :], 0.0)
+    center = tl.sum(moved, axis=0) / C
+    apart = tl.where(inside, moved - center[None, :], 0.0)
+    var = tl.sum(apart * apart, axis=0) / C
+    rstd = reciprocal_root(var, eps_high, eps_low, ACC)
+    return apart * rstd[None, :], some.to(tl.float64) + center.to(tl.float64), var, rstd
+
+
+@triton.jit
+def place(P, BP: tl.constexpr):
+    """Example and positions of a program."""
+    tiles = tl.cdiv(P, BP)
+    return tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BP + tl.arange(0, BP)
+
+
+@triton.jit
+def positions_forward_kernel(
+    x, y, weight, bias, mean, var, SN, SC, SP, YN, YC, YP, C, P, eps_high, eps_low,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Normalise positions; their means and variances go to float64 tables ``(N * P,)``."""
+    n, l = place(P, BP)
+    c = tl.arange(0, BC)
+    inside = (c < C)[:, None] & (l < P)[None, :]
+    result, center, spread, _ = standardized(
+        x, SN, SC, SP, n, c, l, inside, C, eps_high, eps_low, ACC, WIDE
+    )
+    if HAS_WEIGHT:
+        result = result * tl.load(weight + c, mask=c < C, other=0.0).to(ACC)[:, None]
+    if HAS_BIAS:
+        result = result + tl.load(bias + c, mask=c < C, other=0.0).to(ACC)[:, None]
+    at = channel_starts(n, c, YN, YC, WIDE)[:, None] + columns(l, YP, WIDE)[None, :]
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(mean + n.to(tl.int64) * P + l, center, mask=l < P)
+    tl.store(var + n.to(tl.int64) * P + l, spread.to(tl.float64), mask=l < P)
+
+
+@triton.jit
+def positions_backward_kernel(
+    g, x, dx, weight, sums, sums_x,
+    GN, GC, GP, SN, SC, SP, DN, DC, DP, C, P, eps_high, eps_low,
+    HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of ``x``, and each program's part of the parameters', ``(programs, C)``."""
+    n, l = place(P, BP)
+    c = tl.arange(0, BC)
+    inside = (c < C)[:, None] & (l < P)[None, :]
+    unit, _, _, rstd = standardized(x, SN, SC, SP, n, c, l, inside, C, eps_high, eps_low, ACC, WIDE)
+    at = channel_starts(n, c, GN, GC, WIDE)[:, None] + columns(l, GP, WIDE)[None, :]
+    grad = tl.load(g + at, mask=inside, other=0.0).to(ACC)
+    if NEEDS_SUMS:
+        out = tl.program_id(0).to(tl.int64) * C + c
+        tl.store(sums + out, tl.sum(grad, axis=1), mask=c < C)
+        tl.store(sums_x + out, tl.sum(grad * unit, axis=1), mask=c < C)
+    if HAS_WEIGHT:
+        grad = grad * tl.load(weight + c, mask=c < C, other=0.0).to(ACC)[:, None]
+    along = tl.sum(grad * unit, axis=0) / C
+    level = tl.sum(grad, axis=0) / C
+    result = (grad - level[None, :] - unit * along[None, :]) * rstd[None, :]
+    out_at = channel_starts(n, c, DN, DC, WIDE)[:, None] + columns(l, DP, WIDE)[None, :]
+    tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)
