@@ -201,6 +201,31 @@ def test_64_bit_addresses_reach_the_same_elements(path, device, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_elements_beyond_32_bits_are_reached(path, device):
+    memory = torch.empty(2**31 + 18, dtype=torch.bfloat16, device=device)  # touched in three places
+    x = memory.as_strided((3, 6, 3), (2**30, 3, 1))
+    x.copy_(randn(3, 6, 3, dtype=torch.bfloat16))
+    same_as_contiguous(x, on(device, CASES["bn"], torch.float32))
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_segments_may_begin_at_any_address(path, device):
+    x = randn(2, 6, 17, dtype=torch.float32).to(device)[..., :16]
+    same_as_contiguous(x, on(device, CASES["gn"], torch.float32))
+
+
+def same_as_contiguous(x, layer):
+    """Where the elements lie changes nothing, not a bit."""
+    results = []
+    for given in (x, x.contiguous()):
+        leaf = given.detach().requires_grad_()
+        y = layer(leaf)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
+    for far, near_by in zip(*results, strict=True):
+        assert torch.equal(far, near_by)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_the_same_call_gives_the_same_bits(path, device):
     shape = (33, 48, 31, 29) if THOROUGH else SHAPES["one"]
     x = randn(*shape, dtype=torch.float32).to(device).requires_grad_()
