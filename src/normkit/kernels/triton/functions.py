@@ -52,6 +52,15 @@ def _callable(name: str, x: Tensor) -> Callable[..., Any]:
     return getattr(operators if _is_plain(x) else getattr(torch.ops, operators.NAMESPACE), name)
 
 
+def _backward(name: str) -> Callable[..., Any]:
+    """The same for a backward pass, whose saved tensors a checkpoint lets nobody read twice."""
+
+    def call(grad: Tensor, *arguments: Any) -> Any:  # noqa: ANN401
+        return _callable(name, grad)(grad, *arguments)
+
+    return call
+
+
 def _pooled_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -84,8 +93,7 @@ class _Pooled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
-        operator = _callable("pooled_backward", ctx.saved_tensors[0])
-        return *gradients(ctx, grads[0], operator), None, None, None
+        return *gradients(ctx, grads[0], _backward("pooled_backward")), None, None, None
 
 
 def normalize_given(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
@@ -124,8 +132,7 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
-        operator = _callable("evaluate_backward", ctx.saved_tensors[0])
-        return *gradients(ctx, grads[0], operator), None, None, None
+        return *gradients(ctx, grads[0], _backward("evaluate_backward")), None, None, None
 
 
 def normalize_positions(
@@ -159,8 +166,7 @@ class _Positional(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
-        operator = _callable("positional_backward", ctx.saved_tensors[0])
-        return *gradients(ctx, grads[0], operator), None, None
+        return *gradients(ctx, grads[0], _backward("positional_backward")), None, None
 
 
 _RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(recorder, (_Pooled, _Given, _Positional))

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.kernels.triton import operators
@@ -81,6 +82,17 @@ def test_transforms_and_second_derivatives_are_the_references(device):
     leaf = x.double().requires_grad_()
     assert torch.autograd.gradgradcheck(layer.double(), leaf[:1, :1, :2].repeat(1, 2, 1))
     assert nk.explain(layer, leaf).kernels == "triton"
+
+
+@pytest.mark.parametrize("name", ["bn", "bcn:2", "pn"])
+def test_a_checkpoint_looks_twice_and_moves_buffers_once(name, device):
+    x, results = draw(3, 4, 3, device=device), []
+    for again in (False, True):
+        layer, leaf = nk.build(name, 4).to(device), x.detach().requires_grad_()
+        y = checkpoint(layer, leaf, use_reentrant=False) if again else layer(leaf)
+        found = torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])
+        results.append([y, *found, *layer.buffers()])
+    assert all(map(torch.equal, *results))
 
 
 def test_buffers_that_a_kernel_moves_count_as_changed(device):
