@@ -18,6 +18,7 @@ GRANULARITIES = {
     "group": "a draw for each example and group, as in the authors' code",
     "element": "a draw for each value",
 }
+DRAWS = {"group": "group", "element": "value"}
 CHANCE = 0.1  # of ten classes
 
 
@@ -136,7 +137,7 @@ def _claims(granularity: str) -> tuple[Claim, ...]:
 
 def draw_noise(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
     """Test accuracy by epoch, without noise and with both kinds."""
-    titles = {"": "no noise", "group": "a draw for each group", "element": "a draw for each value"}
+    titles = {"": "no noise"} | {g: f"noise, a draw for each {of}" for g, of in DRAWS.items()}
     for axes, (granularity, title) in zip(
         figure.subplots(1, 3, sharey=True), titles.items(), strict=True
     ):

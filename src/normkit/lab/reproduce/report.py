@@ -159,10 +159,10 @@ def _summary(results: Sequence[Result]) -> list[str]:
         f"| [`{result.preset}`](#{result.preset}) | {_cited(result)} | {_counts([result], ' | ')} |"
         for result in results
     ]
-    versions = sorted({record.code_hash for result in results for record in result.runs})
+    runs = {record.spec.key: record for result in results for record in result.runs}
+    versions = sorted({record.code_hash for record in runs.values()})
     number = sum(len(result.claims) for result in results)
-    minutes = sum(map(_minutes, results))
-    cost = f"{minutes:.0f} minutes of one core; code {', '.join(versions)}"
+    cost = f"{_minutes(runs.values()):.0f} minutes of one core; code {', '.join(versions)}"
     return [
         f"{number} claims: {_counts(results, ', ', named=True)}. {cost}.\n",
         f"| preset | figure | {' | '.join(OUTCOMES)} |",
@@ -182,15 +182,16 @@ def _cited(result: Result) -> str:
     return f"{find_preset(result.preset).paper.authors}, {result.figures}"
 
 
-def _minutes(result: Result) -> float:
-    return sum(record.cpu_time_s for record in result.runs) / 60
+def _minutes(runs: Iterable[RunRecord]) -> float:
+    return sum(record.cpu_time_s for record in runs) / 60
 
 
 def _circumstances(result: Result) -> str:
     differences = "; ".join(result.differences) or "nothing"
     return (
         f"{find_preset(result.preset).title}: {_cited(result)}. {len(result.runs)} runs, "
-        f"{_minutes(result):.1f} minutes of one core. Otherwise than in the paper: {differences}.\n"
+        f"{_minutes(result.runs):.1f} minutes of one core. "
+        f"Otherwise than in the paper: {differences}.\n"
     )
 
 

@@ -1,0 +1,39 @@
+"""What docs/reproduce.md says is what the runs in its records come to."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from normkit.lab.reproduce import PRESETS, as_text, conclude, read_result
+
+DOCS = Path(__file__).parents[3] / "docs"
+PATHS = [DOCS / "records" / f"reproduce-{name}.json" for name in PRESETS]
+
+
+def test_the_page_has_the_tables_of_its_records():
+    spec = importlib.util.spec_from_file_location("update", DOCS / "update_reproduce.py")
+    update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update)
+    page = (DOCS / "reproduce.md").read_text(encoding="utf-8")
+    assert update.updated(page) == page
+    for name in PRESETS:
+        assert f"\n### {name}\n" in page
+
+
+@pytest.mark.parametrize("path", PATHS, ids=list(PRESETS))
+def test_verdicts_are_those_of_the_runs(path):
+    result = read_result(path)
+    preset = PRESETS[result.preset]
+    assert result.scale == "small"
+    assert [record.spec for record in result.runs] == list(preset.specs("small"))
+    assert conclude(preset, "small", result.runs) == result
+    assert all(judged.verdict.num_seeds >= 3 for judged in result.claims)
+    assert (DOCS / "images" / f"reproduce-{preset.name}.svg").exists()
+
+
+def test_the_readme_shows_the_end_of_a_result():
+    result = read_result(DOCS / "records" / "reproduce-gnbn-small-training-sets.json")
+    end = as_text(result).splitlines()[-2:]
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in end) in readme
