@@ -17,6 +17,17 @@ def table_lines(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
     return [indent + "  ".join(row).rstrip() for row in padded]
 
 
+def shortened(error: Exception, at_most: int = 240) -> str:
+    r"""What an error says, in one line.
+
+    Example:
+        >>> shortened(ValueError("first line,\n  second"), at_most=12)
+        'first line, ...'
+    """
+    text = " ".join(str(error).split())
+    return text if len(text) <= at_most else f"{text[:at_most]}..."
+
+
 def module_name(name: str) -> str:
     """Name of a module in a report; the model's own is empty.
 

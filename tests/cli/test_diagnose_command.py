@@ -95,6 +95,21 @@ def test_data_may_be_files(normkit, checkpoints, tmp_path):
     assert json.loads(output)["causes"][0]["name"] == "shifted test data"
 
 
+def test_checkpoints_of_one_name_are_told_apart(normkit, checkpoints, tmp_path):
+    paths = [tmp_path / "first" / "model.pt", tmp_path / "second" / "model.pt"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes((checkpoints / "good.pt").read_bytes())
+    good = ("--checkpoint", str(checkpoints / "good.pt"), "--out", str(tmp_path))
+    several = ("--checkpoints", ",".join(map(str, paths)), "--json")
+    small = ("--model", "small-resnet", "--examples", "9")
+    code, output, _ = normkit(*small, *DIGITS, *good, *several)
+    assert code in (0, 1)
+    found = json.loads(output)
+    assert [each["name"] for each in found["over_training"]] == [*map(str, paths), "now"]
+    assert found["num_judged"] == 9
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
@@ -110,12 +125,13 @@ def test_data_may_be_files(normkit, checkpoints, tmp_path):
         (None, r"cannot be read \(No such file"),
     ],
 )
-def test_a_file_that_holds_something_else_is_refused(tensors, said, normkit, tmp_path):
+def test_a_file_that_holds_something_else_is_refused(tensors, said, normkit, checkpoints, tmp_path):
     path = tmp_path / "data.safetensors"
     if tensors is not None:
         save_file(tensors, path)
     code, _, errors = normkit(
-        *SMALL, "--train-data", str(path), "--test-data", "digits", "--out", str(tmp_path)
+        *(*SMALL, "--train-data", str(path), "--test-data", "digits", "--out", str(tmp_path)),
+        *("--checkpoint", str(checkpoints / "good.pt")),
     )
     assert code == 2
     assert re.search(said, errors)
@@ -130,16 +146,22 @@ def test_a_file_that_holds_something_else_is_refused(tensors, said, normkit, tmp
         (("--test-data", "mnist"), "there is no data set 'mnist'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(options, said, normkit, tmp_path):
-    code, _, errors = normkit(*SMALL, *DIGITS, "--out", str(tmp_path), *options)
+def test_what_cannot_be_is_refused_in_words(options, said, normkit, checkpoints, tmp_path):
+    good = ("--checkpoint", str(checkpoints / "good.pt"), "--out", str(tmp_path))
+    code, _, errors = normkit(*SMALL, *DIGITS, *good, *options)
     assert code == 2
     assert said in errors
 
 
-def test_one_file_is_not_both(normkit, tmp_path):
+def test_random_weights_are_not_diagnosed(normkit, tmp_path):
+    code, _, errors = normkit(*SMALL, *DIGITS, "--out", str(tmp_path))
+    assert code == 2
+    assert "--checkpoint is missing: random weights have nothing to diagnose" in errors
+
+
+def test_one_file_is_not_both(normkit, checkpoints, tmp_path):
     path = str(tmp_path / "x.safetensors")
-    code, _, errors = normkit(
-        *SMALL, "--train-data", path, "--test-data", path, "--out", str(tmp_path)
-    )
+    good = ("--checkpoint", str(checkpoints / "good.pt"), "--out", str(tmp_path))
+    code, _, errors = normkit(*SMALL, "--train-data", path, "--test-data", path, *good)
     assert code == 2
     assert "says nothing about its test" in errors

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import normkit as nk
 from doctor import patients
@@ -88,7 +89,7 @@ def test_the_cause_is_named_first_and_its_fix_works(name, good, digits):
     tried = next(trial for trial in found.trials if trial.name == CASES[name])
     assert tried.gain.significant
     assert tried.loss < healthy + 0.02 < first.explains.mean + healthy
-    assert first.explains.mean == pytest.approx(tried.gain.mean, rel=0.01)
+    assert first.explains.mean == pytest.approx(tried.gain.mean, rel=0.05)
     assert tried.loss == pytest.approx(found.states[0].loss - tried.gain.mean)
 
 
@@ -141,7 +142,9 @@ def test_the_layer_that_is_wrong_is_found(good, digits):
     model = copy.deepcopy(good)
     model[10].running_var.mul_(30)
     found = nk.diagnose(model, *digits)
-    assert [cause.name for cause in found.causes] == ["stale statistics"]
+    assert [(cause.name, cause.layers) for cause in found.causes] == [("stale statistics", ("10",))]
+    assert "of 1 layer are not those of the training data; most in 10, whose" in found.reading
+    assert {row.name: row.cause for row in found.layers if row.cause} == {"10": "stale statistics"}
     worst = max(found.layers, key=lambda row: row.returns)
     assert worst.name == "10"
     assert worst.std_high < 0.3
@@ -152,12 +155,12 @@ def test_several_causes_share_the_layers_and_are_ranked(good, digits):
     train, test = digits
     model = copy.deepcopy(good)
     model[10].reset_running_stats()
-    model[22].running_mean.add_(1.5)
+    model[22].running_mean.add_(5)
     found = nk.diagnose(model, train, [(x + 1, target) for x, target in test])
     causes = {cause.name: cause for cause in found.causes}
     assert set(causes) == {"statistics never set", "stale statistics", "shifted test data"}
     assert causes["statistics never set"].layers == ("10",)
-    assert "22" in causes["stale statistics"].layers
+    assert causes["stale statistics"].layers == ("22",)
     explained = [cause.explains.mean for cause in found.causes]
     assert explained == sorted(explained, reverse=True)
 
@@ -222,7 +225,7 @@ class Failing(nn.Module):
 
 @pytest.mark.parametrize(
     ("at", "training"),
-    [(None, True), (3, True), (31, False), (45, True), (90, False), (150, True), (240, False)],
+    [(None, True), (3, True), (31, False), (45, True), (90, False), (120, True), (180, False)],
 )
 def test_the_model_is_left_as_it_was(at, training, good, digits):
     train, test = digits
@@ -260,7 +263,7 @@ def test_a_model_without_running_statistics_has_other_measures(digits):
     assert [state.name for state in found.states] == ["as the model is"]
     assert found.channel_difference is not None
     assert found.sensitivity == ()
-    assert "running statistics: no layer has some that move" in found.notes
+    assert found.reading.startswith("There are no running statistics that could be wrong: the")
 
 
 def test_batches_of_one_value_are_measured_too(digits):
@@ -320,18 +323,152 @@ def test_a_running_average_is_as_sure_as_that_many_examples(good):
 
 def test_what_cannot_be_is_refused_in_words(good, digits):
     train, test = digits
-    with pytest.raises(nk.DataError, match="test_batches= gave one batch; give two or more"):
+    with pytest.raises(
+        nk.DataError, match="at even and at odd places have 45 and 0 examples; give"
+    ):
         nk.diagnose(good, train, test[:1])
-    with pytest.raises(nk.DataError, match="there are 2 test examples to judge by; give 8 or more"):
+    with pytest.raises(nk.DataError, match="have 2 and 2 examples; give two batches or more, 4 ex"):
         nk.diagnose(good, train, [(x[:2], target[:2]) for x, target in test[:2]])
-    with pytest.raises(nk.DataError, match="gave no batch"):
+    with pytest.raises(nk.DataError, match="train_batches= gave no batch"):
         nk.diagnose(good, [], test)
+    with pytest.raises(nk.DataError, match="pass batch_size="):
+        nk.diagnose(good, [None], test, forward=lambda model, batch: model(test[0][0]))
+    with pytest.raises(nk.DataError, match=r"target 10 was given, .* 10 classes, 0 to 9; che"):
+        nk.diagnose(good, train, [(x, target + 1) for x, target in test])
     with pytest.raises(nk.DataError, match=r"loss and accuracy take pairs \(inputs, target\)"):
         nk.diagnose(good, train, [x for x, _ in test])
     other = {"early": {**good.state_dict(), "0.weight": torch.zeros(1)}}
     with pytest.raises(nk.DataError, match=r"checkpoint 'early' is of another model: 0\.weight"):
         nk.diagnose(good, train, test, checkpoints=other)
+    with pytest.raises(nk.DataError, match="'early' holds other things than tensors; give the st"):
+        nk.diagnose(good, train, test, checkpoints={"early": {"state_dict": good.state_dict()}})
     with pytest.raises(nk.OptionError, match="batch_size"):
-        nk.diagnose(good, train, test, batch_size=-1)
+        nk.diagnose(good, train, test, batch_size=0)
+    with pytest.raises(nk.OptionError, match="does not know its number of channels"):
+        nk.diagnose(nn.Sequential(nn.LazyBatchNorm2d(), *good[3:]), train, test)
     with pytest.raises(nk.OptionError, match="diagnose the model"):
         nk.diagnose(nn.DataParallel(good), train, test)
+
+
+def test_batches_of_a_data_loader_are_counted(good, digits):
+    """Its batches are lists of two tensors."""
+    model, train, test = case("stale statistics", good, digits)
+
+    def loader(pairs, size):
+        whole = [torch.cat(values) for values in zip(*pairs, strict=True)]
+        return DataLoader(TensorDataset(*whole), size)
+
+    found = nk.diagnose(model, loader(train, 32), loader(test, 45))
+    assert (found.batch_size, found.num_train) == (32, 12 * 32)
+    assert found.causes[0].name == "stale statistics"
+
+
+@pytest.mark.parametrize("how", ["frozen", "momentum 0", "evaluation"])
+def test_statistics_that_stand_still_are_judged_too(how, good, digits):
+    model = copy.deepcopy(good)
+    model[10].running_var.mul_(30)
+    if how == "frozen":
+        nk.freeze_statistics(model)
+    elif how == "momentum 0":
+        model[10].momentum = 0.0
+    else:
+        model.train()[10].eval()
+    found = nk.diagnose(model, *digits, try_fixes=how == "frozen")
+    assert [cause.name for cause in found.causes] == ["frozen at other statistics"]
+    assert found.causes[0].layers == ("10",)
+    assert "1 layer is frozen, or has momentum 0, at statistics that are not" in found.reading
+    if how == "frozen":
+        recalibrated = next(trial for trial in found.trials if trial.name == "recalibrate")
+        assert recalibrated.gain.significant
+        assert recalibrated.call.startswith("nk.thaw_statistics(model); nk.recalibrate(")
+
+
+def test_what_follows_a_micro_batch_norm_is_measured_behind_right_estimates(digits):
+    train, test = digits
+    torch.manual_seed(0)
+    make = lambda channels: nk.BatchChannelNorm(channels, num_groups=4, micro_batch=True)  # noqa: E731
+    model = patients.train(patients.network(make), train, epochs=3)
+    for module in model.modules():
+        if isinstance(module, nk.BatchChannelNorm):
+            module.batch.running_mean.zero_()
+            module.batch.running_var.fill_(1)
+    found = nk.diagnose(model, train, test)
+    nk.recalibrate(model, train, sequential=True).apply()
+    assert found.states[1].loss == pytest.approx(loss_of(model, test), rel=1e-5)
+    assert found.causes[0].explains.significant
+
+
+def test_a_batch_knows_more_than_the_data(digits):
+    """Every batch has its own brightness: no statistics of all of them serve any."""
+    train, test = digits
+
+    def lit(pairs):
+        draw = torch.Generator().manual_seed(0)
+        return [(x + 4 * torch.randn((), generator=draw), target) for x, target in pairs]
+
+    torch.manual_seed(0)
+    model = patients.train(patients.network(), lit(train), epochs=5)
+    nk.recalibrate(model, lit(train)).apply()
+    found = nk.diagnose(model, lit(train), lit(test))
+    assert found.causes[0].name == "estimation shift"
+    assert found.causes[0].explains.low > 0.5 * found.states[0].loss
+
+
+def losses_of(model, pairs):
+    """Cross entropy of each example at evaluation."""
+    with torch.no_grad():
+        scores = [(model.eval()(x).double(), target) for x, target in pairs]
+    return torch.cat([-s.log_softmax(1).gather(1, t[:, None])[:, 0] for s, t in scores])
+
+
+def test_what_looks_at_a_half_is_judged_by_the_other(good, digits):
+    """Both the state and the trial, examples paired, against a cross-fit by hand."""
+    _, train, test = case("shifted test data", good, digits)
+    found = nk.diagnose(good, train, test, try_fixes=True)
+    halves, gains = (test[::2], test[1::2]), []
+    for judging, looked_at in (halves, halves[::-1]):
+        adapted = copy.deepcopy(good)
+        nk.recalibrate(adapted, looked_at).apply()
+        gains.append(losses_of(good, judging) - losses_of(adapted, judging))
+    gains = torch.cat(gains)
+    half = 1.959964 * gains.std() / len(gains) ** 0.5
+    state = next(state for state in found.states if "other test inputs" in state.name)
+    trial = next(trial for trial in found.trials if trial.name == "recalibrate on test inputs")
+    for gain in (state.gain, trial.gain):
+        assert gain.mean == pytest.approx(float(gains.mean()), rel=1e-6)
+        assert gain.low == pytest.approx(float(gains.mean() - half), rel=1e-5)
+
+
+def test_sensitivity_is_the_loss_with_disturbed_statistics(good, digits):
+    found = nk.diagnose(good, *digits)
+    for row in found.sensitivity:
+        losses = []
+        for seed in range(row.num_seeds):
+            with nk.disturb_statistics(good, row.delta, seed=seed):
+                losses.append(loss_of(good, digits[1]))
+        assert row.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+        assert row.spread == pytest.approx(float(torch.tensor(losses).double().std()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sign", [0.0, -1.0])
+def test_a_loss_may_be_zero_or_below(sign, good, digits):
+    model = case("statistics never set", good, digits)[0] if sign else good
+    wrong = lambda output, batch: (output.argmax(1) != batch[1]).double() + sign  # noqa: E731
+    found = nk.diagnose(model, *digits, loss=wrong)
+    assert bool(found.causes) == bool(sign)
+
+
+def test_losses_that_are_not_finite_are_counted(good, digits):
+    found = nk.diagnose(case("broken statistics", good, digits)[0], *digits)
+    assert found.states[0].loss == 100
+    note = "359 of 359 losses as the model is, which are not finite and count as 100"
+    assert note in found.notes
+
+
+def test_test_data_that_are_not_finite_leave_the_rest_of_the_diagnosis(good, digits):
+    train, test = digits
+    broken_test = [(x.clone(), target) for x, target in test]
+    broken_test[0][0][3] = torch.nan
+    found = nk.diagnose(good, train, broken_test)
+    assert any(note.startswith("statistics of the test inputs: ") for note in found.notes)
+    assert found.states[1].name == "measured anew on the training data"

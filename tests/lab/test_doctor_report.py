@@ -55,6 +55,7 @@ def test_what_users_wrote_is_escaped(text, found):
 def test_a_healthy_model_without_layers_is_still_a_page(found):
     bare = dict.fromkeys(("causes", "layers", "over_training", "sensitivity", "trials"), ())
     text = render_diagnosis(replace(found, shift=None, **bare), "m", COMMAND)
+    assert "<h2>What was found</h2>" in text
     assert "Nothing wrong" in text
     assert "Layers by depth" not in text
     assert text.rstrip().endswith("</html>")
@@ -104,7 +105,7 @@ def test_no_request_leaves_the_page_and_no_script_fails(page):
 
 @pytest.mark.browser
 def test_the_page_says_what_the_diagnosis_says(page, found):
-    assert run(page, "document.querySelector('.reading').textContent") == found.reading
+    assert run(page, "document.querySelectorAll('.reading').length") == 0  # causes say the same
     names = "[...document.querySelectorAll('.causes h3')].map((h) => h.textContent)"
     assert run(page, names) == [cause.name for cause in found.causes]
     fixes = "[...document.querySelectorAll('.causes > li > p code')].map((c) => c.textContent)"
@@ -137,9 +138,8 @@ def test_arrow_keys_read_a_chart_value_by_value(page, found):
 
 @pytest.mark.browser
 def test_charts_of_distances_begin_at_zero(page):
-    lowest = (
-        "[...document.querySelectorAll('#%s svg.chart')].map((s) => s.querySelector('text').textContent)"
-    )
+    charts = "[...document.querySelectorAll('#%s svg.chart')]"
+    lowest = charts + ".map((s) => s.querySelector('text').textContent)"
     assert run(page, lowest % "shift-chart") == ["0", "0"]
 
 

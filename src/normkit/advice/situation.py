@@ -20,6 +20,7 @@ from normkit.convert.selection import find_norms
 from normkit.errors import InputError
 from normkit.inference.freeze import is_frozen
 from normkit.passes import device_of, untouched
+from normkit.text import shortened
 from normkit.tracing import Feeds, trace_feeds
 
 SWITCHES = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
@@ -99,7 +100,7 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
     trains = {m: training and _would_train(m, model) for m in found}
     with untouched(model, training=False):
         seen = _watch(model, list(found), example_input)
-        scale = batch_size / count_examples(example_input)
+        scale = batch_size / _count(example_input)
         norms = tuple(
             _norm(names[0], module, trains[module], seen[module], scale)
             for module, names in found.items()
@@ -167,7 +168,7 @@ def _watch(
         except Exception as error:
             raise InputError(
                 f"{type(model).__name__} cannot take {_described(example_input)}: "
-                f"{type(error).__name__}: {_shortened(error)}; input_shape= is of one example "
+                f"{type(error).__name__}: {shortened(error)}; input_shape= is of one example "
                 f"without the batch axis, e.g. (3, 224, 224); for other inputs pass "
                 f"example_input=, a tuple of arguments, a dict of named ones, or the only one"
             ) from error
@@ -187,7 +188,7 @@ def _noted(norm: nn.Module, seen: _Seen) -> Generator[None]:
         try:
             return forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
-            seen.refusal = _shortened(error)
+            seen.refusal = shortened(error)
             return x
 
     norm.__dict__["forward"] = noting
@@ -226,8 +227,8 @@ def example_of(model: nn.Module, input_shape: Shape) -> Tensor:
     return values.to(device=device_of(model), dtype=next(dtypes, torch.float32))
 
 
-def count_examples(example_input: Any) -> int:  # noqa: ANN401
-    """Count the examples in what a model is called with: its first argument's first axis."""
+def _count(example_input: Any) -> int:  # noqa: ANN401
+    """Count the examples in an example input: its first argument's first axis."""
     first = example_input
     if isinstance(first, dict):
         first = next(iter(first.values()), None)
@@ -248,8 +249,3 @@ def _described(example_input: Any) -> str:  # noqa: ANN401
     if isinstance(example_input, Tensor):
         return f"an input of shape {tuple(example_input.shape)}"
     return f"the example input, a {type(example_input).__name__}"
-
-
-def _shortened(error: Exception, at_most: int = 240) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= at_most else f"{text[:at_most]}..."

@@ -3,7 +3,6 @@
 import copy
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +37,7 @@ class Diagnose(ModelOptions):
     train_data: str
     """Training examples: the name of a data set, or a .safetensors file with inputs and targets."""
     test_data: str
-    """Test examples, likewise; half of them judge."""
+    """Test examples, likewise; what looks at one half of them is judged by the other."""
     batch_size: int = 32
     """Examples of a batch in training."""
     checkpoints: str | None = None
@@ -65,19 +64,34 @@ class Diagnose(ModelOptions):
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        if self.checkpoint is None:
+            raise SpecError("--checkpoint is missing: random weights have nothing to diagnose")
         folder = usable_folder(self.out, DIAGNOSIS_NAME, REPORT_NAME)
         dataset = self.dataset()
         model = self.build(dataset)
         found = diagnose(
             model,
-            list(_batches(dataset.train, self.examples, self.batch_size)),
-            list(_batches(dataset.test, self.examples, max(self.batch_size, TEST_BATCH_SIZE))),
+            self._train_batches(dataset.train),
+            self._test_batches(dataset.test),
             batch_size=self.batch_size,
             checkpoints=self._earlier(model),
             try_fixes=self.try_,
         )
         self._write(found, folder)
         return EXIT_CAUSES if found.causes else 0
+
+    def _train_batches(self, examples: Examples) -> list[tuple[Tensor, Tensor]]:
+        """Batches as in training; what --examples cuts is not taken for a small last batch."""
+        kept = self.examples
+        if kept is not None and kept < len(examples) and kept > self.batch_size:
+            kept -= kept % self.batch_size
+        return _batches(examples, kept, self.batch_size)
+
+    def _test_batches(self, examples: Examples) -> list[tuple[Tensor, Tensor]]:
+        """Two batches or more."""
+        number = min(len(examples), self.examples or len(examples))
+        size = min(max(self.batch_size, TEST_BATCH_SIZE), -(-number // 2))
+        return _batches(examples, number, size)
 
     def dataset(self) -> Dataset:
         """The training and the test examples.
@@ -105,11 +119,15 @@ class Diagnose(ModelOptions):
 
     def _earlier(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
         """State dicts of the earlier checkpoints, by their files' names."""
+        paths = [Path(path) for path in self.checkpoints.split(",")] if self.checkpoints else []
+        names = [path.stem for path in paths]
+        if len(set(names)) < len(names):
+            names = list(map(str, paths))
         found = {}
-        for path in map(Path, self.checkpoints.split(",") if self.checkpoints else ()):
+        for name, path in zip(names, paths, strict=True):
             state = copy.deepcopy(model)
             load_weights_(state, path)
-            found[path.stem] = state.state_dict()
+            found[name] = state.state_dict()
         return found
 
     def command(self) -> str:
@@ -137,6 +155,6 @@ def _read(name: str, part: str) -> Examples:
     return read_examples(Path(name)) if name.endswith(SUFFIX) else getattr(load(name), part)
 
 
-def _batches(examples: Examples, at_most: int | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(examples: Examples, at_most: int | None, size: int) -> list[tuple[Tensor, Tensor]]:
     kept = (examples.inputs[:at_most], examples.targets[:at_most])
-    yield from zip(*(values.split(size) for values in kept), strict=True)
+    return list(zip(*(values.split(size) for values in kept), strict=True))

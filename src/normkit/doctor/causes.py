@@ -9,10 +9,12 @@ from typing import NamedTuple
 from normkit.diagnostics import EstimationShift
 from normkit.doctor.diagnosis import SMALLEST_SHARE, Cause
 from normkit.doctor.judge import Scores, Values
-from normkit.doctor.signs import BUFFERS, SIGNS, THAWED, Case, Sign, sort_by_sign
+from normkit.doctor.signs import BUFFERS, SIGNS, THAWED, Case, Sign, is_near, sort_by_sign
 from normkit.doctor.states import Patient
 from normkit.tune.gain import Gain
 
+BATCH_SHARE = 0.5
+"""Of what is left: examples of a batch tell about each other, so that less is no fault."""
 AS_IT_IS = "as the model is"
 RECALIBRATED = "measured anew on the training data"
 RESTORED = "of the first checkpoint"
@@ -40,21 +42,35 @@ def wrong_statistics(patient: Patient, case: Case, scores: Mapping[str, Scores])
     causes = list(_restored(case, scores))
     if not _matters(scores, RECALIBRATED):
         return Statistics(causes=tuple(causes), layers={}, returns={})
-    groups = sort_by_sign(case)
     healed = scores[RECALIBRATED]
+    alone = {name: _with_old(patient, case, (name,), name) for name in case.rows}
+    returns = {name: healed.gain_over(old).mean for name, old in alone.items()}
+    costly = SMALLEST_SHARE * healed.gain_over(scores[AS_IT_IS]).mean
+    wrong = [name for name in case.rows if returns[name] >= costly or not is_near(case, name)]
+    groups = sort_by_sign(case, wrong)
     for sign in SIGNS:
         layers = groups.get(sign.name, ())
         if layers and sign.name not in {cause.name for cause in causes}:
-            everything = len(layers) == len(case.rows)
-            old = scores[AS_IT_IS] if everything else _with_old(patient, case, layers, sign.name)
-            gain = healed.gain_over(old)
+            whole = healed.gain_over(scores[AS_IT_IS])
+            gain = whole if len(groups) == 1 else _explained(patient, case, layers, scores)
             causes += _cause(sign, sign.what(case, layers), layers, gain, scores)
-    alone = {name: _with_old(patient, case, (name,), name) for name in case.rows}
     return Statistics(
         causes=tuple(causes),
         layers={name: sign for sign, layers in groups.items() for name in layers},
-        returns={name: healed.gain_over(old).mean for name, old in alone.items()},
+        returns=returns,
     )
+
+
+def _explained(
+    patient: Patient, case: Case, layers: Sequence[str], scores: Mapping[str, Scores]
+) -> Gain:
+    """Loss that comes back with some layers' old statistics, at most what all new ones gain.
+
+    Old statistics among new ones can be worse than all old ones together.
+    """
+    healed = scores[RECALIBRATED]
+    alone = healed.gain_over(_with_old(patient, case, layers, "these layers"))
+    return min(alone, healed.gain_over(scores[AS_IT_IS]), key=lambda gain: gain.mean)
 
 
 def _matters(scores: Mapping[str, Scores], state: str) -> bool:
@@ -62,7 +78,8 @@ def _matters(scores: Mapping[str, Scores], state: str) -> bool:
 
 
 def _counts(gain: Gain, scores: Mapping[str, Scores]) -> bool:
-    return gain.significant and gain.mean >= SMALLEST_SHARE * scores[AS_IT_IS].mean_loss
+    loss = abs(scores[AS_IT_IS].mean_loss)
+    return gain.significant and gain.mean >= SMALLEST_SHARE * loss
 
 
 def _with_old(patient: Patient, case: Case, names: Sequence[str], what: str) -> Scores:
@@ -95,7 +112,6 @@ class _Reason(NamedTuple):
     name: str
     why: str
     fix: str
-    smallest_share: float = SMALLEST_SHARE
 
 
 _SHIFTED = _Reason(
@@ -107,7 +123,6 @@ _SHIFTED = _Reason(
 _ESTIMATION = _Reason(
     name="estimation shift",
     why="errors of population statistics add up from norm to norm",
-    smallest_share=0.5,  # examples of a batch tell about each other: some gain is no fault
     fix="nk.tune_example_weight(model, held_out); or nk.place_xbn_(model), and train on",
 )
 
@@ -122,6 +137,8 @@ def other_causes(scores: Mapping[str, Scores], shift: EstimationShift | None) ->
         best = min(best, scores[ADAPTED], key=lambda each: each.mean_loss)
     if BY_BATCH in scores:
         gain = scores[BY_BATCH].gain_over(best)
+        if gain.mean < BATCH_SHARE * abs(best.mean_loss):
+            return
         what = (
             "each batch's own statistics are better than the best for all of the data: loss "
             f"{scores[BY_BATCH].mean_loss:.4g} against {best.mean_loss:.4g}"
@@ -148,8 +165,8 @@ def _cause(
     scores: Mapping[str, Scores],
 ) -> Iterator[Cause]:
     """Name a cause if it explains enough."""
-    share = gain.mean / scores[AS_IT_IS].mean_loss
-    if _counts(gain, scores) and share >= getattr(about, "smallest_share", 0.0):
+    if _counts(gain, scores):
+        loss = abs(scores[AS_IT_IS].mean_loss)
         yield Cause(
             name=about.name,
             what=what,
@@ -157,5 +174,5 @@ def _cause(
             fix=about.fix,
             layers=layers,
             explains=gain,
-            share=share,
+            share=gain.mean / loss if loss else 1.0,
         )

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normkit.advice import validate
-from normkit.advice.situation import count_examples
 from normkit.core.check import require_count
 from normkit.diagnostics import (
+    ChannelDifference,
     EstimationShift,
     channel_difference,
     disturb_statistics,
@@ -28,16 +29,17 @@ from normkit.doctor.diagnosis import (
     Sensitivity,
     State,
 )
-from normkit.doctor.judge import Judge, Scores, at_evaluation, with_statistics
+from normkit.doctor.judge import Halves, Judge, Scores, at_evaluation, with_statistics
 from normkit.doctor.signs import STATISTICS, Case, has_small_last
-from normkit.doctor.states import Patient, Rows, is_dropout, new_values, with_dropout
+from normkit.doctor.states import Patient, Rows, is_dropout, new_values, rows_of, with_dropout
 from normkit.doctor.trials import try_all
-from normkit.errors import DataError, NormError
+from normkit.errors import DataError, NormError, OptionError
 from normkit.inference.tracked import tracked
-from normkit.passes import Forward, as_list, forward_batch, progress
+from normkit.passes import Forward, as_list, forward_batch, num_examples, progress
 from normkit.tracing import require_bare
 from normkit.tune.metrics import Score, read_metric
 
+MIN_EXAMPLES = 4  # of each half of the test data
 DELTAS, NUM_SEEDS = (0.1, 0.3), 3
 """How far statistics are disturbed, and how often."""
 
@@ -67,8 +69,8 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
         train_batches: Training data as the training saw it, a last smaller batch included; read
             once and kept.
         test_batches: Test data with targets, two batches or more; read once and kept.
-        loss: ``loss(output, batch)`` with one value for each example, by default the cross entropy
-            of pairs ``(inputs, target)``.
+        loss: ``loss(output, batch)`` with one value for each example, the smaller, the better; by
+            default the cross entropy of pairs ``(inputs, target)``.
         batch_size: Examples of a batch in training, if not those of the train batches (median).
         checkpoints: Earlier state dicts of this model by name, the oldest first.
         try_fixes: Try fixes on copies of the model, and measure what each gains.
@@ -80,8 +82,9 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
 
     Raises:
         OptionError: If the model is compiled or wrapped, or the batch size is no count.
-        DataError: If there are fewer than two test batches, no training batch, a batch needs
-            ``forward``, or a checkpoint does not fit.
+        DataError: If there is no training batch, fewer than two test batches or than 8 examples in
+            them, a target that is no class, a batch needs ``forward`` or ``batch_size``, or a
+            checkpoint does not fit.
 
     Source:
         Huang et al., Delving into the Estimation Shift of Batch Normalization in a Network, for
@@ -106,7 +109,6 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
     recalibrated = None if shift is None else _recalibrated_shift(patient, case)
     every = [*found.causes, *causes.other_causes(scores, shift)]
     before = scores[AS_IT_IS]
-    measures = (channel_difference, inactive_channels)
     return Diagnosis(
         num_train=sum(case.sizes),
         num_judged=len(before.loss),
@@ -117,7 +119,8 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
         shift=shift,
         over_training=tuple(_over_training(patient, shift)),
         sensitivity=tuple(_sensitivity(patient)),
-        **{measure.__name__: _or_note(measure, patient, notes) for measure in measures},  # type: ignore[arg-type]
+        channel_difference=_channel_difference(patient, notes),
+        inactive_channels=_or_note(inactive_channels, patient, notes),
         findings=tuple(_findings(patient, notes)),
         trials=tuple(try_all(patient, case, before)) if try_fixes else (),
         notes=tuple(notes),
@@ -135,32 +138,55 @@ def _admit(  # noqa: PLR0913, PLR0917 - the arguments of diagnose
 ) -> Patient:
     """Check everything that can be checked before anything runs."""
     metric = read_metric("loss" if loss is None else loss, larger_is_better=False)
-    train, test = as_list(train_batches), as_list(test_batches)
-    if len(test) < 2:
-        raise DataError(
-            "test_batches= gave one batch; give two or more: what looks at one half of them is "
-            "judged by the other"
-        )
+    train, test = as_list(train_batches, "train_batches"), as_list(test_batches, "test_batches")
+    halves = test[::2], test[1::2]
+    _require_examples(halves)
     send = forward or forward_batch
     return Patient(
         model=model,
         train=train,
-        judge=Judge((test[::2], test[1::2]), metric, send),
+        judge=Judge(halves, metric, send),
         forward=send,
-        batch_size=require_count("batch_size", batch_size or round(median(_sizes(train)))),
+        batch_size=require_count("batch_size", _usual_size(train, batch_size)),
         checkpoints=_fitting(model, checkpoints or {}),
     )
 
 
+def _require_examples(halves: Halves) -> None:
+    sizes = [sum(_sizes(half)) for half in halves]
+    if min(sizes) < MIN_EXAMPLES and None not in map(num_examples, [*halves[0], *halves[1]]):
+        raise DataError(
+            f"the test batches at even and at odd places have {sizes[0]} and {sizes[1]} examples; "
+            f"give two batches or more, {MIN_EXAMPLES} examples or more of each: what looks at "
+            f"one half is judged by the other"
+        )
+
+
+def _usual_size(batches: Sequence[Any], given: int | None) -> int:
+    if given is not None:
+        return given
+    sizes = _sizes(batches)
+    if not any(sizes):
+        raise DataError("train_batches= has no tensors to count examples by; pass batch_size=")
+    return round(median(sizes))
+
+
 def _sizes(batches: Sequence[Any]) -> list[int]:
-    return [count_examples(batch) for batch in batches]
+    """Examples of batches; 0 where nobody can tell."""
+    return [num_examples(batch) or 0 for batch in batches]
 
 
 def _fitting(
     model: nn.Module, checkpoints: Mapping[str, Mapping[str, Tensor]]
 ) -> Mapping[str, Mapping[str, Tensor]]:
+    if not checkpoints:
+        return checkpoints
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     for name, state in checkpoints.items():
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise DataError(
+                f"checkpoint {name!r} holds other things than tensors; give the state dict itself"
+            )
         other = [
             key
             for key in {*shapes, *state}
@@ -178,39 +204,68 @@ def _fitting(
 def _examine(patient: Patient, notes: list[str]) -> tuple[Case, dict[str, Scores]]:
     """Measure statistics of all data, and score the model with each of them."""
     model, sizes = patient.model, tuple(_sizes(patient.train))
-    rows = patient.measure(patient.train)
-    dropout = any(map(is_dropout, model.modules()))
+    rows = _population(patient, notes)
     case = Case(
         model=model,
         rows=rows,
-        dropped=patient.measure(patient.train, with_dropout(patient.forward)) if dropout else {},
-        last=_of_last(patient) if has_small_last(sizes) else {},
+        dropped=_with_dropout(patient) if rows else {},
+        last=_of_last(patient) if rows and has_small_last(sizes) else {},
         sizes=sizes,
         batch_size=patient.batch_size,
         reference=_reference(patient),
     )
     scores = {AS_IT_IS: patient.as_it_is()}
     if not rows:
-        notes.append("running statistics: no layer has some that move")
         return case, scores
     scores[RECALIBRATED] = patient.with_statistics(new_values(rows), "judging new statistics")
     names = thawed(case)
     if names:
         values = {name: case.reference[name] for name in names}
         scores[RESTORED] = patient.with_statistics(values, "judging old statistics")
-    scores[ADAPTED] = patient.adapted()
+    try:
+        scores[ADAPTED] = patient.adapted()
+    except DataError as error:
+        notes.append(f"statistics of the test inputs: {error}")
     by_batch = patient.by_batch()
     if isinstance(by_batch, str):
         notes.append(f"each test batch's own statistics: {by_batch}")
     else:
         scores[BY_BATCH] = by_batch
+    notes.extend(_broken(scores))
     return case, scores
+
+
+def _population(patient: Patient, notes: list[str]) -> Rows:
+    """Measure the training data; say which layers with statistics could not be."""
+    if not tracked(patient.model):
+        return {}
+    patch = patient.measure(patient.train)
+    notes.extend(f"layer {left.name or 'itself'} ({left.kind}): {left.why}" for left in patch.left)
+    return rows_of(patch)
+
+
+def _with_dropout(patient: Patient) -> Rows:
+    """Measure with dropout as in training, always the same; nothing without dropout."""
+    if not any(map(is_dropout, patient.model.modules())):
+        return {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return rows_of(patient.measure(patient.train, with_dropout(patient.forward)))
+
+
+def _broken(scores: Mapping[str, Scores]) -> Iterator[str]:
+    for name, each in scores.items():
+        if each.num_broken:
+            yield (
+                f"{each.num_broken} of {len(each.loss)} losses {name}, which are not finite and "
+                f"count as {each.loss.max().item():.4g}"
+            )
 
 
 def _of_last(patient: Patient) -> Rows:
     """Measure the last training batch; nothing where that is a single value, without variance."""
     try:
-        return patient.measure(patient.train[-1:])
+        return rows_of(patient.measure(patient.train[-1:]))
     except DataError:
         return {}
 
@@ -243,6 +298,16 @@ def _shift(patient: Patient, notes: list[str]) -> EstimationShift | None:
 def _recalibrated_shift(patient: Patient, case: Case) -> EstimationShift | None:
     with with_statistics(patient.model, new_values(case.rows)):
         return estimation_shift(patient.model, patient.test, forward=patient.forward)
+
+
+def _channel_difference(patient: Patient, notes: list[str]) -> ChannelDifference | None:
+    try:
+        return channel_difference(patient.model, patient.test, forward=patient.forward)
+    except OptionError:  # no norm pools channels: there is nothing to measure
+        return None
+    except NormError as error:
+        notes.append(f"channel_difference: {error}")
+        return None
 
 
 def _or_note(measure: Any, patient: Patient, notes: list[str]) -> Any:  # noqa: ANN401

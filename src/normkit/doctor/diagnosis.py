@@ -179,6 +179,8 @@ class Diagnosis(Measurement):
     def reading(self) -> str:
         """What is wrong, in one sentence."""
         loss = self.states[0].loss
+        if len(self.states) == 1:
+            return f"There are no running statistics that could be wrong: the loss is {loss:.4g}."
         if not self.causes:
             return (
                 f"Nothing wrong with the norms' statistics: the test loss is {loss:.4g} by them; "
@@ -193,10 +195,12 @@ class Diagnosis(Measurement):
     def _best(self) -> str:
         """What other statistics would gain, where nothing is wrong."""
         best = max(self.states, key=lambda state: state.gain.mean)
-        if best.gain.mean < SMALLEST_SHARE * self.states[0].loss:
+        if best.gain.mean < SMALLEST_SHARE * abs(self.states[0].loss):
             return "no others make it smaller by more than a twentieth"
-        chance = "" if best.gain.significant else ", which may be chance: more test data would tell"
-        return f"with those {best.name} it is {best.gain.mean:.3g} smaller{chance}"
+        chance = "less than counts as a fault"
+        if not best.gain.significant:
+            chance = "which may be chance: more test data would tell"
+        return f"with those {best.name} it is {best.gain.mean:.3g} smaller, {chance}"
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -210,7 +214,10 @@ class Diagnosis(Measurement):
         yield from table_lines(_state_rows(self.states))
         yield from _titled("layers whose statistics cost most", self._layer_rows())
         yield from _titled("tried on copies, gains on the same examples", self._trial_rows())
-        yield from _titled("disturbed statistics", self._sensitivity_rows())
+        yield from _titled(
+            "loss with means and variances scaled by random factors from 1 - delta to 1 + delta",
+            self._sensitivity_rows(),
+        )
         measures = (self.shift, self.channel_difference, self.inactive_channels)
         yield from (measure.reading for measure in measures if measure is not None)
         yield from self.findings

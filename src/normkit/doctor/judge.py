@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.errors import DataError
 from normkit.inference.tracked import statistics_of
 from normkit.passes import Data, Forward, untouched
 from normkit.tune.gain import Gain, paired_gain
 from normkit.tune.metrics import KNOWN, Metric
 
 NOT_FINITE = 100.0  # what a loss that is not finite counts as at least
-MIN_EXAMPLES = 4
 
 Halves = tuple[Sequence[Any], Sequence[Any]]
 Values = Mapping[str, Mapping[str, Tensor]]
@@ -26,10 +24,14 @@ Values = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Losses of examples ``(n,)`` and, where there are classes, which were right."""
+    """Losses of examples ``(n,)`` and, where there are classes, which were right.
+
+    A loss that is not finite counts as 100, or as the largest one that is; ``num_broken`` are so.
+    """
 
     loss: Tensor
     right: Tensor | None
+    num_broken: int = 0
 
     @property
     def mean_loss(self) -> float:
@@ -45,7 +47,8 @@ class Scores:
         """These examples and then others."""
         both = (self.right, other.right)
         right = None if both[0] is None or both[1] is None else torch.cat([both[0], both[1]])
-        return Scores(loss=torch.cat([self.loss, other.loss]), right=right)
+        loss, num_broken = torch.cat([self.loss, other.loss]), self.num_broken + other.num_broken
+        return Scores(loss=loss, right=right, num_broken=num_broken)
 
     def gain_over(self, before: Scores) -> Gain:
         """What each example's loss has lost since, paired."""
@@ -73,7 +76,7 @@ class Judge:
             half: Which half judges; None for all examples, the first half's first.
 
         Raises:
-            DataError: If the loss does not give one value for each example, or of too few.
+            DataError: If the loss does not give one value for each example.
         """
         losses, right = list[Tensor](), list[Tensor]()
 
@@ -86,15 +89,13 @@ class Judge:
         batches = [*self.halves[0], *self.halves[1]] if half is None else self.halves[half]
         Data(batches=batches, forward=send).send(model, what)
         found = torch.cat(losses)
-        if len(found) < MIN_EXAMPLES:
-            raise DataError(
-                f"there are {len(found)} test examples to judge by; give {2 * MIN_EXAMPLES} or "
-                f"more, in two batches or more"
-            )
         finite = found[found.isfinite()]
         worst = max(NOT_FINITE, finite.max().item()) if finite.numel() else NOT_FINITE
-        found = torch.where(found.isfinite(), found, worst)
-        return Scores(loss=found, right=torch.cat(right) if right else None)
+        return Scores(
+            loss=torch.where(found.isfinite(), found, worst),
+            right=torch.cat(right) if right else None,
+            num_broken=len(found) - finite.numel(),
+        )
 
 
 def at_evaluation(model: nn.Module) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ A layer counts for the first sign that it shows; what shows none is stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -23,6 +23,10 @@ FEW_EXAMPLES = 64.0
 """A running average of fewer examples wanders from batch to batch."""
 SMALL_LAST = 8
 """A last batch this many times smaller than the others counts as much as they do."""
+NEAR_DISTANCE = 0.01
+"""A tenth of a standard deviation, squared: what is nearer, and costs little, is not wrong."""
+BETWEEN = 0.7
+"""Share of a layer's values that lie between their start and the data's, if they have stalled."""
 NEAR = 2.5
 """Factor within which a distance is as expected."""
 
@@ -92,21 +96,27 @@ def _is_new(case: Case, name: str) -> bool:
 
 
 def _is_16_bit(case: Case, name: str) -> bool:
-    values = torch.cat([case.rows[name].old[key].flatten() for key in BUFFERS])
-    if values.dtype.itemsize < 4:
-        return True
-    trivial = bool(((values == 0) | (values == 1)).all())
-    return not trivial and any(_fits(values, dtype) for dtype in (torch.bfloat16, torch.float16))
+    row = case.rows[name]
+    values = torch.cat([row.old[key].flatten() for key in BUFFERS])
+    narrow = any(_fits(values, dtype) for dtype in (torch.bfloat16, torch.float16))
+    start = {MEAN: 0.0, VAR: 1.0}
+    behind = [(row.old[key] - start[key]) / (row.new[key] - start[key]) for key in BUFFERS]
+    between = [((share >= 0) & (share <= 1)).double().mean().item() for share in behind]
+    return narrow and sum(between) / 2 >= BETWEEN
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(values.to(dtype).to(values.dtype), values)
 
 
+def _stands_still(case: Case, name: str) -> bool:
+    layer = case.layer(name)
+    apart = case.model.training and not layer.training
+    return is_frozen(layer) or getattr(layer, "momentum", None) == 0 or apart
+
+
 def _is_thawed(case: Case, name: str) -> bool:
     layer = case.layer(name)
-    if is_frozen(layer) or getattr(layer, "momentum", None) == 0:
-        return False
     own = dict(layer.named_parameters(recurse=False))
     learns = any(parameter.requires_grad for parameter in case.model.parameters())
     fixed = learns and bool(own) and not any(p.requires_grad for p in own.values())
@@ -150,20 +160,22 @@ def has_small_last(sizes: tuple[int, ...]) -> bool:
 
 
 def _follows_last(case: Case, name: str) -> bool:
-    """Whether statistics lie as far off as one step towards the last batch takes them."""
+    """Whether both statistics lie as far off as one step towards the last batch takes them."""
     momentum = case.momentum(name)
     if name not in case.last or not momentum:
         return False
-    return momentum / NEAR <= _moved(case, name) <= NEAR * momentum
+    steps = (_moved(case, name, key) for key in BUFFERS)
+    return all(momentum / NEAR <= step <= NEAR * momentum for step in steps)
 
 
-def _moved(case: Case, name: str) -> float:
-    """How far the means are from the population's, in distances of the last batch's from it."""
-    row, last = case.rows[name], case.last[name].new[MEAN].double()
-    old, new = (side[MEAN].double() for side in (row.old, row.new))
-    std = (row.new[VAR].double() + row.eps).sqrt()
-    away = ((last - new) / std).norm().item()
-    return ((old - new) / std).norm().item() / away if away else 0.0
+def _moved(case: Case, name: str, key: str) -> float:
+    """How far a statistic is from the population's, in distances of the last batch's from it."""
+    row, last = case.rows[name], case.last[name].new[key].double()
+    old, new = (side[key].double() for side in (row.old, row.new))
+    unit = row.new[VAR].double() + row.eps
+    unit = unit.sqrt() if key == MEAN else unit
+    away = ((last - new) / unit).norm().item()
+    return ((old - new) / unit).norm().item() / away if away else 0.0
 
 
 def _count(names: tuple[str, ...]) -> str:
@@ -181,12 +193,15 @@ def _averages(case: Case, names: tuple[str, ...]) -> str:
 def _narrow(case: Case, names: tuple[str, ...]) -> str:
     held = sum(case.rows[name].old[MEAN].dtype.itemsize < 4 for name in names)
     if held:
-        return f"{_count(names)} keep their running statistics in 16 bits"
-    return f"all running statistics of {_count(names)} are 16-bit numbers, kept in wider buffers"
+        return f"running statistics of {_count(names)} are kept in 16 bits and lag behind the data"
+    return (
+        f"all running statistics of {_count(names)} are 16-bit numbers, kept in wider buffers, "
+        f"and lag behind the data"
+    )
 
 
 def _last_batch(case: Case, names: tuple[str, ...]) -> str:
-    moved = median(_moved(case, name) for name in names)
+    moved = median(_moved(case, name, MEAN) for name in names)
     return (
         f"the last training batch has {case.sizes[-1]} of usually {case.batch_size} examples, and "
         f"the running means of {_count(names)} lie {100 * moved:.0f} % of its distance away from "
@@ -205,13 +220,14 @@ def _thawed_layers(case: Case, names: tuple[str, ...]) -> str:
 
 
 def _stale(case: Case, names: tuple[str, ...]) -> str:
-    worst = max(names, key=lambda name: case.rows[name].mean_shift)
-    row = case.rows[worst]
+    rows = {name: case.rows[name] for name in names}
+    worst = max(rows, key=lambda name: distance(rows[name].old, rows[name].new, rows[name].eps))
+    row = rows[worst]
     low, high = row.std_ratio
     return (
         f"running statistics of {_count(names)} are not those of the training data; most in "
         f"{worst or 'the model itself'}, whose means are {row.mean_shift:.2g} standard deviations "
-        f"off, with true standard deviations of {low:.2g} to {high:.2g} times the running ones"
+        f"off, and the data's standard deviations {low:.2g} to {high:.2g} times the running ones"
     )
 
 
@@ -224,12 +240,23 @@ THAWED = Sign(
     f"{RECALIBRATE}), then nk.freeze_statistics(model), which holds in any mode",
 )
 
+FROZEN = Sign(
+    name="frozen at other statistics",
+    shows=_stands_still,
+    what=lambda _, names: (
+        f"{_count(names)} {'is frozen, or has' if len(names) == 1 else 'are frozen, or have'} "
+        f"momentum 0, at statistics that are not those of the training data"
+    ),
+    why="they stand still in training, so nothing brings them nearer",
+    fix=f"nk.thaw_statistics(model); {RECALIBRATE}; nk.freeze_statistics(model)",
+)
+
 SIGNS = (
     Sign(
         name="broken statistics",
         shows=_is_broken,
         what=lambda _, names: (
-            f"{_count(names)} have running statistics that are not finite, or a variance below 0"
+            f"running statistics of {_count(names)} are not finite, or a variance is below 0"
         ),
         why="everything after these layers is lost at evaluation, and averages never recover",
         fix=f"find the batch that overflowed, then {RECALIBRATE}",
@@ -250,6 +277,7 @@ SIGNS = (
         why="small steps are rounded away, so that the averages stall on their way",
         fix=f'nk.convert_norm_(model, "bn"), which keeps them in float32, then {RECALIBRATE}',
     ),
+    FROZEN,
     THAWED,
     Sign(
         name="dropout before the norm",
@@ -285,10 +313,16 @@ SIGNS = (
 )
 
 
-def sort_by_sign(case: Case) -> dict[str, tuple[str, ...]]:
-    """The layers of each sign, by its name; a layer counts for the first that it shows."""
+def is_near(case: Case, name: str) -> bool:
+    """Whether a layer's statistics are those of the data, but for a tenth of a deviation."""
+    row = case.rows[name]
+    return distance(row.old, row.new, row.eps) < NEAR_DISTANCE
+
+
+def sort_by_sign(case: Case, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Layers by the names of signs; one counts for the first that it shows."""
     found: dict[str, list[str]] = {}
-    for name in case.rows:
+    for name in names:
         sign = next(sign for sign in SIGNS if sign.shows(case, name))
         found.setdefault(sign.name, []).append(name)
     return {name: tuple(layers) for name, layers in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from normkit.doctor.judge import Judge, Scores, Values, at_evaluation, with_statistics
-from normkit.errors import InputError, OptionError, PartitionError
-from normkit.inference import recalibrate
+from normkit.errors import InputError, PartitionError
+from normkit.inference import recalibrate, thaw_statistics
 from normkit.inference.measure import normalise_by_batch
 from normkit.inference.patch import PatchedLayer, StatisticsPatch
 from normkit.inference.tracked import tracked
+from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import Forward, arguments_of, device_of, forward_batch, moved
 
 Rows = Mapping[str, PatchedLayer]
@@ -68,7 +70,7 @@ class Patient:
         """Score each half with the statistics of the other half's inputs."""
         found = list[Scores]()
         for half, other in enumerate(reversed(self.judge.halves)):
-            with with_statistics(self.model, new_values(self.measure(other))):
+            with with_statistics(self.model, new_values(rows_of(self.measure(other)))):
                 found.append(self.judge.scores(self.model, "judging test statistics", half))
         return found[0].then(found[1])
 
@@ -82,19 +84,34 @@ class Patient:
             except ValueError as error:  # a batch of one value
                 return str(error)
 
-    def measure(self, batches: Sequence[Any], forward: Forward | None = None) -> Rows:
-        """Measure the population statistics of all layers that have some; none without a layer."""
-        try:
-            return _rows(self._patch(batches, forward or self.forward, sequential=False))
-        except OptionError:
-            return {}
-        except (InputError, PartitionError):  # a batch of a single value
-            return _rows(self._patch(batches, forward or self.forward, sequential=True))
+    def measure(self, batches: Sequence[Any], forward: Forward | None = None) -> StatisticsPatch:
+        """Measure the population statistics of all layers that have some, frozen ones too.
 
-    def _patch(
-        self, batches: Sequence[Any], forward: Forward, *, sequential: bool
-    ) -> StatisticsPatch:
-        return recalibrate(self.model, batches, forward=forward, sequential=sequential)
+        In one pass where that can be: micro-batch norms normalise by estimates that may be wrong,
+        so that what follows them is measured after they are.
+        """
+        model, send = self._thawed(), forward or self.forward
+        if self.in_order:
+            return recalibrate(model, batches, forward=send, sequential=True)
+        try:
+            return recalibrate(model, batches, forward=send)
+        except (InputError, PartitionError):  # a batch of a single value
+            return recalibrate(model, batches, forward=send, sequential=True)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether layers have to be measured one after the other."""
+        return any(isinstance(m, EstimatedBatchNorm) for m in self.model.modules())
+
+    def _thawed(self) -> nn.Module:
+        """Copy the model, with statistics that can be measured."""
+        with at_evaluation(self.model):
+            model = copy.deepcopy(self.model).eval()
+        thaw_statistics(model)
+        for layer in tracked(model).values():
+            if getattr(layer, "momentum", None) == 0:
+                setattr(layer, "momentum", 0.1)  # noqa: B010 - torch types modules' attributes
+        return model
 
 
 def with_dropout(forward: Forward) -> Forward:
@@ -140,5 +157,6 @@ def distance(old: Mapping[str, Tensor], new: Mapping[str, Tensor], eps: float) -
     return torch.nan_to_num(shift + ratio.square(), nan=torch.inf).mean().item()
 
 
-def _rows(patch: StatisticsPatch) -> Rows:
+def rows_of(patch: StatisticsPatch) -> Rows:
+    """The layers of a patch by name."""
     return {row.name: row for row in patch.layers}

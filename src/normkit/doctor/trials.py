@@ -10,20 +10,22 @@ from typing import Any
 from torch import nn
 
 from normkit.advice import recommend
-from normkit.advice.situation import count_examples
 from normkit.convert import convert_norm_, place_xbn_
 from normkit.doctor.causes import RESTORED, thawed
 from normkit.doctor.diagnosis import Trial
 from normkit.doctor.judge import Scores, at_evaluation, write
-from normkit.doctor.signs import Case
-from normkit.doctor.states import Patient
+from normkit.doctor.signs import FROZEN, Case
+from normkit.doctor.states import Patient, new_values, rows_of
 from normkit.errors import NormError
-from normkit.inference import recalibrate
+from normkit.passes import num_examples
+from normkit.text import shortened
 from normkit.tune import tune_example_weight
 from normkit.tune.metrics import KNOWN
 
 CALIBRATED_ON = 1024
 """Training examples, at most, that calibrate a conversion: it takes half a forward a layer."""
+CALIBRATE = "calibrate=train_batches[:n]"
+SHOWN = 120  # characters of an error
 UNTRAINED = "before any training on; layers changed: {}"
 
 
@@ -55,7 +57,12 @@ def _tried(fix: _Fix, patient: Patient, before: Scores) -> Trial:
         after, note = _after(fix, patient)
     except NormError as error:
         return Trial(
-            name=fix.name, call=fix.call, loss=None, accuracy=None, gain=None, note=_short(error)
+            name=fix.name,
+            call=fix.call,
+            loss=None,
+            accuracy=None,
+            gain=None,
+            note=f"cannot be done: {shortened(error, SHOWN)}",
         )
     return Trial(
         name=fix.name,
@@ -91,41 +98,51 @@ def _fixes(patient: Patient, case: Case) -> Iterator[_Fix]:
     if thawed(case):
         yield _restore(case)
     if case.rows:
-        yield _recalibrate(patient)
+        yield _recalibrate(patient, case)
         yield _adapt(patient)
-        yield _weigh(patient)
-        yield _place(patient)
-    yield _convert(patient)
+        yield _weigh(patient, case)
+        yield _place(patient, case)
+    yield _convert(patient, case)
 
 
 def _restore(case: Case) -> _Fix:
     def do(model: nn.Module, _: Sequence[Any]) -> str:
         write(model, {name: case.reference[name] for name in thawed(case)})
-        return "then freeze them"
+        return f"in the {len(thawed(case))} layers that have thawed"
 
     return _Fix(
         name=f"statistics {RESTORED}",
-        call="model.load_state_dict(first); nk.freeze_statistics(model)",
+        call="model.load_state_dict({k: v for k, v in first.items() if 'running' in k and "
+        "k.rpartition('.')[0] in thawed}, strict=False); "
+        "nk.freeze_statistics(model, lambda _, name: name in thawed)",
         do=do,
     )
 
 
-def _recalibrate(patient: Patient) -> _Fix:
+def _recalibrate(patient: Patient, case: Case) -> _Fix:
     def do(model: nn.Module, _: Sequence[Any]) -> str:
-        _patch(model, patient)
+        _settle(model, case)
         return ""
 
-    return _Fix(name="recalibrate", call="nk.recalibrate(model, train_batches).apply()", do=do)
+    return _Fix(name="recalibrate", call=_measured("train_batches", patient, case), do=do)
 
 
-def _patch(model: nn.Module, patient: Patient) -> None:
-    rows = patient.measure(patient.train)
-    write(model, {name: row.new for name, row in rows.items()})
+def _measured(batches: str, patient: Patient, case: Case) -> str:
+    """The call that measures statistics, as it was done."""
+    order = ", sequential=True" if patient.in_order else ""
+    call = f"nk.recalibrate(model, {batches}{order}).apply()"
+    frozen = any(FROZEN.shows(case, name) for name in case.rows)
+    return f"nk.thaw_statistics(model); {call}; nk.freeze_statistics(model)" if frozen else call
+
+
+def _settle(model: nn.Module, case: Case) -> None:
+    """Give a copy the training data's statistics."""
+    write(model, new_values(case.rows))
 
 
 def _adapt(patient: Patient) -> _Fix:
     def do(model: nn.Module, looked_at: Sequence[Any]) -> str:
-        recalibrate(model, looked_at, forward=patient.forward).apply()
+        write(model, new_values(rows_of(patient.measure(looked_at))))
         return "by each half of the test inputs for the other, without labels"
 
     return _Fix(
@@ -136,9 +153,9 @@ def _adapt(patient: Patient) -> _Fix:
     )
 
 
-def _weigh(patient: Patient) -> _Fix:
+def _weigh(patient: Patient, case: Case) -> _Fix:
     def do(model: nn.Module, looked_at: Sequence[Any]) -> str:
-        _patch(model, patient)
+        _settle(model, case)
         metric = patient.judge.metric
         found = tune_example_weight(
             model,
@@ -149,41 +166,45 @@ def _weigh(patient: Patient) -> _Fix:
         )
         return f"alpha {found.alpha:.3g}"
 
+    call = _measured("train_batches", patient, case)
     return _Fix(
         name="recalibrate, then weigh examples",
-        call="nk.recalibrate(model, train_batches).apply(); "
-        "nk.tune_example_weight(model, held_out)",
+        call=f"{call}; nk.tune_example_weight(model, held_out)",
         do=do,
         looks=True,
     )
 
 
-def _place(patient: Patient) -> _Fix:
+def _place(patient: Patient, case: Case) -> _Fix:
     def do(model: nn.Module, _: Sequence[Any]) -> str:
-        _patch(model, patient)
+        _settle(model, case)
         planned = place_xbn_(model, dry_run=True).changes
         specs = {change.name: change.new for change in planned}
         return _converted(model, specs, patient)
 
     return _Fix(
         name="recalibrate, then XBN blocks, calibrated",
-        call="changes = nk.place_xbn_(model, dry_run=True).changes; nk.convert_norm_(model, "
-        "{change.name: change.new for change in changes}, calibrate=train_batches)",
+        call=f"{_measured('train_batches', patient, case)}; "
+        "changes = nk.place_xbn_(model, dry_run=True).changes; nk.convert_norm_(model, "
+        f"{{change.name: change.new for change in changes}}, {CALIBRATE})",
         do=do,
     )
 
 
-def _convert(patient: Patient) -> _Fix:
+def _convert(patient: Patient, case: Case) -> _Fix:
     options = [str(each.spec) for each in recommend(patient.batch_size)]
     spec = next(each for each in options if each.partition(":")[0].partition("+")[0] != "bn")
 
     def do(model: nn.Module, _: Sequence[Any]) -> str:
-        _patch(model, patient)
+        _settle(model, case)
         return _converted(model, spec, patient)
 
+    call = f'nk.convert_norm_(model, "{spec}", {CALIBRATE})'
+    if not case.rows:
+        return _Fix(name=f"{spec}, calibrated", call=call, do=do)
     return _Fix(
         name=f"recalibrate, then {spec}, calibrated",
-        call=f'nk.convert_norm_(model, "{spec}", calibrate=train_batches)',
+        call=f"{_measured('train_batches', patient, case)}; {call}",
         do=do,
     )
 
@@ -205,12 +226,7 @@ def _first(batches: Sequence[Any], at_most: int) -> Sequence[Any]:
     """As many of the batches as hold so many examples, one at least."""
     total = 0
     for place, batch in enumerate(batches):
-        total += count_examples(batch)
+        total += num_examples(batch) or 1
         if total > at_most:
             return batches[: max(place, 1)]
     return batches
-
-
-def _short(error: Exception, at_most: int = 120) -> str:
-    text = " ".join(str(error).split())
-    return f"cannot be done: {text if len(text) <= at_most else text[:at_most] + '...'}"

@@ -7,6 +7,7 @@ from normkit.passes.batches import (
     device_of,
     forward_batch,
     moved,
+    num_examples,
     require_batches,
 )
 from normkit.passes.data import Data, uncompiled
@@ -24,6 +25,7 @@ __all__ = [
     "forward_batch",
     "inputs_of",
     "moved",
+    "num_examples",
     "progress",
     "require_batches",
     "uncompiled",

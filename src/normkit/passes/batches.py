@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normkit.errors import DataError
 
@@ -73,28 +73,43 @@ def device_of(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
-def as_list(batches: Iterable[Any]) -> list[Any]:
+def num_examples(batch: Any) -> int | None:  # noqa: ANN401
+    """Length of the first axis of a batch's first tensor; None if it has none.
+
+    Example:
+        >>> num_examples([torch.zeros(8, 3), torch.zeros(8)]), num_examples({"x": torch.zeros(5)})
+        (8, 5)
+    """
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    return None if first is None or first.ndim == 0 else first.shape[0]
+
+
+def as_list(batches: Iterable[Any], name: str = "batches") -> list[Any]:
     """Read all batches, once, so that every pass sees the same.
+
+    Args:
+        batches: What is read.
+        name: What the user calls it.
 
     Raises:
         DataError: If there is none, or a tensor is given where batches are expected.
     """
-    found = list(iterate(batches))
-    require_batches(len(found))
+    found = list(iterate(batches, name))
+    require_batches(len(found), name)
     return found
 
 
-def require_batches(number: int) -> None:
+def require_batches(number: int, name: str = "batches") -> None:
     """Refuse that there was nothing.
 
     Raises:
         DataError: If there was no batch.
     """
     if number == 0:
-        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+        raise DataError(f"{name}= gave no batch; an iterator that was used up has to be made anew")
 
 
-def iterate(batches: Iterable[Any]) -> Iterator[Any]:
+def iterate(batches: Iterable[Any], name: str = "batches") -> Iterator[Any]:
     """Go through batches; a tensor is refused, whose first axis would be taken for them.
 
     Raises:
@@ -103,7 +118,7 @@ def iterate(batches: Iterable[Any]) -> Iterator[Any]:
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         shape = f" of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else ""
         raise DataError(
-            f"a {type(batches).__name__}{shape} was given as batches=; it is an iterable of "
+            f"a {type(batches).__name__}{shape} was given as {name}=; it is an iterable of "
             f"batches, such as a DataLoader or [inputs]"
         )
     return iter(batches)

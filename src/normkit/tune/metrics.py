@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from normkit.errors import DataError, OptionError
 
+IGNORED = -100  # the target of torch's cross entropy that counts nothing
 Score = Callable[[Any, Any], Tensor]
 """``score(output, batch)`` gives one value for each example."""
 
@@ -90,7 +91,7 @@ def _classes(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     Raises:
         DataError: If the output or the batch is something else.
     """
-    way_out = "pass metric=lambda output, batch: ..., which gives one value for each example"
+    way_out = "pass a function (output, batch) that gives one value for each example instead"
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
         raise DataError(
             f"a batch of type {type(batch).__name__} was given; loss and accuracy take pairs "
@@ -103,7 +104,17 @@ def _classes(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
             f"the output is {_shown(output)} and the target {_shown(target)}; loss and accuracy "
             f"take scores (N, K) and whole numbers (N,); {way_out}"
         )
+    _require_classes(target, output.shape[1])
     return output, target.long()
+
+
+def _require_classes(target: Tensor, num_classes: int) -> None:
+    wrong = (target != IGNORED) & ((target < 0) | (target >= num_classes))
+    if wrong.any():
+        raise DataError(
+            f"target {int(target[wrong][0])} was given, and the model's output has {num_classes} "
+            f"classes, 0 to {num_classes - 1}; check the data, or the length of the output"
+        )
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401
