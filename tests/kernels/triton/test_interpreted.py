@@ -12,6 +12,7 @@ CONTRACT = Path(__file__).parent / "contract"
 pytest.importorskip("triton", reason="triton is not installed, so there are no Triton kernels")
 
 
+@pytest.mark.timeout(900)  # a process of a hundred tests, and machines may be busy
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONTRACT.glob("test_*.py")))
 def test_the_contract_holds_in_the_interpreter(name):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "NORMKIT_"))}

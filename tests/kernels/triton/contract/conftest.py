@@ -4,6 +4,8 @@ Collected where there is a GPU (marked ``gpu``), and in a process with ``TRITON_
 ``test_interpreted.py`` starts: triton reads the variable when kernels are defined.
 """
 
+import functools
+import inspect
 import os
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def fast_interpreter(monkeypatch):
-    """Prepare triton's language once, not again for each function that a kernel calls."""
+    """Look for the builtins of triton's language once, not again for each launch and function."""
     if INTERPRETED:
         from triton.language import core  # noqa: PLC0415
         from triton.runtime import interpreter  # noqa: PLC0415
@@ -52,7 +54,22 @@ def fast_interpreter(monkeypatch):
                 interpreter._patch_lang(self.fn)
             return self.rewrite()(*args, **kwargs)
 
+        def patch_builtin(package, builder, scope):
+            for name in builtins_of(package):
+                member = getattr(package, name)
+                if core.is_builtin(member):
+                    interpreter._patch_attr(package, name, member, builder, scope)
+
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        monkeypatch.setattr(interpreter, "_patch_builtin", patch_builtin)
+
+
+@functools.cache
+def builtins_of(package):
+    """Names in a part of triton's language that the interpreter replaces."""
+    from triton.language import core  # noqa: PLC0415
+
+    return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
 
 
 def take_path(path, monkeypatch):
