@@ -165,7 +165,8 @@ def test_several_causes_share_the_layers_and_are_ranked(good, digits):
     assert explained == sorted(explained, reverse=True)
     everything = found.states[1].gain.mean  # what all new statistics gain
     parts = [cause.explains.mean for cause in found.causes if cause.layers]
-    assert max(parts) == pytest.approx(everything) < max(row.returns for row in found.layers)
+    assert max(parts) == pytest.approx(everything)
+    assert everything < max(row.returns for row in found.layers)
 
 
 def test_statistics_of_the_first_checkpoint_are_found_to_be_better(good, digits):
