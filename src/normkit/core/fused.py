@@ -32,17 +32,17 @@ def fusing_kernels(
 ) -> ModuleType | None:
     """The module whose ``normalize_composite`` computes a call and can move its estimates.
 
-    The C++ kernels do all composites; Triton's those whose batch stage takes the input's own
-    statistics, as in training.
+    The C++ kernels do all composites; Triton's do not move estimates.
     """
     if torch.compiler.is_compiling():
         return None
     kernels = pooled_kernels(x)
-    if kernels is cpu or kernels is None:
-        movable = not isinstance(running, RunningEstimates) or _is_movable(running)
-        return kernels if movable else None
-    own = running is None or (training and isinstance(running, RunningStatistics))
-    return kernels if own and kernels.can_compute(x, composite) else None
+    if kernels is None or (isinstance(running, RunningEstimates) and not _is_movable(running)):
+        return None
+    if kernels is cpu:
+        return kernels
+    moves = training and isinstance(running, RunningEstimates) and running.update_rate != 0
+    return kernels if not moves and kernels.can_compute(x, composite) else None
 
 
 def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixes

@@ -1,6 +1,7 @@
 """Every kernel becomes machine code of a GPU that is not there: what an interpreter cannot see."""
 
 import collections
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ if torch.cuda.is_available():
 
 from kernels.triton.without_gpu import compiled_for
 from normkit.kernels import triton
-from normkit.kernels.cpu import Kind
+from normkit.kernels.cpu import BatchSource, Kind
 from normkit.kernels.triton import composite, primitives
 
 HOPPER = 90
@@ -59,14 +60,16 @@ COMPOSITE_KERNELS = {
 def test_every_kernel_of_the_composites_compiles():
     found = []
     x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
-    for kind in composite.KINDS:
+    sources = (cpu.Batch(BatchSource.OWN, 0.1), cpu.Batch(BatchSource.GIVEN, 0.1))
+    for kind, batch in itertools.product(composite.KINDS, sources):
         shapes = {Kind.BATCH_THEN_GROUP: (8, 8), Kind.SWITCHED: (3, 3)}.get(kind, (1, None))
         if kind == Kind.SWITCHED_WITHOUT_BATCH:
             shapes = (2, 2)
         sizes = (64, 64, *shapes)
         slots = [None if n is None else torch.zeros(n, requires_grad=True) for n in sizes]
-        buffers = cpu.Buffers(None, None, torch.zeros(64), torch.ones(64), torch.tensor(0))
-        given = (cpu.Composite(kind, 8, 1e-5, 1e-5), cpu.Batch(cpu.BatchSource.OWN, 0.1), buffers)
+        moments = torch.zeros(64), torch.ones(64)
+        buffers = cpu.Buffers(*moments, *moments, torch.tensor(0))
+        given = (cpu.Composite(kind, 8, 1e-5, 1e-5), batch, buffers)
         with compiled_for(HOPPER) as kernels:
             y, _ = triton.normalize_composite(x, tuple(slots), *given, None)
             y.backward(torch.zeros_like(y))

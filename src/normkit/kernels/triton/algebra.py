@@ -43,6 +43,45 @@ def group_stage(center, var, inside, J, eps_high, eps_low):
 
 
 @triton.jit
+def blend(m, v, M, V, own_high, own_low, WEIGHED: tl.constexpr):
+    """Distance from the mean that the batch stage takes away, that mean, and the variance.
+
+    ``WEIGHED``: of a mixture of the channel's own moments, whose share comes in two parts.
+    """
+    u = m - M
+    if WEIGHED:
+        own = join(own_high, own_low)
+        V = own * v + (1.0 - own) * (V + own * u * u)  # noqa: N806
+        M += own * u  # noqa: N806
+        u = (1.0 - own) * u
+    return u, M, V
+
+
+@triton.jit
+def batch_stage(m, v, batch_mean, batch_var, k, inside, own_high, own_low, WEIGHED: tl.constexpr):
+    """What ``blend`` makes of the batch's moments for each channel."""
+    M = tl.load(batch_mean + k, mask=inside, other=0.0).to(tl.float64)  # noqa: N806
+    V = tl.load(batch_var + k, mask=inside, other=1.0).to(tl.float64)  # noqa: N806
+    return blend(m, v, M, V, own_high, own_low, WEIGHED)
+
+
+@triton.jit
+def keep(batch_mean, batch_var, kept_mean, kept_var, k, mask):
+    """Note what somebody else gave, for a backward pass that comes when it has changed."""
+    M = tl.load(batch_mean + k, mask=mask, other=0.0).to(tl.float64)  # noqa: N806
+    V = tl.load(batch_var + k, mask=mask, other=0.0).to(tl.float64)  # noqa: N806
+    tl.store(kept_mean + k, M, mask=mask)
+    tl.store(kept_var + k, V, mask=mask)
+
+
+@triton.jit
+def through_blend(dM, dV, u, own_high, own_low):
+    """What reaches moments through their share of a mixture, ``u`` away from the given mean."""
+    own = join(own_high, own_low)
+    return own * (dM + dV * 2.0 * (1.0 - own) * u), own * dV
+
+
+@triton.jit
 def share(logit):
     """The group norm's share."""
     return 1.0 / (1.0 + tl.exp(-tl.load(logit).to(tl.float64)))
@@ -50,10 +89,10 @@ def share(logit):
 
 @triton.jit
 def rows_forward_kernel(
-    mean, var, batch_mean, batch_var, first, second, third, fourth, scale, center,
-    C, J, REPEAT, be_high, be_low, ge_high, ge_low,
+    mean, var, batch_mean, batch_var, kept_mean, kept_var, first, second, third, fourth,
+    scale, center, C, J, REPEAT, be_high, be_low, ge_high, ge_low, own_high, own_low,
     KIND: tl.constexpr, HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr,
-    HAS4: tl.constexpr, BR: tl.constexpr,
+    HAS4: tl.constexpr, KEEPS: tl.constexpr, WEIGHED: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Scale and center of the channels of a group of an example, where the batch sees ``m, v``."""
     lane = tl.arange(0, BR)
@@ -64,8 +103,13 @@ def rows_forward_kernel(
     v = tl.load(var + at, mask=inside, other=0.0)
     weight = of_channels(first, k, inside, 1, 1.0, HAS1)
     bias = of_channels(second, k, inside, 1, 0.0, HAS2)
-    u = m - tl.load(batch_mean + k, mask=inside, other=0.0)
-    rb = root(tl.load(batch_var + k, mask=inside, other=1.0), be_high, be_low)
+    u, _, V = batch_stage(  # noqa: N806
+        m, v, batch_mean, batch_var, k, inside, own_high, own_low, WEIGHED
+    )
+    rb = root(V, be_high, be_low)
+    if KEEPS:
+        is_first = inside & (tl.program_id(0) < C // J)
+        keep(batch_mean, batch_var, kept_mean, kept_var, k, is_first)
     if KIND == 0:
         s = rb * weight
         d, _, _, r = group_stage(u * s + bias, s * s * v, inside, J, ge_high, ge_low)
@@ -90,9 +134,9 @@ def rows_forward_kernel(
 def rows_backward_kernel(
     mean, var, batch_mean, batch_var, first, second, third, fourth, grad_center, grad_scale,
     k1, dmean, dvar, to_mean, to_var, of_first, of_second, of_third, scalars,
-    C, J, REPEAT, be_high, be_low, ge_high, ge_low,
+    C, J, REPEAT, be_high, be_low, ge_high, ge_low, own_high, own_low,
     KIND: tl.constexpr, HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr,
-    BR: tl.constexpr,
+    WEIGHED: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Transpose of ``rows_forward_kernel``.
 
@@ -109,8 +153,10 @@ def rows_backward_kernel(
     gc = tl.load(grad_center + at, mask=inside, other=0.0).to(tl.float64)
     weight = of_channels(first, k, inside, 1, 1.0, HAS1)
     bias = of_channels(second, k, inside, 1, 0.0, HAS2)
-    u = m - tl.load(batch_mean + k, mask=inside, other=0.0)
-    rb = root(tl.load(batch_var + k, mask=inside, other=1.0), be_high, be_low)
+    u, _, V = batch_stage(  # noqa: N806
+        m, v, batch_mean, batch_var, k, inside, own_high, own_low, WEIGHED
+    )
+    rb = root(V, be_high, be_low)
     if KIND == 0:
         s = rb * weight
         d, _, _, r = group_stage(u * s + bias, s * s * v, inside, J, ge_high, ge_low)
@@ -171,12 +217,30 @@ def rows_backward_kernel(
 
 
 @triton.jit
+def through_batch(u, dM, dV, to_mean, to_var, mask, own_high, own_low, WEIGHED: tl.constexpr):
+    """What reaches moments ``u`` away from the batch's mean by way of the batch's moments."""
+    if WEIGHED:
+        of_m = tl.load(to_mean, mask=mask, other=0.0)
+        of_v = tl.load(to_var, mask=mask, other=0.0)
+        of_m, of_v = through_blend(of_m, of_v, u, own_high, own_low)
+    else:
+        of_m = dM[None, :] + dV[None, :] * 2.0 * u
+        of_v = tl.zeros_like(u) + dV[None, :]
+    return of_m, of_v
+
+
+@triton.jit
 def columns_backward_kernel(
     mean, batch_mean, grad_center, k1, dmean, dvar, to_mean, to_var,
-    of_first, of_second, of_third, k2, k3, sums, N, C, L,
-    HAS_BATCH: tl.constexpr, HAS_THIRD: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    of_first, of_second, of_third, k2, k3, sums, N, C, L, own_high, own_low,
+    OWN: tl.constexpr, WEIGHED: tl.constexpr, HAS_THIRD: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """Factors ``k2, k3`` of every channel of every example, and sums ``(4, C)`` of the terms."""
+    """Factors ``k2, k3`` of every channel of every example, and sums ``(4, C)`` of the terms.
+
+    ``OWN``: the batch's statistics are pooled from ``m, v``. Else they are given, which no gradient
+    reaches, or ``WEIGHED``.
+    """
     c = tl.program_id(0) * BK + tl.arange(0, BK)
     to_m = tl.zeros((BR, BK), tl.float64)
     to_v = tl.zeros((BR, BK), tl.float64)
@@ -193,7 +257,7 @@ def columns_backward_kernel(
         if HAS_THIRD:
             three += tl.load(of_third + at, mask=mask, other=0.0)
             four += tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
-        if HAS_BATCH:
+        if OWN:
             to_m += tl.load(to_mean + at, mask=mask, other=0.0)
             to_v += tl.load(to_var + at, mask=mask, other=0.0)
     tl.store(sums + c, tl.sum(one, axis=0), mask=c < C)
@@ -204,7 +268,7 @@ def columns_backward_kernel(
     dM = tl.sum(to_m, axis=0) / N  # noqa: N806 - the letters of the formulas
     dV = tl.sum(to_v, axis=0) / N  # noqa: N806
     M = dM  # noqa: N806
-    if HAS_BATCH:
+    if OWN or WEIGHED:
         M = tl.load(batch_mean + c, mask=c < C, other=0.0)  # noqa: N806
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
@@ -212,10 +276,13 @@ def columns_backward_kernel(
         at = n.to(tl.int64)[:, None] * C + c[None, :]
         to_m = tl.load(dmean + at, mask=mask, other=0.0)
         to_v = tl.load(dvar + at, mask=mask, other=0.0)
-        if HAS_BATCH:
-            m = tl.load(mean + at, mask=mask, other=0.0)
-            to_m += dM[None, :] + dV[None, :] * 2.0 * (m - M[None, :])
-            to_v += dV[None, :]
+        if OWN or WEIGHED:
+            u = tl.load(mean + at, mask=mask, other=0.0) - M[None, :]
+            of_m, of_v = through_batch(
+                u, dM, dV, to_mean + at, to_var + at, mask, own_high, own_low, WEIGHED
+            )
+            to_m += of_m
+            to_v += of_v
         gc = tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
         to_m -= tl.load(k1 + at, mask=mask, other=0.0) * gc
         tl.store(k2 + at, to_v * 2.0 / L, mask=mask)

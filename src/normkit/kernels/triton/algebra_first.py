@@ -7,7 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton.algebra import group_stage, of_channels, root, share
+from normkit.kernels.triton.algebra import (
+    blend,
+    group_stage,
+    of_channels,
+    root,
+    share,
+    through_blend,
+)
 from normkit.kernels.triton.device import count_batch, move
 
 
@@ -24,15 +31,11 @@ def first_stage(mean, var, group_mean, group_var, n, c, mask, C, J, ge_high, ge_
 
 
 @triton.jit
-def columns_forward_kernel(
-    mean, var, group_mean, group_var, first, second, logit, scale, center, out_mean, out_var,
-    running_mean, running_var, counter, N, C, J, L, be_high, be_low, ge_high, ge_low,
-    rate_high, rate_low,
-    HAS1: tl.constexpr, HAS2: tl.constexpr, HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
+def pool_first(
+    mean, var, group_mean, group_var, c, N, C, J, ge_high, ge_low, BK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """Scale and center where the group norm comes first: the batch sees what it made."""
-    c = tl.program_id(0) * BK + tl.arange(0, BK)
+    """The batch's moments of what a group norm made of channels."""
     total = tl.zeros((BR, BK), tl.float64)
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
@@ -51,7 +54,29 @@ def columns_forward_kernel(
         )
         apart = made - M[None, :]
         total += tl.where(mask, r * r * v + apart * apart, 0.0)
-    V = tl.sum(total, axis=0) / N  # noqa: N806
+    return M, tl.sum(total, axis=0) / N
+
+
+@triton.jit
+def columns_forward_kernel(
+    mean, var, group_mean, group_var, given_mean, given_var, first, second, logit, scale, center,
+    out_mean, out_var, running_mean, running_var, counter, N, C, J, L,
+    be_high, be_low, ge_high, ge_low, own_high, own_low, rate_high, rate_low,
+    HAS1: tl.constexpr, HAS2: tl.constexpr, OWN: tl.constexpr, WEIGHED: tl.constexpr,
+    HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Scale and center where the group norm comes first: the batch sees what it made.
+
+    ``OWN``: the batch's moments are measured; else they are given, perhaps ``WEIGHED``.
+    """
+    c = tl.program_id(0) * BK + tl.arange(0, BK)
+    if OWN:
+        M, V = pool_first(  # noqa: N806
+            mean, var, group_mean, group_var, c, N, C, J, ge_high, ge_low, BK, BR
+        )
+    else:
+        M = tl.load(given_mean + c, mask=c < C, other=0.0).to(tl.float64)  # noqa: N806
+        V = tl.load(given_var + c, mask=c < C, other=1.0).to(tl.float64)  # noqa: N806
     tl.store(out_mean + c, M, mask=c < C)
     tl.store(out_var + c, V, mask=c < C)
     if HAS_RUNNING:
@@ -61,17 +86,18 @@ def columns_forward_kernel(
     if HAS_COUNTER:
         count_batch(counter, tl.program_id(0) == 0)
     p = share(logit)
-    rb = root(V, be_high, be_low)[None, :]
     weight = of_channels(first, c, c < C, 1, 1.0, HAS1)[None, :]
     bias = of_channels(second, c, c < C, 1, 0.0, HAS2)[None, :]
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
         mask = (n < N)[:, None] & (c < C)[None, :]
-        at, r, made, _ = first_stage(
+        at, r, made, v = first_stage(
             mean, var, group_mean, group_var, n, c, mask, C, J, ge_high, ge_low
         )
+        u, _, spread = blend(made, r * r * v, M[None, :], V[None, :], own_high, own_low, WEIGHED)
+        rb = root(spread, be_high, be_low)
         slope = r * (p + (1.0 - p) * rb) * weight
-        offset = (p * made + (1.0 - p) * (made - M[None, :]) * rb) * weight + bias
+        offset = (p * made + (1.0 - p) * u * rb) * weight + bias
         tl.store(scale + at, slope, mask=mask)
         tl.store(center + at, offset, mask=mask)
 
@@ -80,13 +106,15 @@ def columns_forward_kernel(
 def columns_first_backward_kernel(
     mean, var, group_mean, group_var, batch_mean, batch_var, first, logit, grad_center, grad_scale,
     to_center, to_root, dvar, k1, sums, N, C, J, be_high, be_low, ge_high, ge_low,
-    HAS1: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    own_high, own_low,
+    HAS1: tl.constexpr, OWN: tl.constexpr, WEIGHED: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """Transpose of ``columns_forward_kernel`` down to what the group norm made; sums ``(3, C)``."""
     c = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = c < C
     M = tl.load(batch_mean + c, mask=inside, other=0.0)[None, :]  # noqa: N806
-    rb = root(tl.load(batch_var + c, mask=inside, other=1.0), be_high, be_low)[None, :]
+    V = tl.load(batch_var + c, mask=inside, other=1.0)[None, :]  # noqa: N806
     weight = of_channels(first, c, inside, 1, 1.0, HAS1)[None, :]
     p = share(logit)
     q = 1.0 - p
@@ -97,12 +125,13 @@ def columns_first_backward_kernel(
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
         mask = (n < N)[:, None] & inside[None, :]
-        at, r, made, _ = first_stage(
+        at, r, made, v = first_stage(
             mean, var, group_mean, group_var, n, c, mask, C, J, ge_high, ge_low
         )
+        apart, _, spread = blend(made, r * r * v, M, V, own_high, own_low, WEIGHED)
+        rb = root(spread, be_high, be_low)
         gs = tl.load(grad_scale + at, mask=mask, other=0.0).to(tl.float64)
         gc = tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
-        apart = made - M
         one += gs * r * (p + q * rb) + gc * (p * made + q * apart * rb)
         two += gc
         three += (gs * (r - r * rb) + gc * (made - apart * rb)) * weight
@@ -111,8 +140,10 @@ def columns_first_backward_kernel(
     tl.store(sums + c, tl.sum(one, axis=0), mask=inside)
     tl.store(sums + C + c, total, mask=inside)
     tl.store(sums + 2 * C + c, tl.sum(three, axis=0) * p * q, mask=inside)
-    dM = -q * total[None, :] * weight * rb / N  # noqa: N806
-    dV = -0.5 * tl.sum(droot, axis=0)[None, :] * rb * rb * rb / N  # noqa: N806
+    unblended = root(V, be_high, be_low)
+    dM = -q * total[None, :] * weight * unblended / N  # noqa: N806
+    dV = -0.5 * tl.sum(droot, axis=0)[None, :] / N  # noqa: N806
+    dV *= unblended * unblended * unblended  # noqa: N806
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
         mask = (n < N)[:, None] & inside[None, :]
@@ -121,10 +152,21 @@ def columns_first_backward_kernel(
         )
         gs = tl.load(grad_scale + at, mask=mask, other=0.0).to(tl.float64)
         gc = tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
+        apart, _, spread = blend(made, r * r * v, M, V, own_high, own_low, WEIGHED)
+        rb = root(spread, be_high, be_low)
         both = (p + q * rb) * weight
-        tl.store(to_center + at, gc * both + dM + dV * 2.0 * (made - M), mask=mask)
-        tl.store(to_root + at, gs * both + 2.0 * dV * r * v, mask=mask)
-        tl.store(dvar + at, dV * r * r, mask=mask)
+        to_c = tl.zeros((BR, BK), tl.float64)
+        to_v = tl.zeros((BR, BK), tl.float64)
+        if OWN:
+            to_c += dM + dV * 2.0 * (made - M)
+            to_v += dV
+        if WEIGHED:
+            of_m = -q * gc * weight * rb
+            of_v = -0.5 * q * weight * (gs * r + gc * apart) * rb * rb * rb
+            to_c, to_v = through_blend(of_m, of_v, made - M, own_high, own_low)
+        tl.store(to_center + at, gc * both + to_c, mask=mask)
+        tl.store(to_root + at, gs * both + 2.0 * to_v * r * v, mask=mask)
+        tl.store(dvar + at, to_v * r * r, mask=mask)
         tl.store(k1 + at, r * both, mask=mask)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton.algebra import group_stage, of_channels, root
+from normkit.kernels.triton.algebra import batch_stage, group_stage, keep, of_channels, root
 
 
 @triton.jit
@@ -27,11 +27,15 @@ def shares(logits, COUNT: tl.constexpr):
 
 
 @triton.jit
-def batch_moments(batch_mean, batch_var, k, inside, HAS_BATCH: tl.constexpr):
+def batch_moments(
+    m, v, batch_mean, batch_var, k, inside, own_high, own_low,
+    HAS_BATCH: tl.constexpr, WEIGHED: tl.constexpr,
+):  # fmt: skip
     """The batch's, or zeros where its share is 0."""
     if HAS_BATCH:
-        batch_m = tl.load(batch_mean + k, mask=inside, other=0.0)
-        batch_v = tl.load(batch_var + k, mask=inside, other=1.0)
+        _, batch_m, batch_v = batch_stage(
+            m, v, batch_mean, batch_var, k, inside, own_high, own_low, WEIGHED
+        )
     else:
         batch_m = tl.zeros_like(k).to(tl.float64)
         batch_v = tl.zeros_like(k).to(tl.float64)
@@ -40,9 +44,10 @@ def batch_moments(batch_mean, batch_var, k, inside, HAS_BATCH: tl.constexpr):
 
 @triton.jit
 def switched_forward_kernel(
-    mean, var, batch_mean, batch_var, first, second, mean_logits, var_logits, scale, center,
-    C, eps_high, eps_low,
-    HAS1: tl.constexpr, HAS2: tl.constexpr, HAS_BATCH: tl.constexpr, BR: tl.constexpr,
+    mean, var, batch_mean, batch_var, kept_mean, kept_var, first, second, mean_logits, var_logits,
+    scale, center, C, eps_high, eps_low, own_high, own_low,
+    HAS1: tl.constexpr, HAS2: tl.constexpr, HAS_BATCH: tl.constexpr, KEEPS: tl.constexpr,
+    WEIGHED: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Scale and center of an example's channels."""
     k = tl.arange(0, BR)
@@ -50,7 +55,12 @@ def switched_forward_kernel(
     at = tl.program_id(0).to(tl.int64) * C + k
     m = tl.load(mean + at, mask=inside, other=0.0)
     v = tl.load(var + at, mask=inside, other=0.0)
-    M, V = batch_moments(batch_mean, batch_var, k, inside, HAS_BATCH)  # noqa: N806
+    M, V = batch_moments(  # noqa: N806
+        m, v, batch_mean, batch_var, k, inside, own_high, own_low, HAS_BATCH, WEIGHED
+    )
+    if KEEPS:
+        is_first = inside & (tl.program_id(0) < 1)
+        keep(batch_mean, batch_var, kept_mean, kept_var, k, is_first)
     _, layer_mean, layer_var, _ = group_stage(m, v, inside, C, eps_high, eps_low)
     a0, a1, a2 = shares(mean_logits, 3 if HAS_BATCH else 2)
     b0, b1, b2 = shares(var_logits, 3 if HAS_BATCH else 2)
@@ -66,7 +76,8 @@ def switched_forward_kernel(
 def switched_backward_kernel(
     mean, var, batch_mean, batch_var, first, mean_logits, var_logits, grad_center, grad_scale,
     k1, dmean, dvar, to_mean, to_var, of_first, of_second, scalars, C, eps_high, eps_low,
-    HAS1: tl.constexpr, HAS_BATCH: tl.constexpr, BR: tl.constexpr,
+    own_high, own_low,
+    HAS1: tl.constexpr, HAS_BATCH: tl.constexpr, WEIGHED: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Transpose of ``switched_forward_kernel``; what it writes is as in ``rows_backward_kernel``.
 
@@ -80,7 +91,9 @@ def switched_backward_kernel(
     gs = tl.load(grad_scale + at, mask=inside, other=0.0).to(tl.float64)
     gc = tl.load(grad_center + at, mask=inside, other=0.0).to(tl.float64)
     weight = of_channels(first, k, inside, 1, 1.0, HAS1)
-    M, V = batch_moments(batch_mean, batch_var, k, inside, HAS_BATCH)  # noqa: N806
+    M, V = batch_moments(  # noqa: N806
+        m, v, batch_mean, batch_var, k, inside, own_high, own_low, HAS_BATCH, WEIGHED
+    )
     d, layer_mean, layer_var, _ = group_stage(m, v, inside, C, eps_high, eps_low)
     a0, a1, a2 = shares(mean_logits, 3 if HAS_BATCH else 2)
     b0, b1, b2 = shares(var_logits, 3 if HAS_BATCH else 2)

@@ -84,13 +84,14 @@ def _config(
     return _blocks(layout, config, x, programs), config
 
 
-def measure(x: Map, layout: Layout) -> Parts:
-    """Mean and variance of parts of segments, float64."""
+def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) -> Parts:
+    """Mean and variance of parts of segments, float64; in ``out`` where parts are whole."""
     grouping, tensor = layout.grouping, x.tensor
 
     def run(stream: Stream, config: Config) -> Parts:
         shape = (2, grouping.N * stream.splits, grouping.K)
-        mean, var = tensor.new_empty(shape, dtype=torch.float64)
+        own = None if stream.splits > 1 else out
+        mean, var = own or tensor.new_empty(shape, dtype=torch.float64).unbind()
         launch(
             moments_kernel,
             stream.num_programs,

@@ -140,24 +140,48 @@ def test_training_matches_its_definition(name, shape, dtype, layout, path, devic
         assert statistics(layer).num_batches_tracked == 1
 
 
-EVALUATED = [("bn", 0.0), ("bgn-cuts", 0.0), ("ghost", 1.0), ("bgn-weighed", 0.3), ("bcn", 0.0)]
+EVALUATED = [  # of several examples where these are weighed by kernels of their own
+    ("bn", 0.0, "one", "contiguous", "stream"),
+    ("bgn-cuts", 0.0, "one", "contiguous", "stream"),
+    ("ghost", 1.0, "one", "contiguous", "stream"),
+    ("bgn-weighed", 0.3, "one", "contiguous", "stream"),
+    ("bcn", 0.0, "one", "contiguous", "stream"),
+    ("bcn", 0.3, "line", "contiguous", "tile"),
+    ("gnplus", 0.0, "line", "contiguous", "tile"),
+    ("gnplus", 0.3, "line", "contiguous", "tile"),
+    ("gnplus-batch", 0.3, "line", "contiguous", "tile"),
+    ("gnplus-parallel", 0.3, "line", "contiguous", "tile"),
+    ("sn", 0.0, "line", "contiguous", "tile"),
+    ("sn", 0.3, "line", "channels_last", "tile"),
+]
 
 
-@pytest.mark.parametrize("path", PATHS if THOROUGH else PATHS[1:], indirect=True)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"] if THOROUGH else ["contiguous"])
-@pytest.mark.parametrize(("name", "alpha"), EVALUATED)
-def test_evaluation_matches_its_definition(name, alpha, layout, path, device):
-    case, shape, dtype = CASES[name], SHAPES["line" if THOROUGH else "one"], torch.float32
+def evaluated():
+    """What is picked; on a GPU both ways through the kernels and two layouts."""
+    if not THOROUGH:
+        return EVALUATED
+    picked = [(name, alpha, "line") for name, alpha, *_ in EVALUATED]
+    ways = list(itertools.product(("contiguous", "channels_last"), PATHS))
+    return [(*one, *way) for one, way in itertools.product(picked, ways)]
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "shape", "layout", "path"), evaluated(), indirect=["path"]
+)
+def test_evaluation_matches_its_definition(name, alpha, shape, layout, path, device):
+    case, shape, dtype = CASES[name], SHAPES[shape], torch.float32
     layer = on(device, case, dtype)
     with nk.use_kernels("reference"):
         layer(randn(*shape, dtype=dtype, mean=0.5).to(device))
     layer.eval().example_weight = alpha
     x = arrange(randn(*shape, dtype=dtype, mean=1.0, seed=5).to(device), layout).requires_grad_()
+    running = buffers_of(case, layer)
     y = layer(x)
+    statistics(layer).running_mean.fill_(3.0)  # what a forward knew, backward still knows
+    statistics(layer).running_var.fill_(5.0)
     grad = randn(*shape, dtype=dtype, seed=6)
     found = torch.autograd.grad(y, [x, *layer.parameters()], grad.to(device))
     exact, parameters = x.detach().cpu().double().requires_grad_(), in_float64(layer)
-    running = buffers_of(case, layer)
     value = oracle.evaluate(case.kind, exact, parameters, layer.eps, running, alpha, **groups(case))
     near(y, value, dtype)
     expected = torch.autograd.grad(value, [exact, *parameters.values()], grad.double())
@@ -268,9 +292,10 @@ LAUNCHES = {  # on tables, forward and backward, of a map whose segments are not
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_composites_take_two_launches_on_tables(name, device, monkeypatch):
-    from normkit.kernels.triton import composite, passes  # noqa: PLC0415 - not without triton
+def test_composites_take_two_launches_on_tables(name, training, device, monkeypatch):
+    from normkit.kernels.triton import composite_tables, passes  # noqa: PLC0415 - needs triton
 
     seen = []
     launch = passes.launch
@@ -279,15 +304,19 @@ def test_composites_take_two_launches_on_tables(name, device, monkeypatch):
         seen.append(kernel.fn.__name__.removesuffix("_kernel"))
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(composite, "launch", note)
+    monkeypatch.setattr(composite_tables, "launch", note)
     monkeypatch.setattr(passes, "launch", note)
     x = randn(2, 6, 4, dtype=torch.float32).to(device).requires_grad_()
-    y = on(device, CASES[name], torch.float32)(x)
+    y = on(device, CASES[name], torch.float32).train(training)(x)
     forward = list(seen)
     torch.autograd.grad(y.square().sum(), x)
     on_map = ({"moments", "apply"}, {"reduce_grad", "combine_grad"})
+    if training:
+        on_tables = LAUNCHES[name]
+    else:  # the batch's statistics are there
+        on_tables = [[k for k in way if k != "pool_rows"] for way in LAUNCHES[name]]
     for found, expected, passes_over in zip(
-        (forward, seen[len(forward) :]), LAUNCHES[name], on_map, strict=True
+        (forward, seen[len(forward) :]), on_tables, on_map, strict=True
     ):
         assert [kernel for kernel in found if kernel not in passes_over] == expected
         assert set(found) - set(expected) == passes_over
