@@ -28,21 +28,18 @@ from normkit.typing import FeatureMap
 
 
 def fusing_kernels(
-    x: FeatureMap, composite: Composite, running: Running | None, training: bool
+    x: FeatureMap, composite: Composite, running: Running | None
 ) -> ModuleType | None:
     """The module whose ``normalize_composite`` computes a call and can move its estimates.
 
-    The C++ kernels do all composites; Triton's do not move estimates.
+    The C++ kernels do all composites; Triton's those whose groups a program holds.
     """
     if torch.compiler.is_compiling():
         return None
     kernels = pooled_kernels(x)
     if kernels is None or (isinstance(running, RunningEstimates) and not _is_movable(running)):
         return None
-    if kernels is cpu:
-        return kernels
-    moves = training and isinstance(running, RunningEstimates) and running.update_rate != 0
-    return kernels if not moves and kernels.can_compute(x, composite) else None
+    return kernels if kernels is cpu or kernels.can_compute(x, composite) else None
 
 
 def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixes

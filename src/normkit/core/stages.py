@@ -217,7 +217,7 @@ def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     running = _at_second_look(x, running, training)
     if ranks is not None and training:
         return _normalize_part(x, composite, algebra, running, parameters, ranks)
-    kernels = fusing_kernels(x, composite, running, training)
+    kernels = fusing_kernels(x, composite, running)
     if kernels is not None:
         return normalize_fused(kernels, x, composite, algebra, running, training, parameters)
     num_channels = composite.num_batch_channels(x)

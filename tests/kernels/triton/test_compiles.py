@@ -61,7 +61,9 @@ def test_every_kernel_of_the_composites_compiles():
     found = []
     x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     sources = (cpu.Batch(BatchSource.OWN, 0.1), cpu.Batch(BatchSource.GIVEN, 0.1))
-    for kind, batch in itertools.product(composite.KINDS, sources):
+    calls = list(itertools.product(composite.KINDS, sources))
+    calls.append((Kind.BATCH_THEN_GROUP, cpu.Batch(BatchSource.ESTIMATES, 0.1)))
+    for kind, batch in calls:
         shapes = {Kind.BATCH_THEN_GROUP: (8, 8), Kind.SWITCHED: (3, 3)}.get(kind, (1, None))
         if kind == Kind.SWITCHED_WITHOUT_BATCH:
             shapes = (2, 2)

@@ -123,7 +123,8 @@ def _measure(x: Map, known: Known, batch: Batch, buffers: Buffers) -> Source:
             raise RuntimeError("given statistics are a mean and a variance")
         given = given_mean.contiguous(), given_var.contiguous()
     elif mean is not None and var is not None:
-        follower = Follower(mean, var, counter, batch.rate)
+        estimated = batch.source == BatchSource.ESTIMATES
+        follower = Follower(mean, var, counter, batch.rate, estimated)
     return Source(parts, layout, given, follower)
 
 

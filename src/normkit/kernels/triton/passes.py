@@ -106,12 +106,21 @@ def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) ->
 
 
 class Follower(NamedTuple):
-    """Buffers that a kernel moves while it writes what they follow."""
+    """Buffers that a kernel moves while it writes what they follow.
+
+    Args:
+        mean: Running mean.
+        var: Running variance, unbiased; of estimates biased.
+        counter: Counts batches.
+        momentum: Weight of the new value.
+        are_estimates: Whether they are what the kernel writes, once moved.
+    """
 
     mean: Tensor
     var: Tensor
     counter: Tensor | None
     momentum: float
+    are_estimates: bool = False
 
 
 def follower_arguments(follower: Follower | None) -> tuple[tuple[object, ...], Constants]:
@@ -141,6 +150,7 @@ def pool_rows(
         ceil_div(grouping.N, num_examples) * ceil_div(grouping.K, columns),
         (parts.first, parts.second, *out, *buffers, grouping.N, stream.splits, stream.span,
          grouping.L, grouping.K, num_examples, *rates),
+        ESTIMATED=follower is not None and follower.are_estimates,
         BK=columns, BR=rows, **flags,
     )  # fmt: skip
 

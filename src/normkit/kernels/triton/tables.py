@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton.device import count_batch, move, reciprocal_root
+from normkit.kernels.triton.device import count_batch, estimate, move, reciprocal_root
 
 
 @triton.jit
@@ -22,9 +22,13 @@ def part_size(i, SPLITS, span, L):
 def pool_rows_kernel(
     mean, var, out_mean, out_var, running_mean, running_var, counter,
     N, SPLITS, span, L, K, E, rate_high, rate_low,
-    HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, ESTIMATED: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Pool parts of segments ``(N, SPLITS, K)`` over runs of ``E`` examples: ``(B, K)``."""
+    """Pool parts of segments ``(N, SPLITS, K)`` over runs of ``E`` examples: ``(B, K)``.
+
+    ``ESTIMATED``: what comes out, and is kept, are running estimates moved towards that.
+    """
     tiles = tl.cdiv(K, BK)
     run = tl.program_id(0) // tiles
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
@@ -50,10 +54,14 @@ def pool_rows_kernel(
         both = (within + apart * apart) * part_size(i, SPLITS, span, L)[:, None]
         total += tl.where(mask, both, 0.0)
     spread = tl.sum(total, axis=0) / size
+    if ESTIMATED:
+        center, spread = estimate(
+            center, spread, running_mean + k, running_var + k, rate_high, rate_low, k < K
+        )
     out = run.to(tl.int64) * K + k
     tl.store(out_mean + out, center, mask=k < K)
     tl.store(out_var + out, spread, mask=k < K)
-    if HAS_RUNNING:
+    if HAS_RUNNING and not ESTIMATED:
         unbiased = spread * (size / tl.maximum(size - 1.0, 1.0))
         move(running_mean + k, center, rate_high, rate_low, k < K)
         move(running_var + k, unbiased, rate_high, rate_low, k < K)

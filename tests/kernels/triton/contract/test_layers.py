@@ -50,6 +50,7 @@ PICKED = [  # one that each of the ways through the kernels needs
     ("gbgn-whole", "line", float32, "contiguous", "stream"),
     ("bcn", "line", float32, "contiguous", "stream"),
     ("bcn-micro", "odd", float32, "channels_last", "tile"),
+    ("bcn-micro", "one", torch.float64, "contiguous", "stream"),
     ("gnplus", "line", float32, "contiguous", "tile"),
     ("gnplus", "one", float32, "contiguous", "stream"),
     ("gnplus-batch", "line", float32, "channels_last", "tile"),
@@ -285,6 +286,7 @@ def test_without_affine_and_momentum(device):
 
 LAUNCHES = {  # on tables, forward and backward, of a map whose segments are not shared
     "bcn": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
+    "bcn-micro": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
     "gnplus": (
         ["pool_segments", "columns_forward"], ["columns_first_backward", "rows_first_backward"],
     ),

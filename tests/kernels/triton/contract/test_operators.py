@@ -84,7 +84,7 @@ def test_transforms_and_second_derivatives_are_the_references(device):
     assert nk.explain(layer, leaf).kernels == "triton"
 
 
-@pytest.mark.parametrize("name", ["bn", "bcn:2", "pn"])
+@pytest.mark.parametrize("name", ["bn", "bcn:2", "bcn:2:micro_batch", "pn"])
 def test_a_checkpoint_looks_twice_and_moves_buffers_once(name, device):
     x, results = draw(3, 4, 3, device=device), []
     for again in (False, True):
