@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 from kernels.triton.without_gpu import compiled_for
 from normkit.kernels import triton
 from normkit.kernels.cpu import BatchSource, Kind
-from normkit.kernels.triton import composite, primitives
+from normkit.kernels.triton import primitives
 
 HOPPER = 90
 STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of channels
@@ -53,7 +53,8 @@ def test_every_kernel_of_the_layers_compiles():
 COMPOSITE_KERNELS = {
     "rows_forward_kernel", "rows_backward_kernel", "columns_forward_kernel",
     "columns_backward_kernel", "columns_first_backward_kernel", "rows_first_backward_kernel",
-    "switched_forward_kernel", "switched_backward_kernel",
+    "switched_forward_kernel", "switched_backward_kernel", "halves_forward_kernel",
+    "halves_backward_kernel",
 }  # fmt: skip
 
 
@@ -61,15 +62,15 @@ def test_every_kernel_of_the_composites_compiles():
     found = []
     x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     sources = (cpu.Batch(BatchSource.OWN, 0.1), cpu.Batch(BatchSource.GIVEN, 0.1))
-    calls = list(itertools.product(composite.KINDS, sources))
+    calls = list(itertools.product(Kind, sources))
     calls.append((Kind.BATCH_THEN_GROUP, cpu.Batch(BatchSource.ESTIMATES, 0.1)))
     for kind, batch in calls:
         shapes = {Kind.BATCH_THEN_GROUP: (8, 8), Kind.SWITCHED: (3, 3)}.get(kind, (1, None))
         if kind == Kind.SWITCHED_WITHOUT_BATCH:
             shapes = (2, 2)
-        sizes = (64, 64, *shapes)
+        sizes = (8, 8, 56, 56) if kind == Kind.HALVES else (64, 64, *shapes)
         slots = [None if n is None else torch.zeros(n, requires_grad=True) for n in sizes]
-        moments = torch.zeros(64), torch.ones(64)
+        moments = torch.zeros(64), torch.ones(64)  # as many as there are channels, or more
         buffers = cpu.Buffers(*moments, *moments, torch.tensor(0))
         given = (cpu.Composite(kind, 8, 1e-5, 1e-5), batch, buffers)
         with compiled_for(HOPPER) as kernels:

@@ -19,13 +19,12 @@ from normkit.kernels.triton.composite_tables import Call, Known, Source
 from normkit.kernels.triton.geometry import Grouping, Layout, Map, result_like
 from normkit.kernels.triton.passes import Follower, Table
 
-KINDS = frozenset(Kind) - {Kind.HALVES}
 MOST_CHANNELS = 4096  # of a group, which one program holds
 
 
 def can_compute(x: Tensor, composite: Composite) -> bool:
     """Whether these kernels compute a composite on a map."""
-    return composite.kind in KINDS and x.shape[1] <= MOST_CHANNELS
+    return composite.kind == Kind.HALVES or x.shape[1] <= MOST_CHANNELS
 
 
 def normalize_composite(

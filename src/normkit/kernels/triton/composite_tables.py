@@ -13,7 +13,13 @@ from torch import Tensor
 
 from normkit.kernels.cpu.composite import Batch, Composite, Slots
 from normkit.kernels.cpu.kinds import BatchSource, Kind
-from normkit.kernels.triton import algebra, algebra_first, algebra_switched, passes
+from normkit.kernels.triton import (
+    algebra,
+    algebra_first,
+    algebra_halves,
+    algebra_switched,
+    passes,
+)
 from normkit.kernels.triton.geometry import Grouping, Layout, ceil_div, power_of_two
 from normkit.kernels.triton.launch import halves, launch
 from normkit.kernels.triton.passes import Follower, Parts
@@ -140,6 +146,9 @@ def forward(call: Call, known: Known, source: Source, out: Pair) -> Known:
     """Scale and center of every channel into ``out``; the batch's part of ``known`` is written."""
     if call.composite.kind == Kind.GROUP_FIRST:
         return _group_first(call, known, source, out)
+    if call.composite.kind == Kind.HALVES:
+        _halves_forward(call, known, source, out)
+        return known
     if call.has_batch and source.given is None:
         passes.pool_rows(
             source.parts, source.layout, call.grouping.N, (known.batch[0], known.batch[1]),
@@ -193,6 +202,20 @@ def _group_first(call: Call, known: Known, source: Source, out: Pair) -> Known:
     return known._replace(groups=groups)
 
 
+def _halves_forward(call: Call, known: Known, source: Source, out: Pair) -> None:
+    grouping, follower = call.grouping, source.follower
+    buffers, flags = passes.follower_arguments(follower)
+    launch(
+        algebra_halves.halves_forward_kernel,
+        ceil_div(grouping.C, COLUMNS),
+        (known.mean, known.var, *(source.given or (None, None)), *call.parameters, *out,
+         *known.batch, *buffers, grouping.N, grouping.C, call.composite.num_groups, grouping.L,
+         *call.eps, *call.share, *halves(follower.momentum if follower else 0.0)),
+        OWN=call.is_own, WEIGHED=call.is_weighed, BK=COLUMNS, BR=_num_rows(grouping),
+        **call.flags, **flags,
+    )  # fmt: skip
+
+
 def _num_rows(grouping: Grouping) -> int:
     return min(power_of_two(grouping.N), ROWS)
 
@@ -203,8 +226,8 @@ Found = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
 
 def backward(call: Call, known: Known, sums: Pair) -> Found:
     """Factors and gradients from sums of the gradient, and of its product with the map."""
-    first = call.composite.kind == Kind.GROUP_FIRST
-    return (_backward_first if first else _backward_rows)(call, known, sums)
+    ways = {Kind.GROUP_FIRST: _backward_first, Kind.HALVES: _backward_halves}
+    return ways.get(call.composite.kind, _backward_rows)(call, known, sums)
 
 
 def _backward_rows(call: Call, known: Known, sums: Pair) -> Found:
@@ -295,6 +318,23 @@ def _backward_first(call: Call, known: Known, sums: Pair) -> Found:
         _warps(size), BR=power_of_two(size),
     )  # fmt: skip
     return (k1, k2, k3), (found[0], found[1], found[2].sum(), None)
+
+
+def _backward_halves(call: Call, known: Known, sums: Pair) -> Found:
+    """Factors, and gradients of the parameters, where each norm has channels of its own."""
+    grouping, half = call.grouping, call.composite.num_groups
+    k1, k2, k3 = known.mean.new_empty((3, *known.mean.shape)).unbind()
+    found = known.mean.new_empty(2, grouping.C)
+    first, _, third, _ = call.parameters
+    launch(
+        algebra_halves.halves_backward_kernel,
+        ceil_div(grouping.C, COLUMNS),
+        (known.mean, known.var, *known.batch, first, third, *sums, k1, k2, k3, found, grouping.N,
+         grouping.C, half, grouping.L, *call.eps, *call.share),
+        HAS1=first is not None, HAS3=third is not None, OWN=call.is_own, WEIGHED=call.is_weighed,
+        BK=COLUMNS, BR=_num_rows(grouping),
+    )  # fmt: skip
+    return (k1, k2, k3), (*found[:, :half].unbind(), *found[:, half:].unbind())
 
 
 def _required(groups: Tensor | None) -> Tensor:

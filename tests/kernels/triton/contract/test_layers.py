@@ -59,6 +59,7 @@ PICKED = [  # one that each of the ways through the kernels needs
     ("sn", "line", torch.bfloat16, "contiguous", "tile"),
     ("sn-two", "line", float32, "contiguous", "tile"),
     ("ibn", "line", float32, "contiguous", "tile"),
+    ("ibn", "one", torch.float64, "channels_last", "stream"),
 ]  # fmt: skip
 
 
@@ -154,6 +155,8 @@ EVALUATED = [  # of several examples where these are weighed by kernels of their
     ("gnplus-parallel", 0.3, "line", "contiguous", "tile"),
     ("sn", 0.0, "line", "contiguous", "tile"),
     ("sn", 0.3, "line", "channels_last", "tile"),
+    ("ibn", 0.0, "line", "contiguous", "tile"),
+    ("ibn", 0.3, "line", "channels_last", "tile"),
 ]
 
 
@@ -290,6 +293,7 @@ LAUNCHES = {  # on tables, forward and backward, of a map whose segments are not
     "gnplus": (
         ["pool_segments", "columns_forward"], ["columns_first_backward", "rows_first_backward"],
     ),
+    "ibn": (["halves_forward"], ["halves_backward"]),
     "sn": (["pool_rows", "switched_forward"], ["switched_backward", "columns_backward"]),
 }  # fmt: skip
 
