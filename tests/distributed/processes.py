@@ -32,7 +32,7 @@ def results(module, size, folder, *arguments):
     processes = start(module, size, folder, *arguments)
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=280)
+            _, errors = process.communicate(timeout=570)
             assert process.returncode == 0, errors
     finally:
         for process in processes:

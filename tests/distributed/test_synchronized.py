@@ -8,7 +8,10 @@ from cases import EVERY, MAIN
 from distributed.processes import kill, results, start, wait_for
 from distributed.worker import COMPILED, SIZES, _through, dtypes, make, rows, train, whole
 
-pytestmark = pytest.mark.xdist_group("distributed")  # the processes are started once
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),  # the processes are started once
+    pytest.mark.timeout(600),  # they compute everything before the first test
+]
 JOBS = {2: ("equality", "checkpointed", "wrapped", "compiled", "refused"), 4: ("equality",)}
 TOLERANCE = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-9},
