@@ -141,3 +141,39 @@ def overflown(model, pairs):
 
 def broken(how, model, pairs):
     return how(copy.deepcopy(model), pairs)
+
+
+def one_bright_example(train):
+    """An epoch whose last batch is one scan that is far too bright."""
+    x, target = train[3]
+    return [*train, (4 * x[5:6], target[5:6])]
+
+
+def case(name, good, digits):
+    """A broken model with its training and test data."""
+    train, test = digits
+    if name == "small last batch":
+        train = one_bright_example(train)
+        return broken(ended_by_one, good, train), train, test
+    if name == "shifted test data":
+        return good, train, [(2 * x + 2, target) for x, target in test]
+    how = {
+        "stale statistics": stale,
+        "16-bit statistics": stalled,
+        "averages of few examples": hasty,
+        "thawed statistics": thawed,
+        "dropout before the norm": dropped,
+        "statistics never set": never_set,
+        "broken statistics": overflown,
+    }[name]
+    return broken(how, good, train), train, test
+
+
+def loss_of(model, pairs):
+    """Mean cross entropy at evaluation."""
+    losses = []
+    with torch.no_grad():
+        for x, target in pairs:
+            scores = model.eval()(x).double()
+            losses += (scores.logsumexp(1) - scores.gather(1, target[:, None])[:, 0]).tolist()
+    return sum(losses) / len(losses)
