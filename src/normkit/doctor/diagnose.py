@@ -15,6 +15,7 @@ from normkit.core.check import require_count
 from normkit.diagnostics import (
     ChannelDifference,
     EstimationShift,
+    InactiveChannels,
     channel_difference,
     disturb_statistics,
     estimation_shift,
@@ -120,7 +121,7 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
         over_training=tuple(_over_training(patient, shift)),
         sensitivity=tuple(_sensitivity(patient)),
         channel_difference=_channel_difference(patient, notes),
-        inactive_channels=_or_note(inactive_channels, patient, notes),
+        inactive_channels=_inactive_channels(patient, notes),
         findings=tuple(_findings(patient, notes)),
         trials=tuple(try_all(patient, case, before)) if try_fixes else (),
         notes=tuple(notes),
@@ -288,11 +289,13 @@ def _state(name: str, scores: Scores, before: Scores) -> State:
 
 
 def _shift(patient: Patient, notes: list[str]) -> EstimationShift | None:
-    def measure(model: nn.Module, test: Sequence[Any], forward: Forward) -> EstimationShift:
-        return estimation_shift(model, test, train_batches=patient.train, forward=forward)
-
-    measure.__name__ = "estimation_shift"
-    return _or_note(measure, patient, notes)
+    try:
+        return estimation_shift(
+            patient.model, patient.test, train_batches=patient.train, forward=patient.forward
+        )
+    except NormError as error:  # nothing that could shift, or data that are not finite
+        notes.append(f"estimation_shift: {error}")
+        return None
 
 
 def _recalibrated_shift(patient: Patient, case: Case) -> EstimationShift | None:
@@ -310,12 +313,11 @@ def _channel_difference(patient: Patient, notes: list[str]) -> ChannelDifference
         return None
 
 
-def _or_note(measure: Any, patient: Patient, notes: list[str]) -> Any:  # noqa: ANN401
-    """Measure on the test data; a note instead where the model has nothing to measure."""
+def _inactive_channels(patient: Patient, notes: list[str]) -> InactiveChannels | None:
     try:
-        return measure(patient.model, patient.test, forward=patient.forward)
+        return inactive_channels(patient.model, patient.test, forward=patient.forward)
     except NormError as error:
-        notes.append(f"{measure.__name__}: {error}")
+        notes.append(f"inactive_channels: {error}")
         return None
 
 

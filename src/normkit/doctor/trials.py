@@ -99,7 +99,7 @@ def _fixes(patient: Patient, case: Case) -> Iterator[_Fix]:
         yield _restore(case)
     if case.rows:
         yield _recalibrate(patient, case)
-        yield _adapt(patient)
+        yield _adapt(patient, case)
         yield _weigh(patient, case)
         yield _place(patient, case)
     yield _convert(patient, case)
@@ -140,14 +140,14 @@ def _settle(model: nn.Module, case: Case) -> None:
     write(model, new_values(case.rows))
 
 
-def _adapt(patient: Patient) -> _Fix:
+def _adapt(patient: Patient, case: Case) -> _Fix:
     def do(model: nn.Module, looked_at: Sequence[Any]) -> str:
         write(model, new_values(rows_of(patient.measure(looked_at))))
         return "by each half of the test inputs for the other, without labels"
 
     return _Fix(
         name="recalibrate on test inputs",
-        call="nk.recalibrate(model, test_inputs).apply()",
+        call=_measured("test_inputs", patient, case),
         do=do,
         looks=True,
     )
