@@ -21,8 +21,8 @@ def test_ticks_enclose_the_interval_in_equal_round_steps(low, width):
     assert 2 <= len(ticks) <= 7
     step = ticks[1] - ticks[0]
     assert ticks == pytest.approx([ticks[0] + i * step for i in range(len(ticks))], abs=1e-6)
-    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
-    assert min(abs(mantissa - good) for good in (1, 2, 5)) < 1e-3
+    power = 10 ** math.floor(math.log10(step))
+    assert min(abs(step / power - good) for good in (1, 2, 5, 10)) < 1e-3
 
 
 def value_of(x, y, spread):
