@@ -91,12 +91,14 @@ std::tuple<Tensor, Tensor> composite_forward(
   const bool own = source == BatchSource::own, estimated = source == BatchSource::estimates;
   const bool given = source == BatchSource::given && num_batch > 0;
   if (given) require_statistics(given_mean, given_var, num_batch);
-  if (estimated) require_statistics(running_mean, running_var, num_batch);
+  const OptionalTensor& old_mean = given_mean ? given_mean : running_mean;
+  const OptionalTensor& old_var = given_var ? given_var : running_var;
+  if (estimated) require_statistics(old_mean, old_var, num_batch);
   if (given) keep(table, as_doubles(*given_mean), as_doubles(*given_var));
-  if (estimated) estimate(table, rate, *running_mean, *running_var);
+  if (estimated) estimate(table, rate, *old_mean, *old_var);
   const auto composite = make_composite(options, extent, {&first, &second, &third, &fourth},
                                         table.statistics(source, rate));
-  if (estimated) {  // not before everything has been checked
+  if (estimated && running_mean && running_var) {  // not before everything has been checked
     copy_doubles(table.batch_mean(), num_batch, *running_mean);
     copy_doubles(table.batch_var(), num_batch, *running_var);
   }

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import normkit as nk
-from cases import CASES, EVERY, MAIN, TOLERANCE, randn
+from cases import CASES, COMPOSITES, EVERY, MAIN, TOLERANCE, randn
 from convert.networks import timm
 
 X = randn(4, 6, 5, 3, mean=1.0)
@@ -106,6 +106,20 @@ def test_compile_without_graph_breaks(case, training):
         assert_close(x2.grad, x.grad, **CLOSE)
     for name, value in layer.state_dict().items():
         assert_close(same.state_dict()[name], value, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["gnplus", "bcn-micro", "sn", "ibn"])
+def test_the_plain_formula_of_a_composite_compiles(name):
+    (case,) = (case for case in COMPOSITES if case.name == name)
+    layer = stepped(case)
+    same, x = copy.deepcopy(layer), X.clone().requires_grad_()
+    with nk.use_kernels("reference"):
+        y, y2 = layer(x), torch.compile(same, fullgraph=True, backend="aot_eager")(x)
+        assert_close(y2, y, **CLOSE)
+        found, expected = (torch.autograd.grad(out.pow(3).sum(), x)[0] for out in (y2, y))
+    assert_close(found, expected, **CLOSE)
+    for ours, theirs in zip(same.buffers(), layer.buffers(), strict=True):
+        assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])

@@ -34,8 +34,6 @@ def fusing_kernels(
 
     The C++ kernels do all composites; Triton's those whose groups a program holds.
     """
-    if torch.compiler.is_compiling():
-        return None
     kernels = pooled_kernels(x)
     if kernels is None or (isinstance(running, RunningEstimates) and not _is_movable(running)):
         return None
@@ -63,13 +61,17 @@ def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixe
         statistics.buffers,
         differentiable,
     )
-    if statistics.follower is not None:
+    follower = statistics.follower
+    if follower is not None:
         size = composite.num_batch_channels(x)
-        cells, batch = table[:, :-size], Moments(table[0, -size:], table[1, -size:])
-        if isinstance(statistics.follower, RunningEstimates):
-            statistics.follower.remember(cells[0].view(x.shape[0], size), batch)
+        cells, batch = table[:, :-size], Moments(table[:1, -size:], table[1:, -size:])
+        if isinstance(follower, RunningStatistics):
+            num_values = x.shape[0] * math.prod(x.shape[2:])
+            follower.follow_(Moments(batch.mean[0], batch.var[0]), num_values)
         else:
-            statistics.follower.follow_(batch, x.shape[0] * math.prod(x.shape[2:]))
+            follower.remember(cells[0].view(x.shape[0], size), batch)
+            if torch.compiler.is_compiling():
+                follower.follow_(batch)
     return y
 
 
@@ -78,7 +80,7 @@ class _Statistics(NamedTuple):
 
     batch: Batch
     buffers: Buffers = Buffers()
-    follower: Running | None = None  # of what the operator cannot do to the buffers
+    follower: Running | None = None  # of what the operator does not do to the buffers
 
 
 def _statistics(running: Running | None, training: bool) -> _Statistics:
@@ -88,11 +90,13 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
     if not training:
         return _Statistics(Batch(BatchSource.GIVEN, running.example_weight), given)
     moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
+    is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
     if isinstance(running, RunningEstimates):
         if running.update_rate == 0:  # a checkpoint's second look
             return _Statistics(Batch(BatchSource.GIVEN), given)
-        return _Statistics(Batch(BatchSource.ESTIMATES, running.update_rate), moved, running)
-    if running.momentum is None or not _is_movable(running):
+        estimates = Batch(BatchSource.ESTIMATES, running.update_rate)
+        return _Statistics(estimates, given if is_traced else moved, running)
+    if running.momentum is None or is_traced or not _is_movable(running):
         return _Statistics(Batch(BatchSource.OWN), follower=running)
     return _Statistics(Batch(BatchSource.OWN, running.momentum), moved)
 

@@ -57,13 +57,35 @@ class Batch(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Statistics ``(C,)`` that the batch stage reads (given) or moves (running)."""
+    """Statistics ``(C,)`` that the batch stage reads (given) or moves (running).
+
+    Estimates are moved; where they are given, in the table alone.
+    """
 
     given_mean: Tensor | None = None
     given_var: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
+
+
+Options = tuple[Composite, Batch]
+
+
+class Operators(NamedTuple):
+    """What computes a composite and its gradient.
+
+    Args:
+        forward: ``(x, parameters, options, buffers)`` to ``y`` and what backward reads, of which
+            the first is the table of moments.
+        backward: ``(grad, x, kept, parameters, options, wanted)`` to the gradient of x and those of
+            the parameters that are wanted: bits, the first parameter's the lowest.
+    """
+
+    forward: Callable[[Tensor, Slots, Options, Buffers], tuple[Tensor, ...]]
+    backward: Callable[
+        [Tensor, Tensor, tuple[Tensor, ...], Slots, Options, int], tuple[Tensor, ...]
+    ]
 
 
 def normalize_composite(
@@ -87,49 +109,79 @@ def normalize_composite(
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of moments, without a gradient.
     """
+    return compute(_OPERATORS, x, parameters, (composite, batch), buffers, differentiable)
+
+
+def compute(
+    operators: Operators,
+    x: FeatureMap,
+    parameters: Slots,
+    options: Options,
+    buffers: Buffers,
+    differentiable: Differentiable,
+) -> tuple[FeatureMap, MomentTable]:
+    """Normalise by these operators, with their gradient."""
     if torch.is_grad_enabled() and (
         x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
     ):
-        return _RECORD(x, *parameters, (*composite, *batch), buffers, differentiable)
-    return _forward(x, parameters, (*composite, *batch), buffers)
+        record = _Composite.apply if torch.compiler.is_compiling() else _RECORD
+        y, table, *_ = record(x, *parameters, options, buffers, differentiable, operators)
+    else:
+        y, table, *_ = operators.forward(x, parameters, options, buffers)
+    return y, table
 
 
 def _forward(
-    x: Tensor, parameters: Slots, given: tuple[Any, ...], buffers: Buffers
-) -> tuple[Tensor, Tensor]:
-    kind, *options = given
+    x: Tensor, parameters: Slots, options: Options, buffers: Buffers
+) -> tuple[Tensor, ...]:
+    (kind, *composite), batch = options
     operator = torch.ops.normkit.composite_forward.default
-    return operator(x, kind, *parameters, *options, *buffers)
+    return operator(x, kind, *parameters, *composite, *batch, *buffers)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: tuple[Tensor, ...],
+    parameters: Slots,
+    options: Options,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    (kind, *composite), batch = options
+    operator = torch.ops.normkit.composite_backward.default
+    return operator(grad, x, *kept, kind, *parameters, *composite, *batch, wanted)
+
+
+_OPERATORS = Operators(_forward, _backward)
 
 
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        *parameters, given, buffers, differentiable = arguments
-        y, table = _forward(x, tuple(parameters), given, buffers)
-        ctx.save_for_backward(x, table, *parameters)
-        ctx.given, ctx.differentiable = given, differentiable
-        ctx.mark_non_differentiable(table)
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        *parameters, options, buffers, differentiable, operators = arguments
+        y, *kept = operators.forward(x, tuple(parameters), options, buffers)
+        ctx.save_for_backward(x, *parameters, *kept)
+        ctx.options, ctx.differentiable, ctx.operators = options, differentiable, operators
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        return y, table
+        return y, *kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         if grads[0] is None:
-            return (None,) * 8
-        return *_gradients(ctx, grads[0]), None, None, None
+            return (None,) * 9
+        return *_gradients(ctx, grads[0]), None, None, None, None
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
-    x, table, *parameters = ctx.saved_tensors
+    x, first, second, third, fourth, *kept = ctx.saved_tensors
+    parameters = (first, second, third, fourth)
     wanted = ctx.needs_input_grad[:5]
     if torch.is_grad_enabled():
-        return ctx.differentiable(grad, x, table, tuple(parameters), wanted)
-    kind, *options = ctx.given
+        return ctx.differentiable(grad, x, kept[0], parameters, wanted)
     _, *wants = wanted
     bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
-    operator = torch.ops.normkit.composite_backward.default
-    dx, *found = operator(grad, x, table, kind, *parameters, *options, bits)
+    dx, *found = ctx.operators.backward(grad, x, tuple(kept), parameters, ctx.options, bits)
     gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
     return [dx if wanted[0] else None, *gradients]
 

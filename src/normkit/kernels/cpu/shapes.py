@@ -17,10 +17,10 @@ def register() -> None:
         register_one(f"normkit::{name}")
 
 
-def register_one(qualified_name: str) -> None:
-    """Tell torch what an operator returns: what the C++ operator of its name does."""
-    fake = _fakes()[qualified_name.split("::")[1]]
-    torch.library.register_fake(qualified_name, _on_one_device(fake))
+def register_one(qualified_name: str, fake: Callable[..., Any] | None = None) -> None:
+    """Tell torch what an operator returns; without ``fake`` what C++'s of its name does."""
+    told = fake or _fakes()[qualified_name.split("::")[1]]
+    torch.library.register_fake(qualified_name, _on_one_device(told))
 
 
 def _fakes() -> dict[str, Callable[..., Any]]:
@@ -31,8 +31,8 @@ def _fakes() -> dict[str, Callable[..., Any]]:
         "evaluate_backward": _backward,
         "positional_forward": _positional_forward,
         "positional_backward": _backward,
-        "composite_forward": _composite_forward,
-        "composite_backward": _composite_backward,
+        "composite_forward": composite_forward,
+        "composite_backward": composite_backward,
         "moments": _moments,
         "apply": _like_x,
         "reduce_grad": _reduce_grad,
@@ -91,20 +91,22 @@ def _backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  
     return _result(x), dweight, dbias
 
 
-def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """The result and the table of moments."""
     num_examples, num_channels = x.shape[:2]
     unseen = {Kind.HALVES: arguments[4], Kind.SWITCHED_WITHOUT_BATCH: num_channels}
     num_batch = num_channels - unseen.get(Kind(kind), 0)
     return _result(x), _table(x, 2, num_examples * num_channels + num_batch)
 
 
-def _composite_backward(
+def composite_backward(
     grad: Tensor,
     x: Tensor,
     table: Tensor,
     kind: int,
     *arguments: Any,  # noqa: ANN401
 ) -> tuple[Tensor, ...]:
+    """Gradients of the map and of four parameters."""
     wanted = arguments[-1]
     sizes = [
         p.numel() if p is not None and wanted >> i & 1 else 0 for i, p in enumerate(arguments[:4])

@@ -1,7 +1,8 @@
 """Triton kernels for the GPU; under ``TRITON_INTERPRET=1`` they run on the CPU, slowly."""
 
-from normkit.kernels.triton.composite import can_compute, normalize_composite
+from normkit.kernels.triton.composite import can_compute
 from normkit.kernels.triton.functions import (
+    normalize_composite,
     normalize_given,
     normalize_pooled,
     normalize_positions,

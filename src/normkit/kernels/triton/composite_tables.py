@@ -33,18 +33,18 @@ class Known(NamedTuple):
     """What a forward pass knows, float64: a table ``(2, N * C + B)`` and its parts.
 
     Means and variances of channels are ``(N, C)``; of what the batch stage took ``(2, B)``; of
-    groups that come first ``(2, N * G)``.
+    groups that come first ``(2, N * G)``, else ``(2, 0)``.
     """
 
     table: Tensor
     mean: Tensor
     var: Tensor
     batch: Tensor
-    groups: Tensor | None
+    groups: Tensor
 
     @classmethod
-    def of(cls, table: Tensor, x: Tensor, groups: Tensor | None = None) -> Self:
-        """The parts of a map's table."""
+    def of(cls, table: Tensor, groups: Tensor, x: Tensor) -> Self:
+        """The parts of a map's table, beside the groups."""
         shape = (x.shape[0], x.shape[1])
         cells, batch = table.tensor_split((math.prod(shape),), dim=1)
         mean, var = cells.view(2, *shape).unbind()
@@ -142,20 +142,23 @@ def _warps(channels: int) -> int:
     return min(max(channels // 128, 1), 8)
 
 
-def forward(call: Call, known: Known, source: Source, out: Pair) -> Known:
-    """Scale and center of every channel into ``out``; the batch's part of ``known`` is written."""
+def forward(call: Call, known: Known, source: Source, out: Pair) -> None:
+    """Scale and center of every channel into ``out``; the rest of ``known`` is written."""
     if call.composite.kind == Kind.GROUP_FIRST:
-        return _group_first(call, known, source, out)
-    if call.composite.kind == Kind.HALVES:
+        _group_first(call, known, source, out)
+    elif call.composite.kind == Kind.HALVES:
         _halves_forward(call, known, source, out)
-        return known
+    else:
+        _others_forward(call, known, source, out)
+
+
+def _others_forward(call: Call, known: Known, source: Source, out: Pair) -> None:
     if call.has_batch and source.given is None:
         passes.pool_rows(
             source.parts, source.layout, call.grouping.N, (known.batch[0], known.batch[1]),
             source.follower,
         )  # fmt: skip
     _rows_forward(call, known, source.given, out)
-    return known
 
 
 def _rows_forward(call: Call, known: Known, given: Pair | None, out: Pair) -> None:
@@ -177,15 +180,14 @@ def _rows_forward(call: Call, known: Known, given: Pair | None, out: Pair) -> No
     )  # fmt: skip
 
 
-def _group_first(call: Call, known: Known, source: Source, out: Pair) -> Known:
+def _group_first(call: Call, known: Known, source: Source, out: Pair) -> None:
     """The group norm's statistics, then the batch norm's of what it made, and the mixture."""
     size, grouping, follower = call.group_channels, call.grouping, source.follower
-    groups = known.mean.new_empty(2, call.num_groups)
     nobody, unmoved = passes.follower_arguments(None)
     launch(
         pool_segments_kernel,
         call.num_groups,
-        (known.mean, known.var, *groups, *nobody, size, size * grouping.L, 0.0, 0.0),
+        (known.mean, known.var, *known.groups, *nobody, size, size * grouping.L, 0.0, 0.0),
         _warps(size), BR=power_of_two(size), **unmoved,
     )  # fmt: skip
     buffers, flags = passes.follower_arguments(follower)
@@ -193,13 +195,12 @@ def _group_first(call: Call, known: Known, source: Source, out: Pair) -> Known:
     launch(
         algebra_first.columns_forward_kernel,
         ceil_div(grouping.C, COLUMNS),
-        (known.mean, known.var, *groups, *(source.given or (None, None)), first, second, logit,
-         *out, *known.batch, *buffers, grouping.N, grouping.C, size, grouping.L, *call.eps,
+        (known.mean, known.var, *known.groups, *(source.given or (None, None)), first, second,
+         logit, *out, *known.batch, *buffers, grouping.N, grouping.C, size, grouping.L, *call.eps,
          *call.share, *halves(follower.momentum if follower else 0.0)),
         HAS1=first is not None, HAS2=second is not None, OWN=call.is_own, WEIGHED=call.is_weighed,
         BK=COLUMNS, BR=_num_rows(grouping), **flags,
     )  # fmt: skip
-    return known._replace(groups=groups)
 
 
 def _halves_forward(call: Call, known: Known, source: Source, out: Pair) -> None:
@@ -304,7 +305,7 @@ def _backward_first(call: Call, known: Known, sums: Pair) -> Found:
     launch(
         algebra_first.columns_first_backward_kernel,
         ceil_div(grouping.C, COLUMNS),
-        (known.mean, known.var, *_required(known.groups), *known.batch, first, logit, *sums,
+        (known.mean, known.var, *known.groups, *known.batch, first, logit, *sums,
          to_center, to_root, dvar, k1, found, grouping.N, grouping.C, size, *call.eps,
          *call.share),
         HAS1=first is not None, OWN=call.is_own, WEIGHED=call.is_weighed,
@@ -335,9 +336,3 @@ def _backward_halves(call: Call, known: Known, sums: Pair) -> Found:
         BK=COLUMNS, BR=_num_rows(grouping),
     )  # fmt: skip
     return (k1, k2, k3), (*found[:, :half].unbind(), *found[:, half:].unbind())
-
-
-def _required(groups: Tensor | None) -> Tensor:
-    if groups is None:
-        raise RuntimeError("the statistics of the groups were not kept by the forward pass")
-    return groups

@@ -8,6 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normkit.kernels.cpu.composite import (
+    Batch,
+    Buffers,
+    Composite,
+    MomentTable,
+    Operators,
+    Options,
+    Slots,
+    compute,
+)
+from normkit.kernels.cpu.composite import Differentiable as DifferentiableComposite
 from normkit.kernels.cpu.functions import (
     CellTable,
     Differentiable,
@@ -18,6 +29,7 @@ from normkit.kernels.cpu.functions import (
     needs_gradient,
     recorder,
 )
+from normkit.kernels.triton import composite as composites
 from normkit.kernels.triton import operators, pooled
 from normkit.kernels.triton.passes import Follower
 from normkit.typing import FeatureMap, PerChannel
@@ -170,3 +182,46 @@ class _Positional(torch.autograd.Function):
 
 
 _RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL = map(recorder, (_Pooled, _Given, _Positional))
+
+
+def normalize_composite(
+    x: FeatureMap,
+    parameters: Slots,
+    composite: Composite,
+    batch: Batch,
+    buffers: Buffers,
+    differentiable: DifferentiableComposite,
+) -> tuple[FeatureMap, MomentTable]:
+    """Normalise by a composite of norms; running statistics move in place.
+
+    Arguments and results are those of the C++ kernels' function of the same name. While
+    ``torch.compile`` traces, none are running: whoever calls moves the buffers.
+    """
+    return compute(_COMPOSITE, x, parameters, (composite, batch), buffers, differentiable)
+
+
+def _composite_forward(
+    x: Tensor, parameters: Slots, options: Options, buffers: Buffers
+) -> tuple[Tensor, ...]:
+    if buffers.running_mean is not None or _is_plain(x):
+        return composites.forward(x, parameters, options, buffers)
+    (kind, *composite), batch = options
+    given = buffers.given_mean, buffers.given_var
+    operator = _callable("composite_forward", x)
+    return operator(x, kind, *parameters, *composite, *batch, *given)
+
+
+def _composite_backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: tuple[Tensor, ...],
+    parameters: Slots,
+    options: Options,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    (kind, *composite), batch = options
+    operator = _callable("composite_backward", grad)
+    return operator(grad, x, *kept, kind, *parameters, *composite, *batch, wanted)
+
+
+_COMPOSITE = Operators(_composite_forward, _composite_backward)

@@ -1,18 +1,23 @@
 """The kernels as torch operators ``torch.ops.normkit_triton.*``, which ``torch.compile`` keeps.
 
-Shapes and dtypes of their results are those of the C++ operators of the same names.
+Shapes and dtypes of their results are those of the C++ operators of the same names; composites
+return the statistics of groups beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normkit.kernels.cpu import shapes
+from normkit.kernels.cpu.composite import Batch, Buffers, Composite
 from normkit.kernels.cpu.functions import Pooling
+from normkit.kernels.cpu.kinds import BatchSource, Kind
+from normkit.kernels.triton import composite as composites
 from normkit.kernels.triton import pooled, positional
 from normkit.kernels.triton.launch import INTERPRETED
 from normkit.kernels.triton.passes import Statistics
@@ -100,8 +105,61 @@ def positional_backward(  # noqa: PLR0913, PLR0917
     return positional.backward(grad, x, weight, eps, (need_weight, need_bias))
 
 
+def composite_forward(  # noqa: PLR0913, PLR0917
+    x: Tensor,
+    kind: int,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    num_groups: int,
+    batch_eps: float,
+    group_eps: float,
+    batch_source: int,
+    rate: float,
+    given_mean: Tensor | None,
+    given_var: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by a composite: ``y``, the statistics, and those of groups that come first."""
+    composite = Composite(Kind(kind), num_groups, batch_eps, group_eps)
+    batch = Batch(BatchSource(batch_source), rate)
+    parameters = (first, second, third, fourth)
+    buffers = Buffers(given_mean, given_var)
+    return composites.forward(x, parameters, (composite, batch), buffers)
+
+
+def composite_backward(  # noqa: PLR0913, PLR0917
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    groups: Tensor,
+    kind: int,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    num_groups: int,
+    batch_eps: float,
+    group_eps: float,
+    batch_source: int,
+    rate: float,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of the parameters that are wanted."""
+    composite = Composite(Kind(kind), num_groups, batch_eps, group_eps)
+    batch = Batch(BatchSource(batch_source), rate)
+    parameters = (first, second, third, fourth)
+    kept = (table, groups)
+    return composites.backward(grad, x, kept, parameters, (composite, batch), wanted)
+
+
 _POOLING = "int num_groups, int examples_per_group, float eps"
 _NEEDS = "bool need_weight, bool need_bias"
+_SLOTS = "Tensor? first, Tensor? second, Tensor? third, Tensor? fourth"
+_COMPOSITE = (
+    f"int kind, {_SLOTS}, int num_groups, float batch_eps, float group_eps, int batch_source, "
+    "float rate"
+)
 SCHEMAS: dict[Callable[..., object], str] = {
     pooled_forward: f"(Tensor x, Tensor? weight, Tensor? bias, {_POOLING}, "
     "bool channel_statistics) -> (Tensor, Tensor)",
@@ -114,7 +172,31 @@ SCHEMAS: dict[Callable[..., object], str] = {
     positional_forward: "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     positional_backward: "(Tensor grad, Tensor x, Tensor table, Tensor? weight, float eps, "
     f"{_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    composite_forward: f"(Tensor x, {_COMPOSITE}, Tensor? given_mean, Tensor? given_var) "
+    "-> (Tensor, Tensor, Tensor)",
+    composite_backward: f"(Tensor grad, Tensor x, Tensor table, Tensor groups, {_COMPOSITE}, "
+    "int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
+
+
+def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    results = shapes.composite_forward(x, kind, *arguments)
+    num_groups = x.shape[0] * arguments[4] if Kind(kind) == Kind.GROUP_FIRST else 0
+    return *results, x.new_empty((2, num_groups), dtype=torch.float64)
+
+
+def _composite_backward(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    groups: Tensor,
+    *arguments: Any,  # noqa: ANN401
+) -> tuple[Tensor, ...]:
+    return shapes.composite_backward(grad, x, table, *arguments)
+
+
+_SHAPES = {composite_forward: _composite_forward, composite_backward: _composite_backward}
+"""Of the results, where C++'s operators have others."""
 
 
 @cache
@@ -124,4 +206,4 @@ def register() -> None:
         name = f"{NAMESPACE}::{function.__name__}"
         torch.library.define(name, schema)
         torch.library.impl(name, "cpu" if INTERPRETED else "cuda", function)
-        shapes.register_one(name)
+        shapes.register_one(name, _SHAPES.get(function))

@@ -23,6 +23,9 @@ def test_operators_tell_the_truth_to_tracers(device):
     namespace = getattr(torch.ops, operators.NAMESPACE)
     _, table = namespace.pooled_forward(x, weight, None, 2, 0, 1e-5, True)
     _, positions = namespace.positional_forward(x, weight, None, 1e-5)
+    parameters = (weight, None, torch.zeros((), device=device), None)
+    group_first = (1, *parameters, 1, 1e-5, 1e-4, 0, 0.1)
+    _, *kept = namespace.composite_forward(x, *group_first, None, None)
     for name, arguments in {
         "pooled_forward": (x, weight, None, 2, 0, 1e-5, True),
         "pooled_backward": (grad, x, table, weight, 2, 0, 1e-5, True, False),
@@ -30,6 +33,8 @@ def test_operators_tell_the_truth_to_tracers(device):
         "evaluate_backward": (grad, x, mean, weight, weight, 2, 1e-5, True, True),
         "positional_forward": (x, weight, None, 1e-5),
         "positional_backward": (grad, x, positions, weight, 1e-5, True, False),
+        "composite_forward": (x, *group_first, None, None),
+        "composite_backward": (grad, x, *kept, *group_first, 0b0101),
     }.items():
         utilities = ("test_schema", "test_faketensor")
         utilities += ("test_aot_dispatch_dynamic",) if THOROUGH else ()
@@ -54,19 +59,27 @@ def compiled_graphs(layer, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])], calls
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_compilation_keeps_the_operators(mode, device):
-    x = draw(2, 2, 3, device=device).requires_grad_()
+@pytest.mark.parametrize(
+    ("name", "mode", "way"),
+    [
+        ("bn", "train", "pooled"),
+        ("bn", "eval", "evaluate"),
+        ("gnplus:2", "train", "composite"),
+        ("bcn:2:micro_batch", "train", "composite"),
+        ("ibn", "eval", "composite"),
+    ],
+)
+def test_compilation_keeps_the_operators(name, mode, way, device):
+    x = draw(2, 4, 3, device=device).requires_grad_()
     results = []
     for compiled in (False, True):
-        layer = nk.BatchNorm(2).to(device).train(mode == "train")
+        layer = nk.build(name, 4).to(device).train(mode == "train")
         if compiled:
             found, calls = compiled_graphs(layer, x)
         else:
             y = layer(x)
             found = [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
         results.append([*found, *layer.buffers()])
-    way = "pooled" if mode == "train" else "evaluate"
     assert {f"normkit_triton.{way}_{side}.default" for side in ("forward", "backward")} <= set(
         calls
     )
