@@ -56,6 +56,9 @@ if STAND_IN:
         setattr(module, name, _AnyShape)
     sys.modules["jaxtyping"] = module
 
+if importlib.util.find_spec("triton") is None:
+    sys.exit("triton is not installed; `pip install triton`, in the version torch asks for")
+
 import torch
 from gpu_peers import Chain, Positions, Runs, resnet50
 from gpu_report import environment, markdown

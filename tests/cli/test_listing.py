@@ -67,8 +67,9 @@ def test_an_unknown_method_is_refused(capsys):
     assert "there is no method 'batch'; the methods are: bn, in, ln" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback():
-    command = [sys.executable, "-m", "normkit.cli", "list"]
+@pytest.mark.parametrize("wanted", ["list", "--help"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(wanted):
+    command = [sys.executable, "-m", "normkit.cli", wanted]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # as head does, only sooner
         assert process.stderr.read() == b""

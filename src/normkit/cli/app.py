@@ -33,6 +33,9 @@ COMMANDS = {
     "bench": Bench,
     "reproduce": Reproduce,
 }
+Command = (
+    Compare | Recommend | Convert | Validate | Diagnose | Tune | Explain | List | Bench | Reproduce
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,18 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:
         sys.stdout.write(f"normkit {package_version()}\n")
         return 0
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="normkit",
-        description="Normalization for PyTorch: compare norms on your model and data. "
-        "--version alone prints the version.",
-        args=given,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    command = None
     try:
-        code = command.run()
-        sys.stdout.flush()
-        return code
+        try:
+            command = _parse(given)
+            return command.run()
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -71,3 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "finished runs are kept" if keeps else "nothing was written"
         sys.stderr.write(f"normkit: interrupted; {kept}\n")
         return EXIT_INTERRUPTED
+
+
+def _parse(arguments: Sequence[str]) -> Command:
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="normkit",
+        description="Normalization for PyTorch: compare norms on your model and data. "
+        "--version alone prints the version.",
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
