@@ -16,6 +16,7 @@ import normkit as nk
 
 SEEDS = range(5)
 NUM_TRAIN = 1200
+ROUNDS = 25  # of the timings, in turns
 
 
 def digits():
@@ -113,28 +114,35 @@ def errors():
         print(f"{name:26} {mean:.1f} %  {worst[0] * 100:.0f} %  {worst[1]:.0e}")
 
 
-def seconds(work, repeats=5):
-    found = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+def seconds(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def cost():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     layers = [block(3, 32)] + [block(32, 32) for _ in range(7)]
     model, batches = nn.Sequential(*layers), torch.randn(128, 3, 32, 32).split(32)
-    with torch.no_grad():
-        plain = seconds(lambda: [model.train()(batch) for batch in batches])
+
+    def forward():
+        with torch.no_grad():
+            for batch in batches:
+                model.train()(batch)
+
     ways = {
+        "forward passes": forward,
         "update_bn": lambda: update_bn(batches, model),
         "one pass": lambda: nk.recalibrate(model, batches),
         "sequential": lambda: nk.recalibrate(model, batches, sequential=True),
     }
-    for name, work in ways.items():
-        print(f"{name:26} {seconds(work) / plain:.2f} forward passes in training mode")
+    rounds = [[seconds(work) for work in ways.values()] for _ in range(ROUNDS + 1)][1:]
+    plain = statistics.median(first for first, *_ in rounds)
+    for name, times in zip(ways, zip(*rounds, strict=True), strict=True):
+        low, *_, high = statistics.quantiles(times, n=5)
+        found = (f"{t / plain:.2f}" for t in (statistics.median(times), low, high))
+        print("{:26} {} ({} to {}) of the forward passes".format(name, *found))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,16 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("name", LAYERS)
-def test_statistics_are_those_of_all_data_at_once(name, offset):
+def test_statistics_are_those_of_all_data_at_once(name, offset, kernels):
     layer, definition = LAYERS[name]
     x = data(offset)
     population = Population(layer)
-    for batch in x.split([8, 8, 1]):
-        population.add(batch)
+    with nk.use_kernels(kernels):
+        for batch in x.split([8, 8, 1]):
+            population.add(batch)
     mean, biased, unbiased = definition(x)
     for found, expected in [
         (population.moments.mean, mean),

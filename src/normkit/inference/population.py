@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.core.moments import Moments
+from normkit.core.partition import Partition
 from normkit.functional import group_norm
+from normkit.kernels.cpu import primitives
+from normkit.kernels.select import chosen
 from normkit.layers.base import TrackingLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.layers.group_plus import GroupNormPlus
@@ -67,14 +71,14 @@ class Population:
         """Take an input ``(N, C, *S)`` of the layer into account."""
         if x.numel() == 0:
             return
-        cells = self._cells(x)
+        cells, num_values = self._cells(x)
         if self._of_examples:
-            mean, squares = _two_passes(cells, (2,))
-            var = squares / max(cells.shape[2] - 1, 1)
-            self.merge(Sums(len(cells), 1, mean.mean(dim=0), var.sum(dim=0)))
+            var = cells.var * (num_values / max(num_values - 1, 1))
+            self.merge(Sums(len(cells.mean), 1, cells.mean.mean(dim=0), var.sum(dim=0)))
         else:
-            count = cells.shape[0] * cells.shape[2]
-            self.merge(Sums(count, 1, *_two_passes(cells, (0, 2))))
+            batch = Partition(num_groups=cells.mean.shape[1]).pool(cells)
+            count = cells.mean.shape[0] * num_values
+            self.merge(Sums(count, 1, batch.mean[0], batch.var[0] * count))
 
     def merge(self, other: Sums) -> None:
         """Take into account what somebody else has seen."""
@@ -104,19 +108,23 @@ class Population:
             return self.moments  # of examples: unbiased already
         return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 
-    def _cells(self, x: Tensor) -> Tensor:
-        """Values of each statistics group, ``(N, G, L)``."""
-        layer = self._layer
-        wide = x.double()
+    def _cells(self, x: FeatureMap) -> tuple[Moments, int]:
+        """Moments of each example's part of each statistics group, float64; values in a part."""
+        layer, wide = self._layer, x.double()
         if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
             wide = group_norm(wide, layer.num_groups, eps=layer.eps)
-        groups = wide.shape[1]
+        num_groups = x.shape[1]
         if isinstance(layer, TrackingLayer):
-            groups = layer.running_partition.num_groups
-        return wide.reshape(wide.shape[0], groups, -1)
+            num_groups = layer.running_partition.num_groups
+        num_values = math.prod(x.shape[1:]) // num_groups
+        if chosen(wide) != "cpu":
+            return _two_passes(wide.reshape(x.shape[0], num_groups, num_values)), num_values
+        parts = Partition(num_groups=num_groups, examples_per_group=1)
+        table = Moments(*primitives.moments(wide, parts.segment_size(x.shape)))
+        return parts.pool(table), num_values
 
 
-def _two_passes(cells: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean, and sum of the squared distances from it; ``torch.var_mean`` is many times slower."""
-    mean = cells.mean(dim=dims, keepdim=True)
-    return mean.squeeze(dims), (cells - mean).square_().sum(dim=dims)
+def _two_passes(values: Tensor) -> Moments:
+    """Moments of the last axis; ``torch.var_mean`` is many times slower."""
+    mean = values.mean(dim=-1, keepdim=True)
+    return Moments(mean.squeeze(-1), (values - mean).square_().mean(dim=-1))
