@@ -8,7 +8,18 @@ from torch import nn
 from torch.nn.functional import group_norm
 
 import normkit as nk
-from normkit.inference.population import Population
+from normkit.inference.population import SMALL, Population
+
+
+@pytest.fixture(autouse=True, params=["formula", "kernel", "small"])
+def _way(request, monkeypatch):
+    """Take inputs by the plain formula, by the kernel, and as the small ones that they are."""
+    kernels = "reference" if request.param == "formula" else "cpu"
+    monkeypatch.setattr(
+        "normkit.inference.population.SMALL", SMALL if request.param == "small" else 0
+    )
+    with nk.use_kernels(kernels):
+        yield
 
 
 def data(offset=0.0):
@@ -45,16 +56,14 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("name", LAYERS)
-def test_statistics_are_those_of_all_data_at_once(name, offset, kernels):
+def test_statistics_are_those_of_all_data_at_once(name, offset):
     layer, definition = LAYERS[name]
     x = data(offset)
     population = Population(layer)
-    with nk.use_kernels(kernels):
-        for batch in x.split([8, 8, 1]):
-            population.add(batch)
+    for batch in x.split([8, 8, 1]):
+        population.add(batch)
     mean, biased, unbiased = definition(x)
     for found, expected in [
         (population.moments.mean, mean),

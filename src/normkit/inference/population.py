@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ class Sums(NamedTuple):
     squares: Tensor
 
 
+SMALL = 1 << 17  # values: below, the calls around the kernel cost more than it saves
 EMPTY = Sums(0, 0, torch.zeros(()), torch.zeros(()))
 
 
@@ -71,13 +71,19 @@ class Population:
         """Take an input ``(N, C, *S)`` of the layer into account."""
         if x.numel() == 0:
             return
-        cells, num_values = self._cells(x)
+        wide, num_groups = self._grouped(x)
+        count = x.numel() // num_groups
         if self._of_examples:
-            var = cells.var * (num_values / max(num_values - 1, 1))
-            self.merge(Sums(len(cells.mean), 1, cells.mean.mean(dim=0), var.sum(dim=0)))
+            mean, squares = _two_passes(wide.reshape(x.shape[0], num_groups, -1), (2,))
+            var = squares / max(count // x.shape[0] - 1, 1)
+            self.merge(Sums(x.shape[0], 1, mean.mean(dim=0), var.sum(dim=0)))
+        elif x.numel() < SMALL or chosen(wide) != "cpu":
+            cells = wide.reshape(x.shape[0], num_groups, -1)
+            self.merge(Sums(count, 1, *_two_passes(cells, (0, 2))))
         else:
-            batch = Partition(num_groups=cells.mean.shape[1]).pool(cells)
-            count = cells.mean.shape[0] * num_values
+            groups = Partition(num_groups=num_groups)
+            table = Moments(*primitives.moments(wide, groups.segment_size(x.shape)))
+            batch = groups.pool(table)
             self.merge(Sums(count, 1, batch.mean[0], batch.var[0] * count))
 
     def merge(self, other: Sums) -> None:
@@ -108,23 +114,17 @@ class Population:
             return self.moments  # of examples: unbiased already
         return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 
-    def _cells(self, x: FeatureMap) -> tuple[Moments, int]:
-        """Moments of each example's part of each statistics group, float64; values in a part."""
+    def _grouped(self, x: FeatureMap) -> tuple[FeatureMap, int]:
+        """What the statistics are of, float64, and how many groups each example has."""
         layer, wide = self._layer, x.double()
         if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
             wide = group_norm(wide, layer.num_groups, eps=layer.eps)
-        num_groups = x.shape[1]
         if isinstance(layer, TrackingLayer):
-            num_groups = layer.running_partition.num_groups
-        num_values = math.prod(x.shape[1:]) // num_groups
-        if chosen(wide) != "cpu":
-            return _two_passes(wide.reshape(x.shape[0], num_groups, num_values)), num_values
-        parts = Partition(num_groups=num_groups, examples_per_group=1)
-        table = Moments(*primitives.moments(wide, parts.segment_size(x.shape)))
-        return parts.pool(table), num_values
+            return wide, layer.running_partition.num_groups
+        return wide, x.shape[1]
 
 
-def _two_passes(values: Tensor) -> Moments:
-    """Moments of the last axis; ``torch.var_mean`` is many times slower."""
-    mean = values.mean(dim=-1, keepdim=True)
-    return Moments(mean.squeeze(-1), (values - mean).square_().mean(dim=-1))
+def _two_passes(cells: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean, and sum of the squared distances from it; ``torch.var_mean`` is many times slower."""
+    mean = cells.mean(dim=dims, keepdim=True)
+    return mean.squeeze(dims), (cells - mean).square_().sum(dim=dims)
