@@ -78,14 +78,18 @@ class Operators(NamedTuple):
     Args:
         forward: ``(x, parameters, options, buffers)`` to ``y`` and what backward reads, of which
             the first is the table of moments.
-        backward: ``(grad, x, kept, parameters, options, wanted)`` to the gradient of x and those of
-            the parameters that are wanted: bits, the first parameter's the lowest.
+        backward: ``(grad, x, *kept, *flat(parameters, options), wanted)`` to the gradient of x and
+            those of the parameters that are wanted: bits, the first parameter's the lowest.
     """
 
     forward: Callable[[Tensor, Slots, Options, Buffers], tuple[Tensor, ...]]
-    backward: Callable[
-        [Tensor, Tensor, tuple[Tensor, ...], Slots, Options, int], tuple[Tensor, ...]
-    ]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+def flat(parameters: Slots, options: Options) -> tuple[object, ...]:
+    """A composite as the operators take it."""
+    (kind, *composite), batch = options
+    return (kind, *parameters, *composite, *batch)
 
 
 def normalize_composite(
@@ -134,22 +138,12 @@ def compute(
 def _forward(
     x: Tensor, parameters: Slots, options: Options, buffers: Buffers
 ) -> tuple[Tensor, ...]:
-    (kind, *composite), batch = options
     operator = torch.ops.normkit.composite_forward.default
-    return operator(x, kind, *parameters, *composite, *batch, *buffers)
+    return operator(x, *flat(parameters, options), *buffers)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    kept: tuple[Tensor, ...],
-    parameters: Slots,
-    options: Options,
-    wanted: int,
-) -> tuple[Tensor, ...]:
-    (kind, *composite), batch = options
-    operator = torch.ops.normkit.composite_backward.default
-    return operator(grad, x, *kept, kind, *parameters, *composite, *batch, wanted)
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    return torch.ops.normkit.composite_backward.default(*arguments)
 
 
 _OPERATORS = Operators(_forward, _backward)
@@ -181,7 +175,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
         return ctx.differentiable(grad, x, kept[0], parameters, wanted)
     _, *wants = wanted
     bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
-    dx, *found = ctx.operators.backward(grad, x, tuple(kept), parameters, ctx.options, bits)
+    composite = flat(parameters, ctx.options)
+    dx, *found = ctx.operators.backward(grad, x, *kept, *composite, bits)
     gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
     return [dx if wanted[0] else None, *gradients]
 

@@ -102,6 +102,21 @@ def halves_forward_kernel(
 
 
 @triton.jit
+def halves_row(
+    mean, var, grad_center, grad_scale, n, c, mask, C, M, V, in_batch,
+    be_high, be_low, ge_high, ge_low, own_high, own_low, WEIGHED: tl.constexpr,
+):  # fmt: skip
+    """Addresses and means of channels of examples, their stage, and the gradients."""
+    at, m, v = load_moments(mean, var, n, c, mask, C)
+    gs = tl.load(grad_scale + at, mask=mask, other=0.0).to(tl.float64)
+    gc = tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
+    u, r = halves_stage(
+        m, v, M, V, in_batch, be_high, be_low, ge_high, ge_low, own_high, own_low, WEIGHED
+    )
+    return at, m, u, r, gs, gc
+
+
+@triton.jit
 def halves_backward_kernel(
     mean, var, batch_mean, batch_var, first, third, grad_center, grad_scale, k1, k2, k3, sums,
     N, C, H, L, be_high, be_low, ge_high, ge_low, own_high, own_low,
@@ -121,12 +136,10 @@ def halves_backward_kernel(
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
         mask = (n < N)[:, None] & (c < C)[None, :]
-        at, m, v = load_moments(mean, var, n, c, mask, C)
-        gs = tl.load(grad_scale + at, mask=mask, other=0.0).to(tl.float64)
-        gc = tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
-        u, r = halves_stage(
-            m, v, M, V, in_batch, be_high, be_low, ge_high, ge_low, own_high, own_low, WEIGHED
-        )
+        _, _, u, r, gs, gc = halves_row(
+            mean, var, grad_center, grad_scale, n, c, mask, C, M, V, in_batch,
+            be_high, be_low, ge_high, ge_low, own_high, own_low, WEIGHED,
+        )  # fmt: skip
         one += (gs + gc * u) * r
         two += gc
         dspread += -0.5 * (gs + gc * u) * weight * r * r * r
@@ -138,12 +151,10 @@ def halves_backward_kernel(
     for top in range(0, N, BR):
         n = top + tl.arange(0, BR)
         mask = (n < N)[:, None] & (c < C)[None, :]
-        at, m, v = load_moments(mean, var, n, c, mask, C)
-        gs = tl.load(grad_scale + at, mask=mask, other=0.0).to(tl.float64)
-        gc = tl.load(grad_center + at, mask=mask, other=0.0).to(tl.float64)
-        u, r = halves_stage(
-            m, v, M, V, in_batch, be_high, be_low, ge_high, ge_low, own_high, own_low, WEIGHED
-        )
+        at, m, u, r, gs, gc = halves_row(
+            mean, var, grad_center, grad_scale, n, c, mask, C, M, V, in_batch,
+            be_high, be_low, ge_high, ge_low, own_high, own_low, WEIGHED,
+        )  # fmt: skip
         own_v = -0.5 * (gs + gc * u) * weight * r * r * r
         to_m = tl.zeros((BR, BK), tl.float64)  # of the batch norm's channels
         to_v = tl.zeros((BR, BK), tl.float64)

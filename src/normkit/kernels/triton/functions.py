@@ -17,6 +17,7 @@ from normkit.kernels.cpu.composite import (
     Options,
     Slots,
     compute,
+    flat,
 )
 from normkit.kernels.cpu.composite import Differentiable as DifferentiableComposite
 from normkit.kernels.cpu.functions import (
@@ -205,23 +206,8 @@ def _composite_forward(
 ) -> tuple[Tensor, ...]:
     if buffers.running_mean is not None or _is_plain(x):
         return composites.forward(x, parameters, options, buffers)
-    (kind, *composite), batch = options
     given = buffers.given_mean, buffers.given_var
-    operator = _callable("composite_forward", x)
-    return operator(x, kind, *parameters, *composite, *batch, *given)
+    return _callable("composite_forward", x)(x, *flat(parameters, options), *given)
 
 
-def _composite_backward(
-    grad: Tensor,
-    x: Tensor,
-    kept: tuple[Tensor, ...],
-    parameters: Slots,
-    options: Options,
-    wanted: int,
-) -> tuple[Tensor, ...]:
-    (kind, *composite), batch = options
-    operator = _callable("composite_backward", grad)
-    return operator(grad, x, *kept, kind, *parameters, *composite, *batch, wanted)
-
-
-_COMPOSITE = Operators(_composite_forward, _composite_backward)
+_COMPOSITE = Operators(_composite_forward, _backward("composite_backward"))

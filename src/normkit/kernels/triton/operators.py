@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from normkit.kernels.cpu import shapes
-from normkit.kernels.cpu.composite import Batch, Buffers, Composite
+from normkit.kernels.cpu.composite import Batch, Buffers, Composite, Options, Slots
 from normkit.kernels.cpu.functions import Pooling
 from normkit.kernels.cpu.kinds import BatchSource, Kind
 from normkit.kernels.triton import composite as composites
@@ -105,52 +105,29 @@ def positional_backward(  # noqa: PLR0913, PLR0917
     return positional.backward(grad, x, weight, eps, (need_weight, need_bias))
 
 
-def composite_forward(  # noqa: PLR0913, PLR0917
-    x: Tensor,
-    kind: int,
-    first: Tensor | None,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    num_groups: int,
-    batch_eps: float,
-    group_eps: float,
-    batch_source: int,
-    rate: float,
-    given_mean: Tensor | None,
-    given_var: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
     """Normalise by a composite: ``y``, the statistics, and those of groups that come first."""
-    composite = Composite(Kind(kind), num_groups, batch_eps, group_eps)
-    batch = Batch(BatchSource(batch_source), rate)
-    parameters = (first, second, third, fourth)
-    buffers = Buffers(given_mean, given_var)
-    return composites.forward(x, parameters, (composite, batch), buffers)
+    *composite, given_mean, given_var = arguments
+    return composites.forward(x, *_composite(*composite), Buffers(given_mean, given_var))
 
 
-def composite_backward(  # noqa: PLR0913, PLR0917
+def composite_backward(
     grad: Tensor,
     x: Tensor,
     table: Tensor,
     groups: Tensor,
-    kind: int,
-    first: Tensor | None,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    num_groups: int,
-    batch_eps: float,
-    group_eps: float,
-    batch_source: int,
-    rate: float,
-    wanted: int,
+    *arguments: Any,  # noqa: ANN401
 ) -> tuple[Tensor, ...]:
     """Gradients of x and of the parameters that are wanted."""
+    *composite, wanted = arguments
+    return composites.backward(grad, x, (table, groups), *_composite(*composite), wanted)
+
+
+def _composite(kind: int, *arguments: Any) -> tuple[Slots, Options]:  # noqa: ANN401
+    """Read what ``flat`` has written."""
+    first, second, third, fourth, num_groups, batch_eps, group_eps, source, rate = arguments
     composite = Composite(Kind(kind), num_groups, batch_eps, group_eps)
-    batch = Batch(BatchSource(batch_source), rate)
-    parameters = (first, second, third, fourth)
-    kept = (table, groups)
-    return composites.backward(grad, x, kept, parameters, (composite, batch), wanted)
+    return (first, second, third, fourth), (composite, Batch(BatchSource(source), rate))
 
 
 _POOLING = "int num_groups, int examples_per_group, float eps"
@@ -179,10 +156,10 @@ SCHEMAS: dict[Callable[..., object], str] = {
 }
 
 
-def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    results = shapes.composite_forward(x, kind, *arguments)
-    num_groups = x.shape[0] * arguments[4] if Kind(kind) == Kind.GROUP_FIRST else 0
-    return *results, x.new_empty((2, num_groups), dtype=torch.float64)
+def _composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    _, (composite, _) = _composite(*arguments[:-2])
+    groups = x.new_empty((2, composites.num_kept_groups(x, composite)), dtype=torch.float64)
+    return *shapes.composite_forward(x, *arguments), groups
 
 
 def _composite_backward(
