@@ -13,11 +13,13 @@ from normkit.functional.composite import (
     instance_batch_norm,
     switchable_norm,
 )
-from normkit.functional.single import (
+from normkit.functional.over_batch import (
     batch_group_norm,
     batch_norm,
     general_batch_group_norm,
     ghost_batch_norm,
+)
+from normkit.functional.over_example import (
     group_norm,
     instance_norm,
     layer_norm,

@@ -1,0 +1,220 @@
+"""Norms whose groups span the examples of a batch, without state."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from normkit.core.check import require_count
+from normkit.core.parameters import Parameters
+from normkit.core.partition import Partition
+from normkit.functional.arguments import channel_groups, channels_of, pair_buffers
+from normkit.functional.single import normalize_single
+from normkit.typing import FeatureMap, PerChannel
+
+
+def batch_norm(  # noqa: PLR0913 - torch's options
+    x: FeatureMap,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise every channel over the whole batch; see :class:`normkit.BatchNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_c) / \sqrt{\sigma_c^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If a channel has a single value in training.
+
+    Source:
+        Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+    Example:
+        >>> import torch
+        >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=channels_of(x, "batch_norm"))
+    running = pair_buffers(running_mean, running_var, groups, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    return normalize_single(x, groups, running, parameters, training, "batch_norm")
+
+
+def batch_group_norm(  # noqa: PLR0913
+    x: FeatureMap,
+    num_groups: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise runs of the flattened ``(C, *S)`` axis; see :class:`normkit.BatchGroupNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Equal runs ``G`` an example is cut into; divides ``C * positions``.
+        running_mean: Running mean, ``(G,)``.
+        running_var: Running unbiased variance, ``(G,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If the groups do not divide, or one has a single value in training.
+
+    Source:
+        Zhou et al., Batch Group Normalization, eqs. 8-9.
+
+    Example:
+        >>> import torch
+        >>> batch_group_norm(torch.randn(4, 6, 5, 7), 14, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=require_count("num_groups", num_groups))
+    running = pair_buffers(running_mean, running_var, groups, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    return normalize_single(x, groups, running, parameters, training, "batch_group_norm")
+
+
+def ghost_batch_norm(  # noqa: PLR0913
+    x: FeatureMap,
+    ghost_batch_size: int,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise every channel over runs of examples; see :class:`normkit.GhostBatchNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{bc}) / \sqrt{\sigma_{bc}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        ghost_batch_size: Consecutive examples that share statistics; the last run may be smaller.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If a group has a single value in training.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 4.
+
+    Example:
+        >>> import torch
+        >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    channels = Partition(num_groups=channels_of(x, "ghost_batch_norm"))
+    size = require_count("ghost_batch_size", ghost_batch_size)
+    groups = Partition(num_groups=channels.num_groups, examples_per_group=size)
+    running = pair_buffers(running_mean, running_var, channels, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    return normalize_single(x, groups, running, parameters, training, "ghost_batch_norm")
+
+
+def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
+    x: FeatureMap,
+    num_groups: int,
+    examples_per_group: int | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    example_weight: float = 0.0,
+) -> FeatureMap:
+    r"""Normalise runs of channels over runs of examples.
+
+    .. math::  y = \gamma_c (x - \mu_{bg}) / \sqrt{\sigma_{bg}^2 + \epsilon} + \beta_c
+
+    See :class:`normkit.GeneralBatchGroupNorm`.
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        examples_per_group: Consecutive examples that share statistics; None is the whole batch.
+        running_mean: Running mean, ``(C,)``.
+        running_var: Running unbiased variance, ``(C,)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        training: Normalise by the input's own statistics and update the running ones.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the variance; unit of ``x`` squared.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match, or evaluation has no running statistics.
+        PartitionError: If the groups do not divide, or one has a single value in training.
+
+    Source:
+        Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.4.
+
+    Example:
+        >>> import torch
+        >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    channels = Partition(num_groups=channels_of(x, "general_batch_group_norm"))
+    size = examples_per_group
+    if size is not None:
+        size = require_count("examples_per_group", size)
+    groups = Partition(num_groups=channel_groups(num_groups, x), examples_per_group=size)
+    running = pair_buffers(running_mean, running_var, channels, momentum, example_weight)
+    parameters = Parameters(weight, bias, eps)
+    return normalize_single(x, groups, running, parameters, training, "general_batch_group_norm")

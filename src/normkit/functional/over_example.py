@@ -1,0 +1,159 @@
+"""Norms whose groups lie within an example, without state."""
+
+from __future__ import annotations
+
+from normkit.core.parameters import Parameters
+from normkit.core.partition import Partition
+from normkit.core.positional import normalize_positions, require_channels
+from normkit.functional.arguments import channel_groups, channels_of, require_arguments
+from normkit.functional.single import normalize_single
+from normkit.typing import FeatureMap, PerChannel
+
+
+def instance_norm(
+    x: FeatureMap,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise every channel of every example; see :class:`normkit.InstanceNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{nc}) / \sqrt{\sigma_{nc}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If a channel of an example has a single value.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
+
+    Example:
+        >>> import torch
+        >>> instance_norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=channels_of(x, "instance_norm"), examples_per_group=1)
+    return normalize_single(x, groups, None, Parameters(weight, bias, eps), True, "instance_norm")
+
+
+def layer_norm(
+    x: FeatureMap,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise every example over channels and positions; see :class:`normkit.LayerNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{n}) / \sqrt{\sigma_{n}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If an example has a single value.
+
+    Source:
+        Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+
+    Example:
+        >>> import torch
+        >>> layer_norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    groups = Partition(num_groups=1, examples_per_group=1)
+    return normalize_single(x, groups, None, Parameters(weight, bias, eps), True, "layer_norm")
+
+
+def group_norm(
+    x: FeatureMap,
+    num_groups: int,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise runs of channels of every example; see :class:`normkit.GroupNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{ng}) / \sqrt{\sigma_{ng}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        num_groups: Runs of channels; divides ``C``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If the groups do not divide the channels, or one has a single value.
+
+    Source:
+        Wu & He 2018, arXiv:1803.08494, eq. 7.
+
+    Example:
+        >>> import torch
+        >>> group_norm(torch.randn(4, 6, 5, 7), 3).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    channels_of(x, "group_norm")
+    groups = Partition(num_groups=channel_groups(num_groups, x), examples_per_group=1)
+    return normalize_single(x, groups, None, Parameters(weight, bias, eps), True, "group_norm")
+
+
+def positional_norm(
+    x: FeatureMap,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    *,
+    eps: float = 1e-5,
+) -> FeatureMap:
+    r"""Normalise every position over its channels; see :class:`normkit.PositionalNorm`.
+
+    .. math::  y = \gamma_c (x - \mu_{ns}) / \sqrt{\sigma_{ns}^2 + \epsilon} + \beta_c
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``; None is 1.
+        bias: Shift of each channel, ``(C,)``; None is 0.
+        eps: Added to the variance; unit of ``x`` squared.
+
+    Returns:
+        The normalised map, in the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: If shapes do not match.
+        PartitionError: If there is a single channel.
+
+    Source:
+        Li et al. 2019, arXiv:1907.04312, without its re-injection path.
+
+    Example:
+        >>> import torch
+        >>> positional_norm(torch.randn(4, 6, 5, 7)).shape
+        torch.Size([4, 6, 5, 7])
+    """
+    parameters = Parameters(weight, bias, eps)
+    require_arguments(x, parameters, "positional_norm")
+    require_channels(x.shape, "positional_norm")
+    return normalize_positions(x, parameters)
