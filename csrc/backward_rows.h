@@ -27,10 +27,13 @@ void combine_elementwise(const Pooled& a, const Group<T>& group, const GroupGrad
   const A* weight = a.weight ? static_cast<const A*>(a.weight) + low : nullptr;
   const vec<T> pivot = splat<T>(group.pivot), scale = splat<T>(A(k.scale));
   const vec<T> slope = splat<T>(A(k.slope)), center = splat<T>(A(k.center));
+  const bool reads_x = A(k.slope) != 0;  // as in row_gradient
   each_vector<T>(high - low, [&](int, int64_t i, int n) NORMKIT_INLINE {
     vec<T> gradient = scale * load_some(g + i, n, vec<T>{});
     if (weight) gradient *= load_some(weight + i, n, vec<T>{});
-    store_some(dx + i, n, gradient + (slope * (load_some(x + i, n, pivot) - pivot) + center));
+    const vec<T> rest =
+        reads_x ? slope * (load_some(x + i, n, pivot) - pivot) + center : center;
+    store_some(dx + i, n, gradient + rest);
   });
 }
 

@@ -66,12 +66,7 @@ void block_statistics(const Pooled& a, Block<T>& block, int64_t batch) {
     a.piece_second[batch * channels + c] = var[c];
   }
   for (int64_t g = 0; g < a.partition.num_groups; ++g, mean += width, var += width) {
-    double sum = 0, spread = 0;
-    for (int64_t c = 0; c < width; ++c) sum += mean[c];
-    const double pooled = sum / double(width);
-    for (int64_t c = 0; c < width; ++c) spread += var[c] + (mean[c] - pooled) * (mean[c] - pooled);
-    a.mean[block.first_group + g] = pooled;
-    a.var[block.first_group + g] = spread / double(width);
+    pool_moments(mean, var, width, a.mean + block.first_group + g, a.var + block.first_group + g);
   }
 }
 

@@ -124,10 +124,11 @@ void column_combine(const Columns& a, int64_t begin, int64_t end) {
       const vec<T> p = load_some(pivot + i, n, vec<T>{});
       const vec<T> d = load_some(x + start + i, n, p) - p;
       const vec<T> gradient = load_some(g + start + i, n, vec<T>{});
+      const vec<T> k = load_some(slope + i, n, vec<T>{});
+      const vec<T> along = k == vec<T>{} ? vec<T>{} : k * d;  // as in row_gradient
       store_some(dx + start + i, n,
                  load_some(scale + i, n, vec<T>{}) * gradient +
-                     (load_some(slope + i, n, vec<T>{}) * d +
-                      load_some(center + i, n, vec<T>{})));
+                     (along + load_some(center + i, n, vec<T>{})));
     });
   }
 }

@@ -30,6 +30,7 @@ struct KeptTable {
     const Extent seen{extent.rows, num_batch};
     if (source == BatchSource::own) return {Source::batch, seen, 0};
     const double share = source == BatchSource::given ? rate : 0.0;
+    if (share == 1) return {Source::row_groups, seen, num_batch};  // each cell by itself alone
     return TableStatistics::given(seen, batch_mean(), batch_var(), share);
   }
 };
@@ -37,6 +38,16 @@ struct KeptTable {
 void keep(const KeptTable& table, const std::vector<double>& mean, const std::vector<double>& var) {
   std::copy_n(mean.begin(), table.num_batch, table.batch_mean());
   std::copy_n(var.begin(), table.num_batch, table.batch_var());
+}
+
+// Lets the cells that are normalised by given statistics alone be written around those: the cells'
+// own means may be infinite, and nothing of them is in the result.
+void center_on_given(const KeptTable& table) {
+  const Pairs cells = table.moments().from(table.extent.cols - table.num_batch);
+  for (int64_t row = 0; row < table.extent.rows; ++row) {
+    std::copy_n(table.batch_mean(), table.num_batch, cells.firsts(row));
+    std::copy_n(table.batch_var(), table.num_batch, cells.seconds(row));
+  }
 }
 
 void require_statistics(const OptionalTensor& mean, const OptionalTensor& var, int64_t size) {
@@ -95,6 +106,7 @@ std::tuple<Tensor, Tensor> composite_forward(
   const OptionalTensor& old_var = given_var ? given_var : running_var;
   if (estimated) require_statistics(old_mean, old_var, num_batch);
   if (given) keep(table, as_doubles(*given_mean), as_doubles(*given_var));
+  if (given && rate == 0 && options.kind == Kind::halves) center_on_given(table);
   if (estimated) estimate(table, rate, *old_mean, *old_var);
   const auto composite = make_composite(options, extent, {&first, &second, &third, &fourth},
                                         table.statistics(source, rate));

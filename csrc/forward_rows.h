@@ -5,38 +5,46 @@
 
 namespace normkit::NORMKIT_ISA {
 
+// Statistics of each channel of a group that covers whole channels, then of the group. A channel's
+// sums are taken around its own first elements: around the group's they would cancel where the
+// channels lie far from each other, and what is not finite in one channel would reach the others.
+template <class T>
+void group_of_channels_statistics(const Pooled& a, const Place& at) {
+  const Partition& p = a.partition;
+  const T* x = static_cast<const T*>(a.x);
+  const int64_t begin = at.batch * a.num_pieces + divide(at.low, p.plane);
+  const int64_t width = divide(p.run, p.plane);
+  double *const means = a.piece_first + begin, *const vars = a.piece_second + begin;
+  const int64_t most = has_short_channels(a, at) ? kUnits : 1;
+  acc_t<T> shifts[kUnits];
+  double sums[2 * kUnits];
+  for (int64_t first = 0; first < width; first += most) {
+    const int64_t units = least(most, width - first);
+    const Span span{at.origin + at.low + first * p.plane, p.plane, at.count, p.example_size};
+    for (int64_t unit = 0; unit < units; ++unit) {
+      shifts[unit] = first_mean(x + span.offset + unit * p.plane, p.plane);
+    }
+    if (most == 1) {
+      span_sums(x, span, shifts[0], sums);
+    } else {
+      unit_sums(x, span, units, shifts, sums);
+    }
+    for (int64_t unit = 0; unit < units; ++unit) {
+      store_moments(means + first + unit, vars + first + unit, sums + 2 * unit, shifts[unit],
+                    double(at.count * p.plane));
+    }
+  }
+  pool_moments(means, vars, width, a.mean + at.group, a.var + at.group);
+}
+
 template <class T>
 void group_statistics(const Pooled& a, const Place& at) {
   const Partition& p = a.partition;
   const T* x = static_cast<const T*>(a.x);
+  if (a.piece_first) return group_of_channels_statistics<T>(a, at);
   const acc_t<T> shift = first_mean(x + at.origin + at.low, p.run);
-  double sums[2] = {0, 0};
-  if (!a.piece_first) {
-    span_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, shift, sums);
-  } else {
-    int64_t piece = at.batch * a.num_pieces + piece_index(p, at.low);
-    const auto take = [&](const double* part, int64_t length) NORMKIT_INLINE {
-      store_moments(a.piece_first + piece, a.piece_second + piece, part, shift,
-                    double(at.count * length));
-      ++piece;  // the pieces of a group follow each other; counting saves a division
-      sums[0] += part[0];
-      sums[1] += part[1];
-    };
-    if (has_short_channels(a, at)) {
-      each_stretch<T>(a, at, shift, [&](const Span& span, int64_t units, const acc_t<T>* pivot,
-                                        double* parts) NORMKIT_INLINE {
-        unit_sums(x, span, units, pivot, parts);
-        for (int64_t unit = 0; unit < units; ++unit) take(parts + 2 * unit, p.plane);
-      });
-    } else {
-      each_piece(at.low, at.low + p.run, p.plane,
-                 [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
-                   double part[2];
-                   span_sums(x, {at.origin + start, length, at.count, p.example_size}, shift, part);
-                   take(part, length);
-                 });
-    }
-  }
+  double sums[2];
+  span_sums(x, {at.origin + at.low, p.run, at.count, p.example_size}, shift, sums);
   store_moments(a.mean + at.group, a.var + at.group, sums, shift,
                 double(at.count) * double(p.run));
 }

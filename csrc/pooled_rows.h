@@ -129,6 +129,19 @@ inline void store_moments(double* mean, double* var, const double* sums, double 
   *var = spread < 0 ? 0 : spread;  // rounding; comparisons keep NaN
 }
 
+// Moments of equally many elements each, by the law of total variance.
+inline void pool_moments(const double* means, const double* vars, int64_t count, double* mean,
+                         double* var) {
+  double sum = 0, spread = 0;
+  for (int64_t i = 0; i < count; ++i) sum += means[i];
+  const double pooled = sum / double(count);
+  for (int64_t i = 0; i < count; ++i) {
+    spread += vars[i] + (means[i] - pooled) * (means[i] - pooled);
+  }
+  *mean = pooled;
+  *var = spread / double(count);
+}
+
 // Whether a group covers whole channels whose planes are short rows, in several examples.
 inline bool has_short_channels(const Pooled& a, const Place& at) {
   const Partition& p = a.partition;

@@ -217,11 +217,18 @@ inline void row_affine(const T* x, T* y, int64_t length, acc_t<T> pivot, acc_t<T
   });
 }
 
-// dx = scale * g + slope * (x - pivot) + center
+// dx = scale * g + slope * (x - pivot) + center. Without a slope (given statistics) x is not read:
+// it may be infinite, and the gradient is finite all the same.
 template <class T>
 inline void row_gradient(const T* g, const T* x, T* dx, int64_t length, acc_t<T> pivot,
                          acc_t<T> scale, acc_t<T> slope, acc_t<T> center) {
   const vec<T> p = splat<T>(pivot), s = splat<T>(scale), k = splat<T>(slope), c = splat<T>(center);
+  if (slope == 0) {
+    each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
+      store_some(dx + i, n, s * load_some(g + i, n, vec<T>{}) + c);
+    });
+    return;
+  }
   each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
     const vec<T> gradient = load_some(g + i, n, vec<T>{});
     store_some(dx + i, n, s * gradient + (k * (load_some(x + i, n, p) - p) + c));

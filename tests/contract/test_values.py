@@ -10,21 +10,11 @@ from torch.testing import assert_close
 import normkit as nk
 import oracle
 from cases import CASES, COMPOSITES, EVERY, TOLERANCE, Case, case_shapes, groups, randn, statistics
+from values import arrange, buffers_of, gradients, in_float64, parameters_for, scaled
 
 pytestmark = pytest.mark.usefixtures("kernels")
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 SLOW_OR_PICKY = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-
-
-def arrange(x, layout):
-    """Lay the same values out differently in memory."""
-    if layout == "channels_last":
-        axes = (0, *range(2, x.ndim), 1)
-        back = (0, x.ndim - 1, *range(1, x.ndim - 1))
-        return x.permute(axes).contiguous().permute(back)
-    if layout == "sliced":
-        return torch.stack([x, x + 1], dim=-1)[..., 0]
-    return x
 
 
 def expected_training(case, layer, buffers, x, grad):
@@ -33,28 +23,6 @@ def expected_training(case, layer, buffers, x, grad):
     parameters = in_float64(layer)
     y = oracle.train(case.kind, x, parameters, layer.eps, buffers, **groups(case))
     return y.detach(), torch.autograd.grad(y, [x, *parameters.values()], grad.double())
-
-
-def in_float64(layer):
-    """Parameters by name, as leaves of their own."""
-    return {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
-
-
-def buffers_of(case, layer):
-    """Running mean and variance as they are now, in float64."""
-    if not case.tracks:
-        return None
-    holder = statistics(layer)
-    return tuple(t.detach().double().clone() for t in (holder.running_mean, holder.running_var))
-
-
-def gradients(y, x, layer, grad):
-    """Gradients of x and every parameter."""
-    return torch.autograd.grad(y, (x, *layer.parameters()), grad)
-
-
-def parameters_for(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -93,12 +61,6 @@ def check_training(case, shape, dtype, layout):
 def layout_of(x):
     """Strides of the axes that have more than one element; the others' mean nothing."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
-
-
-def scaled(tolerance, like):
-    """Let an error be small beside the largest value: sums over a map grow with it."""
-    largest = max(1.0, like.abs().max().item())
-    return {"atol": tolerance["atol"] * largest, "rtol": tolerance["rtol"]}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

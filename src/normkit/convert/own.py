@@ -30,7 +30,7 @@ def own(layer: NormLayer) -> Source:
     slots = affine_slots(layer)
     return Source(
         num_features=layer.num_features,
-        options={o: getattr(layer, o) for o in recipe.options() if o != recipe.argument},
+        options={o: layer.option(o) for o in recipe.options() if o != recipe.argument},
         weight=_joined([slot.layer.weight for slot in slots]),
         bias=_joined([slot.layer.bias for slot in slots]),
         statistics=_statistics(layer),

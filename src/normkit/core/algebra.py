@@ -50,7 +50,7 @@ class WeighedStatistics:
 
     partition: Partition  # one example per group
     eps: float
-    example_weight: float
+    example_weight: float | Tensor
 
     def __call__(
         self,
@@ -67,9 +67,14 @@ class WeighedStatistics:
     def groups(self, table: Moments, running_mean: GroupTable, running_var: GroupTable) -> Moments:
         """Statistics of every group, ``(B, G)``: one row where all is the running ones."""
         running = Moments(running_mean, running_var)
-        if self.example_weight == 0:
+        weight = self.example_weight
+        if not isinstance(weight, Tensor) and weight == 0:
             return running
-        return self.partition.pool(table).blend(running, self.example_weight)
+        own = self.partition.pool(table)
+        if isinstance(weight, Tensor):
+            return own.blend(running, weight.to(own.mean.dtype))
+        # At 1 the running statistics have no say, even where they are not finite.
+        return own if weight == 1 else own.blend(running, weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,8 @@ def fusing_kernels(
     The C++ kernels do all composites; Triton's those whose groups a program holds.
     """
     kernels = pooled_kernels(x)
+    if running is not None and isinstance(running.example_weight, Tensor):
+        return None
     if kernels is None or (isinstance(running, RunningEstimates) and not _is_movable(running)):
         return None
     return kernels if kernels is cpu or kernels.can_compute(x, composite) else None
@@ -92,7 +94,7 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
     moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
     is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
     if isinstance(running, RunningEstimates):
-        if running.update_rate == 0:  # a checkpoint's second look
+        if running.update_rate == 0:  # during checkpoint recomputation, or not tracking
             return _Statistics(Batch(BatchSource.GIVEN), given)
         estimates = Batch(BatchSource.ESTIMATES, running.update_rate)
         return _Statistics(estimates, given if is_traced else moved, running)

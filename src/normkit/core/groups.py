@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
 from normkit.core.moments import Moments
@@ -49,13 +50,14 @@ def normalize_evaluation(
 ) -> FeatureMap:
     """Normalise by running statistics and ``example_weight`` parts of the example's own."""
     own = Partition(num_groups=partition.num_groups, examples_per_group=1)
-    if running.example_weight == 1:
+    share = running.example_weight
+    if not isinstance(share, Tensor) and share == 1:
         return normalize_batch(x, own, None, parameters)
     groups = running.groups(partition, table_dtype(x.dtype))
-    if running.example_weight == 0:
+    if not isinstance(share, Tensor) and share == 0:
         return _normalize_fixed(x, partition, groups, parameters)
     weight, bias, eps = parameters
-    algebra = WeighedStatistics(partition=own, eps=eps, example_weight=running.example_weight)
+    algebra = WeighedStatistics(partition=own, eps=eps, example_weight=share)
     y, _ = normalize(x, own.segment_size(x.shape), algebra, weight, bias, groups.mean, groups.var)
     return y
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,7 +26,7 @@ class Moments:
         r"""Moments of :math:`y = scale \cdot (x - mean) + center`, without a look at ``x``."""
         return Moments(center, scale.square() * self.var)
 
-    def blend(self, other: Moments, weight: float) -> Moments:
+    def blend(self, other: Moments, weight: float | Tensor) -> Moments:
         r"""Moments of a mixture: ``weight`` parts of ``self``, ``1 - weight`` parts of ``other``.
 
         .. math::  m = \alpha m_1 + (1-\alpha) m_2, \quad
@@ -33,8 +34,9 @@ class Moments:
 
         This is ``E[x^2] - mean^2`` in a form that cannot be negative.
         """
-        step = (
-            self.mean - other.mean
-        )  # not two products of large means: an offset would cost digits
         spread = weight * self.var + (1 - weight) * other.var
-        return Moments(other.mean + weight * step, spread + weight * (1 - weight) * step.square())
+        between = weight * (1 - weight) * (self.mean - other.mean).square()
+        # lerp starts from the nearer of the two means: a far one would cost digits of the result.
+        return Moments(
+            torch.lerp(other.mean.to(self.mean.dtype), self.mean, weight), spread + between
+        )

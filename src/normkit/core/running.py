@@ -22,19 +22,21 @@ class RunningStatistics(NamedTuple):
     Args:
         mean: Running mean, one value for each group of ``partition``.
         var: Running unbiased variance, likewise.
-        num_batches_tracked: Counts the updates.
+        num_batches_tracked: Counts the updates; None counts nothing.
         partition: Which elements of a batch stand behind one value: all those of a channel, or of
             a BGN group; the whole batch in either case.
-        momentum: Weight of the new value; None averages all batches counted so far equally.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        momentum: Weight of the new value; None averages all batches counted so far equally (without
+            a count nothing moves, as in torch).
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1; a tensor
+            ``(N, 1)`` has one for each example.
     """
 
     mean: Tensor
     var: Tensor
-    num_batches_tracked: Tensor
+    num_batches_tracked: Tensor | None
     partition: Partition
     momentum: float | None
-    example_weight: float
+    example_weight: float | Tensor
 
     def update_(self, table: Moments, shape: Sequence[int]) -> None:
         """Follow the statistics of a batch of this shape, from its segments' ``(N, K)``."""
@@ -51,19 +53,17 @@ class RunningStatistics(NamedTuple):
 
         Args:
             batch: Moments in the shape of the buffers, biased.
-            num_values: How many values ``n`` stand behind each. As a tensor it may be 0, which
-                moves nothing.
+            num_values: How many values ``n`` stand behind each, as a number or as a tensor that
+                broadcasts to the buffers. Where a tensor has 0, nothing moves.
         """
         with torch.no_grad():
             if isinstance(num_values, Tensor):
                 counted = num_values > 0
                 correction = num_values / (num_values - 1).clamp(min=1)
-                self.num_batches_tracked.add_(counted)
-                rate = self._rate() * counted.to(self.mean.dtype)
+                rate = self._count(counted.any()) * counted.to(self.mean.dtype)
             else:
                 correction = num_values / max(num_values - 1, 1)  # one value: its variance, 0
-                self.num_batches_tracked.add_(1)
-                rate = self._rate()
+                rate = self._count(1)
             self.mean.lerp_(batch.mean.to(self.mean.dtype), rate)
             self.var.lerp_((batch.var * correction).to(self.var.dtype), rate)
 
@@ -77,10 +77,16 @@ class RunningStatistics(NamedTuple):
             return Moments(mean, var)
         return Partition(num_groups=partition.num_groups).pool(Moments(mean, var))
 
-    def _rate(self) -> float | Tensor:
-        if self.momentum is None:
-            return self.num_batches_tracked.reciprocal().to(self.mean.dtype)
-        return self.momentum
+    def _count(self, increment: int | Tensor) -> float | Tensor:
+        """Count the batch, and return the weight of its statistics."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(increment)
+        if self.momentum is not None:
+            return self.momentum
+        if self.num_batches_tracked is None:
+            return 0.0
+        # In the dtype of the buffers: torch divides integers in float32.
+        return self.num_batches_tracked.to(self.mean.dtype).reciprocal()
 
 
 Recent = deque[tuple[Tensor, Moments]]
@@ -94,17 +100,18 @@ class RunningEstimates(NamedTuple):
     Args:
         mean: Estimated mean, ``(C,)``, 0 at first.
         var: Estimated biased variance, ``(C,)``, 1 at first.
-        num_batches_tracked: Counts the updates.
-        update_rate: Weight of the new value.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        num_batches_tracked: Counts the updates; None counts nothing.
+        update_rate: Weight of the new value; at 0 the estimates stand still.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1; a tensor
+            ``(N, 1)`` has one for each example.
         recent: What has been normalised lately; None keeps no account.
     """
 
     mean: Tensor
     var: Tensor
-    num_batches_tracked: Tensor
+    num_batches_tracked: Tensor | None
     update_rate: float
-    example_weight: float
+    example_weight: float | Tensor
     recent: Recent | None = None
 
     def as_they_were(self, means: SegmentTable) -> RunningEstimates:
@@ -134,12 +141,13 @@ class RunningEstimates(NamedTuple):
 
     def follow_(self, moved: Moments) -> None:
         """Keep the estimates ``(1, C)`` that have just normalised a batch."""
-        if are_still():
+        if are_still() or self.update_rate == 0:
             return
         with torch.no_grad():
             self.mean.copy_(moved.mean[0])
             self.var.copy_(moved.var[0])
-            self.num_batches_tracked.add_(1)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
 
 
 Running = RunningStatistics | RunningEstimates

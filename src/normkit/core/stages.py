@@ -26,6 +26,7 @@ from normkit.core.composite import (
     SwitchedStatistics,
 )
 from normkit.core.fused import fusing_kernels, normalize_fused
+from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.moments import Moments
 from normkit.core.normalize import measure, normalize
 from normkit.core.parameters import Parameters
@@ -39,9 +40,10 @@ from normkit.core.running import (
     is_second_look,
 )
 from normkit.core.synchronized import follow_all_
+from normkit.kernels import cpu
 from normkit.kernels.cpu import Composite, Kind
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import primitives
+from normkit.kernels.select import pooled_kernels, primitives
 from normkit.typing import FeatureMap
 
 ORDERS: dict[Order, Kind] = {
@@ -197,6 +199,13 @@ def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mix
     ranks: dist.ProcessGroup | None = None,
 ) -> FeatureMap:
     """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
+    if not training and running is not None and pooled_kernels(x) is not cpu:
+        # Each norm by itself: written around the input's own mean, as composites are, one infinite
+        # value of the input would spread over its channel.
+        first, rest = x[:, :num_instance], x[:, num_instance:]
+        left = normalize_batch(first, own_groups(num_instance, 0.0).partition, None, instance)
+        right = normalize_evaluation(rest, running.partition, running, batch)
+        return torch.cat((left, right), dim=1)
 
     def algebra(rule: Rule) -> CompositeAlgebra:
         return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from functools import cache
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,9 @@ from normkit.core.ranks import (
     held_group,
 )
 from normkit.core.running import RunningStatistics
+from normkit.errors import OptionError
 from normkit.kernels.reference import table_dtype
+from normkit.layers.leaf import record_call
 from normkit.typing import FeatureMap
 
 Device = torch.device | str | None
@@ -46,20 +49,22 @@ class NormLayer(nn.Module, ABC):
         *,
         eps: float,
         affine: bool,
+        bias: bool = True,
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
+        # Not super(): BatchNorm is one of torch's norms too, whose constructor registers the same.
+        nn.Module.__init__(self)
         require_eps(eps)
         self.num_features = require_count("num_features", num_features)
         self.eps = eps
         self.affine = affine
-        self._register_parameters(device, dtype)
+        self._register_parameters(bias, device, dtype)
 
-    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
-        for name in ("weight", "bias"):
+    def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        for name, wanted in (("weight", self.affine), ("bias", self.affine and bias)):
             shape = (self._num_affine_values(),)
-            values = torch.empty(shape, device=device, dtype=dtype) if self.affine else None
+            values = torch.empty(shape, device=device, dtype=dtype) if wanted else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
 
     def _num_affine_values(self) -> int:
@@ -67,9 +72,15 @@ class NormLayer(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1 and ``bias`` to 0."""
-        if self.weight is not None and self.bias is not None:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether something is added to each channel at the end: ``bias``."""
+        return self.bias is not None
 
     def _affine(self) -> Parameters:
         own = self._parameters  # a look-up by attribute costs as much as a tiny map's sums
@@ -77,12 +88,32 @@ class NormLayer(nn.Module, ABC):
             return Parameters(own["weight"], own["bias"], self.eps)
         return Parameters(self.weight, self.bias, self.eps)  # parametrised: computed anew
 
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+        if not isinstance(x, Tensor):
+            return record_call(self, x, overridden=type(self).forward is not NormLayer.forward)
+        require_feature_map(x, self.num_features, type(self).__name__)
+        return self._normalize(x)
+
+    @abstractmethod
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
+        """Normalise what has been checked."""
+
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
-        options = inspect.signature(type(self)).parameters
-        hidden = _NOT_SHOWN if getattr(self, "process_group", None) else _NOT_SHOWN_ALONE
-        shown = [f"{o}={getattr(self, o)!r}" for o in options if o not in hidden]
+        shown = [f"{o}={self.option(o)!r}" for o in _options(type(self)) if self._is_shown(o)]
         return ", ".join([str(self.num_features), *shown])
+
+    def _is_shown(self, option: str) -> bool:
+        if option in _SHOWN_IF_SET:
+            return self.option(option) != _SHOWN_IF_SET[option]
+        return option not in _NOT_SHOWN and hasattr(self, option)
+
+    def option(self, name: str) -> Any:  # noqa: ANN401 - any option
+        """Value of a constructor's option that builds the layer as it is now."""
+        if name == "bias":  # the attribute of that name is the parameter
+            return self.has_shift or not self.affine
+        return getattr(self, name)
 
     def __repr__(self) -> str:
         """One line that rebuilds the layer, also where it holds others."""
@@ -96,6 +127,7 @@ class TrackingLayer(NormLayer):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     _process_group: HeldGroup | World | None
+    _example_weight: float | Tensor  # a tensor, one weight an example, while weights are tuned
     _version = 2  # torch's own norms: since 2 there is num_batches_tracked
 
     def __init__(  # noqa: PLR0913 - the options of torch's norms
@@ -105,13 +137,16 @@ class TrackingLayer(NormLayer):
         eps: float,
         momentum: float | None,
         affine: bool,
+        bias: bool = True,
         track_running_stats: bool,
         example_weight: float,
         process_group: ProcessGroup,
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+        )
         if momentum is not None:
             require_share("momentum", momentum)
         self.momentum = momentum
@@ -137,7 +172,7 @@ class TrackingLayer(NormLayer):
     @property
     def example_weight(self) -> float:
         """Share of the example's own statistics at evaluation, from 0 to 1."""
-        return self._example_weight
+        return self._example_weight  # type: ignore[return-value]
 
     @example_weight.setter
     def example_weight(self, value: float) -> None:
@@ -166,12 +201,16 @@ class TrackingLayer(NormLayer):
         return active_group(self.process_group)
 
     def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1 and the count to 0."""
-        running = self._running()
-        if running is not None:
-            nn.init.zeros_(running.mean)
-            nn.init.ones_(running.var)
-            nn.init.zeros_(running.num_batches_tracked)
+        """Set the running mean to 0, the running variance to 1 and the count to 0.
+
+        As in torch, nothing happens where ``track_running_stats`` is off.
+        """
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+        if self.num_batches_tracked is not None:
+            nn.init.zeros_(self.num_batches_tracked)
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1, ``bias`` to 0, and the running statistics to 0 and 1."""
@@ -179,13 +218,26 @@ class TrackingLayer(NormLayer):
         super().reset_parameters()
 
     def _running(self) -> RunningStatistics | None:
+        """Buffers that a forward moves, or at evaluation normalises by; None where there are none.
+
+        As in torch the buffers decide, not the options the layer was built with. Switching
+        ``track_running_stats`` off later freezes them: training leaves them alone.
+        """
         buffers = self._buffers  # as in _affine
         mean, var = buffers["running_mean"], buffers["running_var"]
-        count = buffers["num_batches_tracked"]
-        if mean is None or var is None or count is None:
+        if mean is None or var is None:
+            return None if mean is var else self._refuse_half()
+        if self.training and not self.track_running_stats:
             return None
+        count = buffers["num_batches_tracked"]
         return RunningStatistics(
             mean, var, count, self.running_partition, self.momentum, self._example_weight
+        )
+
+    def _refuse_half(self) -> NoReturn:
+        raise OptionError(
+            f"{type(self).__name__} has one of running_mean and running_var, and the other is "
+            f"None; set both, or neither to normalise by the input's own statistics"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -199,7 +251,8 @@ class TrackingLayer(NormLayer):
         return self
 
     def _default_example_weight(self) -> float:
-        return inspect.signature(type(self)).parameters["example_weight"].default
+        default = _options(type(self), upwards=True)["example_weight"].default
+        return 0.0 if default is inspect.Parameter.empty else default
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -221,7 +274,7 @@ class TrackingLayer(NormLayer):
     ) -> None:
         self.example_weight = float(state_dict.pop(f"{prefix}example_weight", self.example_weight))
         if self.track_running_stats:
-            _modernize(state_dict, prefix, local_metadata.get("version"))
+            _modernize(state_dict, prefix, local_metadata.get("version"), self.num_batches_tracked)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -240,9 +293,7 @@ class SegmentLayer(TrackingLayer):
     def partition(self) -> Partition:
         """Which elements share statistics in training."""
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
-        require_feature_map(x, self.num_features, type(self).__name__)
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         partition, running = self.partition, self._running()
         parameters, ranks = self._affine(), self._ranks(x)
         alone = partition.examples_per_group == 1 and running is None
@@ -257,6 +308,26 @@ class SegmentLayer(TrackingLayer):
         return normalize_evaluation(x, partition, running, parameters)
 
 
+class StageOption:
+    """An option of a composite that its stages hold: read from the first, set on all of them."""
+
+    def __init__(self, *stages: str) -> None:
+        self.stages = stages
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: nn.Module | None, owner: type) -> Any:  # noqa: ANN401 - any option
+        if layer is None:
+            return self
+        return getattr(getattr(layer, self.stages[0]), self.name)
+
+    def __set__(self, layer: nn.Module, value: Any) -> None:  # noqa: ANN401
+        for stage in self.stages:
+            if stage in layer._modules:  # the constructor sets options before there are stages
+                setattr(layer._modules[stage], self.name, value)
+
+
 def is_watched(*modules: nn.Module) -> bool:
     """Whether hooks look at what goes in or out of one of these."""
     return any(
@@ -266,14 +337,37 @@ def is_watched(*modules: nn.Module) -> bool:
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")
-_NOT_SHOWN_ALONE = (*_NOT_SHOWN, "process_group")
+_SHOWN_IF_SET = {"bias": True, "process_group": None}
 
 
-def _modernize(state_dict: dict[str, Any], prefix: str, version: int | None) -> None:
-    """Widen 16-bit statistics, and count batches where an old checkpoint did not."""
+@cache
+def _options(layer: type[nn.Module], upwards: bool = False) -> dict[str, inspect.Parameter]:
+    """Options of a layer's constructor, by name.
+
+    Where a subclass's constructor passes ``**options`` on, those of its base class follow; with
+    ``upwards`` they always do.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for kind in layer.__mro__:
+        if "__init__" not in vars(kind):
+            continue
+        parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        found = {p.name: p for p in named} | found  # a derived class's default counts
+        if not (passes_on or upwards) or kind is TrackingLayer:
+            break
+    return found
+
+
+def _modernize(
+    state_dict: dict[str, Any], prefix: str, version: int | None, count: Tensor | None
+) -> None:
+    """Widen 16-bit statistics; an old checkpoint without a count leaves the layer's as it is."""
     for name in BUFFERS:
         values = state_dict.get(prefix + name)
         if values is not None and values.dtype.itemsize < 4:
             state_dict[prefix + name] = values.float()
     if version is None or version < 2:
-        state_dict.setdefault(f"{prefix}num_batches_tracked", torch.tensor(0))
+        known = count is not None and count.device.type != "meta"
+        state_dict.setdefault(f"{prefix}num_batches_tracked", count if known else torch.tensor(0))

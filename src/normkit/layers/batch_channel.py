@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from normkit.core.check import (
     require_channel_groups,
     require_choice,
-    require_feature_map,
     require_update_rate,
 )
 from normkit.core.groups import normalize_batch
@@ -21,7 +20,7 @@ from normkit.core.partition import Partition, has_single_values, require_varianc
 from normkit.core.ranks import ProcessGroup
 from normkit.core.running import Recent, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
-from normkit.layers.base import BUFFERS, Device, NormLayer, TrackingLayer, is_watched
+from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import BatchNorm
 from normkit.typing import FeatureMap
 
@@ -54,6 +53,7 @@ class BatchChannelNorm(NormLayer):
         momentum: Weight of the new value in the batch stage's running statistics, unless
             ``micro_batch``; None averages all batches.
         affine: Learn scales and shifts in both stages.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
@@ -86,6 +86,9 @@ class BatchChannelNorm(NormLayer):
 
     batch: BatchNorm | EstimatedBatchNorm
     channel: ChannelStage
+    eps = StageOption("batch", "channel")
+    example_weight = StageOption("batch")
+    process_group = StageOption("batch")
 
     def __init__(  # noqa: PLR0913 - torch's options and the method's own
         self,
@@ -98,15 +101,18 @@ class BatchChannelNorm(NormLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
-        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+        )
         self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
-        options = {"eps": eps, "affine": affine, "device": device, "dtype": dtype}
+        options = {"eps": eps, "affine": affine, "bias": bias, "device": device, "dtype": dtype}
         self._update_rate = require_update_rate(update_rate)
         stage = {"example_weight": example_weight, "process_group": process_group, **options}
         if micro_batch:
@@ -117,8 +123,13 @@ class BatchChannelNorm(NormLayer):
             num_features, num_groups=num_groups, channel_affine=channel_affine, **options
         )
 
-    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
+    def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
         """The stages have the parameters."""
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether the stages have a ``bias``."""
+        return self.channel.has_shift
 
     def reset_parameters(self) -> None:
         """Set scales to 1, shifts to 0, and the running statistics to 0 and 1."""
@@ -150,32 +161,12 @@ class BatchChannelNorm(NormLayer):
             self.batch.momentum = value
 
     @property
-    def example_weight(self) -> float:
-        """Share of the example's own statistics in the batch stage at evaluation."""
-        return self.batch.example_weight
-
-    @example_weight.setter
-    def example_weight(self, value: float) -> None:
-        self.batch.example_weight = value
-
-    @property
-    def process_group(self) -> ProcessGroup:
-        """Whose batches count as one batch in training."""
-        return self.batch.process_group
-
-    @process_group.setter
-    def process_group(self, value: ProcessGroup) -> None:
-        self.batch.process_group = value
-
-    @property
     def channel_affine(self) -> ChannelAffine:
         """What the channel stage's scales and shifts belong to."""
         return self.channel.channel_affine
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         name = type(self).__name__
-        require_feature_map(x, self.num_features, name)
         batch, channel = self.batch, self.channel
         ranks = batch._ranks(x)
         if x.numel() == 0 and ranks is None:
@@ -211,6 +202,7 @@ class EstimatedBatchNorm(TrackingLayer):
         update_rate: float = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
+        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
         device: Device = None,
@@ -221,6 +213,7 @@ class EstimatedBatchNorm(TrackingLayer):
             eps=eps,
             momentum=require_update_rate(update_rate),
             affine=affine,
+            bias=bias,
             track_running_stats=True,
             example_weight=example_weight,
             process_group=process_group,
@@ -238,18 +231,17 @@ class EstimatedBatchNorm(TrackingLayer):
     def update_rate(self, value: float) -> None:
         self.momentum = require_update_rate(value)
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
-        require_feature_map(x, self.num_features, type(self).__name__)
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         ranks = self._ranks(x)
         if x.numel() == 0 and ranks is None:
             return empty_result(x, self.weight, self.bias)
         return normalize_estimated(x, self.estimates(), self.training, self._affine(), ranks)
 
     def estimates(self) -> RunningEstimates:
-        """The buffers, and how they move."""
-        mean, var, count = (self.get_buffer(name) for name in (*BUFFERS, "num_batches_tracked"))
-        rate, weight = self.update_rate, self.example_weight
+        """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
+        mean, var = (self.get_buffer(name) for name in BUFFERS)
+        rate = self.update_rate if self.track_running_stats else 0.0
+        count, weight = self.num_batches_tracked, self.example_weight
         return RunningEstimates(mean, var, count, rate, weight, self._recent)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -268,13 +260,16 @@ class ChannelStage(NormLayer):
         channel_affine: ChannelAffine,
         eps: float = 1e-5,
         affine: bool = True,
+        bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         require_choice("channel_affine", channel_affine, get_args(ChannelAffine))
         self.num_groups = num_groups
         self.channel_affine: ChannelAffine = channel_affine
-        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+        )
         self.reset_parameters()
 
     @property
@@ -285,8 +280,7 @@ class ChannelStage(NormLayer):
     def _num_affine_values(self) -> int:
         return self.num_groups if self.channel_affine == "group" else self.num_features
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         weight, bias, eps = self._affine()
         repeats = self.num_features // self._num_affine_values()
         scale, shift = (None if p is None else p.repeat_interleave(repeats) for p in (weight, bias))

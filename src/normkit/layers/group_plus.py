@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from normkit.core.check import (
     require_channel_groups,
     require_choice,
-    require_feature_map,
     require_share,
 )
 from normkit.core.composite import Order
@@ -49,6 +48,7 @@ class GroupNormPlus(TrackingLayer):
         eps: Added to the variances; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each. ``mix_logit`` is always learned.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics in BN at evaluation, from 0 to 1.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
@@ -88,6 +88,7 @@ class GroupNormPlus(TrackingLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
@@ -102,6 +103,7 @@ class GroupNormPlus(TrackingLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -111,8 +113,8 @@ class GroupNormPlus(TrackingLayer):
         self.num_groups, self.mix_rate = num_groups, mix_rate
         self.order: Order = order
 
-    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
-        super()._register_parameters(device, dtype)
+    def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        super()._register_parameters(bias, device, dtype)
         one = torch.empty(1, device=device, dtype=dtype)  # sharding refuses scalars
         self.mix_logit = nn.Parameter(one)
 
@@ -121,10 +123,8 @@ class GroupNormPlus(TrackingLayer):
         super().reset_parameters()
         nn.init.ones_(self.mix_logit)
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         name = type(self).__name__
-        require_feature_map(x, self.num_features, name)
         parameters, logit = self._affine(), self._paced_logit()
         ranks = self._ranks(x)
         if x.numel() == 0 and ranks is None:

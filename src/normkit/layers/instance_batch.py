@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from normkit.core.check import require_count, require_feature_map
+from normkit.core.check import require_count
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
-from normkit.layers.base import Device, NormLayer, is_watched
+from normkit.layers.base import Device, NormLayer, StageOption, is_watched
 from normkit.layers.over_batch import BatchNorm
 from normkit.layers.over_example import InstanceNorm
 from normkit.typing import FeatureMap
@@ -31,6 +31,7 @@ class InstanceBatchNorm(NormLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias`` in both norms.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
@@ -58,6 +59,10 @@ class InstanceBatchNorm(NormLayer):
 
     instance: InstanceNorm
     batch: BatchNorm
+    eps = StageOption("batch", "instance")
+    momentum = StageOption("batch", "instance")
+    example_weight = StageOption("batch")
+    process_group = StageOption("batch")
 
     def __init__(  # noqa: PLR0913 - torch's options
         self,
@@ -67,16 +72,19 @@ class InstanceBatchNorm(NormLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         half = instance_channels(require_count("num_features", num_features), ratio)
-        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
-        options = {"eps": eps, "momentum": momentum, "affine": affine}
+        super().__init__(
+            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+        )
+        options = {"eps": eps, "momentum": momentum, "affine": affine, "bias": bias}
         place = {"device": device, "dtype": dtype}
-        self.ratio, self.momentum = ratio, momentum
+        self.ratio = ratio
         self.instance = InstanceNorm(half, **options, **place)
         self.batch = BatchNorm(
             num_features - half,
@@ -86,36 +94,21 @@ class InstanceBatchNorm(NormLayer):
             **place,
         )
 
-    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
+    def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
         """The two norms have the parameters."""
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether the two norms have a ``bias``."""
+        return self.batch.has_shift
 
     def reset_parameters(self) -> None:
         """Set ``weight`` to 1, ``bias`` to 0, and the running statistics to 0 and 1."""
         self.instance.reset_parameters()
         self.batch.reset_parameters()
 
-    @property
-    def example_weight(self) -> float:
-        """Share of the example's own statistics in the batch norm at evaluation."""
-        return self.batch.example_weight
-
-    @example_weight.setter
-    def example_weight(self, value: float) -> None:
-        self.batch.example_weight = value
-
-    @property
-    def process_group(self) -> ProcessGroup:
-        """Whose batches count as one batch in training."""
-        return self.batch.process_group
-
-    @process_group.setter
-    def process_group(self, value: ProcessGroup) -> None:
-        self.batch.process_group = value
-
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         name = type(self).__name__
-        require_feature_map(x, self.num_features, name)
         instance, batch = self.instance, self.batch
         ranks = batch._ranks(x)
         if x.numel() == 0 and ranks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.core.check import require_channel_groups, require_count
 from normkit.core.partition import Partition
@@ -10,19 +11,21 @@ from normkit.core.ranks import ProcessGroup
 from normkit.layers.base import Device, SegmentLayer
 
 
-class BatchNorm(SegmentLayer):
+class BatchNorm(SegmentLayer, _BatchNorm):
     r"""Normalise every channel over the whole batch.
 
     .. math::  y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + \beta_c
 
     Training uses the batch's statistics, evaluation the running ones. State dict, buffers and
-    results are those of ``torch.nn.BatchNorm1d/2d/3d``, whatever the number of spatial axes.
+    results are those of ``torch.nn.BatchNorm1d/2d/3d``, whatever the number of spatial axes. It is
+    a subclass of their base class ``_BatchNorm``, so that tools which look for that find it.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` (:math:`\gamma`) and ``bias`` (:math:`\beta`), ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
@@ -56,6 +59,7 @@ class BatchNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
@@ -67,6 +71,7 @@ class BatchNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -100,6 +105,7 @@ class BatchGroupNorm(SegmentLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
@@ -134,6 +140,7 @@ class BatchGroupNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
@@ -146,6 +153,7 @@ class BatchGroupNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -179,6 +187,7 @@ class GhostBatchNorm(SegmentLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
@@ -213,6 +222,7 @@ class GhostBatchNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
@@ -225,6 +235,7 @@ class GhostBatchNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -256,6 +267,7 @@ class GeneralBatchGroupNorm(SegmentLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
@@ -291,6 +303,7 @@ class GeneralBatchGroupNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
@@ -305,6 +318,7 @@ class GeneralBatchGroupNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from normkit.core.check import require_channel_groups, require_feature_map
+from normkit.core.check import require_channel_groups
 from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
@@ -25,6 +25,7 @@ class InstanceNorm(SegmentLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
         process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
@@ -57,6 +58,7 @@ class InstanceNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = False,
         example_weight: float = 1.0,
         process_group: ProcessGroup = None,
@@ -68,6 +70,7 @@ class InstanceNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -94,6 +97,7 @@ class LayerNorm(SegmentLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
         process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
@@ -125,6 +129,7 @@ class LayerNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = False,
         example_weight: float = 1.0,
         process_group: ProcessGroup = None,
@@ -136,6 +141,7 @@ class LayerNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -162,6 +168,7 @@ class GroupNorm(SegmentLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
         process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
@@ -195,6 +202,7 @@ class GroupNorm(SegmentLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = False,
         example_weight: float = 1.0,
         process_group: ProcessGroup = None,
@@ -207,6 +215,7 @@ class GroupNorm(SegmentLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats,
             example_weight=example_weight,
             process_group=process_group,
@@ -232,6 +241,7 @@ class PositionalNorm(NormLayer):
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         eps: Added to the variance; unit of ``x`` squared.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         device: Where the parameters live.
         dtype: Of the parameters.
 
@@ -259,15 +269,16 @@ class PositionalNorm(NormLayer):
         *,
         eps: float = 1e-5,
         affine: bool = True,
+        bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+        )
         self.reset_parameters()
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
-        require_feature_map(x, self.num_features, type(self).__name__)
-        if self.training:
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
+        if self.training and x.numel():
             require_channels(x.shape, type(self).__name__)
         return normalize_positions(x, self._affine())

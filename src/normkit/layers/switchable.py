@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from normkit.core.check import require_feature_map
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
@@ -30,6 +29,7 @@ class SwitchableNorm(TrackingLayer):
         eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each. The logits are always learned.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
         example_weight: Share of the example's own statistics in the batch part at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
@@ -68,6 +68,7 @@ class SwitchableNorm(TrackingLayer):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
@@ -80,6 +81,7 @@ class SwitchableNorm(TrackingLayer):
             eps=eps,
             momentum=momentum,
             affine=affine,
+            bias=bias,
             track_running_stats=track_running_stats and use_batch,
             example_weight=example_weight,
             process_group=process_group,
@@ -92,8 +94,8 @@ class SwitchableNorm(TrackingLayer):
         """Whether the batch's statistics are mixed in."""
         return self._num_logits == 3
 
-    def _register_parameters(self, device: Device, dtype: torch.dtype | None) -> None:
-        super()._register_parameters(device, dtype)
+    def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        super()._register_parameters(bias, device, dtype)
         for name in ("mean_logits", "var_logits"):
             values = torch.empty(self._num_logits, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(values))
@@ -104,9 +106,7 @@ class SwitchableNorm(TrackingLayer):
         nn.init.ones_(self.mean_logits)
         nn.init.ones_(self.var_logits)
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
-        require_feature_map(x, self.num_features, type(self).__name__)
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
         ranks = self._ranks(x) if self.use_batch else None
         if x.numel() == 0 and ranks is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from normkit.core.check import require_channel_groups, require_count, require_feature_map
+from normkit.core.check import require_channel_groups, require_count
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, require_variance
 from normkit.core.whitening import whiten_groups
@@ -33,6 +33,7 @@ class GroupWhitening(NormLayer):
             the method, not an accident.
         eps: Added to the variances; unit of ``x`` squared.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         device: Where parameters live.
         dtype: Of the parameters.
 
@@ -65,12 +66,15 @@ class GroupWhitening(NormLayer):
         iterations: int = 5,
         eps: float = 1e-5,
         affine: bool = True,
+        bias: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.num_groups = require_channel_groups(num_groups, num_features)
         self.iterations = require_count("iterations", iterations)
-        super().__init__(num_features, eps=eps, affine=affine, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+        )
         self.reset_parameters()
 
     @property
@@ -78,9 +82,7 @@ class GroupWhitening(NormLayer):
         """The rows that are centred and decorrelated."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Whiten ``(N, C, *S)``; same shape, dtype and memory format."""
-        require_feature_map(x, self.num_features, type(self).__name__)
+    def _normalize(self, x: FeatureMap) -> FeatureMap:
         parameters = self._affine()
         if x.numel() == 0:
             return empty_result(x, *parameters[:2])

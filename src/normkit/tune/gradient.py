@@ -10,7 +10,6 @@ from torch import Tensor
 from normkit.errors import DataError
 from normkit.passes import device_of, moved, progress
 from normkit.tune.sweep import Sweep
-from normkit.tune.weights import ExampleWeights
 
 NUM_STEPS = 20
 STEP_SIZE = 0.03  # of Adam: about how far a weight moves in one step
@@ -86,7 +85,7 @@ class _Costs:
         """
         sweep = self.sweep
         for layer, weight in zip(sweep.layers.named.values(), weights, strict=True):
-            layer._example_weight = ExampleWeights(weight[None, None])  # type: ignore[assignment]
+            layer._example_weight = weight[None, None]
         scores = sweep.metric.of(sweep.forward(sweep.model, self.batch), self.batch)
         self.num_examples = len(scores)
         total = scores[self.place % 2 :: 2].sum()

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from normkit.kernels.reference import table_dtype
 from normkit.tune.layers import WeighedLayers
-from normkit.tune.weights import ExampleWeights
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest output; 2e-2 for 16 bits
 
@@ -52,9 +51,9 @@ class _Weigher:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         key = None if args else next(iter(named))
         x = self._copies(args[0] if key is None else named[key])
-        weights = ExampleWeights(self._column(x))
+        weights = self._column(x)
         for layer in self.layers.callers[caller]:
-            layer._example_weight = weights  # type: ignore[assignment] - behaves as a number
+            layer._example_weight = weights
         return ((x, *args[1:]), named) if key is None else (args, {**named, key: x})
 
     def _copies(self, x: Tensor) -> Tensor:
