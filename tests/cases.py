@@ -51,6 +51,7 @@ class Case:
         return self.name
 
 
+SMALL = ("odd", "line")
 NOT_SINGLE = ("odd", "line", "volume", "one")  # an example's channel has more than one value
 
 CASES = (
@@ -85,9 +86,13 @@ CASES = (
          options={"num_groups": 9, "example_weight": 0.5}, shapes=("line", "one")),
     Case(name="gbgn-weighed", layer=nk.GeneralBatchGroupNorm, kind="gbgn",
          options={"num_groups": 3, "example_weight": 0.5}),
+    Case(name="bn-scale", layer=nk.BatchNorm, kind="bn", options={"bias": False}, shapes=SMALL,
+         twin=lambda c: nn.BatchNorm2d(c, bias=False)),
+    Case(name="gn-scale", layer=nk.GroupNorm, kind="gn", shapes=SMALL, tracks=False,
+         options={"num_groups": 3, "bias": False}, twin=lambda c: nn.GroupNorm(3, c, bias=False)),
+    Case(name="pn-scale", layer=nk.PositionalNorm, kind="pn", shapes=SMALL, tracks=False,
+         options={"bias": False}),
 )  # fmt: skip
-
-SMALL = ("odd", "line")
 
 COMPOSITES = (
     Case(name="gnplus", layer=nk.GroupNormPlus, kind="gnplus", options={"num_groups": 3},
@@ -108,6 +113,10 @@ COMPOSITES = (
     Case(name="sn-weighed", layer=nk.SwitchableNorm, kind="sn",
          options={"example_weight": 0.25}, shapes=SMALL),
     Case(name="ibn", layer=nk.InstanceBatchNorm, kind="ibn", shapes=NOT_SINGLE),
+    Case(name="bcn-scale", layer=nk.BatchChannelNorm, kind="bcn", shapes=SMALL,
+         options={"num_groups": 3, "bias": False}),
+    Case(name="sn-scale", layer=nk.SwitchableNorm, kind="sn", shapes=SMALL,
+         options={"bias": False}),
     Case(name="gw", layer=nk.GroupWhitening, kind="gw", options={"num_groups": 3}, tracks=False,
          shapes=NOT_SINGLE),
 )  # fmt: skip
@@ -117,7 +126,7 @@ EVERY = CASES + COMPOSITES
 PLAIN = tuple(case for case in CASES if "-" not in case.name)
 """One row for each of the eight layers."""
 
-NOT_PARTITION = ("track_running_stats", "example_weight", "micro_batch")
+NOT_PARTITION = ("track_running_stats", "example_weight", "micro_batch", "bias")
 
 
 MAIN = tuple(case for case in EVERY if "-" not in case.name or case.name == "bcn-micro")

@@ -162,16 +162,16 @@ def gnplus(x, p, eps, moments, num_groups, order="group-first", **_):
         bn = unit(x, moments(x), eps)
         gn = group_unit(x if order == "parallel" else bn, num_groups, eps)
     share = 1 / (1 + torch.exp(-p["mix_logit"]))
-    return affine(share * gn + (1 - share) * bn, p["weight"], p["bias"])
+    return affine(share * gn + (1 - share) * bn, p.get("weight"), p.get("bias"))
 
 
 def bcn(x, p, eps, moments, num_groups, channel_affine="group", **_):
     """A batch stage, then a group norm (Qiao et al., section 7)."""
-    first = affine(unit(x, moments(x), eps), p["batch.weight"], p["batch.bias"])
-    weight, bias = p["channel.weight"], p["channel.bias"]
+    first = affine(unit(x, moments(x), eps), p.get("batch.weight"), p.get("batch.bias"))
+    weight, bias = p.get("channel.weight"), p.get("channel.bias")
     if channel_affine == "group":
         of_channel = [c // (x.shape[1] // num_groups) for c in range(x.shape[1])]
-        weight, bias = weight[of_channel], bias[of_channel]
+        weight, bias = (None if t is None else t[of_channel] for t in (weight, bias))
     return affine(group_unit(first, num_groups, eps), weight, bias)
 
 
@@ -185,7 +185,7 @@ def sn(x, p, eps, moments, use_batch=True, **_):
     for k, source in enumerate(sources):
         mean = mean + torch.exp(p["mean_logits"][k]) / torch.exp(p["mean_logits"]).sum() * source[0]
         var = var + torch.exp(p["var_logits"][k]) / torch.exp(p["var_logits"]).sum() * source[1]
-    return affine(unit(x, (mean, var), eps), p["weight"], p["bias"])
+    return affine(unit(x, (mean, var), eps), p.get("weight"), p.get("bias"))
 
 
 def ibn(x, p, eps, moments, **_):
@@ -195,8 +195,8 @@ def ibn(x, p, eps, moments, **_):
     left = unit(left, group_moments(left, group_ids("in", left.shape)), eps)
     right = unit(right, moments(right), eps)
     parts = (
-        affine(left, p["instance.weight"], p["instance.bias"]),
-        affine(right, p["batch.weight"], p["batch.bias"]),
+        affine(left, p.get("instance.weight"), p.get("instance.bias")),
+        affine(right, p.get("batch.weight"), p.get("batch.bias")),
     )
     return torch.cat(parts, dim=1)
 
@@ -214,7 +214,7 @@ def gw(x, p, eps, moments, num_groups, iterations=5, **_):
         for _ in range(iterations):
             root = 1.5 * root - 0.5 * torch.linalg.matrix_power(root, 3) @ (covariance / trace)
         results.append((root / trace**0.5 @ rows).reshape(example.shape))
-    return affine(torch.stack(results), p["weight"], p["bias"])
+    return affine(torch.stack(results), p.get("weight"), p.get("bias"))
 
 
 COMPOSITES = {"gnplus": gnplus, "bcn": bcn, "bcn-micro": bcn, "sn": sn, "ibn": ibn, "gw": gw}

@@ -1,6 +1,7 @@
 """What every layer and function says to input it cannot take."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -49,11 +50,29 @@ def test_a_single_axis_is_refused(case):
 )
 def test_a_group_of_one_value_is_refused_in_training(layer, shape, group):
     name = type(layer).__name__
-    text = rf"{name} expected more than 1 value per statistics group when training.*{group}.*eval"
+    text = rf"{name} expected more than 1 value per statistics group when training.*{group}"
     x, layer = torch.ones(shape), copy.deepcopy(layer)
     with pytest.raises(nk.PartitionError, match=text):
         layer(x)
     assert torch.isfinite(layer.eval()(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "helps", "useless"),
+    [
+        (nk.BatchNorm(6), (1, 6), "a larger batch", "a larger map"),
+        (nk.InstanceNorm(6), (4, 6, 1, 1), "a larger map; or fewer groups", "batch|eval"),
+        (nk.LayerNorm(1), (4, 1), "use inputs with more channels or positions$", "batch|eval"),
+        (nk.GroupNorm(4, num_groups=4), (8, 4), r"fewer groups, or .*\(GroupNorm", "batch|map"),
+        (nk.GhostBatchNorm(6, ghost_batch_size=2), (5, 6), "no rest of one .* by 2", "larger"),
+        (nk.BatchNorm(6), (1, 6, 1), "or .eval", "more channels"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
+)
+def test_the_ways_out_of_a_group_of_one_value_help(layer, shape, helps, useless):
+    with pytest.raises(nk.PartitionError, match=helps) as error:
+        copy.deepcopy(layer)(torch.ones(shape))
+    assert not re.search(useless, str(error.value).partition("is a single value")[2])
 
 
 def test_a_position_of_one_channel_is_refused_in_training():

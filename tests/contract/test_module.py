@@ -107,6 +107,8 @@ def test_a_16_bit_checkpoint_does_not_narrow_the_buffers(assign):
 def test_example_weight_is_in_the_state_dict_only_when_it_is_not_the_default(case):
     layer = case.layer(6, **{k: v for k, v in case.options.items() if k != "example_weight"})
     keys = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    if case.options.get("bias") is False:
+        keys.remove("bias")
     assert list(layer.state_dict()) == keys
     layer.example_weight = 0.125
     assert list(layer.state_dict()) == [*keys, "example_weight"]
@@ -323,3 +325,30 @@ def small_network(norm):
         nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), norm(6), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layer", "option", "value"),
+    [
+        (nk.BatchChannelNorm(6, num_groups=3), "eps", 0.5),
+        (nk.BatchChannelNorm(6, num_groups=3), "momentum", 0.9),
+        (nk.BatchChannelNorm(6, num_groups=3, micro_batch=True), "update_rate", 0.9),
+        (nk.BatchChannelNorm(6, num_groups=3), "example_weight", 0.5),
+        (nk.InstanceBatchNorm(6), "eps", 0.5),
+        (nk.InstanceBatchNorm(6), "momentum", 0.9),
+        (nk.InstanceBatchNorm(6), "example_weight", 0.5),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_set_later_acts_as_if_built_with_it(layer, option, value):
+    later = copy.deepcopy(layer)
+    setattr(later, option, value)
+    built = eval(f"nk.{later!r}")
+    assert repr(later) == repr(built)
+    assert repr(later) != repr(layer)
+    results = []
+    for each in (later, built, copy.deepcopy(layer)):
+        each(randn(4, 6, 5, 3, dtype=torch.float32, mean=2.0))
+        results.append(each.eval()(randn(4, 6, 5, 3, seed=1, dtype=torch.float32)))
+    assert torch.equal(results[0], results[1])
+    assert not torch.allclose(results[0], results[2])

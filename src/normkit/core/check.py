@@ -30,9 +30,14 @@ def require_feature_map(x: Tensor, num_features: int | None, name: str) -> None:
             f"{name} was given a tensor of layout {x.layout}; it takes dense ones: x.to_dense()"
         )
     if x.dtype not in DTYPES:
+        way_out = (
+            "normalise its parts as channels, e.g. torch.cat((x.real, x.imag), dim=1)"
+            if x.is_complex()
+            else "convert it first, e.g. x.float()"
+        )
         raise InputTypeError(
             f"{name} was given a tensor of {x.dtype}; it takes "
-            f"{', '.join(str(d) for d in DTYPES)}; convert it first, e.g. x.float()"
+            f"{', '.join(str(d) for d in DTYPES)}; {way_out}"
         )
     if x.ndim < 2:
         raise InputError(

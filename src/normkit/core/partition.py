@@ -170,9 +170,23 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
         raise PartitionError(
             f"{name} expected more than 1 value per statistics group when training, got input of "
             f"shape {tuple(shape)}, where {partition.describe_group(shape)} is a single value; "
-            f"use a larger batch (DataLoader(drop_last=True) drops a last batch of one), fewer "
-            f"groups, a larger map, or .eval()"
+            f"{_ways_to_more_values(partition, shape)}"
         )
+
+
+def _ways_to_more_values(partition: Partition, shape: Sequence[int]) -> str:
+    """What gives a group of one value more: only what its partition depends on."""
+    ways = ["a larger map"] if len(shape) > 2 else []
+    if shape[1] > 1:
+        ways.append("fewer groups, or a norm over several channels (GroupNorm, LayerNorm)")
+    run = partition.examples_per_group
+    if run is None or run > shape[0]:
+        ways.append("a larger batch (DataLoader(drop_last=True) drops a last batch of one)")
+    elif run > 1:
+        ways.append(f"a batch size that leaves no rest of one when divided by {run}")
+    if run != 1:
+        ways.append(".eval() to normalise by running statistics")
+    return f"use {'; or '.join(ways) or 'inputs with more channels or positions'}"
 
 
 def has_single_values(x: FeatureMap) -> bool:

@@ -237,6 +237,8 @@ def transform() -> str | None:
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
+    if torch.jit.is_tracing():
+        return "the call is traced by torch.jit"
     return None
 
 
