@@ -1,6 +1,7 @@
 """The definitions, in float64 loops. Imports nothing of the package under test."""
 
 # ruff: noqa: N803 - C and P are the letters of the formulas
+import contextlib
 import functools
 import math
 
@@ -35,12 +36,33 @@ RULES = {
 }
 
 
+VALID = []
+"""While statistics are over valid positions only: which are, ``(N, 1, *S)``."""
+
+
+@contextlib.contextmanager
+def masked(valid):
+    """Let statistics in the block be over valid positions only."""
+    VALID.append(valid)
+    try:
+        yield
+    finally:
+        VALID.pop()
+
+
+def are_valid(x):
+    """Which elements have a say in statistics."""
+    return VALID[-1].expand_as(x) if VALID else torch.ones_like(x, dtype=torch.bool)
+
+
 def group_moments(x, ids):
     """Mean and biased variance of each element's group, in the shape of ``x``."""
     mean, var = torch.zeros_like(x), torch.zeros_like(x)
     for group in ids.unique():
         members = ids == group
-        values = x[members]
+        values = x[members & are_valid(x)]
+        if not values.numel():
+            continue  # nothing of such a group is looked at
         center = values.sum() / values.numel()
         mean = torch.where(members, center, mean)
         var = torch.where(members, ((values - center) ** 2).sum() / values.numel(), var)
@@ -74,7 +96,7 @@ def whole_batch_statistics(x, kind, **options):
         num_values = options["num_groups"]
     else:
         ids, num_values = group_ids("bn", x.shape), x.shape[1]
-    cells = [x[ids == index] for index in range(num_values)]
+    cells = [x[(ids == index) & are_valid(x)] for index in range(num_values)]
     means = torch.stack([cell.sum() / cell.numel() for cell in cells])
     return means, torch.stack([unbiased(cell) for cell in cells])
 
@@ -129,7 +151,7 @@ def moved(x, mean, var, rate=0.1):
     """Estimates after a micro batch, channel by channel (Qiao et al., Algorithm 1)."""
     means, variances = mean.double().clone(), var.double().clone()
     for c in range(x.shape[1]):
-        values = x[:, c].detach().double()
+        values = x[:, c][are_valid(x)[:, c]].detach().double()
         old = means[c].clone()
         variances[c] += rate * (((values - old) ** 2).sum() / values.numel() - variances[c])
         means[c] += rate * (values.sum() / values.numel() - old)
@@ -204,11 +226,14 @@ def ibn(x, p, eps, moments, **_):
 def gw(x, p, eps, moments, num_groups, iterations=5, **_):
     """Whitened groups of channels, example by example, by Newton's iteration (Huang et al.)."""
     results = []
-    for example in x:
+    for example, inside in zip(x, are_valid(x), strict=True):
         rows = example.reshape(num_groups, -1)
-        rows = rows - rows.mean(dim=1, keepdim=True)
+        chosen = inside.reshape(num_groups, -1)[0]  # alike in every row
+        center = rows[:, chosen].sum(dim=1, keepdim=True) / max(int(chosen.sum()), 1)
+        rows = rows - center
         identity = torch.eye(num_groups, dtype=x.dtype)
-        covariance = rows @ rows.T / rows.shape[1] + eps * identity
+        kept = rows[:, chosen]
+        covariance = kept @ kept.T / max(kept.shape[1], 1) + eps * identity
         trace = covariance.trace()
         root = identity
         for _ in range(iterations):

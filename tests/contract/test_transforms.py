@@ -1,6 +1,7 @@
 """Every layer under ``torch.func``, ``torch.compile``, ``torch.export`` and ONNX."""
 
 import copy
+import pickle
 
 import onnxruntime
 import pytest
@@ -206,3 +207,48 @@ def test_what_conversion_adds_to_a_layer_is_exported_with_it():
     program = torch.export.export(network, (X,), strict=True)
     assert_close(program.module()(X), network(X), **CLOSE)
     assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(X), network(X))
+
+
+class Decorated(nk.BatchNorm):
+    """A user's subclass with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x) + 1
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_fx_records_a_layer_as_one_leaf(case):
+    net = nn.Sequential(nn.Conv1d(3, 6, 1), case.make(), nn.ReLU())
+    graph = torch.fx.symbolic_trace(net)
+    leaves = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert leaves == ["0", "1", "2"]
+    x = randn(4, 3, 9, dtype=torch.float32)
+    twin = copy.deepcopy(net)
+    for training in (True, False):
+        assert torch.equal(graph.train(training)(x), twin.train(training)(x))
+
+
+def test_fx_records_a_subclass_with_its_own_forward_once():
+    net = nn.Sequential(nn.Conv1d(3, 6, 1), Decorated(6))
+    graph = torch.fx.symbolic_trace(net).eval()
+    x = randn(4, 3, 9, dtype=torch.float32)
+    assert torch.equal(graph(x), net.eval()(x))
+    assert torch.equal(copy.deepcopy(graph)(x), net(x))
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(x), net(x))
+    assert graph.train().get_submodule("1").training
+
+
+def test_fx_cannot_look_inside_a_layer():
+    with pytest.raises(nk.TraceError, match=r"trace BatchNorm itself, .*nn.Sequential\(layer\)"):
+        torch.fx.symbolic_trace(nk.BatchNorm(6))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated, and notes what it fixes
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_jit_traces_the_plain_formula(case):
+    net = nn.Sequential(nn.Conv1d(3, 6, 1), case.make())
+    net(randn(4, 3, 9, dtype=torch.float32))
+    net.eval()
+    traced = torch.jit.trace(net, randn(4, 3, 9, dtype=torch.float32))
+    x = randn(7, 3, 9, seed=1, dtype=torch.float32)
+    assert_close(traced(x), net(x), **TOLERANCE[torch.float32])

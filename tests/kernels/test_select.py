@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 
 import pytest
@@ -193,3 +194,45 @@ print(*sorted(packages() - before - set(sys.stdlib_module_names)))
 """
     found = set(in_a_process(code).split())
     assert found <= {"normkit", "jaxtyping", "wadler_lindig", "typing_extensions"}
+
+
+def test_blocks_of_several_threads_do_not_disturb_each_other():
+    x, layer, seen = torch.randn(2, 4, 3), nk.BatchNorm(4), {}
+    steps = threading.Barrier(2)
+
+    def run(name, first, second):
+        with nk.use_kernels(first):
+            steps.wait()
+            seen[name] = [nk.explain(layer, x).kernels]
+            with nk.use_kernels(second):
+                steps.wait()
+                seen[name].append(nk.explain(layer, x).kernels)
+            steps.wait()
+            seen[name].append(nk.explain(layer, x).kernels)
+            if name == "b":
+                steps.wait()  # a has left its block before b leaves its own
+        if name == "a":
+            steps.wait()
+        seen[name].append(nk.explain(layer, x).kernels)
+
+    before = nk.explain(layer, x).kernels
+    threads = [
+        threading.Thread(target=run, args=("a", "reference", "cpu")),
+        threading.Thread(target=run, args=("b", "cpu", "reference")),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen["a"][:3] == ["reference", "cpu", "reference"]
+    assert seen["b"][:3] == ["cpu", "reference", "cpu"]
+    assert nk.explain(layer, x).kernels == before
+
+
+def test_a_thread_without_a_block_takes_part_in_the_one_that_is_open():
+    x, layer, seen = torch.randn(2, 4, 3), nk.BatchNorm(4), []
+    with nk.use_kernels("reference"):
+        thread = threading.Thread(target=lambda: seen.append(nk.explain(layer, x).kernels))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]

@@ -122,7 +122,9 @@ class EstimatedStatistics:
         """
         batch = self.partition.pool(table.detach()) if rows is None else merge(rows)
         if rows is not None:
-            batch = Moments(batch.mean.to(old_mean.dtype), batch.var.to(old_var.dtype))
+            batch = batch.map(lambda t: t.to(old_mean.dtype))
+        if batch.count is not None:
+            rate = rate * (batch.count > 0)  # a channel without valid values moves nothing
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
         return Moments(
             old_mean + rate * (batch.mean - old_mean), old_var + rate * (distance - old_var)
@@ -146,7 +148,7 @@ class SynchronizedStatistics:
 
     def groups(self, table: Moments, rows: Tensor) -> Moments:
         """Statistics of every group, ``(1, G)``."""
-        own = _pooled_or_nothing(self.gathered, table)
+        own = self.gathered.pool(table.counted(1))  # counted: an empty part has no mean
         return self.partition.pool(merge_with_own(rows, own, self.ranks))
 
 
@@ -166,12 +168,14 @@ class SynchronizedRuns:
         bias: PerChannel | None,
         mean: SegmentTable,
         var: SegmentTable,
+        count: SegmentTable,
     ) -> Affine:
         """Scale and center of every segment."""
         start, stop = self.place.start, self.place.stop
         whole = Moments(
             torch.cat((mean[:start], table.mean.to(mean.dtype), mean[stop:])),
             torch.cat((var[:start], table.var.to(var.dtype), var[stop:])),
+            count,
         )
         groups = sum_gradients(self.partition.pool(whole), self.ranks)
         scale, center = standardize(whole, groups, self, weight, bias)
@@ -182,14 +186,6 @@ class SynchronizedRuns:
 Rule = GroupStatistics | WeighedStatistics | EstimatedStatistics | SynchronizedStatistics
 """Where a stage takes its statistics from: own groups, a mixture with running ones, estimates,
 the groups of several processes."""
-
-
-def _pooled_or_nothing(partition: Partition, table: Moments) -> Moments:
-    """Pool; an empty batch gives zeros that depend on it, so that its gradient is asked for."""
-    if table.mean.shape[0]:
-        return partition.pool(table)
-    sums = [t.sum(dim=0).view(1, partition.num_groups, -1) for t in (table.mean, table.var)]
-    return Moments(sums[0].sum(dim=2), sums[1].sum(dim=2))
 
 
 def standardize(

@@ -157,10 +157,7 @@ class InstanceBesideBatch:
     def split(self, table: Moments) -> tuple[Moments, Moments]:
         """Moments of the instance norm's channels, and of the batch norm's."""
         half = self.instance.partition.num_groups
-        return (
-            Moments(table.mean[:, :half], table.var[:, :half]),
-            Moments(table.mean[:, half:], table.var[:, half:]),
-        )
+        return table.map(lambda t: t[:, :half]), table.map(lambda t: t[:, half:])
 
 
 CompositeAlgebra = BatchThenGroup | GroupAndBatch | SwitchedStatistics | InstanceBesideBatch

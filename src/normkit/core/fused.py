@@ -90,7 +90,7 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
         return _Statistics(Batch(BatchSource.OWN))
     given = Buffers(running.mean, running.var)
     if not training:
-        return _Statistics(Batch(BatchSource.GIVEN, running.example_weight), given)
+        return _Statistics(Batch(BatchSource.GIVEN, float(running.example_weight)), given)
     moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
     is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
     if isinstance(running, RunningEstimates):

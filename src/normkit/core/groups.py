@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
+from normkit.core.mask import Valid, on_valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import apply_tables, normalize
 from normkit.core.parameters import Parameters
@@ -24,19 +25,20 @@ def normalize_batch(
     running: RunningStatistics | None,
     parameters: Parameters,
     ranks: dist.ProcessGroup | None = None,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them.
 
     With ``ranks`` the input is this process's part of a batch.
     """
     if ranks is not None:
-        return normalize_part(x, partition, running, parameters, ranks)
-    kernels = pooled_kernels(x)
+        return normalize_part(x, partition, running, parameters, ranks, valid)
+    kernels = pooled_kernels(x) if valid is None else None
     if kernels is not None:
         return normalize_pooled(kernels, x, partition, running, parameters)
     segment_size = partition.segment_size(x.shape)
     algebra = GroupStatistics(partition=partition, eps=parameters.eps)
-    y, table = normalize(x, segment_size, algebra, parameters.weight, parameters.bias)
+    y, table = normalize(x, segment_size, algebra, parameters.weight, parameters.bias, valid=valid)
     if running is not None:
         running.update_(table, x.shape)
     return y
@@ -47,18 +49,20 @@ def normalize_evaluation(
     partition: Partition,
     running: RunningStatistics,
     parameters: Parameters,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """Normalise by running statistics and ``example_weight`` parts of the example's own."""
     own = Partition(num_groups=partition.num_groups, examples_per_group=1)
     share = running.example_weight
     if not isinstance(share, Tensor) and share == 1:
-        return normalize_batch(x, own, None, parameters)
+        return normalize_batch(x, own, None, parameters, valid=valid)
     groups = running.groups(partition, table_dtype(x.dtype))
     if not isinstance(share, Tensor) and share == 0:
-        return _normalize_fixed(x, partition, groups, parameters)
+        return on_valid(x, valid, lambda x: _normalize_fixed(x, partition, groups, parameters))
     weight, bias, eps = parameters
     algebra = WeighedStatistics(partition=own, eps=eps, example_weight=share)
-    y, _ = normalize(x, own.segment_size(x.shape), algebra, weight, bias, groups.mean, groups.var)
+    given = (weight, bias, groups.mean, groups.var)
+    y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid)
     return y
 
 

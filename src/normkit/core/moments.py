@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +14,30 @@ class Moments:
     """Mean and biased variance of each cell, in the unit of ``x`` and of ``x`` squared.
 
     The cells are segments ``(N, K)`` as measured, or statistics groups ``(B, G)`` once pooled.
+    ``count`` is how many values stand behind each cell; None where all have equally many.
     """
 
     mean: Tensor
     var: Tensor
+    count: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Moments:
+        """Do the same to every table."""
+        return Moments(fn(self.mean), fn(self.var), None if self.count is None else fn(self.count))
+
+    def counted(self, segment_size: int) -> Moments:
+        """Return the same numbers with a ``count``: at first that of the elements of a segment."""
+        if self.count is not None:
+            return self
+        return Moments(self.mean, self.var, torch.full_like(self.mean, segment_size))
 
     def detach(self) -> Moments:
         """Return the same numbers without a gradient."""
-        return Moments(self.mean.detach(), self.var.detach())
+        return self.map(Tensor.detach)
 
     def transform(self, scale: Tensor, center: Tensor) -> Moments:
         r"""Moments of :math:`y = scale \cdot (x - mean) + center`, without a look at ``x``."""
-        return Moments(center, scale.square() * self.var)
+        return Moments(center, scale.square() * self.var, self.count)
 
     def blend(self, other: Moments, weight: float | Tensor) -> Moments:
         r"""Moments of a mixture: ``weight`` parts of ``self``, ``1 - weight`` parts of ``other``.
@@ -37,6 +50,5 @@ class Moments:
         spread = weight * self.var + (1 - weight) * other.var
         between = weight * (1 - weight) * (self.mean - other.mean).square()
         # lerp starts from the nearer of the two means: a far one would cost digits of the result.
-        return Moments(
-            torch.lerp(other.mean.to(self.mean.dtype), self.mean, weight), spread + between
-        )
+        mean = torch.lerp(other.mean.to(self.mean.dtype), self.mean, weight)
+        return Moments(mean, spread + between, self.count)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normkit.core.mask import Valid, masked_moments, on_valid, without_invalid
 from normkit.core.moments import Moments
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
@@ -40,12 +41,14 @@ Known = tuple[FeatureMap | None, Moments]
 """A result and its moments, or the moments alone."""
 
 
-def measure(x: FeatureMap, segment_size: int) -> Moments:
-    """Moments ``(N, K)`` of the segments, without a gradient."""
+def measure(x: FeatureMap, segment_size: int, valid: Valid | None = None) -> Moments:
+    """Moments ``(N, K)`` of the segments, or of their valid values, without a gradient."""
     if x.shape[0] == 0:
         table = x.new_zeros(0, math.prod(x.shape[1:]) // segment_size, dtype=table_dtype(x.dtype))
         return Moments(table, table)
     with torch.no_grad():
+        if valid is not None:
+            return masked_moments(without_invalid(x, valid), valid, segment_size)
         return Moments(*primitives(x).moments(x, segment_size))
 
 
@@ -55,6 +58,7 @@ def normalize(
     algebra: Algebra,
     *parameters: Tensor | None,
     known: Known | None = None,
+    valid: Valid | None = None,
 ) -> tuple[FeatureMap, Moments]:
     """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
 
@@ -65,12 +69,13 @@ def normalize(
         parameters: Tensors that the algebra uses and that may want a gradient.
         known: What the same call returned before: the result then gets a gradient of its own, but
             is not computed again. With None for the result: the moments alone.
+        valid: Which positions have a say in the statistics; the others come out 0.
 
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
     """
-    if needs_plain_formula():
-        y, table = plain(x, segment_size, algebra, parameters)
+    if needs_plain_formula() or valid is not None:
+        y, table = plain(x, segment_size, algebra, parameters, valid)
     else:
         y, mean, var = _Normalize.apply(x, segment_size, (algebra, known), *parameters)
         table = Moments(mean, var)
@@ -78,12 +83,23 @@ def normalize(
 
 
 def plain(
-    x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+    x: FeatureMap,
+    segment_size: int,
+    algebra: Algebra,
+    parameters: tuple[Tensor | None, ...],
+    valid: Valid | None = None,
 ) -> tuple[FeatureMap, Moments]:
-    """Compute what ``normalize`` does in plain operators: any derivative, vmap, export."""
-    table = Moments(*reference.moments(x, segment_size))
+    """Compute what ``normalize`` does in plain operators: any derivative, vmap, export, masks."""
+    if valid is None:
+        table = Moments(*reference.moments(x, segment_size))
+    else:
+        table = masked_moments(without_invalid(x, valid), valid, segment_size)
     scale, center = algebra(table, *parameters)
-    return reference.apply(x, table.mean, scale, center, segment_size), table
+
+    def apply(x: FeatureMap) -> FeatureMap:
+        return reference.apply(x, table.mean, scale, center, segment_size)
+
+    return on_valid(x, valid, apply), table
 
 
 class _Normalize(torch.autograd.Function):

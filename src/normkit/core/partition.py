@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from normkit.core.moments import Moments
 from normkit.core.transforms import known_size
@@ -74,8 +75,9 @@ class Partition(NamedTuple):
     def pool(self, table: Moments) -> Moments:
         """Pool segments ``(N, K)`` into groups ``(B, G)`` by the law of total variance.
 
-        Every segment has equally many elements, so plain means are exact; the variance is a sum
-        of squares, so it is never negative and nothing cancels.
+        Segments have equally many elements, so plain means are exact, or each has its ``count``.
+        The variance is a sum of squares, so it is never negative and nothing cancels. A group
+        without any value has mean 0 and variance 1.
         """
         num_examples = table.mean.shape[0]
         if self.examples_per_group is None:
@@ -102,16 +104,33 @@ class Partition(NamedTuple):
         if rest == 0:
             return self._pool_runs(table, num_runs, run)
         whole = num_runs * run
-        first = self._pool_runs(Moments(table.mean[:whole], table.var[:whole]), num_runs, run)
-        last = self._pool_runs(Moments(table.mean[whole:], table.var[whole:]), 1, rest)
-        return Moments(torch.cat([first.mean, last.mean]), torch.cat([first.var, last.var]))
+        first = self._pool_runs(table.map(lambda t: t[:whole]), num_runs, run)
+        last = self._pool_runs(table.map(lambda t: t[whole:]), 1, rest)
+        counts = (first.count, last.count)
+        return Moments(
+            torch.cat([first.mean, last.mean]),
+            torch.cat([first.var, last.var]),
+            None if first.count is None else torch.cat([c for c in counts if c is not None]),
+        )
 
     def _pool_runs(self, table: Moments, num_runs: int, run: int) -> Moments:
         cells = (num_runs, run, self.num_groups, table.mean.shape[1] // self.num_groups)
         mean, var = table.mean.reshape(cells), table.var.reshape(cells)
+        if table.count is not None:
+            return _pool_counted(mean, var, table.count.reshape(cells))
         pooled = mean.mean(dim=(1, 3))
         between = (mean - pooled[:, None, :, None]).square()
         return Moments(pooled, (var + between).mean(dim=(1, 3)))
+
+
+def _pool_counted(mean: Tensor, var: Tensor, count: Tensor) -> Moments:
+    """Pool cells ``(B, run, G, columns)`` that have different numbers of values."""
+    total = count.sum(dim=(1, 3))
+    share = count / total.clamp(min=1)[:, None, :, None]
+    pooled = (share * mean).sum(dim=(1, 3))
+    between = (mean - pooled[:, None, :, None]).square()
+    spread = (share * (var + between)).sum(dim=(1, 3))
+    return Moments(pooled, torch.where(total > 0, spread, 1.0), total)
 
 
 def divisors(size: int) -> list[int]:
@@ -167,11 +186,30 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
         return  # a group has several values of one example
     _, smallest = partition.group_sizes(shape)
     if smallest == 1:
-        raise PartitionError(
-            f"{name} expected more than 1 value per statistics group when training, got input of "
-            f"shape {tuple(shape)}, where {partition.describe_group(shape)} is a single value; "
-            f"{_ways_to_more_values(partition, shape)}"
-        )
+        _refuse_single(partition, shape, name)
+
+
+def require_counted_variance(
+    partition: Partition, shape: Sequence[int], groups: Moments, name: str
+) -> None:
+    """Do the same where the groups' values are counted, because others have some of them.
+
+    Args:
+        partition: The groups.
+        shape: Of this process's part of the batch.
+        groups: Statistics of the groups, counted.
+        name: Who refuses.
+    """
+    if groups.count is not None and bool((groups.count == 1).any()):
+        _refuse_single(partition, (1, *shape[1:]), name)
+
+
+def _refuse_single(partition: Partition, shape: Sequence[int], name: str) -> NoReturn:
+    raise PartitionError(
+        f"{name} expected more than 1 value per statistics group when training, got input of "
+        f"shape {tuple(shape)}, where {partition.describe_group(shape)} is a single value; "
+        f"{_ways_to_more_values(partition, shape)}"
+    )
 
 
 def _ways_to_more_values(partition: Partition, shape: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.pooled import differentiable
@@ -27,10 +28,14 @@ from normkit.kernels.select import pooled_kernels
 from normkit.typing import FeatureMap, PerChannel
 
 
-def normalize_positions(x: FeatureMap, parameters: Parameters) -> FeatureMap:
+def normalize_positions(
+    x: FeatureMap, parameters: Parameters, valid: Valid | None = None
+) -> FeatureMap:
     """Normalise every position over its channels, then scale and shift every channel."""
     if x.numel() == 0:
         return empty_result(x, *parameters[:2])
+    if valid is not None:
+        return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
     kernels = pooled_kernels(x)
     if kernels is not None and (kernels is cpu or kernels.can_hold(x)):
         return _by_kernel(kernels, x, parameters)

@@ -1,6 +1,6 @@
 r"""Statistics over several processes: their tables are gathered, and gradients of them summed.
 
-Every process puts its moments with the number of its examples on one table; what all have put
+Every process puts its moments with the number of its values on one table; what all have put
 there is pooled by the law of total variance, an empty batch with weight 0:
 
 .. math::  n = \sum_r n_r, \quad M = \sum_r \frac{n_r}{n} m_r, \quad
@@ -82,22 +82,23 @@ def held_group(value: ProcessGroup) -> HeldGroup | World | None:
     )
 
 
-def gather(batch: Moments, num_examples: int, group: dist.ProcessGroup) -> Tensor:
-    """Exchange the moments ``(1, G)`` of this process's examples; gives no gradient.
+def gather(batch: Moments, group: dist.ProcessGroup) -> Tensor:
+    """Exchange the moments ``(1, G)`` of this process's values, which are counted; no gradient.
 
     Returns:
-        Means, variances and the number of examples of each process, ``(R, 2 G + 1)``.
+        Means, variances and numbers of values of each process, ``(R, 3 G)``.
     """
-    mean, var = batch.mean.double(), batch.var.double()
-    row = torch.cat((mean, var, mean.new_full((1, 1), num_examples)), dim=1).detach()
-    row = row if num_examples else torch.zeros_like(row)  # the mean of nothing is NaN
-    return _all_gather(row, group)
+    tables = (batch.mean, batch.var, _counts(batch))
+    return _all_gather(torch.cat(tables, dim=1).detach().double(), group)
+
+
+def _counts(table: Moments) -> Tensor:
+    return torch.ones_like(table.mean) if table.count is None else table.count.to(table.mean.dtype)
 
 
 def merge(rows: Tensor) -> Moments:
-    """Moments of all examples, ``(1, G)`` in float64, from what was gathered."""
-    mean, var = rows[:, :-1].chunk(2, dim=1)
-    return _merge(mean, var, rows[:, -1:])
+    """Moments of all processes' values, ``(1, G)`` in float64, from what was gathered."""
+    return _merge(*rows.chunk(3, dim=1))
 
 
 def merge_with_own(rows: Tensor, own: Moments, group: dist.ProcessGroup) -> Moments:
@@ -106,43 +107,40 @@ def merge_with_own(rows: Tensor, own: Moments, group: dist.ProcessGroup) -> Mome
     The gradient is then the sum over all processes' losses.
     """
     rank = dist.get_rank(group)
-    mean, var = rows[:, :-1].chunk(2, dim=1)
+    mean, var, count = rows.chunk(3, dim=1)
     mean, var = (_with_row(t, rank, o) for t, o in ((mean, own.mean), (var, own.var)))
-    merged = sum_gradients(_merge(mean, var, rows[:, -1:]), group)
-    return Moments(merged.mean.to(own.mean.dtype), merged.var.to(own.var.dtype))
-
-
-def count_of(rows: Tensor) -> Tensor:
-    """Examples of all processes, ``()``, from what was gathered."""
-    return rows[:, -1].sum()
+    merged = sum_gradients(_merge(mean, var, count), group)
+    return Moments(merged.mean.to(own.mean.dtype), merged.var.to(own.var.dtype), merged.count)
 
 
 def _merge(mean: Tensor, var: Tensor, counts: Tensor) -> Moments:
-    share = counts / counts.sum().clamp(min=1)
+    count = counts.sum(dim=0, keepdim=True)
+    share = counts / count.clamp(min=1)
     total = (share * mean).sum(dim=0, keepdim=True)
-    return Moments(total, (share * (var + (mean - total).square())).sum(dim=0, keepdim=True))
+    spread = (share * (var + (mean - total).square())).sum(dim=0, keepdim=True)
+    return Moments(total, spread, count)
 
 
 def gather_examples(table: Moments, group: dist.ProcessGroup) -> tuple[Moments, slice]:
-    """Exchange the moments of every example, ``(N, K)``, in the order of the processes.
+    """Exchange the counted moments of every example, ``(N, K)``, in the order of the processes.
 
     Returns:
-        The moments of all examples in float64, and where this process's are among them.
+        The moments of all examples in float64, counted, and where this process's are among them.
     """
-    rows = torch.stack((table.mean, table.var)).detach().double()
+    rows = torch.stack((table.mean, table.var, _counts(table))).detach().double()
     sizes = _all_gather(rows.new_full((1,), rows.shape[1]), group).long().tolist()
-    padded = rows.new_zeros(1, 2, max(sizes), rows.shape[2])
+    padded = rows.new_zeros(1, 3, max(sizes), rows.shape[2])
     padded[0, :, : rows.shape[1]] = rows
     found = _all_gather(padded, group)
-    mean, var = torch.cat([part[:, :size] for part, size in zip(found, sizes, strict=True)], dim=1)
+    parts = [part[:, :size] for part, size in zip(found, sizes, strict=True)]
     start = sum(sizes[: dist.get_rank(group)])
-    return Moments(mean, var), slice(start, start + rows.shape[1])
+    return Moments(*torch.cat(parts, dim=1)), slice(start, start + rows.shape[1])
 
 
 def sum_gradients(statistics: Moments, group: dist.ProcessGroup) -> Moments:
     """Give the same statistics; their gradient is the sum over all processes' losses."""
     both = _SumGradients.apply(torch.stack((statistics.mean, statistics.var)), group)
-    return Moments(both[0], both[1])
+    return Moments(both[0], both[1], statistics.count)
 
 
 class _SumGradients(torch.autograd.Function):

@@ -43,7 +43,8 @@ class RunningStatistics(NamedTuple):
         if are_still():
             return
         batch = self.partition.pool(table)
-        self.follow_(Moments(batch.mean[0], batch.var[0]), self.partition.group_sizes(shape)[0])
+        sizes = self.partition.group_sizes(shape)[0] if batch.count is None else batch.count[0]
+        self.follow_(Moments(batch.mean[0], batch.var[0]), sizes)
 
     def follow_(self, batch: Moments, num_values: int | Tensor) -> None:
         r"""Move towards the statistics of one batch, in place and without a gradient.

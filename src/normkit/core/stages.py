@@ -27,11 +27,12 @@ from normkit.core.composite import (
 )
 from normkit.core.fused import fusing_kernels, normalize_fused
 from normkit.core.groups import normalize_batch, normalize_evaluation
+from normkit.core.mask import Valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import measure, normalize
 from normkit.core.parameters import Parameters
-from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import count_of, gather, merge
+from normkit.core.partition import Partition, has_single_values, require_counted_variance
+from normkit.core.ranks import gather, merge
 from normkit.core.running import (
     Running,
     RunningEstimates,
@@ -43,7 +44,7 @@ from normkit.core.synchronized import follow_all_
 from normkit.kernels import cpu
 from normkit.kernels.cpu import Composite, Kind
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import pooled_kernels, primitives
+from normkit.kernels.select import pooled_kernels
 from normkit.typing import FeatureMap
 
 ORDERS: dict[Order, Kind] = {
@@ -79,13 +80,13 @@ def batch_stage(
 def synchronized(
     stage: BatchStage, seen: Moments, ranks: dist.ProcessGroup
 ) -> tuple[BatchStage, Tensor]:
-    """Let a stage in training look at all processes' batches; ``seen`` is this one's, ``(N, C)``.
+    """Let a stage in training look at all processes' batches; ``seen`` is this one's, counted.
 
     Returns:
         The stage, and what was gathered.
     """
     partition, eps = stage.rule.partition, stage.rule.eps
-    rows = gather(partition.pool(seen), seen.mean.shape[0], ranks)
+    rows = gather(partition.pool(seen), ranks)
     if isinstance(stage.rule, EstimatedStatistics):
         return BatchStage(stage.rule, (*stage.given, rows)), rows
     rule = SynchronizedStatistics(partition=partition, gathered=partition, eps=eps, ranks=ranks)
@@ -115,14 +116,16 @@ def normalize_estimated(
     training: bool,
     parameters: Parameters,
     ranks: dist.ProcessGroup | None = None,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """A batch stage alone."""
     weight, bias, eps = parameters
-    running = _at_second_look(x, running, training)
+    running = _at_second_look(x, running, training, valid)
     stage = batch_stage(x, x.shape[1], running, training, eps)
     if ranks is not None and training:
-        stage, _ = synchronized(stage, measure(x, positions(x)), ranks)
-    y, table = normalize(x, positions(x), stage.rule, weight, bias, *stage.given)
+        seen = measure(x, positions(x), valid).counted(positions(x))
+        stage, _ = synchronized(stage, seen, ranks)
+    y, table = normalize(x, positions(x), stage.rule, weight, bias, *stage.given, valid=valid)
     if training:
         follow_(running, stage, table, x.shape)
     return y
@@ -136,6 +139,7 @@ def normalize_batch_then_group(  # noqa: PLR0913, PLR0917 - everything that the 
     batch: Parameters,
     group: Parameters,
     ranks: dist.ProcessGroup | None = None,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """A group norm of the batch stage's output; ``running`` follows ``x``."""
 
@@ -143,7 +147,9 @@ def normalize_batch_then_group(  # noqa: PLR0913, PLR0917 - everything that the 
         return BatchThenGroup(batch=rule, group=own_groups(num_groups, group.eps))
 
     composite = Composite(Kind.BATCH_THEN_GROUP, num_groups, batch.eps, group.eps)
-    return _normalize(x, composite, algebra, running, training, (*batch[:2], *group[:2]), ranks)
+    return _normalize(
+        x, composite, algebra, running, training, (*batch[:2], *group[:2]), ranks, valid
+    )
 
 
 def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -155,6 +161,7 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the m
     parameters: Parameters,
     mix_logit: Tensor,
     ranks: dist.ProcessGroup | None = None,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """Group norm and batch norm, mixed; ``running`` follows what the batch norm sees."""
     weight, bias, eps = parameters
@@ -163,7 +170,9 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the m
         return GroupAndBatch(group=own_groups(num_groups, eps), batch=rule, order=order)
 
     composite = Composite(ORDERS[order], num_groups, eps, eps)
-    return _normalize(x, composite, algebra, running, training, (weight, bias, mix_logit), ranks)
+    return _normalize(
+        x, composite, algebra, running, training, (weight, bias, mix_logit), ranks, valid
+    )
 
 
 def normalize_switched(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -174,6 +183,7 @@ def normalize_switched(  # noqa: PLR0913, PLR0917 - everything that the method m
     mean_logits: Tensor,
     var_logits: Tensor,
     ranks: dist.ProcessGroup | None = None,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """Statistics of instance, layer and, with three logits, batch norm, mixed."""
     weight, bias, eps = parameters
@@ -186,7 +196,9 @@ def normalize_switched(  # noqa: PLR0913, PLR0917 - everything that the method m
     kind = Kind.SWITCHED if uses_batch else Kind.SWITCHED_WITHOUT_BATCH
     slots = (weight, bias, mean_logits, var_logits)
     followed, ranks = (running, ranks) if uses_batch else (None, None)
-    return _normalize(x, Composite(kind, 1, eps, eps), algebra, followed, training, slots, ranks)
+    return _normalize(
+        x, Composite(kind, 1, eps, eps), algebra, followed, training, slots, ranks, valid
+    )
 
 
 def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -197,21 +209,26 @@ def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mix
     instance: Parameters,
     batch: Parameters,
     ranks: dist.ProcessGroup | None = None,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
-    if not training and running is not None and pooled_kernels(x) is not cpu:
+    by_itself = valid is not None or pooled_kernels(x) is not cpu
+    if by_itself and not training and isinstance(running, RunningStatistics):
         # Each norm by itself: written around the input's own mean, as composites are, one infinite
         # value of the input would spread over its channel.
         first, rest = x[:, :num_instance], x[:, num_instance:]
-        left = normalize_batch(first, own_groups(num_instance, 0.0).partition, None, instance)
-        right = normalize_evaluation(rest, running.partition, running, batch)
+        own = own_groups(num_instance, instance.eps).partition
+        left = normalize_batch(first, own, None, instance, valid=valid)
+        right = normalize_evaluation(rest, running.partition, running, batch, valid)
         return torch.cat((left, right), dim=1)
 
     def algebra(rule: Rule) -> CompositeAlgebra:
         return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)
 
     composite = Composite(Kind.HALVES, num_instance, batch.eps, instance.eps)
-    return _normalize(x, composite, algebra, running, training, (*instance[:2], *batch[:2]), ranks)
+    return _normalize(
+        x, composite, algebra, running, training, (*instance[:2], *batch[:2]), ranks, valid
+    )
 
 
 def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -222,56 +239,60 @@ def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     training: bool,
     parameters: tuple[Tensor | None, ...],
     ranks: dist.ProcessGroup | None,
+    valid: Valid | None,
 ) -> FeatureMap:
-    running = _at_second_look(x, running, training)
+    running = _at_second_look(x, running, training, valid)
     if ranks is not None and training:
-        return _normalize_part(x, composite, algebra, running, parameters, ranks)
-    kernels = fusing_kernels(x, composite, running)
+        return _normalize_part(x, composite, algebra, running, parameters, ranks, valid)
+    kernels = fusing_kernels(x, composite, running) if valid is None else None
     if kernels is not None:
         return normalize_fused(kernels, x, composite, algebra, running, training, parameters)
     num_channels = composite.num_batch_channels(x)
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
     rule = algebra(stage.rule)
-    y, table = normalize(x, positions(x), rule, *parameters, *stage.given)
+    y, table = normalize(x, positions(x), rule, *parameters, *stage.given, valid=valid)
     if training and running is not None:
         seen = rule.batch_input(table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
     return y
 
 
-def _normalize_part(
+def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     parameters: tuple[Tensor | None, ...],
     ranks: dist.ProcessGroup,
+    valid: Valid | None,
 ) -> FeatureMap:
     """Train on this process's part of a batch that several have parts of."""
-    table, num_channels = measure(x, positions(x)), composite.num_batch_channels(x)
+    table = measure(x, positions(x), valid).counted(positions(x))
+    num_channels = composite.num_batch_channels(x)
     stage = batch_stage(x, num_channels, running, True, composite.batch_eps)
     seen = algebra(stage.rule).batch_input(table)
     stage, rows = synchronized(stage, seen, ranks)
+    merged, name = merge(rows), "a norm over several processes"
     if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):
-        shape = (int(count_of(rows)), num_channels)
-        require_variance(stage.rule.partition, shape, "a norm over several processes")
+        shape = (x.shape[0], num_channels, *x.shape[2:])
+        require_counted_variance(stage.rule.partition, shape, merged, name)
     rule, given = algebra(stage.rule), stage.given
-    y, _ = normalize(x, positions(x), rule, *parameters, *given, known=(None, table))
+    y, _ = normalize(x, positions(x), rule, *parameters, *given, known=(None, table), valid=valid)
     if isinstance(running, RunningEstimates):
         follow_(running, stage, seen, x.shape)
     elif running is not None and not are_still():
-        shape = (x.shape[0], num_channels, *x.shape[2:])
-        follow_all_(running, merge(rows), count_of(rows), shape)
+        follow_all_(running, merged)
     return y
 
 
-def _at_second_look(x: FeatureMap, running: Running | None, training: bool) -> Running | None:
-    """For a checkpoint's second look: the estimates of the first, which stay as they are."""
+def _at_second_look(
+    x: FeatureMap, running: Running | None, training: bool, valid: Valid | None
+) -> Running | None:
+    """During checkpoint recomputation, reuse the first forward's estimates and do not move them."""
     if not training or not isinstance(running, RunningEstimates) or not is_second_look():
         return running
-    with torch.no_grad():  # nothing that a checkpoint would count among the saved tensors
-        mean, _ = primitives(x).moments(x, positions(x))
-    return running.as_they_were(mean)
+    # Without a gradient: a checkpoint counts the tensors that are saved for backward.
+    return running.as_they_were(measure(x, positions(x), valid).mean)
 
 
 def own_groups(num_groups: int, eps: float) -> GroupStatistics:

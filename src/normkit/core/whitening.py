@@ -7,21 +7,43 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from normkit.core.mask import Valid, on_valid
 from normkit.core.parameters import Parameters
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap
 
 
 def whiten_groups(
-    x: FeatureMap, num_groups: int, num_iterations: int, parameters: Parameters
+    x: FeatureMap,
+    num_groups: int,
+    num_iterations: int,
+    parameters: Parameters,
+    valid: Valid | None = None,
 ) -> FeatureMap:
     """Decorrelate the groups of every example, then scale and shift every channel."""
+    if valid is None:
+        return _whiten(x, num_groups, num_iterations, parameters, None)
+    return on_valid(x, valid, lambda x: _whiten(x, num_groups, num_iterations, parameters, valid))
+
+
+def _whiten(
+    x: FeatureMap,
+    num_groups: int,
+    num_iterations: int,
+    parameters: Parameters,
+    valid: Valid | None,
+) -> FeatureMap:
     weight, bias, eps = parameters
     wide = table_dtype(x.dtype)
     rows = x.to(wide).reshape(x.shape[0], num_groups, -1)
-    rows = rows - rows.mean(dim=-1, keepdim=True)
+    if valid is None:
+        rows, count = rows - rows.mean(dim=-1, keepdim=True), rows.shape[2]
+    else:
+        inside = valid.expand_as(x).reshape(rows.shape)
+        count = inside.sum(dim=-1, keepdim=True).clamp(min=1)[:, :1]  # alike in all rows
+        rows = (rows - rows.sum(dim=-1, keepdim=True) / count).masked_fill(~inside, 0)
     with _wide_products(x):
-        y = (_whitening_matrix(rows, num_iterations, eps) @ rows).reshape(x.shape)
+        y = (_whitening_matrix(rows, count, num_iterations, eps) @ rows).reshape(x.shape)
     across = (1, -1, *(1,) * (x.ndim - 2))
     if weight is not None:
         y = y * weight.to(wide).reshape(across)
@@ -38,15 +60,17 @@ def _wide_products(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _whitening_matrix(rows: Tensor, num_iterations: int, eps: float) -> Tensor:
+def _whitening_matrix(rows: Tensor, count: int | Tensor, num_iterations: int, eps: float) -> Tensor:
     """Newton's approximation of ``Sigma^(-1/2)``, ``(N, G, G)``, of centred rows ``(N, G, m)``.
+
+    ``count`` of the ``m`` values are valid; the others are 0.
 
     The steps ``P <- 1.5 P - 0.5 P^3 Sigma`` are taken with ``P Sigma`` carried along: the same
     numbers, but rounding errors that do not commute with ``Sigma`` no longer grow from step to
     step.
     """
     identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    covariance = rows @ rows.mT / rows.shape[2] + eps * identity
+    covariance = rows @ rows.mT / count + eps * identity
     trace = (covariance * identity).sum(dim=(-2, -1), keepdim=True)
     carried = covariance / trace
     root = identity.expand_as(carried)

@@ -21,7 +21,7 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def moments(x: FeatureMap, segment_size: int) -> tuple[SegmentTable, SegmentTable]:
     """Mean and biased variance of every segment."""
-    rows = _segments(x, segment_size)
+    rows = segments(x, segment_size)
     var, mean = torch.var_mean(rows, dim=-1, correction=0)
     return mean.flatten(1), var.flatten(1)
 
@@ -30,7 +30,7 @@ def apply(
     x: FeatureMap, mean: SegmentTable, scale: SegmentTable, center: SegmentTable, segment_size: int
 ) -> FeatureMap:
     """``scale * (x - mean) + center``, segment by segment, in the dtype and layout of ``x``."""
-    rows = _segments(x, segment_size)
+    rows = segments(x, segment_size)
     mean, scale, center = (_column(table, rows) for table in (mean, scale, center))
     return _like((rows - mean) * scale + center, x)
 
@@ -39,7 +39,7 @@ def reduce_grad(
     grad: FeatureMap, x: FeatureMap, mean: SegmentTable, segment_size: int
 ) -> tuple[SegmentTable, SegmentTable]:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of every segment."""
-    rows, grads = _segments(x, segment_size), _segments(grad, segment_size)
+    rows, grads = segments(x, segment_size), segments(grad, segment_size)
     weighted = grads * (rows - _column(mean, rows))
     return grads.sum(dim=-1).flatten(1), weighted.sum(dim=-1).flatten(1)
 
@@ -52,12 +52,12 @@ def combine_grad(
     segment_size: int,
 ) -> FeatureMap:
     """``k1 * grad + k2 * (x - mean) + k3`` with ``factors = (k1, k2, k3)``."""
-    rows, grads = _segments(x, segment_size), _segments(grad, segment_size)
+    rows, grads = segments(x, segment_size), segments(grad, segment_size)
     k1, k2, k3 = (_column(table, rows) for table in factors)
     return _like(((rows - _column(mean, rows)) * k2).addcmul_(k1, grads).add_(k3), x)
 
 
-def _segments(x: FeatureMap, segment_size: int) -> Tensor:
+def segments(x: FeatureMap, segment_size: int) -> Tensor:
     """Read ``(N, C, *S)`` as ``(N, C, Q, L)`` in the dtype of the tables."""
     num_examples, num_channels = x.shape[:2]
     rows = x.unsqueeze(-1) if x.ndim == 2 else x.flatten(2)

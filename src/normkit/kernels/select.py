@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -25,15 +25,45 @@ ENVIRONMENT_VARIABLE = "NORMKIT_KERNELS"
 OLDEST_GPU = 7  # compute capability
 
 
-@dataclass(slots=True)
 class _Asked:
-    """What the innermost ``use_kernels`` asks for.
+    """What ``use_kernels`` asks for.
 
-    Process-wide, as torch's own backend flags are: ``torch.compile`` can guard an attribute, but
-    not a context variable.
+    A thread follows its own innermost block. One without a block (autograd's, for instance)
+    follows ``kernels``, what the latest block still open in any thread asks for, else the
+    environment. ``torch.compile`` guards that attribute; it could not guard a thread's own.
     """
 
-    kernels: str | None
+    def __init__(self, default: str | None) -> None:
+        self.kernels = self.default = default
+        self.blocks: list[tuple[str]] = []  # open ones of all threads; found again by identity
+        self.lock = threading.Lock()
+        self.thread = threading.local()
+
+    def enter(self, kernels: str) -> tuple[str]:
+        """Open a block in this thread."""
+        block = (kernels,)
+        with self.lock:
+            self.blocks.append(block)
+            self.kernels = kernels
+        self.thread.kernels = [*self.own(), kernels]
+        return block
+
+    def leave(self, block: tuple[str]) -> None:
+        """Close a block, whatever other threads have opened or closed since."""
+        with self.lock:
+            self.blocks = [other for other in self.blocks if other is not block]
+            self.kernels = self.blocks[-1][0] if self.blocks else self.default
+        self.thread.kernels = self.own()[:-1]
+
+    def own(self) -> list[str]:
+        """Blocks of this thread, the innermost last."""
+        return getattr(self.thread, "kernels", [])
+
+    def here(self) -> str | None:
+        """What this thread asks for."""
+        if torch.compiler.is_compiling() or not self.blocks:
+            return self.kernels
+        return next(reversed(self.own()), self.kernels)
 
 
 _WHY_NOT_CPU = cpu.why_not()  # loads the library: a program that uses its operators must find them
@@ -51,6 +81,7 @@ class Choice(NamedTuple):
 def use_kernels(kernels: Kernels) -> Generator[None]:
     """Run the block with these kernels wherever they can compute a call.
 
+    The block is this thread's; threads that have none of their own take part in it.
     The environment variable ``NORMKIT_KERNELS`` does the same for a whole process.
 
     Args:
@@ -68,11 +99,11 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
         'reference'
     """
     require_kernels(kernels)
-    before, _asked.kernels = _asked.kernels, kernels
+    block = _asked.enter(kernels)
     try:
         yield
     finally:
-        _asked.kernels = before
+        _asked.leave(block)
 
 
 def choose(x: Tensor) -> Choice:
@@ -140,7 +171,8 @@ def require_kernels(name: str) -> Kernels:
 
 def _candidate(x: Tensor) -> Choice:
     """What would compute a call on ``x`` if nothing about the call forbade it."""
-    asked = None if _asked.kernels is None else require_kernels(_asked.kernels)
+    wanted = _asked.here()
+    asked = None if wanted is None else require_kernels(wanted)
     if asked == "reference":
         return Choice("reference", "the reference kernels were asked for")
     device = x.device.type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, NoReturn, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_count, require_eps, require_feature_map, require_share
 from normkit.core.groups import normalize_batch, normalize_evaluation
+from normkit.core.mask import Mask, Valid, read_mask, require_valid_values
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, require_variance
 from normkit.core.ranks import (
@@ -88,16 +89,39 @@ class NormLayer(nn.Module, ABC):
             return Parameters(own["weight"], own["bias"], self.eps)
         return Parameters(self.weight, self.bias, self.eps)  # parametrised: computed anew
 
-    def forward(self, x: FeatureMap) -> FeatureMap:
-        """Normalise ``(N, C, *S)``; same shape, dtype and memory format."""
+    def forward(self, x: FeatureMap, mask: Mask | None = None) -> FeatureMap:
+        """Normalise ``(N, C, *S)``; same shape, dtype and memory format.
+
+        Args:
+            x: Feature map.
+            mask: For padded inputs: booleans ``(N, *S)``, True where a position is valid, or whole
+                numbers ``(N,)``, how many positions along the last axis are. Statistics are over
+                valid positions only; the others come out 0.
+
+        Raises:
+            PartitionError: In training, if a statistics group has a single (valid) value.
+            InputError: If the input or the mask has a wrong shape.
+            InputTypeError: If either has a wrong dtype.
+        """
         if not isinstance(x, Tensor):
-            return record_call(self, x, overridden=type(self).forward is not NormLayer.forward)
+            return record_call(self, x, mask, type(self).forward is not NormLayer.forward)
         require_feature_map(x, self.num_features, type(self).__name__)
-        return self._normalize(x)
+        return self._normalize(x, None if mask is None else self._read_mask(mask, x))
 
     @abstractmethod
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
-        """Normalise what has been checked."""
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+        """Normalise what has been checked, by the statistics of valid positions."""
+
+    def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
+        name = type(self).__name__
+        valid = read_mask(mask, x, name)
+        if self.training and x.numel():
+            require_valid_values(self._groups(), valid, x.shape, name)
+        return valid
+
+    def _groups(self) -> Iterable[Partition]:
+        """Statistics groups that need several values in training."""
+        return ()
 
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
@@ -293,19 +317,23 @@ class SegmentLayer(TrackingLayer):
     def partition(self) -> Partition:
         """Which elements share statistics in training."""
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         partition, running = self.partition, self._running()
         parameters, ranks = self._affine(), self._ranks(x)
         alone = partition.examples_per_group == 1 and running is None
         if ranks is not None and not alone:
-            return normalize_batch(x, partition, running, parameters, ranks)
+            return normalize_batch(x, partition, running, parameters, ranks, valid)
         if x.numel() == 0:
             return empty_result(x, *parameters[:2])
         if self.training:
             require_variance(partition, x.shape, type(self).__name__)
         if self.training or running is None:
-            return normalize_batch(x, partition, running, parameters)
-        return normalize_evaluation(x, partition, running, parameters)
+            return normalize_batch(x, partition, running, parameters, valid=valid)
+        return normalize_evaluation(x, partition, running, parameters, valid)
+
+    def _groups(self) -> Iterable[Partition]:
+        # Those of several processes together are checked where they are pooled.
+        return () if self._process_group is not None else (self.partition,)
 
 
 class StageOption:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from normkit.core.check import (
     require_update_rate,
 )
 from normkit.core.groups import normalize_batch
+from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
@@ -165,7 +167,7 @@ class BatchChannelNorm(NormLayer):
         """What the channel stage's scales and shifts belong to."""
         return self.channel.channel_affine
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         name = type(self).__name__
         batch, channel = self.batch, self.channel
         ranks = batch._ranks(x)
@@ -177,11 +179,16 @@ class BatchChannelNorm(NormLayer):
             if channel.training:
                 require_variance(channel.partition, x.shape, name)
         if is_watched(batch, channel):
-            return channel(batch(x))
+            return channel(batch(x, valid), valid)
         running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
+        parameters = (batch._affine(), channel._affine())
         return normalize_batch_then_group(
-            x, self.num_groups, running, batch.training, batch._affine(), channel._affine(), ranks
+            x, self.num_groups, running, batch.training, *parameters, ranks, valid
         )
+
+    def _groups(self) -> Iterable[Partition]:
+        alone = self.process_group is None
+        return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -231,11 +238,12 @@ class EstimatedBatchNorm(TrackingLayer):
     def update_rate(self, value: float) -> None:
         self.momentum = require_update_rate(value)
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         ranks = self._ranks(x)
         if x.numel() == 0 and ranks is None:
             return empty_result(x, self.weight, self.bias)
-        return normalize_estimated(x, self.estimates(), self.training, self._affine(), ranks)
+        affine = self._affine()
+        return normalize_estimated(x, self.estimates(), self.training, affine, ranks, valid)
 
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
@@ -280,11 +288,15 @@ class ChannelStage(NormLayer):
     def _num_affine_values(self) -> int:
         return self.num_groups if self.channel_affine == "group" else self.num_features
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         weight, bias, eps = self._affine()
         repeats = self.num_features // self._num_affine_values()
         scale, shift = (None if p is None else p.repeat_interleave(repeats) for p in (weight, bias))
-        return normalize_batch(x, self.partition, None, Parameters(scale, shift, eps))
+        parameters = Parameters(scale, shift, eps)
+        return normalize_batch(x, self.partition, None, parameters, valid=valid)
+
+    def _groups(self) -> Iterable[Partition]:
+        return (self.partition,)
 
 
 def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:

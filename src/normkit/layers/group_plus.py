@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import get_args
 
 import torch
@@ -13,6 +14,7 @@ from normkit.core.check import (
     require_share,
 )
 from normkit.core.composite import Order
+from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
@@ -123,7 +125,7 @@ class GroupNormPlus(TrackingLayer):
         super().reset_parameters()
         nn.init.ones_(self.mix_logit)
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         name = type(self).__name__
         parameters, logit = self._affine(), self._paced_logit()
         ranks = self._ranks(x)
@@ -135,8 +137,12 @@ class GroupNormPlus(TrackingLayer):
                     require_variance(partition, x.shape, name)
         groups, order, running = self.num_groups, self.order, self._running()
         return normalize_group_and_batch(
-            x, groups, order, running, self.training, parameters, logit, ranks
+            x, groups, order, running, self.training, parameters, logit, ranks, valid
         )
+
+    def _groups(self) -> Iterable[Partition]:
+        alone = self._process_group is None
+        return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
 
     @property
     def partitions(self) -> dict[str, Partition]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from normkit.core.check import require_count
+from normkit.core.mask import Mask, Valid, require_valid_values
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
@@ -107,7 +108,7 @@ class InstanceBatchNorm(NormLayer):
         self.instance.reset_parameters()
         self.batch.reset_parameters()
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         name = type(self).__name__
         instance, batch = self.instance, self.batch
         ranks = batch._ranks(x)
@@ -120,9 +121,18 @@ class InstanceBatchNorm(NormLayer):
                     shape = (x.shape[0], norm.num_features, *x.shape[2:])
                     require_variance(norm.partition, shape, name)
         if is_watched(instance, batch):
-            return torch.cat((instance(x[:, :half]), batch(x[:, half:])), dim=1)
-        running, affine = batch._running(), batch._affine()
-        return normalize_halves(x, half, running, batch.training, instance._affine(), affine, ranks)
+            return torch.cat((instance(x[:, :half], valid), batch(x[:, half:], valid)), dim=1)
+        running, training = batch._running(), batch.training
+        parameters = (instance._affine(), batch._affine())
+        return normalize_halves(x, half, running, training, *parameters, ranks, valid)
+
+    def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
+        valid = super()._read_mask(mask, x)
+        for norm in (self.instance, self.batch):
+            if norm.training and x.numel():
+                shape = (x.shape[0], norm.num_features, *x.shape[2:])
+                require_valid_values(norm._groups(), valid, shape, type(self).__name__)
+        return valid
 
     @property
     def partitions(self) -> dict[str, Partition]:

@@ -11,7 +11,7 @@ from normkit.core.ranks import ProcessGroup
 from normkit.layers.base import Device, SegmentLayer
 
 
-class BatchNorm(SegmentLayer, _BatchNorm):
+class BatchNorm(SegmentLayer, _BatchNorm):  # pyright: ignore[reportIncompatibleMethodOverride]
     r"""Normalise every channel over the whole batch.
 
     .. math::  y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + \beta_c

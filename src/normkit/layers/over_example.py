@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from normkit.core.check import require_channel_groups
+from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
@@ -278,7 +279,7 @@ class PositionalNorm(NormLayer):
         )
         self.reset_parameters()
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         if self.training and x.numel():
             require_channels(x.shape, type(self).__name__)
-        return normalize_positions(x, self._affine())
+        return normalize_positions(x, self._affine(), valid)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
+from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
@@ -106,7 +109,7 @@ class SwitchableNorm(TrackingLayer):
         nn.init.ones_(self.mean_logits)
         nn.init.ones_(self.var_logits)
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
         ranks = self._ranks(x) if self.use_batch else None
         if x.numel() == 0 and ranks is None:
@@ -114,7 +117,13 @@ class SwitchableNorm(TrackingLayer):
         if self.training and ranks is None and has_single_values(x):
             widest = self.partitions["batch norm" if self.use_batch else "layer norm"]
             require_variance(widest, x.shape, type(self).__name__)
-        return normalize_switched(x, self._running(), self.training, parameters, *logits, ranks)
+        running, training = self._running(), self.training
+        return normalize_switched(x, running, training, parameters, *logits, ranks, valid)
+
+    def _groups(self) -> Iterable[Partition]:
+        if self._process_group is not None:
+            return ()
+        return (self.partitions["batch norm" if self.use_batch else "layer norm"],)
 
     @property
     def partitions(self) -> dict[str, Partition]:

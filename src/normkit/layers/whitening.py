@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from normkit.core.check import require_channel_groups, require_count
+from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, require_variance
 from normkit.core.whitening import whiten_groups
@@ -82,10 +85,13 @@ class GroupWhitening(NormLayer):
         """The rows that are centred and decorrelated."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
-    def _normalize(self, x: FeatureMap) -> FeatureMap:
+    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         parameters = self._affine()
         if x.numel() == 0:
             return empty_result(x, *parameters[:2])
         if self.training:
             require_variance(self.partition, x.shape, type(self).__name__)
-        return whiten_groups(x, self.num_groups, self.iterations, parameters)
+        return whiten_groups(x, self.num_groups, self.iterations, parameters, valid)
+
+    def _groups(self) -> Iterable[Partition]:
+        return (self.partition,)
