@@ -1,18 +1,33 @@
 """Processes with parts of a batch against one process with the whole of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from cases import EVERY, MAIN
 from distributed.processes import kill, results, start, wait_for
-from distributed.worker import COMPILED, SIZES, _through, dtypes, make, rows, train, whole
+from distributed.worker import (
+    COMPILED,
+    SIZES,
+    _through,
+    dtypes,
+    make,
+    mask_of,
+    rows,
+    train,
+    whole,
+)
 
 pytestmark = [
     pytest.mark.xdist_group("distributed"),  # the processes are started once
     pytest.mark.timeout(600),  # they compute everything before the first test
 ]
-JOBS = {2: ("equality", "checkpointed", "wrapped", "compiled", "refused"), 4: ("equality",)}
+JOBS = {
+    2: ("equality", "masked", "checkpointed", "wrapped", "compiled", "refused"),
+    4: ("equality",),
+}
 TOLERANCE = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-9},
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -61,6 +76,16 @@ def test_parts_are_normalised_as_the_whole(case, size, sizes, dtype, found):
     expected |= dict(layer.named_buffers())
     parts = [each["equality"][case.name, sizes, dtype] for each in found[size]]
     assert_parts_make(parts, expected, sizes, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("way", ["mask", "maps of different sizes"])
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_parts_with_fewer_positions_are_the_whole_with_a_mask(case, way, found):
+    sizes, layer = SIZES[2][0], make(case, torch.float64, None)
+    call = partial(layer, mask=mask_of(sizes))
+    expected = _through(layer, call, *whole(case, sizes, torch.float64))
+    parts = [each["masked"][case.name, way] for each in found[2]]
+    assert_parts_make(parts, expected, sizes, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -71,6 +71,31 @@ def equality(rank, size):
     return found
 
 
+def mask_of(sizes):
+    """Valid positions of the whole batch: maps of four rows in the last process's part."""
+    mask = torch.ones(sum(sizes), 5, 3, dtype=torch.bool)
+    mask[sum(sizes[:-1]) :, 4] = False
+    return mask
+
+
+def masked(rank, size):
+    """The layer with a mask of this process's part, and with smaller maps in its place."""
+    found = {}
+    sizes = SIZES[size][0]
+    for case in MAIN:
+        mine = part(sizes, rank)
+        x, weights = (t[mine] for t in whole(case, sizes, torch.float64))
+        layer = make(case, torch.float64)
+        call = partial(layer, mask=mask_of(sizes)[mine])
+        found[case.name, "mask"] = _through(layer, call, x, weights)
+        layer, rows = make(case, torch.float64), 4 if rank == size - 1 else 5
+        smaller = _through(layer, layer, x[:, :, :rows], weights[:, :, :rows])
+        for name in ("y", "x.grad"):
+            smaller[name] = torch.nn.functional.pad(smaller[name], (0, 0, 0, 5 - rows))
+        found[case.name, "maps of different sizes"] = smaller
+    return found
+
+
 def checkpointed(rank, size):
     """The layer inside of a checkpoint, in both modes; and twice before one backward."""
     found = {}
@@ -148,7 +173,7 @@ def refused(rank, size):
     return found
 
 
-JOBS = {f.__name__: f for f in (equality, checkpointed, wrapped, compiled, refused)}
+JOBS = {f.__name__: f for f in (equality, masked, checkpointed, wrapped, compiled, refused)}
 
 
 if __name__ == "__main__":
