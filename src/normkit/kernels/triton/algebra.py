@@ -46,11 +46,15 @@ def group_stage(center, var, inside, J, eps_high, eps_low):
 def blend(m, v, M, V, own_high, own_low, WEIGHED: tl.constexpr):
     """Distance from the mean that the batch stage takes away, that mean, and the variance.
 
-    ``WEIGHED``: of a mixture of the channel's own moments, whose share comes in two parts.
+    ``WEIGHED``: of a mixture of the channel's own moments, whose share comes in two parts. At a
+    share of 1 the batch's moments have no say, even where they are not finite.
     """
-    u = m - M
     if WEIGHED:
         own = join(own_high, own_low)
+        M = tl.where(own == 1.0, m, M)  # noqa: N806
+        V = tl.where(own == 1.0, v, V)  # noqa: N806
+    u = m - M
+    if WEIGHED:
         V = own * v + (1.0 - own) * (V + own * u * u)  # noqa: N806
         M += own * u  # noqa: N806
         u = (1.0 - own) * u
@@ -78,7 +82,8 @@ def keep(batch_mean, batch_var, kept_mean, kept_var, k, mask):
 def through_blend(dM, dV, u, own_high, own_low):
     """What reaches moments through their share of a mixture, ``u`` away from the given mean."""
     own = join(own_high, own_low)
-    return own * (dM + dV * 2.0 * (1.0 - own) * u), own * dV
+    apart = tl.where(own == 1.0, 0.0, 2.0 * (1.0 - own) * u)
+    return own * (dM + dV * apart), own * dV
 
 
 @triton.jit

@@ -66,10 +66,14 @@ def halves_forward_kernel(
     out_mean, out_var, running_mean, running_var, counter, N, C, H, L,
     be_high, be_low, ge_high, ge_low, own_high, own_low, rate_high, rate_low,
     HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr, HAS4: tl.constexpr,
-    OWN: tl.constexpr, WEIGHED: tl.constexpr, HAS_RUNNING: tl.constexpr,
+    OWN: tl.constexpr, WEIGHED: tl.constexpr, CENTERED: tl.constexpr, HAS_RUNNING: tl.constexpr,
     HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Scale and center, and the batch's moments: measured (``OWN``), or as they are given."""
+    """Scale and center, and the batch's moments: measured (``OWN``), or as they are given.
+
+    ``CENTERED``: the batch norm's channels are written around the given means, not around their
+    own, which may be infinite.
+    """
     c = tl.program_id(0) * BK + tl.arange(0, BK)
     b = c - H
     mask = (c >= H) & (c < C)
@@ -93,6 +97,9 @@ def halves_forward_kernel(
         n = top + tl.arange(0, BR)
         cells = (n < N)[:, None] & (c < C)[None, :]
         at, m, v = load_moments(mean, var, n, c, cells, C)
+        if CENTERED:
+            m = tl.where(in_batch, M[None, :], m)
+            tl.store(mean + at, m, mask=cells & in_batch)
         u, r = halves_stage(
             m, v, M[None, :], V[None, :], in_batch, be_high, be_low, ge_high, ge_low,
             own_high, own_low, WEIGHED,

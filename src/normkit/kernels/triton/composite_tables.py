@@ -212,8 +212,8 @@ def _halves_forward(call: Call, known: Known, source: Source, out: Pair) -> None
         (known.mean, known.var, *(source.given or (None, None)), *call.parameters, *out,
          *known.batch, *buffers, grouping.N, grouping.C, call.composite.num_groups, grouping.L,
          *call.eps, *call.share, *halves(follower.momentum if follower else 0.0)),
-        OWN=call.is_own, WEIGHED=call.is_weighed, BK=COLUMNS, BR=_num_rows(grouping),
-        **call.flags, **flags,
+        OWN=call.is_own, WEIGHED=call.is_weighed, CENTERED=not (call.is_own or call.is_weighed),
+        BK=COLUMNS, BR=_num_rows(grouping), **call.flags, **flags,
     )  # fmt: skip
 
 

@@ -185,6 +185,8 @@ def combine_grad_kernel(
         value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
         grad = tl.load(g + grads[:, None] + columns(l, GP, WIDE)[None, :], mask=mask, other=0.0)
         unit = (value.to(ACC) - high[:, None]) - low[:, None]
-        result = grad.to(ACC) * by_grad[:, None] + unit * by_unit[:, None] + shift[:, None]
+        # without a slope (given statistics) x may be infinite, and the gradient is finite
+        along = tl.where(by_unit[:, None] == 0.0, 0.0, unit * by_unit[:, None])
+        result = grad.to(ACC) * by_grad[:, None] + along + shift[:, None]
         at = outs[:, None] + columns(l, DP, WIDE)[None, :]
         tl.store(dx + at, result.to(dx.dtype.element_ty), mask=mask)
