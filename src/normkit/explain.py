@@ -36,12 +36,13 @@ class Explanation:
         return f"{self.layer}: {self.groups}\n{self.kernels} kernels: {self.reason}"
 
 
-def explain(layer: nn.Module, x: Tensor) -> Explanation:
-    """Say which kernels compute ``layer(x)``, why, and which elements share statistics.
+def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanation:
+    """Say which kernels compute ``layer(x, mask)``, why, and which elements share statistics.
 
     Args:
         layer: One of normkit's layers.
         x: An input for it, ``(N, C, *S)``.
+        mask: Which positions are valid, as the layer takes it.
 
     Returns:
         The facts, printable.
@@ -58,7 +59,7 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
     """
     found = parts(layer)
     require_feature_map(x, cast(NormLayer, layer).num_features, type(layer).__name__)
-    kernels, reason = choose(x) if not isinstance(layer, GroupWhitening) else _WHITENING
+    kernels, reason = _kernels(cast(NormLayer, layer), x, mask)
     return Explanation(
         layer=type(layer).__name__,
         kernels=kernels,
@@ -66,6 +67,18 @@ def explain(layer: nn.Module, x: Tensor) -> Explanation:
         groups="; ".join(part.describe(x.shape) for part in found),
         parts=found,
     )
+
+
+def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels, str]:
+    if isinstance(layer, GroupWhitening):
+        return _WHITENING
+    if mask is not None:
+        return "reference", "statistics over a mask are computed in plain torch operators"
+    kernels, reason = choose(x)
+    deviation = layer.deviation()
+    if kernels == "reference" or deviation is None:
+        return kernels, reason
+    return kernels, f"{reason}, {deviation}"
 
 
 _WHITENING: tuple[Kernels, str] = ("reference", "whitening is computed in plain torch operators")

@@ -1,4 +1,4 @@
-"""The pages on batches in parts and on export run, and print what they say."""
+"""The pages on batches in parts, on masks and on export run, and print what they say."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ BLOCK = re.compile(r"```python\n([\s\S]*?)```\n\n((?:    .*\n)+)")
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")  # theirs, at import
 @pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch.export copies its own specs
-@pytest.mark.parametrize("page", ["distributed", "export"])
+@pytest.mark.parametrize("page", ["distributed", "export", "masks"])
 def test_every_example_prints_what_stands_below(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / f"{page}.md").read_text()

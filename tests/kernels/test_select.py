@@ -236,3 +236,25 @@ def test_a_thread_without_a_block_takes_part_in_the_one_that_is_open():
         thread.start()
         thread.join()
     assert seen == ["reference"]
+
+
+def test_explain_says_what_a_call_does_otherwise():
+    x = torch.randn(2, 6, 3)
+    layer = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True)
+    assert "torch's operators" not in nk.explain(layer, x).reason
+    layer.batch.running_mean = torch.zeros(12)[::2]
+    reason = nk.explain(layer, x).reason
+    assert "with torch's operators on tables, because the estimates are not contiguous" in reason
+    for composite in (layer, nk.InstanceBatchNorm(6)):
+        composite.batch.register_forward_hook(lambda *args: None)
+        assert "by itself, because hooks watch one of them" in nk.explain(composite, x).reason
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    found = nk.explain(nk.BatchNorm(6), x, mask)
+    assert (found.kernels, "over a mask" in found.reason) == ("reference", True)
+
+
+def test_the_function_takes_the_layers_own_mix_logit():
+    layer, x = nk.GroupNormPlus(6, num_groups=3), torch.randn(4, 6, 5)
+    for logit in (layer.mix_logit, layer.mix_logit[0]):
+        y = nk.functional.group_norm_plus(x, 3, logit, training=True)
+        assert torch.allclose(y, nk.GroupNormPlus(6, num_groups=3)(x), atol=1e-6)

@@ -37,7 +37,7 @@ def fusing_kernels(
     kernels = pooled_kernels(x)
     if running is not None and isinstance(running.example_weight, Tensor):
         return None
-    if kernels is None or (isinstance(running, RunningEstimates) and not _is_movable(running)):
+    if kernels is None or (isinstance(running, RunningEstimates) and not is_movable(running)):
         return None
     return kernels if kernels is cpu or kernels.can_compute(x, composite) else None
 
@@ -98,12 +98,13 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
             return _Statistics(Batch(BatchSource.GIVEN), given)
         estimates = Batch(BatchSource.ESTIMATES, running.update_rate)
         return _Statistics(estimates, given if is_traced else moved, running)
-    if running.momentum is None or is_traced or not _is_movable(running):
+    if running.momentum is None or is_traced or not is_movable(running):
         return _Statistics(Batch(BatchSource.OWN), follower=running)
     return _Statistics(Batch(BatchSource.OWN, running.momentum), moved)
 
 
-def _is_movable(running: Running) -> bool:
+def is_movable(running: Running) -> bool:
+    """Whether kernels can move these buffers themselves."""
     mean, var = running.mean, running.var
     wide = (torch.float32, torch.float64)
     return mean.dtype in wide and var.dtype in wide and mean.is_contiguous() and var.is_contiguous()

@@ -56,7 +56,7 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
     Args:
         x: Feature map, ``(N, C, *S)``.
         num_groups: Runs of channels that GN normalises; divides ``C``.
-        mix_logit: Scalar; its sigmoid is GN's share.
+        mix_logit: One value, ``()`` or ``(1,)``; its sigmoid is GN's share.
         running_mean: Running mean of what BN sees, ``(C,)``.
         running_var: Running unbiased variance of what BN sees, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
@@ -90,6 +90,7 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
     running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
     parameters = Parameters(weight, bias, eps)
     require_arguments(x, parameters, name)
+    mix_logit = mix_logit.squeeze() if mix_logit.numel() == 1 else mix_logit
     require_values(mix_logit, (), "mix_logit", name)
     if x.numel() == 0:
         return empty_result(x, weight, bias, mix_logit)

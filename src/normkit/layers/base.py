@@ -123,6 +123,10 @@ class NormLayer(nn.Module, ABC):
         """Statistics groups that need several values in training."""
         return ()
 
+    def deviation(self) -> str | None:
+        """What of a call kernels do not do in the usual way, and why; or None."""
+        return None
+
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
         shown = [f"{o}={self.option(o)!r}" for o in _options(type(self)) if self._is_shown(o)]

@@ -15,6 +15,7 @@ from normkit.core.check import (
     require_choice,
     require_update_rate,
 )
+from normkit.core.fused import is_movable
 from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
@@ -185,6 +186,20 @@ class BatchChannelNorm(NormLayer):
         return normalize_batch_then_group(
             x, self.num_groups, running, batch.training, *parameters, ranks, valid
         )
+
+    def deviation(self) -> str | None:
+        """What of a call kernels do not do in the usual way, and why; or None."""
+        if is_watched(self.batch, self.channel):
+            return "each stage by itself, because hooks watch one of them"
+        stage = self.batch
+        if not isinstance(stage, EstimatedBatchNorm) or not stage.training:
+            return None
+        if not is_movable(stage.estimates()):
+            return (
+                "with torch's operators on tables, because the estimates are not contiguous, or "
+                "neither float32 nor float64"
+            )
+        return None
 
     def _groups(self) -> Iterable[Partition]:
         alone = self.process_group is None

@@ -126,6 +126,12 @@ class InstanceBatchNorm(NormLayer):
         parameters = (instance._affine(), batch._affine())
         return normalize_halves(x, half, running, training, *parameters, ranks, valid)
 
+    def deviation(self) -> str | None:
+        """What of a call kernels do not do in the usual way, and why; or None."""
+        if is_watched(self.instance, self.batch):
+            return "each norm by itself, because hooks watch one of them"
+        return None
+
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
         valid = super()._read_mask(mask, x)
         for norm in (self.instance, self.batch):
