@@ -24,7 +24,7 @@ from normkit.core.ranks import ProcessGroup
 from normkit.core.running import Recent, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
-from normkit.layers.over_batch import BatchNorm
+from normkit.layers.over_batch import InnerBatchNorm
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
@@ -87,7 +87,7 @@ class BatchChannelNorm(NormLayer):
         torch.Size([1, 6, 5, 7])
     """
 
-    batch: BatchNorm | EstimatedBatchNorm
+    batch: InnerBatchNorm | EstimatedBatchNorm
     channel: ChannelStage
     eps = StageOption("batch", "channel")
     example_weight = StageOption("batch")
@@ -121,7 +121,7 @@ class BatchChannelNorm(NormLayer):
         if micro_batch:
             self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
         else:
-            self.batch = BatchNorm(num_features, momentum=momentum, **stage)
+            self.batch = InnerBatchNorm(num_features, momentum=momentum, **stage)
         self.channel = ChannelStage(
             num_features, num_groups=num_groups, channel_affine=channel_affine, **options
         )
@@ -155,12 +155,12 @@ class BatchChannelNorm(NormLayer):
     def momentum(self) -> float | None:
         """Weight of the new value in the running statistics; of no use to micro batches."""
         stage = self.batch
-        return stage.momentum if isinstance(stage, BatchNorm) else self._momentum
+        return stage.momentum if isinstance(stage, InnerBatchNorm) else self._momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
         self._momentum = value
-        if isinstance(self.batch, BatchNorm):
+        if isinstance(self.batch, InnerBatchNorm):
             self.batch.momentum = value
 
     @property

@@ -12,7 +12,7 @@ from normkit.core.ranks import ProcessGroup
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
 from normkit.layers.base import Device, NormLayer, StageOption, is_watched
-from normkit.layers.over_batch import BatchNorm
+from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
 from normkit.typing import FeatureMap
 
@@ -59,7 +59,7 @@ class InstanceBatchNorm(NormLayer):
     """
 
     instance: InstanceNorm
-    batch: BatchNorm
+    batch: InnerBatchNorm
     eps = StageOption("batch", "instance")
     momentum = StageOption("batch", "instance")
     example_weight = StageOption("batch")
@@ -87,7 +87,7 @@ class InstanceBatchNorm(NormLayer):
         place = {"device": device, "dtype": dtype}
         self.ratio = ratio
         self.instance = InstanceNorm(half, **options, **place)
-        self.batch = BatchNorm(
+        self.batch = InnerBatchNorm(
             num_features - half,
             **options,
             example_weight=example_weight,

@@ -11,7 +11,46 @@ from normkit.core.ranks import ProcessGroup
 from normkit.layers.base import Device, SegmentLayer
 
 
-class BatchNorm(SegmentLayer, _BatchNorm):  # pyright: ignore[reportIncompatibleMethodOverride]
+class InnerBatchNorm(SegmentLayer):
+    """A batch norm inside of another layer.
+
+    It is no ``_BatchNorm``: tools that replace those would take the layer around it apart.
+    """
+
+    def __init__(  # noqa: PLR0913 - torch's options
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
+        example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            bias=bias,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def partition(self) -> Partition:
+        """One group a channel, over the whole batch."""
+        return Partition(num_groups=self.num_features)
+
+
+class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatibleMethodOverride]
     r"""Normalise every channel over the whole batch.
 
     .. math::  y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + \beta_c
@@ -51,38 +90,6 @@ class BatchNorm(SegmentLayer, _BatchNorm):  # pyright: ignore[reportIncompatible
         >>> norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
-
-    def __init__(  # noqa: PLR0913 - torch's options
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
-
-    @property
-    def partition(self) -> Partition:
-        """One group a channel, over the whole batch."""
-        return Partition(num_groups=self.num_features)
 
 
 class BatchGroupNorm(SegmentLayer):

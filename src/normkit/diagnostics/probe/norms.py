@@ -15,7 +15,7 @@ from normkit.inference.population import Population
 from normkit.inference.tracked import Where, feature_map, keeps_statistics, tracked
 from normkit.layers.base import NormLayer
 from normkit.layers.batch_channel import BatchChannelNorm, EstimatedBatchNorm
-from normkit.layers.over_batch import BatchNorm
+from normkit.layers.over_batch import InnerBatchNorm
 
 
 class Norm:
@@ -108,7 +108,7 @@ def parts_of_composites(model: nn.Module) -> set[nn.Module]:
     return {part for norm in composites for part in norm.children() if isinstance(part, NormLayer)}
 
 
-def _after_batch_stage(stage: BatchNorm | EstimatedBatchNorm, x: Tensor) -> Tensor | None:
+def _after_batch_stage(stage: InnerBatchNorm | EstimatedBatchNorm, x: Tensor) -> Tensor | None:
     """Output of the first stage of batch-channel normalization, unless other ranks have a say."""
     statistics = running_moments(stage)  # of micro batches: moved before they were used
     own = stage.training and not isinstance(stage, EstimatedBatchNorm)

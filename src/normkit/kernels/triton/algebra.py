@@ -49,8 +49,8 @@ def blend(m, v, M, V, own_high, own_low, WEIGHED: tl.constexpr):
     ``WEIGHED``: of a mixture of the channel's own moments, whose share comes in two parts. At a
     share of 1 the batch's moments have no say, even where they are not finite.
     """
+    own = join(own_high, own_low)
     if WEIGHED:
-        own = join(own_high, own_low)
         M = tl.where(own == 1.0, m, M)  # noqa: N806
         V = tl.where(own == 1.0, v, V)  # noqa: N806
     u = m - M
