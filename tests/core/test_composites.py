@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from cases import randn
+from normkit.core import algebra, composite
 
 
 def test_a_micro_batch_stage_is_algorithm_1_over_ten_steps():
@@ -189,3 +190,13 @@ def test_mix_rate_slows_the_mixture_alone(rate):
         layer(randn(4, 6, 5)).pow(3).sum().backward()
     assert_close(paced.mix_logit.grad, rate * free.mix_logit.grad)
     assert_close(paced.weight.grad, free.weight.grad)
+
+
+@pytest.mark.parametrize("rule", [
+    algebra.GroupStatistics, algebra.WeighedStatistics, algebra.EstimatedStatistics,
+    algebra.SynchronizedStatistics, algebra.SynchronizedRuns, composite.BatchThenGroup,
+    composite.GroupAndBatch, composite.SwitchedStatistics, composite.InstanceBesideBatch,
+])  # fmt: skip
+def test_a_rule_can_be_hashed_before_it_has_fields(rule):
+    """``torch.compile`` of torch 2.11 does so to each object that is called."""
+    assert isinstance(hash(object.__new__(rule)), int)

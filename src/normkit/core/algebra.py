@@ -1,4 +1,8 @@
-"""What single-partition layers do on tables: from moments to one scale and center per segment."""
+"""What single-partition layers do on tables: from moments to one scale and center per segment.
+
+A rule is hashed by identity (``eq=False``), here and in ``composite``: to trace a call of one,
+``torch.compile`` of torch 2.11 hashes it before its fields are set.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from normkit.core.ranks import merge, merge_with_own, sum_gradients
 from normkit.typing import GroupTable, PerChannel, SegmentTable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupStatistics:
     r"""Normalise by the statistics of the input's own groups.
 
@@ -40,7 +44,7 @@ class GroupStatistics:
         return self.partition.pool(table)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeighedStatistics:
     """Normalise by a mixture of the example's own statistics and the running ones.
 
@@ -77,7 +81,7 @@ class WeighedStatistics:
         return own if weight == 1 else own.blend(running, weight)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EstimatedStatistics:
     r"""Normalise by running estimates that have just moved towards the batch.
 
@@ -131,7 +135,7 @@ class EstimatedStatistics:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SynchronizedStatistics:
     """Normalise by the statistics of all processes' batches together."""
 
@@ -152,7 +156,7 @@ class SynchronizedStatistics:
         return self.partition.pool(merge_with_own(rows, own, self.ranks))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SynchronizedRuns:
     """Normalise by the statistics of runs of examples that may span several processes' batches."""
 

@@ -24,7 +24,7 @@ from normkit.typing import PerChannel
 Order = Literal["group-first", "batch-first", "parallel"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchThenGroup:
     """A channel-wise norm, then a group norm of its output: batch-channel normalization."""
 
@@ -50,7 +50,7 @@ class BatchThenGroup:
         return table
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupAndBatch:
     r"""A learned mixture of a group norm and a batch norm, one of which may feed the other.
 
@@ -93,7 +93,7 @@ class GroupAndBatch:
         return chain(batch, self.group(table.transform(*batch), None, None)), batch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SwitchedStatistics:
     r"""Normalise by a learned mixture of the statistics of instance, layer and batch norm.
 
@@ -127,7 +127,7 @@ class SwitchedStatistics:
         return table
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InstanceBesideBatch:
     """An instance norm on the first channels, a batch norm on the others: IBN-a."""
 
