@@ -9,22 +9,38 @@ namespace {
 // Where the batch stage takes its statistics from, as Python names it.
 enum class BatchSource : int64_t { own, estimates, given };
 
-// A table (2, N * C + B) of double: moments of every channel of every example, then of the batch
-// stage's B channels what backward cannot find again: given statistics, or those measured.
+// Cells of a table: moments of every channel of every example; of groups that come before the batch,
+// which other kernels keep and these find again; of the batch stage's channels what backward cannot
+// find again: given statistics, or those measured.
+struct Cells {
+  Extent extent;
+  int64_t num_groups, num_batch;
+
+  Cells(const FeatureMap& x, const CompositeOptions& options)
+      : extent{x.num_examples, x.num_channels},
+        num_groups(options.kind == Kind::group_first ? x.num_examples * options.num_groups : 0),
+        num_batch(options.num_batch_channels(x.num_channels)) {}
+  int64_t count() const { return extent.size() + num_groups + num_batch; }
+};
+
+// A table (2, cells) of double.
 struct KeptTable {
   Tensor tensor;
+  Cells cells;
   Extent extent;
   int64_t num_batch;
 
-  KeptTable(const Tensor& table, const Extent& e, int64_t b) : tensor(table), extent(e), num_batch(b) {
+  KeptTable(const Tensor& table, const Cells& c)
+      : tensor(table), cells(c), extent(c.extent), num_batch(c.num_batch) {
     STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == 2 && table.is_contiguous() &&
-                        table.size(1) == e.size() + b,
-                    "the table has shape (2, ", e.size() + b, ")");
+                        table.size(1) == c.count(),
+                    "the table has shape (2, ", c.count(), ")");
   }
-  double* row(int which) const { return doubles(tensor) + which * (extent.size() + num_batch); }
+  double* row(int which) const { return doubles(tensor) + which * cells.count(); }
   Pairs moments() const { return {row(0), row(1), extent.cols}; }
-  double* batch_mean() const { return row(0) + extent.size(); }
-  double* batch_var() const { return row(1) + extent.size(); }
+  double* groups(int which) const { return row(which) + extent.size(); }
+  double* batch_mean() const { return groups(0) + cells.num_groups; }
+  double* batch_var() const { return groups(1) + cells.num_groups; }
   // What the batch stage normalises by: its own statistics, or those kept here.
   TableStatistics statistics(BatchSource source, double rate) const {
     const Extent seen{extent.rows, num_batch};
@@ -92,9 +108,11 @@ std::tuple<Tensor, Tensor> composite_forward(
     const OptionalTensor& num_batches_tracked) {
   const FeatureMap x(input);
   const CompositeOptions options = options_of(kind, num_groups, batch_eps, group_eps, x);
-  const Extent extent{x.num_examples, x.num_channels};
-  const int64_t num_batch = options.num_batch_channels(x.num_channels);
-  const KeptTable table(fresh_table({2, extent.size() + num_batch}, true), extent, num_batch);
+  const Cells cells(x, options);
+  const Extent extent = cells.extent;
+  const int64_t num_batch = cells.num_batch;
+  const KeptTable table(fresh_table({2, cells.count()}, true), cells);
+  for (int which : {0, 1}) std::fill_n(table.groups(which), cells.num_groups, 0.0);
   const Partition p = partition_of_segments(x, x.num_channels);
   segment_moments(x, p, true, table.row(0), table.row(1));
 
@@ -137,9 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
     int64_t batch_source, double rate, int64_t wanted) {
   const FeatureMap x(input);
   const CompositeOptions options = options_of(kind, num_groups, batch_eps, group_eps, x);
-  const Extent extent{x.num_examples, x.num_channels};
-  const int64_t num_batch = options.num_batch_channels(x.num_channels);
-  const KeptTable table(kept, extent, num_batch);
+  const KeptTable table(kept, Cells(x, options));
+  const Extent extent = table.extent;
   const Partition p = partition_of_segments(x, x.num_channels);
   const Tensor g = x.matching(grad);
   const FreshPairs sums(extent), scales(extent), gradients(extent);

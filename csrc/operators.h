@@ -56,7 +56,4 @@ std::tuple<Tensor, Tensor> reduce_grad(const Tensor& grad, const Tensor& x, cons
 Tensor combine_grad(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& k1,
                     const Tensor& k2, const Tensor& k3);
 
-void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var,
-                    int64_t count, double momentum);
-
 }  // namespace normkit

@@ -36,12 +36,4 @@ void blend_running(const Tensor& running_mean, const Tensor& running_var, const 
   blend(running_var, var, size, bessel, momentum);
 }
 
-void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var,
-                    int64_t count, double momentum) {
-  STD_TORCH_CHECK(mean.numel() == var.numel(), "mean and var are as many");
-  const std::vector<double> means = as_doubles(mean), vars = as_doubles(var);
-  blend_running(running_mean, running_var, means.data(), vars.data(), mean.numel(), count,
-                momentum);
-}
-
 }  // namespace normkit

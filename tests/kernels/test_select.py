@@ -42,9 +42,9 @@ def test_a_block_chooses_also_when_it_is_left_by_an_error():
 @needs_kernels
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_the_chosen_kernels_are_the_ones_that_run(name, monkeypatch):
-    calls = []
-    kept = cpu.normalize_pooled
-    monkeypatch.setattr(cpu, "normalize_pooled", lambda *a: calls.append(1) or kept(*a))
+    calls, operators = [], cpu.operators
+    kept = operators.pooled_forward
+    monkeypatch.setattr(operators, "pooled_forward", lambda *a: calls.append(1) or kept(*a))
     with nk.use_kernels(name):
         LAYER(X)
     assert len(calls) == (name == "cpu")

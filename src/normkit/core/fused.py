@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,31 +18,36 @@ from normkit.core.composite import CompositeAlgebra
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.partition import Partition
-from normkit.core.running import Running, RunningEstimates, RunningStatistics, are_still
-from normkit.kernels import cpu
-from normkit.kernels.cpu import Batch, BatchSource, Buffers, Composite
+from normkit.core.running import (
+    Running,
+    RunningEstimates,
+    RunningStatistics,
+    are_still,
+    is_movable,
+)
+from normkit.kernels import nodes
+from normkit.kernels.calls import Batch, BatchSource, Buffers, Composite, Kind, Slots
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import pooled_kernels
+from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap
 
 
-def fusing_kernels(
-    x: FeatureMap, composite: Composite, running: Running | None
-) -> ModuleType | None:
-    """The module whose ``normalize_composite`` computes a call and can move its estimates.
+def fusing_kernels(x: FeatureMap, composite: Composite, running: Running | None) -> nodes.Kernels:
+    """The set of kernels that computes a composite and can move its estimates, or None.
 
     The C++ kernels do all composites; Triton's those whose groups a program holds.
     """
-    kernels = pooled_kernels(x)
+    kernels = operators_for(x)
     if running is not None and isinstance(running.example_weight, Tensor):
         return None
     if kernels is None or (isinstance(running, RunningEstimates) and not is_movable(running)):
         return None
-    return kernels if kernels is cpu or kernels.can_compute(x, composite) else None
+    fits = composite.kind == Kind.HALVES or x.shape[1] <= kernels.MOST_CHANNELS_OF_A_GROUP
+    return kernels if fits else None
 
 
 def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixes
-    kernels: ModuleType,
+    kernels: nodes.Kernels,
     x: FeatureMap,
     composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
@@ -55,23 +59,19 @@ def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixe
     statistics = _statistics(running, training)
     first, second, third, fourth = (*parameters, None)[:4]
     differentiable = _differentiable(composite, algebra, statistics.batch, len(parameters))
-    y, table = kernels.normalize_composite(
-        x,
-        (first, second, third, fourth),
-        composite,
-        statistics.batch,
-        statistics.buffers,
-        differentiable,
+    slots, options = (first, second, third, fourth), (composite, statistics.batch)
+    y, table = nodes.normalize_composite(
+        kernels, x, slots, options, statistics.buffers, differentiable
     )
     follower = statistics.follower
     if follower is not None:
-        size = composite.num_batch_channels(x)
-        cells, batch = table[:, :-size], Moments(table[:1, -size:], table[1:, -size:])
+        size, num_cells = composite.num_batch_channels(x), x.shape[0] * x.shape[1]
+        batch = Moments(table[:1, -size:], table[1:, -size:])
         if isinstance(follower, RunningStatistics):
             num_values = x.shape[0] * math.prod(x.shape[2:])
             follower.follow_(Moments(batch.mean[0], batch.var[0]), num_values)
         else:
-            follower.remember(cells[0].view(x.shape[0], size), batch)
+            follower.remember(table[0, :num_cells].view(x.shape[0], -1), batch)
             if torch.compiler.is_compiling():
                 follower.follow_(batch)
     return y
@@ -103,13 +103,6 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
     return _Statistics(Batch(BatchSource.OWN, running.momentum), moved)
 
 
-def is_movable(running: Running) -> bool:
-    """Whether kernels can move these buffers themselves."""
-    mean, var = running.mean, running.var
-    wide = (torch.float32, torch.float64)
-    return mean.dtype in wide and var.dtype in wide and mean.is_contiguous() and var.is_contiguous()
-
-
 def _differentiable(
     composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
@@ -119,10 +112,10 @@ def _differentiable(
     """Gradients that can be differentiated again, of the algebra in plain operators."""
 
     def gradients(
-        grad: Tensor, x: Tensor, table: Tensor, slots: cpu.Slots, wanted: tuple[bool, ...]
+        grad: Tensor, x: Tensor, table: Tensor, slots: Slots, wanted: tuple[bool, ...]
     ) -> list[Tensor | None]:
         size = composite.num_batch_channels(x)
-        kept = table[:, None, -size:].to(table_dtype(x.dtype))
+        kept = table[:, None, table.shape[1] - size :].to(table_dtype(x.dtype))
         rule, given = _kept_rule(batch, composite.batch_eps, kept)
         formula = algebra(rule)
 

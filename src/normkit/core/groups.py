@@ -15,7 +15,7 @@ from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.running import RunningStatistics
 from normkit.core.synchronized import normalize_part
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import pooled_kernels
+from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap
 
 
@@ -33,7 +33,7 @@ def normalize_batch(
     """
     if ranks is not None:
         return normalize_part(x, partition, running, parameters, ranks, valid)
-    kernels = pooled_kernels(x) if valid is None else None
+    kernels = operators_for(x) if valid is None else None
     if kernels is not None:
         return normalize_pooled(kernels, x, partition, running, parameters)
     segment_size = partition.segment_size(x.shape)
@@ -70,7 +70,7 @@ def _normalize_fixed(
     x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``."""
-    kernels = pooled_kernels(x)
+    kernels = operators_for(x)
     if kernels is not None:
         return normalize_given(kernels, x, partition, groups, parameters)
     tables = fixed_tables(groups, partition, x.shape, parameters)

@@ -8,7 +8,6 @@ with ``fixed_tables``; second derivatives are taken of those.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,14 +17,14 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.core.running import RunningStatistics, are_still
-from normkit.kernels import cpu, reference
-from normkit.kernels.cpu.functions import Differentiable, Gradients
+from normkit.core.running import RunningStatistics, are_still, is_movable
+from normkit.kernels import nodes, reference
+from normkit.kernels.calls import Differentiable, Gradients, Pooling, Running
 from normkit.typing import FeatureMap
 
 
 def normalize_pooled(
-    kernels: ModuleType,
+    kernels: nodes.Kernels,
     x: FeatureMap,
     partition: Partition,
     running: RunningStatistics | None,
@@ -44,10 +43,10 @@ def normalize_pooled(
         size = partition.segment_size(x.shape)
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
-    pooling = cpu.Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)
-    follower = None if running is None else _follower(running, kernels)
-    y, table = kernels.normalize_pooled(
-        x, weight, bias, pooling, follower, differentiable(formula, bias)
+    pooling = Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)
+    follower = None if running is None else _follower(running)
+    y, table = nodes.normalize_pooled(
+        kernels, x, weight, bias, pooling, follower, differentiable(formula, bias)
     )
     if running is not None and follower is None:
         mean, var = table[:, -running.mean.numel() :]
@@ -56,7 +55,7 @@ def normalize_pooled(
 
 
 def normalize_given(
-    kernels: ModuleType,
+    kernels: nodes.Kernels,
     x: FeatureMap,
     partition: Partition,
     groups: Moments,
@@ -70,31 +69,20 @@ def normalize_given(
         tables = fixed_tables(groups, partition, x.shape, Parameters(weight, bias, eps))
         return reference.apply(x, *tables, size)
 
-    return kernels.normalize_given(
-        x,
-        groups.mean[0],
-        groups.var[0],
-        weight,
-        bias,
-        partition.num_groups,
-        eps,
-        differentiable(formula, bias),
+    statistics, options = (groups.mean[0], groups.var[0]), (partition.num_groups, eps)
+    return nodes.normalize_given(
+        kernels, x, statistics, weight, bias, options, differentiable(formula, bias)
     )
 
 
-def _follower(running: RunningStatistics, kernels: ModuleType) -> cpu.Running | None:
-    """The buffers as the kernel moves them itself; None where it cannot."""
-    if running.momentum is None or not running.mean.is_contiguous():
-        return None
-    if kernels is not cpu and (torch.compiler.is_compiling() or not _is_wide(running)):
-        return None
-    return cpu.Running(running.mean, running.var, running.num_batches_tracked, running.momentum)
+def _follower(running: RunningStatistics) -> Running | None:
+    """The buffers as the kernel moves them itself; None where it cannot.
 
-
-def _is_wide(running: RunningStatistics) -> bool:
-    """Whether both buffers are of the dtypes that they are made in, and lie side by side."""
-    wide = (torch.float32, torch.float64)
-    return running.mean.dtype in wide and running.var.dtype in wide and running.var.is_contiguous()
+    While ``torch.compile`` traces, none are: a traced node must not change its inputs.
+    """
+    if running.momentum is None or torch.compiler.is_compiling() or not is_movable(running):
+        return None
+    return Running(running.mean, running.var, running.num_batches_tracked, running.momentum)
 
 
 def differentiable(formula: Callable[..., Tensor], bias: Tensor | None) -> Differentiable:

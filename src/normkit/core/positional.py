@@ -10,7 +10,6 @@ where the bars are means over channels and :math:`r = 1/\sqrt{\sigma^2 + \epsilo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from normkit.core.parameters import Parameters, empty_result
 from normkit.core.pooled import differentiable
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
-from normkit.kernels import cpu
+from normkit.kernels import nodes
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import pooled_kernels
+from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -36,22 +35,22 @@ def normalize_positions(
         return empty_result(x, *parameters[:2])
     if valid is not None:
         return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
-    kernels = pooled_kernels(x)
-    if kernels is not None and (kernels is cpu or kernels.can_hold(x)):
+    kernels = operators_for(x)
+    if kernels is not None and x.shape[1] <= kernels.MOST_CHANNELS_OF_A_POSITION:
         return _by_kernel(kernels, x, parameters)
     if needs_plain_formula():
         return _plain(x, *parameters)
     return _NormalizePositions.apply(x, *parameters)
 
 
-def _by_kernel(kernels: ModuleType, x: FeatureMap, parameters: Parameters) -> FeatureMap:
+def _by_kernel(kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters) -> FeatureMap:
     """Do all of it in the kernel; second derivatives are those of the plain formula."""
     weight, bias, eps = parameters
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    y, _ = kernels.normalize_positions(x, weight, bias, eps, differentiable(formula, bias))
+    y, _ = nodes.normalize_positions(kernels, x, weight, bias, eps, differentiable(formula, bias))
     return y
 
 

@@ -155,6 +155,12 @@ Running = RunningStatistics | RunningEstimates
 """Buffers of a layer, and how they move."""
 
 
+def is_movable(running: Running) -> bool:
+    """Whether kernels can move these buffers themselves: of wide dtypes, each in one piece."""
+    wide = (torch.float32, torch.float64)
+    return all(t.dtype in wide and t.is_contiguous() for t in (running.mean, running.var))
+
+
 def are_still() -> bool:
     """Whether a forward must leave the buffers alone.
 

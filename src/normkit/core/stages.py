@@ -41,9 +41,9 @@ from normkit.core.running import (
     is_second_look,
 )
 from normkit.core.synchronized import follow_all_
-from normkit.kernels.cpu import Composite, Kind
+from normkit.kernels.calls import Composite, Kind
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import pooled_kernels
+from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap
 
 ORDERS: dict[Order, Kind] = {
@@ -211,7 +211,7 @@ def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mix
     valid: Valid | None = None,
 ) -> FeatureMap:
     """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
-    by_itself = valid is not None or pooled_kernels(x) is None
+    by_itself = valid is not None or operators_for(x) is None
     if by_itself and not training and isinstance(running, RunningStatistics):
         # Each norm by itself: written around the input's own mean, as composites are, one infinite
         # value of the input would spread over its channel.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -145,12 +145,12 @@ def primitives(x: Tensor) -> ModuleType:
     return cpu_primitives if kernels == "cpu" else reference
 
 
-def pooled_kernels(x: Tensor) -> ModuleType | None:
-    """The module whose ``normalize_pooled`` and ``normalize_given`` take ``x``, if there is one."""
+def operators_for(x: Tensor) -> Any:  # noqa: ANN401 - see nodes.Kernels
+    """The set of kernels whose operators take ``x``; None where the formula is computed."""
     kernels = chosen(x)
     if kernels == "triton":
-        return _triton()
-    return cpu if kernels == "cpu" else None
+        return _triton().operators
+    return cpu.operators if kernels == "cpu" else None
 
 
 def require_kernels(name: str) -> Kernels:
@@ -238,7 +238,7 @@ def _why_triton_is_missing() -> str | None:
             "triton is not installed; `pip install triton` (Linux), in the version torch asks for"
         )
     try:
-        _triton().register()
+        _triton().operators.register()
     except (ImportError, RuntimeError) as error:
         return f"the Triton kernels do not load: {error}"
     return None
@@ -269,7 +269,7 @@ def transform() -> str | None:
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "the call is traced by torch.jit"
     return None
 

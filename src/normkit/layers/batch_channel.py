@@ -15,13 +15,12 @@ from normkit.core.check import (
     require_choice,
     require_update_rate,
 )
-from normkit.core.fused import is_movable
 from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
-from normkit.core.running import Recent, RunningEstimates
+from normkit.core.running import Recent, RunningEstimates, is_movable
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import InnerBatchNorm

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from kernels.cpu import definition
-from normkit.kernels import cpu
+from normkit.kernels import calls, cpu, nodes
 from normkit.kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
@@ -51,7 +51,7 @@ def test_positional_norm(shape, dtype, layout, offset):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = [x.detach().requires_grad_()]
     inputs += [t.to(wide).detach().requires_grad_() for t in (weight, bias)]
-    y, table = cpu.normalize_positions(*inputs, 1e-5)
+    y, table = nodes.normalize_positions(cpu.operators, *inputs, 1e-5)
     assert y.stride() == x.stride()
     assert_close(y, expected.to(dtype), **TOLERANCE[dtype])
     assert_close(table[0], exact[0].mean(1).flatten(), rtol=1e-6, atol=1e-5)
@@ -72,7 +72,7 @@ def test_given_statistics(shape, num_groups, layout):
     rows = x.reshape(shape[0], num_groups, -1)
     normalized = (rows - mean[:, None]) / (var[:, None] + 1e-5).sqrt()
     expected = definition.affine(normalized.reshape(shape), weight, bias)
-    y = cpu.normalize_given(x, mean, var, weight, bias, num_groups, 1e-5)
+    y = nodes.normalize_given(cpu.operators, x, (mean, var), weight, bias, (num_groups, 1e-5))
     assert_close(y, expected)
     for one, wanted in zip(
         torch.autograd.grad(y, inputs, grad),
@@ -140,16 +140,18 @@ def test_fake_kernels_tell_the_truth(layout):
         "apply": (x, table, table, table),
         "reduce_grad": (grad, x, table),
         "combine_grad": (grad, x, table, table, table, table),
-        "update_running_": (*buffers[:2], mean, mean, 9, 0.1),
     }.items():
         torch.library.opcheck(getattr(operators, name).default, arguments)
 
 
 def tiny_layers(x, weight, bias, mean, var):
-    running = cpu.Running(mean, var, None, 0.1)
-    y, _ = cpu.normalize_pooled(x, weight, bias, cpu.Pooling(6, 0, 1e-5), running)
-    y, _ = cpu.normalize_positions(y, weight, bias, 1e-5)
-    return cpu.normalize_given(y, weight.detach(), bias.detach().abs(), weight, bias, 6, 1e-5)
+    running = calls.Running(mean, var, None, 0.1)
+    y, _ = nodes.normalize_pooled(
+        cpu.operators, x, weight, bias, calls.Pooling(6, 0, 1e-5), running
+    )
+    y, _ = nodes.normalize_positions(cpu.operators, y, weight, bias, 1e-5)
+    statistics = weight.detach(), bias.detach().abs()
+    return nodes.normalize_given(cpu.operators, y, statistics, weight, bias, (6, 1e-5))
 
 
 # torch's tracer instantiates the autograd function itself
@@ -180,10 +182,11 @@ def test_export_keeps_the_operators():
 
 def test_every_instruction_set_gives_the_same(tmp_path):
     script = (
-        "import sys, torch; from normkit.kernels import cpu; cpu.require();"
+        "import sys, torch; from normkit.kernels import calls, cpu, nodes; cpu.require();"
         "x = torch.randn(3, 20, 5, 7, generator=torch.Generator().manual_seed(0));"
         "out = [cpu.instruction_set().encode()];"
-        "results = [cpu.normalize_pooled(x.to(d), None, None, cpu.Pooling(4, 1, 1e-5))[0].float()"
+        "call = nodes.normalize_pooled; pooling = calls.Pooling(4, 1, 1e-5);"
+        "results = [call(cpu.operators, x.to(d), None, None, pooling)[0].float()"
         " for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)];"
         "torch.save(torch.stack(results), sys.argv[1]); print(cpu.instruction_set())"
     )

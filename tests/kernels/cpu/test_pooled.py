@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from kernels.cpu import definition
-from normkit.kernels import cpu
+from normkit.kernels import calls, cpu, nodes
+
+
+def pooled(*arguments):
+    return nodes.normalize_pooled(cpu.operators, *arguments)
+
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 
@@ -73,9 +78,9 @@ def check(shape, dtype, layout, grouping, affine=True):
     if affine:
         inputs += [t.to(parameter_dtype(dtype)).requires_grad_() for t in (weight, bias)]
     padded = [*inputs, None, None][:3]
-    pooling = cpu.Pooling(*grouping, 1e-5)
-    result, table = cpu.normalize_pooled(*padded, pooling)
-    tables = cpu.split_table(table, x, pooling)
+    pooling = calls.Pooling(*grouping, 1e-5)
+    result, table = pooled(*padded, pooling)
+    tables = calls.split_table(table, x.shape[1], pooling)
     assert result.dtype == dtype
     assert result.stride() == x.stride()
     tolerance = TOLERANCE[dtype]
@@ -131,7 +136,7 @@ def test_a_large_offset_costs_no_more_than_the_rounding_of_x(grouping, layout):
     y, _, _ = definition.normalize(*exact, *grouping)
     expected = torch.autograd.grad(y, exact, grad.double())
     inputs = [t.float().detach().requires_grad_() for t in (x, weight, bias)]
-    result, _ = cpu.normalize_pooled(*inputs, cpu.Pooling(*grouping, 1e-5))
+    result, _ = pooled(*inputs, calls.Pooling(*grouping, 1e-5))
     near(result, y.detach(), 1e-6)
     for actual, one in zip(torch.autograd.grad(result, inputs, grad), expected, strict=True):
         near(actual, one, 1e-6)
@@ -144,7 +149,7 @@ def test_a_large_offset_costs_no_more_than_the_rounding_of_x(grouping, layout):
 def test_an_outlier_at_the_pivot_does_not_spoil_the_variance(outlier):
     x = torch.randn(1, 1, 1000, 1000, generator=torch.Generator().manual_seed(0))
     x[0, 0, 0, 0] = outlier
-    _, table = cpu.normalize_pooled(x, None, None, cpu.Pooling(1, 0, 1e-5))
+    _, table = pooled(x, None, None, calls.Pooling(1, 0, 1e-5))
     assert_close(table[1], x.double().var(correction=0)[None], rtol=2e-3, atol=0)
 
 
@@ -152,8 +157,10 @@ def test_an_outlier_at_the_pivot_does_not_spoil_the_variance(outlier):
 def test_an_empty_map_gives_empty_results_and_zero_gradients(shape):
     x = torch.randn(shape, requires_grad=True)
     weight, bias = (torch.ones(shape[1], requires_grad=True) for _ in range(2))
-    running = cpu.Running(torch.zeros(2), torch.ones(2), torch.tensor(0), 0.1)
-    y, _ = cpu.normalize_pooled(x, weight, bias, cpu.Pooling(2, 0, 1e-5), running)
+    running = calls.Running(torch.zeros(2), torch.ones(2), torch.tensor(0), 0.1)
+    y, _ = nodes.normalize_pooled(
+        cpu.operators, x, weight, bias, calls.Pooling(2, 0, 1e-5), running
+    )
     dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert y.shape == dx.shape == torch.Size(shape)
     assert not dweight.any()
@@ -167,11 +174,11 @@ def test_an_empty_map_gives_empty_results_and_zero_gradients(shape):
 @pytest.mark.parametrize("shape", [(5, 6, 4, 6), (9, 6, 2, 2)], ids=str)
 def test_channel_statistics_are_those_of_the_whole_batch(shape, grouping, layout):
     x, *_ = draw(shape, torch.float32, layout, offset=3)
-    pooling = cpu.Pooling(*grouping, 1e-5, True)
-    running = cpu.Running(torch.zeros(6), torch.ones(6), torch.tensor(4), 0.25)
-    _, table = cpu.normalize_pooled(x, None, None, pooling, running)
+    pooling = calls.Pooling(*grouping, 1e-5, True)
+    running = calls.Running(torch.zeros(6), torch.ones(6), torch.tensor(4), 0.25)
+    _, table = pooled(x, None, None, pooling, running)
     values = x.double().movedim(1, 0).reshape(6, -1)
-    tables = cpu.split_table(table, x, pooling)
+    tables = calls.split_table(table, x.shape[1], pooling)
     near(tables.channel_mean, values.mean(1), 1e-6)
     near(tables.channel_var, values.var(1, correction=0), 1e-6)
     assert_close(running.mean, 0.25 * values.mean(1).float())
@@ -183,8 +190,8 @@ def test_running_statistics_of_batch_norm_are_those_of_torch():
     x, *_ = draw((4, 6, 3, 5), torch.float32)
     theirs = torch.nn.BatchNorm2d(6)
     theirs(x)
-    running = cpu.Running(torch.zeros(6), torch.ones(6), torch.tensor(0), 0.1)
-    cpu.normalize_pooled(x, None, None, cpu.Pooling(6, 0, 1e-5), running)
+    running = calls.Running(torch.zeros(6), torch.ones(6), torch.tensor(0), 0.1)
+    pooled(x, None, None, calls.Pooling(6, 0, 1e-5), running)
     assert_close(running.mean, theirs.running_mean)
     assert_close(running.var, theirs.running_var)
 
@@ -200,7 +207,9 @@ def test_threads_change_rounding_only_and_repetition_nothing(grouping, layout):
         torch.set_num_threads(threads)
         try:
             inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-            y, table = cpu.normalize_pooled(*inputs, cpu.Pooling(*grouping, 1e-5))
+            y, table = nodes.normalize_pooled(
+                cpu.operators, *inputs, calls.Pooling(*grouping, 1e-5)
+            )
             return [y.detach(), table, *torch.autograd.grad(y, inputs, grad)]
         finally:
             torch.set_num_threads(before)
@@ -214,7 +223,7 @@ def test_threads_change_rounding_only_and_repetition_nothing(grouping, layout):
 def test_a_strided_map_or_gradient_is_copied_not_misread():
     x = torch.randn(4, 6, 8, 10, dtype=torch.float64)[:, ::2, 1:, ::3].requires_grad_()
     expected, _, _ = definition.normalize(x, None, None, 3, 0)
-    y, _ = cpu.normalize_pooled(x, None, None, cpu.Pooling(3, 0, 1e-5))
+    y, _ = pooled(x, None, None, calls.Pooling(3, 0, 1e-5))
     assert_close(y, expected)
     grad = torch.ones(()).double().expand_as(y)
     assert_close(
@@ -231,14 +240,14 @@ def test_each_gradient_alone():
     expected = torch.autograd.grad(definition.normalize(*sources, 4, 0)[0], sources, grad)
     for index, one in enumerate(expected):
         inputs = [t.detach().requires_grad_(i == index) for i, t in enumerate(sources)]
-        y, _ = cpu.normalize_pooled(*inputs, cpu.Pooling(4, 0, 1e-5))
+        y, _ = pooled(*inputs, calls.Pooling(4, 0, 1e-5))
         assert_close(torch.autograd.grad(y, inputs[index], grad)[0], one)
 
 
 def test_a_gradient_has_its_parameters_dtype():
     x = torch.randn(2, 4, 3, 3, dtype=torch.bfloat16)
     weight, bias = (torch.ones(4, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    y, _ = cpu.normalize_pooled(x, weight, bias, cpu.Pooling(4, 0, 1e-5))
+    y, _ = pooled(x, weight, bias, calls.Pooling(4, 0, 1e-5))
     grads = torch.autograd.grad(y.float().square().sum(), (weight, bias))
     assert [g.dtype for g in grads] == [torch.bfloat16] * 2
 
@@ -248,13 +257,13 @@ def test_nothing_but_the_input_and_tables_is_kept():
     weight, bias = (torch.ones(8, requires_grad=True) for _ in range(2))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        cpu.normalize_pooled(x, weight, bias, cpu.Pooling(8, 0, 1e-5))
+        pooled(x, weight, bias, calls.Pooling(8, 0, 1e-5))
     assert sum(t.numel() for t in kept if t.data_ptr() != x.data_ptr()) <= 8 + 2 * 8
 
 
 def test_a_second_derivative_is_refused_or_routed():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    y, _ = cpu.normalize_pooled(x, None, None, cpu.Pooling(4, 0, 1e-5))
+    y, _ = pooled(x, None, None, calls.Pooling(4, 0, 1e-5))
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
@@ -263,7 +272,9 @@ def test_a_second_derivative_is_refused_or_routed():
         return *torch.autograd.grad(plain, x, grad, create_graph=True), None, None
 
     def normalized(x):
-        return cpu.normalize_pooled(x, None, None, cpu.Pooling(4, 0, 1e-5), None, differentiable)[0]
+        return nodes.normalize_pooled(
+            cpu.operators, x, None, None, calls.Pooling(4, 0, 1e-5), None, differentiable
+        )[0]
 
     assert torch.autograd.gradcheck(normalized, x)
     assert torch.autograd.gradgradcheck(normalized, x)
@@ -279,6 +290,10 @@ def test_a_second_derivative_is_refused_or_routed():
 def test_what_the_operator_cannot_take_is_refused(arguments, message):
     shape, num_groups, examples = arguments
     with pytest.raises(RuntimeError, match=message):
-        cpu.normalize_pooled(torch.ones(shape), None, None, cpu.Pooling(num_groups, examples, 0.0))
+        nodes.normalize_pooled(
+            cpu.operators, torch.ones(shape), None, None, calls.Pooling(num_groups, examples, 0.0)
+        )
     with pytest.raises(RuntimeError, match="take float32, float64, bfloat16 and float16"):
-        cpu.normalize_pooled(torch.ones(2, 2).int(), None, None, cpu.Pooling(1, 0, 0.0))
+        nodes.normalize_pooled(
+            cpu.operators, torch.ones(2, 2).int(), None, None, calls.Pooling(1, 0, 0.0)
+        )

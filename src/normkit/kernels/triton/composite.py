@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normkit.kernels.cpu.composite import Batch, Buffers, Composite, Options, Slots
-from normkit.kernels.cpu.kinds import BatchSource, Kind
+from normkit.kernels.calls import Batch, BatchSource, Buffers, Options, Slots
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import composite_tables, passes
 from normkit.kernels.triton.composite_tables import Call, Known, Source
@@ -20,41 +19,22 @@ from normkit.kernels.triton.passes import Follower, Table
 MOST_CHANNELS = 4096  # of a group, which one program holds
 
 
-def can_compute(x: Tensor, composite: Composite) -> bool:
-    """Whether these kernels compute a composite on a map."""
-    return composite.kind == Kind.HALVES or x.shape[1] <= MOST_CHANNELS
-
-
 def forward(
     x: Tensor, parameters: Slots, options: Options, buffers: Buffers
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise; running statistics move in the kernels.
-
-    Returns:
-        ``y``, the table of moments, and means and variances ``(2, N * G)`` of groups that come
-        before the batch, else ``(2, 0)``.
-    """
+) -> tuple[Tensor, Tensor]:
+    """``y`` and the table of moments; running statistics move in the kernels."""
     composite, batch = options
     y = result_like(x)
     maps = Map.of(x), Map.of(y)
     grouping = Grouping.of(x, x.shape[1], 1)
     layout = Layout.of(grouping, *maps)
-    num_cells = grouping.N * grouping.C + composite.num_batch_channels(x)
-    num_groups = num_kept_groups(x, composite)
-    groups = x.new_empty((2, num_groups), dtype=torch.float64)
-    known = Known.of(x.new_empty((2, num_cells), dtype=torch.float64), groups, x)
+    known = Known.of(composite, x)
     source = _measure(maps[0], known, batch, buffers)
     scale, center = known.mean.new_empty((2, *known.mean.shape)).unbind()
     call = Call.of(composite, batch, grouping, parameters)
     composite_tables.forward(call, known, source, (scale, center))
-    _count_change(source.follower)
     passes.apply_segments(*maps, layout, (_rows(known.mean), _rows(scale), _rows(center)))
-    return y, known.table, groups
-
-
-def num_kept_groups(x: Tensor, composite: Composite) -> int:
-    """Groups whose statistics backward reads."""
-    return x.shape[0] * composite.num_groups if composite.kind == Kind.GROUP_FIRST else 0
+    return y, known.table
 
 
 def _measure(x: Map, known: Known, batch: Batch, buffers: Buffers) -> Source:
@@ -85,17 +65,10 @@ def _rows(table: Tensor) -> Table:
     return Table(table, table.shape[1])
 
 
-def _count_change(follower: Follower | None) -> None:
-    """Tell autograd of buffers that a kernel has moved."""
-    for buffer in () if follower is None else (follower.mean, follower.var, follower.counter):
-        if buffer is not None:
-            torch.autograd.graph.increment_version(buffer)
-
-
 def backward(
     grad: Tensor,
     x: Tensor,
-    kept: tuple[Tensor, Tensor],
+    table: Tensor,
     parameters: Slots,
     options: Options,
     wanted: int,
@@ -105,7 +78,7 @@ def backward(
     maps = Map.of(grad), Map.of(x), Map.of(dx)
     grouping = Grouping.of(x, x.shape[1], 1)
     layout = Layout.of(grouping, *maps)
-    known = Known.of(*kept, x)
+    known = Known.of(options[0], x, table)
     parts = passes.reduce(maps[0], maps[1], layout, _rows(known.mean))
     sums = passes.sum_rows(parts.first, parts.second, parts.stream.splits)
     call = Call.of(*options, grouping, parameters)

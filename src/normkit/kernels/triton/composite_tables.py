@@ -11,8 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from normkit.kernels.cpu.composite import Batch, Composite, Slots
-from normkit.kernels.cpu.kinds import BatchSource, Kind
+from normkit.kernels.calls import Batch, BatchSource, Composite, Kind, Slots
 from normkit.kernels.triton import (
     algebra,
     algebra_first,
@@ -30,10 +29,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Known(NamedTuple):
-    """What a forward pass knows, float64: a table ``(2, N * C + B)`` and its parts.
+    """What a forward pass knows, float64: the operator's table and its parts.
 
-    Means and variances of channels are ``(N, C)``; of what the batch stage took ``(2, B)``; of
-    groups that come first ``(2, N * G)``, else ``(2, 0)``.
+    Means and variances of channels are ``(N, C)``; of groups that come before the batch
+    ``(2, N * G)``, else ``(2, 0)``; of what the batch stage took ``(2, B)``.
     """
 
     table: Tensor
@@ -43,11 +42,19 @@ class Known(NamedTuple):
     groups: Tensor
 
     @classmethod
-    def of(cls, table: Tensor, groups: Tensor, x: Tensor) -> Self:
-        """The parts of a map's table, beside the groups."""
+    def of(cls, composite: Composite, x: Tensor, table: Tensor | None = None) -> Self:
+        """The parts of a map's table, or of a new one."""
         shape = (x.shape[0], x.shape[1])
-        cells, batch = table.tensor_split((math.prod(shape),), dim=1)
-        mean, var = cells.view(2, *shape).unbind()
+        is_first = composite.kind == Kind.GROUP_FIRST
+        sizes = (
+            math.prod(shape),
+            x.shape[0] * composite.num_groups if is_first else 0,
+            composite.num_batch_channels(x),
+        )
+        if table is None:
+            table = x.new_empty((2, sum(sizes)), dtype=torch.float64)
+        cells, groups, batch = table.split(sizes, dim=1)
+        mean, var = cells.unflatten(1, shape).unbind()
         return cls(table, mean, var, batch, groups)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from normkit.kernels.cpu.shapes import is_dense
+from normkit.kernels.operators import is_dense
 
 LARGEST_INT32 = 2**31 - 1
 MOST_ALIGNED = 16  # what triton finds out about numbers by itself

@@ -1,29 +1,37 @@
-"""The kernels as torch operators ``torch.ops.normkit_triton.*``, which ``torch.compile`` keeps.
+"""The operators of ``kernels.operators`` on a GPU: a function for each, in its words.
 
-Shapes and dtypes of their results are those of the C++ operators of the same names; composites
-return the statistics of groups beside them.
+Called directly they cost less than by way of torch; ``register`` lets torch call them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit.kernels.cpu import shapes
-from normkit.kernels.cpu.composite import Batch, Buffers, Composite, Options, Slots
-from normkit.kernels.cpu.functions import Pooling
-from normkit.kernels.cpu.kinds import BatchSource, Kind
+from normkit.kernels.calls import (
+    Batch,
+    BatchSource,
+    Buffers,
+    Composite,
+    Kind,
+    Options,
+    Pooling,
+    Slots,
+)
+from normkit.kernels.operators import NAMESPACE, SCHEMAS, define
+from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import composite as composites
-from normkit.kernels.triton import pooled, positional
+from normkit.kernels.triton import pooled, positional, primitives
 from normkit.kernels.triton.launch import INTERPRETED
-from normkit.kernels.triton.passes import Statistics
+from normkit.kernels.triton.passes import Follower, Statistics
 from normkit.kernels.triton.pooled import Results, Wanted
 
-NAMESPACE = "normkit_triton"
+MOST_CHANNELS_OF_A_POSITION = positional.MOST_CHANNELS
+MOST_CHANNELS_OF_A_GROUP = composites.MOST_CHANNELS
+"""Which a program holds; beyond, the layers compute their formula."""
 
 
 def pooled_forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
@@ -34,10 +42,19 @@ def pooled_forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in
     examples_per_group: int,
     eps: float,
     channel_statistics: bool,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Normalise by the statistics of ``x``'s own groups: ``y`` and the statistics."""
+    follower = None
+    if running_mean is not None and running_var is not None:
+        follower = Follower(running_mean, running_var, num_batches_tracked, momentum)
     pooling = Pooling(num_groups, examples_per_group, eps, channel_statistics)
-    return pooled.forward(x, (weight, bias), pooling, None)
+    result = pooled.forward(x, (weight, bias), pooling, follower)
+    count_change(follower)
+    return result
 
 
 def pooled_backward(  # noqa: PLR0913, PLR0917
@@ -105,82 +122,70 @@ def positional_backward(  # noqa: PLR0913, PLR0917
     return positional.backward(grad, x, weight, eps, (need_weight, need_bias))
 
 
-def composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
-    """Normalise by a composite: ``y``, the statistics, and those of groups that come first."""
-    *composite, given_mean, given_var = arguments
-    return composites.forward(x, *_composite(*composite), Buffers(given_mean, given_var))
+def composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Normalise by a composite: ``y`` and the statistics."""
+    composite, buffers = arguments[:10], Buffers(*arguments[10:])
+    return composites.forward(x, *_composite(*composite), buffers)
 
 
 def composite_backward(
     grad: Tensor,
     x: Tensor,
     table: Tensor,
-    groups: Tensor,
     *arguments: Any,  # noqa: ANN401
 ) -> tuple[Tensor, ...]:
     """Gradients of x and of the parameters that are wanted."""
     *composite, wanted = arguments
-    return composites.backward(grad, x, (table, groups), *_composite(*composite), wanted)
+    return composites.backward(grad, x, table, *_composite(*composite), wanted)
 
 
 def _composite(kind: int, *arguments: Any) -> tuple[Slots, Options]:  # noqa: ANN401
-    """Read what ``flat`` has written."""
+    """Read what ``calls.flat`` has written."""
     first, second, third, fourth, num_groups, batch_eps, group_eps, source, rate = arguments
     composite = Composite(Kind(kind), num_groups, batch_eps, group_eps)
     return (first, second, third, fourth), (composite, Batch(BatchSource(source), rate))
 
 
-_POOLING = "int num_groups, int examples_per_group, float eps"
-_NEEDS = "bool need_weight, bool need_bias"
-_SLOTS = "Tensor? first, Tensor? second, Tensor? third, Tensor? fourth"
-_COMPOSITE = (
-    f"int kind, {_SLOTS}, int num_groups, float batch_eps, float group_eps, int batch_source, "
-    "float rate"
-)
-SCHEMAS: dict[Callable[..., object], str] = {
-    pooled_forward: f"(Tensor x, Tensor? weight, Tensor? bias, {_POOLING}, "
-    "bool channel_statistics) -> (Tensor, Tensor)",
-    pooled_backward: f"(Tensor grad, Tensor x, Tensor table, Tensor? weight, {_POOLING}, {_NEEDS})"
-    " -> (Tensor, Tensor, Tensor)",
-    evaluate_forward: "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    "int num_groups, float eps) -> Tensor",
-    evaluate_backward: "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
-    f"int num_groups, float eps, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
-    positional_forward: "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    positional_backward: "(Tensor grad, Tensor x, Tensor table, Tensor? weight, float eps, "
-    f"{_NEEDS}) -> (Tensor, Tensor, Tensor)",
-    composite_forward: f"(Tensor x, {_COMPOSITE}, Tensor? given_mean, Tensor? given_var) "
-    "-> (Tensor, Tensor, Tensor)",
-    composite_backward: f"(Tensor grad, Tensor x, Tensor table, Tensor groups, {_COMPOSITE}, "
-    "int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
+def moments(x: Tensor, segment_size: int, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every segment."""
+    mean, var = primitives.moments(x, segment_size)
+    dtype = torch.float64 if wide else table_dtype(x.dtype)
+    return mean.to(dtype, copy=True), var.to(dtype, copy=True)  # results share no memory
 
 
-def _composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    _, (composite, _) = _composite(*arguments[:-2])
-    groups = x.new_empty((2, composites.num_kept_groups(x, composite)), dtype=torch.float64)
-    return *shapes.composite_forward(x, *arguments), groups
+def apply(x: Tensor, mean: Tensor, scale: Tensor, center: Tensor) -> Tensor:
+    """``scale * (x - mean) + center``, segment by segment."""
+    return primitives.apply(x, mean, scale, center, _segment_size(x, mean))
 
 
-def _composite_backward(
-    grad: Tensor,
-    x: Tensor,
-    table: Tensor,
-    groups: Tensor,
-    *arguments: Any,  # noqa: ANN401
-) -> tuple[Tensor, ...]:
-    return shapes.composite_backward(grad, x, table, *arguments)
+def reduce_grad(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum(grad)`` and ``sum(grad * (x - mean))`` of every segment."""
+    first, second = primitives.reduce_grad(grad, x, mean, _segment_size(x, mean))
+    return first.clone(), second.clone()
 
 
-_SHAPES = {composite_forward: _composite_forward, composite_backward: _composite_backward}
-"""Of the results, where C++'s operators have others."""
+def combine_grad(
+    grad: Tensor, x: Tensor, mean: Tensor, k1: Tensor, k2: Tensor, k3: Tensor
+) -> Tensor:
+    """``k1 * grad + k2 * (x - mean) + k3``."""
+    return primitives.combine_grad(grad, x, mean, (k1, k2, k3), _segment_size(x, mean))
+
+
+def _segment_size(x: Tensor, table: Tensor) -> int:
+    return x[0].numel() // table.shape[1]
+
+
+def count_change(follower: Follower | None) -> None:
+    """Tell autograd of buffers that a kernel has moved; it does not see kernels write."""
+    for buffer in () if follower is None else (follower.mean, follower.var, follower.counter):
+        if buffer is not None:
+            torch.autograd.graph.increment_version(buffer)
 
 
 @cache
 def register() -> None:
-    """Tell torch of the operators; once."""
-    for function, schema in SCHEMAS.items():
-        name = f"{NAMESPACE}::{function.__name__}"
-        torch.library.define(name, schema)
-        torch.library.impl(name, "cpu" if INTERPRETED else "cuda", function)
-        shapes.register_one(name, _SHAPES.get(function))
+    """Let torch call these kernels for tensors on a GPU; once."""
+    define()
+    for name in SCHEMAS:
+        device = "cpu" if INTERPRETED else "cuda"
+        torch.library.impl(f"{NAMESPACE}::{name}", device, globals()[name])

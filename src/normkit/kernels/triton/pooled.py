@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.kernels.cpu.functions import Pooling
+from normkit.kernels.calls import Pooling
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
 from normkit.kernels.triton.geometry import (

@@ -42,11 +42,6 @@ class _Blocks(NamedTuple):
         return min(max(self.BC * self.BP // 512, 1), 16)
 
 
-def can_hold(x: Tensor) -> bool:
-    """Whether a program holds all channels of a position."""
-    return x.shape[1] <= MOST_CHANNELS
-
-
 def _constants(blocks: _Blocks, *maps: Map) -> Constants:
     wide = any(m.is_wide for m in maps)
     acc = accumulator(maps[0].tensor.dtype)

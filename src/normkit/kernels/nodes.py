@@ -1,0 +1,291 @@
+"""The operators with their gradients: one autograd node each, keeping ``x`` and tables.
+
+A set of kernels is a module or an object with a function for each operator of
+``operators.SCHEMAS``. While ``torch.compile`` traces, and for tensors that only stand for others,
+the registered operator is called instead, and torch finds the kernels by the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normkit.kernels.calls import (
+    Buffers,
+    CellTable,
+    Differentiable,
+    DifferentiableComposite,
+    Gradients,
+    MomentTable,
+    Options,
+    Pooling,
+    Running,
+    Slots,
+    flat,
+)
+from normkit.typing import FeatureMap, PerChannel
+
+Kernels = Any
+"""A set of kernels; None for the registered operators."""
+PLAIN = (Tensor, nn.Parameter)
+
+
+def _direct(kernels: Kernels, x: Tensor) -> Kernels:
+    """The set itself where ``x`` has memory of its own and nothing traces."""
+    return None if torch.compiler.is_compiling() or type(x) not in PLAIN else kernels
+
+
+def _operator(kernels: Kernels, name: str) -> Callable[..., Any]:
+    if kernels is None:
+        return getattr(torch.ops.normkit, name).default
+    return getattr(kernels, name)
+
+
+def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its search for functorch's tensors, a third of a node's time.
+
+    Callers have asked ``kernels.select``, which never sends a ``torch.func`` transform here.
+    """
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    """Whether autograd is to record: without, the node and its Python are saved."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in inputs)
+
+
+def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+    kernels: Kernels,
+    x: FeatureMap,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    pooling: Pooling,
+    running: Running | None = None,
+    differentiable: Differentiable | None = None,
+) -> tuple[FeatureMap, CellTable]:
+    r"""Normalise by the statistics of ``x``'s own groups; ``running`` follows them in place.
+
+    .. math::  y = w_c (x - \mu) / \sqrt{\sigma^2 + \epsilon} + b_c
+
+    Args:
+        kernels: The set of kernels.
+        x: Feature map ``(N, C, *S)``.
+        weight: Scale of each channel, ``(C,)``.
+        bias: Shift of each channel, ``(C,)``.
+        pooling: The groups.
+        running: Buffers to move towards the batch's statistics, the variance's unbiased. None while
+            ``torch.compile`` traces: a traced node must not change its inputs.
+        differentiable: Makes the gradients when a backward pass is itself differentiated.
+
+    Returns:
+        ``y`` in the dtype and layout of ``x``, and the table of statistics, without a gradient.
+    """
+    kernels = _direct(kernels, x)
+    if needs_gradient(x, weight, bias):
+        record = _Pooled.apply if torch.compiler.is_compiling() else _RECORD_POOLED
+        return record(x, weight, bias, pooling, running, differentiable, kernels)
+    return _operator(kernels, "pooled_forward")(x, weight, bias, *pooling, *(running or ()))
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        x: Tensor,
+        *arguments: Any,  # noqa: ANN401 - of normalize_pooled, in its order
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias, pooling, running, differentiable, kernels = arguments
+        operator = _operator(kernels, "pooled_forward")
+        y, table = operator(x, weight, bias, *pooling, *(running or ()))
+        _keep(ctx, (x, weight, bias), table, differentiable)
+        ctx.options, ctx.kernels = pooling[:3], kernels
+        return y, table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        return *_three_gradients(ctx, grads[0], "pooled_backward"), None, None, None, None
+
+
+def normalize_given(  # noqa: PLR0913, PLR0917
+    kernels: Kernels,
+    x: FeatureMap,
+    statistics: tuple[Tensor, Tensor],
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    options: tuple[int, float],
+    differentiable: Differentiable | None = None,
+) -> FeatureMap:
+    """Normalise by given statistics ``(G,)``, which get no gradient: evaluation, frozen layers.
+
+    ``options`` are the number of groups and ``eps``.
+    """
+    kernels = _direct(kernels, x)
+    if needs_gradient(x, weight, bias):
+        record = _Given.apply if torch.compiler.is_compiling() else _RECORD_GIVEN
+        return record(x, weight, bias, statistics, options, differentiable, kernels)
+    return _operator(kernels, "evaluate_forward")(x, *statistics, weight, bias, *options)
+
+
+class _Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:  # noqa: ANN401
+        weight, bias, statistics, options, differentiable, kernels = arguments
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.options, ctx.kernels, ctx.differentiable = options, kernels, differentiable
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _operator(kernels, "evaluate_forward")(x, *statistics, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        return *_three_gradients(ctx, grads[0], "evaluate_backward"), None, None, None, None
+
+
+def normalize_positions(
+    kernels: Kernels,
+    x: FeatureMap,
+    weight: PerChannel | None,
+    bias: PerChannel | None,
+    eps: float,
+    differentiable: Differentiable | None = None,
+) -> tuple[FeatureMap, CellTable]:
+    """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
+    kernels = _direct(kernels, x)
+    if needs_gradient(x, weight, bias):
+        record = _Positional.apply if torch.compiler.is_compiling() else _RECORD_POSITIONAL
+        return record(x, weight, bias, eps, differentiable, kernels)
+    return _operator(kernels, "positional_forward")(x, weight, bias, eps)
+
+
+class _Positional(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        weight, bias, eps, differentiable, kernels = arguments
+        y, table = _operator(kernels, "positional_forward")(x, weight, bias, eps)
+        _keep(ctx, (x, weight, bias), table, differentiable)
+        ctx.options, ctx.kernels = (eps,), kernels
+        return y, table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        return *_three_gradients(ctx, grads[0], "positional_backward"), None, None, None
+
+
+def normalize_composite(
+    kernels: Kernels,
+    x: FeatureMap,
+    parameters: Slots,
+    options: Options,
+    buffers: Buffers,
+    differentiable: DifferentiableComposite,
+) -> tuple[FeatureMap, MomentTable]:
+    """Normalise by a composite of norms; running statistics move in place.
+
+    Args:
+        kernels: The set of kernels.
+        x: Feature map ``(N, C, *S)``, not empty.
+        parameters: In the order of the composite's kind.
+        options: What is computed, and where the batch stage's statistics come from.
+        buffers: The batch stage's. None are running while ``torch.compile`` traces.
+        differentiable: Makes the gradients when a backward pass is itself differentiated.
+
+    Returns:
+        ``y`` in the dtype and layout of ``x``, and the table of moments, without a gradient.
+    """
+    kernels = _direct(kernels, x)
+    if needs_gradient(x, *parameters):
+        record = _Composite.apply if torch.compiler.is_compiling() else _RECORD_COMPOSITE
+        return record(x, *parameters, options, buffers, differentiable, kernels)
+    return _operator(kernels, "composite_forward")(x, *flat(parameters, options), *buffers)
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        *parameters, options, buffers, differentiable, kernels = arguments
+        first, second, third, fourth = parameters
+        composite = flat((first, second, third, fourth), options)
+        y, table = _operator(kernels, "composite_forward")(x, *composite, *buffers)
+        ctx.save_for_backward(x, *parameters, table)
+        ctx.options, ctx.differentiable, ctx.kernels = options, differentiable, kernels
+        ctx.mark_non_differentiable(table)
+        ctx.set_materialize_grads(False)
+        return y, table
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        if grads[0] is None:
+            return (None,) * 9
+        return *_composite_gradients(ctx, grads[0]), None, None, None, None
+
+
+def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
+    x, first, second, third, fourth, table = ctx.saved_tensors
+    parameters = (first, second, third, fourth)
+    wanted = ctx.needs_input_grad[:5]
+    if torch.is_grad_enabled():
+        return ctx.differentiable(grad, x, table, parameters, wanted)
+    _, *wants = wanted
+    bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
+    operator = _operator(_direct(ctx.kernels, grad), "composite_backward")
+    dx, *found = operator(grad, x, table, *flat(parameters, ctx.options), bits)
+    gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
+    return [dx if wanted[0] else None, *gradients]
+
+
+def _as_parameter(gradient: Tensor, parameter: Tensor | None, want: bool) -> Tensor | None:
+    if parameter is None or not want:
+        return None
+    shaped = gradient if parameter.ndim == 1 else gradient.view(parameter.shape)
+    return _cast(shaped, parameter.dtype)
+
+
+_RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL, _RECORD_COMPOSITE = map(
+    _recorder, (_Pooled, _Given, _Positional, _Composite)
+)
+
+
+def _keep(
+    ctx: Any,  # noqa: ANN401
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    table: Tensor,
+    differentiable: Differentiable | None,
+) -> None:
+    """Keep what ``_three_gradients`` reads, and say that the table has no gradient."""
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight, table)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.differentiable = differentiable
+    ctx.mark_non_differentiable(table)
+    ctx.set_materialize_grads(False)
+
+
+def _three_gradients(ctx: Any, grad: Tensor | None, name: str) -> Gradients:  # noqa: ANN401
+    """Gradients of x, weight and bias, in the parameters' dtypes; None where not wanted."""
+    if grad is None:
+        return None, None, None
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    x, weight, *tables = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        if ctx.differentiable is None:
+            raise NotImplementedError(
+                "this backward pass of normkit's kernels cannot be differentiated again; "
+                "choose the reference kernels for second derivatives"
+            )
+        return ctx.differentiable(grad, x, weight, (wants_x, wants_weight, wants_bias))
+    operator = _operator(_direct(ctx.kernels, grad), name)
+    dx, dweight, dbias = operator(grad, x, *tables, weight, *ctx.options, wants_weight, wants_bias)
+    return (
+        dx if wants_x else None,
+        _cast(dweight, weight.dtype) if wants_weight else None,
+        _cast(dbias, ctx.bias_dtype) if wants_bias else None,
+    )
+
+
+def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient.to(dtype)`` without the microseconds of a call that changes nothing."""
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)

@@ -1,0 +1,187 @@
+"""``torch.ops.normkit.*``: one schema and one description of the results for each operator.
+
+C++ computes them on the CPU (``csrc/library.cpp``), Triton on a GPU (``triton/operators.py``); what
+``torch.compile``, ``torch.export`` and meta tensors need to know of them is here.
+
+``x`` and ``grad`` are feature maps ``(N, C, *S)``, ``weight`` and ``bias`` have a value for each
+channel. Statistics groups are ``num_groups`` equal runs of the flat ``(C, *S)`` axis times runs
+of ``examples_per_group`` consecutive examples (0: all). Results share the strides of ``x``. Tables
+are float64, means above biased variances. Running statistics move inside of the operator, which
+saves calls on tiny maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normkit.kernels.calls import Kind
+
+NAMESPACE = "normkit"
+
+_POOLING = "int num_groups, int examples_per_group, float eps"
+_NEEDS = "bool need_weight, bool need_bias"
+_THREE = "(Tensor dx, Tensor dweight, Tensor dbias)"
+_MOVED = (
+    "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
+    "Tensor(c!)? num_batches_tracked=None"
+)
+_COMPOSITE = (
+    "int kind, Tensor? first, Tensor? second, Tensor? third, Tensor? fourth, int num_groups, "
+    "float batch_eps, float group_eps, int batch_source, float rate"
+)
+SCHEMAS = {
+    "pooled_forward": f"(Tensor x, Tensor? weight, Tensor? bias, {_POOLING}, "
+    f"bool channel_statistics, {_MOVED}, float momentum=0.0) -> (Tensor y, Tensor table)",
+    "pooled_backward": f"(Tensor grad, Tensor x, Tensor table, Tensor? weight, {_POOLING}, "
+    f"{_NEEDS}) -> {_THREE}",
+    "evaluate_forward": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+    "int num_groups, float eps) -> Tensor y",
+    "evaluate_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+    f"int num_groups, float eps, {_NEEDS}) -> {_THREE}",
+    "positional_forward": "(Tensor x, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor y, Tensor table)",
+    "positional_backward": "(Tensor grad, Tensor x, Tensor table, Tensor? weight, float eps, "
+    f"{_NEEDS}) -> {_THREE}",
+    "composite_forward": f"(Tensor x, {_COMPOSITE}, Tensor? given_mean=None, "
+    f"Tensor? given_var=None, {_MOVED}) -> (Tensor y, Tensor table)",
+    "composite_backward": f"(Tensor grad, Tensor x, Tensor table, {_COMPOSITE}, int wanted) "
+    "-> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dthird, Tensor dfourth)",
+    "moments": "(Tensor x, int segment_size, bool wide=False) -> (Tensor mean, Tensor var)",
+    "apply": "(Tensor x, Tensor mean, Tensor scale, Tensor center) -> Tensor y",
+    "reduce_grad": "(Tensor grad, Tensor x, Tensor mean) "
+    "-> (Tensor grad_sum, Tensor grad_product_sum)",
+    "combine_grad": "(Tensor grad, Tensor x, Tensor mean, Tensor k1, Tensor k2, Tensor k3) "
+    "-> Tensor dx",
+}
+
+
+@cache
+def define() -> None:
+    """Tell torch of the operators; once, before kernels are registered for them."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(_FAKES[name]))
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a real call that came here because one of its tensors is on the meta device."""
+
+    def checked(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the operator takes and returns
+        devices = {a.device for a in arguments if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"all tensors of a call are on one device; these are on "
+                f"{', '.join(sorted(map(str, devices)))}; move the layer or the input with "
+                f".to(device) (a layer on meta needs .to_empty and reset_parameters)"
+            )
+        return fake(*arguments)
+
+    return checked
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the kernels read ``x`` in place: contiguous or channels_last, at any rank."""
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
+def _result(x: Tensor) -> Tensor:
+    if is_dense(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _table(x: Tensor, *shape: int | torch.SymInt, wide: bool = True) -> Tensor:
+    dtype = torch.float64 if wide or x.dtype == torch.float64 else torch.float32
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def _pooled_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    num_groups, examples_per_group, _, channel_statistics = arguments[2:6]
+    num_examples, num_channels = x.shape[:2]
+    num_batches = 1
+    if examples_per_group > 0:
+        num_batches = (num_examples + examples_per_group - 1) // examples_per_group
+    num_cells = num_batches * num_groups + (num_channels if channel_statistics else 0)
+    return _result(x), _table(x, 2, num_cells)
+
+
+def _three(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    need_weight, need_bias = arguments[-2:]
+    num_channels = x.shape[1]
+    dweight = _table(x, num_channels if need_weight else 0, wide=False)
+    dbias = _table(x, num_channels if need_bias else 0, wide=False)
+    return _result(x), dweight, dbias
+
+
+def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    num_examples, num_channels = x.shape[:2]
+    num_groups = arguments[4]
+    unseen = {Kind.HALVES: num_groups, Kind.SWITCHED_WITHOUT_BATCH: num_channels}
+    num_cells = num_examples * num_channels + num_channels - unseen.get(Kind(kind), 0)
+    if kind == Kind.GROUP_FIRST:
+        num_cells += num_examples * num_groups
+    return _result(x), _table(x, 2, num_cells)
+
+
+def _composite_backward(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    kind: int,
+    *arguments: Any,  # noqa: ANN401
+) -> tuple[Tensor, ...]:
+    wanted = arguments[-1]
+    sizes = [
+        p.numel() if p is not None and wanted >> i & 1 else 0 for i, p in enumerate(arguments[:4])
+    ]
+    return _result(x), *(_table(x, size, wide=False) for size in sizes)
+
+
+def _like_x(x: Tensor, *arguments: object) -> Tensor:
+    return _result(x)
+
+
+def _like_gradient(grad: Tensor, x: Tensor, *arguments: object) -> Tensor:
+    return _result(x)
+
+
+def _positional_forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    return _result(x), _table(x, 2, x.shape[0] * _product(x.shape[2:]))
+
+
+def _product(sizes: torch.Size) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _moments(x: Tensor, segment_size: int, wide: bool = False) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[1] * (_product(x.shape[2:]) // segment_size))
+    return _table(x, *shape, wide=wide), _table(x, *shape, wide=wide)
+
+
+def _reduce_grad(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], mean.shape[1])
+    return _table(x, *shape, wide=False), _table(x, *shape, wide=False)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "pooled_forward": _pooled_forward,
+    "pooled_backward": _three,
+    "evaluate_forward": _like_x,
+    "evaluate_backward": _three,
+    "positional_forward": _positional_forward,
+    "positional_backward": _three,
+    "composite_forward": _composite_forward,
+    "composite_backward": _composite_backward,
+    "moments": _moments,
+    "apply": _like_x,
+    "reduce_grad": _reduce_grad,
+    "combine_grad": _like_gradient,
+}
