@@ -24,9 +24,9 @@ STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of chann
     (torch.float64, torch.contiguous_format, (4, 8, 4, 4), 4, 2, False),
 ]
 KERNELS = {
-    "moments_kernel", "apply_kernel", "reduce_grad_kernel", "combine_grad_kernel",
-    "tile_forward_kernel", "tile_backward_kernel", "pool_rows_kernel", "pool_segments_kernel",
-    "sum_rows_kernel", "group_factors_kernel", "parameter_sums_kernel",
+    "moments_kernel", "apply_kernel", "tile_forward_kernel", "tile_backward_kernel",
+    "measure_groups_kernel", "normalize_groups_kernel", "reduce_groups_kernel",
+    "gradient_groups_kernel", "pool_rows_kernel", "pool_segments_kernel", "parameter_sums_kernel",
 }  # fmt: skip
 
 

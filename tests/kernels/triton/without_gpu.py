@@ -1,6 +1,7 @@
 """Compiles every kernel that a call starts for a GPU that is not there, and runs none."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import triton
@@ -8,11 +9,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 
+STARTED = []
+"""Every start. One list: a compiled kernel keeps what starts it."""
+
+
 class _Driver:
-    """What triton asks of a GPU's driver before it compiles."""
+    """What triton asks of a GPU's driver; what would start notes its name and its arguments."""
 
     def __init__(self, capability):
         self.capability = capability
+        self.utils = SimpleNamespace(
+            load_binary=lambda *arguments: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+        )
+
+    def launcher_cls(self, source, metadata):
+        def start(*arguments):
+            STARTED.append((metadata.name, arguments[:4], arguments[9:]))
+
+        return start
 
     def get_current_device(self):
         return self.capability
@@ -44,5 +59,21 @@ def compiled_for(capability):
     try:
         with patch.object(triton.JITFunction, "run", compile_only):
             yield found
+    finally:
+        driver._active = before
+
+
+@contextmanager
+def started_on(capability):
+    """Inside, kernels are compiled and started as on a GPU, and do not run.
+
+    Yields:
+        Every start: the kernel's name, its grid and stream, and its arguments.
+    """
+    before = driver._active
+    driver.set_active(_Driver(capability))
+    STARTED.clear()
+    try:
+        yield STARTED
     finally:
         driver._active = before

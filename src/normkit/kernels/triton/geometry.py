@@ -155,6 +155,15 @@ class Layout(NamedTuple):
                 return cls(grouping.folded(), found, wide)
         return cls(grouping, strides, wide)
 
+    def with_whole_groups(self) -> Self:
+        """Read groups of the first map as one segment each, where memory has them so."""
+        grouping, (example, channel, position) = self.grouping, self.strides[0]
+        if channel != grouping.Q * grouping.L * position:
+            return self._replace(strides=self.strides[:1])
+        size = grouping.J * grouping.L
+        whole = grouping._replace(C=grouping.G, Q=1, L=size, J=1)
+        return self._replace(grouping=whole, strides=(Strides(example, size * position, position),))
+
     @property
     def alignment(self) -> int:
         """A power of two that divides segments' addresses and sizes, where it is of use."""
@@ -194,6 +203,53 @@ def stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream
     span = ceil_div(ceil_div(grouping.L, shares), columns) * columns
     splits = ceil_div(grouping.L, span)
     return Stream(rows, columns, splits, span, programs * splits)
+
+
+class Rows(NamedTuple):
+    """Programs that each see a part of some groups: blocks of ``(BG, BJ, BL)`` elements.
+
+    An example's positions are cut into ``spans`` stretches of ``span``; a program takes ``items``
+    pairs of an example and a stretch, and leaves one of the ``R`` rows of a run of examples.
+    """
+
+    BG: int
+    BJ: int
+    BL: int
+    items: int
+    spans: int
+    span: int
+    R: int
+    num_programs: int
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a kernel is told of it."""
+        return self.items, self.spans, self.span, self.R
+
+
+MOST_ROWS = 64
+"""That the programs of the second launch pool again and again."""
+
+
+def row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
+    """Cut a map into programs of blocks of ``elements``, of whole groups' segments each."""
+    grouping = layout.grouping
+    if layout.by_channel:
+        segments = min(power_of_two(grouping.J), 64)
+        groups = min(power_of_two(grouping.G), 64 // segments)
+        positions = min(power_of_two(grouping.L), max(elements // (groups * segments), 1))
+    else:
+        positions = min(power_of_two(grouping.L), elements)
+        segments = min(power_of_two(grouping.J), elements // positions)
+        groups = min(power_of_two(grouping.G), elements // (positions * segments))
+    columns = grouping.B * ceil_div(grouping.G, groups)
+    wanted = min(ceil_div(wanted_programs, columns), MOST_ROWS)
+    spans = min(max(wanted // grouping.E, 1), ceil_div(grouping.L, positions))
+    span = ceil_div(ceil_div(grouping.L, spans), positions) * positions
+    spans = ceil_div(grouping.L, span)
+    items = ceil_div(grouping.E * spans, max(wanted, 1))
+    rows = ceil_div(grouping.E * spans, items)
+    return Rows(groups, segments, positions, items, spans, span, rows, columns * rows)
 
 
 class Tile(NamedTuple):

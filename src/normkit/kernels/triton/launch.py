@@ -9,15 +9,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from normkit.kernels.triton.geometry import Layout, Stream
-from normkit.kernels.triton.streams import moments_kernel
-
-INTERPRETED = not isinstance(moments_kernel, triton.JITFunction)
-"""Whether the kernels were defined under ``TRITON_INTERPRET=1``, to run on the CPU."""
+from normkit.kernels.triton.plan import INTERPRETED
 
 INTERPRETED_PROCESSORS = 2
 

@@ -172,21 +172,6 @@ def apply_groups(
     _apply((x, y), layout, tables, indices, flags)
 
 
-def scale_groups(
-    grad: Map, dx: Map, layout: Layout, statistics: Statistics, weight: Tensor | None
-) -> None:
-    """``weight / sqrt(var + eps)`` times a gradient: through statistics that are constants."""
-    grouping = layout.grouping
-    indices = (grouping.E, grouping.J, grouping.G, 0, 0, *halves(statistics.eps))
-    flags = {
-        "POOLED": True,
-        "CENTERED": False,
-        "HAS_SCALE": weight is not None,
-        "HAS_CENTER": False,
-    }
-    _apply((grad, dx), layout, (None, statistics.var, weight, None), indices, flags)
-
-
 def apply_segments(x: Map, y: Map, layout: Layout, tables: tuple[Table, Table, Table]) -> None:
     """``scale * (x - mean) + center`` with tables of segments."""
     mean, scale, center = tables
@@ -257,20 +242,6 @@ def sum_rows(first: Tensor, second: Tensor, run_rows: int) -> tuple[Tensor, Tens
         BK=columns, BR=rows, ACC=accumulator(first.dtype),
     )  # fmt: skip
     return found[0], found[1]
-
-
-def combine_groups(
-    maps: tuple[Map, Map, Map],
-    layout: Layout,
-    statistics: Statistics,
-    weight: Tensor | None,
-    factors: tuple[Tensor, Tensor],
-) -> None:
-    """Gradient of ``(grad, x)`` into ``dx`` by the factors of groups."""
-    grouping = layout.grouping
-    tables = (statistics.mean, statistics.var, weight, None, *factors)
-    indices = (grouping.E, grouping.J, grouping.G, 0, 0, 0, *halves(statistics.eps))
-    _combine(maps, layout, tables, indices, {"POOLED": True, "HAS_WEIGHT": weight is not None})
 
 
 def combine_segments(

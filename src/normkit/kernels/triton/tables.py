@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton.device import count_batch, estimate, move, reciprocal_root
+from normkit.kernels.triton.device import count_batch, estimate, move
 
 
 @triton.jit
@@ -129,13 +129,10 @@ def sum_rows_kernel(
 
 @triton.jit
 def parameter_sums_kernel(
-    sums, sums_x, var, dweight, dbias, num_rows, C, Q, J, G, eps_high, eps_low,
-    SCALED: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr,
+    sums, sums_x, dweight, dbias, num_rows, C, Q,
+    BK: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of weight and bias from sums ``(num_rows, C * Q)``; ``SCALED``: divided by the std.
-
-    The variances ``(num_rows, G)`` are those of each row's groups.
-    """
+    """Gradients of weight and bias from sums ``(num_rows, C * Q)`` of segments."""
     c = tl.program_id(0) * BK + tl.arange(0, BK)
     total = tl.zeros((BR, BK), ACC)
     total_x = tl.zeros((BR, BK), ACC)
@@ -145,46 +142,6 @@ def parameter_sums_kernel(
         k = c[None, :] * Q + (i % Q)[:, None]
         mask = (i < num_rows * Q)[:, None] & (c < C)[None, :]
         total += tl.load(sums + row * C * Q + k, mask=mask, other=0.0)
-        part = tl.load(sums_x + row * C * Q + k, mask=mask, other=0.0)
-        if SCALED:
-            wide = tl.load(var + row * G + k // J, mask=mask, other=1.0)
-            part = part * reciprocal_root(wide, eps_high, eps_low, ACC)
-        total_x += part
+        total_x += tl.load(sums_x + row * C * Q + k, mask=mask, other=0.0)
     tl.store(dbias + c, tl.sum(total, axis=0), mask=c < C)
     tl.store(dweight + c, tl.sum(total_x, axis=0), mask=c < C)
-
-
-@triton.jit
-def group_factors_kernel(
-    sums, sums_x, weight, var, k2, k3, J, G, Q, group_size, rest_size, num_runs, eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Factors ``k2`` and ``k3`` of groups ``(B, G)`` from sums ``(B, K)``: one program a group.
-
-    The last run of examples may be smaller: its groups have ``rest_size`` elements.
-    """
-    cell = tl.program_id(0)
-    run = cell // G
-    first_k = (cell % G) * J
-    top = run.to(tl.int64) * (G * J) + first_k
-    total = tl.zeros((BR,), ACC)
-    total_x = tl.zeros((BR,), ACC)
-    for first in range(0, J, BR):
-        j = first + tl.arange(0, BR)
-        part = tl.load(sums + top + j, mask=j < J, other=0.0)
-        part_x = tl.load(sums_x + top + j, mask=j < J, other=0.0)
-        if HAS_WEIGHT:
-            factor = tl.load(weight + (first_k + j) // Q, mask=j < J, other=0.0).to(ACC)
-            part = part * factor
-            part_x = part_x * factor
-        total += part
-        total_x += part_x
-    size = tl.cast(group_size, tl.float64)
-    if run == num_runs - 1:
-        size = tl.cast(rest_size, tl.float64)
-    one = tl.arange(0, 1)
-    rstd = reciprocal_root(tl.load(var + cell + one), eps_high, eps_low, tl.float64)
-    by_unit = -tl.sum(total_x, axis=0).to(tl.float64) * rstd * rstd * rstd / size
-    shift = -tl.sum(total, axis=0).to(tl.float64) * rstd / size
-    tl.store(k2 + cell + one, by_unit.to(ACC))
-    tl.store(k3 + cell + one, shift.to(ACC))

@@ -74,13 +74,16 @@ def builtins_of(package):
 
 def take_path(path, monkeypatch):
     """Let groups be taken whole, or the map be streamed over in small blocks with many parts."""
-    from normkit.kernels.triton import geometry, launch, pooled  # noqa: PLC0415 - not without triton
+    from normkit.kernels.triton import geometry, launch, plan, pooled  # noqa: PLC0415
 
     if path == "stream":
         for limits in ("FORWARD", "BACKWARD"):
             monkeypatch.setattr(pooled, limits, geometry.Limits(0, 1))
-        monkeypatch.setattr(launch, "CONFIGS", (launch.Config(8, 4),))
+        for module in (launch, pooled):
+            monkeypatch.setattr(module, "CONFIGS", (launch.Config(8, 4),))
         monkeypatch.setattr(launch, "_found", {})
+        for plans in ("_FORWARD", "_BACKWARD", "_GIVEN", "_GIVEN_BACKWARD"):
+            monkeypatch.setattr(pooled, plans, plan.Plans())
 
 
 @pytest.fixture

@@ -1,0 +1,168 @@
+"""Host time of calls of the Triton kernels, without a GPU: what happens between the launches.
+
+    PYTHONPATH=src python benchmarks/host.py
+
+Kernels are compiled for compute capability 9.0 and started as on a GPU, up to the call of the
+driver, which only counts. Beside it, in turns, torch's ``BatchNorm2d`` computes a tiny map on the
+CPU: all of its call. Prints a table and writes ``benchmarks/results/host.json``.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+import torch
+import triton
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import normkit as nk
+from normkit.kernels import select
+from normkit.kernels.triton import launch, passes, pooled
+
+NORMS = (
+    "bn", "in", "ln", "gn:32", "pn", "bgn:32", "ghost:2", "gbgn:32:examples=2", "bcn:32",
+    "bcn:32:micro", "gnplus:32", "sn", "ibn",
+)  # fmt: skip
+SHAPES = ((32, 256, 56, 56), (32, 256, 14, 14), (2, 512, 7, 7))
+PROCESSORS = 132
+CAPABILITY = 90
+
+
+class CountingDriver:
+    """A GPU's driver that starts nothing."""
+
+    def __init__(self):
+        self.launches = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda *arguments: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+        )
+
+    def get_current_device(self):
+        """There is one."""
+        return 0
+
+    def get_current_stream(self, device):
+        """The default one."""
+        return 0
+
+    def get_current_target(self):
+        """What is compiled for."""
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def launcher_cls(self, source, metadata):
+        """What starts a compiled kernel: here it is counted."""
+        return lambda *arguments: self.launches.append(metadata.name)
+
+
+def pretend():
+    """Let tensors on the CPU be computed by the Triton kernels."""
+    counting = CountingDriver()
+    driver.set_active(counting)
+    select._why_not_triton = lambda device: None
+    for module in (launch, pooled, passes):
+        module.num_processors = lambda device: PROCESSORS
+    return counting
+
+
+def both_ways(module, x):
+    """A step: forward and backward of a module."""
+    leaf = x.requires_grad_()
+    parameters, grad = list(module.parameters()), torch.empty_like(x)
+    return lambda: torch.autograd.grad(module(leaf), [leaf, *parameters], grad)
+
+
+def count(counting, layer, x):
+    """Launches of a forward and of a backward pass."""
+    leaf = x.requires_grad_()
+    counting.launches.clear()
+    y = layer(leaf)
+    forward = len(counting.launches)
+    torch.autograd.grad(y, [leaf, *layer.parameters()], torch.empty_like(x))
+    return forward, len(counting.launches) - forward
+
+
+def times_us(calls, repeats, loops):
+    """Median microseconds of each call, taken in turns."""
+    found = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            for _ in range(loops):
+                call()
+            found[name].append((time.perf_counter() - started) / loops * 1e6)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def measure(norm, shape, counting, options):
+    """One row of the record."""
+    layer = nk.build(norm, shape[1])
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    with nk.use_kernels("triton"):
+        step = both_ways(layer, x)
+        step()  # compiles
+        forward, backward = count(counting, layer, x)
+    tiny = both_ways(nn.BatchNorm2d(512), torch.randn(2, 512, 1, 1))
+
+    def ours():
+        with nk.use_kernels("triton"):
+            for _ in range(options.inner):
+                step()
+
+    def theirs():
+        for _ in range(options.inner):
+            tiny()
+
+    found = times_us({"ours": ours, "torch": theirs}, options.repeats, 1)
+    times = {name: value / options.inner for name, value in found.items()}
+    return {
+        "norm": norm,
+        "shape": list(shape),
+        "host_us": round(times["ours"], 1),
+        "torch_cpu_us": round(times["torch"], 1),
+        "of_torch_cpu": round(times["ours"] / times["torch"], 3),
+        "launches_forward": forward,
+        "launches_backward": backward,
+    }
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--inner", type=int, default=50, help="calls in a turn")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "host.json")
+    return parser.parse_args()
+
+
+def main():
+    """Measure every norm on every shape."""
+    options = arguments()
+    torch.set_num_threads(1)
+    counting = pretend()
+    rows = []
+    for norm in NORMS:
+        for shape in SHAPES:
+            rows.append(measure(norm, shape, counting, options))
+            print("  ".join(str(value) for value in rows[-1].values()), flush=True)
+    record = {
+        "what": "host time of a call both ways, launches counted and not started, beside torch's "
+        "BatchNorm2d on (2, 512, 1, 1) on the CPU, both ways",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
