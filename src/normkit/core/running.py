@@ -157,8 +157,13 @@ Running = RunningStatistics | RunningEstimates
 
 def is_movable(running: Running) -> bool:
     """Whether kernels can move these buffers themselves: of wide dtypes, each in one piece."""
-    wide = (torch.float32, torch.float64)
-    return all(t.dtype in wide and t.is_contiguous() for t in (running.mean, running.var))
+    mean, var = running.mean, running.var
+    return (
+        mean.dtype in _WIDE and var.dtype in _WIDE and mean.is_contiguous() and var.is_contiguous()
+    )
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def are_still() -> bool:

@@ -52,11 +52,13 @@ def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def needs_gradient(*inputs: Tensor | None) -> bool:
+def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether autograd is to record: without, the node and its Python are saved."""
     if not torch.is_grad_enabled():
         return False
-    return any(t is not None and t.requires_grad for t in inputs)
+    if x.requires_grad:
+        return True
+    return any(t is not None and t.requires_grad for t in parameters)
 
 
 def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments

@@ -127,7 +127,10 @@ def choose(x: Tensor) -> Choice:
 
 def chosen(x: Tensor) -> Kernels:
     """The kernels for a call on ``x``: ``choose`` without the words."""
-    kernels = "cpu" if _asked.kernels is None and x.is_cpu else _candidate(x).kernels
+    if _asked.kernels is not None:
+        kernels = _candidate(x).kernels
+    else:
+        kernels = "cpu" if x.is_cpu else "triton" if x.is_cuda else "reference"
     if kernels == "cpu":
         return kernels if _WHY_NOT_CPU is None and _obstacle() is None else "reference"
     if kernels == "triton" and x.numel() and _obstacle() is None:

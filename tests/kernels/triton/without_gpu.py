@@ -8,7 +8,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-
 STARTED = []
 """Every start. One list: a compiled kernel keeps what starts it."""
 

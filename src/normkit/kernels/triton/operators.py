@@ -177,9 +177,9 @@ def _segment_size(x: Tensor, table: Tensor) -> int:
 
 def count_change(follower: Follower | None) -> None:
     """Tell autograd of buffers that a kernel has moved; it does not see kernels write."""
-    for buffer in () if follower is None else (follower.mean, follower.var, follower.counter):
-        if buffer is not None:
-            torch.autograd.graph.increment_version(buffer)
+    if follower is not None:
+        moved = (follower.mean, follower.var, follower.counter)
+        torch.autograd.graph.increment_version([buffer for buffer in moved if buffer is not None])
 
 
 @cache

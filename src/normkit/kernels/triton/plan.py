@@ -37,14 +37,20 @@ class Plans(dict[Hashable, Any]):
         return found
 
 
-def kind_of(x: Tensor) -> tuple[Hashable, ...]:
-    """What of a map decides a plan."""
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % ALIGNMENT
+def alignment(*tensors: Tensor | None) -> Hashable:
+    """Which addresses are aligned: 0 where all are, as those of whole tensors."""
+    bits = 0
+    for t in tensors:
+        if t is not None:
+            bits |= t.data_ptr()
+    if bits % ALIGNMENT == 0:
+        return 0
+    return tuple(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
 
 
-def kind_of_optional(t: Tensor | None) -> Hashable:
-    """What of a parameter or buffer does."""
-    return None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT)
+def dtype_of(t: Tensor | None) -> torch.dtype | None:
+    """Dtype of a tensor that may be absent."""
+    return None if t is None else t.dtype
 
 
 class Launch:

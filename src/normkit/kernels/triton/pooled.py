@@ -51,9 +51,9 @@ from normkit.kernels.triton.passes import Follower, Parts, Statistics
 from normkit.kernels.triton.plan import (
     Launch,
     Plans,
+    alignment,
     current_stream,
-    kind_of,
-    kind_of_optional,
+    dtype_of,
     on_device,
 )
 from normkit.kernels.triton.streams import apply_kernel
@@ -91,8 +91,8 @@ def forward(
         return _forward_with_channels(x, affine, pooling, follower)
     mean, var, counter, momentum, _ = follower or _NOBODY
     kind = (
-        *kind_of(x), pooling, momentum, kind_of_optional(weight), kind_of_optional(bias),
-        kind_of_optional(mean), kind_of_optional(var), counter is None,
+        x.shape, x.stride(), x.dtype, x.get_device(), pooling, momentum, dtype_of(weight),
+        dtype_of(bias), dtype_of(mean), counter is None, alignment(x, weight, bias, mean, var),
     )  # fmt: skip
     plan = _FORWARD.find(kind, lambda: ForwardPlan(x, affine, pooling, follower))
     return plan(x, weight, bias, mean, var, counter)
@@ -232,7 +232,10 @@ def backward(
     wanted: Wanted,
 ) -> Results:
     """Gradients of x, weight and bias; empty where not wanted."""
-    kind = (*kind_of(x), *kind_of(grad), table.shape[1], pooling, wanted, kind_of_optional(weight))
+    kind = (
+        x.shape, x.stride(), x.dtype, x.get_device(), grad.stride(), grad.dtype, table.shape,
+        pooling, wanted, dtype_of(weight), alignment(grad, x, table, weight),
+    )  # fmt: skip
     plan = _BACKWARD.find(kind, lambda: BackwardPlan(grad, x, table, weight, pooling, wanted))
     return plan(grad, x, table, table, weight)
 
@@ -260,7 +263,7 @@ class BackwardPlan:
         self.num_channels, self.eps = grouping.C, pooling.eps
         self.has_weight = weight is not None
         # Shapes of the tables of sums: of segments, and of groups.
-        self.rows, self.group_rows, self.added = (0, 0), (0, 0), 0
+        self.rows, self.group_rows, self.num_sums, self.added = (0, 0), (0, 0), 0, 0
         self.place = x.device
         self.reduce: Launch | None = None
         self.total: Launch | None = None
@@ -274,7 +277,7 @@ class BackwardPlan:
         grouping, needs = self.layout.grouping, self.wanted.any
         by_run = grouping.J == 1
         rows = (grouping.B if by_run else grouping.N) if needs else 0
-        self.rows = (rows, grouping.K)
+        self.num_sums = rows * grouping.K
         self.is_tile = True
         self.finish = Launch(
             tile_backward_kernel,
@@ -345,20 +348,20 @@ class BackwardPlan:
                 found = self._by_tile(stream, (grad, x, dx, weight, mean))
             else:
                 found = self._by_two(stream, (grad, x, dx, weight, mean, var))
-        dweight, dbias = found
-        return (
-            dx,
-            dweight if self.wanted.weight else x.new_empty(0, dtype=self.dtype),
-            dbias if self.wanted.bias else x.new_empty(0, dtype=self.dtype),
+        if self.wanted.weight and self.wanted.bias:
+            return dx, *found
+        dweight, dbias = (
+            t if wanted else self._empty(0) for t, wanted in zip(found, self.wanted, strict=True)
         )
+        return dx, dweight, dbias
 
     def _by_tile(
         self, stream: int | None, tensors: tuple[Tensor | None, ...]
     ) -> tuple[Tensor, Tensor]:
-        sums, sums_x = self._empty(self.rows), self._empty(self.rows)
+        sums, sums_x = self._empty(self.num_sums), self._empty(self.num_sums)
         self.finish(stream, *tensors, sums, sums_x)
         if self.total is None:
-            return sums_x.view(-1), sums.view(-1)
+            return sums_x, sums
         return self._added(stream, sums, sums_x)
 
     def _by_two(
@@ -389,7 +392,8 @@ def forward_given(x: Tensor, statistics: Statistics, affine: Affine) -> Tensor:
     weight, bias = affine
     mean, var = statistics.mean.contiguous(), statistics.var.contiguous()
     kind = (
-        *kind_of(x), mean.numel(), statistics.eps, *map(kind_of_optional, (mean, var, weight, bias))
+        x.shape, x.stride(), x.dtype, x.get_device(), mean.shape, mean.dtype, var.dtype,
+        statistics.eps, dtype_of(weight), dtype_of(bias), alignment(x, mean, var, weight, bias),
     )  # fmt: skip
     plan = _GIVEN.find(kind, lambda: GivenPlan(x, statistics, affine))
     return plan(x, mean, var, weight, bias)
@@ -435,7 +439,8 @@ def backward_given(
     mean, var = statistics.mean.contiguous(), statistics.var.contiguous()
     pooling = Pooling(mean.numel(), 0, statistics.eps)
     kind = (
-        *kind_of(x), *kind_of(grad), pooling, wanted, *map(kind_of_optional, (mean, var, weight))
+        x.shape, x.stride(), x.dtype, x.get_device(), grad.stride(), grad.dtype, mean.dtype,
+        var.dtype, pooling, wanted, dtype_of(weight), alignment(grad, x, mean, var, weight),
     )  # fmt: skip
     plan = _GIVEN_BACKWARD.find(kind, lambda: BackwardPlan(grad, x, None, weight, pooling, wanted))
     return plan(grad, x, mean, var, weight)
