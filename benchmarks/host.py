@@ -8,6 +8,7 @@ CPU: all of its call. Prints a table and writes ``benchmarks/results/host.json``
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import statistics
@@ -27,7 +28,7 @@ from triton.runtime.driver import driver
 
 import normkit as nk
 from normkit.kernels import select
-from normkit.kernels.triton import launch, passes, plan, pooled
+from normkit.kernels.triton import plan
 
 NORMS = (
     "bn", "in", "ln", "gn:32", "pn", "bgn:32", "ghost:2", "gbgn:32:examples=2", "bcn:32",
@@ -66,15 +67,22 @@ class CountingDriver:
         return lambda *arguments: self.launches.append(metadata.name)
 
 
+def keep_memory():
+    """Let the C library keep what is freed, as a GPU's allocator does; large maps cost it calls."""
+    library = ctypes.CDLL(None)
+    library.mallopt(-4, 0)  # M_MMAP_MAX
+    library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def pretend():
     """Let tensors on the CPU be computed by the Triton kernels."""
+    keep_memory()
     counting = CountingDriver()
     select._why_not_triton = functools.cache(lambda device: None)
     driver.set_active(counting)
     select.chosen = as_on_a_gpu
-    plan.current_stream = pooled.current_stream = lambda device: 0
-    for module in (launch, pooled, passes):
-        module.num_processors = lambda device: PROCESSORS
+    plan._current_stream = lambda device: 0
+    plan._num_processors = lambda device: PROCESSORS
     return counting
 
 

@@ -1,4 +1,4 @@
-"""Plans: looked up by kind, started directly, bounded in number."""
+"""Plans: looked up by kind, carried out with the compiled kernels themselves, bounded in number."""
 
 import pytest
 import torch
@@ -6,16 +6,15 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed, so there are no Triton kernels")
 
 from kernels.triton.without_gpu import started_on
-from normkit.kernels import calls
-from normkit.kernels.triton import operators, plan, pooled
+from normkit.kernels.calls import Batch, BatchSource, Composite, Kind
+from normkit.kernels.triton import composite, operators, plan
 
 HOPPER = 90
 
 
 @pytest.fixture(autouse=True)
 def no_plans(monkeypatch):
-    for plans in ("_FORWARD", "_BACKWARD", "_GIVEN", "_GIVEN_BACKWARD"):
-        monkeypatch.setattr(pooled, plans, plan.Plans())
+    monkeypatch.setattr(plan, "_PLANS", {})
 
 
 @pytest.fixture
@@ -41,38 +40,52 @@ def backward(x, table):
     return operators.pooled_backward(grad, x, table, weight, x.shape[1], 0, 1e-5, True, True)
 
 
-def same(first, second):
-    """Whether two starts are of one kernel, with tensors of the same shapes and equal numbers."""
-
-    def known(value):
-        return value.shape if isinstance(value, torch.Tensor) else value
-
-    return all(known(a) == known(b) for a, b in zip(first, second, strict=True))
+def test_a_plan_gives_kernels_the_addresses_of_this_calls_tensors(started):
+    shape, counter = (64, 8, 64, 64), torch.tensor(0)
+    for again in range(2):
+        started.clear()
+        x, weight, bias = map_of(shape), torch.ones(8), torch.zeros(8)
+        mean, var = torch.zeros(8), torch.ones(8)
+        y, table = operators.pooled_forward(
+            x, weight, bias, 8, 0, 1e-5, False, mean, var, counter, 0.5**again
+        )
+        (_, _, measured), (_, _, normalized) = started
+        if not again:
+            continue
+        assert measured[0] == x.data_ptr()
+        parts = measured[1]
+        tensors = (x, y, weight, bias)
+        assert normalized[:4] == tuple(t.data_ptr() for t in tensors)
+        assert normalized[4] == parts  # what the first kernel leaves is what the second reads
+        assert normalized[5:9] == tuple(t.data_ptr() for t in (table, mean, var, counter))
+        assert normalized[9:11] == (0.5, 0.0)  # the rate of this call
+    assert len(plan._PLANS) == 1
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 5, 5), (64, 8, 64, 64)], ids=["tile", "two launches"])
-def test_what_is_compiled_is_started_directly_with_the_same_arguments(shape, started):
+def test_what_triton_has_compiled_is_started_with_the_same_numbers(shape, started):
     x, buffers = map_of(shape), (torch.zeros(8), torch.ones(8), torch.tensor(0), 0.1)
-    _, table = forward(x, buffers)
-    backward(x, table)
-    by_triton = list(started)
-    started.clear()
-    forward(x, buffers)
-    backward(x, table)
+    for again in range(2):
+        _, table = forward(x, buffers)
+        backward(x, table)
+        if not again:
+            by_triton = list(started)
+            started.clear()
     assert len(by_triton) == (2 if shape[0] == 4 else 4)
     for one, other in zip(by_triton, started, strict=True):
         assert one[:2] == other[:2]
-        assert same(one[2], other[2])
+        for first, second in zip(one[2], other[2], strict=True):
+            assert isinstance(first, torch.Tensor) or first == second
 
 
 def test_a_map_at_another_address_modulo_16_has_its_own_plan(started):
     shape = (64, 8, 64, 64)
     forward(map_of(shape))
     forward(map_of(shape, offset=4))  # 16 bytes on: aligned
-    assert len(pooled._FORWARD) == 1
+    assert len(plan._PLANS) == 1
     forward(map_of(shape, offset=1))
-    assert len(pooled._FORWARD) == 2
-    aligned, unaligned = (p.finish.start.__closure__ for p in pooled._FORWARD.values())
+    assert len(plan._PLANS) == 2
+    aligned, unaligned = (p._launches[0].start.__closure__ for p in plan._PLANS.values())
     assert aligned != unaligned  # of two compiled kernels
 
 
@@ -80,8 +93,8 @@ def test_plans_are_bounded(started, monkeypatch):
     monkeypatch.setattr(plan, "MOST_PLANS", 3)
     for size in range(3, 9):
         forward(map_of((2, 4, size)))
-    assert len(pooled._FORWARD) == 3
-    assert {kind[0][2] for kind in pooled._FORWARD} == {6, 7, 8}
+    assert len(plan._PLANS) == 3
+    assert {kind[2][2] for kind in plan._PLANS} == {6, 7, 8}
 
 
 def test_options_and_absent_tensors_have_their_own_plans(started):
@@ -89,16 +102,45 @@ def test_options_and_absent_tensors_have_their_own_plans(started):
     for given in ((weight, weight), (weight, None), (None, None)):
         for eps in (1e-5, 1e-3):
             operators.pooled_forward(x, *given, 4, 0, eps, False)
-    assert len(pooled._FORWARD) == 6
+    assert len(plan._PLANS) == 6
+
+
+def test_a_rate_that_changes_with_every_step_needs_no_new_plan(started):
+    x, mean, var = map_of((4, 16, 3, 3)), torch.zeros(16), torch.ones(16)
+    options = Composite(Kind.BATCH_THEN_GROUP, 4, 1e-5, 1e-5)
+    for step in range(1, 4):
+        forward(x, (mean, var, None, 1 / step))
+        batch = Batch(BatchSource.ESTIMATES, 1 / step)
+        slots, buffers = (mean, var, mean, var), (None, None, mean, var, None)
+        _, table = composite.forward(x, slots, (options, batch), buffers)
+        composite.backward(x, x, table, slots, (options, batch), 15)
+    assert len(plan._PLANS) == 3
 
 
 def test_a_strided_map_is_copied_before_its_plan_runs(started):
-    x = torch.zeros(2, 4, 6, 10)[:, :, ::2, ::5]
-    y, _ = forward(x)
+    for _ in range(2):
+        x = torch.zeros(2, 4, 6, 10)[:, :, ::2, ::5]
+        y, _ = forward(x)
     assert y.shape == x.shape
-    name, _, arguments = started[-1]
-    assert name == "tile_forward_kernel"
-    assert arguments[0].is_contiguous()
+    assert y.is_contiguous()
+    _, _, arguments = started[-1]
+    assert arguments[0] != x.data_ptr()
+
+
+def doubled(x):
+    y = x.new_empty(x.shape)
+    return y.mul_(2)
+
+
+def halved(x):
+    return x.new_empty((2, *x.shape))[0]
+
+
+def test_what_a_plan_cannot_carry_out_is_refused():
+    with pytest.raises(RuntimeError, match="kernels compute"):
+        plan.planned(doubled, (torch.zeros(3),))
+    with pytest.raises(RuntimeError, match="no memory of its own"):
+        plan.planned(halved, (torch.zeros(3),))
 
 
 def test_every_kind_of_call_takes_at_most_two_launches_each_way(started):
@@ -113,15 +155,14 @@ def test_every_kind_of_call_takes_at_most_two_launches_each_way(started):
             operators.pooled_backward(x, x, table, weight, *pooling, True, True)
             ways.append(len(started) - ways[0])
             assert max(ways) <= 2, (num_groups, examples, layout, [name for name, *_ in started])
-            started.clear()
+        started.clear()
         mean = torch.zeros(64)
         operators.evaluate_forward(x, mean, mean, weight, weight, 64, 1e-5)
         assert len(started) == 1
         operators.evaluate_backward(x, x, mean, mean, weight, 64, 1e-5, True, True)
         assert len(started) == 3
-
-
-def test_the_kinds_say_all_that_calls_decides():
-    assert calls.Pooling._fields == (
-        "num_groups", "examples_per_group", "eps", "channel_statistics",
-    )  # fmt: skip
+        started.clear()
+        _, table = operators.positional_forward(x, weight, weight, 1e-5)
+        assert len(started) == 1
+        operators.positional_backward(x, x, table, weight, 1e-5, True, True)
+        assert len(started) == 3

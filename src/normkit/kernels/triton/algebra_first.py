@@ -60,8 +60,8 @@ def pool_first(
 @triton.jit
 def columns_forward_kernel(
     mean, var, group_mean, group_var, given_mean, given_var, first, second, logit, scale, center,
-    out_mean, out_var, running_mean, running_var, counter, N, C, J, L,
-    be_high, be_low, ge_high, ge_low, own_high, own_low, rate_high, rate_low,
+    out_mean, out_var, running_mean, running_var, counter, rate_high, rate_low, N, C, J, L,
+    be_high, be_low, ge_high, ge_low, own_high, own_low,
     HAS1: tl.constexpr, HAS2: tl.constexpr, OWN: tl.constexpr, WEIGHED: tl.constexpr,
     HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip

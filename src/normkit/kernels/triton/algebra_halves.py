@@ -63,8 +63,8 @@ def halves_stage(
 @triton.jit
 def halves_forward_kernel(
     mean, var, given_mean, given_var, first, second, third, fourth, scale, center,
-    out_mean, out_var, running_mean, running_var, counter, N, C, H, L,
-    be_high, be_low, ge_high, ge_low, own_high, own_low, rate_high, rate_low,
+    out_mean, out_var, running_mean, running_var, counter, rate_high, rate_low, N, C, H, L,
+    be_high, be_low, ge_high, ge_low, own_high, own_low,
     HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr, HAS4: tl.constexpr,
     OWN: tl.constexpr, WEIGHED: tl.constexpr, CENTERED: tl.constexpr, HAS_RUNNING: tl.constexpr,
     HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,

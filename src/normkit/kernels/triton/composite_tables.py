@@ -6,6 +6,7 @@ Two launches each way; forward one where the batch stage is given its statistics
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -20,8 +21,8 @@ from normkit.kernels.triton import (
     passes,
 )
 from normkit.kernels.triton.geometry import Grouping, Layout, ceil_div, power_of_two
-from normkit.kernels.triton.launch import halves, launch
 from normkit.kernels.triton.passes import Follower, Parts
+from normkit.kernels.triton.plan import halves, in_one_piece, launch
 from normkit.kernels.triton.tables import pool_segments_kernel
 
 ROWS, COLUMNS = 32, 16
@@ -69,7 +70,7 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, composite: Composite, batch: Batch, grouping: Grouping, given: Slots) -> Self:
         """With parameters as kernels read them."""
-        first, second, third, fourth = (None if p is None else p.contiguous() for p in given)
+        first, second, third, fourth = (None if p is None else in_one_piece(p) for p in given)
         return cls(composite, batch, grouping, (first, second, third, fourth))
 
     @property
@@ -181,7 +182,8 @@ def _rows_forward(call: Call, known: Known, given: Pair | None, out: Pair) -> No
     launch(
         kernel,
         call.num_groups,
-        (known.mean, known.var, *batch, *kept, *call.parameters, *out, *sizes),
+        (known.mean, known.var, *batch, *kept, *call.parameters, *out),
+        sizes,
         _warps(size),
         KEEPS=given is not None, WEIGHED=call.is_weighed, BR=power_of_two(size), **flags,
     )  # fmt: skip
@@ -189,36 +191,37 @@ def _rows_forward(call: Call, known: Known, given: Pair | None, out: Pair) -> No
 
 def _group_first(call: Call, known: Known, source: Source, out: Pair) -> None:
     """The group norm's statistics, then the batch norm's of what it made, and the mixture."""
-    size, grouping, follower = call.group_channels, call.grouping, source.follower
+    size, grouping = call.group_channels, call.grouping
     nobody, unmoved = passes.follower_arguments(None)
     launch(
         pool_segments_kernel,
         call.num_groups,
-        (known.mean, known.var, *known.groups, *nobody, size, size * grouping.L, 0.0, 0.0),
+        (known.mean, known.var, *known.groups, *nobody),
+        (size, size * grouping.L),
         _warps(size), BR=power_of_two(size), **unmoved,
     )  # fmt: skip
-    buffers, flags = passes.follower_arguments(follower)
+    buffers, flags = passes.follower_arguments(source.follower)
     first, second, logit, _ = call.parameters
     launch(
         algebra_first.columns_forward_kernel,
         ceil_div(grouping.C, COLUMNS),
         (known.mean, known.var, *known.groups, *(source.given or (None, None)), first, second,
-         logit, *out, *known.batch, *buffers, grouping.N, grouping.C, size, grouping.L, *call.eps,
-         *call.share, *halves(follower.momentum if follower else 0.0)),
+         logit, *out, *known.batch, *buffers),
+        (grouping.N, grouping.C, size, grouping.L, *call.eps, *call.share),
         HAS1=first is not None, HAS2=second is not None, OWN=call.is_own, WEIGHED=call.is_weighed,
         BK=COLUMNS, BR=_num_rows(grouping), **flags,
     )  # fmt: skip
 
 
 def _halves_forward(call: Call, known: Known, source: Source, out: Pair) -> None:
-    grouping, follower = call.grouping, source.follower
-    buffers, flags = passes.follower_arguments(follower)
+    grouping = call.grouping
+    buffers, flags = passes.follower_arguments(source.follower)
     launch(
         algebra_halves.halves_forward_kernel,
         ceil_div(grouping.C, COLUMNS),
         (known.mean, known.var, *(source.given or (None, None)), *call.parameters, *out,
-         *known.batch, *buffers, grouping.N, grouping.C, call.composite.num_groups, grouping.L,
-         *call.eps, *call.share, *halves(follower.momentum if follower else 0.0)),
+         *known.batch, *buffers),
+        (grouping.N, grouping.C, call.composite.num_groups, grouping.L, *call.eps, *call.share),
         OWN=call.is_own, WEIGHED=call.is_weighed, CENTERED=not (call.is_own or call.is_weighed),
         BK=COLUMNS, BR=_num_rows(grouping), **call.flags, **flags,
     )  # fmt: skip
@@ -228,8 +231,9 @@ def _num_rows(grouping: Grouping) -> int:
     return min(power_of_two(grouping.N), ROWS)
 
 
-Found = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
-"""Factors of the gradient, of the map less its mean and of one; the parameters' gradients."""
+Found = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""Factors of the gradient, of the map less its mean and of one; what ``parameter_gradients`` reads:
+sums of channels ``(rows, C)`` and perhaps of groups ``(groups, 6)``."""
 
 
 def backward(call: Call, known: Known, sums: Pair) -> Found:
@@ -239,7 +243,7 @@ def backward(call: Call, known: Known, sums: Pair) -> Found:
 
 
 def _backward_rows(call: Call, known: Known, sums: Pair) -> Found:
-    """Factors, and gradients of the parameters, where the batch sees the map itself."""
+    """Factors, and sums, where the batch sees the map itself."""
     grouping, size, kind = call.grouping, call.group_channels, call.composite.kind
     k1, k2, k3, *tables = known.mean.new_empty((10, *known.mean.shape)).unbind()
     scalars = known.mean.new_empty(call.num_groups, 6)
@@ -250,8 +254,8 @@ def _backward_rows(call: Call, known: Known, sums: Pair) -> Found:
         launch(
             algebra.rows_backward_kernel,
             call.num_groups,
-            (known.mean, known.var, *known.batch, *call.parameters, *sums, k1, *tables, scalars,
-             grouping.C, size, call.repeat, *call.eps, *call.share),
+            (known.mean, known.var, *known.batch, *call.parameters, *sums, k1, *tables, scalars),
+            (grouping.C, size, call.repeat, *call.eps, *call.share),
             _warps(size),
             KIND=int(kind), WEIGHED=call.is_weighed, BR=power_of_two(size), **flags,
         )  # fmt: skip
@@ -259,12 +263,12 @@ def _backward_rows(call: Call, known: Known, sums: Pair) -> Found:
     launch(
         algebra.columns_backward_kernel,
         ceil_div(grouping.C, COLUMNS),
-        (known.mean, known.batch[0], sums[0], k1, *tables, k2, k3, found, grouping.N, grouping.C,
-         grouping.L, *call.share),
+        (known.mean, known.batch[0], sums[0], k1, *tables, k2, k3, found),
+        (grouping.N, grouping.C, grouping.L, *call.share),
         OWN=call.is_own, WEIGHED=call.is_weighed, HAS_THIRD=kind == Kind.BATCH_THEN_GROUP,
         BK=COLUMNS, BR=_num_rows(grouping),
     )  # fmt: skip
-    return (k1, k2, k3), _parameters(call, found, scalars)
+    return (k1, k2, k3), (found, scalars)
 
 
 def _switched_backward(call: Call, known: Known, sums: Pair, out: tuple[Tensor, ...]) -> None:
@@ -272,27 +276,35 @@ def _switched_backward(call: Call, known: Known, sums: Pair, out: tuple[Tensor, 
     launch(
         algebra_switched.switched_backward_kernel,
         call.num_groups,
-        (known.mean, known.var, *known.batch, first, mean_logits, var_logits, *sums, *out, size,
-         *call.eps[:2], *call.share),
+        (known.mean, known.var, *known.batch, first, mean_logits, var_logits, *sums, *out),
+        (size, *call.eps[:2], *call.share),
         _warps(size),
         HAS1=first is not None, HAS_BATCH=call.has_batch, WEIGHED=call.is_weighed,
         BR=power_of_two(size),
     )  # fmt: skip
 
 
-def _parameters(call: Call, found: Tensor, scalars: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the four parameters from sums ``(4, C)`` and six sums a program."""
-    kind, (_, _, third, fourth) = call.composite.kind, call.parameters
+def parameter_gradients(
+    composite: Composite, parameters: Slots, sums: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the four parameters from what a backward pass has summed."""
+    of_channels, *of_groups = sums
+    kind, (_, _, third, fourth) = composite.kind, parameters
     if kind == Kind.BATCH_THEN_GROUP:
-        return found.unbind()
+        return of_channels.unbind()
+    if kind == Kind.GROUP_FIRST:
+        return of_channels[0], of_channels[1], of_channels[2].sum(), None
+    if kind == Kind.HALVES:
+        half = composite.num_groups
+        return *of_channels[:, :half].unbind(), *of_channels[:, half:].unbind()
+    total = of_groups[0].sum(dim=0)
     if kind in (Kind.BATCH_FIRST, Kind.PARALLEL):
-        return found[0], found[1], scalars[:, 0].sum(), None
-    total = scalars.sum(dim=0)
+        return of_channels[0], of_channels[1], total[0], None
     of_mean, of_var = (
         _softmax_gradient(logits, part)
         for logits, part in zip((third, fourth), (total[:3], total[3:]), strict=True)
     )
-    return found[0], found[1], of_mean, of_var
+    return of_channels[0], of_channels[1], of_mean, of_var
 
 
 def _softmax_gradient(logits: Tensor | None, of_shares: Tensor) -> Tensor | None:
@@ -304,7 +316,7 @@ def _softmax_gradient(logits: Tensor | None, of_shares: Tensor) -> Tensor | None
 
 
 def _backward_first(call: Call, known: Known, sums: Pair) -> Found:
-    """Factors, and gradients of the parameters, where the group norm comes first."""
+    """Factors, and sums, where the group norm comes first."""
     grouping, size = call.grouping, call.group_channels
     k1, k2, k3, to_center, to_root, dvar = known.mean.new_empty((6, *known.mean.shape)).unbind()
     found = known.mean.new_empty(3, grouping.C)
@@ -313,23 +325,23 @@ def _backward_first(call: Call, known: Known, sums: Pair) -> Found:
         algebra_first.columns_first_backward_kernel,
         ceil_div(grouping.C, COLUMNS),
         (known.mean, known.var, *known.groups, *known.batch, first, logit, *sums,
-         to_center, to_root, dvar, k1, found, grouping.N, grouping.C, size, *call.eps,
-         *call.share),
+         to_center, to_root, dvar, k1, found),
+        (grouping.N, grouping.C, size, *call.eps, *call.share),
         HAS1=first is not None, OWN=call.is_own, WEIGHED=call.is_weighed,
         BK=COLUMNS, BR=_num_rows(grouping),
     )  # fmt: skip
     launch(
         algebra_first.rows_first_backward_kernel,
         call.num_groups,
-        (known.mean, known.var, to_center, to_root, dvar, k1, sums[0], k2, k3, grouping.C, size,
-         grouping.L, *call.eps[2:]),
+        (known.mean, known.var, to_center, to_root, dvar, k1, sums[0], k2, k3),
+        (grouping.C, size, grouping.L, *call.eps[2:]),
         _warps(size), BR=power_of_two(size),
     )  # fmt: skip
-    return (k1, k2, k3), (found[0], found[1], found[2].sum(), None)
+    return (k1, k2, k3), (found,)
 
 
 def _backward_halves(call: Call, known: Known, sums: Pair) -> Found:
-    """Factors, and gradients of the parameters, where each norm has channels of its own."""
+    """Factors, and sums, where each norm has channels of its own."""
     grouping, half = call.grouping, call.composite.num_groups
     k1, k2, k3 = known.mean.new_empty((3, *known.mean.shape)).unbind()
     found = known.mean.new_empty(2, grouping.C)
@@ -337,9 +349,9 @@ def _backward_halves(call: Call, known: Known, sums: Pair) -> Found:
     launch(
         algebra_halves.halves_backward_kernel,
         ceil_div(grouping.C, COLUMNS),
-        (known.mean, known.var, *known.batch, first, third, *sums, k1, k2, k3, found, grouping.N,
-         grouping.C, half, grouping.L, *call.eps, *call.share),
+        (known.mean, known.var, *known.batch, first, third, *sums, k1, k2, k3, found),
+        (grouping.N, grouping.C, half, grouping.L, *call.eps, *call.share),
         HAS1=first is not None, HAS3=third is not None, OWN=call.is_own, WEIGHED=call.is_weighed,
         BK=COLUMNS, BR=_num_rows(grouping),
     )  # fmt: skip
-    return (k1, k2, k3), (*found[:, :half].unbind(), *found[:, half:].unbind())
+    return (k1, k2, k3), (found,)

@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 from torch import Tensor
 
 from normkit.kernels.operators import is_dense
+from normkit.kernels.triton.plan import copied
 
 LARGEST_INT32 = 2**31 - 1
 MOST_ALIGNED = 16  # what triton finds out about numbers by itself
@@ -32,7 +33,7 @@ class Map(NamedTuple):
         """Read in place wherever the spatial axes are one axis in memory; copy otherwise."""
         position = _position_stride(x)
         if position is None:
-            x, position = x.contiguous(), 1
+            x, position = copied(x), 1
         return cls(x, Strides(x.stride(0), x.stride(1), position))
 
     def folded(self, num_examples: int, num_positions: int) -> Strides | None:

@@ -164,9 +164,9 @@ def pooled_moments(
 
 @triton.jit
 def normalize_groups_kernel(
-    x, y, weight, bias, parts, table, running_mean, running_var, counter,
+    x, y, weight, bias, parts, table, running_mean, running_var, counter, rate_high, rate_low,
     SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span, E, J, G, R, plane, num_cells,
-    eps_high, eps_low, rate_high, rate_low,
+    eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
     HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,

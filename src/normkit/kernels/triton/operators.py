@@ -18,16 +18,14 @@ from normkit.kernels.calls import (
     Composite,
     Kind,
     Options,
-    Pooling,
     Slots,
 )
 from normkit.kernels.operators import NAMESPACE, SCHEMAS, define
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import composite as composites
 from normkit.kernels.triton import pooled, positional, primitives
-from normkit.kernels.triton.launch import INTERPRETED
-from normkit.kernels.triton.passes import Follower, Statistics
-from normkit.kernels.triton.pooled import Results, Wanted
+from normkit.kernels.triton.plan import INTERPRETED, count_change, planned
+from normkit.kernels.triton.pooled import Results
 
 MOST_CHANNELS_OF_A_POSITION = positional.MOST_CHANNELS
 MOST_CHANNELS_OF_A_GROUP = composites.MOST_CHANNELS
@@ -48,12 +46,10 @@ def pooled_forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Normalise by the statistics of ``x``'s own groups: ``y`` and the statistics."""
-    follower = None
-    if running_mean is not None and running_var is not None:
-        follower = Follower(running_mean, running_var, num_batches_tracked, momentum)
-    pooling = Pooling(num_groups, examples_per_group, eps, channel_statistics)
-    result = pooled.forward(x, (weight, bias), pooling, follower)
-    count_change(follower)
+    buffers = running_mean, running_var, num_batches_tracked
+    pooling = num_groups, examples_per_group, eps, channel_statistics
+    result = planned(pooled.forward, (x, weight, bias, *buffers), pooling, momentum)
+    count_change(buffers)
     return result
 
 
@@ -69,8 +65,8 @@ def pooled_backward(  # noqa: PLR0913, PLR0917
     need_bias: bool,
 ) -> Results:
     """Gradients of x, weight and bias."""
-    pooling = Pooling(num_groups, examples_per_group, eps)
-    return pooled.backward(grad, x, table, weight, pooling, Wanted(need_weight, need_bias))
+    options = num_groups, examples_per_group, eps, need_weight, need_bias
+    return planned(pooled.backward, (grad, x, table, weight), options)
 
 
 def evaluate_forward(  # noqa: PLR0913, PLR0917
@@ -83,7 +79,7 @@ def evaluate_forward(  # noqa: PLR0913, PLR0917
     eps: float,
 ) -> Tensor:
     """Normalise by given statistics ``(num_groups,)``."""
-    return pooled.forward_given(x, Statistics(mean, var, eps), (weight, bias))
+    return planned(pooled.forward_given, (x, mean, var, weight, bias), (eps,))
 
 
 def evaluate_backward(  # noqa: PLR0913, PLR0917
@@ -98,15 +94,15 @@ def evaluate_backward(  # noqa: PLR0913, PLR0917
     need_bias: bool,
 ) -> Results:
     """Gradients of x, weight and bias; the statistics are constants."""
-    wanted = Wanted(need_weight, need_bias)
-    return pooled.backward_given(grad, x, Statistics(mean, var, eps), weight, wanted)
+    options = eps, need_weight, need_bias
+    return planned(pooled.backward_given, (grad, x, mean, var, weight), options)
 
 
 def positional_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Normalise each position over its channels: ``y`` and the statistics."""
-    return positional.forward(x, weight, bias, eps)
+    return planned(positional.forward, (x, weight, bias), (eps,))
 
 
 def positional_backward(  # noqa: PLR0913, PLR0917
@@ -119,7 +115,7 @@ def positional_backward(  # noqa: PLR0913, PLR0917
     need_bias: bool,
 ) -> Results:
     """Gradients of x, weight and bias; the table is not needed, for ``x`` is read anyway."""
-    return positional.backward(grad, x, weight, eps, (need_weight, need_bias))
+    return planned(positional.backward, (grad, x, weight), (eps, need_weight, need_bias))
 
 
 def composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
@@ -150,7 +146,7 @@ def moments(x: Tensor, segment_size: int, wide: bool = False) -> tuple[Tensor, T
     """Mean and biased variance of every segment."""
     mean, var = primitives.moments(x, segment_size)
     dtype = torch.float64 if wide else table_dtype(x.dtype)
-    return mean.to(dtype, copy=True), var.to(dtype, copy=True)  # results share no memory
+    return mean.to(dtype), var.to(dtype)
 
 
 def apply(x: Tensor, mean: Tensor, scale: Tensor, center: Tensor) -> Tensor:
@@ -160,8 +156,7 @@ def apply(x: Tensor, mean: Tensor, scale: Tensor, center: Tensor) -> Tensor:
 
 def reduce_grad(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of every segment."""
-    first, second = primitives.reduce_grad(grad, x, mean, _segment_size(x, mean))
-    return first.clone(), second.clone()
+    return primitives.reduce_grad(grad, x, mean, _segment_size(x, mean))
 
 
 def combine_grad(
@@ -173,13 +168,6 @@ def combine_grad(
 
 def _segment_size(x: Tensor, table: Tensor) -> int:
     return x[0].numel() // table.shape[1]
-
-
-def count_change(follower: Follower | None) -> None:
-    """Tell autograd of buffers that a kernel has moved; it does not see kernels write."""
-    if follower is not None:
-        moved = (follower.mean, follower.var, follower.counter)
-        torch.autograd.graph.increment_version([buffer for buffer in moved if buffer is not None])
 
 
 @cache

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.triton.constants import ELEMENTS, Constants, accumulator, stream_constants
 from normkit.kernels.triton.geometry import (
+    Grouping,
     Layout,
     Map,
     Stream,
@@ -17,27 +18,17 @@ from normkit.kernels.triton.geometry import (
     power_of_two,
     stream_blocks,
 )
-from normkit.kernels.triton.launch import (
-    Config,
-    Constants,
-    accumulator,
-    best_config,
-    halves,
-    launch,
-    num_processors,
-    stream_constants,
-)
+from normkit.kernels.triton.plan import RATE, Part, halves, in_one_piece, launch, num_processors
 from normkit.kernels.triton.streams import (
     apply_kernel,
     combine_grad_kernel,
     moments_kernel,
     reduce_grad_kernel,
 )
-from normkit.kernels.triton.tables import pool_rows_kernel, sum_rows_kernel
+from normkit.kernels.triton.tables import parameter_sums_kernel, pool_rows_kernel, sum_rows_kernel
 
 PROGRAMS_THAT_REDUCE = 8  # a multiprocessor: each leaves a row for the next kernel to add up
 PROGRAMS_THAT_WRITE = 16
-ROWS_THAT_ADD = 256  # rows of a table that one program adds up
 
 
 class Table(NamedTuple):
@@ -49,7 +40,7 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, values: Tensor) -> Table:
         """Of ``(N, K)`` or ``(1, K)``."""
-        return cls(values.contiguous(), 0 if values.shape[0] == 1 else values.shape[1])
+        return cls(in_one_piece(values), 0 if values.shape[0] == 1 else values.shape[1])
 
 
 class Parts(NamedTuple):
@@ -68,41 +59,42 @@ class Statistics(NamedTuple):
     eps: float
 
 
-def _blocks(layout: Layout, config: Config, x: Tensor, programs: int) -> Stream:
-    wanted = programs * num_processors(x.device)
-    return stream_blocks(layout, config.elements, wanted)
-
-
-def _config(
-    name: str, layout: Layout, x: Tensor, programs: int, run: Callable[[Stream, Config], object]
-) -> tuple[Stream, Config]:
-    """The blocks of a call, by the best configuration for calls of its kind."""
-    grouping = layout.grouping
-    sizes = (power_of_two(n) for n in (grouping.N, grouping.K, grouping.L))
-    key = (name, x.dtype, x.device, layout.by_channel, layout.wide, *sizes)
-    config = best_config(key, x.device, lambda c: run(_blocks(layout, c, x, programs), c))
-    return _blocks(layout, config, x, programs), config
+def stream_of(layout: Layout, programs: int) -> Stream:
+    """Programs that stream, so many a multiprocessor where the map is large enough."""
+    return stream_blocks(layout, ELEMENTS, programs * num_processors())
 
 
 def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) -> Parts:
     """Mean and variance of parts of segments, float64; in ``out`` where parts are whole."""
     grouping, tensor = layout.grouping, x.tensor
+    stream = stream_of(layout, PROGRAMS_THAT_REDUCE)
+    if out is None or stream.splits > 1:
+        out = two_tables(tensor, grouping.N * stream.splits, grouping.K, torch.float64)
+    launch(
+        moments_kernel,
+        stream.num_programs,
+        (tensor, *out),
+        (*layout.strides[0], *_cut(grouping, stream)),
+        **stream_constants(stream, tensor, layout),
+    )
+    return Parts(*out, stream)
 
-    def run(stream: Stream, config: Config) -> Parts:
-        shape = (2, grouping.N * stream.splits, grouping.K)
-        own = None if stream.splits > 1 else out
-        mean, var = own or tensor.new_empty(shape, dtype=torch.float64).unbind()
-        launch(
-            moments_kernel,
-            stream.num_programs,
-            (tensor, mean, var, *layout.strides[0], grouping.K, grouping.Q, grouping.L,
-             stream.splits, stream.span),
-            config.num_warps,
-            **stream_constants(stream, tensor, layout),
-        )  # fmt: skip
-        return Parts(mean, var, stream)
 
-    return run(*_config("moments", layout, tensor, PROGRAMS_THAT_REDUCE, run))
+def measure_whole(x: Map, layout: Layout, out: tuple[Tensor, Tensor]) -> Parts:
+    """Mean and variance of segments, float64, in ``out``; returns those of their parts."""
+    parts = measure(x, layout, out)
+    if parts.stream.splits > 1:
+        pool_rows(parts, layout, 1, out)
+    return parts
+
+
+def two_tables(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for two."""
+    return x.new_empty((rows, columns), dtype=dtype), x.new_empty((rows, columns), dtype=dtype)
+
+
+def _cut(grouping: Grouping, stream: Stream) -> tuple[int, ...]:
+    return grouping.K, grouping.Q, grouping.L, stream.splits, stream.span
 
 
 class Follower(NamedTuple):
@@ -112,24 +104,24 @@ class Follower(NamedTuple):
         mean: Running mean.
         var: Running variance, unbiased; of estimates biased.
         counter: Counts batches.
-        momentum: Weight of the new value.
         are_estimates: Whether they are what the kernel writes, once moved.
     """
 
     mean: Tensor
     var: Tensor
     counter: Tensor | None
-    momentum: float
     are_estimates: bool = False
 
 
-def follower_arguments(follower: Follower | None) -> tuple[tuple[object, ...], Constants]:
-    """A kernel's arguments for buffers that follow, or for none."""
+def follower_arguments(
+    follower: Follower | None,
+) -> tuple[tuple[Tensor | Part | None, ...], Constants]:
+    """A kernel's arguments for buffers that follow, or for none, and their rate."""
     counter = None if follower is None else follower.counter
     flags = {"HAS_RUNNING": follower is not None, "HAS_COUNTER": counter is not None}
     if follower is None:
-        return (None, None, None), flags
-    return (follower.mean, follower.var, counter), flags
+        return (None, None, None, *RATE), flags
+    return (follower.mean, follower.var, counter, *RATE), flags
 
 
 def pool_rows(
@@ -142,14 +134,13 @@ def pool_rows(
     """Pool parts of segments over runs of examples into two rows of ``B * K`` cells."""
     grouping, stream = layout.grouping, parts.stream
     buffers, flags = follower_arguments(follower)
-    rates = halves(follower.momentum if follower else 0.0)
     columns = min(power_of_two(grouping.K), 32)
     rows = min(power_of_two(num_examples * stream.splits), 32)
     launch(
         pool_rows_kernel,
         ceil_div(grouping.N, num_examples) * ceil_div(grouping.K, columns),
-        (parts.first, parts.second, *out, *buffers, grouping.N, stream.splits, stream.span,
-         grouping.L, grouping.K, num_examples, *rates),
+        (parts.first, parts.second, *out, *buffers),
+        (grouping.N, stream.splits, stream.span, grouping.L, grouping.K, num_examples),
         ESTIMATED=follower is not None and follower.are_estimates,
         BK=columns, BR=rows, **flags,
     )  # fmt: skip
@@ -188,60 +179,91 @@ def _apply(
     indices: tuple[object, ...],
     flags: Constants,
 ) -> None:
-    grouping = layout.grouping
     x, y = (m.tensor for m in maps)
+    stream = stream_of(layout, PROGRAMS_THAT_WRITE)
     strides = (*layout.strides[0], *layout.strides[1])
-
-    def run(stream: Stream, config: Config) -> None:
-        launch(
-            apply_kernel,
-            stream.num_programs,
-            (x, y, *tables, *strides, grouping.K, grouping.Q, grouping.L, stream.splits,
-             stream.span, *indices),
-            config.num_warps,
-            **flags,
-            **stream_constants(stream, x, layout),
-        )  # fmt: skip
-
-    run(*_config("apply", layout, x, PROGRAMS_THAT_WRITE, run))
+    launch(
+        apply_kernel,
+        stream.num_programs,
+        (x, y, *tables),
+        (*strides, *_cut(layout.grouping, stream), *indices),
+        **flags,
+        **stream_constants(stream, x, layout),
+    )
 
 
 def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of parts of segments."""
     grouping, tensor = layout.grouping, x.tensor
-    grad_strides, strides = layout.strides[:2]
+    stream = stream_of(layout, PROGRAMS_THAT_REDUCE)
+    dtype = table_dtype(tensor.dtype)
+    sums, sums_x = two_tables(tensor, grouping.N * stream.splits, grouping.K, dtype)
+    launch(
+        reduce_grad_kernel,
+        stream.num_programs,
+        (grad.tensor, tensor, mean.values, sums, sums_x),
+        (*layout.strides[0], *layout.strides[1], *_cut(grouping, stream), grouping.E, grouping.J,
+         mean.row),
+        **stream_constants(stream, tensor, layout),
+    )  # fmt: skip
+    return Parts(sums, sums_x, stream)
 
-    def run(stream: Stream, config: Config) -> Parts:
-        shape = (2, grouping.N * stream.splits, grouping.K)
-        sums, sums_x = tensor.new_empty(shape, dtype=table_dtype(tensor.dtype))
-        launch(
-            reduce_grad_kernel,
-            stream.num_programs,
-            (grad.tensor, tensor, mean.values, sums, sums_x, *grad_strides, *strides, grouping.K,
-             grouping.Q, grouping.L, stream.splits, stream.span, grouping.E, grouping.J, mean.row),
-            config.num_warps,
-            **stream_constants(stream, tensor, layout),
-        )  # fmt: skip
-        return Parts(sums, sums_x, stream)
 
-    return run(*_config("reduce_grad", layout, tensor, PROGRAMS_THAT_REDUCE, run))
+def reduce_whole(grad: Map, x: Map, layout: Layout, mean: Table) -> tuple[Tensor, Tensor]:
+    """``sum(grad)`` and ``sum(grad * (x - mean))`` of segments."""
+    parts = reduce(grad, x, layout, mean)
+    if parts.stream.splits == 1:
+        return parts.first, parts.second
+    return sum_rows(parts.first, parts.second, parts.stream.splits)
 
 
 def sum_rows(first: Tensor, second: Tensor, run_rows: int) -> tuple[Tensor, Tensor]:
     """Sums of runs of so many rows of two tables."""
     num_rows, num_columns = first.shape
-    if run_rows == 1:
-        return first, second
     num_runs = ceil_div(num_rows, run_rows)
     columns, rows = min(power_of_two(num_columns), 32), min(power_of_two(run_rows), 32)
-    found = first.new_empty(2, num_runs, num_columns)
+    found = two_tables(first, num_runs, num_columns, first.dtype)
     launch(
         sum_rows_kernel,
         num_runs * ceil_div(num_columns, columns),
-        (first, second, found[0], found[1], num_rows, run_rows, num_columns),
+        (first, second, *found),
+        (num_rows, run_rows, num_columns),
         BK=columns, BR=rows, ACC=accumulator(first.dtype),
     )  # fmt: skip
-    return found[0], found[1]
+    return found
+
+
+def flat_sums(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Memory for ``sum(grad)`` and ``sum(grad * unit)``."""
+    dtype = table_dtype(x.dtype)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
+
+
+def parameter_gradients(
+    sums: tuple[Tensor, Tensor], num_rows: int, sizes: tuple[int, int], wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from rows of sums of segments; empty where not wanted.
+
+    ``sizes`` are channels and segments of each. The only row of whole channels is the gradient.
+    """
+    first, second = sums
+    num_channels, parts = sizes
+    if any(wanted) and num_rows * parts > 1:
+        found = flat_sums(first, num_channels)
+        columns = min(power_of_two(num_channels), 32)
+        launch(
+            parameter_sums_kernel,
+            ceil_div(num_channels, columns),
+            (first, second, found[1], found[0]),
+            (num_rows, num_channels, parts),
+            BK=columns, BR=min(power_of_two(num_rows * parts), 32), ACC=accumulator(first.dtype),
+        )  # fmt: skip
+        first, second = found
+    dweight, dbias = wanted
+    return (
+        second if dweight else second.new_empty(0),
+        first if dbias else first.new_empty(0),
+    )
 
 
 def combine_segments(
@@ -260,19 +282,14 @@ def _combine(
     indices: tuple[object, ...],
     flags: Constants,
 ) -> None:
-    grouping = layout.grouping
     tensors = [m.tensor for m in maps]
+    stream = stream_of(layout, PROGRAMS_THAT_WRITE)
     strides = [stride for strides in layout.strides for stride in strides]
-
-    def run(stream: Stream, config: Config) -> None:
-        launch(
-            combine_grad_kernel,
-            stream.num_programs,
-            (*tensors, *tables, *strides, grouping.K, grouping.Q, grouping.L, stream.splits,
-             stream.span, *indices),
-            config.num_warps,
-            **flags,
-            **stream_constants(stream, tensors[1], layout),
-        )  # fmt: skip
-
-    run(*_config("combine_grad", layout, tensors[1], PROGRAMS_THAT_WRITE, run))
+    launch(
+        combine_grad_kernel,
+        stream.num_programs,
+        (*tensors, *tables),
+        (*strides, *_cut(layout.grouping, stream), *indices),
+        **flags,
+        **stream_constants(stream, tensors[1], layout),
+    )

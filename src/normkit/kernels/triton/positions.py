@@ -72,25 +72,42 @@ def positions_forward_kernel(
 @triton.jit
 def positions_backward_kernel(
     g, x, dx, weight, sums, sums_x,
-    GN, GC, GP, SN, SC, SP, DN, DC, DP, C, P, eps_high, eps_low,
+    GN, GC, GP, SN, SC, SP, DN, DC, DP, C, P, ITEMS, num_items, eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``x``, and each program's part of the parameters', ``(programs, C)``."""
-    n, l = place(P, BP)
+    """Gradient of ``x``, and each program's part of the parameters', ``(programs, C)``.
+
+    A program takes ``ITEMS`` blocks one after another: few parts are left to add up.
+    """
+    tiles = tl.cdiv(P, BP)
     c = tl.arange(0, BC)
-    inside = (c < C)[:, None] & (l < P)[None, :]
-    unit, _, _, rstd = standardized(x, SN, SC, SP, n, c, l, inside, C, eps_high, eps_low, ACC, WIDE)
-    at = channel_starts(n, c, GN, GC, WIDE)[:, None] + columns(l, GP, WIDE)[None, :]
-    grad = tl.load(g + at, mask=inside, other=0.0).to(ACC)
+    total = tl.zeros((BC,), ACC)
+    total_x = tl.zeros((BC,), ACC)
+    scale = tl.full((BC,), 1.0, ACC)
+    if HAS_WEIGHT:
+        scale = tl.load(weight + c, mask=c < C, other=0.0).to(ACC)
+    first = tl.program_id(0) * ITEMS
+    for item in range(first, tl.minimum(first + ITEMS, num_items)):
+        n = item // tiles
+        l = (item % tiles) * BP + tl.arange(0, BP)
+        inside = (c < C)[:, None] & (l < P)[None, :]
+        unit, _, _, rstd = standardized(
+            x, SN, SC, SP, n, c, l, inside, C, eps_high, eps_low, ACC, WIDE
+        )
+        at = channel_starts(n, c, GN, GC, WIDE)[:, None] + columns(l, GP, WIDE)[None, :]
+        grad = tl.load(g + at, mask=inside, other=0.0).to(ACC)
+        if NEEDS_SUMS:
+            total += tl.sum(grad, axis=1)
+            total_x += tl.sum(grad * unit, axis=1)
+        if HAS_WEIGHT:
+            grad = grad * scale[:, None]
+        along = tl.sum(grad * unit, axis=0) / C
+        level = tl.sum(grad, axis=0) / C
+        result = (grad - level[None, :] - unit * along[None, :]) * rstd[None, :]
+        out_at = channel_starts(n, c, DN, DC, WIDE)[:, None] + columns(l, DP, WIDE)[None, :]
+        tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)
     if NEEDS_SUMS:
         out = tl.program_id(0).to(tl.int64) * C + c
-        tl.store(sums + out, tl.sum(grad, axis=1), mask=c < C)
-        tl.store(sums_x + out, tl.sum(grad * unit, axis=1), mask=c < C)
-    if HAS_WEIGHT:
-        grad = grad * tl.load(weight + c, mask=c < C, other=0.0).to(ACC)[:, None]
-    along = tl.sum(grad * unit, axis=0) / C
-    level = tl.sum(grad, axis=0) / C
-    result = (grad - level[None, :] - unit * along[None, :]) * rstd[None, :]
-    out_at = channel_starts(n, c, DN, DC, WIDE)[:, None] + columns(l, DP, WIDE)[None, :]
-    tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)
+        tl.store(sums + out, total, mask=c < C)
+        tl.store(sums_x + out, total_x, mask=c < C)

@@ -20,8 +20,8 @@ def part_size(i, SPLITS, span, L):
 
 @triton.jit
 def pool_rows_kernel(
-    mean, var, out_mean, out_var, running_mean, running_var, counter,
-    N, SPLITS, span, L, K, E, rate_high, rate_low,
+    mean, var, out_mean, out_var, running_mean, running_var, counter, rate_high, rate_low,
+    N, SPLITS, span, L, K, E,
     HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, ESTIMATED: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +71,8 @@ def pool_rows_kernel(
 
 @triton.jit
 def pool_segments_kernel(
-    mean, var, out_mean, out_var, running_mean, running_var, counter,
-    J, group_size, rate_high, rate_low,
+    mean, var, out_mean, out_var, running_mean, running_var, counter, rate_high, rate_low,
+    J, group_size,
     HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Pool runs of ``J`` equal cells of a table, a program each; ``group_size`` in elements."""

@@ -57,9 +57,9 @@ def of_rows(values, g, G, k, inside, Q, ACC: tl.constexpr, SINGLE: tl.constexpr)
 
 @triton.jit
 def tile_forward_kernel(
-    x, y, weight, bias, table, running_mean, running_var, counter,
+    x, y, weight, bias, table, running_mean, running_var, counter, rate_high, rate_low,
     SN, SC, SP, YN, YC, YP, N, Q, L, E, J, G, num_cells,
-    eps_high, eps_low, rate_high, rate_low,
+    eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr,
     BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,

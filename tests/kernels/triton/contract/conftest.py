@@ -74,16 +74,14 @@ def builtins_of(package):
 
 def take_path(path, monkeypatch):
     """Let groups be taken whole, or the map be streamed over in small blocks with many parts."""
-    from normkit.kernels.triton import geometry, launch, plan, pooled  # noqa: PLC0415
+    from normkit.kernels.triton import geometry, passes, plan, pooled  # noqa: PLC0415
 
     if path == "stream":
         for limits in ("FORWARD", "BACKWARD"):
             monkeypatch.setattr(pooled, limits, geometry.Limits(0, 1))
-        for module in (launch, pooled):
-            monkeypatch.setattr(module, "CONFIGS", (launch.Config(8, 4),))
-        monkeypatch.setattr(launch, "_found", {})
-        for plans in ("_FORWARD", "_BACKWARD", "_GIVEN", "_GIVEN_BACKWARD"):
-            monkeypatch.setattr(pooled, plans, plan.Plans())
+        for module in (passes, pooled):
+            monkeypatch.setattr(module, "ELEMENTS", 8)
+        monkeypatch.setattr(plan, "_PLANS", {})
 
 
 @pytest.fixture
