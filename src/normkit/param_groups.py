@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from normkit.errors import OptionError, TraceError
 from normkit.layers.base import NormLayer
+from normkit.passes import require_layers
 from normkit.tracing.kinds import is_norm
 from normkit.tracing.trace import trace
 
@@ -56,7 +57,9 @@ def param_groups(
         biases.
 
     Raises:
-        OptionError: If a decay is negative or ``decay_gamma_to`` is neither 0 nor 1.
+        OptionError: If a decay is negative, ``decay_gamma_to`` is neither 0 nor 1, or it cannot be
+            seen which parameters are norms': the model is scripted, exported, quantized, or has its
+            parameters flattened into one.
 
     Warns:
         UserWarning: If norms decay in a model without residual paths, or one that cannot be
@@ -72,6 +75,7 @@ def param_groups(
         >>> [(group["name"], group["weight_decay"]) for group in groups]
         [('weights', 0.0001), ('biases', 0.0001), ('norm_weights', 0.0), ('norm_biases', 0.0)]
     """
+    require_layers(model, "sort the parameters of", sharded=True)
     of_norms = weight_decay if norm_weight_decay is None else norm_weight_decay
     of_biases = weight_decay if bias_weight_decay is None else bias_weight_decay
     decays = dict(zip(GROUPS, (weight_decay, of_biases, of_norms, of_norms), strict=True))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare, chosen, statistics_of, tracked
+from normkit.inference.tracked import Where, chosen, statistics_of, tracked
 from normkit.layers.base import BUFFERS
+from normkit.passes import bare
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def disturb_statistics(
         True
     """
     require_share("delta", delta)
-    layers = chosen(tracked(bare(model)), where)
+    layers = chosen(tracked(bare(model, "disturb")), where)
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "

@@ -14,8 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError
-from normkit.inference.tracked import bare
-from normkit.passes import Data, Forward, forward_batch, uncompiled, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    forward_batch,
+    require_batches,
+    uncompiled,
+    untouched,
+)
 from normkit.text import module_name
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6"})
@@ -102,7 +109,7 @@ def inactive_channels(
         >>> found.layers[0].name, found.layers[0].num_channels
         ('1', 8)
     """
-    model = bare(model)
+    model = bare(model, "measure")
     data = Data(batches=batches, forward=forward or forward_batch)
     recorder, num_batches = Recorder(), 0
     with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as stack:
@@ -113,6 +120,7 @@ def inactive_channels(
             recorder.begin()
             data.forward(model, batch)
             num_batches += 1
+    require_batches(num_batches)
     if recorder.uneven:
         raise DataError(
             f"the second axis of the input of {sorted(recorder.uneven)[0]} changes its size from "
@@ -120,8 +128,8 @@ def inactive_channels(
         )
     if not recorder.seen:
         raise DataError(
-            "no ReLU was called: there was no batch, or the model has activations that are never "
-            "exactly zero"
+            "no ReLU was called with a map: batches are empty, or the model has activations that "
+            "are never exactly zero"
         )
     rows = [seen.row(name) for name, seen in recorder.seen.items()]
     return InactiveChannels(layers=tuple(rows), num_batches=num_batches)

@@ -15,10 +15,10 @@ from normkit.core.check import require_choice
 from normkit.diagnostics.lipschitz import Loss, cross_entropy_of_pairs
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import OptionError
-from normkit.inference.tracked import bare
 from normkit.passes import (
     Forward,
     as_list,
+    bare,
     device_of,
     forward_batch,
     moved,
@@ -148,7 +148,7 @@ def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied 
     rates = tuple(rates or RATES[protocol])
     if min(rates) <= 0:
         raise OptionError(f"rates={rates} was given; each is above 0")
-    model = bare(model)
+    model = bare(model, "measure")
     chosen = [n for n, p in model.named_parameters() if params is None or params(n, p)]
     if not chosen:
         raise OptionError("params= chooses none of the model's parameters")

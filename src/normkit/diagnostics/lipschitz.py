@@ -13,8 +13,15 @@ from torch.nn import functional
 
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.tracked import bare
-from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    forward_batch,
+    require_batches,
+    uncompiled,
+    untouched,
+)
 from normkit.weights.attach import rules_of
 from normkit.weights.parametrizations import Reparametrization, WeightStandardization
 
@@ -124,12 +131,12 @@ def lipschitz_terms(
         >>> [row.name for row in lipschitz_terms(model, [pair]).layers]
         ['0']
     """
-    model = bare(model)
+    model = bare(model, "measure")
     rules = _standardised(model)
     data = Data(batches=batches, forward=forward or forward_batch)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}
     num_batches = 0
-    with untouched(model, training=True), torch.enable_grad():
+    with untouched(model, training=True), uncompiled(), torch.enable_grad():
         for batch in data.each(model, "measuring gradients"):
             for name, terms in _terms(rules, lambda b=batch: loss(data.forward(model, b), b)):
                 sums[name] += terms

@@ -67,7 +67,8 @@ class Measurement(ABC):
         return figure
 
     def __str__(self) -> str:
-        return f"{self.reading}\n{self.table()}".rstrip()
+        left = map(str, getattr(self, "left", ()))
+        return "\n".join(part for part in (self.reading, self.table(), *left) if part)
 
 
 def _is_number(value: object) -> bool:

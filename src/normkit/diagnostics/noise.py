@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_choice
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare, chosen
+from normkit.inference.tracked import Where, chosen
+from normkit.passes import bare, require_uncompiled
 from normkit.tracing import is_norm
 
 Granularity = Literal["group", "element"]
@@ -62,7 +63,9 @@ def add_output_noise(
     require_choice("granularity", granularity, get_args(Granularity))
     if std < 0:
         raise OptionError(f"std={std} was given; a standard deviation is at least 0")
-    norms = {name: module for name, module in bare(model).named_modules() if is_norm(module)}
+    modules = bare(model, "disturb").named_modules()
+    require_uncompiled(model, "disturb")
+    norms = {name: module for name, module in modules if is_norm(module)}
     inner = tuple(f"{name}." for name in norms if name)
     outer = {name: module for name, module in norms.items() if not name.startswith(inner)}
     layers = chosen(outer, where)

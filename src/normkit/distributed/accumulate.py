@@ -15,9 +15,13 @@ from normkit.core.running import are_still, is_second_look
 from normkit.distributed.follower import Follower
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
-from normkit.inference.tracked import bare, feature_map, tracked
+from normkit.inference.known import own_forward, takes_input_as_it_is
+from normkit.inference.tracked import feature_map, tracked, why_still
 from normkit.layers.batch_channel import EstimatedBatchNorm
+from normkit.passes import bare, require_uncompiled
 from normkit.text import module_name
+
+ACCUMULATE = "accumulate statistics of"
 
 
 def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
@@ -51,8 +55,10 @@ def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
         tensor(1)
     """
     steps = require_count("steps", steps)
-    _require_free(model)
-    return Accumulation(bare(model), steps)
+    inner = bare(model, ACCUMULATE)
+    require_uncompiled(model, ACCUMULATE)
+    _require_free(inner)
+    return Accumulation(inner, steps)
 
 
 class Accumulation:
@@ -188,9 +194,11 @@ def _why_left(layer: nn.Module) -> str | None:
         return "its statistics are frozen"
     if isinstance(layer, EstimatedBatchNorm):
         return "its estimates normalise in training"
+    if not takes_input_as_it_is(layer):
+        return f"{own_forward(layer)}, so what it normalises is not known"
     if isinstance(layer, _InstanceNorm):
         return "it is torch's instance norm, which averages examples; convert_norm_ replaces it"
-    return None
+    return why_still(layer) or None
 
 
 def _require_some(model: nn.Module, waiting: Mapping[Any, Any], left: Mapping[str, str]) -> None:
@@ -204,11 +212,6 @@ def _require_some(model: nn.Module, waiting: Mapping[Any, Any], left: Mapping[st
 
 def _require_free(model: nn.Module) -> None:
     for module in model.modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise OptionError(
-                "the model is compiled, which does not see hooks that come later; accumulate "
-                "statistics of the model that is not"
-            )
         owners = [getattr(h, "__self__", None) for h in module._forward_pre_hooks.values()]
         if any(isinstance(owner, Accumulation | _Calls) for owner in owners):
             raise OptionError(

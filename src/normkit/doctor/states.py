@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.doctor.judge import Judge, Scores, Values, at_evaluation, with_statistics
 from normkit.errors import InputError, PartitionError
 from normkit.inference import recalibrate, thaw_statistics
-from normkit.inference.measure import normalise_by_batch
+from normkit.inference.measure import normalising_by_batch
 from normkit.inference.patch import PatchedLayer, StatisticsPatch
 from normkit.inference.tracked import tracked
 from normkit.layers.batch_channel import EstimatedBatchNorm
@@ -76,9 +78,9 @@ class Patient:
 
     def by_batch(self) -> Scores | str:
         """Score it with every norm normalising by each test batch; or say why that cannot be."""
-        with at_evaluation(self.model):
+        with at_evaluation(self.model), ExitStack() as stack:
             for layer in tracked(self.model).values():
-                normalise_by_batch(layer)
+                stack.enter_context(normalising_by_batch(layer))
             try:
                 return self.judge.scores(self.model, "judging by each batch's statistics")
             except ValueError as error:  # a batch of one value
@@ -111,6 +113,8 @@ class Patient:
         for layer in tracked(model).values():
             if getattr(layer, "momentum", None) == 0:
                 setattr(layer, "momentum", 0.1)  # noqa: B010 - torch types modules' attributes
+            if not isinstance(layer, _InstanceNorm):  # which evaluate otherwise when it is on
+                setattr(layer, "track_running_stats", True)  # noqa: B010
         return model
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare, chosen, tracked
+from normkit.inference.tracked import Where, chosen, tracked
+from normkit.passes import bare
 
 SUFFIX = "Frozen"
 BEFORE = "frozen_from"
@@ -61,7 +62,7 @@ def freeze_statistics(model: nn.Module, where: Where | None = None) -> tuple[str
         >>> model[1].training
         False
     """
-    layers = tracked(bare(model))
+    layers = tracked(bare(model, "freeze"))
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
@@ -96,7 +97,7 @@ def thaw_statistics(model: nn.Module, where: Where | None = None) -> tuple[str, 
         >>> model[0].training
         True
     """
-    frozen = {name: m for name, m in bare(model).named_modules() if is_frozen(m)}
+    frozen = {name: m for name, m in bare(model, "thaw").named_modules() if is_frozen(m)}
     found = chosen(frozen, where) if frozen else {}
     kinds = {layer: type(layer) for layer in found.values()}
     _exchange(kinds, [vars(kind)[BEFORE] for kind in kinds.values()])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,10 +15,12 @@ from normkit.core.partition import require_variance
 from normkit.errors import DataError, InputError
 from normkit.inference.population import Population, Sums
 from normkit.inference.ranks import together
-from normkit.inference.tracked import feature_map, statistics_of
+from normkit.inference.reaching import Missed, ignore, reaching
+from normkit.inference.tracked import statistics_of
 from normkit.layers.base import BUFFERS, SegmentLayer, TrackingLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import Data, first_calls, inputs_of, progress, uncompiled, untouched
+from normkit.passes.inputs import See
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
@@ -32,23 +34,27 @@ class Measured:
     Args:
         num_batches: How many batches were read.
         sums: Of each layer that got an input, by name.
+        missed: Layers that have normalised something that was not seen.
     """
 
     num_batches: int = 0
     sums: dict[str, Sums] = field(default_factory=dict)
+    missed: frozenset[str] = frozenset()
 
 
 def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
     """Measure all layers in one pass, each normalising by its batches as in training."""
+    names = {layer: name for name, layer in layers.items()}
 
     def work() -> Measured:
         populations = {name: Population(layer) for name, layer in layers.items()}
-        with untouched(model, training=False), ExitStack() as hooks:
+        missed = set[nn.Module]()
+        with untouched(model, training=False), ExitStack() as stack:
             for name, layer in layers.items():
-                hooks.callback(_watch(name, layer, populations[name]))
-                normalise_by_batch(layer)
+                stack.enter_context(_by_batch(name, layer, populations[name], missed.add))
             num_batches = data.send(model, "measuring statistics")
-        return Measured(num_batches, {n: _on_cpu(p.sums) for n, p in populations.items()})
+        sums = {name: _on_cpu(population.sums) for name, population in populations.items()}
+        return Measured(num_batches, sums, frozenset(names[layer] for layer in missed))
 
     return _merged(together(work, data.group), layers)
 
@@ -57,14 +63,14 @@ def measure_in_order(model: nn.Module, layers: Layers, data: Data) -> Measured:
     """Measure layer after layer, each behind others that evaluate by what was found for them."""
     sums: dict[str, Sums] = {}
     with untouched(model, training=False), uncompiled():
-        num_batches, calls = _calls(model, layers, data)
+        num_batches, calls, missed = _calls(model, layers, data)
         for name, num_calls in progress(calls.items(), "measuring statistics", len(calls)):
             layer = layers[name]
             found = _inputs_summed(model, layer, name, num_calls, data)
             if found.num_values:
                 sums[name] = found
                 layer._buffers.update(values_of(name, layer, found))
-    return Measured(num_batches, sums)
+    return Measured(num_batches, sums, missed)
 
 
 def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
@@ -92,13 +98,15 @@ def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
     return values | {name: torch.full_like(b, sums.num_inputs) for name, b in counts.items()}
 
 
-def _watch(name: str, layer: nn.Module, population: Population) -> Callable[[], None]:
-    """Let a population see the inputs of a layer; return how that ends."""
+def _by_batch(
+    name: str, layer: nn.Module, population: Population, missed: Missed
+) -> AbstractContextManager[None]:
+    """Let a population see what a layer normalises by each batch."""
     num_groups = statistics_of(layer)[BUFFERS[0]].numel()
     by_batch = not isinstance(layer, EstimatedBatchNorm)
 
-    def see(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = _checked(name, layer, args[0] if args else next(iter(named.values())))
+    def see(x: Tensor) -> None:
+        x = _checked(name, layer, x)
         if by_batch and x.numel() == num_groups:
             raise InputError(
                 f"layer {name!r} got an input of shape {tuple(x.shape)}: one value for each of "
@@ -109,26 +117,29 @@ def _watch(name: str, layer: nn.Module, population: Population) -> Callable[[], 
             require_variance(layer.partition, x.shape, f"layer {name!r}")
         population.add(x)
 
-    return layer.register_forward_pre_hook(see, with_kwargs=True).remove
+    return normalising_by_batch(layer, see, missed)
 
 
-def normalise_by_batch(layer: nn.Module) -> None:
-    """Let a layer of a model at evaluation do what it does in training.
+def normalising_by_batch(
+    layer: nn.Module, see: See = ignore, missed: Missed = ignore
+) -> AbstractContextManager[None]:
+    """Let a layer of a model at evaluation normalise by its input, as in training.
 
-    Estimates of micro batches stay: they normalise in training too. Buffers are hidden where that
-    is enough, and are copies elsewhere, so that none moves; that also keeps ranks from waiting for
-    each other in a layer, where they may have different numbers of batches.
+    No statistics move, and ranks do not wait for each other in a layer, where they may have
+    different numbers of batches. Estimates of micro batches stay: they normalise in training too.
+    The statistics of our layers are hidden, which ``untouched`` puts back.
+
+    Args:
+        layer: A layer with running statistics.
+        see: Gets what it normalises; by default nothing does.
+        missed: See ``reaching``.
     """
-    if isinstance(layer, EstimatedBatchNorm):
-        return
-    hides = isinstance(layer, nn.SyncBatchNorm | TrackingLayer)
-    for name, buffer in statistics_of(layer).items():
-        layer._buffers[name] = None if hides else buffer.clone()
-    layer.training = not hides  # without statistics these normalise by their input in any mode
+    if isinstance(layer, TrackingLayer) and not isinstance(layer, EstimatedBatchNorm):
+        layer._buffers.update(dict.fromkeys(statistics_of(layer)))
+    return reaching(layer, see, by_batch=True, missed=missed)
 
 
 def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-    x = feature_map(layer, x)
     if isinstance(layer, _InstanceNorm) and x.shape[2:].numel() == 1:
         raise InputError(
             f"layer {name!r} got an input of shape {tuple(x.shape)}: a channel of an example is a "
@@ -137,26 +148,32 @@ def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _calls(model: nn.Module, layers: Layers, data: Data) -> tuple[int, dict[str, int]]:
+def _calls(
+    model: nn.Module, layers: Layers, data: Data
+) -> tuple[int, dict[str, int], frozenset[str]]:
     """Count the batches of all ranks, and how often this rank's forwards call each layer.
 
-    Layers come in the order of their first calls; 0 is for a number that varies.
+    Layers come in the order of their first calls; 0 is for a number that varies. Those that have
+    normalised what was not seen are apart.
     """
     names = {layer: name for name, layer in layers.items()}
 
-    def work() -> tuple[int, dict[str, int]]:
-        num_batches, found = 0, dict[str, int]()
+    def work() -> tuple[int, dict[str, int], set[str]]:
+        num_batches, found, missed = 0, dict[str, int](), set[nn.Module]()
+        watch = partial(reaching, missed=missed.add)
         for batch in progress(data.read(), "counting batches", data.total()):
             num_batches += 1
-            for layer, number in first_calls(model, names, batch, data.forward).items():
+            for layer, number in first_calls(model, names, batch, data.forward, watch).items():
                 same = found.setdefault(names[layer], number) == number
                 found[names[layer]] = number if same else 0
-        return num_batches, found
+        return num_batches, found, {names[layer] for layer in missed}
 
     results = together(work, data.group)
-    _, own = results[0 if len(results) == 1 else distributed.get_rank(data.group)]
-    order = dict.fromkeys(name for _, found in results for name in found)
-    return sum(number for number, _ in results), {name: own.get(name, 0) for name in order}
+    _, own, _ = results[0 if len(results) == 1 else distributed.get_rank(data.group)]
+    missed = frozenset[str]().union(*(each for _, _, each in results))
+    order = dict.fromkeys(name for _, found, _ in results for name in found if name not in missed)
+    num_batches = sum(number for number, _, _ in results)
+    return num_batches, {name: own.get(name, 0) for name in order}, missed
 
 
 def _inputs_summed(
@@ -164,7 +181,7 @@ def _inputs_summed(
 ) -> Sums:
     def work() -> Sums:
         population = Population(layer)
-        for x in inputs_of(model, layer, data.read(), num_calls, data.forward):
+        for x in inputs_of(model, layer, data.read(), num_calls, data.forward, reaching):
             population.add(_checked(name, layer, x))
         return _on_cpu(population.sums)
 
@@ -172,10 +189,12 @@ def _inputs_summed(
 
 
 def _merged(results: list[Measured], layers: Layers) -> Measured:
+    missed = frozenset[str]().union(*(result.missed for result in results))
     sums = {n: _sum(layer, [r.sums[n] for r in results]) for n, layer in layers.items()}
     return Measured(
         sum(result.num_batches for result in results),
-        {name: found for name, found in sums.items() if found.num_values},
+        {n: found for n, found in sums.items() if found.num_values and n not in missed},
+        missed,
     )
 
 

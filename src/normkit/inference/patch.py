@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from normkit.errors import DataError, OptionError
-from normkit.inference.tracked import bare, statistics_of
+from normkit.inference.tracked import Unmeasured, statistics_of
 from normkit.layers.base import BUFFERS
+from normkit.passes import bare
 from normkit.text import module_name, table_lines
 
 MEAN, VAR = BUFFERS
@@ -59,21 +60,6 @@ class PatchedLayer:
 
     def _var(self, values: Mapping[str, Tensor]) -> Tensor:
         return values[VAR].double() + self.eps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unmeasured:
-    """A layer with running statistics that was not measured.
-
-    Args:
-        name: Its name in the model.
-        kind: Its class.
-        why: Why it was left out.
-    """
-
-    name: str
-    kind: str
-    why: str
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -164,7 +150,7 @@ class StatisticsPatch:
         read = _read(Path(path))
         rows = tuple(PatchedLayer(**row) for row in read.pop("layers"))
         left = tuple(Unmeasured(name=n, kind=k, why=w) for n, k, w in read.pop("left"))
-        patch = cls(model=bare(model), layers=rows, left=left, **read)
+        patch = cls(model=bare(model, "patch"), layers=rows, left=left, **read)
         targets = patch._targets()
         patch.applied = all(_has(targets[row.name], row.new) for row in rows)
         return patch
@@ -196,8 +182,7 @@ class StatisticsPatch:
             for r in self.layers
         ]
         lines = [self._summary(), *table_lines([head, *rows])]
-        lines += [f"left out: {module_name(row.name)} ({row.kind}): {row.why}" for row in self.left]
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.left)])
 
     def _summary(self) -> str:
         most = self.max_batches

@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from normkit.errors import OptionError
 from normkit.layers.base import BUFFERS, TrackingLayer
+from normkit.text import module_name
 
 Where = Callable[[nn.Module, str], bool]
 STATISTICS = (*BUFFERS, "num_batches_tracked")
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """Return a model without DistributedDataParallel, DataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        else:
-            return model
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmeasured:
+    """A layer that a measurement has left out.
+
+    Args:
+        name: Its name in the model.
+        kind: Its class.
+        why: Why it was left out.
+    """
+
+    name: str
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"left out: {module_name(self.name)} ({self.kind}): {self.why}"
+
+
+def unmeasured(model: nn.Module, left: Mapping[str, str]) -> tuple[Unmeasured, ...]:
+    """Layers that were left out, in the order of the model, from their reasons by name."""
+    return tuple(
+        Unmeasured(name=name, kind=type(module).__name__, why=left[name])
+        for name, module in model.named_modules()
+        if name in left
+    )
+
+
+def reasons(left: Mapping[str, str], at_most: int = 5) -> str:
+    """Why layers were left out, for an error; empty if none was."""
+    shown = [f"{module_name(name)}: {why}" for name, why in list(left.items())[:at_most]]
+    return "; ".join(shown) + ("; ..." if len(left) > at_most else "")
+
+
+def and_reasons(left: Mapping[str, str]) -> str:
+    """The same after something else."""
+    return f"; {reasons(left)}" if left else ""
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -67,6 +96,19 @@ def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn
 def statistics_of(layer: nn.Module) -> dict[str, Tensor]:
     """Running statistics of a layer by name; old checkpoints may lack the count of batches."""
     return {n: b for n in STATISTICS if (b := layer._buffers.get(n)) is not None}
+
+
+def why_still(layer: nn.Module) -> str:
+    """Why a layer's running statistics do not follow its batches; empty if they do.
+
+    With ``track_running_stats`` switched off after building, batch norms evaluate by the buffers
+    that they have and leave them as they are; torch's instance norms evaluate without them.
+    """
+    if getattr(layer, "track_running_stats", True):
+        return ""
+    if isinstance(layer, _InstanceNorm):
+        return "its track_running_stats is off, so it normalises by its input alone"
+    return "its track_running_stats is off, so it is frozen; True lets it move"
 
 
 def feature_map(layer: nn.Module, x: Any) -> Any:  # noqa: ANN401 - what a hook is given

@@ -1,5 +1,6 @@
 """Passes over data that leave a model as it was: batches in, one layer's inputs out."""
 
+from normkit.passes.bare import bare, require_bare, require_layers, require_uncompiled
 from normkit.passes.batches import (
     Forward,
     arguments_of,
@@ -20,6 +21,7 @@ __all__ = [
     "Forward",
     "arguments_of",
     "as_list",
+    "bare",
     "device_of",
     "first_calls",
     "forward_batch",
@@ -27,7 +29,10 @@ __all__ = [
     "moved",
     "num_examples",
     "progress",
+    "require_bare",
     "require_batches",
+    "require_layers",
+    "require_uncompiled",
     "uncompiled",
     "untouched",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import NormError, TraceError, WeightError
-from normkit.tracing.bare import require_bare
+from normkit.passes import require_bare
 from normkit.tracing.feeds import Feeds, trace_feeds
 from normkit.tracing.kinds import CONVOLUTIONS, is_producer
 from normkit.weights.algebra import EpsTo

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import WeightError
+from normkit.passes import require_layers
 from normkit.tracing.kinds import is_producer
 from normkit.weights.attach import rules_of
 from normkit.weights.report import WeightReport
@@ -25,6 +26,7 @@ def bake_weights_(model: nn.Module) -> WeightReport:
         The layers that were baked.
 
     Raises:
+        OptionError: If the model's layers cannot be looked into: it is scripted, exported, ...
         WeightError: If a weight is parametrised by something else as well; nothing is changed.
 
     Example:
@@ -35,6 +37,7 @@ def bake_weights_(model: nn.Module) -> WeightReport:
         baked 1 layer
           0
     """
+    require_layers(model, "bake the weights of")
     layers = {name: m for name, m in model.named_modules() if is_producer(m) and rules_of(m)}
     for name, module in layers.items():
         _require_ours_alone(name, module)

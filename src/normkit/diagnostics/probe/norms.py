@@ -11,6 +11,7 @@ from torch.nn.functional import batch_norm
 from normkit.core.moments import Moments
 from normkit.diagnostics.channel_difference import channels_first, pooling_groups, stat_diff
 from normkit.diagnostics.estimation_shift import distances_between, running_moments
+from normkit.inference.known import own_forward, takes_input_as_it_is
 from normkit.inference.population import Population
 from normkit.inference.tracked import Where, feature_map, keeps_statistics, tracked
 from normkit.layers.base import NormLayer
@@ -33,6 +34,9 @@ class Norm:
         self.name, self.host_name = name, host_name
         self._layer, self._host = layer, host
         self._groups = pooling_groups(layer)
+        unknown = next((m for m in (host, layer) if not takes_input_as_it_is(m)), None)
+        self.why_unknown = "" if unknown is None else own_forward(unknown)
+        """Why what it normalises is not known; empty if that is its input."""
         self.forget()
 
     def forget(self) -> None:
@@ -49,7 +53,7 @@ class Norm:
     @torch.no_grad()
     def see(self, x: Any) -> None:  # noqa: ANN401 - whatever the module was given
         """Take an input into account that the module has normalised."""
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        if self.why_unknown or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
             return
         x = channels_first(self._layer, x) if self._host is self._layer else self._own_part(x)
         if x is None:

@@ -29,7 +29,8 @@ from normkit.diagnostics.probe.rows import (
 )
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare
+from normkit.inference.tracked import Where
+from normkit.passes import bare
 from normkit.text import module_name
 
 
@@ -112,7 +113,7 @@ class Probe:
                 "the model runs on several devices in one process (DataParallel), where hooks see "
                 "copies; use DistributedDataParallel, or give the probe one device"
             )
-        self._given, self._model = model, bare(model)
+        self._given, self._model = model, bare(model, "probe")
         _require_something(self._model, where, params)
         self._where, self._params, self._eager = where, params, eager
         self._places = path, log_dir, writer
