@@ -200,6 +200,31 @@ def test_noise_is_one_draw_a_group_in_training_only():
     assert noise.shape == x.shape
 
 
+class Turned(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_noise_of_norms_over_the_last_axis_is_a_draw_for_each_channel():
+    torch.manual_seed(0)
+    x = torch.randn(7, 5, 6)
+    for norm in (nn.LayerNorm(6), nn.RMSNorm(6)):
+        with nk.add_output_noise(norm):
+            noise = norm(x).detach()
+        noise -= norm(x).detach()
+        assert (noise - noise[:, :1]).abs().max() < 1e-5
+        assert noise[:, 0].std() > 0.5
+    alone = nn.InstanceNorm1d(6)
+    with nk.add_output_noise(alone):
+        assert alone(x[0].T).shape == (6, 5)
+    with pytest.raises(
+        OptionError, match=r"cannot be found in the output of 0: its class .*Turned"
+    ):
+        nk.add_output_noise(nn.Sequential(Turned(6))).__enter__()
+    with nk.add_output_noise(nn.Sequential(Turned(6)), granularity="element") as names:
+        assert names == ("0",)
+
+
 def test_noise_comes_before_an_activation_inside():
     model = nk.convert_norm(nn.Sequential(_with_activation()), "gn:2").model
     x = torch.randn(64, 6, 4, 4)

@@ -13,6 +13,7 @@ from normkit.lab.torchvision_ops import register_missing_operators
 
 register_missing_operators()
 from timm.layers import BatchNormAct2d, SplitBatchNorm2d  # noqa: E402 - torchvision's come first
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -240,6 +241,16 @@ def test_a_replaced_forward_is_what_counts(batches):
     assert_close(patch.layers[0].new["running_mean"].double(), every(batches).mean(0), **EXACT)
     assert "its forward was replaced by" in patch.left[0].why
     assert model[0].forward is before
+
+
+def test_norms_with_fixed_statistics_have_a_shift():
+    torch.manual_seed(0)
+    images = torch.randn(7, 3, 4, 4) + 2
+    values = images.double().transpose(0, 1).flatten(1)
+    model = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
+    rows = nk.estimation_shift(model, [images]).layers
+    assert [row.name for row in rows] == ["input", "0", "1"]
+    assert rows[1].esm_mean == pytest.approx(float(values.mean(1).norm()))
 
 
 def test_timms_norms():

@@ -222,8 +222,10 @@ def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _takes_channels_last(layer: nn.Module) -> bool:
-    """Whether this is torch's layer norm, and not torchvision's or timm's for maps."""
-    return isinstance(layer, nn.LayerNorm) and not is_over_maps(layer)
+    """Whether this is torch's layer norm or the like, and not torchvision's or timm's for maps."""
+    if not isinstance(layer, nn.LayerNorm | nn.RMSNorm) or is_over_maps(layer):
+        return False
+    return len(layer.normalized_shape) == 1
 
 
 def stat_diff(moments: Moments, num_groups: int) -> Tensor:

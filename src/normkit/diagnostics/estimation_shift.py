@@ -15,7 +15,7 @@ from normkit.core.check import require_choice
 from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.known import why_unseen
+from normkit.inference.known import is_fixed, why_unseen
 from normkit.inference.population import Population
 from normkit.inference.reaching import UNSEEN, reaching
 from normkit.inference.tracked import (
@@ -23,6 +23,7 @@ from normkit.inference.tracked import (
     Where,
     and_reasons,
     chosen,
+    foreign,
     statistics_of,
     tracked,
     unmeasured,
@@ -114,7 +115,7 @@ def estimation_shift(
     function that normalises. The model is left as it was.
 
     Args:
-        model: Holds norms of torch or ours with running statistics.
+        model: Holds norms of torch or ours with running statistics, or ``FrozenBatchNorm2d``.
         batches: Test data: inputs, ``(inputs, target)`` or dicts of arguments, of any sizes.
         train_batches: Training data: the first row is then the distance between the statistics of
             the two inputs; without it that row has no values.
@@ -144,12 +145,14 @@ def estimation_shift(
     if normalize is not None:
         require_choice("normalize", normalize, ("sqrt_c",))
     model = bare(model, "measure")
-    known = chosen(tracked(model), where)
+    fixed = {name: layer for name, layer in model.named_modules() if is_fixed(layer)}
+    known = chosen(tracked(model) | fixed, where)
     if not known:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so nothing can shift"
         )
-    left = {name: why for name, layer in known.items() if (why := _why_left(layer))}
+    left = {name: why for name, why in foreign(model).items() if name not in fixed}
+    left |= {name: why for name, layer in known.items() if (why := _why_left(layer))}
     layers = {name: layer for name, layer in known.items() if name not in left}
     send = forward or forward_batch
     seen = _observed(model, layers, Data(batches=batches, forward=send))

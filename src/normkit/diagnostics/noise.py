@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from normkit.core.check import require_choice
+from normkit.diagnostics.channel_difference import channels_first
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, chosen
-from normkit.passes import bare, require_uncompiled
+from normkit.inference.known import own_forward, takes_input_as_it_is
+from normkit.inference.tracked import Where, chosen, reasons
+from normkit.passes import Temporary, bare, require_uncompiled
 from normkit.tracing import is_norm
+from normkit.tracing.kinds import NORMS
 
 Granularity = Literal["group", "element"]
 
@@ -47,7 +51,9 @@ def add_output_noise(
         Names of the norms.
 
     Raises:
-        OptionError: If there is no norm, ``std`` is negative, or the granularity is unknown.
+        OptionError: If there is no norm, ``std`` is negative, the granularity is unknown, the model
+            is compiled, or a draw for each group is wanted of a class with its own forward, of
+            which it is not known where its channels are.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, sections 3.2.1, A.2.
@@ -72,31 +78,67 @@ def add_output_noise(
     if not layers:
         raise OptionError(f"{type(model).__name__} has no norm, so there is nothing to disturb")
 
-    def noisy(y: Tensor, layer: nn.Module) -> Tensor:
-        shape = y.shape if granularity == "element" else _shape_of_groups(y, layer)
-        noise = torch.randn(shape, device=y.device, dtype=y.dtype) * std + mean
-        return y + _over_channels(noise, y)
-
+    if granularity == "group":
+        _require_channels(layers)
+    noise = _Noise(mean, std, granularity)
     with ExitStack() as hooks:
         for layer in layers.values():
-            hooks.callback(_hook(layer, noisy))
+            hooks.callback(noise.put_into(layer))
         yield tuple(layers)
 
 
-def _hook(layer: nn.Module, noisy: Callable[[Tensor, nn.Module], Tensor]) -> Callable[[], None]:
-    """Put the noise before the activation that some layers have inside, else after the layer."""
+class _Noise(NamedTuple):
+    """What is added to outputs of norms in training."""
 
-    def before(_inner: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return (noisy(args[0], layer), *args[1:]) if layer.training else None
+    mean: float
+    std: float
+    granularity: Granularity
 
-    def after(_layer: nn.Module, _args: Any, y: Tensor) -> Tensor | None:  # noqa: ANN401
-        return noisy(y, layer) if layer.training else None
+    def put_into(self, layer: nn.Module) -> Callable[[], None]:
+        """Add it before the activation that some layers have inside, else after the layer."""
+        children = dict(layer.named_children())
+        inside = children.get("drop", children.get("act"))
+        if inside is not None:
+            return inside.register_forward_pre_hook(Temporary(partial(self._before, layer))).remove
+        return layer.register_forward_hook(Temporary(self._after)).remove
 
-    children = dict(layer.named_children())
-    inside = children.get("drop", children.get("act"))
-    if inside is not None:
-        return inside.register_forward_pre_hook(before).remove
-    return layer.register_forward_hook(after).remove
+    def _before(
+        self, layer: nn.Module, _inner: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        return (self._noisy(args[0], layer), *args[1:]) if layer.training else None
+
+    def _after(self, layer: nn.Module, _args: Any, y: Tensor) -> Tensor | None:  # noqa: ANN401
+        return self._noisy(y, layer) if layer.training else None
+
+    def _noisy(self, y: Tensor, layer: nn.Module) -> Tensor:
+        if self.granularity == "element":
+            return y + self._drawn(y.shape, y)
+        maps = channels_first(layer, y)
+        noise = _over_channels(self._drawn(_shape_of_groups(maps, layer), y), maps)
+        if maps.ndim > y.ndim:  # an example without a batch axis
+            return y + noise[0]
+        return y + (noise if maps.shape == y.shape else noise.movedim(1, -1))
+
+    def _drawn(self, shape: tuple[int, ...], y: Tensor) -> Tensor:
+        return torch.randn(shape, device=y.device, dtype=y.dtype) * self.std + self.mean
+
+
+def _require_channels(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers of which nobody knows where their channels are.
+
+    Raises:
+        OptionError: With the way out.
+    """
+    unknown = {
+        name: own_forward(layer)
+        for name, layer in layers.items()
+        if isinstance(layer, NORMS) and not takes_input_as_it_is(layer)
+    }
+    if unknown:
+        raise OptionError(
+            f"granularity='group' draws for channels, which cannot be found in the output of "
+            f"{reasons(unknown)}; pass granularity='element', or leave the layer out with where="
+        )
 
 
 def _shape_of_groups(y: Tensor, layer: nn.Module) -> tuple[int, ...]:

@@ -15,10 +15,11 @@ from normkit.core.running import are_still, is_second_look
 from normkit.distributed.follower import Follower
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
+from normkit.inference.guard import is_guarded
 from normkit.inference.known import own_forward, takes_input_as_it_is
 from normkit.inference.tracked import feature_map, tracked, why_still
 from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.passes import bare, require_uncompiled
+from normkit.passes import Temporary, bare, require_uncompiled, swaps_statistics
 from normkit.text import module_name
 
 ACCUMULATE = "accumulate statistics of"
@@ -130,18 +131,20 @@ class Accumulation:
 
     def _attach(self, model: nn.Module, waiting: Mapping[nn.Module, Follower]) -> None:
         """Hang hooks on the model, around those of its norms: the model may be one itself."""
-        self._handles.append(model.register_forward_pre_hook(self._begin))
+        self._handles.append(model.register_forward_pre_hook(Temporary(self._begin)))
         for norm in find_norms(model):
             followers = [waiting[part] for part in norm.modules() if part in waiting]
             if followers:
                 calls = _Calls(self, followers)
+                begin = Temporary(calls.begin, swaps_statistics=True)
+                end = Temporary(calls.end)
                 self._handles += [
-                    norm.register_forward_pre_hook(calls.begin, with_kwargs=True),
-                    norm.register_forward_hook(calls.end, with_kwargs=True, always_call=True),
+                    norm.register_forward_pre_hook(begin, with_kwargs=True),
+                    norm.register_forward_hook(end, with_kwargs=True, always_call=True),
                 ]
         self._handles += [
-            model.register_forward_hook(self._count),
-            model.register_forward_hook(self._end, always_call=True),
+            model.register_forward_hook(Temporary(self._count)),
+            model.register_forward_hook(Temporary(self._end), always_call=True),
         ]
 
     def _begin(self, *_: object) -> None:
@@ -212,8 +215,12 @@ def _require_some(model: nn.Module, waiting: Mapping[Any, Any], left: Mapping[st
 
 def _require_free(model: nn.Module) -> None:
     for module in model.modules():
-        owners = [getattr(h, "__self__", None) for h in module._forward_pre_hooks.values()]
-        if any(isinstance(owner, Accumulation | _Calls) for owner in owners):
+        if is_guarded(module):
+            raise OptionError(
+                "the model's statistics are guarded batch by batch; take that out with "
+                "guard.remove() first, or let them move at every forward"
+            )
+        if swaps_statistics(module):
             raise OptionError(
                 "the model's statistics are accumulated already; end that with remove(), or by "
                 "leaving its block"

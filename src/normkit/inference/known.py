@@ -10,7 +10,7 @@ from types import FunctionType
 
 from torch import nn
 
-from normkit.layers.base import NormLayer
+from normkit.layers.base import BUFFERS, NormLayer
 
 BATCH_NORMS = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
 GROUP_NORMS = (
@@ -37,7 +37,14 @@ LAYER_NORMS_OF_MAPS = (
 )
 """Those over the channels of ``(N, C, H, W)``."""
 
-KNOWN = frozenset((*BATCH_NORMS, *GROUP_NORMS, *LAYER_NORMS, *LAYER_NORMS_OF_MAPS))
+FIXED = (
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+)
+"""Those that never move their statistics, with modes that mean nothing."""
+
+KNOWN = frozenset((*BATCH_NORMS, *GROUP_NORMS, *LAYER_NORMS, *LAYER_NORMS_OF_MAPS, *FIXED))
 
 
 def takes_input_as_it_is(layer: nn.Module) -> bool:
@@ -59,6 +66,14 @@ def takes_input_as_it_is(layer: nn.Module) -> bool:
 def is_over_maps(layer: nn.Module) -> bool:
     """Whether this is a known layer norm of maps, whose channels are in the second axis."""
     return name_of(_owner_of_forward(layer)) in LAYER_NORMS_OF_MAPS
+
+
+def is_fixed(layer: nn.Module) -> bool:
+    """Whether this is a batch norm that never moves its statistics, or a project's copy of one."""
+    buffers = {"weight", "bias", *BUFFERS}
+    named = type(layer).__name__ == "FrozenBatchNorm2d"
+    copied = named and layer._buffers.keys() >= buffers and not layer._parameters
+    return copied or name_of(type(layer)) in FIXED
 
 
 def why_unseen(layer: nn.Module) -> str:

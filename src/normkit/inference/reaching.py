@@ -74,14 +74,15 @@ def reaching(
     """Show everything that a layer normalises while the block runs, with the channels second.
 
     Args:
-        layer: A norm of torch, a subclass, or one of ours whose forward is known.
+        layer: A norm of torch, a subclass, one of ours whose forward is known, or one that
+            ``is_fixed``.
         see: Gets the inputs.
         by_batch: Let a layer of torch with running statistics normalise by these inputs rather
             than by its statistics, which do not move.
         missed: Gets the layer after a call in which it has called no function of torch that
             normalises by its own statistics, or its own weight.
     """
-    if isinstance(layer, NormLayer):
+    if not isinstance(layer, tuple(ARGUMENTS)) or isinstance(layer, NormLayer):
         with at_entry(layer, lambda x: see(feature_map(layer, x))):
             yield
         return

@@ -25,12 +25,13 @@ from normkit.inference.tracked import (
     Where,
     and_reasons,
     chosen,
+    foreign,
     reasons,
     tracked,
     unmeasured,
     why_still,
 )
-from normkit.layers.base import BUFFERS, NormLayer
+from normkit.layers.base import NormLayer
 from normkit.passes import Data, Forward, bare, forward_batch
 
 
@@ -137,7 +138,7 @@ def _meant(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Module],
         OptionError: If there is none to measure.
     """
     every = tracked(model)
-    left = _foreign(model) | {n: why for n, layer in every.items() if (why := _why_unknown(layer))}
+    left = foreign(model) | {n: why for n, layer in every.items() if (why := _why_unknown(layer))}
     found = {name: layer for name, layer in every.items() if name not in left}
     if not found:
         also = f" that can be measured{and_reasons(left)}" if left else ""
@@ -170,18 +171,6 @@ def _why_frozen(layer: nn.Module, model: nn.Module) -> str:
     if model.training and not layer.training:
         return "it is in evaluation mode inside a model in training mode, so it is frozen"
     return why_still(layer)
-
-
-def _foreign(model: nn.Module) -> dict[str, str]:
-    """Layers with buffers of these names that are no norms of torch and none of ours."""
-    known = set(tracked(model).values())
-    return {
-        name: "its class keeps its statistics fixed"
-        if "Frozen" in type(module).__name__
-        else "its class is no norm of torch and none of normkit"
-        for name, module in model.named_modules()
-        if module not in known and all(module._buffers.get(b) is not None for b in BUFFERS)
-    }
 
 
 def _why_missed(name: str, measured: Measured) -> str:

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from normkit.errors import OptionError
-from normkit.layers.base import BUFFERS, TrackingLayer
+from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
 from normkit.text import module_name
 
 Where = Callable[[nn.Module, str], bool]
@@ -78,6 +78,17 @@ def tracked(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def foreign(model: nn.Module) -> dict[str, str]:
+    """Why modules with running statistics that are no norms of torch and none of ours are left."""
+    return {
+        name: "its class keeps its statistics fixed"
+        if "Frozen" in type(module).__name__
+        else "its class is no norm of torch and none of normkit"
+        for name, module in model.named_modules()
+        if not keeps_statistics(module) and all(module._buffers.get(b) is not None for b in BUFFERS)
+    }
+
+
 def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn.Module]:
     """Those layers that ``where`` takes; all without it.
 
@@ -93,9 +104,25 @@ def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn
     return found
 
 
+def callers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that a model calls, each with those of some layers that are in it.
+
+    The stages of a composite are not called themselves, unless a hook is in one.
+    """
+    modules = dict(model.named_modules())
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for name, layer in layers.items():
+        parts = name.split(".") if name else []
+        above = (modules.get(".".join(parts[:end])) for end in range(len(parts)))
+        caller = next((m for m in above if isinstance(m, NormLayer)), layer)
+        found.setdefault(caller, []).append(layer)
+    return found
+
+
 def statistics_of(layer: nn.Module) -> dict[str, Tensor]:
     """Running statistics of a layer by name; old checkpoints may lack the count of batches."""
-    return {n: b for n in STATISTICS if (b := layer._buffers.get(n)) is not None}
+    found = {name: layer._buffers.get(name) for name in STATISTICS}
+    return {name: buffer for name, buffer in found.items() if buffer is not None}
 
 
 def why_still(layer: nn.Module) -> str:

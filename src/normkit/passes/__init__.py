@@ -12,6 +12,7 @@ from normkit.passes.batches import (
     require_batches,
 )
 from normkit.passes.data import Data, uncompiled
+from normkit.passes.hooks import Inert, Temporary, swaps_statistics
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
 from normkit.passes.untouched import untouched
@@ -19,6 +20,8 @@ from normkit.passes.untouched import untouched
 __all__ = [
     "Data",
     "Forward",
+    "Inert",
+    "Temporary",
     "arguments_of",
     "as_list",
     "bare",
@@ -33,6 +36,7 @@ __all__ = [
     "require_batches",
     "require_layers",
     "require_uncompiled",
+    "swaps_statistics",
     "uncompiled",
     "untouched",
 ]

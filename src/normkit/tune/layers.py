@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normkit.convert import Conversion, convert_norm_
 from normkit.convert.rules import RULES, key_of
 from normkit.errors import OptionError
+from normkit.inference.tracked import callers
 from normkit.layers.base import NormLayer, SegmentLayer, TrackingLayer
 
 Weights = float | Mapping[str, float]
@@ -45,7 +45,7 @@ class WeighedLayers:
                 f"statistics, so there is nothing to weigh{also}"
             )
         self._before = {layer: layer.example_weight for layer in own.values()}
-        self.named, self.callers = own, _callers(model, own)
+        self.named, self.callers = own, callers(model, own)
 
     def convert_(self) -> None:
         """Replace torch's batch norms by ours, which compute the same."""
@@ -54,7 +54,7 @@ class WeighedLayers:
                 self.model, "bn", where=lambda module, _: module in self._foreign
             )
         self.named = _tracking(self.model)
-        self.callers = _callers(self.model, self.named)
+        self.callers = callers(self.model, self.named)
 
     def set_(self, weights: Weights) -> None:
         """Give every layer its weight."""
@@ -124,20 +124,3 @@ def _foreign(model: nn.Module) -> tuple[set[nn.Module], dict[str, str]]:
         else:
             found.add(module)
     return found, left
-
-
-def _callers(
-    model: nn.Module, named: Mapping[str, TrackingLayer]
-) -> dict[nn.Module, list[TrackingLayer]]:
-    """The modules that a model calls, each with the layers that weigh inside of it.
-
-    The stages of a composite are not called themselves.
-    """
-    modules: dict[str, Any] = dict(model.named_modules())
-    found: dict[nn.Module, list[TrackingLayer]] = {}
-    for name, layer in named.items():
-        parts = name.split(".") if name else []
-        above = [".".join(parts[:end]) for end in range(len(parts) + 1)]
-        caller = next(modules[path] for path in above if isinstance(modules[path], NormLayer))
-        found.setdefault(caller, []).append(layer)
-    return found

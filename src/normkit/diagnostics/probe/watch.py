@@ -15,7 +15,7 @@ from normkit.core.running import are_still
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
 from normkit.diagnostics.probe.norms import Norm, norms_of, parts_of_composites
 from normkit.inference.tracked import Where
-from normkit.passes import uncompiled
+from normkit.passes import Inert, uncompiled
 
 
 class Watch:
@@ -151,13 +151,6 @@ class _After(_Hook):
             x = args[0] if args else next(iter(named.values()), None)
             failed = output is None and sys.exc_info()[0] is not None
             self._watch.leave(self._name, x, failed=failed)
-
-
-class Inert:
-    """Stands for a hook of a probe in a copy of the model, and does nothing."""
-
-    def __call__(self, *_given: Any) -> None:  # noqa: ANN401 - what hooks are given
-        """Do nothing."""
 
 
 def compiled_modules(model: nn.Module) -> set[nn.Module]:
