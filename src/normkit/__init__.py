@@ -71,8 +71,10 @@ if TYPE_CHECKING:
     from normkit.doctor import Diagnosis, diagnose
     from normkit.folding import Folding, fold
     from normkit.inference import (
+        Guard,
         StatisticsPatch,
         freeze_statistics,
+        guard_statistics_,
         recalibrate,
         set_example_weight,
         thaw_statistics,
@@ -125,8 +127,10 @@ LATER = {
         "fold",
     ),
     "normkit.inference": (
+        "Guard",
         "StatisticsPatch",
         "freeze_statistics",
+        "guard_statistics_",
         "recalibrate",
         "set_example_weight",
         "thaw_statistics",
@@ -180,6 +184,7 @@ __all__ = [
     "GroupNorm",
     "GroupNormPlus",
     "GroupWhitening",
+    "Guard",
     "InactiveChannels",
     "InputError",
     "InputTypeError",
@@ -218,6 +223,7 @@ __all__ = [
     "freeze_statistics",
     "functional",
     "gradient_landscape",
+    "guard_statistics_",
     "inactive_channels",
     "largest_divisor",
     "lipschitz_terms",
