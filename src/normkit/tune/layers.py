@@ -18,6 +18,12 @@ Weights = float | Mapping[str, float]
 """One example weight for all layers, or one for each by name."""
 
 
+def one_for_all(weights: Weights) -> Weights:
+    """One number where all layers have the same weight."""
+    values = set(weights.values()) if isinstance(weights, Mapping) else {weights}
+    return values.pop() if len(values) == 1 else weights
+
+
 class WeighedLayers:
     """The layers of a model that have running statistics to weigh.
 
@@ -106,7 +112,7 @@ def _tracking(model: nn.Module) -> dict[str, TrackingLayer]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, TrackingLayer) and module.track_running_stats
+        if isinstance(module, TrackingLayer) and module.running_mean is not None
     }
 
 
