@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
 from normkit.passes import (
@@ -23,7 +24,7 @@ from normkit.passes import (
     untouched,
 )
 from normkit.weights.attach import rules_of
-from normkit.weights.parametrizations import Reparametrization, WeightStandardization
+from normkit.weights.parametrizations import WeightStandardization
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, batch)`` gives a number to be differentiated."""
@@ -104,6 +105,9 @@ def lipschitz_terms(
                - \frac{1}{I} \langle \hat W, g \rangle^2 \right)
 
     and the shares are those of the last two terms in the first, summed over filters and batches.
+    The standardised weight is the layer's own, by its ``eps``; with ``unbiased`` its squared length
+    is :math:`I - 1`, which then divides the last term. A layer without ``center`` leaves the term
+    along the constant alone, one without ``scale`` that along the weight: their shares are 0.
     The model is in training mode, normalises by its batches, and is left as it was.
 
     Args:
@@ -162,7 +166,7 @@ def _standardised(model: nn.Module) -> dict[str, WeightStandardization]:
 
 
 def _terms(
-    rules: Mapping[str, Reparametrization], compute: Callable[[], Tensor]
+    rules: Mapping[str, WeightStandardization], compute: Callable[[], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Squared gradient, and its terms along the constant and the weight, of each layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -183,18 +187,22 @@ def _terms(
         yield name, _split(rules[name], raw.detach(), grad)
 
 
-def _split(rule: Reparametrization, raw: Tensor, grad: Tensor) -> Tensor:
+def _split(rule: WeightStandardization, raw: Tensor, grad: Tensor) -> Tensor:
+    """Squared gradient of a layer's filters, and what is taken out along constant and weight."""
     values, g = (rule.filters.rows(t)[0].double() for t in (raw, grad))
     if rule.gain is not None:
         g = g * rule.gain.detach().double()[:, None]  # of the weight before gain and offset
-    centred = values - values.mean(dim=1, keepdim=True)
-    unit = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-    size = g.shape[1]
-    along = [g.sum(dim=1).square() / size, (unit * g).sum(dim=1).square() / size]
-    return torch.stack([g.square().sum(), *(term.sum() for term in along)]).cpu()
+    size, centred = g.shape[1], values - values.mean(dim=1, keepdim=True)
+    var = centred.square().mean(dim=1, keepdim=True)
+    unit = centred * rule.algebra.factor(Moments(values.mean(dim=1, keepdim=True), var))
+    squared_length = size - 1 if rule.unbiased else size
+    along_constant = g.sum(dim=1).square() / size * rule.center
+    along_weight = (unit * g).sum(dim=1).square() / squared_length * rule.scale
+    terms = (g.square().sum(dim=1), along_constant, along_weight)
+    return torch.stack([term.sum() for term in terms]).cpu()
 
 
-def _row(name: str, layer: nn.Module, rule: Reparametrization, sums: Tensor) -> LayerTerms:
+def _row(name: str, layer: nn.Module, rule: WeightStandardization, sums: Tensor) -> LayerTerms:
     squares, mean, weight = sums.tolist()
     return LayerTerms(
         name=name,
