@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from normkit import functional
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
+    CallbackError,
     ConversionError,
     DataError,
     InputError,
@@ -14,6 +15,7 @@ from normkit.errors import (
     KernelError,
     NormError,
     OptionError,
+    PackageError,
     PartitionError,
     SpecError,
     TraceError,
@@ -169,6 +171,7 @@ __all__ = [
     "BatchChannelNorm",
     "BatchGroupNorm",
     "BatchNorm",
+    "CallbackError",
     "ChannelDifference",
     "Conversion",
     "ConversionError",
@@ -196,6 +199,7 @@ __all__ = [
     "NormError",
     "NormSpec",
     "OptionError",
+    "PackageError",
     "PartitionError",
     "PositionalNorm",
     "Probe",

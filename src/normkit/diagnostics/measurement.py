@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from normkit.errors import PackageError
 from normkit.text import table_lines
 
 
@@ -47,12 +48,10 @@ class Measurement(ABC):
         """Draw the columns over the rows; returns a matplotlib ``Figure``.
 
         Raises:
-            ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
+            PackageError: If matplotlib is not installed.
         """
-        from matplotlib.figure import Figure  # noqa: PLC0415 - only who draws needs it
-
         rows = [row for row in self.rows if any(_is_number(getattr(row, c)) for c in self.drawn)]
-        figure = Figure(figsize=(max(6.0, 0.28 * len(rows) + 2), 4), layout="constrained")
+        figure = new_figure(figsize=(max(6.0, 0.28 * len(rows) + 2), 4), layout="constrained")
         axes = figure.subplots()
         for column, marker in zip(self.drawn, "os^dv", strict=False):
             values = [getattr(row, column) for row in rows]
@@ -69,6 +68,21 @@ class Measurement(ABC):
     def __str__(self) -> str:
         left = map(str, getattr(self, "left", ()))
         return "\n".join(part for part in (self.reading, self.table(), *left) if part)
+
+
+def new_figure(**options: Any) -> Any:  # noqa: ANN401
+    """Make a matplotlib ``Figure``, which only who draws needs.
+
+    Raises:
+        PackageError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - slow and optional
+    except ImportError as error:
+        raise PackageError(
+            f'matplotlib is not installed ({error}); pip install "normkit[lab]" brings it'
+        ) from error
+    return Figure(**options)
 
 
 def _is_number(value: object) -> bool:

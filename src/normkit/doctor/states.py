@@ -53,10 +53,8 @@ class Patient:
         """What the model is called with for the first training batch; None if nobody knows."""
         if self.forward is not forward_batch:
             return None
-        batch = moved(self.train[0], device_of(self.model))
-        if isinstance(batch, Mapping):
-            return arguments_of(self.model, batch)
-        return batch if isinstance(batch, Tensor) else batch[0]
+        args, named = arguments_of(self.model, moved(self.train[0], device_of(self.model)))
+        return named or (args[0] if len(args) == 1 else args)
 
     def as_it_is(self) -> Scores:
         """Score the model at evaluation."""

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from normkit.errors import OptionError
+from normkit.diagnostics.measurement import new_figure
 from normkit.tune.gain import CONFIDENCE
 
-try:
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise OptionError(
-        f"matplotlib is not installed ({error}); pip install 'normkit[lab]' brings it"
-    ) from error
 
-if TYPE_CHECKING:
     from normkit.tune.result import Tuning
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.8), 160
@@ -28,7 +23,7 @@ QUANTILE = 1.96  # of the interval that the band shows
 
 def draw(result: Tuning) -> Figure:
     """Gain against the weights from before, with its interval, and what was chosen."""
-    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    figure = new_figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     alphas = [point.alpha for point in result.curve]
     gains = [point.gain for point in result.curve]

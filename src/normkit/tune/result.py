@@ -112,7 +112,7 @@ class Tuning:
             path: File to write as well; its name ends in ``.png``, ``.svg`` or ``.pdf``.
 
         Raises:
-            OptionError: If matplotlib is not installed.
+            PackageError: If matplotlib is not installed.
         """
         from normkit.tune.figure import draw  # noqa: PLC0415 - matplotlib is slow and optional
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normkit.core.check import require_count
+from normkit.core.check import require_choice, require_count
 from normkit.diagnostics.probe.gradients import (
     Gradients,
     Params,
@@ -27,8 +27,9 @@ from normkit.diagnostics.probe.rows import (
     notes_on_numbers,
     rows_of,
 )
+from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
-from normkit.errors import OptionError
+from normkit.errors import CallbackError, OptionError
 from normkit.inference.tracked import Where
 from normkit.passes import bare
 from normkit.text import module_name
@@ -197,7 +198,7 @@ class Probe:
         """Draw what was recorded over the steps; returns a matplotlib ``Figure``.
 
         Raises:
-            ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
+            PackageError: If matplotlib is not installed.
         """
         return self.history.plot()
 
@@ -209,15 +210,31 @@ class Probe:
         """
         write_lines(Path(path), self.records)
 
-    def callback(self) -> Any:  # noqa: ANN401 - a Lightning callback, which need not be installed
-        """Make a callback for Lightning's ``Trainer``; Fabric takes the probe itself.
+    def callback(self, of: Literal["lightning", "transformers"] = "lightning") -> Any:  # noqa: ANN401
+        """Make a callback for a ``Trainer``; Fabric takes the probe itself.
+
+        Args:
+            of: ``"lightning"``: Lightning's, which has to be installed; ``"transformers"``: Hugging
+                Face's, which gives no losses to its callbacks.
 
         Raises:
-            OptionError: If Lightning is not installed.
+            OptionError: If it is neither, or Lightning is not installed.
         """
+        require_choice("of", of, ("lightning", "transformers"))
+        if of == "transformers":
+            return TransformersCallback(self)
         from normkit.diagnostics.probe.lightning import callback_of  # noqa: PLC0415 - needs Probe
 
         return callback_of(self)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Nothing; what a ``Trainer`` asks of its callbacks is told the way out."""
+        if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
+            raise CallbackError(
+                f"a probe is no callback of a Trainer, which asks for its {name}; give Lightning's "
+                f"probe.callback(), and Hugging Face's probe.callback('transformers')"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def on_train_start(self) -> None:
         """Open the probe, at ``fabric.call("on_train_start")``."""
