@@ -143,7 +143,7 @@ def test_statistics_of_the_first_checkpoint_are_found_to_be_better(good, digits)
     restored = tried["statistics of the first checkpoint"]
     assert restored.gain.mean == pytest.approx(found.causes[0].explains.mean)
     assert restored.gain.significant
-    assert restored.loss < 0.6 * tried["recalibrate"].loss  # measuring anew makes it worse
+    assert restored.loss < 0.8 * tried["recalibrate"].loss  # measuring anew makes it worse
 
 
 def test_estimation_shift_is_measured_at_every_checkpoint(good, digits):

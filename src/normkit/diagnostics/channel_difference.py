@@ -15,9 +15,9 @@ from normkit.core.check import require_share
 from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.known import is_over_maps, why_unseen
+from normkit.inference.known import is_over_maps
 from normkit.inference.population import Population
-from normkit.inference.reaching import UNSEEN, reaching
+from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import (
     Unmeasured,
     Where,
@@ -132,11 +132,9 @@ def channel_difference(
         raise OptionError(
             f"{type(model).__name__} has no norm that pools channels (group norm, layer norm, ...)"
         )
-    left = {name: why for name, layer in layers.items() if (why := why_unseen(layer))}
-    seen = {name: layer for name, layer in layers.items() if name not in left}
     data = Data(batches=batches, forward=forward or forward_batch)
-    observers, missed, num_batches = _observed(model, seen, momentum, data)
-    left |= {name: UNSEEN for name, layer in seen.items() if layer in missed}
+    observers, missed, num_batches = _observed(model, layers, momentum, data)
+    left = {name: missed[layer] for name, layer in layers.items() if layer in missed}
     found = {
         name: stat_diff(observer.moments, pooling_groups(layers[name]))
         for name, observer in observers.items()
@@ -156,17 +154,17 @@ def channel_difference(
 
 def _observed(
     model: nn.Module, layers: Mapping[str, nn.Module], momentum: float | None, data: Data
-) -> tuple[dict[str, _Observer], set[nn.Module], int]:
+) -> tuple[dict[str, _Observer], Missed, int]:
     """Observe the layers' inputs in one pass; which calls were missed, and how many batches."""
-    observers, missed = dict[str, _Observer](), set[nn.Module]()
+    observers, missed = dict[str, _Observer](), Missed()
 
-    def see(name: str, x: Tensor) -> None:
-        if x.numel():
-            observers.setdefault(name, _Observer(momentum)).see(x)
+    def see(name: str, x: Tensor, valid: Tensor | None = None) -> None:
+        if x.numel() and (valid is None or valid.any()):
+            observers.setdefault(name, _Observer(momentum)).see(x, valid)
 
     with untouched(model, training=False), ExitStack() as stack:
         for name, layer in layers.items():
-            stack.enter_context(reaching(layer, partial(see, name), missed=missed.add))
+            stack.enter_context(reaching(layer, partial(see, name), missed=missed))
         num_batches = data.send(model, "measuring channels")
     require_batches(num_batches)
     return observers, missed, num_batches
@@ -180,9 +178,9 @@ class _Observer:
         self._all = Population()
         self._running: Moments | None = None
 
-    def see(self, x: Tensor) -> None:
+    def see(self, x: Tensor, valid: Tensor | None) -> None:
         batch = Population()
-        batch.add(x)
+        batch.add(x, valid)
         self._all.merge(batch.sums)
         new, old = batch.moments, self._running
         if old is None or self._momentum is None:

@@ -15,9 +15,9 @@ from normkit.core.check import require_choice
 from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
-from normkit.inference.known import is_fixed, why_unseen
+from normkit.inference.known import is_fixed
 from normkit.inference.population import Population
-from normkit.inference.reaching import UNSEEN, reaching
+from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import (
     Unmeasured,
     Where,
@@ -152,11 +152,12 @@ def estimation_shift(
             f"{type(model).__name__} has no layer with running statistics, so nothing can shift"
         )
     left = {name: why for name, why in foreign(model).items() if name not in fixed}
-    left |= {name: why for name, layer in known.items() if (why := _why_left(layer))}
+    still = {n: why_still(layer) for n, layer in known.items() if isinstance(layer, _InstanceNorm)}
+    left |= {name: why for name, why in still.items() if why}  # they evaluate without statistics
     layers = {name: layer for name, layer in known.items() if name not in left}
     send = forward or forward_batch
     seen = _observed(model, layers, Data(batches=batches, forward=send))
-    left |= {name: UNSEEN for name, layer in layers.items() if layer in seen.missed}
+    left |= {name: seen.missed[layer] for name, layer in layers.items() if layer in seen.missed}
     trained = None
     if train_batches is not None:
         data = Data(batches=train_batches, forward=send, name="train_batches")
@@ -174,11 +175,6 @@ def estimation_shift(
         normalize=normalize,
         left=unmeasured(model, left),
     )
-
-
-def _why_left(layer: nn.Module) -> str:
-    """Why a layer does not evaluate by its statistics, or nobody can see what it normalises."""
-    return (isinstance(layer, _InstanceNorm) and why_still(layer)) or why_unseen(layer)
 
 
 class _Entry:
@@ -209,21 +205,21 @@ class _Seen(NamedTuple):
 
     layers: dict[str, Population]
     entry: Population
-    missed: set[nn.Module]
+    missed: Missed
     num_batches: int
 
 
 def _observed(model: nn.Module, layers: dict[str, nn.Module], data: Data) -> _Seen:
     """Let the layers, and the model's input, be seen in one pass at evaluation."""
-    seen, missed, entry = dict[str, Population](), set[nn.Module](), _Entry()
+    seen, missed, entry = dict[str, Population](), Missed(), _Entry()
 
-    def see(name: str, x: Tensor) -> None:
-        seen.setdefault(name, Population(layers[name])).add(x)
+    def see(name: str, x: Tensor, valid: Tensor | None = None) -> None:
+        seen.setdefault(name, Population(layers[name])).add(x, valid)
 
     with untouched(model, training=False), ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(entry.see, with_kwargs=True).remove)
         for name, layer in layers.items():
-            stack.enter_context(reaching(layer, partial(see, name), missed=missed.add))
+            stack.enter_context(reaching(layer, partial(see, name), missed=missed))
         num_batches = data.send(model, "measuring estimation shift")
     require_batches(num_batches, data.name)
     return _Seen(seen, entry.population, missed, num_batches)

@@ -14,7 +14,7 @@ from normkit.core.check import require_choice
 from normkit.diagnostics.channel_difference import channels_first
 from normkit.errors import OptionError
 from normkit.inference.known import own_forward, takes_input_as_it_is
-from normkit.inference.tracked import Where, chosen, reasons
+from normkit.inference.tracked import Where, chosen, reasons, valid_positions
 from normkit.passes import Temporary, bare, require_uncompiled
 from normkit.tracing import is_norm
 from normkit.tracing.kinds import NORMS
@@ -100,15 +100,22 @@ class _Noise(NamedTuple):
         inside = children.get("drop", children.get("act"))
         if inside is not None:
             return inside.register_forward_pre_hook(Temporary(partial(self._before, layer))).remove
-        return layer.register_forward_hook(Temporary(self._after)).remove
+        after = Temporary(self._after)
+        return layer.register_forward_hook(after, with_kwargs=True).remove
 
     def _before(
         self, layer: nn.Module, _inner: nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         return (self._noisy(args[0], layer), *args[1:]) if layer.training else None
 
-    def _after(self, layer: nn.Module, _args: Any, y: Tensor) -> Tensor | None:  # noqa: ANN401
-        return self._noisy(y, layer) if layer.training else None
+    def _after(
+        self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor
+    ) -> Tensor | None:
+        if not layer.training:
+            return None
+        valid = valid_positions(layer, y, args, named)
+        noisy = self._noisy(y, layer)
+        return noisy if valid is None else torch.where(valid, noisy, y)
 
     def _noisy(self, y: Tensor, layer: nn.Module) -> Tensor:
         if self.granularity == "element":

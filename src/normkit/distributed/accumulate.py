@@ -17,9 +17,10 @@ from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.inference.guard import is_guarded
 from normkit.inference.known import own_forward, takes_input_as_it_is
-from normkit.inference.tracked import feature_map, tracked, why_still
+from normkit.inference.tracked import feature_map, tracked, valid_positions, why_still
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import Temporary, bare, require_uncompiled, swaps_statistics
+from normkit.passes.inputs import first_argument
 from normkit.text import module_name
 
 ACCUMULATE = "accumulate statistics of"
@@ -78,7 +79,9 @@ class Accumulation:
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         layers = tracked(model)
-        self.left = {name: why for name, layer in layers.items() if (why := _why_left(layer))}
+        unknown = _in_unknown(model)
+        why_left = {name: _why_left(m) or unknown.get(m) for name, m in layers.items()}
+        self.left = {name: why for name, why in why_left.items() if why}
         waiting = {layer: Follower(layer) for n, layer in layers.items() if n not in self.left}  # type: ignore[arg-type]
         _require_some(model, waiting, self.left)
         self.names = tuple(name for name in layers if name not in self.left)
@@ -185,11 +188,19 @@ class _Calls:
     ) -> None:
         """Keep what the copies have become."""
         counts = self._accumulation.inside and not are_still() and result is not None
+        number = _num_positions(norm, args, kwargs) if counts else 0
         for follower in self._followers:
             if counts:
-                follower.end(tuple(feature_map(norm, (*args, *kwargs.values())[0]).shape))
+                follower.end(number)
             else:
                 follower.put_back()
+
+
+def _num_positions(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Positions of a norm's input, over all examples; the valid ones where a mask says so."""
+    x = feature_map(norm, first_argument(args, kwargs))
+    valid = valid_positions(norm, x, args, kwargs)
+    return x.numel() // max(x.shape[1], 1) if valid is None else int(valid.sum())
 
 
 def _why_left(layer: nn.Module) -> str | None:
@@ -197,11 +208,19 @@ def _why_left(layer: nn.Module) -> str | None:
         return "its statistics are frozen"
     if isinstance(layer, EstimatedBatchNorm):
         return "its estimates normalise in training"
-    if not takes_input_as_it_is(layer):
-        return f"{own_forward(layer)}, so what it normalises is not known"
     if isinstance(layer, _InstanceNorm):
         return "it is torch's instance norm, which averages examples; convert_norm_ replaces it"
     return why_still(layer) or None
+
+
+def _in_unknown(model: nn.Module) -> dict[nn.Module, str]:
+    """Norms whose forward is not known, and what is inside of them, with the reason."""
+    unknown = [norm for norm in find_norms(model) if not takes_input_as_it_is(norm)]
+    return {
+        part: f"{own_forward(norm)}, so what it normalises is not known"
+        for norm in unknown
+        for part in norm.modules()
+    }
 
 
 def _require_some(model: nn.Module, waiting: Mapping[Any, Any], left: Mapping[str, str]) -> None:

@@ -15,8 +15,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normkit.doctor.judge import Judge, Scores, Values, at_evaluation, with_statistics
 from normkit.errors import InputError, PartitionError
 from normkit.inference import recalibrate, thaw_statistics
-from normkit.inference.measure import normalising_by_batch
 from normkit.inference.patch import PatchedLayer, StatisticsPatch
+from normkit.inference.reaching import ignore, reaching
 from normkit.inference.tracked import tracked
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import Forward, arguments_of, device_of, forward_batch, moved
@@ -78,7 +78,7 @@ class Patient:
         """Score it with every norm normalising by each test batch; or say why that cannot be."""
         with at_evaluation(self.model), ExitStack() as stack:
             for layer in tracked(self.model).values():
-                stack.enter_context(normalising_by_batch(layer))
+                stack.enter_context(reaching(layer, ignore, by_batch=True))
             try:
                 return self.judge.scores(self.model, "judging by each batch's statistics")
             except ValueError as error:  # a batch of one value

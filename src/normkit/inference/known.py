@@ -76,16 +76,6 @@ def is_fixed(layer: nn.Module) -> bool:
     return copied or name_of(type(layer)) in FIXED
 
 
-def why_unseen(layer: nn.Module) -> str:
-    """Why nobody can see what a layer of ours normalises; empty for all others.
-
-    Torch's functions can be watched inside a forward that is not known, ours cannot.
-    """
-    if isinstance(layer, NormLayer) and not takes_input_as_it_is(layer):
-        return f"{own_forward(layer)}, so what it normalises is not known"
-    return ""
-
-
 def own_forward(layer: nn.Module) -> str:
     """What has a forward of its own where that is not known, for people."""
     if "forward" in vars(layer):

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.core.mask import require_valid_values
 from normkit.core.partition import require_variance
 from normkit.errors import DataError, InputError
 from normkit.inference.population import Population, Sums
 from normkit.inference.ranks import together
-from normkit.inference.reaching import Missed, ignore, reaching
+from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import statistics_of
-from normkit.layers.base import BUFFERS, SegmentLayer, TrackingLayer
+from normkit.layers.base import BUFFERS, SegmentLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.passes import Data, first_calls, inputs_of, progress, uncompiled, untouched
-from normkit.passes.inputs import See
+from normkit.passes import Data, first_calls, progress, uncompiled, untouched
+from normkit.passes.inputs import Until, show_inputs
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
@@ -34,12 +35,12 @@ class Measured:
     Args:
         num_batches: How many batches were read.
         sums: Of each layer that got an input, by name.
-        missed: Layers that have normalised something that was not seen.
+        missed: Layers that have normalised something that was not seen, and why not.
     """
 
     num_batches: int = 0
     sums: dict[str, Sums] = field(default_factory=dict)
-    missed: frozenset[str] = frozenset()
+    missed: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
@@ -48,13 +49,13 @@ def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
 
     def work() -> Measured:
         populations = {name: Population(layer) for name, layer in layers.items()}
-        missed = set[nn.Module]()
+        missed: Missed = {}
         with untouched(model, training=False), ExitStack() as stack:
             for name, layer in layers.items():
-                stack.enter_context(_by_batch(name, layer, populations[name], missed.add))
+                stack.enter_context(_by_batch(name, layer, populations[name], missed))
             num_batches = data.send(model, "measuring statistics")
         sums = {name: _on_cpu(population.sums) for name, population in populations.items()}
-        return Measured(num_batches, sums, frozenset(names[layer] for layer in missed))
+        return Measured(num_batches, sums, {names[layer]: why for layer, why in missed.items()})
 
     return _merged(together(work, data.group), layers)
 
@@ -105,37 +106,23 @@ def _by_batch(
     num_groups = statistics_of(layer)[BUFFERS[0]].numel()
     by_batch = not isinstance(layer, EstimatedBatchNorm)
 
-    def see(x: Tensor) -> None:
+    def see(x: Tensor, valid: Tensor | None = None) -> None:
         x = _checked(name, layer, x)
-        if by_batch and x.numel() == num_groups:
+        num_values = x.numel() if valid is None else int(valid.sum()) * x.shape[1]
+        if by_batch and num_values == num_groups:
             raise InputError(
                 f"layer {name!r} got an input of shape {tuple(x.shape)}: one value for each of "
                 f"its statistics, which has no variance to normalise by; leave such batches out "
                 f"(DataLoader(drop_last=True)), or pass sequential=True, which takes them"
             )
         if isinstance(layer, SegmentLayer):
-            require_variance(layer.partition, x.shape, f"layer {name!r}")
-        population.add(x)
+            what = f"layer {name!r}"
+            if valid is None:
+                require_variance(layer.partition, x.shape, what)
+            else:
+                require_valid_values((layer.partition,), valid, x.shape, what)
+        population.add(x, valid)
 
-    return normalising_by_batch(layer, see, missed)
-
-
-def normalising_by_batch(
-    layer: nn.Module, see: See = ignore, missed: Missed = ignore
-) -> AbstractContextManager[None]:
-    """Let a layer of a model at evaluation normalise by its input, as in training.
-
-    No statistics move, and ranks do not wait for each other in a layer, where they may have
-    different numbers of batches. Estimates of micro batches stay: they normalise in training too.
-    The statistics of our layers are hidden, which ``untouched`` puts back.
-
-    Args:
-        layer: A layer with running statistics.
-        see: Gets what it normalises; by default nothing does.
-        missed: See ``reaching``.
-    """
-    if isinstance(layer, TrackingLayer) and not isinstance(layer, EstimatedBatchNorm):
-        layer._buffers.update(dict.fromkeys(statistics_of(layer)))
     return reaching(layer, see, by_batch=True, missed=missed)
 
 
@@ -150,7 +137,7 @@ def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:
 
 def _calls(
     model: nn.Module, layers: Layers, data: Data
-) -> tuple[int, dict[str, int], frozenset[str]]:
+) -> tuple[int, dict[str, int], dict[str, str]]:
     """Count the batches of all ranks, and how often this rank's forwards call each layer.
 
     Layers come in the order of their first calls; 0 is for a number that varies. Those that have
@@ -158,38 +145,47 @@ def _calls(
     """
     names = {layer: name for name, layer in layers.items()}
 
-    def work() -> tuple[int, dict[str, int], set[str]]:
-        num_batches, found, missed = 0, dict[str, int](), set[nn.Module]()
-        watch = partial(reaching, missed=missed.add)
+    def work() -> tuple[int, dict[str, int], dict[str, str]]:
+        num_batches, found, missed = 0, dict[str, int](), Missed()
+        watch = partial(reaching, missed=missed)
         for batch in progress(data.read(), "counting batches", data.total()):
             num_batches += 1
             for layer, number in first_calls(model, names, batch, data.forward, watch).items():
                 same = found.setdefault(names[layer], number) == number
                 found[names[layer]] = number if same else 0
-        return num_batches, found, {names[layer] for layer in missed}
+        return num_batches, found, {names[layer]: why for layer, why in missed.items()}
 
     results = together(work, data.group)
     _, own, _ = results[0 if len(results) == 1 else distributed.get_rank(data.group)]
-    missed = frozenset[str]().union(*(each for _, _, each in results))
+    missed = _united(each for _, _, each in results)
     order = dict.fromkeys(name for _, found, _ in results for name in found if name not in missed)
     num_batches = sum(number for number, _, _ in results)
     return num_batches, {name: own.get(name, 0) for name in order}, missed
 
 
+def _united(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {name: why for part in parts for name, why in part.items()}
+
+
 def _inputs_summed(
     model: nn.Module, layer: nn.Module, name: str, num_calls: int, data: Data
 ) -> Sums:
+    until = Until(num_calls, data.forward, reaching)
+
     def work() -> Sums:
         population = Population(layer)
-        for x in inputs_of(model, layer, data.read(), num_calls, data.forward, reaching):
-            population.add(_checked(name, layer, x))
+
+        def see(x: Tensor, valid: Tensor | None = None) -> None:
+            population.add(_checked(name, layer, x), valid)
+
+        show_inputs(model, layer, data.read(), see, until)
         return _on_cpu(population.sums)
 
     return _sum(layer, together(work, data.group))
 
 
 def _merged(results: list[Measured], layers: Layers) -> Measured:
-    missed = frozenset[str]().union(*(result.missed for result in results))
+    missed = _united(result.missed for result in results)
     sums = {n: _sum(layer, [r.sums[n] for r in results]) for n, layer in layers.items()}
     return Measured(
         sum(result.num_batches for result in results),

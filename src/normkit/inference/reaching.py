@@ -1,13 +1,13 @@
-"""What a layer normalises: what reaches torch's function, not what the module is given.
+"""What a layer normalises: what reaches the function that does it, not what the module is given.
 
 Subclasses may transpose their input, select parts of it or leave some out before they call the
-function that normalises.
+function that normalises: torch's, or that of our layers, which gets what a mask leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from normkit.inference.tracked import feature_map
+from normkit.inference.tracked import CUT, cuts_positions, statistics_of
 from normkit.layers.base import BUFFERS, NormLayer
+from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes.inputs import See, at_entry
 
-Missed = Callable[[nn.Module], None]
+Missed = dict[nn.Module, str]
+"""Layers of which something was not seen, with the reason."""
 Call = dict[str, Any]
 """Arguments of a function by name."""
 
@@ -31,7 +33,6 @@ UNSEEN = (
     "it normalises without a function of torch that takes its own statistics or weight, so what it "
     "normalises was not seen"
 )
-"""Why a layer is left out that was missed."""
 
 _AFTER = ("weight", "bias", "eps", "cudnn")
 _BATCH = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -63,66 +64,126 @@ ARGUMENTS: dict[type, dict[Any, tuple[str, ...]]] = {
 """Functions that normalise, with the names of their arguments, by the class that calls them."""
 
 
-def ignore(_: object) -> None:
+def ignore(*_: object) -> None:
     """Look at nothing."""
 
 
 @contextmanager
 def reaching(
-    layer: nn.Module, see: See, *, by_batch: bool = False, missed: Missed = ignore
+    layer: nn.Module, see: See, *, by_batch: bool = False, missed: Missed | None = None
 ) -> Generator[None]:
     """Show everything that a layer normalises while the block runs, with the channels second.
 
     Args:
-        layer: A norm of torch, a subclass, one of ours whose forward is known, or one that
-            ``is_fixed``.
-        see: Gets the inputs.
-        by_batch: Let a layer of torch with running statistics normalise by these inputs rather
-            than by its statistics, which do not move.
-        missed: Gets the layer after a call in which it has called no function of torch that
-            normalises by its own statistics, or its own weight.
+        layer: A norm of torch, a subclass, one of ours, or one that ``is_fixed``.
+        see: Gets the inputs, and for each which of its positions are valid: ``(N, 1, *S)``, or
+            nothing.
+        by_batch: Let a layer with running statistics normalise by these inputs as in training,
+            though it is in evaluation mode: its statistics do not move, and ranks do not wait for
+            each other. Estimates of micro batches stay: they normalise in training too.
+        missed: Gets the layer if a call of it has shown nothing.
     """
-    if not isinstance(layer, tuple(ARGUMENTS)) or isinstance(layer, NormLayer):
-        with at_entry(layer, lambda x: see(feature_map(layer, x))):
+    if isinstance(layer, NormLayer):
+        watch: _Function | _Method = _Method(layer, see, by_batch)
+    elif isinstance(layer, tuple(ARGUMENTS)):
+        watch = _Function(layer, see, by_batch)
+    else:
+        with at_entry(layer, see):
             yield
         return
-    mode, before = _Mode(layer, see, by_batch), vars(layer).get("forward")
-    layer.forward = partial(_watched, layer.forward, mode, missed)
-    try:
+    called = partial(_watched, layer.forward, watch, {} if missed is None else missed)
+    with watch.put_in(), _swapped(layer, "forward", called):
         yield
-    finally:
-        vars(layer).pop("forward")
-        if before is not None:
-            layer.forward = before
 
 
 def _watched(
     forward: Callable[..., Any],
-    mode: _Mode,
+    watch: _Function | _Method,
     missed: Missed,
     *args: Any,  # noqa: ANN401 - whatever the layer takes
     **named: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    seen = mode.num_seen
-    with mode:
+    seen = watch.num_seen
+    with watch.during():
         output = forward(*args, **named)
-    if mode.num_seen == seen and not _is_empty(output):
-        missed(mode.layer)
+    is_empty = isinstance(output, Tensor) and output.numel() == 0
+    if watch.why_not or (watch.num_seen == seen and not is_empty):
+        missed[watch.layer] = watch.why_not or UNSEEN
     return output
 
 
-def _is_empty(output: Any) -> bool:  # noqa: ANN401
-    return isinstance(output, Tensor) and output.numel() == 0
+@contextmanager
+def _swapped(layer: nn.Module, name: str, value: Callable[..., Any]) -> Generator[None]:
+    """Give a module another method while the block runs."""
+    before = vars(layer).get(name)
+    setattr(layer, name, value)
+    try:
+        yield
+    finally:
+        vars(layer).pop(name, None)
+        if before is not None:
+            setattr(layer, name, before)
 
 
-class _Mode(TorchFunctionMode):
-    """Sees the functions that one layer normalises with."""
+class _Method:
+    """Sees what reaches the method by which a layer of ours normalises."""
+
+    def __init__(self, layer: NormLayer, see: See, by_batch: bool) -> None:
+        self.layer, self.num_seen, self.why_not = layer, 0, ""
+        self._see, self._normalize = see, layer._normalize
+        self._by_batch = by_batch and not isinstance(layer, EstimatedBatchNorm)
+
+    @contextmanager
+    def put_in(self) -> Generator[None]:
+        """Take the method's place; with a hook, a composite calls the layers inside of it."""
+        with ExitStack() as stack:
+            stack.callback(self.layer.register_forward_pre_hook(ignore).remove)
+            stack.enter_context(_swapped(self.layer, "_normalize", self._shown))
+            yield
+
+    def during(self) -> AbstractContextManager[None]:
+        """Nothing has to be done in a call."""
+        return nullcontext()
+
+    def _shown(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        self.num_seen += 1
+        if valid is None:
+            self._see(x)
+        elif cuts_positions(self.layer, x.shape[1]):
+            self.why_not = CUT
+        else:
+            self._see(x, valid)
+        with _hidden(self.layer) if self._by_batch else nullcontext():
+            return self._normalize(x, valid)
+
+
+@contextmanager
+def _hidden(layer: nn.Module) -> Generator[None]:
+    """Hide a layer's running statistics: without them it normalises by its input in any mode."""
+    kept = statistics_of(layer)
+    layer._buffers.update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        layer._buffers.update(kept)
+
+
+class _Function(TorchFunctionMode):
+    """Sees what reaches the functions by which one layer of torch normalises."""
 
     def __init__(self, layer: nn.Module, see: See, by_batch: bool) -> None:
         super().__init__()
-        self.layer, self.num_seen = layer, 0
+        self.layer, self.num_seen, self.why_not = layer, 0, ""
         self._see, self._by_batch = see, by_batch
         self._arguments = next(a for kind, a in ARGUMENTS.items() if isinstance(layer, kind))
+
+    def put_in(self) -> AbstractContextManager[None]:
+        """Nothing has to be done outside of a call."""
+        return nullcontext()
+
+    def during(self) -> TorchFunctionMode:
+        """Look at torch's functions."""
+        return self
 
     def __torch_function__(  # what torch calls, with whatever a function takes
         self,

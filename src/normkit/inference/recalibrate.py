@@ -10,7 +10,7 @@ from torch import nn
 from normkit.core.check import require_count
 from normkit.errors import DataError, OptionError
 from normkit.inference.freeze import is_frozen
-from normkit.inference.known import looks_at_mode, own_forward, takes_input_as_it_is, why_unseen
+from normkit.inference.known import looks_at_mode, own_forward, takes_input_as_it_is
 from normkit.inference.measure import (
     Layers,
     Measured,
@@ -20,7 +20,6 @@ from normkit.inference.measure import (
 )
 from normkit.inference.patch import PatchedLayer, StatisticsPatch, values_now
 from normkit.inference.ranks import Group
-from normkit.inference.reaching import UNSEEN
 from normkit.inference.tracked import (
     Where,
     and_reasons,
@@ -31,7 +30,6 @@ from normkit.inference.tracked import (
     unmeasured,
     why_still,
 )
-from normkit.layers.base import NormLayer
 from normkit.passes import Data, Forward, bare, forward_batch
 
 
@@ -154,13 +152,9 @@ def _meant(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Module],
 
 def _why_unknown(layer: nn.Module) -> str:
     """Why nobody can tell what a layer normalises in training; empty if that can be seen."""
-    if takes_input_as_it_is(layer):
+    if takes_input_as_it_is(layer) or not looks_at_mode(layer):
         return ""
-    if isinstance(layer, NormLayer):
-        return why_unseen(layer)
-    if looks_at_mode(layer):
-        return f"{own_forward(layer)}, which may normalise something else in training"
-    return ""
+    return f"{own_forward(layer)}, which may normalise something else in training"
 
 
 def _why_frozen(layer: nn.Module, model: nn.Module) -> str:
@@ -174,7 +168,7 @@ def _why_frozen(layer: nn.Module, model: nn.Module) -> str:
 
 
 def _why_missed(name: str, measured: Measured) -> str:
-    return UNSEEN if name in measured.missed else "no batch has reached it"
+    return measured.missed.get(name, "no batch has reached it")
 
 
 def _require_values(measured: Measured, layers: Layers) -> None:

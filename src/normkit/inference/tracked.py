@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from normkit.core.mask import read_mask
 from normkit.errors import OptionError
 from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
 from normkit.text import module_name
@@ -136,6 +137,29 @@ def why_still(layer: nn.Module) -> str:
     if isinstance(layer, _InstanceNorm):
         return "its track_running_stats is off, so it normalises by its input alone"
     return "its track_running_stats is off, so it is frozen; True lets it move"
+
+
+CUT = "its groups cut through positions, of which a mask leaves out some"
+"""Why a layer is left out whose groups have different numbers of valid values."""
+
+
+def cuts_positions(layer: nn.Module, num_channels: int) -> bool:
+    """Whether a value of a layer's buffers is of a part of a channel's positions."""
+    groups = layer.running_partition.num_groups if isinstance(layer, TrackingLayer) else 1
+    return num_channels % groups != 0
+
+
+def valid_positions(
+    norm: nn.Module,
+    x: Any,  # noqa: ANN401 - what a hook is given
+    args: tuple[Any, ...],
+    named: Mapping[str, Any],
+) -> Tensor | None:
+    """Which positions of an input a call's mask leaves, ``(N, 1, *S)``; None without a mask."""
+    mask = args[1] if len(args) > 1 else named.get("mask")
+    if mask is None or not isinstance(norm, NormLayer):
+        return None
+    return read_mask(mask, x, type(norm).__name__)
 
 
 def feature_map(layer: nn.Module, x: Any) -> Any:  # noqa: ANN401 - what a hook is given

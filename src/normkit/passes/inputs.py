@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normkit.passes.batches import Forward, device_of, forward_batch, moved
 
-See = Callable[[Tensor], None]
+See = Callable[..., None]
+"""Gets an input of a layer, and sometimes which of its positions are valid."""
 Watch = Callable[[nn.Module, See], AbstractContextManager[None]]
 """``watch(layer, see)`` shows ``see`` what goes into a layer, as long as its block runs."""
 
@@ -58,7 +59,7 @@ def first_calls(
     """
     calls: dict[nn.Module, int] = {}
 
-    def count(layer: nn.Module, _x: Any) -> None:  # noqa: ANN401
+    def count(layer: nn.Module, *_: Any) -> None:  # noqa: ANN401
         calls[layer] = calls.get(layer, 0) + 1
 
     with ExitStack() as stack, torch.no_grad():
@@ -74,34 +75,59 @@ def inputs_of(
     batches: Iterable[Any],
     num_calls: int,
     forward: Forward = forward_batch,
-    watch: Watch = at_entry,
 ) -> Iterator[Tensor]:
     """Give every input of a layer, batch for batch; each forward ends at the layer's last call.
 
+    An input is what the layer's own forward gets, after all of its other hooks.
+
     Args:
         model: The model, in the mode that it is in; see ``untouched``.
-        layer: The layer whose inputs are given.
+        layer: The layer whose first argument is given.
         batches: What is sent through the model.
         num_calls: How often a forward calls the layer; see ``first_calls``. 0 if that varies:
             forwards then run to their end.
         forward: How a batch is sent through the model.
-        watch: What an input is; by default the first argument of the layer's own forward.
     """
     for batch in batches:
         seen: list[Tensor] = []
-        try:
-            with watch(layer, _collector(seen, num_calls)), torch.no_grad():
-                forward(model, moved(batch, device_of(model)))
-        except _Reached:
-            pass
+
+        def keep(x: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(x if len(seen) + 1 == num_calls else x.clone())  # may be written into
+
+        show_inputs(model, layer, (batch,), keep, Until(num_calls, forward))
         yield from seen
 
 
-def _collector(seen: list[Tensor], num_calls: int) -> See:
-    def collect(x: Tensor) -> None:
-        last = len(seen) + 1 == num_calls
-        seen.append(x if last else x.clone())  # what comes after may write into it
-        if last:
-            raise _Reached
+class Until(NamedTuple):
+    """How a batch is sent through a model, and how far.
 
-    return collect
+    Args:
+        num_calls: Ends a forward at this call of the layer; 0 lets it run to its end.
+        forward: How a batch is sent.
+        watch: What counts as a call.
+    """
+
+    num_calls: int
+    forward: Forward = forward_batch
+    watch: Watch = at_entry
+
+
+def show_inputs(
+    model: nn.Module, layer: nn.Module, batches: Iterable[Any], see: See, until: Until
+) -> None:
+    """Show every input of a layer, batch for batch, before the layer works on it."""
+    for batch in batches:
+        num_seen = 0
+
+        def shown(*given: Any) -> None:  # noqa: ANN401
+            nonlocal num_seen
+            num_seen += 1
+            see(*given)
+            if num_seen == until.num_calls:
+                raise _Reached
+
+        try:
+            with until.watch(layer, shown), torch.no_grad():
+                until.forward(model, moved(batch, device_of(model)))
+        except _Reached:
+            pass

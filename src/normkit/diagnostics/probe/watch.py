@@ -82,12 +82,14 @@ class Watch:
             for norm in self._at[name]:
                 norm.before()
 
-    def leave(self, name: str, x: Any, *, failed: bool) -> None:  # noqa: ANN401 - its first input
+    def leave(
+        self, name: str, args: tuple[Any, ...], named: dict[str, Any], *, failed: bool
+    ) -> None:
         """A module is done, or has raised: of such a forward nothing is kept."""
         self._recorder.leave()
         if self._counts and not failed:
             for norm in self._at[name]:
-                norm.see(x)
+                norm.see(args, named)
         if not self._recorder.is_inside:
             self._leave_functions()
             if failed and self._counts:
@@ -148,9 +150,8 @@ class _After(_Hook):
         output: Any,  # noqa: ANN401
     ) -> None:
         if not torch.compiler.is_compiling() and module is self._module:
-            x = args[0] if args else next(iter(named.values()), None)
             failed = output is None and sys.exc_info()[0] is not None
-            self._watch.leave(self._name, x, failed=failed)
+            self._watch.leave(self._name, args, named, failed=failed)
 
 
 def compiled_modules(model: nn.Module) -> set[nn.Module]:
