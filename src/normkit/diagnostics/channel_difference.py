@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import DataError, OptionError
 from normkit.inference.known import is_over_maps
 from normkit.inference.population import Population
@@ -55,8 +55,8 @@ class ChannelDifference(Measurement):
 
     Args:
         layers: In the order of the forward.
-        mean: Over all groups of all layers.
-        std: Over all groups of all layers (population).
+        mean: Over all groups of all layers, as far as they are finite.
+        std: Likewise (population).
         num_batches: Batches that were measured.
         left: Norms that pool channels and were not measured, with the reason.
     """
@@ -72,7 +72,10 @@ class ChannelDifference(Measurement):
     @property
     def reading(self) -> str:
         """How different channels of a group are, and where most."""
-        worst = max(self.layers, key=lambda row: row.mean)
+        return read_sound(self.layers, self._read)
+
+    def _read(self, rows: Sequence[LayerDifference]) -> str:
+        worst = max(rows, key=lambda row: row.mean)
         return (
             f"Channels that share statistics differ in their means by {self.mean:.3g} ± "
             f"{self.std:.3g} of their standard deviations (StatDiff over all groups), most in "
@@ -143,6 +146,7 @@ def channel_difference(
     if not found:
         raise DataError(f"no batch has reached a norm that pools channels{and_reasons(left)}")
     every = torch.cat(list(found.values()))
+    every = every[every.isfinite()] if every.isfinite().any() else every
     return ChannelDifference(
         layers=tuple(_row(name, values, observers[name]) for name, values in found.items()),
         mean=every.mean().item(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.core.check import require_choice
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import DataError, OptionError
 from normkit.inference.known import is_fixed
 from normkit.inference.population import Population
@@ -75,7 +75,10 @@ class EstimationShift(Measurement):
     @property
     def reading(self) -> str:
         """Where the shift is largest, and whether it grows with depth."""
-        rows = self.layers[1:]
+        return read_sound(self.layers[1:], self._read)
+
+    @staticmethod
+    def _read(rows: Sequence[LayerShift]) -> str:
         worst = max(rows, key=_std)
         largest = (
             f"it is largest in {worst.name or 'the model itself'} ({_std(worst):.3g} in the "

@@ -97,7 +97,7 @@ def inactive_channels(
         A row for each activation.
 
     Raises:
-        DataError: If there is no batch, or the model calls no ReLU.
+        DataError: If there is no batch, the model calls no ReLU, or one gets NaN.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -130,6 +130,12 @@ def inactive_channels(
         raise DataError(
             "no ReLU was called with a map: batches are empty, or the model has activations that "
             "are never exactly zero"
+        )
+    broken = [name for name, seen in recorder.seen.items() if seen.largest.isnan().any()]
+    if broken:
+        raise DataError(
+            f"the input of {broken[0]} has NaN, which is neither positive nor not; look for it in "
+            f"the batches, parameters and running statistics"
         )
     rows = [seen.row(name) for name, seen in recorder.seen.items()]
     return InactiveChannels(layers=tuple(rows), num_batches=num_batches)

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from normkit.core.check import require_choice
 from normkit.diagnostics.lipschitz import Loss, cross_entropy_of_pairs
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import OptionError
 from normkit.passes import (
     Forward,
@@ -78,11 +78,14 @@ class GradientLandscape(Measurement):
     @property
     def reading(self) -> str:
         """How much the loss and the gradient change, on average."""
-        loss = sum(step.loss_range for step in self.steps) / len(self.steps)
-        changes = [s.max_gradient_change for s in self.steps if s.max_gradient_change is not None]
+        return read_sound(self.steps, self._read)
+
+    def _read(self, steps: Sequence[Step]) -> str:
+        loss = sum(step.loss_range for step in steps) / len(steps)
+        changes = [s.max_gradient_change for s in steps if s.max_gradient_change is not None]
         gradient = f"{sum(changes) / len(changes):.3g}" if changes else "-"
         return (
-            f"Over {len(self.steps)} steps ({self.protocol}, rates {min(self.rates):g} to "
+            f"Over {len(steps)} steps ({self.protocol}, rates {min(self.rates):g} to "
             f"{max(self.rates):g}) the loss ranges over {loss:.3g} and the gradient changes by up "
             f"to {gradient}, on average."
         )

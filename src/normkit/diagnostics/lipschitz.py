@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import DataError, OptionError
 from normkit.passes import (
     Data,
@@ -64,8 +64,12 @@ class LipschitzTerms(Measurement):
     @property
     def reading(self) -> str:
         """Which of the two terms is larger."""
+        return read_sound(self.layers, self._read)
+
+    @staticmethod
+    def _read(rows: Sequence[LayerTerms]) -> str:
         mean, weight = (
-            sum(getattr(row, name) for row in self.layers) / len(self.layers)
+            sum(getattr(row, name) for row in rows) / len(rows)
             for name in ("mean_share", "weight_share")
         )
         return (
@@ -121,7 +125,7 @@ def lipschitz_terms(
 
     Raises:
         OptionError: If no weight is standardised.
-        DataError: If there is no batch, or one without a target.
+        DataError: If there is no batch, one without a target, or no gradient.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -146,6 +150,11 @@ def lipschitz_terms(
                 sums[name] += terms
             num_batches += 1
     require_batches(num_batches)
+    if not any(each.any() for each in sums.values()):
+        raise DataError(
+            "no standardised weight got a gradient: the batches are empty, or the loss does not "
+            "depend on these layers"
+        )
     rows = [_row(name, model.get_submodule(name), rules[name], sums[name]) for name in rules]
     return LipschitzTerms(layers=tuple(rows), num_batches=num_batches)
 
