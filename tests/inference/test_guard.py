@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
@@ -87,6 +88,49 @@ def test_what_the_layer_puts_out_is_as_ever():
     for x in (images(), BAD["nan"](images())):
         torch.testing.assert_close(model(x), other(x), rtol=0, atol=0, equal_nan=True)
     assert not other[1].running_mean.isfinite().all()  # so it is without the guard
+
+
+class OfItsOwn(nn.Module):
+    """A norm of no library, whose buffers have the shape of maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(1, 6, 1, 1))
+        self.register_buffer("running_var", torch.ones(1, 6, 1, 1))
+
+    def forward(self, x):
+        if self.training:
+            self.running_mean.lerp_(x.detach().mean((0, 2, 3), keepdim=True), 0.1)
+        return (x - self.running_mean) / self.running_var.sqrt()
+
+
+def test_norms_of_no_library_are_guarded_as_well():
+    model, other = net(OfItsOwn), net(OfItsOwn)
+    guard = nk.guard_statistics_(model)
+    for x in (images(1), BAD["inf"](images(2)), images(3)):
+        model(x)
+    other(images(1))
+    other(images(3))
+    assert_same(model, other)
+    assert counts(guard) == {(3, 1, 0)}
+
+
+class NoScalars(TorchDispatchMode):
+    """Refuses to bring a value to the host, which would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device():
+    model = net(lambda: nn.Sequential(nn.BatchNorm2d(6), nk.BatchNorm(6)))
+    guard = nk.guard_statistics_(model)
+    with NoScalars():
+        model(BAD["nan"](images())).sum().backward()
+        with pytest.raises(AssertionError):
+            guard.layers[0].num_batches.bit_length()
+    assert counts(guard) == {(1, 1, 0)}
 
 
 def test_at_evaluation_frozen_or_not_tracking_nothing_is_counted():

@@ -297,6 +297,10 @@ def test_timms_norms():
     split = nn.Sequential(nn.BatchNorm2d(3), SplitBatchNorm2d(3, num_splits=2))
     patch = nk.recalibrate(split, [images])  # 7 images are not two halves
     assert {each.name for each in patch.left} == {"1", "1.aux_bn.0"}
+    with pytest.raises(
+        nk.DataError, match=r"to any of the 1 layers.*itself: its class timm.*Split"
+    ):
+        nk.recalibrate(split[1], [images])
     rows = nk.estimation_shift(split[1], [images]).layers
     assert [row.name for row in rows] == ["input", ""]  # at evaluation all are the main one's
     assert rows[1].esm_mean == pytest.approx(float(values.mean(1).norm()))

@@ -17,7 +17,7 @@ from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.inference.guard import is_guarded
 from normkit.inference.known import own_forward, takes_input_as_it_is
-from normkit.inference.tracked import feature_map, tracked, valid_positions, why_still
+from normkit.inference.tracked import feature_map, foreign, tracked, valid_positions, why_still
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import Temporary, bare, require_uncompiled, swaps_statistics
 from normkit.passes.inputs import first_argument
@@ -81,7 +81,7 @@ class Accumulation:
         layers = tracked(model)
         unknown = _in_unknown(model)
         why_left = {name: _why_left(m) or unknown.get(m) for name, m in layers.items()}
-        self.left = {name: why for name, why in why_left.items() if why}
+        self.left = foreign(model) | {name: why for name, why in why_left.items() if why}
         waiting = {layer: Follower(layer) for n, layer in layers.items() if n not in self.left}  # type: ignore[arg-type]
         _require_some(model, waiting, self.left)
         self.names = tuple(name for name in layers if name not in self.left)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normkit.core.running import is_second_look
 from normkit.errors import OptionError
-from normkit.inference.tracked import STATISTICS, callers, tracked, why_still
+from normkit.inference.known import is_fixed
+from normkit.inference.tracked import STATISTICS, callers, foreign, tracked, why_still
 from normkit.kernels.select import functorch_is_active
 from normkit.passes import bare, require_uncompiled, swaps_statistics
 from normkit.text import module_name, table_lines
@@ -31,7 +32,8 @@ def guard_statistics_(model: nn.Module) -> Guard:
     activation checkpoints, whose second look counts for no second batch, do not matter.
 
     Args:
-        model: Holds layers with running statistics: torch's, subclasses, ours, composites included.
+        model: Holds layers with running statistics: torch's, subclasses, ours, composites
+            included, and others that have ``running_mean`` and ``running_var``.
 
     Returns:
         A handle that prints what was refused and has ``remove()`` and, for ``GradScaler``,
@@ -56,7 +58,9 @@ def guard_statistics_(model: nn.Module) -> Guard:
     """
     inner = bare(model, "guard")
     require_uncompiled(model, "guard")
-    layers = tracked(inner)
+    modules = dict(inner.named_modules())
+    others = {name: modules[name] for name in foreign(inner) if not is_fixed(modules[name])}
+    layers = tracked(inner) | others
     if not layers:
         raise OptionError(
             f"{type(inner).__name__} has no layer with running statistics, so there is nothing to "
@@ -183,15 +187,17 @@ class _State(NamedTuple):
     def of(cls, layer: nn.Module) -> _State:
         """Copy them."""
         mean, var, count = (layer._buffers.get(name) for name in STATISTICS)
-        return cls(torch.cat([mean, var]), None if count is None else count.clone())  # type: ignore[list-item]
+        moments = torch.cat([mean.flatten(), var.flatten()])  # type: ignore[union-attr]
+        return cls(moments, None if count is None else count.clone())
 
     def write(self, layer: nn.Module) -> None:
         """Write them back, so that autograd does not notice: torch's norms keep theirs for it."""
         half = len(self.moments) // 2
         values = (self.moments[:half], self.moments[half:], self.num_batches)
         for name, value in zip(STATISTICS, values, strict=True):
-            if value is not None:
-                layer._buffers[name].data.copy_(value)  # type: ignore[union-attr]
+            buffer = layer._buffers.get(name)
+            if value is not None and buffer is not None:
+                buffer.data.copy_(value.view_as(buffer))
 
 
 class _Counts:

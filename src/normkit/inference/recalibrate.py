@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -116,7 +116,7 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
         group=group,
     )
     measured = (measure_in_order if sequential else measure_at_once)(model, layers, data)
-    _require_values(measured, layers)
+    _require_values(measured, layers, left)
     rows = [_row(name, layer, measured) for name, layer in layers.items() if name in measured.sums]
     missed = {n: _why_missed(n, measured) for n in layers if n not in measured.sums}
     return StatisticsPatch(
@@ -171,15 +171,15 @@ def _why_missed(name: str, measured: Measured) -> str:
     return measured.missed.get(name, "no batch has reached it")
 
 
-def _require_values(measured: Measured, layers: Layers) -> None:
+def _require_values(measured: Measured, layers: Layers, left: Mapping[str, str]) -> None:
     if measured.num_batches == 0:
         raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
     if not measured.sums:
-        missed = reasons({n: _why_missed(n, measured) for n in layers if n in measured.missed})
+        unseen = {name: measured.missed[name] for name in layers if name in measured.missed}
         raise DataError(
             f"{measured.num_batches} batches have brought no value to any of the {len(layers)} "
-            f"layers; "
-            + (missed or "they are empty, can be read only once, or go past these layers")
+            f"layers; they are empty, can be read only once, or go past these layers"
+            f"{and_reasons(unseen | dict(left))}"
         )
 
 
