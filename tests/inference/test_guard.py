@@ -90,6 +90,29 @@ def test_what_the_layer_puts_out_is_as_ever():
     assert not other[1].running_mean.isfinite().all()  # so it is without the guard
 
 
+@pytest.mark.parametrize("spec", ["bn", "gn:2", "bcn:2"])
+def test_norms_that_take_over_from_guarded_ones_run(spec):
+    model = net()
+    guard = nk.guard_statistics_(model)
+    nk.convert_norm_(model, spec)
+    model(images())
+    assert counts(guard) == ({(1, 0, 0)} if spec == "bn" else set())
+    if spec != "gn:2":
+        again = nk.guard_statistics_(model)
+        model(BAD["nan"](images()))
+        assert all(value.isfinite().all() for value in model.buffers())
+        assert [row.num_refused for row in again.layers] == [1]
+
+
+def test_a_plain_norm_that_takes_over_from_a_guarded_composite_is_guarded():
+    model = net(KINDS["bcn"])
+    guard = nk.guard_statistics_(model)
+    nk.convert_norm_(model, "bn")
+    model(BAD["nan"](images()))
+    assert model[1].running_mean.isfinite().all()
+    assert [row.num_refused for row in guard.layers] == [1]
+
+
 class OfItsOwn(nn.Module):
     """A norm of no library, whose buffers have the shape of maps."""
 

@@ -14,6 +14,7 @@ from normkit.errors import OptionError
 from normkit.inference.known import is_fixed
 from normkit.inference.tracked import STATISTICS, callers, foreign, tracked, why_still
 from normkit.kernels.select import functorch_is_active
+from normkit.layers.base import BUFFERS
 from normkit.passes import bare, require_uncompiled, swaps_statistics
 from normkit.text import module_name, table_lines
 
@@ -73,10 +74,9 @@ def guard_statistics_(model: nn.Module) -> Guard:
         )
     names = {layer: name for name, layer in layers.items()}
     for caller, parts in callers(inner, layers).items():
-        if not is_guarded(caller):
-            watch = _Watch({_within(caller, part): names[part] for part in parts})
-            caller.register_forward_pre_hook(watch.before)
-            caller.register_forward_hook(watch.after, prepend=True, always_call=True)
+        watch = _watch_of(caller) or _put_into(caller)
+        for part in parts:
+            watch.counts.setdefault(_within(caller, part), _Counts(names[part]))
     return Guard(inner)
 
 
@@ -174,7 +174,14 @@ class Guard:
         for module in self.model.modules():
             watch = _watch_of(module)
             for path, counts in watch.counts.items() if watch else ():
-                yield module.get_submodule(path), counts
+                layer = _part(module, path)
+                if _has_statistics(layer):
+                    yield layer, counts
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Whether there are some; a norm that has taken over from a guarded one may have none."""
+    return all(layer._buffers.get(name) is not None for name in BUFFERS)
 
 
 class _State(NamedTuple):
@@ -218,7 +225,8 @@ class _Counts:
     def keep(self, layer: nn.Module) -> None:
         """Copy the statistics that a batch is about to move."""
         self._before = None
-        if layer.training and not why_still(layer) and not functorch_is_active():
+        moves = layer.training and _has_statistics(layer) and not why_still(layer)
+        if moves and not functorch_is_active():
             with torch.no_grad():
                 self._before = _State.of(layer)
             if self._at_step is None:
@@ -255,24 +263,29 @@ class _Counts:
 
 
 class _Watch:
-    """Hooks around the calls of one norm, which may hold several layers with statistics.
+    """Hooks around the calls of one norm, which may hold several layers with statistics."""
 
-    Args:
-        names: Names of these layers in the model, by their names in the norm.
-    """
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self.counts = {path: _Counts(name) for path, name in names.items()}
+    def __init__(self) -> None:
+        self.counts: dict[str, _Counts] = {}
+        """Of each layer, by its name in the norm."""
 
     def before(self, norm: nn.Module, _args: Any) -> None:  # noqa: ANN401
         """Called before the norm runs."""
         for path, counts in self.counts.items():
-            counts.keep(norm.get_submodule(path))
+            counts.keep(_part(norm, path))
 
     def after(self, norm: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
         """Called when the norm has run, or has raised."""
         for path, counts in self.counts.items():
-            counts.judge(norm.get_submodule(path))
+            counts.judge(_part(norm, path))
+
+
+def _part(norm: nn.Module, path: str) -> nn.Module:
+    """A layer in a norm; the norm itself where that has taken over from another one."""
+    found = norm
+    for key in path.split("."):
+        found = found._modules.get(key) or found
+    return found
 
 
 def _stays_finite(before: Tensor, now: Tensor) -> Tensor:
@@ -294,6 +307,13 @@ def _owner(hook: Any) -> _Watch | None:  # noqa: ANN401
 def is_guarded(module: nn.Module) -> bool:
     """Whether a guard has its hooks in this module."""
     return _watch_of(module) is not None
+
+
+def _put_into(module: nn.Module) -> _Watch:
+    watch = _Watch()
+    module.register_forward_pre_hook(watch.before)
+    module.register_forward_hook(watch.after, prepend=True, always_call=True)
+    return watch
 
 
 def _watch_of(module: nn.Module) -> _Watch | None:
