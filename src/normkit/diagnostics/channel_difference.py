@@ -17,7 +17,7 @@ from normkit.errors import DataError, OptionError
 from normkit.inference.population import Population
 from normkit.inference.tracked import Where, bare, chosen, feature_map
 from normkit.layers.base import NormLayer
-from normkit.passes import Data, Forward, forward_batch, untouched
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, untouched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,7 @@ class ChannelDifference(Measurement):
         )
 
 
+@changes_nothing
 def channel_difference(
     model: nn.Module,
     batches: Iterable[Any],

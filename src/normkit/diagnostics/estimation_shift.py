@@ -16,7 +16,7 @@ from normkit.errors import DataError, OptionError
 from normkit.inference.population import Population
 from normkit.inference.tracked import Where, bare, chosen, feature_map, statistics_of, tracked
 from normkit.layers.base import BUFFERS
-from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, require_batches, untouched
 
 Normalize = Literal["sqrt_c"]
 
@@ -79,6 +79,7 @@ def _std(row: LayerShift) -> float:
     return row.esm_std or 0.0
 
 
+@changes_nothing
 def estimation_shift(
     model: nn.Module,
     batches: Iterable[Any],

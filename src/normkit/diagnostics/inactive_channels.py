@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError
 from normkit.inference.tracked import bare
-from normkit.passes import Data, Forward, forward_batch, uncompiled, untouched
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, uncompiled, untouched
 from normkit.text import module_name
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6"})
@@ -72,6 +72,7 @@ class InactiveChannels(Measurement):
         )
 
 
+@changes_nothing
 def inactive_channels(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> InactiveChannels:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError, OptionError
 from normkit.inference.tracked import bare
-from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, require_batches, untouched
 from normkit.weights.attach import rules_of
 from normkit.weights.parametrizations import Reparametrization, WeightStandardization
 
@@ -81,6 +81,7 @@ def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
     return functional.cross_entropy(output, batch[1])
 
 
+@changes_nothing
 def lipschitz_terms(
     model: nn.Module,
     batches: Iterable[Any],

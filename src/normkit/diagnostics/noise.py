@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from normkit.core.check import require_choice
 from normkit.errors import OptionError
 from normkit.inference.tracked import Where, bare, chosen
+from normkit.passes import Hooks, between
 from normkit.tracing import is_norm
 
 Granularity = Literal["group", "element"]
 
 
-@contextmanager
 def add_output_noise(
     model: nn.Module,
     *,
@@ -25,7 +25,7 @@ def add_output_noise(
     std: float = 1.001,
     granularity: Granularity = "group",
     where: Where | None = None,
-) -> Generator[tuple[str, ...]]:
+) -> AbstractContextManager[tuple[str, ...]]:
     r"""Run the block with Gaussian noise on what norms put out in training.
 
     .. math::  y \leftarrow y + \epsilon, \quad \epsilon \sim N(m, s^2)
@@ -42,8 +42,9 @@ def add_output_noise(
             value.
         where: ``where(layer, name)`` says which norms are meant; by default all.
 
-    Yields:
-        Names of the norms.
+    Returns:
+        The block's context manager, which gives the names of the norms. No hook is left, also when
+        Ctrl-C comes meanwhile.
 
     Raises:
         OptionError: If there is no norm, ``std`` is negative, or the granularity is unknown.
@@ -74,13 +75,17 @@ def add_output_noise(
         noise = torch.randn(shape, device=y.device, dtype=y.dtype) * std + mean
         return y + _over_channels(noise, y)
 
-    with ExitStack() as hooks:
+    hooks = Hooks()
+
+    def begin() -> tuple[str, ...]:
         for layer in layers.values():
-            hooks.callback(_hook(layer, noisy))
-        yield tuple(layers)
+            _hook(hooks, layer, noisy)
+        return tuple(layers)
+
+    return between(begin, hooks.remove)
 
 
-def _hook(layer: nn.Module, noisy: Callable[[Tensor, nn.Module], Tensor]) -> Callable[[], None]:
+def _hook(hooks: Hooks, layer: nn.Module, noisy: Callable[[Tensor, nn.Module], Tensor]) -> None:
     """Put the noise before the activation that some layers have inside, else after the layer."""
 
     def before(_inner: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -92,8 +97,9 @@ def _hook(layer: nn.Module, noisy: Callable[[Tensor, nn.Module], Tensor]) -> Cal
     children = dict(layer.named_children())
     inside = children.get("drop", children.get("act"))
     if inside is not None:
-        return inside.register_forward_pre_hook(before).remove
-    return layer.register_forward_hook(after).remove
+        hooks.before(inside, before)
+    else:
+        hooks.after(layer, after)
 
 
 def _shape_of_groups(y: Tensor, layer: nn.Module) -> tuple[int, ...]:

@@ -7,8 +7,10 @@ from torch import nn
 from normkit.core.check import require_share
 from normkit.errors import OptionError
 from normkit.layers.base import TrackingLayer
+from normkit.passes import all_or_nothing
 
 
+@all_or_nothing
 def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     r"""Give every layer with running statistics the same example weight.
 

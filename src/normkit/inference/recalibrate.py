@@ -21,9 +21,10 @@ from normkit.inference.patch import PatchedLayer, StatisticsPatch, Unmeasured, v
 from normkit.inference.ranks import Group
 from normkit.inference.tracked import Where, bare, chosen, tracked
 from normkit.layers.base import BUFFERS
-from normkit.passes import Data, Forward, forward_batch
+from normkit.passes import Data, Forward, changes_nothing, forward_batch
 
 
+@changes_nothing
 def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chosen by itself
     model: nn.Module,
     batches: Iterable[Any],

@@ -11,16 +11,28 @@ from normkit.passes.batches import (
     require_batches,
 )
 from normkit.passes.data import Data, uncompiled
+from normkit.passes.finish import between, finish, surely
+from normkit.passes.hooks import Hooks
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
+from normkit.passes.rollback import all_or_nothing, attempt, changes_nothing
+from normkit.passes.settings import stance_now
+from normkit.passes.snapshot import Snapshot
 from normkit.passes.untouched import untouched
 
 __all__ = [
     "Data",
     "Forward",
+    "Hooks",
+    "Snapshot",
+    "all_or_nothing",
     "arguments_of",
     "as_list",
+    "attempt",
+    "between",
+    "changes_nothing",
     "device_of",
+    "finish",
     "first_calls",
     "forward_batch",
     "inputs_of",
@@ -28,6 +40,8 @@ __all__ = [
     "num_examples",
     "progress",
     "require_batches",
+    "stance_now",
+    "surely",
     "uncompiled",
     "untouched",
 ]

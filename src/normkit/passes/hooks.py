@@ -1,0 +1,42 @@
+"""Hooks that are surely taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Hooks:
+    """Forward hooks in the modules of a model, each known before it is put in.
+
+    A handle of torch's is known only after its hook is in, and an interruption may come between.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[nn.Module, Callable[..., Any]]] = []
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
+        """Let the hook be called before a module runs; see ``register_forward_pre_hook``."""
+        self._known.append((module, hook))
+        module.register_forward_pre_hook(hook, **options)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
+        """Let the hook be called when a module is done; see ``register_forward_hook``."""
+        self._known.append((module, hook))
+        module.register_forward_hook(hook, **options)
+
+    def remove(self) -> None:
+        """Take out all hooks that are still in; twice is once."""
+        for module, hook in self._known:
+            for held in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, each in held.items() if each is hook]:
+                    _forget(module, key)
+
+
+def _forget(module: nn.Module, key: int) -> None:
+    """Remove a hook by the number that it alone has, and last from where it is found by."""
+    for name in ("_with_kwargs", "_always_called", ""):
+        vars(module).get(f"_forward_hooks{name}", {}).pop(key, None)
+        vars(module).get(f"_forward_pre_hooks{name}", {}).pop(key, None)
