@@ -313,6 +313,15 @@ def noise(bench):
     return work
 
 
+@tool("use_kernels", measures=True)
+def kernels(bench):
+    def work():
+        with nk.use_kernels("reference"), nk.use_kernels("cpu"):
+            bench.calls()
+
+    return work
+
+
 @tool("Probe", trains=True)
 @tool("Probe", trains=True, eager=True)
 def probe(bench, eager=False):

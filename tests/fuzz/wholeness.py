@@ -78,7 +78,7 @@ def _of_torch():
     yield "inference mode", torch.is_inference_mode_enabled()
     yield "autocast", torch.is_autocast_enabled("cpu")
     yield "function modes", tuple(map(Same, torch.overrides._get_current_function_mode_stack()))
-    yield "kernels", select._asked.kernels
+    yield "kernels", (select._asked.kernels, len(select._asked.blocks), len(select._asked.own()))
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     yield "stance", None if dynamo is None else str(dynamo._stance)
 
