@@ -34,11 +34,11 @@ MOST_PRINTED = 3
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_model_is_left_whole(name, tmp_path):
     seed = int(os.environ.get("NORMKIT_FUZZ_SEED", time.time_ns() % 10**9 if SECONDS else 0))
-    draw, tried, found = random.Random(f"{name} {seed}"), [], {}
+    draw, benches, tried, found = random.Random(f"{name} {seed}"), [], [], {}
     profile = profiled(TOOLS[name], tmp_path / "file")
     assert not TOOLS[name].measures or profile.changes == [], "without any interruption"
     for trial in trials(name, profile, draw):
-        findings = carried_out(trial, TOOLS[name], tmp_path / "file")
+        findings = carried_out(trial, TOOLS[name], tmp_path / "file", benches)
         tried.append(trial)
         if findings:
             found.setdefault(findings[0][:40], (trial, findings))
@@ -82,7 +82,7 @@ def script(name, trial, findings):
 def repeat(name, trial):
     """Carry out one trial again, and print what it leaves otherwise than it was."""
     with TemporaryDirectory() as folder:
-        findings = carried_out(trial, TOOLS[name], f"{folder}/file")
+        findings = carried_out(trial, TOOLS[name], f"{folder}/file", [])
     print("\n".join(findings) or "everything is as it was")
 
 

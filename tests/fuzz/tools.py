@@ -18,27 +18,29 @@ class Tool:
 
     Args:
         prepare: ``prepare(bench)`` gets a bench ready and gives the call that is interrupted.
-        trains: Whether parameters and buffers may move: the call trains, as a user does.
-        check: ``check(bench)`` says what is wrong besides, of a tool with ``trains``.
+        moves: Parts of a model that may be others afterwards, because the call trains as a user
+            does, or is done to its end.
+        check: ``check(bench)`` says what is wrong with those.
         measures: Whether it leaves the model as it was also when nothing interrupts it.
     """
 
     prepare: Callable
-    trains: bool = False
+    moves: tuple[str, ...] = ()
     check: Callable = lambda _: []
     measures: bool = False
 
 
+TRAINING = ("state", "values", "grad", "num_calls", "random")
 TOOLS: dict[str, Tool] = {}
 """By the name in ``normkit`` and, after a comma, what it is called with."""
 
 
-def tool(name, *, trains=False, check=lambda _: [], measures=False, **options):
+def tool(name, *, moves=(), check=lambda _: [], measures=False, **options):
     """Register a way to try a tool."""
 
     def register(prepare):
         said = "".join(f", {key}={value}" for key, value in options.items())
-        TOOLS[name + said] = Tool(lambda bench: prepare(bench, **options), trains, check, measures)
+        TOOLS[name + said] = Tool(lambda bench: prepare(bench, **options), moves, check, measures)
         return prepare
 
     return register
@@ -147,7 +149,14 @@ def thaw(bench):
     return lambda: nk.thaw_statistics(bench.model, bench.where)
 
 
-@tool("sync_update_rates")
+def one_rate(bench):
+    """All layers have one rate, the old one or the new one."""
+    stages = [m for m in bench.model.modules() if "update_rate" in vars(m)]
+    rates = {m.update_rate for m in stages} | {bench.model.micro._update_rate}
+    return [] if len(rates) == 1 else [f"the layers have the rates {rates}"]
+
+
+@tool("sync_update_rates", moves=("momentum", "_update_rate"), check=one_rate)
 def rates(bench):
     bench.optimizer.param_groups[0]["lr"] = 0.05
     return lambda: nk.sync_update_rates(bench.model, bench.optimizer)
@@ -322,8 +331,8 @@ def kernels(bench):
     return work
 
 
-@tool("Probe", trains=True)
-@tool("Probe", trains=True, eager=True)
+@tool("Probe", moves=TRAINING)
+@tool("Probe", moves=TRAINING, eager=True)
 def probe(bench, eager=False):
     def work():
         with nk.Probe(bench.model, every=1, path=bench.path, eager=eager) as probe:
@@ -341,7 +350,7 @@ def moved_together(bench):
     return [] if len(counts) == 1 else [f"layers have moved {counts} times"]
 
 
-@tool("accumulate_statistics", trains=True, check=moved_together)
+@tool("accumulate_statistics", moves=TRAINING, check=moved_together)
 def accumulate(bench):
     bench.model.train()
     bench.waiting = [m for m in bench.model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -371,7 +380,7 @@ def stepped_or_not(bench):
     return ["parameters are neither those before the step nor those after it"]
 
 
-@tool("decay_gamma_to_one, and then a step", trains=True, check=stepped_or_not)
+@tool("decay_gamma_to_one, and then a step", moves=TRAINING, check=stepped_or_not)
 def step(bench):
     groups = nk.param_groups(bench.model, 0.1, 0.1, decay_gamma_to=1)
     bench.optimizer = torch.optim.SGD(groups, lr=0.1)

@@ -23,9 +23,11 @@ def state_of(model, optimizer):
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found |= {(name, *key): value for key, value in _of_module(module)}
-    found |= {("state dict", key): value.clone() for key, value in model.state_dict().items()}
+    found |= {
+        ("state dict", "values", key): value.clone() for key, value in model.state_dict().items()
+    }
     found["state dict", "keys"] = tuple(model.state_dict())
-    found["parameters"] = tuple(name for name, _ in model.named_parameters())
+    found["parameters",] = tuple(name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         found |= {(name, *key): value for key, value in _of_parameter(parameter)}
     found |= dict(_of_optimizer(optimizer))
@@ -62,7 +64,7 @@ def _of_optimizer(optimizer):
         for key, value in group.items():
             held = tuple(map(Same, value)) if isinstance(value, list) else value
             yield ("optimizer", "group", index, key), held
-    yield ("optimizer", "state", "order"), tuple(map(Same, optimizer.state))
+    yield ("optimizer", "order"), tuple(map(Same, optimizer.state))
     for index, state in enumerate(optimizer.state.values()):
         for key, value in state.items():
             copied = value.clone() if isinstance(value, torch.Tensor) else value
@@ -70,17 +72,23 @@ def _of_optimizer(optimizer):
 
 
 def _of_torch():
-    yield "torch's random state", torch.get_rng_state()
-    yield "Python's random state", random.getstate()
+    yield ("random", "torch"), torch.get_rng_state()
+    yield ("random", "Python"), random.getstate()
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what old loaders draw from
-    yield "NumPy's random state", (name, tuple(keys.tolist()), *rest)
-    yield "gradients are on", torch.is_grad_enabled()
-    yield "inference mode", torch.is_inference_mode_enabled()
-    yield "autocast", torch.is_autocast_enabled("cpu")
-    yield "function modes", tuple(map(Same, torch.overrides._get_current_function_mode_stack()))
-    yield "kernels", (select._asked.kernels, len(select._asked.blocks), len(select._asked.own()))
+    yield ("random", "NumPy"), (name, tuple(keys.tolist()), *rest)
+    yield ("torch", "gradients are on"), torch.is_grad_enabled()
+    yield ("torch", "inference mode"), torch.is_inference_mode_enabled()
+    yield ("torch", "autocast"), torch.is_autocast_enabled("cpu")
+    yield (
+        ("torch", "function modes"),
+        tuple(map(Same, torch.overrides._get_current_function_mode_stack())),
+    )
+    yield (
+        ("torch", "kernels"),
+        (select._asked.kernels, len(select._asked.blocks), len(select._asked.own())),
+    )
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    yield "stance", None if dynamo is None else str(dynamo._stance)
+    yield ("torch", "stance"), None if dynamo is None else str(dynamo._stance)
 
 
 class Same:

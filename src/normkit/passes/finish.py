@@ -27,6 +27,18 @@ def finish(steps: Iterable[Step]) -> None:
     Args:
         steps: May be done again, and in any order: each leads from anywhere to the same end.
     """
+    steps = list(steps)
+    try:
+        problem = _repeated(steps)
+    except BaseException:  # a line of it was interrupted
+        _repeated(steps)
+        raise
+    if problem is not None:
+        raise problem
+
+
+def _repeated(steps: Iterable[Step]) -> BaseException | None:
+    """Repeat the steps until all are through; give what has interrupted them."""
     waiting = deque(steps)
     problem: BaseException | None = None
     for _ in range(ATTEMPTS):
@@ -35,12 +47,11 @@ def finish(steps: Iterable[Step]) -> None:
                 waiting[0]()
                 waiting.popleft()
             break
-        except BaseException as error:  # noqa: BLE001 - raised below, once the others are done
+        except BaseException as error:  # noqa: BLE001 - given, once the others are done
             if problem is None or isinstance(problem, Exception):  # Ctrl-C counts more than errors
                 problem = error
             waiting.rotate(-1)
-    if problem is not None:
-        raise problem
+    return problem
 
 
 def surely(work: Callable[[], T], *end: Step) -> T:
