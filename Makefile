@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 WORKERS ?= 2
+SECONDS ?= 600
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test fuzz lint format types clean
 
 demo: $(VENV)/.lab
 	$(BIN)/normkit compare --data digits --model small-resnet --norms bn,gn:8,bgn:auto \
@@ -15,6 +16,10 @@ demo: $(VENV)/.lab
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --doctest-modules src tests
+
+# Each search of tests/fuzz for so many seconds, with what it has tried.
+fuzz: $(VENV)/.test
+	NORMKIT_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/fuzz
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -14,11 +14,13 @@ from normkit.advice.registry import CHECKS
 from normkit.advice.situation import examine, example_of
 from normkit.core.check import require_count
 from normkit.errors import OptionError
+from normkit.passes import changes_nothing
 
 CHECKED_IN = (on_groups, on_state, on_neighbours)
 """Where the checks are; importing a file registers those in it."""
 
 
+@changes_nothing
 def validate(
     model: nn.Module,
     *,

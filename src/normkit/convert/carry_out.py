@@ -14,6 +14,7 @@ from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
 from normkit.convert.plan import Plan, staying
 from normkit.convert.report import Change, Conversion
 from normkit.convert.swap import Swap
+from normkit.passes import attempt
 
 
 def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is measured
@@ -25,7 +26,7 @@ def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is m
     dry_run: bool,
     calibrator: Calibrator | None = None,
 ) -> Conversion:
-    """Change the model as planned, unless it is a dry run; an interruption puts it back."""
+    """Change the model as planned, unless it is a dry run; all or nothing."""
     edit = None if optimizer is None else _edit(model, planned, optimizer)
     parts = (*planned.steps, *planned.insertions)
     replacements = {part.old: part.new for part in parts}
@@ -39,15 +40,15 @@ def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is m
         dry_run=dry_run,
         _swap=swap,
     )
-    try:
+
+    def work() -> Conversion:
         if not dry_run:
             swap.apply()
         if calibrator is not None:
             result.calibration = calibrator.run(swap.new)
         return result
-    except BaseException:
-        swap.undo()
-        raise
+
+    return attempt(work, *swap.changed, values=swap.calibrated)
 
 
 def _edit(model: nn.Module, planned: Plan, optimizer: Optimizer) -> OptimizerEdit:

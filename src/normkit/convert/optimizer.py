@@ -55,6 +55,7 @@ class OptimizerEdit:
         self._joining, self.homeless = _joining(exchanges, held, optimizer)
         gone = old - kept
         self._edits = [_edited(g, self._joining, gone) for g in optimizer.param_groups]
+        self._before = list(optimizer.state)
         self._state = {p: optimizer.state[p] for p in gone if p in optimizer.state}
 
     def apply(self) -> None:
@@ -65,14 +66,16 @@ class OptimizerEdit:
             self.optimizer.state.pop(parameter, None)
 
     def undo(self) -> None:
-        """Put everything back as it was, from wherever ``apply`` got to."""
+        """Put everything back as it was, states in their old order; others come after them."""
         for edit in self._edits:
             _write(edit.group, edit.before)
-        for joined in self._joining.values():
-            for _, parameter in joined:
-                self.optimizer.state.pop(parameter, None)
-        for parameter, state in self._state.items():
-            self.optimizer.state[parameter] = state
+        joined = {parameter for several in self._joining.values() for _, parameter in several}
+        states = {**self.optimizer.state, **self._state}
+        order = dict.fromkeys([*self._before, *states])
+        self.optimizer.state.clear()
+        for parameter in order:
+            if parameter in states and parameter not in joined:
+                self.optimizer.state[parameter] = states[parameter]
 
 
 def require_optimizer(optimizer: object) -> None:

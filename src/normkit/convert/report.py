@@ -9,6 +9,7 @@ from torch import nn
 
 from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
+from normkit.passes import attempt
 from normkit.text import module_name, table_lines
 
 
@@ -79,8 +80,13 @@ class Conversion:
         Raises:
             OptionError: If the layers were replaced again since; nothing is changed then.
         """
-        if not self.dry_run:
-            self.model = self._swap.revert()
+        if self.dry_run:
+            return self.model
+        swap = self._swap
+        return attempt(self._revert, self, *swap.changed, values=swap.calibrated)
+
+    def _revert(self) -> nn.Module:
+        self.model = self._swap.revert()
         return self.model
 
     def __repr__(self) -> str:

@@ -66,8 +66,7 @@ class Before(NamedTuple):
 class Swap:
     """Layers to exchange, weights to standardise, an optimizer to follow.
 
-    What is put back is absolute, not the reverse of what was done: it is right wherever an
-    interruption came.
+    What ``revert`` puts back is absolute, not the reverse of what was done.
 
     Args:
         model: The model, changed by ``apply``.
@@ -120,8 +119,25 @@ class Swap:
         self._example_input = None
         return self.new
 
-    def undo(self) -> nn.Module:
-        """Put everything back, from wherever ``apply`` got to; return the model."""
+    @property
+    def changed(self) -> list[nn.Module | Optimizer]:
+        """What ``apply`` and ``revert`` change: the model, old layers, the optimizer."""
+        optimizers = [] if self._edit is None else [self._edit.optimizer]
+        return [self.old, self.new, *(pair.old for pair in self._pairs), *optimizers]
+
+    @property
+    def calibrated(self) -> list[nn.Parameter]:
+        """Parameters of old layers whose values calibration changes where new ones share them."""
+        return [parameter for parameter, _ in self._values]
+
+    def revert(self) -> nn.Module:
+        """Put everything back that ``apply`` has changed; once it is back, nothing happens.
+
+        Raises:
+            OptionError: If somebody else has replaced one of the layers since.
+        """
+        if self._is_back():
+            return self.old
         for edit in (self._weights_edit, self._edit):
             if edit is not None:
                 edit.undo()
@@ -133,13 +149,15 @@ class Swap:
             for parameter, values in self._values:
                 parameter.copy_(values)
         self._remove_hooks()
+        for pair in reversed(self._pairs):  # layers inside of a block come before it, and decide
+            pair.follow(self.old)
         return self.old
 
-    def revert(self) -> nn.Module:
-        """Put everything back that ``apply`` has changed; once it is back, nothing happens.
+    def _is_back(self) -> bool:
+        """Whether the old layers are in their places.
 
         Raises:
-            OptionError: If somebody else has replaced one of the layers since.
+            OptionError: If others are that nobody knows here.
         """
         now = [slot.parent._modules.get(slot.key) for slot in self._slots]
         lost = [s.key for s, m in zip(self._slots, now, strict=True) if m not in (s.old, s.new)]
@@ -148,12 +166,7 @@ class Swap:
                 f"layers {', '.join(map(repr, lost))} were replaced since this conversion; revert "
                 f"the later one first"
             )
-        if self._slots and all(s.old is m for s, m in zip(self._slots, now, strict=True)):
-            return self.old
-        self.undo()
-        for pair in reversed(self._pairs):  # layers inside of a block come before it, and decide
-            pair.follow(self.old)
-        return self.old
+        return bool(self._slots) and all(s.old is m for s, m in zip(self._slots, now, strict=True))
 
     def _edit_of_weights(self, optimizer: Optimizer) -> OptimizerEdit:
         """Let gains and offsets that standardised weights have gained join the weights' groups."""

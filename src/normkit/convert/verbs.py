@@ -15,11 +15,12 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import SpecMap, Where, choose, find_norms
 from normkit.errors import OptionError
-from normkit.passes import Forward
+from normkit.passes import Forward, all_or_nothing, changes_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 
 
+@all_or_nothing
 def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is only known by the user
     model: nn.Module,
     spec: str | NormSpec | SpecMap,
@@ -94,6 +95,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
     return carry_out(model, planned, standardize, optimizer, example_input, dry_run, calibrator)
 
 
+@changes_nothing
 def convert_norm(  # noqa: PLR0913 - as convert_norm_, without an optimizer
     model: nn.Module,
     spec: str | NormSpec | SpecMap,

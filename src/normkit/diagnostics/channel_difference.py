@@ -27,7 +27,15 @@ from normkit.inference.tracked import (
     unmeasured,
 )
 from normkit.layers.base import NormLayer
-from normkit.passes import Data, Forward, bare, forward_batch, require_batches, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    changes_nothing,
+    forward_batch,
+    require_batches,
+    untouched,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +91,7 @@ class ChannelDifference(Measurement):
         )
 
 
+@changes_nothing
 def channel_difference(
     model: nn.Module,
     batches: Iterable[Any],

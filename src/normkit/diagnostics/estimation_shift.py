@@ -30,7 +30,15 @@ from normkit.inference.tracked import (
     why_still,
 )
 from normkit.layers.base import BUFFERS
-from normkit.passes import Data, Forward, bare, forward_batch, require_batches, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    changes_nothing,
+    forward_batch,
+    require_batches,
+    untouched,
+)
 
 Normalize = Literal["sqrt_c"]
 
@@ -98,6 +106,7 @@ def _std(row: LayerShift) -> float:
     return row.esm_std or 0.0
 
 
+@changes_nothing
 def estimation_shift(
     model: nn.Module,
     batches: Iterable[Any],

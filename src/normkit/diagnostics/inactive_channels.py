@@ -18,6 +18,7 @@ from normkit.passes import (
     Data,
     Forward,
     bare,
+    changes_nothing,
     forward_batch,
     require_batches,
     uncompiled,
@@ -79,6 +80,7 @@ class InactiveChannels(Measurement):
         )
 
 
+@changes_nothing
 def inactive_channels(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> InactiveChannels:

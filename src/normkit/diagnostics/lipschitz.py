@@ -18,6 +18,7 @@ from normkit.passes import (
     Data,
     Forward,
     bare,
+    changes_nothing,
     forward_batch,
     require_batches,
     uncompiled,
@@ -93,6 +94,7 @@ def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
     return functional.cross_entropy(output, batch[1])
 
 
+@changes_nothing
 def lipschitz_terms(
     model: nn.Module,
     batches: Iterable[Any],

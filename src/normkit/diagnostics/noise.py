@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,14 +15,13 @@ from normkit.diagnostics.channel_difference import channels_first
 from normkit.errors import OptionError
 from normkit.inference.known import own_forward, takes_input_as_it_is
 from normkit.inference.tracked import Where, chosen, reasons, valid_positions
-from normkit.passes import Temporary, bare, require_uncompiled
+from normkit.passes import Hooks, Temporary, bare, between, require_uncompiled
 from normkit.tracing import is_norm
 from normkit.tracing.kinds import NORMS
 
 Granularity = Literal["group", "element"]
 
 
-@contextmanager
 def add_output_noise(
     model: nn.Module,
     *,
@@ -30,7 +29,7 @@ def add_output_noise(
     std: float = 1.001,
     granularity: Granularity = "group",
     where: Where | None = None,
-) -> Generator[tuple[str, ...]]:
+) -> AbstractContextManager[tuple[str, ...]]:
     r"""Run the block with Gaussian noise on what norms put out in training.
 
     .. math::  y \leftarrow y + \epsilon, \quad \epsilon \sim N(m, s^2)
@@ -47,8 +46,9 @@ def add_output_noise(
             value.
         where: ``where(layer, name)`` says which norms are meant; by default all.
 
-    Yields:
-        Names of the norms.
+    Returns:
+        The block's context manager, which gives the names of the norms. No hook is left, also when
+        Ctrl-C comes meanwhile.
 
     Raises:
         OptionError: If there is no norm, ``std`` is negative, the granularity is unknown, the model
@@ -80,11 +80,14 @@ def add_output_noise(
 
     if granularity == "group":
         _require_channels(layers)
-    noise = _Noise(mean, std, granularity)
-    with ExitStack() as hooks:
+    noise, hooks = _Noise(mean, std, granularity), Hooks()
+
+    def begin() -> tuple[str, ...]:
         for layer in layers.values():
-            hooks.callback(noise.put_into(layer))
-        yield tuple(layers)
+            noise.put_into(layer, hooks)
+        return tuple(layers)
+
+    return between(begin, hooks.remove)
 
 
 class _Noise(NamedTuple):
@@ -94,14 +97,14 @@ class _Noise(NamedTuple):
     std: float
     granularity: Granularity
 
-    def put_into(self, layer: nn.Module) -> Callable[[], None]:
+    def put_into(self, layer: nn.Module, hooks: Hooks) -> None:
         """Add it before the activation that some layers have inside, else after the layer."""
         children = dict(layer.named_children())
         inside = children.get("drop", children.get("act"))
         if inside is not None:
-            return inside.register_forward_pre_hook(Temporary(partial(self._before, layer))).remove
-        after = Temporary(self._after)
-        return layer.register_forward_hook(after, with_kwargs=True).remove
+            hooks.before(inside, Temporary(partial(self._before, layer)))
+        else:
+            hooks.after(layer, Temporary(self._after), with_kwargs=True)
 
     def _before(
         self, layer: nn.Module, _inner: nn.Module, args: tuple[Tensor, ...]

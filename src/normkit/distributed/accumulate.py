@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType, TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -19,13 +21,23 @@ from normkit.inference.guard import is_guarded
 from normkit.inference.known import own_forward, takes_input_as_it_is
 from normkit.inference.tracked import feature_map, foreign, tracked, valid_positions, why_still
 from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.passes import Temporary, bare, require_uncompiled, swaps_statistics
+from normkit.passes import (
+    Hooks,
+    Temporary,
+    all_or_nothing,
+    bare,
+    finish,
+    require_uncompiled,
+    surely,
+    swaps_statistics,
+)
 from normkit.passes.inputs import first_argument
 from normkit.text import module_name
 
 ACCUMULATE = "accumulate statistics of"
 
 
+@all_or_nothing
 def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
     """Let running statistics see the whole batch of an accumulated gradient.
 
@@ -85,37 +97,41 @@ class Accumulation:
         waiting = {layer: Follower(layer) for n, layer in layers.items() if n not in self.left}  # type: ignore[arg-type]
         _require_some(model, waiting, self.left)
         self.names = tuple(name for name in layers if name not in self.left)
-        self.steps, self.num_pending, self.inside = steps, 0, False
+        self.steps, self.num_pending, self.inside, self.is_over = steps, 0, False, False
         self._followers = tuple(waiting.values())
-        self._handles: list[Any] = []
-        try:
-            self._attach(model, waiting)
-        except BaseException:
-            self.remove()
-            raise
+        self._around: list[_Around] = []
+        self._hooks = Hooks()
+        self._attach(model, waiting)
 
     num_pending: int
     """Training forwards that the running statistics have yet to follow."""
     inside: bool
     """Whether a training forward of the model runs."""
+    is_over: bool
+    """Whether nothing waits any more."""
 
     def flush(self) -> None:
         """Let the running statistics follow what is pending, as a smaller batch.
 
-        Over several processes, all of them must call it.
+        All of them move or, if that is interrupted, none; nothing is pending then. Over several
+        processes, all of them must call it.
         """
-        for follower in self._followers:
-            follower.move()
-            follower.forget()
-        self.num_pending = 0
+        surely(self._move, self._forget)
 
     def remove(self) -> None:
-        """End it: no hook is left, and what is pending is dropped."""
-        for handle in self._handles:
-            handle.remove()
+        """End it: the model is called as before, and what is pending is dropped."""
+        self.is_over = True
+        around = [each.remove for each in self._around]
+        finish([self._hooks.remove, *around, self._forget, self._end])
+
+    def _move(self) -> None:
+        moved = [pair for follower in self._followers for pair in follower.moved()]
+        finish([partial(_write, buffer, values) for buffer, values in moved])
+
+    def _forget(self) -> None:
         for follower in self._followers:
             follower.forget()
-        self.num_pending, self.inside = 0, False
+        self.num_pending = 0
 
     def __enter__(self) -> Self:
         return self
@@ -126,32 +142,20 @@ class Accumulation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self.flush()
-        finally:
-            self.remove()
+        surely(self.flush if kind is None else self._end, self.remove)
 
     def _attach(self, model: nn.Module, waiting: Mapping[nn.Module, Follower]) -> None:
-        """Hang hooks on the model, around those of its norms: the model may be one itself."""
-        self._handles.append(model.register_forward_pre_hook(Temporary(self._begin)))
+        """Put hooks into the model, and stand around its norms: it may be one itself."""
+        self._hooks.before(model, Temporary(self._begin))
         for norm in find_norms(model):
             followers = [waiting[part] for part in norm.modules() if part in waiting]
             if followers:
-                calls = _Calls(self, followers)
-                begin = Temporary(calls.begin, swaps_statistics=True)
-                end = Temporary(calls.end)
-                self._handles += [
-                    norm.register_forward_pre_hook(begin, with_kwargs=True),
-                    norm.register_forward_hook(end, with_kwargs=True, always_call=True),
-                ]
-        self._handles += [
-            model.register_forward_hook(Temporary(self._count)),
-            model.register_forward_hook(Temporary(self._end), always_call=True),
-        ]
+                self._around.append(_Around(norm, self, followers))
+        self._hooks.after(model, Temporary(self._count))
+        self._hooks.after(model, Temporary(self._end), always_call=True)
 
     def _begin(self, *_: object) -> None:
-        self.inside = not are_still()
+        self.inside = not self.is_over and not are_still()
         for follower in self._followers:
             follower.drop()
 
@@ -166,34 +170,64 @@ class Accumulation:
         self.inside = False
 
 
-class _Calls:
-    """Hooks around the calls of one norm, which may hold several layers."""
+class _Around:
+    """Stands in the place of a norm's forward, calls it, and lets its layers write into copies.
 
-    def __init__(self, accumulation: Accumulation, followers: list[Follower]) -> None:
-        self._accumulation = accumulation
-        self._followers = followers
+    What these become is kept, unless it is a checkpoint's second look. Not hooks do that, because
+    torch calls none when Ctrl-C ends a forward, and the copies would stay.
 
-    def begin(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the layers write into copies; a checkpoint's second look does so for nothing."""
-        if self._accumulation.inside or is_second_look():
+    Args:
+        norm: The norm.
+        accumulation: Says when copies count.
+        followers: Of the layers that the norm consists of.
+    """
+
+    swaps_statistics = True
+
+    def __init__(
+        self, norm: nn.Module, accumulation: Accumulation, followers: list[Follower]
+    ) -> None:
+        self._norm, self._accumulation, self._followers = norm, accumulation, followers
+        self._own: Callable[..., Any] | None = vars(norm).get("forward")
+        self._forward: Callable[..., Any] = norm.forward
+        vars(norm)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
+        """Compute the norm's output."""
+        return surely(lambda: self._followed(args, kwargs), *(f.put_back for f in self._followers))
+
+    def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        now = self._accumulation
+        if now.inside or (is_second_look() and not now.is_over):
             for follower in self._followers:
                 follower.begin()
-
-    def end(
-        self,
-        norm: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Tensor | None,  # None where the forward raised
-    ) -> None:
-        """Keep what the copies have become."""
-        counts = self._accumulation.inside and not are_still() and result is not None
-        number = _num_positions(norm, args, kwargs) if counts else 0
-        for follower in self._followers:
-            if counts:
+        result = self._forward(*args, **kwargs)
+        if now.inside and not are_still():
+            number = _num_positions(self._norm, args, kwargs)
+            for follower in self._followers:
                 follower.end(number)
+        return result
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module]]:
+        """A copy of the norm gets its class's forward."""
+        return _own_forward, (self._norm,)
+
+    def remove(self) -> None:
+        """Put the norm's own forward back, unless somebody else stands around this one by now."""
+        if vars(self._norm).get("forward") is self:
+            if self._own is None:
+                del vars(self._norm)["forward"]
             else:
-                follower.put_back()
+                vars(self._norm)["forward"] = self._own
+
+
+def _own_forward(norm: nn.Module) -> MethodType:
+    return MethodType(type(norm).forward, norm)
+
+
+@torch.no_grad()
+def _write(buffer: Tensor, values: Tensor) -> None:
+    buffer.copy_(values)
 
 
 def _num_positions(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -89,10 +89,11 @@ class Follower:
         self._now.clear()
         self._calls.clear()
 
-    def move(self) -> None:
-        """Let the buffers follow what has been seen: once for each of a forward's calls."""
+    def moved(self) -> list[tuple[Tensor, Tensor]]:
+        """Work out where the buffers go by what was seen: once for each of a forward's calls."""
         partition = _partition_of(self.layer)
-        mean, var, count = (self.layer.get_buffer(name) for name in STATISTICS)
+        buffers = [self.layer.get_buffer(name) for name in STATISTICS]
+        mean, var, count = (buffer.clone() for buffer in buffers)
         running = RunningStatistics(mean, var, count, partition, self.layer.momentum, 0.0)
         for several in self._calls:
             population = Population()
@@ -100,6 +101,7 @@ class Follower:
                 population.merge(sums)
             if population.count:
                 running.follow_(population.moments, population.count)
+        return list(zip(buffers, (mean, var, count), strict=True))
 
 
 def _copy(value: Tensor | None) -> Tensor | None:

@@ -36,7 +36,14 @@ from normkit.doctor.states import Patient, Rows, is_dropout, new_values, rows_of
 from normkit.doctor.trials import try_all
 from normkit.errors import DataError, NormError, OptionError
 from normkit.inference.tracked import tracked
-from normkit.passes import Forward, as_list, forward_batch, num_examples, progress
+from normkit.passes import (
+    Forward,
+    as_list,
+    changes_nothing,
+    forward_batch,
+    num_examples,
+    progress,
+)
 from normkit.tracing import require_bare
 from normkit.tune.metrics import Score, read_metric
 
@@ -45,6 +52,7 @@ DELTAS, NUM_SEEDS = (0.1, 0.3), 3
 """How far statistics are disturbed, and how often."""
 
 
+@changes_nothing
 def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
     model: nn.Module,
     train_batches: Iterable[Any],

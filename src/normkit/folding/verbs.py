@@ -18,12 +18,14 @@ from normkit.folding.neighbours import Neighbours
 from normkit.folding.plan import Plan, Step, plan
 from normkit.folding.report import Folded, Folding
 from normkit.folding.seen import difference, run, tolerance
+from normkit.passes import changes_nothing
 from normkit.tracing import is_producer, require_bare, trace
 from normkit.weights import bake_weights_
 
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
 
 
+@changes_nothing
 def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     r"""Multiply the norms of a copy of a trained model into its convolutions and linear layers.
 

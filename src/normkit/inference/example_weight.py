@@ -8,9 +8,10 @@ from normkit.core.check import require_share
 from normkit.errors import OptionError
 from normkit.inference.tracked import tracked
 from normkit.layers.base import TrackingLayer
-from normkit.passes import bare
+from normkit.passes import all_or_nothing, bare
 
 
+@all_or_nothing
 def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     r"""Give every layer with running statistics the same example weight.
 

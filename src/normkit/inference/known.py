@@ -11,6 +11,7 @@ from types import FunctionType
 from torch import nn
 
 from normkit.layers.base import BUFFERS, NormLayer
+from normkit.passes import swaps_statistics
 
 BATCH_NORMS = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
 GROUP_NORMS = (
@@ -60,7 +61,7 @@ def takes_input_as_it_is(layer: nn.Module) -> bool:
         >>> takes_input_as_it_is(nn.BatchNorm1d(4)), takes_input_as_it_is(Tokens(4))
         (True, False)
     """
-    return "forward" not in vars(layer) and _is_known(_owner_of_forward(layer))
+    return not _is_replaced(layer) and _is_known(_owner_of_forward(layer))
 
 
 def is_over_maps(layer: nn.Module) -> bool:
@@ -78,7 +79,7 @@ def is_fixed(layer: nn.Module) -> bool:
 
 def own_forward(layer: nn.Module) -> str:
     """What has a forward of its own where that is not known, for people."""
-    if "forward" in vars(layer):
+    if _is_replaced(layer):
         return f"its forward was replaced by {getattr(layer.forward, '__qualname__', 'another')}"
     return f"its class {name_of(_owner_of_forward(layer))} has a forward of its own"
 
@@ -100,6 +101,13 @@ def _unknown_functions(layer: nn.Module) -> Iterator[FunctionType]:
         if _is_known(kind):
             return
         yield from (value for value in vars(kind).values() if isinstance(value, FunctionType))
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether this very layer has another forward than its class."""
+    own = vars(layer).get("forward")
+    plain = getattr(own, "__func__", None) is type(layer).forward or swaps_statistics(layer)
+    return own is not None and not plain
 
 
 def _owner_of_forward(layer: nn.Module) -> type:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normkit.errors import DataError, OptionError
 from normkit.inference.tracked import Unmeasured, statistics_of
 from normkit.layers.base import BUFFERS
-from normkit.passes import bare
+from normkit.passes import attempt, bare
 from normkit.text import module_name, table_lines
 
 MEAN, VAR = BUFFERS
@@ -94,6 +94,9 @@ class StatisticsPatch:
             OptionError: If the model's statistics are neither the old ones nor the new: somebody
                 has changed them, or it is another model; nothing is changed then.
         """
+        return attempt(self._apply, self.model, self)
+
+    def _apply(self) -> Self:
         targets = self._targets()
         moved = [row.name for row in self.layers if not _is_either(targets[row.name], row)]
         if moved:
@@ -101,7 +104,8 @@ class StatisticsPatch:
                 f"the statistics of {_listed(moved)} are not those that this patch was measured "
                 f"on; they have moved since, or belong to another model; recalibrate this one"
             )
-        _write({targets[row.name]: row.new for row in self.layers})
+        for row in self.layers:
+            _fill(targets[row.name], row.new)
         self.applied = True
         return self
 
@@ -114,9 +118,13 @@ class StatisticsPatch:
         Raises:
             OptionError: If a layer is no longer in the model, or has another size.
         """
+        return attempt(self._undo, self.model, self)
+
+    def _undo(self) -> Self:
         if self.applied:
             targets = self._targets()
-            _write({targets[row.name]: row.old for row in self.layers})
+            for row in self.layers:
+                _fill(targets[row.name], row.old)
             self.applied = False
         return self
 
@@ -233,18 +241,6 @@ def _has(layer: nn.Module, values: Mapping[str, Tensor]) -> bool:
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are the same, NaN being itself."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _write(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
-    """Fill the buffers of all layers, or leave them all as they are."""
-    before = {layer: values_now(layer) for layer in values}
-    try:
-        for layer, wanted in values.items():
-            _fill(layer, wanted)
-    except BaseException:
-        for layer, kept in before.items():
-            _fill(layer, kept)
-        raise
 
 
 @torch.no_grad()

@@ -30,9 +30,10 @@ from normkit.inference.tracked import (
     unmeasured,
     why_still,
 )
-from normkit.passes import Data, Forward, bare, forward_batch
+from normkit.passes import Data, Forward, bare, changes_nothing, forward_batch
 
 
+@changes_nothing
 def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chosen by itself
     model: nn.Module,
     batches: Iterable[Any],

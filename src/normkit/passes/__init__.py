@@ -12,20 +12,31 @@ from normkit.passes.batches import (
     require_batches,
 )
 from normkit.passes.data import Data, uncompiled
-from normkit.passes.hooks import Inert, Temporary, swaps_statistics
+from normkit.passes.finish import between, finish, surely
+from normkit.passes.hooks import Hooks, Inert, Temporary, swaps_statistics
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
+from normkit.passes.rollback import all_or_nothing, attempt, changes_nothing
+from normkit.passes.settings import stance_now
+from normkit.passes.snapshot import Snapshot
 from normkit.passes.untouched import untouched
 
 __all__ = [
     "Data",
     "Forward",
+    "Hooks",
     "Inert",
+    "Snapshot",
     "Temporary",
+    "all_or_nothing",
     "arguments_of",
     "as_list",
+    "attempt",
     "bare",
+    "between",
+    "changes_nothing",
     "device_of",
+    "finish",
     "first_calls",
     "forward_batch",
     "inputs_of",
@@ -36,6 +47,8 @@ __all__ = [
     "require_batches",
     "require_layers",
     "require_uncompiled",
+    "stance_now",
+    "surely",
     "swaps_statistics",
     "uncompiled",
     "untouched",

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normkit.passes import untouched
+from normkit.passes import changes_nothing, untouched
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
     is_norm,
@@ -23,6 +23,7 @@ from normkit.tracing.kinds import (
 )
 
 
+@changes_nothing
 def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: ANN401
     """Follow one forward in evaluation mode, without gradients; the model is left as it was.
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from normkit.passes import changes_nothing
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
     is_norm,
@@ -40,6 +41,7 @@ def _is_whole(module: nn.Module) -> bool:
     return is_norm(module) or is_producer(module) or parametrize.is_parametrized(module)
 
 
+@changes_nothing
 def trace_symbolically(model: nn.Module) -> Graph:
     """Follow a model by running its code on proxies.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +12,7 @@ from normkit.convert.rules import RULES, key_of
 from normkit.errors import OptionError
 from normkit.inference.tracked import callers
 from normkit.layers.base import NormLayer, SegmentLayer, TrackingLayer
+from normkit.passes import attempt
 
 Weights = float | Mapping[str, float]
 """One example weight for all layers, or one for each by name."""
@@ -72,15 +72,6 @@ class WeighedLayers:
         """The weights that the layers have."""
         return {name: layer.example_weight for name, layer in self.named.items()}
 
-    @contextmanager
-    def kept(self) -> Generator[None]:
-        """Run the block, then give the layers the weights that they have now."""
-        before = self.weights
-        try:
-            yield
-        finally:
-            self.set_(before)
-
     @property
     def has_composites(self) -> bool:
         """Whether a layer weighs inside an operator that takes plain numbers alone."""
@@ -100,12 +91,16 @@ class WeighedLayers:
                 f"was undone, or they were replaced since; tune it again"
             )
 
-    def undo(self) -> None:
-        """Put torch's layers and the old weights back."""
-        if self.conversion is not None:
-            self.conversion.revert()
+    def undo(self) -> nn.Module:
+        """Put torch's layers and the old weights back, all or nothing; return the model."""
+        return attempt(self._undo, self.model)
+
+    def _undo(self) -> nn.Module:
         for layer, weight in self._before.items():
             layer.example_weight = weight
+        if self.conversion is not None:
+            self.conversion.revert()
+        return self.model
 
 
 def _tracking(model: nn.Module) -> dict[str, TrackingLayer]:

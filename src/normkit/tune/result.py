@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normkit.core.check import require_share
-from normkit.passes import as_list
+from normkit.passes import Snapshot, as_list, surely
 from normkit.tune.gain import Gain, paired_gain
 from normkit.tune.layers import Weights, one_for_all
 from normkit.tune.metrics import Metric
@@ -83,6 +83,9 @@ class Tuning:
             OptionError: If ``alpha`` is no weight from 0 to 1, or the tuning was undone.
             DataError: As in ``tune_example_weight``.
         """
+        return surely(lambda: self._gain_on(batches, alpha), Snapshot(self.model).put_back)
+
+    def _gain_on(self, batches: Iterable[Any], alpha: Weights | None) -> Gain:
         weights = self.alpha if alpha is None else alpha
         for value in weights.values() if isinstance(weights, Mapping) else [weights]:
             require_share("alpha", value)
@@ -102,8 +105,7 @@ class Tuning:
         Raises:
             OptionError: If the layers were replaced again since; nothing is changed then.
         """
-        self._sweep.layers.undo()
-        return self.model
+        return self._sweep.layers.undo()
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:  # noqa: ANN401 - no import here
         """Draw the gain over the weights; return matplotlib's figure.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import DataError, OptionError
-from normkit.passes import Forward, as_list, forward_batch, require_bare
+from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_bare
 from normkit.tune.gain import Gain, paired_gain, standard_error
 from normkit.tune.gradient import descend
 from normkit.tune.layers import WeighedLayers, Weights, one_for_all
@@ -28,6 +28,7 @@ CHOOSES, JUDGES = slice(0, None, 2), slice(1, None, 2)  # examples, by their pla
 MIN_EXAMPLES = 4
 
 
+@all_or_nothing
 def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, how closely
     model: nn.Module,
     batches: Iterable[Any],
@@ -106,14 +107,10 @@ def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, ho
     require_bare(model, "tune")
     layers = WeighedLayers(model)
     sweep = Sweep(layers, measured, forward or forward_batch, as_list(batches))
-    try:
-        layers.convert_()
-        found = _searched(sweep, alphas, per_layer, refine)
-        layers.set_(found.alpha)
-        return found
-    except BaseException:
-        layers.undo()
-        raise
+    layers.convert_()
+    found = _searched(sweep, alphas, per_layer, refine)
+    layers.set_(found.alpha)
+    return found
 
 
 def _searched(sweep: Sweep, alphas: tuple[float, ...], per_layer: bool, refine: bool) -> Tuning:

@@ -28,7 +28,7 @@ def weighed_by_copy(
     """Let the ``i``-th copy of the batch have the ``i``-th weight in every layer.
 
     Args:
-        layers: The layers; their weights are not put back, see ``WeighedLayers.kept``.
+        layers: The layers; their weights are not put back, see ``passes.untouched``.
         alphas: Weights, one a copy.
         repeat: Whether layers repeat what reaches them once; otherwise it comes repeated.
     """

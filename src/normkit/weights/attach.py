@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import NormError, TraceError, WeightError
-from normkit.passes import require_bare
+from normkit.passes import all_or_nothing, require_bare
 from normkit.tracing.feeds import Feeds, trace_feeds
 from normkit.tracing.kinds import CONVOLUTIONS, is_producer
 from normkit.weights.algebra import EpsTo
@@ -192,6 +192,7 @@ def centered_weight_norm_(
     return attach_(model, make, "centred and weight-normalized", where, example_input)
 
 
+@all_or_nothing
 def attach_(
     model: nn.Module,
     make: Make,
@@ -212,9 +213,21 @@ def attach_(
         for rule in several:
             rule.once = once
     for name, rule in rules.items():
+        if parametrize.is_parametrized(layers[name]):  # of a bias, say, by somebody else
+            take_class_of_its_own(layers[name])
         parametrize.register_parametrization(layers[name], "weight", rule)
     how = "as where= says" if where else f"followed by {feeds.how}" if feeds else ""
     return WeightReport(done=done, changed=tuple(rules), skipped=skipped, how=how)
+
+
+def take_class_of_its_own(module: nn.Module) -> None:
+    """Leave the class that torch made for this layer to its deep copies, which share it.
+
+    ``parametrize`` adds the computed ``weight`` to the class, or deletes it from there.
+    """
+    shared = type(module)
+    own = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    module.__class__ = own  # type: ignore[assignment]
 
 
 def rules_of(module: nn.Module) -> list[Reparametrization]:

@@ -6,12 +6,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import WeightError
-from normkit.passes import require_layers
+from normkit.passes import all_or_nothing, require_layers
 from normkit.tracing.kinds import is_producer
-from normkit.weights.attach import rules_of
+from normkit.weights.attach import rules_of, take_class_of_its_own
 from normkit.weights.report import WeightReport
 
 
+@all_or_nothing
 def bake_weights_(model: nn.Module) -> WeightReport:
     """Write every computed weight into its layer and take the reparametrisation off, in place.
 
@@ -45,7 +46,7 @@ def bake_weights_(model: nn.Module) -> WeightReport:
         if rule.once is not None:
             rule.once.remove()
     for module in layers.values():
-        _take_class_of_its_own(module)
+        take_class_of_its_own(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         _put_weight_first(module)
     return WeightReport(done="baked", changed=tuple(layers), skipped={}, how="")
@@ -59,16 +60,6 @@ def _require_ours_alone(name: str, module: nn.Module) -> None:
             f"the weight of layer {name!r} is parametrised by {kinds}, not all of which are "
             f"normkit's; remove the others first (torch.nn.utils.parametrize)"
         )
-
-
-def _take_class_of_its_own(module: nn.Module) -> None:
-    """Leave the class that torch made for this layer to its deep copies, which share it.
-
-    ``remove_parametrizations`` deletes the computed ``weight`` from the class.
-    """
-    shared = type(module)
-    own = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-    module.__class__ = own  # type: ignore[assignment]
 
 
 def _put_weight_first(module: nn.Module) -> None:

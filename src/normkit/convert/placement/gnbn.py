@@ -13,11 +13,13 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen, Found, find_norms
 from normkit.errors import OptionError
+from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 from normkit.tracing.trace import trace
 
 
+@all_or_nothing
 def place_gnbn_(
     model: nn.Module,
     norm: str | NormSpec = "gn:4",

@@ -16,6 +16,7 @@ from normkit.convert.plan import plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
+from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 
@@ -24,6 +25,7 @@ STAGES = 4
 """Stages of the networks of the paper."""
 
 
+@all_or_nothing
 def place_ibn_(
     model: nn.Module,
     variant: Variant = "a",

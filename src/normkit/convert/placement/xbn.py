@@ -14,10 +14,12 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
+from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 
 
+@all_or_nothing
 def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only the user knows
     model: nn.Module,
     position: int = 2,

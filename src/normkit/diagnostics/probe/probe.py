@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import CallbackError, OptionError
 from normkit.inference.tracked import Where
-from normkit.passes import bare
+from normkit.passes import attempt, bare, finish, surely
 from normkit.text import module_name
 
 
@@ -94,6 +95,10 @@ class Probe:
         ['0', '1', '2']
     """
 
+    _outputs: Outputs | None = None
+    _watch: Watch | None = None
+    _before: Gradients | None = None
+
     def __init__(  # noqa: PLR0913 - what is recorded, and where it goes
         self,
         model: nn.Module,
@@ -118,9 +123,6 @@ class Probe:
         _require_something(self._model, where, params)
         self._where, self._params, self._eager = where, params, eager
         self._places = path, log_dir, writer
-        self._outputs: Outputs | None = None
-        self._watch: Watch | None = None
-        self._before: Gradients | None = None
         self.num_steps = 0
         self.records: list[ProbedStep] = []
 
@@ -132,20 +134,25 @@ class Probe:
         """
         if self._outputs is not None:
             raise OptionError("the probe is open already; a second block needs a second probe")
-        path, log_dir, writer = self._places if _records_here() else (None, None, None)
         try:
-            self._outputs = Outputs(path, log_dir, writer)
-            self._prepare()
+            attempt(self._open, self._model)
         except BaseException:
             self.stop()
             raise
 
+    def _open(self) -> None:
+        path, log_dir, writer = self._places if _records_here() else (None, None, None)
+        self._outputs = Outputs(path, log_dir, writer)
+        self._prepare()
+
     def stop(self) -> None:
         """Take all hooks out and close the files; what was recorded stays."""
-        self._let_go()
-        outputs, self._outputs = self._outputs, None
-        if outputs is not None:
-            outputs.close()
+        finish([self._let_go, self._close])
+
+    def _close(self) -> None:
+        if self._outputs is not None:
+            self._outputs.close()
+            self._outputs = None
 
     def step(self, loss: Tensor | float | None = None) -> ProbedStep | None:
         """Say that a training step is over: after the optimizer's, before its ``zero_grad``.
@@ -162,14 +169,7 @@ class Probe:
         outputs = self._require_open()
         _require_number(loss)
         self.num_steps += 1
-        watch, before = self._watch, self._before
-        record = None
-        try:
-            if watch is not None:
-                watch.close()
-                record = self._record(watch, before, loss)
-        finally:
-            self._let_go()
+        record = surely(lambda: self._record(loss), self._let_go)
         if record is not None:
             self.records.append(record)
             outputs.write(record)
@@ -265,7 +265,11 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        surely(self.stop, self.stop)  # the second one is for an interruption before the first
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.stop()  # where nobody else can any more
 
     def __str__(self) -> str:
         return str(self.history)
@@ -289,14 +293,17 @@ class Probe:
         self._watch.open()
 
     def _let_go(self) -> None:
-        watch, self._watch, self._before = self._watch, None, None
-        if watch is not None:
-            watch.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = self._before = None
 
     @torch.no_grad()
-    def _record(
-        self, watch: Watch, before: Gradients | None, loss: Tensor | float | None
-    ) -> ProbedStep:
+    def _record(self, loss: Tensor | float | None) -> ProbedStep | None:
+        """Look at the step that is over, if it is one that is recorded."""
+        watch, before = self._watch, self._before
+        if watch is None:
+            return None
+        watch.close()
         now = gradients_of(self._model, self._params)
         length, lengths_by_layer = lengths(now)
         moved, moved_by_layer = lengths(now, before) if now and before else (None, {})

@@ -1,0 +1,101 @@
+"""What has to be done to its end, wherever an exception or Ctrl-C comes.
+
+An interruption may come at any line, also while something is put back. So a way back is made of
+steps that may be done again, and they are repeated until all of them are through. It is called from
+two places, one around the other: the outer one is for an interruption that comes before the inner
+one has begun.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+Step = Callable[[], object]
+ATTEMPTS = 100
+"""How often steps may fail before those that do are given up: a device may be lost for good."""
+
+
+def finish(steps: Iterable[Step]) -> None:
+    """Do all steps to their end; what has interrupted them is raised afterwards.
+
+    Args:
+        steps: May be done again, and in any order: each leads from anywhere to the same end.
+    """
+    steps = list(steps)
+    try:
+        problem = _repeated(steps)
+    except BaseException:  # a line of it was interrupted
+        _repeated(steps)
+        raise
+    if problem is not None:
+        raise problem
+
+
+def _repeated(steps: Iterable[Step]) -> BaseException | None:
+    """Repeat the steps until all are through; give what has interrupted them."""
+    waiting = deque(steps)
+    problem: BaseException | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            while waiting:
+                waiting[0]()
+                waiting.popleft()
+            break
+        except BaseException as error:  # noqa: BLE001 - given, once the others are done
+            if problem is None or isinstance(problem, Exception):  # Ctrl-C counts more than errors
+                problem = error
+            waiting.rotate(-1)
+    return problem
+
+
+def surely(work: Callable[[], T], *end: Step) -> T:
+    """Do the work and then, whatever has become of it, all steps; give the work's result.
+
+    Args:
+        work: What is done.
+        end: Steps as ``finish`` takes them; right also after a part of the work.
+    """
+    if torch.compiler.is_compiling():  # traced, where nothing interrupts
+        result = work()
+        for step in end:
+            step()
+        return result
+    try:
+        try:
+            return work()
+        finally:
+            finish(end)
+    except BaseException:  # also where the lines above were interrupted
+        finish(end)
+        raise
+
+
+@contextmanager
+def between(begin: Callable[[], T], *end: Step) -> Generator[T]:
+    """Do the one, run the block, do the others: ``surely`` for a block.
+
+    Args:
+        begin: Its result is what the block gets.
+        end: Steps as ``finish`` takes them; right also after a part of ``begin``.
+
+    Example:
+        >>> with between(lambda: print("open") or 3, lambda: print("close")) as number:
+        ...     print(number)
+        open
+        3
+        close
+    """
+    try:
+        try:
+            yield begin()
+        finally:
+            finish(end)
+    except BaseException:
+        finish(end)
+        raise
