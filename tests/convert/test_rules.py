@@ -18,6 +18,7 @@ LAYERS = timm.layers
 LayerNorm2d = torchvision.models.convnext.LayerNorm2d
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d
 ACT = {"act_layer": nn.SiLU}
+FIXED = "without a gradient, as before (requires_grad=False): "
 
 
 def sync_batch_norm_act():
@@ -256,9 +257,11 @@ def test_frozen_values_become_parameters_that_do_not_learn():
     done = nk.convert_norm(old, "gn:2")
     assert torch.equal(done.model.weight, old.weight)
     assert [p.requires_grad for p in done.model.parameters()] == [False, False]
+    assert done.changes[0].warnings == (FIXED + "weight, bias",)
     (change,) = nk.convert_norm(old, "bcn:2").changes
     assert change.warnings == (
         "its statistics were fixed and now follow the training, unless .eval()",
+        FIXED + "batch.weight, batch.bias, channel.weight, channel.bias",
     )
 
 

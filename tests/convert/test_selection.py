@@ -116,10 +116,14 @@ def test_norms_in_a_python_list_are_not_passed_over_in_silence():
             self.order = [self.norm]
             self.by_name = {"other": nn.BatchNorm2d(8)}
 
-    done = nk.convert_norm_(nn.Sequential(Hiding()), "gn:2")
+    model = nn.Sequential(Hiding())
+    done = nk.convert_norm_(model, "gn:2")
     assert [change.name for change in done.changes] == ["0.norm"]
+    assert model[0].order == [model[0].norm]  # what is called there is what was converted
     why = "it is in a Python list or dict, not an nn.ModuleList"
-    assert {row.name: row.why for row in done.left} == dict.fromkeys(["0.order", "0.by_name"], why)
+    assert {row.name: row.why for row in done.left} == {"0.by_name": why}
+    assert done.revert()[0].order == [model[0].norm]
+    assert isinstance(model[0].norm, nn.BatchNorm2d)
 
 
 def test_the_report_prints_as_a_table():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from types import FrameType
@@ -19,7 +19,7 @@ from normkit.advice.pools import Pool, Shape, num_processes, pools
 from normkit.convert.selection import find_norms
 from normkit.errors import InputError
 from normkit.inference.freeze import is_frozen
-from normkit.passes import device_of, untouched
+from normkit.passes import call_with, device_of, forward_of, untouched
 from normkit.text import shortened
 from normkit.tracing import Feeds, trace_feeds
 
@@ -162,9 +162,9 @@ def _watch(
     seen = {norm: _Seen() for norm in norms}
     with ExitStack() as stack, torch.set_grad_enabled(bool(list(switches(model)))):
         for norm in norms:
-            stack.enter_context(_noted(norm, seen[norm]))
+            stack.enter_context(forward_of(norm, _noting(seen[norm])))
         try:
-            _call(model, example_input)
+            call_with(model, example_input)
         except Exception as error:
             raise InputError(
                 f"{type(model).__name__} cannot take {_described(example_input)}: "
@@ -175,29 +175,23 @@ def _watch(
     return seen
 
 
-@contextmanager
-def _noted(norm: nn.Module, seen: _Seen) -> Generator[None]:
-    """Note the inputs of a norm while the block runs."""
-    own: Callable[..., Any] | None = norm.__dict__.get("forward")
-    forward = norm.forward
+def _noting(seen: _Seen) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a norm's forward note its inputs."""
 
-    def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        seen.shapes[tuple(x.shape)] = None
-        seen.repeated |= _is_checkpointed(sys._getframe())
-        try:
-            return forward(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
-            seen.refusal = shortened(error)
-            return x
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            seen.shapes[tuple(x.shape)] = None
+            seen.repeated |= _is_checkpointed(sys._getframe())
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
+                seen.refusal = shortened(error)
+                return x
 
-    norm.__dict__["forward"] = noting
-    try:
-        yield
-    finally:
-        del norm.__dict__["forward"]
-        if own is not None:
-            norm.__dict__["forward"] = own
+        return noting
+
+    return make
 
 
 def switches(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -237,12 +231,6 @@ def _count(example_input: Any) -> int:  # noqa: ANN401
     if isinstance(first, Tensor) and first.ndim:
         return max(first.shape[0], 1)
     return max(len(first), 1) if isinstance(first, list) else 1
-
-
-def _call(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
-    if isinstance(example_input, dict):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
 
 
 def _described(example_input: Any) -> str:  # noqa: ANN401

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from normkit.passes import untouched
+from normkit.passes import call_with, copied, untouched
 
 Shape = tuple[int, ...]
 
@@ -44,13 +44,7 @@ def run(model: nn.Module, example_input: Any, layers: Collection[nn.Module] = ()
         for layer in layers:
             hook = layer.register_forward_hook(_noting(calls[layer]), with_kwargs=True)
             stack.callback(hook.remove)
-        return Seen(_called(model, example_input), calls)
-
-
-def _called(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
-    if isinstance(example_input, dict):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+        return Seen(call_with(model, copied(example_input)), calls)
 
 
 def _noting(calls: list[Shapes]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -24,6 +25,7 @@ from normkit.weights import bake_weights_
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
 
 
+@torch.inference_mode(False)  # the copy is to run outside of inference mode too
 def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     r"""Multiply the norms of a copy of a trained model into its convolutions and linear layers.
 

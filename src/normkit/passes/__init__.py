@@ -11,6 +11,7 @@ from normkit.passes.batches import (
     require_batches,
 )
 from normkit.passes.data import Data, uncompiled
+from normkit.passes.forwards import call_with, copied, forward_of
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
 from normkit.passes.untouched import untouched
@@ -20,9 +21,12 @@ __all__ = [
     "Forward",
     "arguments_of",
     "as_list",
+    "call_with",
+    "copied",
     "device_of",
     "first_calls",
     "forward_batch",
+    "forward_of",
     "inputs_of",
     "moved",
     "num_examples",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -264,6 +265,7 @@ def _is_called_again(name: str, feeds: Feeds | None) -> bool:
     return feeds is None or feeds.calls.get(name) != 1
 
 
+@torch.inference_mode(False)  # gains and offsets are to learn, wherever this is called
 def _made(make: Make, name: str, module: nn.Module) -> Reparametrization:
     """Build the rule for one layer; what it refuses is said with the layer's name.
 
@@ -274,7 +276,8 @@ def _made(make: Make, name: str, module: nn.Module) -> Reparametrization:
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         raise WeightError(
             f"the weight of layer {name!r} ({type(module).__name__}) is no plain parameter: it is "
-            f"not there yet, or parametrised by something else; leave it out with where="
+            f"not there yet, or computed by something else; leave it out with where=, or in "
+            f"convert_norm_ give the norm behind it a spec without +ws"
         )
     try:
         rule = make(weight, Filters.of(module))

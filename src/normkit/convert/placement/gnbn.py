@@ -35,8 +35,8 @@ def place_gnbn_(
         model: A network with two norms or more.
         norm: A batch-free norm.
         optimizer: Follows, as in ``convert_norm_``.
-        example_input: Sent through the model once if ``torch.fx`` cannot follow it: a tuple of
-            arguments, a dict of named ones, or the only one.
+        example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
+            order of the norms if ``torch.fx`` cannot follow the model.
         dry_run: Only report what would be done.
 
     Returns:

@@ -45,8 +45,9 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
         norm: A batch-free norm. A number of groups is at most the number of channels.
         stem: Also replace the norms before the first block.
         optimizer: Follows, as in ``convert_norm_``.
-        example_input: Shows the order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot
-            follow the model; without it blocks are then counted in the order of their definition.
+        example_input: Sent through the model before and after, as in ``convert_norm_``. Shows the
+            order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot follow the model;
+            without it blocks are then counted in the order of their definition.
         dry_run: Only report what would be done.
 
     Returns:
