@@ -178,3 +178,27 @@ def test_what_is_made_in_inference_mode_can_be_trained(verb):
         done = getattr(nk, verb)(model, "bcn:2+ws", calibrate=[data(4, 3, 6, 6)])
     done.model.train()(data(4, 3, 6, 6)).square().sum().backward()
     assert all(p.grad is not None for p in done.model.parameters())
+
+
+@pytest.mark.parametrize("spec", ["bn", "ghost:2", "bcn:2", "ibn"])
+def test_statistics_that_were_switched_off_stay_and_stand_still(spec):
+    old = moved(nn.BatchNorm2d(8))
+    old.track_running_stats = False
+    done = nk.convert_norm(old, spec)
+    assert {"running statistics", "track_running_stats=False"} <= {*done.changes[0].carried}
+    before = copy.deepcopy(done.model.state_dict())
+    moved(done.model)
+    for name, value in done.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_norm_that_was_switched_off_evaluates_and_trains_as_torchs():
+    old = moved(nn.BatchNorm2d(8))
+    old.track_running_stats = False
+    new = nk.convert_norm(old, "bn").model
+    x = data(4, 8, 3, 3)
+    for mode in (True, False):
+        assert_close(new.train(mode)(x), old.train(mode)(x))
+    again = nk.convert_norm(new, "bn:eps=0.001").model  # ours is read likewise
+    assert_close(again.running_mean, old.running_mean)
+    assert again.track_running_stats is False

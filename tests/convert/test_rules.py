@@ -304,12 +304,6 @@ def test_it_drops_before_it_activates():
     assert_close(new(x), old(x), rtol=1e-9, atol=1e-9)
 
 
-def test_a_bias_that_was_not_there_is_said():
-    (change,) = nk.convert_norm(nn.LayerNorm(6, bias=False), "pn").changes
-    assert change.warnings == ("it had no bias and gains one, 0 at first",)
-    assert change.carried == ("weight",)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_adapted_layers_can_be_copied_and_pickled(copied):
     model = nn.Sequential(LAYERS.BatchNormAct2d(6, **ACT), LAYERS.LayerNormAct(3, **ACT)).double()

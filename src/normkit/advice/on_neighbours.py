@@ -12,6 +12,7 @@ from normkit.advice.on_groups import call
 from normkit.advice.on_state import trackers
 from normkit.advice.registry import check
 from normkit.advice.situation import Norm, Situation, switches
+from normkit.layers.base import NormLayer
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -20,8 +21,9 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def repeated_by_checkpointing(situation: Situation) -> Iterator[Finding]:
     """Torch's batch norms whose forward a checkpoint runs twice a step."""
     for norm in situation.norms:
-        own = norm.trains and isinstance(norm.module, _BatchNorm) and any(trackers(norm))
-        how = _checkpointed_by(situation, norm) if own else None
+        torchs = isinstance(norm.module, _BatchNorm) and not isinstance(norm.module, NormLayer)
+        moves = torchs and norm.trains and any(trackers(norm))
+        how = _checkpointed_by(situation, norm) if moves else None
         if how is not None:
             yield Finding(
                 name=norm.name,

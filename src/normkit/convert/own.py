@@ -50,7 +50,7 @@ def _options(layer: NormLayer, recipe: Recipe) -> dict[str, Value]:
     found = {o: layer.option(o) for o in recipe.options() if o != recipe.argument}
     if "track_running_stats" in found:
         found["track_running_stats"] = getattr(layer, BUFFERS[0]) is not None
-    return found
+    return found | {"affine": any(True for _ in layer.parameters())}
 
 
 def _is_still(layer: nn.Module) -> bool:
