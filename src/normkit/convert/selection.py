@@ -132,8 +132,9 @@ def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) 
     """
     if not found:
         raise OptionError(
-            "the model has no normalization layer, so there is nothing to convert; layers in a "
-            "Python list are not seen, only those in an nn.ModuleList"
+            "the model has no normalization layer, so there is nothing to convert; norms in a "
+            "Python list, and functions such as F.batch_norm that a forward calls, are not seen: "
+            "only modules, also in an nn.ModuleList"
         )
     if where is not None and not callable(where):
         raise OptionError(

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normkit.passes import call_with, untouched
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
+    OF_FIRST,
     is_norm,
     is_producer,
     kind_of_module,
@@ -80,7 +81,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         output = func(*args, **(kwargs or {}))
         if self._depth == 0:
-            name, inputs = plain_name(func), tree_leaves((args, kwargs or {}))
+            name = plain_name(func)
+            inputs = tree_leaves(args[:1] if name in OF_FIRST else (args, kwargs or {}))
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.record(name, kind_of_operation(name) if made else "ask", inputs, made)
         return output
