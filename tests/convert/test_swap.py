@@ -168,10 +168,18 @@ def test_a_conversion_pickles_and_reverts_there():
     assert isinstance(model.layer1[0].bn1, nk.GroupNormPlus)
 
 
-def test_torch_does_not_pickle_standardized_weights():
-    done = nk.convert_norm(Net(), "gn:2+ws")
-    with pytest.raises(RuntimeError, match="parametrized modules is only supported through"):
-        pickle.dumps(done)
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_conversion_with_standardized_weights_pickles_and_reverts_there(calibrated):
+    x, model = torch.randn(2, 8, 4, 4), Net().eval()
+    before = model(x)
+    done = nk.convert_norm(model, "gn:2+ws", calibrate=[x] if calibrated else None)
+    twin = pickle.loads(pickle.dumps(done))
+    assert_close(twin.model(x), done.model(x))
+    weight = twin.model.layer1[0].conv1.parametrizations.weight.original
+    twin.model(x).sum().backward()
+    assert weight.grad is not None
+    assert_close(twin.revert()(x), before)
+    assert type(twin.model.layer1[0].conv1) is nn.Conv2d
 
 
 def test_the_copying_twin_leaves_the_model_alone():

@@ -23,6 +23,7 @@ from normkit.weights.parametrizations import (
     WeightNorm,
     WeightStandardization,
 )
+from normkit.weights.pickling import make_picklable_
 from normkit.weights.report import WeightReport
 
 Where = Callable[[nn.Module, str], bool]
@@ -214,6 +215,7 @@ def attach_(
             rule.once = once
     for name, rule in rules.items():
         parametrize.register_parametrization(layers[name], "weight", rule)
+        make_picklable_(layers[name])
     how = "as where= says" if where else f"followed by {feeds.how}" if feeds else ""
     return WeightReport(done=done, changed=tuple(rules), skipped=skipped, how=how)
 
