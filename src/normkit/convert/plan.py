@@ -135,25 +135,36 @@ def plan(
         NormError: Whatever else a layer refuses, of the kind that it is.
     """
     around = _Surroundings.of(model, batch_size)
-    steps, problems = [], {}
-    left = [_left(found[m][0], m, why) for m, why in chosen.left.items()]
-    for module, spec in chosen.specs.items():
-        try:
-            step = _step(found[module], module, spec, around)
-        except NormError as error:
-            problems[module] = error
-            continue
-        if step is None:
-            left.append(_left(found[module][0], module, f"it is {spec.norm_alone} already"))
-        else:
-            steps.append(step)
+    results = {m: _tried(found[m], m, spec, around) for m, spec in chosen.specs.items()}
+    problems = {m: result for m, result in results.items() if isinstance(result, NormError)}
     if problems:
         raise _refusal(problems, found, chosen.specs)
+    steps = [result for result in results.values() if isinstance(result, Step)]
+    left = [_left(found[m][0], m, why) for m, why in chosen.left.items()]
+    same = [(m, chosen.specs[m].norm_alone) for m, result in results.items() if result is None]
+    left += [_left(found[m][0], m, f"it is {spec} already") for m, spec in same]
     lookalikes = find_lookalikes(model).items()
     left += [_left(n, m, "it is named like a norm, but none that is known") for n, m in lookalikes]
     hidden = [each for each in around.hidden if each.norm not in found]
     left += [_left(each.name, each.norm, OUT_OF_SIGHT) for each in hidden]
     return Plan(tuple(steps), tuple(left), insertions)
+
+
+@torch.inference_mode(False)
+def refusals(model: nn.Module, found: Found, spec: NormSpec) -> dict[nn.Module, NormError]:
+    """Find the norms of a model that cannot become what a spec says, and why; nothing changes."""
+    around = _Surroundings.of(model, None)
+    results = {module: _tried(names, module, spec, around) for module, names in found.items()}
+    return {module: r for module, r in results.items() if isinstance(r, NormError)}
+
+
+def _tried(
+    names: list[str], old: nn.Module, spec: NormSpec, around: _Surroundings
+) -> Step | NormError | None:
+    try:
+        return _step(names, old, spec, around)
+    except NormError as error:
+        return error
 
 
 def _left(name: str, module: nn.Module, why: str) -> Left:
