@@ -207,7 +207,7 @@ def test_every_check_is_tried():
     ("batch", "why"), [(1, "refuses such batches"), (4, "the result is the bi")]
 )
 def test_a_refusal_of_one_example_is_not_one_of_the_batch(batch, why):
-    """torch's group norm trains on groups of one value, unless there is one example."""
+    """Torch's group norm trains on groups of one value, unless there is one example."""
     model = nn.Sequential(nn.GroupNorm(8, 8))
     [finding] = nk.validate(model, batch_size=batch, input_shape=(8, 1, 1))
     assert why in finding.why
