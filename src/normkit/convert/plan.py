@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -125,8 +125,17 @@ def plan(
     chosen: Chosen,
     batch_size: int | None,
     insertions: tuple[Insertion, ...] = (),
+    argument: str = "",
 ) -> Plan:
     """Build every new layer; refuse with everything that is wrong.
+
+    Args:
+        model: Left as it is.
+        found: Its norms.
+        chosen: What each is to become.
+        batch_size: Examples per worker.
+        insertions: What is added besides.
+        argument: What the spec was given as, with ``=``, for errors that name a better one.
 
     Raises:
         ConversionError: If a layer has no rule, what hangs on one or what a forward reads of it
@@ -138,7 +147,7 @@ def plan(
     results = {m: _tried(found[m], m, spec, around) for m, spec in chosen.specs.items()}
     problems = {m: result for m, result in results.items() if isinstance(result, NormError)}
     if problems:
-        raise _refusal(problems, found, chosen.specs)
+        raise _refusal(problems, found, chosen.specs, argument)
     steps = [result for result in results.values() if isinstance(result, Step)]
     left = [_left(found[m][0], m, why) for m, why in chosen.left.items()]
     same = [(m, chosen.specs[m].norm_alone) for m, result in results.items() if result is None]
@@ -258,7 +267,10 @@ def _of_parameters(new: NormLayer, source: Source) -> Iterator[str]:
 
 
 def _refusal(
-    problems: Mapping[nn.Module, NormError], found: Found, specs: Mapping[nn.Module, NormSpec]
+    problems: Mapping[nn.Module, NormError],
+    found: Found,
+    specs: Mapping[nn.Module, NormSpec],
+    argument: str,
 ) -> NormError:
     """Put everything that is wrong into one error, of the common kind if there is one."""
     kinds = {type(error) for error in problems.values()}
@@ -271,13 +283,17 @@ def _refusal(
     lines = [f"{count} cannot be converted; nothing was changed"]
     lines += [f"  {', '.join(several)} {line}" for line, several in names.items()]
     offers = {_offer(specs[m]) for m, e in problems.items() if isinstance(e, PartitionError)}
-    lines += [f"{offer} takes the largest number that divides" for offer in sorted(offers)]
+    lines += [
+        f'{argument}"{offer}" takes the largest number that divides' for offer in sorted(offers)
+    ]
     return kind("\n".join(lines))
 
 
 def _offer(spec: NormSpec) -> str:
-    limit = dict(spec.arguments).get("") or METHODS[spec.name].options()["num_groups"].default
-    return f"{spec.name}:max={limit}"
+    """The spec with a number of groups that fits every layer."""
+    given = dict(spec.arguments)
+    limit = given.pop("", None) or METHODS[spec.name].options()["num_groups"].default
+    return str(replace(spec, arguments=(("max", limit), *sorted(given.items()))))
 
 
 def feeding(

@@ -15,6 +15,7 @@ from normkit.convert.plan import Plan
 from normkit.errors import ConversionError, NormError, TraceError
 from normkit.passes import call_with, copied, forward_of, untouched
 from normkit.text import module_name, shortened
+from normkit.tracing.trace import has_forward, without_forward
 
 REFUSES = "in training it refuses the example input, which the old layer takes: "
 
@@ -40,6 +41,8 @@ class Trial:
 
     def __init__(self, model: nn.Module, planned: Plan, example_input: Any) -> None:  # noqa: ANN401
         _require_filled(model)
+        if not has_forward(model):
+            raise TraceError(f"{type(model).__name__} takes no example: {without_forward(model)}")
         self._steps, self._example_input = planned.steps, example_input
         olds = [step.old for step in planned.steps]
         try:
@@ -98,10 +101,9 @@ class Trial:
 def own_forwards(model: nn.Module, planned: Plan) -> tuple[str, ...]:
     """Classes with a forward of their own that hold a norm which is to be exchanged."""
     olds = {step.old for step in planned.steps}
-    plain = (nn.Module.forward, nn.Sequential.forward)
-    holders = (m for m in model.modules() if m not in olds and type(m).forward not in plain)
-    found = (type(m).__name__ for m in holders if not olds.isdisjoint(m.modules()))
-    return tuple(dict.fromkeys(found))
+    holders = (m for m in model.modules() if m not in olds and not olds.isdisjoint(m.modules()))
+    own = (m for m in holders if has_forward(m) and type(m).forward is not nn.Sequential.forward)
+    return tuple(dict.fromkeys(type(m).__name__ for m in own))
 
 
 def _require_filled(model: nn.Module) -> None:

@@ -241,7 +241,7 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
             nn.Sequential(Block(96), Block(80)),
             {},
             nk.PartitionError,
-            r"nothing was changed\n.*0.norm_b to gn:64[\s\S]*gn:max=64 takes the largest",
+            r"nothing was changed\n.*0.norm_b to gn:64[\s\S]*norm=\"gn:max=64\" takes the largest",
         ),
         (
             nn.Sequential(DistributedDataParallel(Block())),

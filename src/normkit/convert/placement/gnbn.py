@@ -72,7 +72,7 @@ def place_gnbn_(
     left = dict.fromkeys(found, "the forward does not call it")
     left |= {m: f"it is norm {n} of {len(called)}" for n, m in enumerate(called, 1)}
     left = {module: why for module, why in left.items() if module not in specs}
-    planned = plan(model, found, Chosen(specs, left), None)
+    planned = plan(model, found, Chosen(specs, left), None, argument="norm=")
     standardize = feeding(model, found, specs, example_input)
     return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
 

@@ -86,7 +86,7 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
     chosen = _chosen(layout, position, every, stem)
     specs = {module: with_at_most(spec, module) for module in chosen}
     left = {m: why for m, why in layout.reasons().items() if m not in specs}
-    planned = plan(model, layout.found, Chosen(specs, left), None)
+    planned = plan(model, layout.found, Chosen(specs, left), None, argument="norm=")
     standardize = feeding(model, layout.found, specs, example_input)
     return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
 
