@@ -411,3 +411,39 @@ def test_models_that_do_not_trace_need_an_example_or_a_choice():
     assert report.skipped == {"plain": "the forward does not call it"}
     assert "followed by the example input" in str(report)
     assert nk.standardize_weights_(Twisted(), lambda m, n: n == "plain").changed == ("plain",)
+
+
+def tied(preserve):
+    """Two convolutions of one weight, the first before a norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.ReLU())
+    model[2].weight = model[0].weight
+    if preserve is not None:
+        model[3] = nn.BatchNorm2d(3)
+    return model.eval()
+
+
+def test_a_shared_weight_is_not_baked_for_one_layer_alone():
+    model, x = tied(None), torch.randn(2, 3, 6, 6)
+    nk.standardize_weights_(model)
+    before = model(x)
+    with pytest.raises(
+        nk.WeightError, match="weight of layer '0' is shared with '2', which computes"
+    ):
+        nk.bake_weights_(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_shared_weight_of_which_all_make_the_same_is_baked():
+    model, x = tied(False), torch.randn(2, 3, 6, 6)
+    nk.standardize_weights_(model)
+    before = model(x)
+    nk.bake_weights_(model)
+    assert model[0].weight is model[2].weight
+    assert_close(model(x), before)
+    model = tied(True)
+    nk.standardize_weights_(model, preserve=True)
+    with torch.no_grad():
+        model[2].parametrizations.weight[0].gain.mul_(2)
+    with pytest.raises(nk.WeightError, match="give one of them a parameter of its own first"):
+        nk.bake_weights_(model)
