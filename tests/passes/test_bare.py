@@ -77,8 +77,8 @@ def closed():
 SAID = {
     "scripted": r"the model is compiled \(ScriptModule\).* first and script or trace it afterwards",
     "scripted inside": r"module '0' is compiled \(ScriptModule\).* first and script or trace it",
-    "exported": r"graph of functions .* calls of batch_norm.* first and export or trace it after",
-    "traced": r"graph of functions .* calls of batch_norm.* first and export or trace it after",
+    "exported": r"is exported: its forward is a graph of operators.* model that it was exported fr",
+    "traced": r"graph of functions .* calls of batch_norm.* first and trace it afterwards",
     "quantized": r"module '1' is quantized \(BatchNorm2d\).* first and quantize it afterwards",
 }
 

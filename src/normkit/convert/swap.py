@@ -11,18 +11,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.convert.optimizer import Exchange, OptimizerEdit
+from normkit.convert.selection import find_hidden
 from normkit.errors import OptionError
 from normkit.weights import standardize_weights_
 from normkit.weights.once import OncePerForward
 
 
 class Slot(NamedTuple):
-    """A place in the model where a layer is exchanged."""
+    """A place in the model where a layer is exchanged: in a module, or in a list or dict of it."""
 
-    parent: nn.Module
-    key: str
+    parent: nn.Module | list[Any] | dict[Any, Any]
+    key: Any
     old: nn.Module
     new: nn.Module
+
+    @property
+    def now(self) -> object:
+        """What is there."""
+        held = self._held
+        there = self.key < len(held) if isinstance(held, list) else self.key in held
+        return held[self.key] if there else None
+
+    def put(self, layer: nn.Module) -> None:
+        """Exchange what is there."""
+        self._held[self.key] = layer
+
+    @property
+    def _held(self) -> Any:  # noqa: ANN401 - a list or a dict
+        return self.parent._modules if isinstance(self.parent, nn.Module) else self.parent
 
 
 class Place(NamedTuple):
@@ -111,7 +127,7 @@ class Swap:
                 example_input=self._example_input,
             )
         for slot in self._slots:
-            slot.parent._modules[slot.key] = slot.new
+            slot.put(slot.new)
         if self._edit is not None:
             self._edit.apply()
             self._weights_edit = self._edit_of_weights(self._edit.optimizer)
@@ -142,7 +158,7 @@ class Swap:
             if edit is not None:
                 edit.undo()
         for slot in self._slots:
-            slot.parent._modules[slot.key] = slot.old
+            slot.put(slot.old)
         for before in self._weights:
             _put_back(before)
         with torch.no_grad():
@@ -159,7 +175,7 @@ class Swap:
         Raises:
             OptionError: If others are that nobody knows here.
         """
-        now = [slot.parent._modules.get(slot.key) for slot in self._slots]
+        now = [slot.now for slot in self._slots]
         lost = [s.key for s, m in zip(self._slots, now, strict=True) if m not in (s.old, s.new)]
         if lost:
             raise OptionError(
@@ -193,6 +209,9 @@ def _slots(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Ite
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 yield Slot(parent, key, child, replacements[child])
+    for hidden in find_hidden(model):
+        if hidden.norm in replacements and hidden.holder is not None:
+            yield Slot(hidden.holder, hidden.key, hidden.norm, replacements[hidden.norm])
 
 
 def _place(layer: nn.Module, model: nn.Module) -> Place:

@@ -7,7 +7,7 @@ function that normalises: torch's, or that of our layers, which gets what a mask
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from normkit.inference.tracked import CUT, cuts_positions, statistics_of
 from normkit.layers.base import BUFFERS, NormLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
+from normkit.passes import forward_of
 from normkit.passes.inputs import See, at_entry
 
 Missed = dict[nn.Module, str]
@@ -91,8 +92,12 @@ def reaching(
         with at_entry(layer, see):
             yield
         return
-    called = partial(_watched, layer.forward, watch, {} if missed is None else missed)
-    with watch.put_in(), _swapped(layer, "forward", called):
+    missed = {} if missed is None else missed
+
+    def called(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(_watched, forward, watch, missed)
+
+    with watch.put_in(), forward_of(layer, called):
         yield
 
 
@@ -112,19 +117,6 @@ def _watched(
     return output
 
 
-@contextmanager
-def _swapped(layer: nn.Module, name: str, value: Callable[..., Any]) -> Generator[None]:
-    """Give a module another method while the block runs."""
-    before = vars(layer).get(name)
-    setattr(layer, name, value)
-    try:
-        yield
-    finally:
-        vars(layer).pop(name, None)
-        if before is not None:
-            setattr(layer, name, before)
-
-
 class _Method:
     """Sees what reaches the method by which a layer of ours normalises."""
 
@@ -136,10 +128,13 @@ class _Method:
     @contextmanager
     def put_in(self) -> Generator[None]:
         """Take the method's place; with a hook, a composite calls the layers inside of it."""
-        with ExitStack() as stack:
-            stack.callback(self.layer.register_forward_pre_hook(ignore).remove)
-            stack.enter_context(_swapped(self.layer, "_normalize", self._shown))
+        handle = self.layer.register_forward_pre_hook(ignore)
+        vars(self.layer)["_normalize"] = self._shown
+        try:
             yield
+        finally:
+            del vars(self.layer)["_normalize"]
+            handle.remove()
 
     def during(self) -> AbstractContextManager[None]:
         """Nothing has to be done in a call."""

@@ -13,6 +13,7 @@ from normkit.passes.batches import (
 )
 from normkit.passes.data import Data, uncompiled
 from normkit.passes.finish import between, finish, surely
+from normkit.passes.forwards import call_with, copied, forward_of
 from normkit.passes.hooks import Hooks, Inert, Temporary, swaps_statistics
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
@@ -34,11 +35,14 @@ __all__ = [
     "attempt",
     "bare",
     "between",
+    "call_with",
     "changes_nothing",
+    "copied",
     "device_of",
     "finish",
     "first_calls",
     "forward_batch",
+    "forward_of",
     "inputs_of",
     "moved",
     "num_examples",

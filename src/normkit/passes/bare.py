@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -124,12 +125,22 @@ def _why_closed(module: nn.Module, sharded: bool) -> str:
             f"is quantized ({type(module).__name__}), so it no longer computes with the values of "
             f"its parameters; {{verb}} the model first and quantize it afterwards"
         )
+    if "GraphModule" in kinds and _calls_operators(module):
+        return (
+            "is exported: its forward is a graph of operators, with no norm in it as a module; "
+            "{verb} the model that it was exported from"
+        )
     if "GraphModule" in kinds and (function := _hidden_norm(module)):
         return (
             f"is a graph of functions (GraphModule) whose norms are calls of {function}, not "
-            f"modules; {{verb}} the model first and export or trace it afterwards"
+            f"modules; {{verb}} the model first and trace it afterwards"
         )
     return ""
+
+
+def _calls_operators(module: Any) -> bool:  # noqa: ANN401 - torch.fx is not imported for this
+    """Whether a graph calls operators of torch's dispatcher, as those of ``torch.export`` do."""
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
 
 
 def _hidden_norm(module: Any) -> str:  # noqa: ANN401 - torch.fx is not imported for this

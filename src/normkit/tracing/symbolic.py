@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 from normkit.passes import changes_nothing
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
+    OF_FIRST,
+    VALUES,
     is_norm,
     is_producer,
     kind_of_module,
@@ -68,6 +70,10 @@ def _call(
         return Call(names[module], kind_of_module(module), inputs)
     if node.op in ("call_function", "call_method"):
         name = plain_name(node.target)
+        if node.target is getattr and node.args[1] in VALUES:
+            name = str(node.args[1])
+        if name in OF_FIRST:
+            inputs = inputs[:1]
         return Call(name, kind_of_operation(name), inputs)
     if node.op == "output":
         return Call("the output", "output", inputs)

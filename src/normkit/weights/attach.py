@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -22,6 +23,7 @@ from normkit.weights.parametrizations import (
     WeightNorm,
     WeightStandardization,
 )
+from normkit.weights.pickling import make_picklable_
 from normkit.weights.report import WeightReport
 
 Where = Callable[[nn.Module, str], bool]
@@ -216,6 +218,7 @@ def attach_(
         if parametrize.is_parametrized(layers[name]):  # of a bias, say, by somebody else
             take_class_of_its_own(layers[name])
         parametrize.register_parametrization(layers[name], "weight", rule)
+        make_picklable_(layers[name])
     how = "as where= says" if where else f"followed by {feeds.how}" if feeds else ""
     return WeightReport(done=done, changed=tuple(rules), skipped=skipped, how=how)
 
@@ -277,6 +280,7 @@ def _is_called_again(name: str, feeds: Feeds | None) -> bool:
     return feeds is None or feeds.calls.get(name) != 1
 
 
+@torch.inference_mode(False)  # gains and offsets are to learn, wherever this is called
 def _made(make: Make, name: str, module: nn.Module) -> Reparametrization:
     """Build the rule for one layer; what it refuses is said with the layer's name.
 
@@ -287,7 +291,8 @@ def _made(make: Make, name: str, module: nn.Module) -> Reparametrization:
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         raise WeightError(
             f"the weight of layer {name!r} ({type(module).__name__}) is no plain parameter: it is "
-            f"not there yet, or parametrised by something else; leave it out with where="
+            f"not there yet, or computed by something else; leave it out with where=, or in "
+            f"convert_norm_ give the norm behind it a spec without +ws"
         )
     try:
         rule = make(weight, Filters.of(module))

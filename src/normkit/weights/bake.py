@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import WeightError
@@ -28,7 +31,8 @@ def bake_weights_(model: nn.Module) -> WeightReport:
 
     Raises:
         OptionError: If the model's layers cannot be looked into: it is scripted, exported, ...
-        WeightError: If a weight is parametrised by something else as well; nothing is changed.
+        WeightError: If a weight is parametrised by something else as well, or shared with a layer
+            that computes another one of it; nothing is changed.
 
     Example:
         >>> import normkit as nk
@@ -42,13 +46,18 @@ def bake_weights_(model: nn.Module) -> WeightReport:
     layers = {name: m for name, m in model.named_modules() if is_producer(m) and rules_of(m)}
     for name, module in layers.items():
         _require_ours_alone(name, module)
+        _require_same_of_all(name, module, model)
     for rule in [rule for module in layers.values() for rule in rules_of(module)]:
         if rule.once is not None:
             rule.once.remove()
+    written: list[Tensor] = []
     for module in layers.values():
+        raw = _raw_weight(module)
+        is_first = not any(raw is other for other in written)  # a shared one has its values then
         take_class_of_its_own(module)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=is_first)
         _put_weight_first(module)
+        written.append(raw)
     return WeightReport(done="baked", changed=tuple(layers), skipped={}, how="")
 
 
@@ -60,6 +69,35 @@ def _require_ours_alone(name: str, module: nn.Module) -> None:
             f"the weight of layer {name!r} is parametrised by {kinds}, not all of which are "
             f"normkit's; remove the others first (torch.nn.utils.parametrize)"
         )
+
+
+def _require_same_of_all(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Refuse to write into a parameter of which somebody else makes something else.
+
+    Raises:
+        WeightError: With both layers' names.
+    """
+    raw, own = _raw_weight(module), _weight(module)
+    for other, holder in model.named_modules():
+        beside = any(p is raw for p in holder._parameters.values())
+        shares = is_producer(holder) and _raw_weight(holder) is raw
+        if "parametrizations" in other.split(".") or not (shares or beside):
+            continue
+        if not shares or not torch.equal(_weight(holder), own):
+            raise WeightError(
+                f"the weight of layer {name!r} is shared with {other!r}, which computes another "
+                f"one of it; give one of them a parameter of its own first"
+            )
+
+
+def _raw_weight(module: nn.Module) -> Any:  # noqa: ANN401 - a parameter; a tensor that others compute
+    if parametrize.is_parametrized(module, "weight"):
+        return module.get_submodule("parametrizations").get_submodule("weight").original
+    return module._parameters.get("weight")
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return getattr(module, "weight")  # noqa: B009 - torch's type of it says less
 
 
 def _put_weight_first(module: nn.Module) -> None:
