@@ -13,39 +13,29 @@ from torch import nn
 from normkit.layers.base import BUFFERS, NormLayer
 from normkit.passes import swaps_statistics
 
-BATCH_NORMS = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
-GROUP_NORMS = (
-    "timm.layers.norm.GroupNorm",
-    "timm.layers.norm.GroupNorm1",
-    "timm.layers.norm_act.GroupNormAct",
-    "timm.layers.norm_act.GroupNorm1Act",
-)
-LAYER_NORMS = (
-    "timm.layers.norm.LayerNorm",
-    "timm.layers.norm.LayerNormFp32",
-    "timm.layers.norm_act.LayerNormAct",
-    "timm.layers.norm_act.LayerNormActFp32",
-)
-"""Those over the last axis."""
+BATCH_NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d",)
+SYNC_BATCH_NORM_ACTS = ("timm.layers.norm_act.SyncBatchNormAct",)
+GROUP_NORMS = ("timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")
+GROUP_NORM_ACTS = ("timm.layers.norm_act.GroupNormAct", "timm.layers.norm_act.GroupNorm1Act")
+LAYER_NORMS = ("timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+LAYER_NORM_ACTS = ("timm.layers.norm_act.LayerNormAct", "timm.layers.norm_act.LayerNormActFp32")
+"""These and the ones above are over the last axis, those below over the channels of maps."""
 
-LAYER_NORMS_OF_MAPS = (
+MAP_NORMS = (
     "torchvision.models.convnext.LayerNorm2d",
     "timm.layers.norm.LayerNorm2d",
     "timm.layers.norm.LayerNorm2dFp32",
     "timm.layers.norm.LayerNormExp2d",
-    "timm.layers.norm_act.LayerNormAct2d",
-    "timm.layers.norm_act.LayerNormAct2dFp32",
 )
-"""Those over the channels of ``(N, C, H, W)``."""
-
-FIXED = (
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
-    "timm.layers.norm_act.FrozenBatchNormAct2d",
-)
+MAP_NORM_ACTS = ("timm.layers.norm_act.LayerNormAct2d", "timm.layers.norm_act.LayerNormAct2dFp32")
+FIXED = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
+FIXED_ACTS = ("timm.layers.norm_act.FrozenBatchNormAct2d",)
 """Those that never move their statistics, with modes that mean nothing."""
 
-KNOWN = frozenset((*BATCH_NORMS, *GROUP_NORMS, *LAYER_NORMS, *LAYER_NORMS_OF_MAPS, *FIXED))
+KNOWN = frozenset((
+    *BATCH_NORM_ACTS, *SYNC_BATCH_NORM_ACTS, *GROUP_NORMS, *GROUP_NORM_ACTS, *LAYER_NORMS,
+    *LAYER_NORM_ACTS, *MAP_NORMS, *MAP_NORM_ACTS, *FIXED, *FIXED_ACTS,
+))  # fmt: skip
 
 
 def takes_input_as_it_is(layer: nn.Module) -> bool:
@@ -66,15 +56,15 @@ def takes_input_as_it_is(layer: nn.Module) -> bool:
 
 def is_over_maps(layer: nn.Module) -> bool:
     """Whether this is a known layer norm of maps, whose channels are in the second axis."""
-    return name_of(_owner_of_forward(layer)) in LAYER_NORMS_OF_MAPS
+    return name_of(_owner_of_forward(layer)) in MAP_NORMS + MAP_NORM_ACTS
 
 
 def is_fixed(layer: nn.Module) -> bool:
     """Whether this is a batch norm that never moves its statistics, or a project's copy of one."""
     buffers = {"weight", "bias", *BUFFERS}
     named = type(layer).__name__ == "FrozenBatchNorm2d"
-    copied = named and layer._buffers.keys() >= buffers and not layer._parameters
-    return copied or name_of(type(layer)) in FIXED
+    copied = named and layer._buffers.keys() == buffers and not layer._parameters
+    return copied or name_of(type(layer)) in FIXED + FIXED_ACTS
 
 
 def own_forward(layer: nn.Module) -> str:
