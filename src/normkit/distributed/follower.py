@@ -124,7 +124,6 @@ def _group_of(layer: Layer) -> dist.ProcessGroup | None:
     return None
 
 
-@torch.no_grad()
 def _sums(
     several: list[Seen], partition: Partition, group: dist.ProcessGroup | None
 ) -> Iterator[Sums]:

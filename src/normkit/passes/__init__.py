@@ -16,7 +16,7 @@ from normkit.passes.hooks import Hooks
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
 from normkit.passes.rollback import all_or_nothing, attempt, changes_nothing
-from normkit.passes.settings import stance_now
+from normkit.passes.settings import grad_mode_now, stance_now
 from normkit.passes.snapshot import Snapshot
 from normkit.passes.untouched import untouched
 
@@ -35,6 +35,7 @@ __all__ = [
     "finish",
     "first_calls",
     "forward_batch",
+    "grad_mode_now",
     "inputs_of",
     "moved",
     "num_examples",

@@ -15,7 +15,7 @@ from normkit.core.running import are_still
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
 from normkit.diagnostics.probe.norms import Norm, norms_of, parts_of_composites
 from normkit.inference.tracked import Where
-from normkit.passes import Hooks, finish, stance_now, uncompiled
+from normkit.passes import Hooks, finish, grad_mode_now, stance_now, surely, uncompiled
 from normkit.passes.finish import Step
 
 
@@ -88,7 +88,7 @@ class Watch:
         self._recorder.leave()
         if self._counts and not failed:
             for norm in self._at[name]:
-                norm.see(x)
+                surely(partial(norm.see, x), grad_mode_now())
         if not self._recorder.is_inside:
             self._leave_functions()
             if failed and self._counts:
