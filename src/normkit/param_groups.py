@@ -186,26 +186,23 @@ class _Move:
     Its values before are kept: what the step has not changed gets them back without rounding.
     """
 
-    @torch.no_grad()
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter, self._before = parameter, parameter.detach().clone()
         self._less = self._before - 1
         self._is_moved = False
         self._after: Tensor | None = None
 
-    @torch.no_grad()
     def do_(self) -> None:
-        self._parameter.copy_(self._less)
+        self._parameter.detach().copy_(self._less)
         self._is_moved = True
 
-    @torch.no_grad()
     def undo_(self) -> None:
         """Add one again; twice is once."""
         if self._after is None:
             now = self._parameter.detach()
             stepped = torch.where(now == self._less, self._before, now + 1)
             self._after = stepped if self._is_moved else self._before
-        self._parameter.copy_(self._after)
+        self._parameter.detach().copy_(self._after)
 
 
 def _group_of(model: nn.Module, name: str) -> str:

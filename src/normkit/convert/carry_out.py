@@ -53,7 +53,7 @@ def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is m
             result.calibration = calibrator.run(swap.new)
         return result
 
-    return attempt(work, *swap.changed, values=swap.calibrated)
+    return attempt(work, *swap.changed)
 
 
 def _warned(changes: Sequence[Change], said: Mapping[str, Sequence[str]]) -> tuple[Change, ...]:

@@ -84,8 +84,7 @@ class Conversion:
         """
         if self.dry_run:
             return self.model
-        swap = self._swap
-        return attempt(self._revert, self, *swap.changed, values=swap.calibrated)
+        return attempt(self._revert, self, *self._swap.changed)
 
     def _revert(self) -> nn.Module:
         self.model = self._swap.revert()

@@ -141,11 +141,6 @@ class Swap:
         optimizers = [] if self._edit is None else [self._edit.optimizer]
         return [self.old, self.new, *(pair.old for pair in self._pairs), *optimizers]
 
-    @property
-    def calibrated(self) -> list[nn.Parameter]:
-        """Parameters of old layers whose values calibration changes where new ones share them."""
-        return [parameter for parameter, _ in self._values]
-
     def revert(self) -> nn.Module:
         """Put everything back that ``apply`` has changed; once it is back, nothing happens.
 

@@ -69,20 +69,18 @@ def disturb_statistics(
             _disturb_(layer, delta, _generator(seed, name))
         return tuple(layers)
 
-    @torch.no_grad()
     def put_back() -> None:
         for buffer, values in before.items():
-            buffer.copy_(values)
+            buffer.detach().copy_(values)
 
     return between(begin, put_back)
 
 
-@torch.no_grad()
 def _disturb_(layer: nn.Module, delta: float, generator: torch.Generator) -> None:
     for name in BUFFERS:
         buffer = statistics_of(layer)[name]
         draw = torch.rand(buffer.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        buffer.mul_(_like(1 + delta * draw, buffer))
+        buffer.detach().mul_(_like(1 + delta * draw, buffer))
 
 
 def _like(values: Tensor, buffer: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from functools import partial
 from types import MethodType, TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.convert.selection import find_norms
@@ -126,7 +125,7 @@ class Accumulation:
 
     def _move(self) -> None:
         moved = [pair for follower in self._followers for pair in follower.moved()]
-        finish([partial(_write, buffer, values) for buffer, values in moved])
+        finish([partial(buffer.detach().copy_, values) for buffer, values in moved])
 
     def _forget(self) -> None:
         for follower in self._followers:
@@ -142,7 +141,15 @@ class Accumulation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        surely(self.flush if kind is None else self._end, self.remove)
+        try:
+            try:
+                if kind is None:
+                    self.flush()
+            finally:
+                self.remove()
+        except BaseException:  # also where the lines above were interrupted
+            self.remove()
+            raise
 
     def _attach(self, model: nn.Module, waiting: Mapping[nn.Module, Follower]) -> None:
         """Put hooks into the model, and stand around its norms: it may be one itself."""
@@ -223,11 +230,6 @@ class _Around:
 
 def _own_forward(norm: nn.Module) -> MethodType:
     return MethodType(type(norm).forward, norm)
-
-
-@torch.no_grad()
-def _write(buffer: Tensor, values: Tensor) -> None:
-    buffer.copy_(values)
 
 
 def _num_positions(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -123,7 +123,6 @@ def _group_of(layer: Layer) -> dist.ProcessGroup | None:
     return None
 
 
-@torch.no_grad()
 def _sums(several: list[Seen], layer: Layer, partition: Partition) -> Iterator[Sums]:
     """Count and moments of each call's batch, of all processes."""
     sizes, group = [seen.num_positions for seen in several], _group_of(layer)

@@ -38,11 +38,13 @@ from normkit.errors import DataError, NormError, OptionError
 from normkit.inference.tracked import tracked
 from normkit.passes import (
     Forward,
+    Snapshot,
     as_list,
     changes_nothing,
     forward_batch,
     num_examples,
     progress,
+    surely,
 )
 from normkit.tracing import require_bare
 from normkit.tune.metrics import Score, read_metric
@@ -257,9 +259,12 @@ def _with_dropout(patient: Patient) -> Rows:
     """Measure with dropout as in training, always the same; nothing without dropout."""
     if not any(map(is_dropout, patient.model.modules())):
         return {}
-    with torch.random.fork_rng():
+
+    def measured() -> Rows:
         torch.manual_seed(0)
         return rows_of(patient.measure(patient.train, with_dropout(patient.forward)))
+
+    return surely(measured, Snapshot(patient.model).put_back)
 
 
 def _broken(scores: Mapping[str, Scores]) -> Iterator[str]:

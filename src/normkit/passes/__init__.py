@@ -18,7 +18,7 @@ from normkit.passes.hooks import Hooks, Inert, Temporary, swaps_statistics
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
 from normkit.passes.rollback import all_or_nothing, attempt, changes_nothing
-from normkit.passes.settings import stance_now
+from normkit.passes.settings import grad_mode_now, stance_now
 from normkit.passes.snapshot import Snapshot
 from normkit.passes.untouched import untouched
 
@@ -43,6 +43,7 @@ __all__ = [
     "first_calls",
     "forward_batch",
     "forward_of",
+    "grad_mode_now",
     "inputs_of",
     "moved",
     "num_examples",

@@ -1,9 +1,9 @@
 """What has to be done to its end, wherever an exception or Ctrl-C comes.
 
 An interruption may come at any line, also while something is put back. So a way back is made of
-steps that may be done again, and they are repeated until all of them are through. It is called from
-two places, one around the other: the outer one is for an interruption that comes before the inner
-one has begun.
+steps that may be done again, and they are repeated until all of them are through. They are called
+from several places, one around the other: the outer ones are for interruptions that come before an
+inner one has begun. A launcher may send several in a row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ T = TypeVar("T")
 Step = Callable[[], object]
 ATTEMPTS = 100
 """How often steps may fail before those that do are given up: a device may be lost for good."""
+LEVELS = 4
+"""Places one around the other, and so interruptions in a row that each miss the steps."""
 
 
 def finish(steps: Iterable[Step]) -> None:
@@ -54,24 +56,26 @@ def _repeated(steps: Iterable[Step]) -> BaseException | None:
     return problem
 
 
-def surely(work: Callable[[], T], *end: Step) -> T:
+def surely(work: Callable[[], T], *end: Step, levels: int = LEVELS) -> T:
     """Do the work and then, whatever has become of it, all steps; give the work's result.
 
     Args:
         work: What is done.
         end: Steps as ``finish`` takes them; right also after a part of the work.
+        levels: How often they are called from one place around the other.
     """
     if torch.compiler.is_compiling():  # traced, where nothing interrupts
         result = work()
-        for step in end:
-            step()
+        finish(end)
         return result
     try:
+        if levels > 1:
+            return surely(work, *end, levels=levels - 1)
         try:
             return work()
         finally:
             finish(end)
-    except BaseException:  # also where the lines above were interrupted
+    except BaseException:  # also where a line further inside was interrupted
         finish(end)
         raise
 
@@ -91,11 +95,18 @@ def between(begin: Callable[[], T], *end: Step) -> Generator[T]:
         3
         close
     """
+    yield from _held(begin, end, LEVELS)
+
+
+def _held(begin: Callable[[], T], end: Iterable[Step], levels: int) -> Generator[T]:
     try:
-        try:
-            yield begin()
-        finally:
-            finish(end)
-    except BaseException:
+        if levels > 1:
+            yield from _held(begin, end, levels - 1)
+        else:
+            try:
+                yield begin()
+            finally:
+                finish(end)
+    except BaseException:  # as in ``surely``
         finish(end)
         raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normkit.passes.finish import surely
+from normkit.passes.finish import LEVELS, surely
 from normkit.passes.snapshot import Snapshot
 
 P = ParamSpec("P")
@@ -38,14 +38,13 @@ def attempt(work: Callable[[], T], *things: object, values: Iterable[Tensor] = (
     """
     if torch.compiler.is_compiling():  # traced, not run: there is nothing to put back
         return work()
-    before = Snapshot(*things, values=values)
+    return _or_back(work, Snapshot(*things, values=values), LEVELS)
+
+
+def _or_back(work: Callable[[], T], before: Snapshot, levels: int) -> T:
     try:
-        try:
-            return work()
-        except BaseException:
-            before.put_back()
-            raise
-    except BaseException:  # also where the lines above were interrupted
+        return work() if levels == 0 else _or_back(work, before, levels - 1)
+    except BaseException:  # also where a line further inside was interrupted
         before.put_back()
         raise
 

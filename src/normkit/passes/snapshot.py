@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -23,16 +25,18 @@ class Snapshot:
 
     Of a model: the classes and attributes of all of its modules, their modes, their parameters,
     buffers, children and hooks in this order, the ``.grad`` objects and ``requires_grad`` of
-    parameters, and the values of buffers. Of an optimizer: groups and state, in this order. Of any
-    other object: its attributes. Of torch: see ``settings_now``. Values of parameters are only
-    kept where ``values`` asks for it: that takes memory.
+    parameters, and the values of buffers and of parameters with one axis, such as those of norms.
+    Of an optimizer: groups and state, in this order. Of any other object: its attributes. Of torch:
+    see ``settings_now``. Values of other parameters take memory: they are kept where ``values``
+    asks for it.
 
     Args:
         things: Models, optimizers, and other objects with attributes.
-        values: Tensors that may be written to, besides the buffers.
+        values: Tensors that may be written to, besides those.
     """
 
     def __init__(self, *things: object, values: Iterable[Tensor] = ()) -> None:
+        self._is_over = False
         models = [thing for thing in things if isinstance(thing, nn.Module)]
         others = [thing for thing in things if not isinstance(thing, nn.Module)]
         modules = dict.fromkeys(module for model in models for module in model.modules())
@@ -43,12 +47,34 @@ class Snapshot:
         self._steps += chain(*(_optimizer(each) for each in others if isinstance(each, Optimizer)))
         self._steps += [_memory(tensor) for tensor in (*parameters, *buffers)]
         self._steps += [_gradient(parameter) for parameter in parameters]
-        self._steps += [_values(tensor) for tensor in dict.fromkeys((*buffers, *values))]
+        small = [p for p in parameters if not is_lazy(p) and p.ndim <= 1]
+        self._steps += [_values(each) for each in dict.fromkeys((*buffers, *small, *values))]
         self._steps += settings_now({parameter.device for parameter in parameters})
+        _TAKEN.references = [ref for ref in _TAKEN.references if ref()] + [weakref.ref(self)]
 
     def put_back(self) -> None:
-        """Make everything what it was, from whatever it is now; twice is once."""
+        """Make everything what it was, from whatever it is now; twice is once.
+
+        Snapshots that this thread has taken since do nothing from now on. An interruption may have
+        left one in a suspended generator, and Python would finish that at any time.
+        """
+        if self._is_over:
+            return
+        taken = [snapshot for ref in _TAKEN.references if (snapshot := ref()) is not None]
+        if self in taken:
+            for later in taken[taken.index(self) + 1 :]:
+                later._is_over = True
         finish(self._steps)
+
+
+class _Taken(threading.local):
+    """Snapshots that a thread has taken and that are still there, in their order."""
+
+    def __init__(self) -> None:
+        self.references: list[weakref.ref[Snapshot]] = []
+
+
+_TAKEN = _Taken()
 
 
 def _attributes(owner: Any) -> Step:  # noqa: ANN401 - any object with attributes
@@ -156,10 +182,9 @@ def _values(tensor: Tensor) -> Step:
         return lambda: None
     values = tensor.detach().clone()
 
-    @torch.no_grad()
     def put_back() -> None:
-        if not _equal(tensor, values):
-            tensor.copy_(values)
+        if not _equal(tensor.detach(), values):
+            tensor.detach().copy_(values)  # without no_grad(), whose end could be interrupted
 
     return put_back
 

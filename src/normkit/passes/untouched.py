@@ -15,7 +15,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> AbstractCont
 
     Put back is what a ``Snapshot`` holds: modes, buffers (values and objects), ``.grad`` (the
     objects; add to none of them in place), hooks, attributes, and the states of torch's, Python's
-    and, if it is loaded, NumPy's generators. Values of parameters are the block's own affair.
+    and, if it is loaded, NumPy's generators. Values of large parameters are the block's own affair.
 
     Args:
         model: The model.

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from normkit.convert.selection import find_norms
 from normkit.tracing.kinds import CONVOLUTIONS, Kind, is_norm, kind_of_operation, plain_name
-from normkit.tracing.symbolic import defaults_of
+from normkit.tracing.symbolic import traced
 
 
 class _Tracer(fx.Tracer):
@@ -73,7 +73,7 @@ def follow(module: nn.Module) -> OwnForward | None:
     if is_sequence(module) or type(module).forward is nn.Module.forward:
         return None
     try:
-        graph = _Tracer().trace(module, concrete_args=defaults_of(module))
+        graph = traced(_Tracer(), module)
     except Exception:  # noqa: BLE001 - the module's own code runs on proxies
         return None
     sums = [node for node in graph.nodes if _kind(node) == "sum" and len(_addends(node)) == 2]

@@ -32,7 +32,7 @@ from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import CallbackError, OptionError
 from normkit.inference.tracked import Where
-from normkit.passes import attempt, bare, finish, surely
+from normkit.passes import attempt, bare, finish, grad_mode_now, surely
 from normkit.text import module_name
 
 
@@ -169,7 +169,7 @@ class Probe:
         outputs = self._require_open()
         _require_number(loss)
         self.num_steps += 1
-        record = surely(lambda: self._record(loss), self._let_go)
+        record = surely(lambda: self._record(loss), self._let_go, grad_mode_now())
         if record is not None:
             self.records.append(record)
             outputs.write(record)
@@ -265,7 +265,11 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        surely(self.stop, self.stop)  # the second one is for an interruption before the first
+        try:
+            self.stop()
+        except BaseException:  # also where that was interrupted
+            self.stop()
+            raise
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

@@ -15,7 +15,15 @@ from normkit.core.running import are_still
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
 from normkit.diagnostics.probe.norms import Norm, norms_of, parts_of_composites
 from normkit.inference.tracked import Where
-from normkit.passes import Hooks, Inert, finish, stance_now, uncompiled
+from normkit.passes import (
+    Hooks,
+    Inert,
+    finish,
+    grad_mode_now,
+    stance_now,
+    surely,
+    uncompiled,
+)
 from normkit.passes.finish import Step
 
 
@@ -90,7 +98,7 @@ class Watch:
         self._recorder.leave()
         if self._counts and not failed:
             for norm in self._at[name]:
-                norm.see(args, named)
+                surely(partial(norm.see, args, named), grad_mode_now())
         if not self._recorder.is_inside:
             self._leave_functions()
             if failed and self._counts:
