@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from normkit.cli.model import ModelOptions, changes_of, names_of
+from normkit.cli.model import ModelOptions
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
@@ -79,17 +79,8 @@ class Convert(ModelOptions):
 
     def _about(self, done: Conversion) -> dict[str, str]:
         """What to know for loading the weights."""
-        before = self.about()
-        changes = changes_of(before) | {change.name: change.new for change in done.changes}
-        preserved = done.standardized if done.calibration is not None else ()
-        about = {
-            "model": self.model,
-            "norms": self.to,
-            "where": self.where,
-            "changes": json.dumps(changes),
-            "standardized": ",".join([*names_of(before, "standardized"), *done.standardized]),
-            "preserved": ",".join([*names_of(before, "preserved"), *preserved]),
-        }
+        about = {"model": self.model, "norms": self.to, "where": self.where or ""}
+        about |= self.recipe().after(done).metadata()
         return {name: value for name, value in about.items() if value}
 
     def _map(self) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """`normkit diagnose`: why a trained model evaluates badly, and what helps."""
 
-import copy
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from normkit.cli.model import ModelOptions
 from normkit.cli.numbers import flag
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
-from normkit.lab.checkpoints import load_weights_
+from normkit.lab.checkpoints import earlier_state
 from normkit.lab.data import Dataset, Examples, load, read_examples
 from normkit.lab.data.files import SUFFIX
 from normkit.lab.records import file_errors, usable_folder
@@ -123,12 +122,7 @@ class Diagnose(ModelOptions):
         names = [path.stem for path in paths]
         if len(set(names)) < len(names):
             names = list(map(str, paths))
-        found = {}
-        for name, path in zip(names, paths, strict=True):
-            state = copy.deepcopy(model)
-            load_weights_(state, path)
-            found[name] = state.state_dict()
-        return found
+        return {name: earlier_state(model, path) for name, path in zip(names, paths, strict=True)}
 
     def command(self) -> str:
         """The command line that repeats this, every option that decides something named."""

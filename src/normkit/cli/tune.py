@@ -90,8 +90,8 @@ class Tune(ModelOptions):
 
     def _write(self, result: Tuning) -> None:
         if self.save is not None:
-            weight = json.dumps(result.alpha)
-            save_weights(result.model, self.save, {"model": self.model, "example_weight": weight})
+            about = {"model": self.model, "example_weight": json.dumps(result.alpha)}
+            save_weights(result.model, self.save, about | self.recipe().metadata())
             sys.stderr.write(f"weights: {self.save}\n")
         if self.plot is not None:
             result.plot(self.plot)

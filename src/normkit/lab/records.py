@@ -13,6 +13,7 @@ from normkit.errors import DataError
 from normkit.lab.environment import Environment
 from normkit.lab.models import PlacedNorm
 from normkit.lab.spec import Frozen, RunSpec
+from normkit.text import printable
 
 RECORDS_NAME = "records.jsonl"
 CORRUPT_NAME = "records.corrupt.jsonl"
@@ -175,7 +176,7 @@ def usable_folder(folder: Path, *names: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise DataError(
-            f"the output folder {folder} cannot be written to ({error.strerror}); "
+            f"the output folder {printable(folder)} cannot be written to ({error.strerror}); "
             f"give another one with --out"
         ) from error
     for name in names:
@@ -184,12 +185,13 @@ def usable_folder(folder: Path, *names: str) -> Path:
 
 
 def _require_writable(path: Path) -> None:
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise DataError(f"{path} is no file; move it away or give another folder with --out")
-    with file_errors(path), path.open("ab"):
-        pass
+    with file_errors(path):
+        if not path.exists():
+            return
+        if path.is_file():
+            path.open("ab").close()
+            return
+    raise DataError(f"{printable(path)} is no file; move it away or give another folder with --out")
 
 
 @contextmanager
@@ -199,6 +201,6 @@ def file_errors(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read or written ({error.strerror}); "
+            f"{printable(path)} cannot be read or written ({error.strerror}); "
             f"make room and permission for it, or give another folder with --out"
         ) from error

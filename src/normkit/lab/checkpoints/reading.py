@@ -1,144 +1,179 @@
-"""Weights in files: safetensors, or what ``torch.save`` wrote of tensors alone."""
+"""A file's tensors by name, read without running code that it may hold."""
 
 from __future__ import annotations
 
+import json
 import pickle
+import stat
+import struct
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from normkit.errors import DataError
+from normkit.text import listed, printable, shortened
 
+SUFFIX = ".safetensors"
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-SHOWN = 5
+MAX_WRAPPERS = 4  # a dict in a pickle may hold itself
 
 
-def load_weights_(model: nn.Module, path: Path) -> None:
-    """Load a model's weights from a file, all or none.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, under the names that it has for them.
 
     Args:
-        model: Changed in place, once everything fits.
-        path: Ends in ``.safetensors``, or was written by ``torch.save(model.state_dict(), path)``;
-            also inside of a dict under ``state_dict``, ``model`` or ``model_state_dict``, and with
-            the prefixes of a wrapped model.
+        path: Ends in ``.safetensors``, or was written by ``torch.save`` of a state dict, or of a
+            dict that has one under ``state_dict``, ``model`` or ``model_state_dict``.
 
     Raises:
-        DataError: If the file cannot be read, holds code, or does not fit the model.
+        DataError: If it cannot be read, would have to run code, or holds anything but plain
+            tensors by name.
     """
-    found = _plain_names(_unwrapped(read_tensors(path), path))
-    expected = model.state_dict()
-    counts = {key for key in expected if key.endswith("num_batches_tracked")}
-    missing = sorted(expected.keys() - found.keys() - counts)  # old checkpoints have no counts
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{key} ({tuple(found[key].shape)}, the model has {tuple(value.shape)})"
-        for key, value in expected.items()
-        if key in found and found[key].shape != value.shape
-    ]
-    problems = {"missing": missing, "unknown to the model": unexpected, "of another shape": shapes}
-    said = [f"{what}: {_few(names)}" for what, names in problems.items() if names]
-    if said:
+    found = _unwrapped(_read(path))
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    unnamed = [key for key in found if not isinstance(key, str)]
+    if unnamed:
         raise DataError(
-            f"{path} does not fit the model; {'; '.join(said)}. Check --model and --num-classes, "
-            f"and convert to other norms after loading, not before"
+            f"{printable(path)} has {listed(map(repr, unnamed))} as names; the names of weights "
+            f"are texts, such as those of model.state_dict()"
         )
-    model.load_state_dict(found, strict=not counts - found.keys())
-
-
-def read_tensors(path: Path) -> Mapping[str, object]:
-    """Read a checkpoint without running code that it may hold.
-
-    Raises:
-        DataError: If it cannot be read, or would have to run code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # about how the pickle was written
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
+    other = [key for key in found if key not in tensors]
+    if other or not tensors:
         raise DataError(
-            f"{path} holds code or objects and not only tensors, so it was not loaded; if you "
-            f"trust it, write its tensors anew: torch.save(model.state_dict(), ...) or safetensors"
-        ) from error
-    except Exception as error:  # bytes that are no checkpoint can end in anything
-        raise DataError(
-            f"{path} is no checkpoint ({_first_line(error)}); give a .safetensors file or one that "
-            f"torch.save(model.state_dict(), ...) wrote"
-        ) from error
-    if not isinstance(found, Mapping):
-        raise DataError(f"{path} holds a {type(found).__name__}; a checkpoint is a state dict")
-    return found
+            f"{printable(path)} holds other things than tensors: {listed(other) or 'nothing'}; a "
+            f"checkpoint is a state dict, or a dict that has it as one of {', '.join(WRAPPERS)}"
+        )
+    _require_plain(path, tensors)
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; other files, and unreadable ones, say nothing."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError:
-        return {}  # reading its tensors will say what is wrong
-
-
-def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a model's weights as safetensors; the file appears whole or not at all.
-
-    Args:
-        model: The model, left as it is. Tensors that it shares are written under each name.
-        path: Ends in ``.safetensors``; its folder exists.
-        metadata: Written into the file.
+    """What a safetensors file says of itself; files of ``torch.save`` say nothing.
 
     Raises:
-        DataError: If the file cannot be written.
+        DataError: If it cannot be read.
     """
-    state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    partial = path.with_name(f".{path.name}.partial")
+    require_file(path)
+    if path.suffix.lower() != SUFFIX:
+        return {}
     try:
-        save_file(state, partial, metadata=dict(metadata))
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be written: {_first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        _require_single_names(path)
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise _no_checkpoint(path, error) from error
 
 
-def _unwrapped(found: Mapping[str, object], path: Path) -> dict[str, Tensor]:
-    for key in WRAPPERS:
-        inner = found.get(key)
-        if isinstance(inner, Mapping):
-            found = inner
-    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-    if not tensors or len(tensors) < len(found):
-        other = _few([str(key) for key in found if key not in tensors])
+def require_file(path: Path) -> None:
+    """Refuse what cannot be read as a file.
+
+    Raises:
+        DataError: If there is none, it is a folder or a device, or its name cannot be one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
         raise DataError(
-            f"{path} holds other things than tensors: {other or 'nothing'}; a checkpoint is a "
-            f"state dict, or a dict that has it as one of {', '.join(WRAPPERS)}"
+            f"{printable(path)} cannot be read: {error.strerror}; give a file that is there"
+        ) from error
+    except ValueError as error:  # a name with a zero byte
+        raise DataError(f"{printable(path)} is no name of a file: {error}; give one") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise DataError(f"{printable(path)} is {kind}; give a file")
+
+
+def _read(path: Path) -> Mapping[object, object]:
+    require_file(path)
+    try:
+        if path.suffix.lower() == SUFFIX:
+            _require_single_names(path)
+            return load_file(path)  # type: ignore[return-value]  # a mapping is covariant here
+        with warnings.catch_warnings(action="ignore"):  # about how the pickle was written
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{printable(path)} holds code or objects and not only tensors, so it was not loaded; "
+            f"if you trust it, write its tensors anew: torch.save(model.state_dict(), ...) or "
+            f"safetensors"
+        ) from error
+    except Exception as error:  # bytes that are no checkpoint can end in anything
+        raise _no_checkpoint(path, error) from error
+    if not isinstance(found, Mapping):
+        kind = type(found).__name__
+        raise DataError(f"{printable(path)} holds a {kind}; a checkpoint is a state dict")
+    return found
+
+
+def _no_checkpoint(path: Path, error: Exception) -> DataError:
+    said = printable(shortened(error) or type(error).__name__, 160)
+    return DataError(
+        f"{printable(path)} is no checkpoint ({said}); give a .safetensors file or one that "
+        f"torch.save(model.state_dict(), ...) wrote"
+    )
+
+
+def _require_single_names(path: Path) -> None:
+    """Refuse a safetensors file that gives one name twice: its reader would take the last."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if 8 + size > path.stat().st_size:
+            return  # the reader says what is wrong with it
+        header = file.read(size)
+    try:
+        json.loads(header, object_pairs_hook=lambda pairs: _once(path, pairs))
+    except DataError:
+        raise
+    except (ValueError, RecursionError):
+        return  # likewise
+
+
+def _once(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{printable(path)} names {listed(twice)} twice; write it anew")
+    return dict(pairs)
+
+
+def _unwrapped(found: Mapping[object, object]) -> Mapping[object, object]:
+    for _ in range(MAX_WRAPPERS):
+        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)]
+        if not inner:
+            break
+        found = inner[0]  # type: ignore[assignment]  # it was asked for above
+    return found
+
+
+def _require_plain(path: Path, found: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose values cannot be copied into a weight."""
+    kinds = {key: _kind(value) for key, value in found.items()}
+    odd = [f"{printable(key)} ({kind})" for key, kind in kinds.items() if kind]
+    if odd:
+        raise DataError(
+            f"{printable(path)} holds tensors that are not plain: {listed(odd)}; write dense "
+            f"tensors of floating point values, for instance by value.to_dense() or "
+            f"value.dequantize()"
         )
-    return tensors
 
 
-def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
-def _few(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+def _kind(value: Tensor) -> str:
+    """What makes a tensor none that a weight can be copied from; empty for plain ones."""
+    if value.is_nested:
+        return "nested"
+    if value.is_quantized:
+        return "quantized"
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    return "without values" if value.is_meta else ""
