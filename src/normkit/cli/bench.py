@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end
-from normkit.cli.numbers import flag, whole_numbers
+from normkit.cli.shared import flag, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.bench import (
     BenchRecord,
@@ -31,7 +31,7 @@ from normkit.lab.bench import (
 from normkit.lab.bench.chart import draw
 from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.markdown import markdown
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, write_whole
 from normkit.lab.train import parse_device
 from normkit.spec import parse_specs
 
@@ -83,7 +83,7 @@ class Bench:
         if self.render is not None:
             return self._render(self.render)
         if self.out is not None:
-            usable_folder(self.out.parent)
+            usable_folder(self.out.parent, self.out.name, self.out.with_suffix(".svg").name)
         return self._run_end_to_end() if self.end_to_end else self._run_layers()
 
     def spec(self) -> BenchSpec:
@@ -148,7 +148,7 @@ class Bench:
     def _render(self, path: Path) -> int:
         record = read_record(path)
         sys.stdout.write(markdown(record))
-        path.with_suffix(".svg").write_text(draw(record), encoding="utf-8")
+        write_whole(path.with_suffix(".svg"), draw(record))
         return 0
 
     def _write(self, record: BenchRecord) -> None:
@@ -156,7 +156,7 @@ class Bench:
             return
         chart = self.out.with_suffix(".svg")
         write_record(self.out, record)
-        chart.write_text(draw(record), encoding="utf-8")
+        write_whole(chart, draw(record))
         sys.stderr.write(f"record: {self.out}\nchart: {chart}\n")
 
 

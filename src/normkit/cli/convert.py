@@ -13,7 +13,7 @@ from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Dataset, load
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder
 
 SUFFIX = ".safetensors"
 
@@ -75,7 +75,7 @@ class Convert(ModelOptions):
         if self.save is not None:
             if self.save.suffix != SUFFIX:
                 raise SpecError(f"--save was given {str(self.save)!r}; its name ends in {SUFFIX}")
-            usable_folder(self.save.parent, self.save.name)
+            usable_folder(self.save.parent, self.save.name, option="--save")
 
     def _about(self, done: Conversion) -> dict[str, str]:
         """What to know for loading the weights."""

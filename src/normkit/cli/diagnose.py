@@ -11,13 +11,13 @@ import tyro
 from torch import Tensor, nn
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.numbers import flag
+from normkit.cli.shared import flag
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import earlier_state
 from normkit.lab.data import Dataset, Examples, load, read_examples
 from normkit.lab.data.files import SUFFIX
-from normkit.lab.records import file_errors, usable_folder
+from normkit.lab.files import usable_folder, write_whole
 from normkit.lab.report import DIAGNOSIS_NAME, REPORT_NAME, write_diagnosis
 
 EXIT_CAUSES = 1
@@ -137,8 +137,7 @@ class Diagnose(ModelOptions):
 
     def _write(self, found: Diagnosis, folder: Path) -> None:
         text = found.to_json()
-        with file_errors(folder / DIAGNOSIS_NAME):
-            (folder / DIAGNOSIS_NAME).write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / DIAGNOSIS_NAME, text + "\n")
         report = write_diagnosis(folder, found, f"{self.model} on {self.test_data}", self.command())
         sys.stdout.write((text if self.json_output else str(found)) + "\n")
         if not self.json_output:

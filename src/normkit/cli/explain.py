@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from normkit.cli.numbers import whole_numbers
+from normkit.cli.shared import whole_numbers
 from normkit.errors import SpecError
 from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, whole_file
 from normkit.spec import METHODS, NormSpec
 
 MAX_ELEMENTS = 2**24  # every element gets a number: 128 MB of them
@@ -126,7 +126,8 @@ class Explain:
         from normkit.lab.drawing.figure import write_figure  # noqa: PLC0415 - matplotlib is slow
 
         shape = self._shape()
-        write_figure(path, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
+        with whole_file(path) as draft:
+            write_figure(draft, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
         sys.stderr.write(f"picture: {path}\n")
 
     def _as_json(self, layer: nn.Module, explanation: Explanation) -> dict[str, object]:

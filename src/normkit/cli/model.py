@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normkit.cli.numbers import whole_numbers
+from normkit.cli.shared import whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import Recipe, restored
 from normkit.lab.data import Dataset

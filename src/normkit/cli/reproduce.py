@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from normkit.cli.shared import tell_of_corrupt_lines
 from normkit.errors import SpecError
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, whole_file
+from normkit.lab.lines import read_lines
+from normkit.lab.records import RECORDS_NAME
 from normkit.lab.reproduce import (
     PRESETS,
     SCALES,
@@ -28,7 +31,7 @@ from normkit.lab.reproduce import (
     save_figure,
     write_result,
 )
-from normkit.lab.reproduce.store import RECORDS_NAME, RunRecord
+from normkit.lab.reproduce.store import RunRecord
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")
@@ -91,11 +94,14 @@ class Reproduce:
         return tuple(named)
 
     def _reproduced(self, preset: Preset) -> Result:
-        folder = usable_folder(self.out, RECORDS_NAME, f"reproduce-{preset.name}.json")
+        names = (f"reproduce-{preset.name}{suffix}" for suffix in (".json", f".{self.figure}"))
+        folder = usable_folder(self.out, RECORDS_NAME, *names)
+        tell_of_corrupt_lines(read_lines(folder / RECORDS_NAME, RunRecord), folder / RECORDS_NAME)
         records = run_missing(preset, self.scale, folder, _Lines(preset.name))
         path = write_result(folder, conclude(preset, self.scale, records))
         picture = path.with_suffix(f".{self.figure}")
-        save_figure(preset, measured(records), picture)
+        with whole_file(picture) as draft:
+            save_figure(preset, measured(records), draft)
         sys.stderr.write(f"result: {path}\nfigure: {picture}\n")
         return read_result(path)
 

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.numbers import flag
+from normkit.cli.shared import flag
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Examples, load
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, whole_file
 from normkit.tune import Gain, Tuning, tune_example_weight
 
 SUFFIX, PICTURES = ".safetensors", (".png", ".svg", ".pdf")
@@ -81,7 +81,7 @@ class Tune(ModelOptions):
             if path.suffix not in suffixes:
                 known = " or ".join(suffixes)
                 raise SpecError(f"--{name} was given {str(path)!r}; its name ends in {known}")
-            usable_folder(path.parent, path.name)
+            usable_folder(path.parent, path.name, option=flag(name))
 
     def _batches(self, examples: Examples) -> list[object]:
         inputs = examples.inputs[: self.examples].split(self.batch_size)
@@ -94,7 +94,8 @@ class Tune(ModelOptions):
             save_weights(result.model, self.save, about | self.recipe().metadata())
             sys.stderr.write(f"weights: {self.save}\n")
         if self.plot is not None:
-            result.plot(self.plot)
+            with whole_file(self.plot, "--plot") as draft:
+                result.plot(draft)
             sys.stderr.write(f"curve: {self.plot}\n")
 
 

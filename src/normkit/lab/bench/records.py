@@ -9,7 +9,7 @@ from normkit.lab.bench.spec import TINY_SHAPE, BenchSpec, Shape
 from normkit.lab.bench.subject import Memory
 from normkit.lab.bench.timing import Times
 from normkit.lab.environment import Environment
-from normkit.lab.records import usable_folder
+from normkit.lab.files import write_whole
 from normkit.lab.spec import Frozen
 
 OURS = "ours"
@@ -76,10 +76,7 @@ def write_record(path: Path, record: Frozen) -> None:
     Raises:
         DataError: If it cannot be written.
     """
-    usable_folder(path.parent)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read_record(path: Path) -> BenchRecord:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from normkit.errors import DataError
-from normkit.text import printable, shortened
+from normkit.lab.files import whole_file
+from normkit.text import shortened
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
@@ -26,13 +25,8 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
         DataError: If the file cannot be written.
     """
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    partial = path.with_name(f".{os.getpid()}.partial")  # a short name fits where a long one does
-    try:
-        save_file(state, partial, metadata=dict(metadata))
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{printable(path)} cannot be written: {printable(shortened(error), 160)}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, "--save") as draft:
+        try:
+            save_file(state, draft, metadata=dict(metadata))
+        except SafetensorError as error:  # what the system says of the file
+            raise OSError(shortened(error, 160)) from error

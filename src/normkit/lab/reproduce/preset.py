@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from normkit.errors import SpecError
 from normkit.lab.reproduce.store import RunSpec, Values
+from normkit.lab.reproduce.training import Data
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
-from normkit.lab.spec import Frozen
 
 Scale = Literal["tiny", "small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -77,7 +77,7 @@ class Task:
 class Size:
     """A preset at one scale: the settings of its task, and how many seeds."""
 
-    settings: Frozen
+    settings: Data
     num_seeds: int
 
 

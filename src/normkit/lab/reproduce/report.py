@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from normkit.errors import DataError
-from normkit.lab.records import file_errors
+from normkit.lab.files import file_errors, write_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.run import measured
@@ -87,11 +87,7 @@ def write_result(folder: Path, result: Result) -> Path:
     about = json.dumps(result.model_dump(mode="json", exclude={"runs"}), indent=1)
     lines = ",\n".join(f"  {record.model_dump_json()}" for record in result.runs)
     text = f'{about.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n'
-    with file_errors(path):
-        draft = path.with_suffix(".tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    return path
+    return write_whole(path, text)
 
 
 def read_result(path: Path) -> Result:

@@ -41,6 +41,10 @@ class Data(Frozen):
             test=self._shrunk(whole.test.take(torch.arange(len(whole.test))[: self.num_test])),
         )
 
+    def fingerprint(self) -> str:
+        """Twelve digits that change when the data set's files do."""
+        return load(self.data, self.num_train).fingerprint
+
     def _shrunk(self, examples: Examples) -> Examples:
         if self.shrink == 1:
             return examples

@@ -1,6 +1,11 @@
-"""Flags of the command line and their lists of numbers."""
+"""What commands share: flags, lists of numbers, what is said of files."""
+
+import sys
+from pathlib import Path
 
 from normkit.errors import SpecError
+from normkit.lab.lines import Contents
+from normkit.text import printable
 
 MAX_DIGITS = 100  # far beyond every bound; Python refuses to read thousands of digits
 
@@ -28,3 +33,12 @@ def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
             f"number; write whole numbers with commas between, such as 2,8,32"
         )
     return tuple(int(part) for part in parts)
+
+
+def tell_of_corrupt_lines(contents: Contents, path: Path) -> None:
+    """Say on the standard error which lines of a file of records are left out, and why."""
+    for line in contents.corrupt:
+        sys.stderr.write(
+            f"normkit: line {line.number} of {printable(path)} is no record "
+            f"({printable(line.reason)}); it is left out, the others are used\n"
+        )
