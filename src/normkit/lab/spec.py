@@ -73,7 +73,8 @@ class Protocol(Frozen):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD's momentum, in [0, 1)")
     weight_decay: float = Field(default=1e-4, ge=0, description="SGD's weight decay, 0 or more")
     lr_drops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(0.5, 0.75), description="the shares of the epochs after which the rate drops"
+        default=(81 / 164, 122 / 164),
+        description="the shares of the epochs after which the rate drops",
     )
     lr_factor: float = Field(
         default=0.1, gt=0, le=1, description="what the learning rate is multiplied by at a drop"
@@ -101,6 +102,12 @@ class RunSpec(Frozen):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def has_learning_rate_as_update_rate(self) -> bool:
+        """Whether estimates of micro-batches move by the learning rate, as in the paper."""
+        options = dict(NormSpec.parse(self.norm).arguments)
+        return bool(options.get("micro_batch")) and "update_rate" not in options
+
     def learning_rate(self, epoch: int) -> float:
         r"""Learning rate of an epoch.
 
@@ -110,7 +117,8 @@ class RunSpec(Frozen):
             epoch: Epochs finished before this one.
 
         Source:
-            Gunawan et al., appendix C: ``0.1 * batch / 128``, two drops by ten.
+            Gunawan et al., appendix B.1: ``0.1 * batch / 128``, a tenth after 81 and after 122 of
+            164 epochs.
         """
         share = epoch / self.protocol.epochs
         num_drops = sum(share >= drop for drop in self.protocol.lr_drops)
