@@ -1,6 +1,5 @@
 """`normkit compare`: which norm wins at which batch size, and at what cost."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,9 +11,15 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from normkit.cli.progress import line_by_line, sweep_progress
-from normkit.cli.shared import flag, tell_of_corrupt_lines, whole_numbers
+from normkit.cli.shared import (
+    MAX_PROCESSES,
+    flag,
+    print_json,
+    require_counts,
+    tell_of_corrupt_lines,
+    whole_numbers,
+)
 from normkit.cli.tables import print_tables
-from normkit.errors import SpecError
 from normkit.lab.compare import Comparison, compare, of_sweep
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched
@@ -175,8 +180,7 @@ class Compare:
     def _num_workers(self, sweep: SweepSpec) -> int:
         if self.workers is None:
             return default_workers(sweep)
-        if self.workers < 1:
-            raise SpecError(f"--workers was given {self.workers}; give the runs at once, 1 or more")
+        require_counts(self, "workers", at_most=MAX_PROCESSES)
         return self.workers
 
     def _print(self, comparison: Comparison, records: Sequence[Record]) -> None:
@@ -185,7 +189,7 @@ class Compare:
             result = comparison.model_dump(mode="json")
             result |= {name: str(path) for name, path in paths.items()}
             result["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
-            sys.stdout.write(json.dumps(result) + "\n")
+            print_json(result)
         else:
             print_tables(comparison, records, paths)
 

@@ -1,6 +1,6 @@
 """`normkit convert`: other norms in a model, and its weights in a file."""
 
-import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +9,13 @@ from typing import Annotated
 import tyro
 
 from normkit.cli.model import ModelOptions
+from normkit.cli.shared import print_json, require_counts
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Dataset, load
 from normkit.lab.files import usable_folder
+from normkit.text import shortened
 
 SUFFIX = ".safetensors"
 
@@ -62,16 +64,16 @@ class Convert(ModelOptions):
         )
         if self.save is not None:
             save_weights(done.model, self.save, self._about(done))
-        sys.stdout.write((json.dumps(as_json(done)) if self.json_output else str(done)) + "\n")
+        if self.json_output:
+            print_json(as_json(done))
+        else:
+            sys.stdout.write(f"{done}\n")
         if self.save is not None:
             sys.stderr.write(f"weights: {self.save}\n")
         return 0
 
     def _check(self) -> None:
-        for name in ("examples", "batch_size"):
-            if getattr(self, name) < 1:
-                given, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-                raise SpecError(f"{flag} was given {given}; give 1 or more")
+        require_counts(self, "examples", "batch_size")
         if self.save is not None:
             if self.save.suffix != SUFFIX:
                 raise SpecError(f"--save was given {str(self.save)!r}; its name ends in {SUFFIX}")
@@ -85,6 +87,8 @@ class Convert(ModelOptions):
 
     def _map(self) -> dict[str, str]:
         patterns = [part.strip() for part in (self.where or "").split(",")]
+        for pattern in patterns:
+            _require_pattern(pattern)
         if "" in patterns:
             raise SpecError(
                 f"--where was given {self.where!r}; write names with commas between, such as "
@@ -94,6 +98,16 @@ class Convert(ModelOptions):
 
     def _batches(self, dataset: Dataset) -> list[object]:
         return list(dataset.train.inputs[: self.examples].split(self.batch_size))
+
+
+def _require_pattern(pattern: str) -> None:
+    """Refuse a regular expression that cannot be read, for whatever reason."""
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SpecError(
+            f"--where was given {shortened(pattern)!r}, which is no regular expression: {error}"
+        ) from error
 
 
 def as_json(done: Conversion) -> dict[str, object]:

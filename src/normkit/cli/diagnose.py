@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.shared import flag
+from normkit.cli.shared import flag, require_counts
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import earlier_state
@@ -59,10 +59,7 @@ class Diagnose(ModelOptions):
         Raises:
             NormError: If an option breaks its rule, or a file cannot be used.
         """
-        for name in ("batch_size", "examples"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        require_counts(self, "batch_size", "examples")
         if self.checkpoint is None:
             raise SpecError("--checkpoint is missing: random weights have nothing to diagnose")
         folder = usable_folder(self.out, DIAGNOSIS_NAME, REPORT_NAME)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normkit.cli.shared import whole_numbers
+from normkit.cli.shared import require_counts, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import Recipe, restored
 from normkit.lab.data import Dataset
-from normkit.lab.models import build_model
+from normkit.lab.models import MAX_CLASSES, build_model
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 
@@ -39,8 +39,7 @@ class ModelOptions:
             SpecError: If the model is unknown or cannot take the inputs.
             DataError: If the checkpoint cannot be read or does not fit.
         """
-        if self.num_classes is not None and self.num_classes < 1:
-            raise SpecError(f"--num-classes was given {self.num_classes}; give 1 or more")
+        require_counts(self, "num_classes", at_most=MAX_CLASSES)
         known = NUM_CLASSES if dataset is None else dataset.num_classes
         built = build_model(
             self.model,

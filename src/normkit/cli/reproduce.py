@@ -1,6 +1,5 @@
 """`normkit reproduce`: figures of the papers at small scale, and whether their claims held."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from normkit.cli.shared import tell_of_corrupt_lines
+from normkit.cli.shared import print_json, tell_of_corrupt_lines
 from normkit.errors import SpecError
 from normkit.lab.files import usable_folder, whole_file
 from normkit.lab.lines import read_lines
@@ -72,7 +71,11 @@ class Reproduce:
         """
         presets = self._presets()
         if self.report:
-            sys.stdout.write(as_markdown(results_in(self.out)))
+            results = results_in(self.out)
+            if self.json_output:
+                self._print(results)
+            else:
+                sys.stdout.write(as_markdown(results))
         elif self.list_presets or not presets:
             self._print_list(presets or tuple(PRESETS.values()))
         else:
@@ -108,13 +111,13 @@ class Reproduce:
     def _print(self, results: Sequence[Result]) -> None:
         if self.json_output:
             found = [result.model_dump(mode="json", exclude={"runs"}) for result in results]
-            sys.stdout.write(json.dumps(found) + "\n")
+            print_json(found)
         else:
             sys.stdout.write("\n\n".join(map(as_text, results)) + "\n")
 
     def _print_list(self, presets: Iterable[Preset]) -> None:
         if self.json_output:
-            sys.stdout.write(json.dumps([_described(preset) for preset in presets]) + "\n")
+            print_json([_described(preset) for preset in presets])
             return
         for preset in presets:
             sys.stdout.write(f"{preset.name}: {preset.title}\n")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.shared import flag
+from normkit.cli.shared import flag, print_json, require_counts
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Examples, load
@@ -64,16 +64,15 @@ class Tune(ModelOptions):
             per_layer=self.per_layer,
         )
         test = result.gain_on(self._batches(dataset.test))
-        text = json.dumps(as_json(result, test)) if self.json_output else _text(result, test)
-        sys.stdout.write(text + "\n")
         self._write(result)
+        if self.json_output:
+            print_json(as_json(result, test))
+        else:
+            sys.stdout.write(f"{_text(result, test)}\n")
         return 0
 
     def _check(self) -> None:
-        for name in ("examples", "batch_size"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        require_counts(self, "examples", "batch_size")
         for name, suffixes in (("save", (SUFFIX,)), ("plot", PICTURES)):
             path = getattr(self, name)
             if path is None:

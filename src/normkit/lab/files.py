@@ -1,6 +1,7 @@
 """Folders that can be written to, and files that appear whole or not at all."""
 
 import os
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,25 @@ def _require_writable(path: Path, option: str) -> None:
             path.open("ab").close()
             return
     raise DataError(f"{printable(path)} is no file; move it away or give another one with {option}")
+
+
+def require_file(path: Path) -> None:
+    """Refuse what cannot be read as a file.
+
+    Raises:
+        DataError: If there is none, it is a folder or a device, or its name cannot be one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(
+            f"{printable(path)} cannot be read: {error.strerror}; give a file that is there"
+        ) from error
+    except ValueError as error:  # a name with a zero byte
+        raise DataError(f"{printable(path)} is no name of a file: {error}; give one") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise DataError(f"{printable(path)} is {kind}; give a file")
 
 
 @contextmanager

@@ -6,16 +6,25 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from normkit import NormSpec
 from normkit.errors import SpecError
+from normkit.text import shortened
 
 REFERENCE_BATCH_SIZE = 128  # the batch size that `base_lr` is stated for
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Threads = Annotated[int, Field(ge=1, le=1024, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]  # what torch's generators take
 
 
@@ -52,7 +61,8 @@ class Frozen(BaseModel):
             return f"{name!r} is no field; known are {', '.join(cls.model_fields)}"
         rule = error["msg"][0].lower() + error["msg"][1:]
         way_out = cls.model_fields[name].description
-        return f"{spelled(name)} was given {error['input']!r}: {rule}; give {way_out}"
+        given = shortened(repr(error["input"]), 100)
+        return f"{spelled(name)} was given {given}: {rule}; give {way_out}"
 
 
 class Protocol(Frozen):
@@ -80,7 +90,7 @@ class Protocol(Frozen):
         default=0.1, gt=0, le=1, description="what the learning rate is multiplied by at a drop"
     )
     device: str = Field(default="cpu", description="a torch device such as cpu or cuda")
-    threads: Count = Field(default=1, description="CPU threads of one run, 1 or more")
+    threads: Threads = Field(default=1, description="CPU threads of one run, 1 or more")
 
 
 class RunSpec(Frozen):
@@ -143,8 +153,8 @@ class SweepSpec(Frozen):
 
     @field_validator("batch_sizes", "seeds")
     @classmethod
-    def _distinct_numbers(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        return _distinct("batch sizes and seeds", values)
+    def _distinct_numbers(cls, values: tuple[int, ...], about: ValidationInfo) -> tuple[int, ...]:
+        return _distinct(str(about.field_name).replace("_", " "), values)
 
     def runs(self) -> tuple[RunSpec, ...]:
         """All runs, seed by seed, so that every cell has a first result early."""

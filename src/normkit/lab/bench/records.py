@@ -9,7 +9,7 @@ from normkit.lab.bench.spec import TINY_SHAPE, BenchSpec, Shape
 from normkit.lab.bench.subject import Memory
 from normkit.lab.bench.timing import Times
 from normkit.lab.environment import Environment
-from normkit.lab.files import write_whole
+from normkit.lab.files import require_file, usable_folder, write_whole
 from normkit.lab.spec import Frozen
 
 OURS = "ours"
@@ -76,6 +76,7 @@ def write_record(path: Path, record: Frozen) -> None:
     Raises:
         DataError: If it cannot be written.
     """
+    usable_folder(path.parent)
     write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
@@ -85,6 +86,7 @@ def read_record(path: Path) -> BenchRecord:
     Raises:
         DataError: If there is none.
     """
+    require_file(path)
     try:
         return BenchRecord.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import stat
 import struct
 import warnings
 from collections import Counter
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from normkit.errors import DataError
+from normkit.lab.files import require_file
 from normkit.text import listed, printable, shortened
 
 SUFFIX = ".safetensors"
@@ -68,25 +68,6 @@ def read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _no_checkpoint(path, error) from error
-
-
-def require_file(path: Path) -> None:
-    """Refuse what cannot be read as a file.
-
-    Raises:
-        DataError: If there is none, it is a folder or a device, or its name cannot be one.
-    """
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise DataError(
-            f"{printable(path)} cannot be read: {error.strerror}; give a file that is there"
-        ) from error
-    except ValueError as error:  # a name with a zero byte
-        raise DataError(f"{printable(path)} is no name of a file: {error}; give one") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise DataError(f"{printable(path)} is {kind}; give a file")
 
 
 def _read(path: Path) -> Mapping[object, object]:

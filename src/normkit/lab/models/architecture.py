@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -12,6 +11,7 @@ from torch import nn
 
 from normkit.core.check import require_count
 from normkit.errors import SpecError
+from normkit.lab.environment import memory_bytes
 
 NormLayer = Callable[[int], nn.Module]  # takes the number of features
 
@@ -107,7 +107,7 @@ def require_room(architecture: Architecture, text: str, task: Task) -> None:
     except (RuntimeError, NotImplementedError):
         return  # some of timm's read values while they are built
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_bytes()
     if 4 * needed > memory:
         raise SpecError(
             f"model {text!r} would have {needed / 2**30:.3g} GiB of weights for inputs of shape "

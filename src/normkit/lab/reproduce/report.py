@@ -116,7 +116,8 @@ def results_in(folder: Path) -> list[Result]:
         DataError: If there is none.
     """
     paths = [result_path(folder, name) for name in PRESETS]
-    found = [read_result(path) for path in paths if path.exists()]
+    with file_errors(folder):
+        found = [read_result(path) for path in paths if path.exists()]
     if not found:
         raise DataError(
             f"{folder} has no results; normkit reproduce NAME --out {folder} makes them"
