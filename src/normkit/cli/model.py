@@ -9,8 +9,8 @@ from torch import nn
 from normkit.cli.shared import require_counts, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import Recipe, restored
-from normkit.lab.data import Dataset
-from normkit.lab.models import MAX_CLASSES, build_model
+from normkit.lab.data import MAX_CLASSES, Dataset
+from normkit.lab.models import build_model
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from normkit.core.check import require_count
 from normkit.errors import SpecError
+from normkit.lab.data.files import MAX_CLASSES
 from normkit.lab.environment import memory_bytes
 
 NormLayer = Callable[[int], nn.Module]  # takes the number of features
 
 
-MAX_CLASSES, MAX_CHANNELS, MAX_INPUT = 10**6, 4096, 2**24  # the last of values of one input
+MAX_CHANNELS, MAX_INPUT = 4096, 2**24  # the second of values of one input
 MAX_OPTION, MAX_NAME = 2048, 400  # layers or channels; characters
 
 
