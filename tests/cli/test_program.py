@@ -206,3 +206,22 @@ def test_an_interrupt_ends_with_130_and_leaves_no_half_file(tmp_path, command):
     said = json.loads(output)
     assert said["error"].startswith("interrupted; ")
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"records.jsonl"}
+
+
+def test_an_interrupt_while_the_libraries_are_imported_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import normkit_program; normkit_program.main()"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT  # 130 in a shell
+    assert errors == ""
