@@ -85,7 +85,9 @@ def write_result(folder: Path, result: Result) -> Path:
     """
     path = result_path(folder, result.preset)
     about = json.dumps(result.model_dump(mode="json", exclude={"runs"}), indent=1)
-    lines = ",\n".join(f"  {record.model_dump_json()}" for record in result.runs)
+    lines = ",\n".join(
+        f"  {record.model_dump_json(exclude_defaults=True)}" for record in result.runs
+    )
     text = f'{about.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n'
     return write_whole(path, text)
 
