@@ -37,6 +37,7 @@ from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 from normkit.param_groups import decay_gamma_to_one, param_groups
 from normkit.spec import NormSpec, build, parse_specs
+from normkit.version import __version__
 
 if TYPE_CHECKING:
     from normkit import weights
@@ -211,6 +212,7 @@ __all__ = [
     "TraceError",
     "Tuning",
     "WeightError",
+    "__version__",
     "accumulate_statistics",
     "add_output_noise",
     "bake_weights_",

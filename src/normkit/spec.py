@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,6 +13,7 @@ from typing import get_args
 
 from torch import nn
 
+from normkit.core.check import require_count
 from normkit.core.composite import Order
 from normkit.core.partition import largest_divisor
 from normkit.errors import SpecError
@@ -20,8 +23,12 @@ from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
 from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
+from normkit.text import shortened
 
 Value = int | float | bool | str | None
+
+MAX_NUMBER = 2**24  # groups, examples and channels: buffers of that many values are still small
+MAX_LENGTH = 400  # characters of a spec
 
 RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
     {128: 512, 64: 256, 32: 128, 16: 64, 8: 16, 4: 2, 2: 1, 1: 1}
@@ -55,9 +62,12 @@ class Recipe:
 
 
 def recommended_bgn_groups(batch_size: int) -> int:
-    """Groups of BGN for this many examples per worker: the paper's nearest in log2."""
-    if batch_size < 1:
-        raise SpecError(f"batch_size={batch_size} was given; it counts examples, so at least 1")
+    """Groups of BGN for this many examples per worker: the paper's nearest in log2.
+
+    Raises:
+        OptionError: If it is no whole number of at least 1.
+    """
+    batch_size = require_count("batch_size", batch_size)
     nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda size: abs(math.log2(batch_size / size)))
     return RECOMMENDED_BGN_GROUPS[nearest]
 
@@ -138,6 +148,11 @@ class NormSpec:
             return text
         if not isinstance(text, str):
             raise SpecError(f"a spec is a text or a NormSpec; {text!r} was given")
+        if len(text) > MAX_LENGTH:
+            raise SpecError(
+                f"a spec of {len(text)} characters was given, {text[:20]!r}...; it has at most "
+                f"{MAX_LENGTH}"
+            )
         body, *suffixes = text.strip().split("+")
         if suffixes not in ([], ["ws"]):
             raise SpecError(f"spec {text!r} ends in +{'+'.join(suffixes)}; the only suffix is +ws")
@@ -173,8 +188,16 @@ class NormSpec:
                 chosen among the divisors of ``num_features``, which always fit.
 
         Raises:
-            SpecError: If ``auto`` is asked for without a batch size.
+            SpecError: If ``auto`` is asked for without a batch size, or a size is too large.
+            OptionError: If a size is no whole number of at least 1.
         """
+        sizes = {
+            "num_features": num_features,
+            "num_positions": 1 if num_positions is None else num_positions,
+        }
+        for name, value in sizes.items():
+            if require_count(name, value) > MAX_NUMBER:
+                raise SpecError(f"{name}={value} was given; it is {MAX_NUMBER} at most")
         given = dict(self.arguments)
         limit = given.pop("max", None)
         if given.get("") == "auto":
@@ -182,8 +205,9 @@ class NormSpec:
         if limit is None:
             return self
         recipe = METHODS[self.name]
-        size = num_features * (num_positions or 1 if recipe.over_positions else 1)
-        given[""] = largest_divisor(size, at_most=int(limit))
+        size = sizes["num_features"] * (sizes["num_positions"] if recipe.over_positions else 1)
+        at_most = require_count("max", limit)  # type: ignore[arg-type] - which is what it checks
+        given[""] = largest_divisor(size, at_most=at_most)
         return replace(self, arguments=tuple(sorted(given.items())))
 
     def build(
@@ -199,6 +223,12 @@ class NormSpec:
         found = self.resolve(num_features, batch_size=batch_size, num_positions=num_positions)
         recipe = METHODS[self.name]
         options = {key or str(recipe.argument): value for key, value in found.arguments}
+        unknown = options.keys() - recipe.options().keys()
+        if unknown:
+            raise SpecError(
+                f"{self} sets {', '.join(sorted(unknown))}; its options are: "
+                f"{', '.join(recipe.options())}"
+            )
         return recipe.layer(num_features, **options)
 
     def _automatic(self, batch_size: int | None) -> int:
@@ -218,12 +248,14 @@ def parse_specs(text: str) -> tuple[NormSpec, ...]:
         >>> parse_specs("bn,gn:8,bgn:auto")
         (NormSpec('bn'), NormSpec('gn:8'), NormSpec('bgn:auto'))
     """
+    if not isinstance(text, str):
+        raise SpecError(f"a list of specs is a text such as 'bn,gn:8'; {text!r} was given")
     specs = tuple(NormSpec.parse(part) for part in text.split(",") if part.strip())
     if not specs:
         raise SpecError(f"{text!r} names no norm; the norms are: {', '.join(METHODS)}")
-    for index, spec in enumerate(specs):
-        if spec in specs[:index]:
-            raise SpecError(f"{text!r} names {spec} twice; name each norm once")
+    twice = [spec for spec, count in Counter(specs).items() if count > 1]
+    if twice:
+        raise SpecError(f"{shortened(text)!r} names {twice[0]} twice; name each norm once")
     return specs
 
 
@@ -266,8 +298,27 @@ def recipe_of(name: str, text: str) -> Recipe:
         SpecError: If there is no such norm.
     """
     if name not in METHODS:
-        raise SpecError(f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}")
+        raise SpecError(
+            f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}{_meant(name)}"
+        )
     return METHODS[name]
+
+
+def _meant(name: str) -> str:
+    """What a name such as ``gn8``, ``GN-8`` or ``GroupNorm`` probably means."""
+    from difflib import get_close_matches  # noqa: PLC0415 - slow import
+
+    read = re.fullmatch(r"([a-z_ ]+)[^a-z0-9]*(\d{0,9})d?", name.lower())
+    if read is None:
+        return ""
+    known = {key: key for key in METHODS}
+    known |= {recipe.layer.__name__.lower(): key for key, recipe in METHODS.items()}
+    close = get_close_matches(re.sub("[_ ]", "", read[1]), known, n=1)
+    if not close:
+        return ""
+    found = known[close[0]]
+    number = f":{read[2]}" if read[2] and METHODS[found].argument else ""
+    return f"; did you mean {found}{number}?"
 
 
 def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
@@ -310,11 +361,12 @@ def _is_flag(option: str, recipe: Recipe) -> bool:
 
 
 def _whole_number(value: str, argument: str, text: str) -> int:
-    if value.isascii() and value.isdigit() and int(value) > 0:
-        return int(value)
+    number = int(value) if re.fullmatch(r"[0-9]{1,100}", value) else 0
+    if 0 < number <= MAX_NUMBER:
+        return number
     raise SpecError(
-        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1, an "
-        f"option=value, or an option that is true or false"
+        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1 and at "
+        f"most {MAX_NUMBER}, an option=value, or an option that is true or false"
     )
 
 
@@ -325,8 +377,11 @@ def _value(value: str, annotation: str, argument: str, text: str) -> Value:
         return constants[value]
     if annotation in WORDS:
         return _word(value, WORDS[annotation], argument, text)
+    kind = annotation.split(" ", maxsplit=1)[0]
+    if kind == "int":
+        return _whole_number(value, argument, text)
     try:
-        return {"int": int, "float": float}[annotation.split(" ", maxsplit=1)[0]](value)
+        return {"float": float}[kind](value if value.isascii() and "_" not in value else "")
     except (KeyError, ValueError):
         raise SpecError(
             f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"

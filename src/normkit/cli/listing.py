@@ -1,6 +1,5 @@
 """`normkit list`: what can be named on the command line."""
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normkit.catalog import CATALOG, Method
+from normkit.cli.shared import print_json
 from normkit.errors import SpecError
 from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
@@ -40,7 +40,7 @@ class List:
         if not self.method:
             self._print_all()
         elif self.json_output:
-            _print_json(_method(self.method).as_dict())
+            print_json(_method(self.method).as_dict())
         else:
             print_method(_method(self.method))
         return 0
@@ -53,7 +53,7 @@ class List:
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
         if self.json_output:
-            _print_json(names | {"methods": [method.as_dict() for method in CATALOG.values()]})
+            print_json(names | {"methods": [method.as_dict() for method in CATALOG.values()]})
             return
         print_methods()
         lines = (f"{kind}: {', '.join(known)}" for kind, known in names.items())
@@ -104,7 +104,3 @@ def _method(name: str) -> Method:
     if name.removeprefix("+") not in CATALOG:
         raise SpecError(f"there is no method {name!r}; the methods are: {', '.join(CATALOG)}")
     return CATALOG[name.removeprefix("+")]
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")

@@ -148,10 +148,18 @@ def chosen(x: Tensor) -> Kernels:
     """The kernels for a call on ``x``: ``choose`` without the words."""
     kernels = "cpu" if _asked.kernels is None and x.is_cpu else _candidate(x).kernels
     if kernels == "cpu":
-        return kernels if _WHY_NOT_CPU is None and _obstacle() is None else "reference"
+        if _WHY_NOT_CPU is not None:
+            _tell_of_slow_calls()
+            return "reference"
+        return kernels if _obstacle() is None else "reference"
     if kernels == "triton" and x.numel() and _obstacle() is None:
         return kernels if _why_not_triton(x.device) is None else "reference"
     return "reference"
+
+
+def _tell_of_slow_calls() -> None:
+    if not torch.compiler.is_compiling():
+        cpu.warn_that_it_is_slow()
 
 
 def primitives(x: Tensor) -> ModuleType:

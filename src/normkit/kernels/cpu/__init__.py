@@ -1,4 +1,4 @@
-"""C++ kernels on torch's stable ABI, from ``csrc/``; absent where no compiler was at hand."""
+"""C++ kernels on torch's stable ABI, from ``csrc/``; absent where they could not be built."""
 
 from normkit.kernels.cpu.composite import (
     Batch,
@@ -19,7 +19,12 @@ from normkit.kernels.cpu.functions import (
     split_table,
 )
 from normkit.kernels.cpu.kinds import BatchSource, Kind
-from normkit.kernels.cpu.library import available, instruction_set, why_not
+from normkit.kernels.cpu.library import (
+    available,
+    instruction_set,
+    warn_that_it_is_slow,
+    why_not,
+)
 
 __all__ = [
     "Batch",
@@ -40,5 +45,6 @@ __all__ = [
     "normalize_positions",
     "require",
     "split_table",
+    "warn_that_it_is_slow",
     "why_not",
 ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from normkit.kernels.cpu import shapes
+from normkit.text import shortened
 
 LIBRARY = Path(__file__).with_name("_C.so")
+REASON_NAME = "not_built.txt"  # what the build leaves beside it when there is no library
+BUILD_AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 @cache
@@ -18,15 +22,37 @@ def why_not() -> str | None:
     """Load the library on the first call; the reason why it cannot be used, or None."""
     if not LIBRARY.exists():
         return (
-            "the CPU kernels were not built (no C++ compiler when normkit was installed); "
-            "install a compiler, then `pip install --no-build-isolation --force-reinstall normkit`"
+            f"the CPU kernels were not built: {_why_not_built()}; with torch and a C++ compiler "
+            f"there, run `{BUILD_AGAIN}` in the folder of normkit's sources"
         )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the CPU kernels do not load into torch {torch.__version__}: {error}"
+        return (
+            f"the CPU kernels do not load into torch {torch.__version__}: {error}; run "
+            f"`{BUILD_AGAIN}` in the folder of normkit's sources"
+        )
     shapes.register()
     return None
+
+
+def _why_not_built() -> str:
+    """What the build has left as its reason, in one line."""
+    try:
+        return shortened(LIBRARY.with_name(REASON_NAME).read_text(encoding="utf-8"))
+    except OSError:
+        return "the package has no library, and no word of why"
+
+
+@cache
+def warn_that_it_is_slow() -> None:
+    """Warn, once a process, that calls which the library would compute take longer without it."""
+    warnings.warn(
+        f"normkit computes on the CPU without its C++ kernels, with the same results and several "
+        f"times slower: {why_not()}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def available() -> bool:
