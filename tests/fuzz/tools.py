@@ -365,6 +365,40 @@ def accumulate(bench):
     return work
 
 
+@tool("guard_statistics_")
+def guard(bench):
+    return lambda: nk.guard_statistics_(bench.model)
+
+
+@tool("Guard.remove")
+def unguard(bench):
+    return nk.guard_statistics_(bench.model).remove
+
+
+class Skipping:
+    """A gradient scaler that has skipped every step."""
+
+    def __init__(self):
+        self.scale = 2.0**30
+
+    def get_scale(self):
+        return self.scale
+
+    def update(self):
+        self.scale /= 2
+
+
+@tool("Guard.update", moves=TRAINING, check=moved_together)
+def take_back(bench):
+    bench.waiting = [m for m in bench.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    guarded = nk.guard_statistics_(bench.model)
+    for layer in bench.waiting:
+        layer.num_batches_tracked.zero_()
+    bench.model.train()(next(iter(bench.data()))[0])
+    scaler = Skipping()
+    return lambda: guarded.update(scaler)
+
+
 @tool("decay_gamma_to_one")
 def decay(bench):
     groups = nk.param_groups(bench.model, 0.1, 0.1, decay_gamma_to=1)

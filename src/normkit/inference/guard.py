@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,19 @@ from normkit.inference.known import is_fixed
 from normkit.inference.tracked import STATISTICS, callers, foreign, tracked, why_still
 from normkit.kernels.select import functorch_is_active
 from normkit.layers.base import BUFFERS
-from normkit.passes import bare, require_uncompiled, swaps_statistics
+from normkit.passes import (
+    all_or_nothing,
+    attempt,
+    bare,
+    finish,
+    require_uncompiled,
+    swaps_statistics,
+)
+from normkit.passes.finish import Step
 from normkit.text import module_name, table_lines
 
 
+@all_or_nothing
 def guard_statistics_(model: nn.Module) -> Guard:
     r"""Let no batch that is not finite move a model's running statistics.
 
@@ -136,11 +146,17 @@ class Guard:
         before = scaler.get_scale()
         scaler.update()
         skipped = scaler.get_scale() < before
-        for layer, counts in self._counted():
-            counts.begin_step(layer, take_back=skipped)
+        finish(
+            step
+            for layer, counts in self._counted()
+            for step in counts.next_step(layer, take_back=skipped)
+        )
 
     def remove(self) -> None:
         """Take the guard out of the model, and of nothing else; a second time does nothing."""
+        attempt(self._remove, self.model)
+
+    def _remove(self) -> None:
         for module in self.model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if _owner(hook) is not None]:
@@ -247,14 +263,14 @@ class _Counts:
             self.seen.add_(1)
             self.accepted.add_(is_fine)
 
-    @torch.no_grad()
-    def begin_step(self, layer: nn.Module, *, take_back: bool) -> None:
-        """Start a new step, from the statistics before this one if it is taken back."""
-        at_step, self._at_step = self._at_step, None
+    def next_step(self, layer: nn.Module, *, take_back: bool) -> list[Step]:
+        """Steps that begin a new step, from the statistics before this one if it is taken back."""
+        at_step, taken_back = self._at_step, self.taken_back
         if take_back and at_step is not None:
-            at_step.write(layer)
-            self.taken_back.add_(self.accepted - self._earlier)
-        self._earlier.copy_(self.accepted)
+            taken_back = taken_back + self.accepted - self._earlier
+        begun = {"taken_back": taken_back, "_earlier": self.accepted.clone(), "_at_step": None}
+        write = [partial(at_step.write, layer)] if take_back and at_step is not None else []
+        return [*write, partial(vars(self).update, begun)]
 
     def _to(self, device: torch.device) -> None:
         if self.seen.device != device:
