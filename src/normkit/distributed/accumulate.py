@@ -18,7 +18,7 @@ from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.inference.tracked import bare, feature_map, tracked
 from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.passes import Hooks, all_or_nothing, finish, surely
+from normkit.passes import Hooks, all_or_nothing, finish, grad_mode_now, surely
 from normkit.text import module_name
 
 
@@ -97,7 +97,7 @@ class Accumulation:
         All of them move or, if that is interrupted, none; nothing is pending then. Over several
         processes, all of them must call it.
         """
-        surely(self._move, self._forget)
+        surely(self._move, self._forget, grad_mode_now())
 
     def remove(self) -> None:
         """End it: the model is called as before, and what is pending is dropped."""
@@ -181,7 +181,8 @@ class _Around:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
         """Compute the norm's output."""
-        return surely(lambda: self._followed(args, kwargs), *(f.put_back for f in self._followers))
+        end = [follower.put_back for follower in self._followers]
+        return surely(lambda: self._followed(args, kwargs), *end, grad_mode_now())
 
     def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         now = self._accumulation
