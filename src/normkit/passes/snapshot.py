@@ -99,7 +99,7 @@ def _can_be_filled(held: object) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether this is torch's own kind with its values here, not in parts on several devices."""
-    return type(tensor.data) is Tensor and tensor.layout == torch.strided
+    return type(tensor.data) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _copied(held: Any) -> Any:  # noqa: ANN401 - a dict, a list or a set
@@ -134,11 +134,11 @@ def _holds(held: Any, before: Any) -> bool:  # noqa: ANN401
 
 def _mode(module: nn.Module) -> Step:
     """The mode of a module that does not have it among its attributes, such as a ScriptModule."""
-    mode = module.training
+    mode = getattr(module, "training", None)  # a frozen one has none at all
 
     def put_back() -> None:
-        if module.training != mode:
-            module.training = mode
+        if getattr(module, "training", None) != mode:
+            setattr(module, "training", mode)  # noqa: B010 - torch types modules' attributes
 
     return put_back
 
@@ -182,13 +182,16 @@ def _gradient(parameter: nn.Parameter) -> Step:
 
 def _values(tensor: Tensor) -> Step:
     """Values, which are only written if they have changed: not every tensor can be written."""
-    if tensor.is_meta or tensor.layout != torch.strided or is_lazy(tensor):
+    here = tensor.data if is_lazy(tensor) else tensor.detach()
+    local = getattr(here, "to_local", None)
+    here = here if local is None else local()  # the part that this process has of it
+    if not _is_plain(here) or here.is_meta:
         return lambda: None
-    values = tensor.detach().clone()
+    values = here.clone()
 
     def put_back() -> None:
-        if not _equal(tensor.detach(), values):
-            tensor.detach().copy_(values)  # without no_grad(), whose end could be interrupted
+        if not _equal(here, values):
+            here.copy_(values)  # detached: no_grad() has an end, which could be interrupted
 
     return put_back
 
