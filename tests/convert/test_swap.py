@@ -200,7 +200,6 @@ class Interrupter:
         "weights/attach.py",
         "convert/carry_out.py",
         "passes/rollback.py",
-        "passes/snapshot.py",
     )
 
     def __init__(self, at):

@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import NamedTuple
 from unittest.mock import patch
 
+import torch
+
 import normkit
 from fuzz.bench import Bench
 from fuzz.wholeness import differences
@@ -50,10 +52,12 @@ class Lines:
         at: ``(file, line, occurrence)`` where to raise; None only notes.
         error: What is raised.
         is_on: Whether lines count from the beginning; else once it is set.
+        without: How the names of files begin that do not count.
     """
 
-    def __init__(self, at=None, error=None, is_on=True):
+    def __init__(self, at=None, error=None, is_on=True, without=()):
         self.at, self.error, self.is_on = at, error, is_on
+        self.without = tuple(OURS + each for each in without)
         self.seen = Counter()
         self.hit = False
 
@@ -67,7 +71,8 @@ class Lines:
             sys.settrace(before)
 
     def _enter(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(OURS) else None
+        file = frame.f_code.co_filename
+        return self._line if file.startswith(OURS) and not file.startswith(self.without) else None
 
     def _line(self, frame, event, arg):
         if event == "line" and self.is_on and not self.hit:
@@ -145,7 +150,7 @@ class Profile:
     def _lines_after(self, call, errors):
         """Find the lines that run once a call of the user's code has raised."""
         if (call, errors[0]) not in self._after:
-            lines = Lines(is_on=False)
+            lines = Lines(is_on=False, without=self.tool.without)
             _run(Bench(self.tool.prepare, self.path), Trial(call, None, errors), lines)
             self._after[call, errors[0]] = lines.seen
         return self._after[call, errors[0]]
@@ -159,7 +164,7 @@ def _occurrence(lines, draw):
 @shortened()
 def profiled(tool, path):
     """Run a tool without interruption, and note all of it."""
-    bench, lines = Bench(tool.prepare, path), Lines()
+    bench, lines = Bench(tool.prepare, path), Lines(without=tool.without)
     before = bench.state()
     bench.calls.arm()
     lines.run(bench.work)
@@ -179,7 +184,8 @@ def carried_out(trial, tool, path, benches):
     """
     bench = benches.pop() if benches else Bench(tool.prepare, path)
     before = bench.state()
-    lines = Lines(trial.line, ERRORS[trial.errors[1]]("injected"), is_on=trial.call is None)
+    error = ERRORS[trial.errors[1]]("injected")
+    lines = Lines(trial.line, error, trial.call is None, tool.without)
     raised = _run(bench, trial, lines)
     found = list(_swallowed(trial, lines, raised))
     if raised is not None or tool.measures:
@@ -187,6 +193,10 @@ def carried_out(trial, tool, path, benches):
         found += [*differences(*states), *tool.check(bench)]
         if not found and not tool.moves:
             benches.append(bench)
+    if found:  # the next trial shall not suffer from this one
+        torch.set_grad_enabled(True)
+        while torch.overrides._get_current_function_mode_stack():
+            torch.overrides._pop_mode()
     return found
 
 

@@ -20,17 +20,21 @@ class Tool:
         prepare: ``prepare(bench)`` gets a bench ready and gives the call that is interrupted.
         moves: Parts of a model that may be others afterwards, because the call trains as a user
             does, or is done to its end.
+        without: Folders whose lines are not tried.
         check: ``check(bench)`` says what is wrong with those.
         measures: Whether it leaves the model as it was also when nothing interrupts it.
     """
 
     prepare: Callable
     moves: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     check: Callable = lambda _: []
     measures: bool = False
 
 
 TRAINING = ("state", "values", "grad", "num_calls", "random")
+LAYERS = ("core/", "functional/", "kernels/", "layers/")
+"""What runs in a user's own forward; torch's ``no_grad`` may be left on there as anywhere."""
 TOOLS: dict[str, Tool] = {}
 """By the name in ``normkit`` and, after a comma, what it is called with."""
 
@@ -40,7 +44,13 @@ def tool(name, *, moves=(), check=lambda _: [], measures=False, **options):
 
     def register(prepare):
         said = "".join(f", {key}={value}" for key, value in options.items())
-        TOOLS[name + said] = Tool(lambda bench: prepare(bench, **options), moves, check, measures)
+        TOOLS[name + said] = Tool(
+            prepare=lambda bench: prepare(bench, **options),
+            moves=moves,
+            without=LAYERS if moves == TRAINING else (),
+            check=check,
+            measures=measures,
+        )
         return prepare
 
     return register

@@ -218,7 +218,7 @@ def test_a_step_that_always_fails_does_not_keep_the_others_from_being_done():
         raise RuntimeError("the device is lost")
 
     with pytest.raises(RuntimeError, match="the device is lost"):
-        finish([lambda: done.append(1), fails, lambda: done.append(2)])
+        finish([lambda: done.append(1), *[fails] * 300, lambda: done.append(2)])
     assert done == [1, 2]
 
 

@@ -26,6 +26,7 @@ from normkit.passes import (
     all_or_nothing,
     bare,
     finish,
+    grad_mode_now,
     require_uncompiled,
     surely,
     swaps_statistics,
@@ -115,7 +116,7 @@ class Accumulation:
         All of them move or, if that is interrupted, none; nothing is pending then. Over several
         processes, all of them must call it.
         """
-        surely(self._move, self._forget)
+        surely(self._move, self._forget, grad_mode_now())
 
     def remove(self) -> None:
         """End it: the model is called as before, and what is pending is dropped."""
@@ -201,7 +202,8 @@ class _Around:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
         """Compute the norm's output."""
-        return surely(lambda: self._followed(args, kwargs), *(f.put_back for f in self._followers))
+        end = [follower.put_back for follower in self._followers]
+        return surely(lambda: self._followed(args, kwargs), *end, grad_mode_now())
 
     def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         now = self._accumulation

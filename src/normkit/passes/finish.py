@@ -18,7 +18,8 @@ import torch
 T = TypeVar("T")
 Step = Callable[[], object]
 ATTEMPTS = 100
-"""How often steps may fail before those that do are given up: a device may be lost for good."""
+"""How often steps may fail, after a failure of each, before those that do are given up: a device
+may be lost for good."""
 LEVELS = 4
 """Places one around the other, and so interruptions in a row that each miss the steps."""
 
@@ -43,7 +44,7 @@ def _repeated(steps: Iterable[Step]) -> BaseException | None:
     """Repeat the steps until all are through; give what has interrupted them."""
     waiting = deque(steps)
     problem: BaseException | None = None
-    for _ in range(ATTEMPTS):
+    for _ in range(len(waiting) + ATTEMPTS):
         try:
             while waiting:
                 waiting[0]()

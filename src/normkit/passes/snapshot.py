@@ -47,7 +47,7 @@ class Snapshot:
         self._steps += chain(*(_optimizer(each) for each in others if isinstance(each, Optimizer)))
         self._steps += [_memory(tensor) for tensor in (*parameters, *buffers)]
         self._steps += [_gradient(parameter) for parameter in parameters]
-        small = [p for p in parameters if not is_lazy(p) and p.ndim <= 1]
+        small = [p for p in parameters if _is_plain(p) and not is_lazy(p) and p.ndim <= 1]
         self._steps += [_values(each) for each in dict.fromkeys((*buffers, *small, *values))]
         self._steps += settings_now({parameter.device for parameter in parameters})
         _TAKEN.references = [ref for ref in _TAKEN.references if ref()] + [weakref.ref(self)]
@@ -79,7 +79,7 @@ _TAKEN = _Taken()
 
 def _attributes(owner: Any) -> Step:  # noqa: ANN401 - any object with attributes
     kind, attributes = type(owner), dict(vars(owner))
-    own = [held for name, held in attributes.items() if name in OWN and _is_plain(held)]
+    own = [held for name, held in attributes.items() if name in OWN and _can_be_filled(held)]
     inside = [_copied(held) if held else () for held in own]  # most are empty
 
     def put_back() -> None:
@@ -92,9 +92,14 @@ def _attributes(owner: Any) -> Step:  # noqa: ANN401 - any object with attribute
     return put_back
 
 
-def _is_plain(held: object) -> bool:
-    """Whether this can be filled again; what a ScriptModule has cannot."""
+def _can_be_filled(held: object) -> bool:
+    """Whether this is a container of Python's; those of a ScriptModule are not."""
     return isinstance(held, dict | set)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether this is torch's own kind with its values here, not in parts on several devices."""
+    return type(tensor.data) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _copied(held: Any) -> Any:  # noqa: ANN401 - a dict, a list or a set
@@ -129,11 +134,11 @@ def _holds(held: Any, before: Any) -> bool:  # noqa: ANN401
 
 def _mode(module: nn.Module) -> Step:
     """The mode of a module that does not have it among its attributes, such as a ScriptModule."""
-    mode = module.training
+    mode = getattr(module, "training", None)  # a frozen one has none at all
 
     def put_back() -> None:
-        if module.training != mode:
-            module.training = mode
+        if getattr(module, "training", None) != mode:
+            setattr(module, "training", mode)  # noqa: B010 - torch types modules' attributes
 
     return put_back
 
@@ -147,13 +152,12 @@ def _optimizer(optimizer: Optimizer) -> Iterator[Step]:
 
 def _memory(tensor: Tensor) -> Step:
     """Where the values are, and of what class the tensor is: a forward makes lazy ones others."""
-    kind, data = type(tensor), tensor.data
-    is_known = type(data) is Tensor and data.layout == torch.strided
+    kind, data, is_plain = type(tensor), tensor.data, _is_plain(tensor)
 
     def put_back() -> None:
         if type(tensor) is not kind:
             tensor.__class__ = kind  # type: ignore[assignment]
-        if is_known and not _is_same_memory(tensor.data, data):
+        if is_plain and not _is_same_memory(tensor.data, data):
             tensor.data = data
 
     return put_back
@@ -178,13 +182,16 @@ def _gradient(parameter: nn.Parameter) -> Step:
 
 def _values(tensor: Tensor) -> Step:
     """Values, which are only written if they have changed: not every tensor can be written."""
-    if tensor.is_meta or tensor.layout != torch.strided or is_lazy(tensor):
+    here = tensor.data if is_lazy(tensor) else tensor.detach()
+    local = getattr(here, "to_local", None)
+    here = here if local is None else local()  # the part that this process has of it
+    if not _is_plain(here) or here.is_meta:
         return lambda: None
-    values = tensor.detach().clone()
+    values = here.clone()
 
     def put_back() -> None:
-        if not _equal(tensor.detach(), values):
-            tensor.detach().copy_(values)  # without no_grad(), whose end could be interrupted
+        if not _equal(here, values):
+            here.copy_(values)  # detached: no_grad() has an end, which could be interrupted
 
     return put_back
 
