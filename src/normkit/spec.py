@@ -28,6 +28,7 @@ from normkit.text import shortened
 Value = int | float | bool | str | None
 
 MAX_NUMBER = 2**24  # groups, examples and channels: buffers of that many values are still small
+MAX_BITS = 300  # of a number in a message: Python does not write out thousands of digits
 MAX_LENGTH = 400  # characters of a spec
 
 RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
@@ -61,14 +62,31 @@ class Recipe:
         return {name: p for name, p in parameters.items() if name not in hidden}
 
 
+def require_size(name: str, value: int, at_most: int = MAX_NUMBER) -> int:
+    """Refuse what is no whole number from 1 to a bound.
+
+    Raises:
+        OptionError: If it is none, or below 1.
+        SpecError: If it is beyond the bound.
+    """
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise SpecError(
+            f"a number of {value.bit_length()} bits was given as {name}; {at_most} at most"
+        )
+    if require_count(name, value) > at_most:
+        raise SpecError(f"{name}={value} was given; it is {at_most} at most")
+    return int(value)
+
+
 def recommended_bgn_groups(batch_size: int) -> int:
     """Groups of BGN for this many examples per worker: the paper's nearest in log2.
 
     Raises:
         OptionError: If it is no whole number of at least 1.
+        SpecError: If it is larger than any batch.
     """
-    batch_size = require_count("batch_size", batch_size)
-    nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda size: abs(math.log2(batch_size / size)))
+    size = require_size("batch_size", batch_size, at_most=2**63 - 1)
+    nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda known: abs(math.log2(size / known)))
     return RECOMMENDED_BGN_GROUPS[nearest]
 
 
@@ -191,13 +209,8 @@ class NormSpec:
             SpecError: If ``auto`` is asked for without a batch size, or a size is too large.
             OptionError: If a size is no whole number of at least 1.
         """
-        sizes = {
-            "num_features": num_features,
-            "num_positions": 1 if num_positions is None else num_positions,
-        }
-        for name, value in sizes.items():
-            if require_count(name, value) > MAX_NUMBER:
-                raise SpecError(f"{name}={value} was given; it is {MAX_NUMBER} at most")
+        require_size("num_features", num_features)
+        positions = 1 if num_positions is None else require_size("num_positions", num_positions)
         given = dict(self.arguments)
         limit = given.pop("max", None)
         if given.get("") == "auto":
@@ -205,7 +218,7 @@ class NormSpec:
         if limit is None:
             return self
         recipe = METHODS[self.name]
-        size = sizes["num_features"] * (sizes["num_positions"] if recipe.over_positions else 1)
+        size = num_features * (positions if recipe.over_positions else 1)
         at_most = require_count("max", limit)  # type: ignore[arg-type] - which is what it checks
         given[""] = largest_divisor(size, at_most=at_most)
         return replace(self, arguments=tuple(sorted(given.items())))

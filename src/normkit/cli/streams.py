@@ -2,12 +2,14 @@
 
 import codecs
 import os
+import select
 import shutil
 import sys
 import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import TextIO
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -61,6 +63,13 @@ def wide_enough() -> Generator[None]:
 def drop_output() -> None:
     """Send what is still to be written to the standard output nowhere: nobody can take it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_closed(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is gone, so that the command has ended in the middle."""
+    poll = select.poll()
+    poll.register(stream, 0)  # errors alone, which are told in any case
+    return bool(poll.poll(0))
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:
