@@ -8,11 +8,11 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.text import Text
 from torch import nn
 
 from normkit.cli.shared import print_json, require_counts, whole_numbers
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
@@ -112,7 +112,7 @@ class Explain:
         return "evaluation" if self.eval else "training"
 
     def _print(self, layer: nn.Module, explanation: Explanation) -> None:
-        console = Console()
+        console = Terminal()
         for panel in panels_of(layer, self._shape()):
             console.print(Text(panel.title, style="bold"))
             for line in draw_lines(panel, console.width):

@@ -9,7 +9,9 @@ import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TextIO
+from typing import NoReturn, TextIO
+
+from rich.console import Console
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -33,6 +35,14 @@ PLAIN = {
 }
 HANDLER = "normkit-plain"
 MIN_COLUMNS = 40
+
+
+class Terminal(Console):
+    """A console that leaves it to the program what a closed pipe means."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise the ``BrokenPipeError`` that brought us here again."""
+        raise  # noqa: PLE0704 - rich calls this while it handles the error
 
 
 def prepare_streams() -> None:
