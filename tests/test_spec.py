@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import normkit as nk
-from normkit.spec import METHODS, RECOMMENDED_BGN_GROUPS
+from normkit.recipes import METHODS, RECOMMENDED_BGN_GROUPS
 
 TEXTS = (
     "bn", "in", "ln", "gn", "gn:8", "gn:max=8", "pn", "bgn:auto", "bgn:512", "ghost:4",

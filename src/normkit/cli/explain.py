@@ -18,7 +18,8 @@ from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
 from normkit.lab.files import usable_folder, whole_file
-from normkit.spec import MAX_NUMBER, METHODS, NormSpec
+from normkit.recipes import MAX_NUMBER, METHODS
+from normkit.spec import NormSpec
 
 MAX_ELEMENTS = 2**24  # every element gets a number: 128 MB of them
 PICTURES = (".png", ".svg")

@@ -14,7 +14,7 @@ from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
-from normkit.spec import METHODS
+from normkit.recipes import METHODS
 
 METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in short)")
 

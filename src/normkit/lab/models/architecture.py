@@ -12,7 +12,7 @@ from torch import nn
 from normkit.errors import SpecError
 from normkit.lab.data.files import MAX_CLASSES
 from normkit.lab.environment import memory_bytes
-from normkit.spec import require_size
+from normkit.recipes import require_size
 
 NormLayer = Callable[[int], nn.Module]  # takes the number of features
 
