@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import get_args
 
@@ -17,97 +15,27 @@ from normkit.core.check import require_count
 from normkit.core.composite import Order
 from normkit.core.partition import largest_divisor
 from normkit.errors import SpecError
-from normkit.layers import over_batch, over_example
-from normkit.layers.batch_channel import BatchChannelNorm, ChannelAffine
-from normkit.layers.group_plus import GroupNormPlus
-from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.layers.switchable import SwitchableNorm
-from normkit.layers.whitening import GroupWhitening
+from normkit.layers.batch_channel import ChannelAffine
+from normkit.recipes import (
+    MAX_NUMBER,
+    METHODS,
+    Recipe,
+    recipe_of,
+    recommended_bgn_groups,
+    require_size,
+)
 from normkit.text import shortened
+
+__all__ = ["METHODS", "NormSpec", "Value", "build", "parse_specs", "recommended_bgn_groups"]
 
 Value = int | float | bool | str | None
 
-MAX_NUMBER = 2**24  # groups, examples and channels: buffers of that many values are still small
 MAX_LENGTH = 400  # characters of a spec
-
-RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
-    {128: 512, 64: 256, 32: 128, 16: 64, 8: 16, 4: 2, 2: 1, 1: 1}
-)
-"""Groups of BGN by examples per worker: Zhou et al., Batch Group Normalization, table 2."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a name becomes a layer.
-
-    Args:
-        layer: Class that is built.
-        argument: Option that the first, unnamed argument of a spec sets.
-        short: Other names of options.
-        over_positions: Whether that argument divides ``C * positions`` rather than ``C``.
-        automatic: What ``auto`` is at most, by batch size.
-    """
-
-    layer: Callable[..., nn.Module]
-    argument: str | None = None
-    short: Mapping[str, str] = field(default_factory=dict)
-    over_positions: bool = False
-    automatic: Callable[[int], int] | None = None
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        """Keyword options of the layer, by name."""
-        parameters = inspect.signature(self.layer).parameters
-        hidden = ("num_features", "process_group", "device", "dtype")
-        return {name: p for name, p in parameters.items() if name not in hidden}
-
-
-def recommended_bgn_groups(batch_size: int) -> int:
-    """Groups of BGN for this many examples per worker: the paper's nearest in log2.
-
-    Raises:
-        OptionError: If it is no whole number of at least 1.
-    """
-    batch_size = require_count("batch_size", batch_size)
-    nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda size: abs(math.log2(batch_size / size)))
-    return RECOMMENDED_BGN_GROUPS[nearest]
-
 
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"Order": get_args(Order), "ChannelAffine": get_args(ChannelAffine)}
 )
 """Options that are one of a few words, by the name of their annotation."""
-
-METHODS: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "bn": Recipe(layer=over_batch.BatchNorm),
-        "in": Recipe(layer=over_example.InstanceNorm),
-        "ln": Recipe(layer=over_example.LayerNorm),
-        "gn": Recipe(layer=over_example.GroupNorm, argument="num_groups"),
-        "pn": Recipe(layer=over_example.PositionalNorm),
-        "bgn": Recipe(
-            layer=over_batch.BatchGroupNorm,
-            argument="num_groups",
-            over_positions=True,
-            automatic=recommended_bgn_groups,
-        ),
-        "ghost": Recipe(layer=over_batch.GhostBatchNorm, argument="ghost_batch_size"),
-        "gbgn": Recipe(
-            layer=over_batch.GeneralBatchGroupNorm,
-            argument="num_groups",
-            short={"examples": "examples_per_group"},
-        ),
-        "gnplus": Recipe(layer=GroupNormPlus, argument="num_groups"),
-        "bcn": Recipe(
-            layer=BatchChannelNorm,
-            argument="num_groups",
-            short={"micro": "micro_batch", "rate": "update_rate"},
-        ),
-        "sn": Recipe(layer=SwitchableNorm),
-        "gw": Recipe(layer=GroupWhitening, argument="num_groups"),
-        "ibn": Recipe(layer=InstanceBatchNorm),
-    }
-)
-"""Every norm that a spec can name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +119,8 @@ class NormSpec:
             SpecError: If ``auto`` is asked for without a batch size, or a size is too large.
             OptionError: If a size is no whole number of at least 1.
         """
-        sizes = {
-            "num_features": num_features,
-            "num_positions": 1 if num_positions is None else num_positions,
-        }
-        for name, value in sizes.items():
-            if require_count(name, value) > MAX_NUMBER:
-                raise SpecError(f"{name}={value} was given; it is {MAX_NUMBER} at most")
+        require_size("num_features", num_features)
+        positions = 1 if num_positions is None else require_size("num_positions", num_positions)
         given = dict(self.arguments)
         limit = given.pop("max", None)
         if given.get("") == "auto":
@@ -205,7 +128,7 @@ class NormSpec:
         if limit is None:
             return self
         recipe = METHODS[self.name]
-        size = sizes["num_features"] * (sizes["num_positions"] if recipe.over_positions else 1)
+        size = num_features * (positions if recipe.over_positions else 1)
         at_most = require_count("max", limit)  # type: ignore[arg-type] - which is what it checks
         given[""] = largest_divisor(size, at_most=at_most)
         return replace(self, arguments=tuple(sorted(given.items())))
@@ -289,36 +212,6 @@ track_running_stats=True, example_weight=0.0)
     return NormSpec.parse(spec).build(
         num_features, batch_size=batch_size, num_positions=num_positions
     )
-
-
-def recipe_of(name: str, text: str) -> Recipe:
-    """Look a name up; an unknown one is refused with the known ones.
-
-    Raises:
-        SpecError: If there is no such norm.
-    """
-    if name not in METHODS:
-        raise SpecError(
-            f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}{_meant(name)}"
-        )
-    return METHODS[name]
-
-
-def _meant(name: str) -> str:
-    """What a name such as ``gn8``, ``GN-8`` or ``GroupNorm`` probably means."""
-    from difflib import get_close_matches  # noqa: PLC0415 - slow import
-
-    read = re.fullmatch(r"([a-z_ ]+)[^a-z0-9]*(\d{0,9})d?", name.lower())
-    if read is None:
-        return ""
-    known = {key: key for key in METHODS}
-    known |= {recipe.layer.__name__.lower(): key for key, recipe in METHODS.items()}
-    close = get_close_matches(re.sub("[_ ]", "", read[1]), known, n=1)
-    if not close:
-        return ""
-    found = known[close[0]]
-    number = f":{read[2]}" if read[2] and METHODS[found].argument else ""
-    return f"; did you mean {found}{number}?"
 
 
 def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:

@@ -225,3 +225,27 @@ def test_an_interrupt_while_the_libraries_are_imported_is_no_traceback(tmp_path)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT  # 130 in a shell
     assert errors == ""
+
+
+def test_a_sweep_that_nobody_listens_to_ends_as_other_programs_do(tmp_path):
+    sweep = " ".join([*TINY, "--norms bn,ln --batch-sizes 10 --out", str(tmp_path / "out")])
+    command = f"{sys.executable} -m normkit compare {sweep} 2>&1 >/dev/null | head -c 10"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (141, "bn, batch ")
+    assert (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_what_a_launcher_has_set_wrongly_is_said(capsys, monkeypatch, tmp_path):
+    given = {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999999"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["compare", *TINY, "--out", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch(
+        r"normkit: the processes that a launcher .* RANK=x, .* by torchrun.*\n", errors
+    )

@@ -255,9 +255,11 @@ def test_names_and_numbers_of_models_have_bounds(name, text):
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize("given", [0, -1, 2.5, "10", None, True, 10**7, 10**30])
+@pytest.mark.parametrize(
+    "given", [0, -1, 2.5, "10", None, True, 10**7, 10**30, 10**5000], ids=lambda n: str(type(n))
+)
 def test_numbers_of_classes_have_bounds(given):
-    with pytest.raises((SpecError, OptionError), match="num_classes="):
+    with pytest.raises((SpecError, OptionError), match=r"num_classes=|given as num_cl"):
         build_model("small-resnet", num_classes=given, input_shape=(1, 8, 8))
 
 
@@ -265,9 +267,7 @@ def test_numbers_of_classes_have_bounds(given):
     "given", [(1, 999_999_999, 3), (10**6, 8, 8), (1, 8), (1, 8, 8, 8), (1, 0, 8), (1, 2.5, 8)]
 )
 def test_shapes_of_inputs_have_bounds(given):
-    with pytest.raises(
-        (SpecError, OptionError), match=r"shape .* values$|input_shape=.* at least 1"
-    ):
+    with pytest.raises((SpecError, OptionError), match=r"shape .* values$|input_shape="):
         build("small-resnet", shape=given)
 
 

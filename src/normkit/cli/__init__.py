@@ -1,5 +1,6 @@
 """The command line: parse, call, format."""
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -29,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "normkit").partition(".")[0]
         if package == "normkit":
             raise
-        sys.stderr.write(
-            f"normkit: the package {package} is not installed; the commands need those of the lab: "
-            f"pip install 'normkit[lab]'\n"
+        said = (
+            f"the package {package} is not installed; the commands need those of the lab: "
+            f"pip install 'normkit[lab]'"
         )
+        sys.stderr.write(f"normkit: {said}\n")
+        if "--json" in given:
+            sys.stdout.write(json.dumps({"error": said, "type": type(error).__name__}) + "\n")
         return EXIT_BAD_INPUT
 
 

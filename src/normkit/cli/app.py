@@ -19,13 +19,14 @@ from normkit.cli.explain import Explain
 from normkit.cli.listing import List
 from normkit.cli.reproduce import Reproduce
 from normkit.cli.shared import MAX_DIGITS
-from normkit.cli.streams import drop_output, prepare_streams, wide_enough
+from normkit.cli.streams import drop_output, is_closed, prepare_streams, wide_enough
 from normkit.cli.tune import Tune
 from normkit.errors import NormError, SpecError
 from normkit.text import escaped, shortened
 
 EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
 LONGEST_WORD = 400  # of an error's message; a path or a list of numbers may be long
+EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that nobody listens to any more
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 COMMANDS = {
@@ -65,7 +66,7 @@ def run(given: Sequence[str]) -> int:
         return code
     except BrokenPipeError:  # the reader, such as head, has seen enough
         drop_output()
-        return 0
+        return EXIT_BROKEN_PIPE if is_closed(sys.stderr) else 0
     except OSError as error:
         drop_output()
         sys.stderr.write(f"normkit: the output cannot be written: {error.strerror}\n")

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end
 from normkit.cli.shared import MAX_PROCESSES, flag, print_json, require_counts, whole_numbers
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.bench import (
     BenchRecord,
@@ -182,7 +182,7 @@ def _progress(total: float) -> Generator[Progress]:
         TextColumn("remaining"),
     )
     # a redraw takes time from what is timed: once a second is enough
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as display:
+    with Progress(*columns, console=Terminal(stderr=True), refresh_per_second=1) as display:
         display.add_task("measuring", total=total)
         yield display
 

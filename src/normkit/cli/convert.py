@@ -33,8 +33,7 @@ class Convert(ModelOptions):
     save: Path | None = None
     """File for the weights; its name ends in .safetensors. Without it nothing is written."""
     where: str | None = None
-    """Names of the norms that are meant, with commas between: layer1.*, or re: and a regular
-    expression; all if not given."""
+    """Names of norms, with commas between: layer1.*, or re: with a regular expression; else all."""
     calibrate: str | None = None
     """Data set to calibrate on: digits, fashion-mnist, cifar10, cifar100 or svhn."""
     examples: int = 512

@@ -8,17 +8,18 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.text import Text
 from torch import nn
 
 from normkit.cli.shared import print_json, require_counts, whole_numbers
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
 from normkit.lab.files import usable_folder, whole_file
-from normkit.spec import MAX_NUMBER, METHODS, NormSpec
+from normkit.recipes import MAX_NUMBER, METHODS
+from normkit.spec import NormSpec
 
 MAX_ELEMENTS = 2**24  # every element gets a number: 128 MB of them
 PICTURES = (".png", ".svg")
@@ -112,7 +113,7 @@ class Explain:
         return "evaluation" if self.eval else "training"
 
     def _print(self, layer: nn.Module, explanation: Explanation) -> None:
-        console = Console()
+        console = Terminal()
         for panel in panels_of(layer, self._shape()):
             console.print(Text(panel.title, style="bold"))
             for line in draw_lines(panel, console.width):

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from normkit.catalog import CATALOG, Method
 from normkit.cli.shared import print_json
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
-from normkit.spec import METHODS
+from normkit.recipes import METHODS
 
 METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in short)")
 
@@ -68,12 +68,12 @@ def print_methods() -> None:
     table.add_column("batch\nmatters", no_wrap=True)
     for method in CATALOG.values():
         table.add_row(*_row(method))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def print_method(method: Method) -> None:
     """Print all about one method."""
-    console = Console()
+    console = Terminal()
     console.print(Text(method.name, style="bold"), Text(method.summary), sep="\n")
     table = Table.grid("", "", padding=(0, 2))
     for question, answer in (method.facts() | _options(method)).items():

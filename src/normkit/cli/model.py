@@ -22,8 +22,7 @@ class ModelOptions:
     model: str
     """Network: small-resnet, mlp, vgg11, or torchvision:NAME or timm:NAME."""
     checkpoint: Path | None = None
-    """File with its weights: .safetensors, or what torch.save wrote of a state dict. What normkit
-    convert and normkit tune have saved brings its norms with it."""
+    """File with its weights: .safetensors, or what torch.save wrote; saved norms come with it."""
     num_classes: int | None = None
     """Length of its output: the data set's if one is given, else 1000."""
     input_shape: str | None = None

@@ -2,12 +2,16 @@
 
 import codecs
 import os
+import select
 import shutil
 import sys
 import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import NoReturn, TextIO
+
+from rich.console import Console
 
 PLAIN = {
     "\N{PLUS-MINUS SIGN}": "+-",
@@ -31,6 +35,14 @@ PLAIN = {
 }
 HANDLER = "normkit-plain"
 MIN_COLUMNS = 40
+
+
+class Terminal(Console):
+    """A console that leaves it to the program what a closed pipe means."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise the ``BrokenPipeError`` that brought us here again."""
+        raise  # noqa: PLE0704 - rich calls this while it handles the error
 
 
 def prepare_streams() -> None:
@@ -61,6 +73,13 @@ def wide_enough() -> Generator[None]:
 def drop_output() -> None:
     """Send what is still to be written to the standard output nowhere: nobody can take it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_closed(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is gone, so that the command has ended in the middle."""
+    poll = select.poll()
+    poll.register(stream, 0)  # errors alone, which are told in any case
+    return bool(poll.poll(0))
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from normkit.core.check import require_count
 from normkit.errors import SpecError
 from normkit.lab.data.files import MAX_CLASSES
 from normkit.lab.environment import memory_bytes
+from normkit.recipes import require_size
 
 NormLayer = Callable[[int], nn.Module]  # takes the number of features
 
@@ -33,11 +33,8 @@ class Task:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if not 1 <= require_count("num_classes", self.num_classes) <= MAX_CLASSES:
-            raise SpecError(
-                f"num_classes={self.num_classes} was given; it is {MAX_CLASSES} at most"
-            )
-        sizes = [require_count("input_shape", size) for size in self.input_shape]
+        require_size("num_classes", self.num_classes, at_most=MAX_CLASSES)
+        sizes = [require_size("input_shape", size, at_most=MAX_INPUT) for size in self.input_shape]
         if len(sizes) != 3 or sizes[0] > MAX_CHANNELS or math.prod(sizes) > MAX_INPUT:
             raise SpecError(
                 f"an input of shape {self.input_shape} was given; it has channels, height and "
