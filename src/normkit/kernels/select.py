@@ -296,7 +296,7 @@ def transform() -> str | None:
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "the call is traced by torch.jit"
     return None
 
