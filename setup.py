@@ -108,7 +108,10 @@ class FromNothing(build):
 
     def run(self) -> None:
         """Empty it, then build."""
-        shutil.rmtree(Path(self.build_lib) / "normkit", ignore_errors=True)
+        folder = Path(self.build_lib)
+        if folder.resolve() != Path("src").resolve():
+            shutil.rmtree(folder / "normkit", ignore_errors=True)
+            (folder / "normkit_program.py").unlink(missing_ok=True)
         super().run()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import normkit as nk
 from normkit.cli import main
 from normkit.errors import DataError
-from normkit.lab.checkpoints import Recipe, load_weights_, restored
+from normkit.lab.checkpoints import Alterations, load_weights_, restored
 
 
 def net():
@@ -309,7 +309,7 @@ def test_what_a_file_says_twice_is_refused(tmp_path):
     about = b'{"__metadata__":{"changes":"{}","changes":"{}"}}'
     written(path, about)
     with pytest.raises(DataError, match="names changes twice"):
-        Recipe.read(path)
+        Alterations.read(path)
 
 
 def test_a_long_name_can_be_written_and_a_longer_one_is_refused_in_a_sentence(tmp_path):

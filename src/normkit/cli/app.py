@@ -68,6 +68,8 @@ def run(given: Sequence[str]) -> int:
         drop_output()
         return EXIT_BROKEN_PIPE if is_closed(sys.stderr) else 0
     except OSError as error:
+        if error.filename is not None:
+            raise  # of a file, so not of the output
         drop_output()
         sys.stderr.write(f"normkit: the output cannot be written: {error.strerror}\n")
         return EXIT_BAD_INPUT

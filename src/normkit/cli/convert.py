@@ -81,7 +81,7 @@ class Convert(ModelOptions):
     def _about(self, done: Conversion) -> dict[str, str]:
         """What to know for loading the weights."""
         about = {"model": self.model, "norms": self.to, "where": self.where or ""}
-        about |= self.recipe().after(done).metadata()
+        about |= self.alterations().after(done).metadata()
         return {name: value for name, value in about.items() if value}
 
     def _map(self) -> dict[str, str]:

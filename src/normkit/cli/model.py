@@ -8,7 +8,7 @@ from torch import nn
 
 from normkit.cli.shared import require_counts, whole_numbers
 from normkit.errors import SpecError
-from normkit.lab.checkpoints import Recipe, restored
+from normkit.lab.checkpoints import Alterations, restored
 from normkit.lab.data import MAX_CLASSES, Dataset
 from normkit.lab.models import build_model
 
@@ -50,9 +50,9 @@ class ModelOptions:
             model = restored(model, self.checkpoint)
         return model.eval()
 
-    def recipe(self) -> Recipe:
+    def alterations(self) -> Alterations:
         """What was done to the norms of the checkpoint."""
-        return Recipe() if self.checkpoint is None else Recipe.read(self.checkpoint)
+        return Alterations() if self.checkpoint is None else Alterations.read(self.checkpoint)
 
     def shape(self, dataset: Dataset | None = None) -> tuple[int, int, int]:
         """Channels, height and width of an input.

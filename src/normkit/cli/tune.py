@@ -90,7 +90,7 @@ class Tune(ModelOptions):
     def _write(self, result: Tuning) -> None:
         if self.save is not None:
             about = {"model": self.model, "example_weight": json.dumps(result.alpha)}
-            save_weights(result.model, self.save, about | self.recipe().metadata())
+            save_weights(result.model, self.save, about | self.alterations().metadata())
             sys.stderr.write(f"weights: {self.save}\n")
         if self.plot is not None:
             with whole_file(self.plot, "--plot") as draft:

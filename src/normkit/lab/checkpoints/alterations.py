@@ -21,7 +21,7 @@ from normkit.weights import standardize_weights_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Alterations:
     """How the norms and weights of a saved model differ from those of the model that it names.
 
     Args:
@@ -49,7 +49,7 @@ class Recipe:
         )
 
     def after(self, done: Conversion) -> Self:
-        """The recipe of a model that was converted once more."""
+        """Those of a model that was converted once more."""
         return type(self)(
             changes={**self.changes, **{change.name: change.new for change in done.changes}},
             standardized=(*self.standardized, *done.standardized),
@@ -99,9 +99,9 @@ def restored(model: nn.Module, path: Path) -> nn.Module:
     Raises:
         DataError: If the file cannot be read, or does not fit the model.
     """
-    recipe, tensors = Recipe.read(path), read_weights(path)
+    alterations, tensors = Alterations.read(path), read_weights(path)
     try:
-        model = _weighed(recipe.apply_(model), tensors)
+        model = _weighed(alterations.apply_(model), tensors)
     except NormError as error:
         raise DataError(
             f"{printable(path)} says that it has other norms, which do not fit the model: {error}"
