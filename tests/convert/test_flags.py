@@ -202,3 +202,13 @@ def test_a_norm_that_was_switched_off_evaluates_and_trains_as_torchs():
     again = nk.convert_norm(new, "bn:eps=0.001").model  # ours is read likewise
     assert_close(again.running_mean, old.running_mean)
     assert again.track_running_stats is False
+
+
+def test_synchronizing_keeps_statistics_that_were_switched_off():
+    model = nn.Sequential(moved(nn.BatchNorm2d(8)))
+    model[0].track_running_stats = False
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    nk.synchronize_(model)
+    model.train()(data(4, 8, 3, 3))
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

@@ -269,3 +269,18 @@ def test_code_is_read_without_its_source():
     assert [*find_reads(namespace["Typed"]()).values()] == [
         {"eps": "the forward of the model (Typed)"}
     ]
+
+
+class Functional(nn.Sequential):
+    """Normalises by a function at the end."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(super().forward(x), x.shape[-1:])
+
+
+def test_norms_that_are_functions_are_said():
+    model = Functional(nn.BatchNorm2d(3), nn.GroupNorm(1, 3))
+    done = nk.convert_norm_(model, {"0": "gn:3"}, example_input=X)
+    why = "the forward calls it as a function, and holds no module of it"
+    assert [(left.name, left.why) for left in done.left][1:] == [("layer_norm", why)]
+    assert "layer_norm (a function)" in str(done)

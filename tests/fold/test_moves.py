@@ -286,3 +286,19 @@ def test_a_traced_model_folds():
     x = torch.randn(2, 6, 4, 4)
     model = trained(nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)))
     assert [row.name for row in nk.fold(torch.fx.symbolic_trace(model), x).folded] == ["1"]
+
+
+class Batched(nn.Sequential):
+    """Copies images into a batch that is made of the shape of one, as detectors do."""
+
+    def forward(self, images):
+        batch = images[0].new_full((len(images), *images[0].shape), 0.0)
+        for image, place in zip(images, batch, strict=True):
+            place.copy_(image)
+        return super().forward(batch)
+
+
+def test_a_tensor_that_is_made_of_a_shape_and_filled_has_values():
+    model = trained(Batched(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)).double())
+    done = nk.fold(model, ([randn(6, 4, 4), randn(6, 4, 4)],))
+    assert [row.name for row in done.folded] == ["1"]

@@ -37,7 +37,7 @@ def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is m
     result = Conversion(
         model=model if dry_run else swap.new,
         changes=_changes(planned, edit),
-        left=planned.left,
+        left=(*planned.left, *(trial.left if trial else ())),
         standardized=tuple(standardize),
         unchecked=() if trial or calibrator else own_forwards(model, planned),
         dry_run=dry_run,

@@ -11,6 +11,7 @@ from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
 from normkit.passes import attempt
 from normkit.text import module_name, table_lines
+from normkit.tracing.graph import Graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,17 @@ class Left:
     name: str
     old: str
     why: str
+
+
+FUNCTIONS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"})
+CALLED_AS_FUNCTION = "the forward calls it as a function, and holds no module of it"
+
+
+def called_as_functions(graph: Graph) -> Iterator[Left]:
+    """List the norms of a forward that are no modules, once for each call."""
+    for call in graph.calls:
+        if call.kind == "other" and call.name in FUNCTIONS:
+            yield Left(name=call.name, old="a function", why=CALLED_AS_FUNCTION)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from normkit.convert.adapters import base_of
 from normkit.convert.source import Activation, Source, Statistics
@@ -96,7 +97,7 @@ def _require_plain(module: nn.Module) -> None:
     """Refuse a layer that somebody has changed in ways that no other layer would follow.
 
     Raises:
-        ConversionError: If its forward was replaced, or a parameter is computed, as by pruning.
+        ConversionError: If its forward was replaced, or a parameter is computed or parametrised.
     """
     own = vars(module)
     if "forward" in own:
@@ -108,7 +109,14 @@ def _require_plain(module: nn.Module) -> None:
     if computed:
         raise ConversionError(
             f"its {' and '.join(computed)} is no parameter but computed, as pruning does; make it "
-            f"permanent first (torch.nn.utils.prune.remove), or leave it alone with where="
+            f"permanent first (torch.nn.utils.prune.remove or remove_weight_norm), or leave it "
+            f"alone with where="
+        )
+    if parametrize.is_parametrized(module):
+        names = [name for name, _ in module.get_submodule("parametrizations").named_children()]
+        raise ConversionError(
+            f"its {' and '.join(names)} is parametrised; make it permanent first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations), or leave it alone with where="
         )
 
 

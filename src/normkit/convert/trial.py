@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normkit.convert.plan import Plan
+from normkit.convert.report import Left, called_as_functions
 from normkit.errors import ConversionError, NormError, TraceError
 from normkit.passes import call_with, copied, forward_of, untouched
 from normkit.text import module_name, shortened
+from normkit.tracing.running import trace_by_running
 from normkit.tracing.trace import has_forward, without_forward
 
 REFUSES = "in training it refuses the example input, which the old layer takes: "
@@ -25,6 +27,8 @@ Calls = Mapping[nn.Module, int]
 
 class Trial:
     """Runs the forward before the change, and again after it: the same calls must be possible.
+
+    What is left then besides norms that are modules is in ``left``.
 
     It runs in evaluation mode; where the model trains and takes the example in training, there
     too. The model is left as it was.
@@ -53,6 +57,7 @@ class Trial:
                 f"{_described(error)}; nothing was changed"
             ) from error
         self._trained = model.training and _succeeds(model, olds, example_input)
+        self.left = _functions(model, example_input)
 
     def check(self, model: nn.Module) -> dict[str, list[str]]:
         """Run the changed model; return by name what the report has to say of its layers.
@@ -104,6 +109,13 @@ def own_forwards(model: nn.Module, planned: Plan) -> tuple[str, ...]:
     holders = (m for m in model.modules() if m not in olds and not olds.isdisjoint(m.modules()))
     own = (m for m in holders if has_forward(m) and type(m).forward is not nn.Sequential.forward)
     return tuple(dict.fromkeys(type(m).__name__ for m in own))
+
+
+def _functions(model: nn.Module, example_input: Any) -> tuple[Left, ...]:  # noqa: ANN401
+    try:
+        return tuple(called_as_functions(trace_by_running(model, copied(example_input))))
+    except Exception:  # noqa: BLE001 - code that runs, but not while its calls are watched
+        return ()
 
 
 def _require_filled(model: nn.Module) -> None:

@@ -50,10 +50,16 @@ def _alike(digits: Sequence[Tensor]) -> bool:
 
 
 def _joined(digits: Sequence[Tensor]) -> Tensor:
-    found = torch.zeros(digits[0].shape, dtype=torch.float64)
-    for place, digit in enumerate(digits):
-        found += digit.double().cpu() * BASE**place
+    found = digits[0].to(torch.int32)
+    for place, digit in enumerate(digits[1:], 1):
+        found += digit.to(torch.int32) * BASE**place
     return found
+
+
+def _digits(values: Tensor) -> Tensor:
+    """Keep values that are digits in a byte each; 0 throughout if they are something else."""
+    found = values.to(torch.int8)
+    return found.cpu() if bool((found == values).all()) else torch.zeros_like(found, device="cpu")
 
 
 class _Run:
@@ -84,7 +90,7 @@ class _Run:
         def labelled(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             x, y = next(iter((*args, *kwargs.values()))), forward(*args, **kwargs)
             if isinstance(x, Tensor):
-                self.seen.setdefault(layer, x.clone())
+                self.seen.setdefault(layer, _digits(x))
             return self._numbers(y, self.axes[layer]) if isinstance(y, Tensor) else y
 
         return labelled
@@ -139,10 +145,13 @@ def destinations(labels: Tensor | None, axis: int, num_channels: int) -> Tensor 
     rows = _rows(labels, axis)
     if rows is None or not rows.numel() or not 1 <= rows.min() <= rows.max() <= num_channels:
         return None
-    into = torch.arange(rows.shape[0])[:, None].expand(rows.shape)
-    pairs = torch.stack([rows.long().flatten() - 1, into.flatten()]).unique(dim=1)
-    once = torch.equal(pairs[0], torch.arange(num_channels))
-    return pairs[1] if once else None
+    whose = rows.flatten().long() - 1
+    into = torch.arange(rows.shape[0])[:, None].expand(rows.shape).flatten()
+    none = torch.full((num_channels,), -1)
+    first = none.scatter_reduce(0, whose, into, "amin", include_self=False)
+    last = none.scatter_reduce(0, whose, into, "amax", include_self=False)
+    once = torch.equal(first, last) and bool((first >= 0).all())
+    return first if once else None
 
 
 def _rows(labels: Tensor | None, axis: int) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from normkit.convert.report import Left
+from normkit.convert.report import Left, called_as_functions
 from normkit.convert.selection import Found, find_lookalikes, find_norms
 from normkit.convert.target import describe
 from normkit.errors import ConversionError
@@ -25,8 +25,6 @@ from normkit.passes import changes_nothing
 from normkit.tracing import is_producer, require_bare, trace
 from normkit.weights import bake_weights_
 
-FUNCTIONS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"})
-CALLED_AS_FUNCTION = "the forward calls it as a function, and holds no module of it"
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
 
 
@@ -81,7 +79,7 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     follow = partial(follow_channels, new, example_input=example_input)
     planned = plan(neighbours, before.calls, norms, follow)
     folded = tuple(_folded(step) for step in planned.steps)
-    left = (*_left(norms, planned), *_lookalikes(new), *_functions(neighbours))
+    left = (*_left(norms, planned), *_lookalikes(new), *called_as_functions(neighbours.graph))
     for name, weights in planned.weights.items():
         weights.write_(cast(Layer, new.get_submodule(name)))
     new = _replaced(new, {step.norm: step.rest for step in planned.steps})
@@ -150,12 +148,6 @@ def _left(norms: Found, planned: Plan) -> Iterator[Left]:
 def _lookalikes(model: nn.Module) -> Iterator[Left]:
     for name, module in find_lookalikes(model).items():
         yield Left(name=name, old=describe(module), why=NO_KNOWN_NORM)
-
-
-def _functions(neighbours: Neighbours) -> Iterator[Left]:
-    for call in neighbours.graph.calls:
-        if call.kind == "other" and call.name in FUNCTIONS:
-            yield Left(name=call.name, old="a function", why=CALLED_AS_FUNCTION)
 
 
 def _replaced(model: nn.Module, rest: Mapping[nn.Module, nn.Module]) -> nn.Module:

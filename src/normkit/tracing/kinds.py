@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -47,10 +48,15 @@ MOVES = frozenset((
 
 ASKS = frozenset((
     "getattr", "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
-    "is_floating_point", "get_device", "zeros_like", "ones_like", "empty_like", "full_like",
-    "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty", "new_full",
+    "is_floating_point", "get_device",
 ))  # fmt: skip
 """Operations that ask something about a tensor and use none of its values."""
+
+OF_NONE = frozenset((
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_empty", "new_full",
+))  # fmt: skip
+"""Operations that make a new tensor and ask another one for its shape or dtype."""
 
 OF_FIRST = frozenset({"view_as", "reshape_as", "type_as", "expand_as"})
 """Operations that take the values of their first argument, and ask the second for its shape."""
@@ -98,6 +104,11 @@ def kind_of_operation(name: str) -> Kind:
     if name in ASKS:
         return "ask"
     return "sum" if name in SUMS else "other"
+
+
+def value_arguments(name: str, arguments: Sequence[Any]) -> Sequence[Any]:
+    """Those arguments of an operation whose values it uses, in their order."""
+    return arguments[: 0 if name in OF_NONE else 1 if name in OF_FIRST else None]
 
 
 def plain_name(target: object) -> str:

@@ -15,12 +15,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normkit.passes import call_with, changes_nothing, untouched
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
-    OF_FIRST,
     is_norm,
     is_producer,
     kind_of_module,
     kind_of_operation,
     plain_name,
+    value_arguments,
 )
 
 
@@ -83,7 +83,7 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if self._depth == 0:
             name = plain_name(func)
-            inputs = tree_leaves(args[:1] if name in OF_FIRST else (args, kwargs or {}))
+            inputs = tree_leaves(value_arguments(name, (*args, kwargs or {})))
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.record(name, kind_of_operation(name) if made else "ask", inputs, made)
         return output

@@ -12,13 +12,13 @@ from torch.nn.utils import parametrize
 from normkit.passes import Snapshot, surely
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
-    OF_FIRST,
     VALUES,
     is_norm,
     is_producer,
     kind_of_module,
     kind_of_operation,
     plain_name,
+    value_arguments,
 )
 
 
@@ -81,9 +81,7 @@ def _call(
         name = plain_name(node.target)
         if node.target is getattr and node.args[1] in VALUES:
             name = str(node.args[1])
-        if name in OF_FIRST:
-            inputs = inputs[:1]
-        return Call(name, kind_of_operation(name), inputs)
+        return Call(name, kind_of_operation(name), tuple(value_arguments(name, inputs)))
     if node.op == "output":
         return Call("the output", "output", inputs)
     return Call(str(node.target), "input" if node.op == "placeholder" else "constant", inputs)
