@@ -150,6 +150,31 @@ def test_a_way_back_that_python_takes_late_does_nothing():
     assert model.training
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.count = nn.BatchNorm1d(3), 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.norm(x)
+
+
+def test_what_a_forward_counts_goes_on_within_a_tool_and_is_put_back_by_it():
+    model = Counting()
+
+    @changes_nothing
+    def look_twice(model):
+        for _ in range(2):
+            with untouched(model, training=True):
+                model(torch.randn(4, 3))
+                model.norm.momentum = 0.3
+        return model.count, model.norm.momentum, model.norm.num_batches_tracked.item()
+
+    assert look_twice(model) == (2, 0.1, 0)
+    assert model.count == 0
+
+
 def test_values_of_small_parameters_are_put_back():
     model, _ = bench()
     before = model[1].weight.detach().clone()
@@ -196,6 +221,37 @@ def test_an_interruption_at_any_line_of_the_way_back_is_raised_when_that_is_done
         hits += lines.hit
         assert differences(before, state_of(model, optimizer)) == [], at
     assert hits > 0.9 * len(places)  # how often a line runs is up to the garbage collector
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("inside", [None, ValueError("in the block")], ids=repr)
+def test_an_interruption_at_any_line_of_a_pass_leaves_the_model_as_it_was(error, inside):
+    model, optimizer = bench()
+    model[1].eval()
+    before = state_of(model, optimizer)
+
+    def look():
+        with untouched(model, training=True):
+            model(torch.randn(2, 3, 2, 2))
+            if inside is not None:
+                raise inside
+
+    def interrupted(lines):
+        try:
+            lines.run(look)
+        except (error, ValueError) as raised:
+            return type(raised)
+
+    lines = Lines()
+    interrupted(lines)
+    places = {(*place, n) for place, number in lines.seen.items() for n in (1, number)}
+    hits = 0
+    for at in sorted(places):
+        lines = Lines(at, error("injected"))
+        assert (interrupted(lines) is error) == lines.hit
+        hits += lines.hit
+        assert differences(before, state_of(model, optimizer)) == [], at
+    assert hits > 0.9 * len(places)
 
 
 def test_steps_that_fail_are_repeated_and_ctrl_c_is_told_first():

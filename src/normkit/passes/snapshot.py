@@ -33,16 +33,21 @@ class Snapshot:
     Args:
         things: Models, optimizers, and other objects with attributes.
         values: Tensors that may be written to, besides those.
+        attributes: Whether attributes of modules are kept that are neither torch's nor ours, such
+            as what the user's own forward counts.
     """
 
-    def __init__(self, *things: object, values: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, *things: object, values: Iterable[Tensor] = (), attributes: bool = True
+    ) -> None:
         self._is_over = False
         models = [thing for thing in things if isinstance(thing, nn.Module)]
         others = [thing for thing in things if not isinstance(thing, nn.Module)]
         modules = dict.fromkeys(module for model in models for module in model.modules())
         parameters = dict.fromkeys(p for model in models for p in model.parameters())
         buffers = dict.fromkeys(b for m in modules for b in m._buffers.values() if b is not None)
-        self._steps: list[Step] = [_attributes(each) for each in (*others, *modules)]
+        self._steps: list[Step] = [_attributes(each) for each in others]
+        self._steps += [_attributes(m, attributes or _is_known(m)) for m in modules]
         self._steps += [_mode(module) for module in modules if "training" not in vars(module)]
         self._steps += chain(*(_optimizer(each) for each in others if isinstance(each, Optimizer)))
         self._steps += [_memory(tensor) for tensor in (*parameters, *buffers)]
@@ -77,15 +82,24 @@ class _Taken(threading.local):
 _TAKEN = _Taken()
 
 
-def _attributes(owner: Any) -> Step:  # noqa: ANN401 - any object with attributes
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("torch", "normkit")
+
+
+def _attributes(owner: Any, every: bool = True) -> Step:  # noqa: ANN401 - any with attributes
     kind, attributes = type(owner), dict(vars(owner))
+    if not every:
+        attributes = {n: v for n, v in attributes.items() if n in OWN or n == "training"}
     own = [held for name, held in attributes.items() if name in OWN and _can_be_filled(held)]
     inside = [_copied(held) if held else () for held in own]  # most are empty
 
     def put_back() -> None:
         if type(owner) is not kind:
             owner.__class__ = kind
-        _refill(vars(owner), attributes)
+        if every:
+            _refill(vars(owner), attributes)
+        else:
+            vars(owner).update(attributes)
         for held, before in zip(own, inside, strict=True):
             _refill(held, before)
 

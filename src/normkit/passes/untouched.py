@@ -14,8 +14,9 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> AbstractCont
     """Run the block, then make the model and the random number generators what they were before.
 
     Put back is what a ``Snapshot`` holds: modes, buffers (values and objects), ``.grad`` (the
-    objects; add to none of them in place), hooks, attributes, and the states of torch's, Python's
-    and, if it is loaded, NumPy's generators. Values of large parameters are the block's own affair.
+    objects; add to none of them in place), hooks, and the states of torch's, Python's and, if it is
+    loaded, NumPy's generators. Values of large parameters, and attributes of the user's own
+    classes, are the block's own affair.
 
     Args:
         model: The model.
@@ -30,7 +31,7 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> AbstractCont
         >>> norm.num_batches_tracked
         tensor(0)
     """
-    before = Snapshot(model)
+    before = Snapshot(model, attributes=False)
 
     def begin() -> None:
         if training is not None:
