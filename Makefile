@@ -30,7 +30,7 @@ TEN_NETWORKS := not test_networks or resnet18 or byobnet or mobilenetv2 or tinyn
 SOURCES := pyproject.toml setup.py normkit_build.py $(wildcard csrc/*) $(shell find src -name '*.py' -o -name '*.j2')
 LIBRARY := lib/python3*/site-packages/normkit/kernels/cpu/_C.so
 
-test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.lab
+test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.test
 	NORMKIT_OTHER_LIBRARY=src/normkit/kernels/cpu/_C.so \
 	  .venv-$*/bin/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -k "$(TEN_NETWORKS)" $(OTHER_TESTS)
 	NORMKIT_OTHER_LIBRARY=$$(ls .venv-$*/$(LIBRARY)) \
