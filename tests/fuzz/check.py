@@ -260,10 +260,10 @@ def errors_allowed(trial, step, layer, before, exact_and_recorded, draws):
         if trial.kind in oracle.COMPOSITES:  # where no result comes out, any gradient may
             largest["gradient of x"][~exact["y"].isfinite()] = nan
     largest["y"] = levelled(trial, largest["y"], exact["y"].abs())
-    if (
-        trial.dtype != "float64"
-        and max(m.nan_to_num(posinf=0).max() for m in recorded.means) > HUGE
-    ):
+    widest = max(
+        (float(m.detach().nan_to_num(posinf=0).max()) for m in recorded.means), default=0.0
+    )
+    if trial.dtype != "float64" and widest > HUGE:
         largest |= {n: t + inf for n, t in largest.items() if n.startswith("gradient")}
     margin = MARGIN * (1 + (trial.dtype == "float64"))  # where the oracle itself errs as much
     return {n: margin * largest[n] + stored(trial, n, value, before) for n, value in exact.items()}
