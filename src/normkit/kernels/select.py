@@ -216,7 +216,8 @@ def _candidate(x: Tensor) -> Choice:
 
 def _obstacle() -> str | None:
     """Why neither the C++ nor the Triton kernels can compute a call here, or None."""
-    if torch.compiler.is_exporting():
+    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
+    if torch.compiler._is_exporting_flag:
         return "the call is being exported"
     return transform()
 
