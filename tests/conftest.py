@@ -4,7 +4,7 @@ import os
 import signal
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So it is in a shell's background, and programs that tests start and interrupt would inherit it.
+    # As in the background of a shell; programs that tests start, and interrupt, would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
