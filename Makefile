@@ -47,6 +47,7 @@ test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.test
 .venv-%/.package: .venv-%/.torch $(SOURCES)
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps \
 	  --no-build-isolation --force-reinstall .
+	.venv-$*/bin/python -W ignore -c "import sys, normkit; sys.exit(normkit.kernels.cpu.why_not())"
 	touch $@
 
 .PRECIOUS: .venv-%/.torch .venv-%/.package

@@ -2,6 +2,8 @@
 
 import gc
 import random
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -326,3 +328,33 @@ def test_hooks_are_taken_out_and_those_of_others_stay():
     hooks.remove()
     hooks.remove()
     assert {key: list(value) for key, value in vars(layer).items() if "hooks" in key} == before
+
+
+@contextmanager
+def late(said):
+    try:
+        yield
+    finally:
+        said.append("late")
+
+
+def test_a_context_that_was_left_suspended_ends_before_things_are_put_back():
+    said = []
+
+    def interrupted(frame, event, arg):
+        is_exit = frame.f_code.co_name == "__exit__" and "contextlib" in frame.f_code.co_filename
+        if is_exit and not said:
+            said.append("interrupted")
+            raise KeyboardInterrupt
+
+    def work():
+        with late(said):
+            sys.settrace(interrupted)
+
+    tracer = sys.gettrace()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            surely(work, lambda: said.append("put back"))
+    finally:
+        sys.settrace(tracer)
+    assert said[:3] == ["interrupted", "late", "put back"]

@@ -8,6 +8,9 @@ inner one has begun. A launcher may send several in a row.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -32,12 +35,29 @@ def finish(steps: Iterable[Step]) -> None:
     """
     steps = list(steps)
     try:
+        _end_suspended(sys.exc_info()[1])
         problem = _repeated(steps)
     except BaseException:  # a line of it was interrupted
         _repeated(steps)
         raise
     if problem is not None:
         raise problem
+
+
+def _end_suspended(error: BaseException | None) -> None:
+    """Let contexts end now that an interruption inside of ``contextlib`` has left suspended.
+
+    Python would end them once nobody looks at the error any more, when they put back what nobody
+    wants any more: torch, for one, has its function modes put back like that.
+    """
+    for _ in range(ATTEMPTS):  # errors in whose handling others came
+        if error is None:
+            return
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename == contextlib.__file__:
+                with contextlib.suppress(RuntimeError):  # it still runs
+                    frame.clear()
+        error = error.__context__
 
 
 def _repeated(steps: Iterable[Step]) -> BaseException | None:
