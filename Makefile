@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 WORKERS ?= 2
+SECONDS ?= 600
 
-.PHONY: demo test lint format types clean
+.PHONY: demo test test-oldest test-newest fuzz lint format types clean
 
 demo: $(VENV)/.lab
 	$(BIN)/normkit compare --data digits --model small-resnet --norms bn,gn:8,bgn:auto \
@@ -15,6 +16,41 @@ demo: $(VENV)/.lab
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --doctest-modules src tests
+
+# Each search of tests/fuzz for so many seconds, with what it has tried.
+fuzz: $(VENV)/.test
+	NORMKIT_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/fuzz
+
+# Other versions of torch: an environment each, with the package and its kernels built in it, and
+# not in the source tree. Kernels, modules, compilation and export, conversion of ten networks, and
+# each library beside the other torch.
+OTHER_TESTS := tests/kernels/cpu tests/kernels/test_select.py tests/kernels/test_library.py tests/torch_parity \
+  tests/contract/test_module.py tests/contract/test_transforms.py tests/convert/test_networks.py
+TEN_NETWORKS := not test_networks or resnet18 or byobnet or mobilenetv2 or tinynet or lcnet or mnasnet
+SOURCES := pyproject.toml setup.py normkit_build.py $(wildcard csrc/*) $(shell find src -name '*.py' -o -name '*.j2')
+LIBRARY := lib/python3*/site-packages/normkit/kernels/cpu/_C.so
+
+test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.test
+	NORMKIT_OTHER_LIBRARY=src/normkit/kernels/cpu/_C.so \
+	  .venv-$*/bin/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -k "$(TEN_NETWORKS)" $(OTHER_TESTS)
+	NORMKIT_OTHER_LIBRARY=$$(ls .venv-$*/$(LIBRARY)) \
+	  $(BIN)/python -m pytest tests/kernels/test_library.py
+
+# Without the extras: their triton is that of CI's torch.
+.venv-%/.torch: constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $< \
+	  torch torchvision "setuptools>=77" wheel jaxtyping timm onnx onnxruntime onnxscript \
+	  lightning-fabric hypothesis pytest pytest-timeout pytest-xdist
+	touch $@
+
+.venv-%/.package: .venv-%/.torch $(SOURCES)
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps \
+	  --no-build-isolation --force-reinstall .
+	.venv-$*/bin/python -W ignore -c "import sys, normkit; sys.exit(normkit.kernels.cpu.why_not())"
+	touch $@
+
+.PRECIOUS: .venv-%/.torch .venv-%/.package
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -37,7 +73,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch "setuptools>=77" wheel
 	touch $@
 
-$(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py normkit_build.py $(wildcard csrc/*)
 	$(PIP) --no-build-isolation --editable ".[lab]"
 	touch $@
 

@@ -1,6 +1,5 @@
 """Build the CPU kernels with the C++ compiler at hand; install without them where there is none."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -9,12 +8,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `python setup.py`, which CI's tests call
+
+from normkit_build import OLDEST_TORCH, compiler, torch_folder
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
-OLDEST_TORCH = (2, 11)  # the stable ABI that the library asks for
+REASON_NAME = "not_built.txt"  # beside the library, where there is none
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -38,26 +41,22 @@ class NotBuiltError(Exception):
     """The kernels cannot be built here, and why."""
 
 
-def torch_folder() -> Path:
-    """Where torch lies, without the seconds that importing it takes."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise NotBuiltError(
-            "torch is not installed in the environment that builds "
-            "(install with --no-build-isolation)"
-        )
-    return Path(spec.origin).parent
-
-
-def compiler() -> list[str]:
-    """The C++ compiler: ``$CXX``, else what the system calls one."""
-    named = os.environ.get("CXX")
-    if named:
-        return named.split()
-    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+def torch_or_reason() -> Path:
+    """Where torch lies."""
+    found = torch_folder()
     if found is None:
-        raise NotBuiltError("no C++ compiler was found")
-    return [found]
+        raise NotBuiltError(
+            f"no torch {'.'.join(map(str, OLDEST_TORCH))} or newer was found when normkit was built"
+        )
+    return found
+
+
+def compiler_or_reason() -> list[str]:
+    """How the compiler is called."""
+    found = compiler()
+    if found is None:
+        raise NotBuiltError("no C++ compiler was found when normkit was built")
+    return found
 
 
 def run(command: list[str]) -> None:
@@ -65,7 +64,7 @@ def run(command: list[str]) -> None:
     try:
         result = subprocess.run(command, check=False, capture_output=True, text=True)
     except OSError as error:
-        raise NotBuiltError(f"{command[0]} does not start: {error}") from error
+        raise NotBuiltError(f"the compiler {command[0]} does not start: {error}") from error
     if result.returncode != 0:
         raise NotBuiltError(f"the compiler failed:\n{' '.join(command)}\n{result.stderr}")
 
@@ -80,7 +79,7 @@ def compile_jobs(folder: Path) -> dict[Path, list[str]]:
     major, minor = OLDEST_TORCH
     target = f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48)}ULL"
     define = ["-DNORMKIT_X86_VARIANTS"] if variants else []
-    include = ["-isystem", str(torch_folder() / "include"), target, *define]
+    include = ["-isystem", str(torch_or_reason() / "include"), target, *define]
     vector_code = str(SOURCES / "kernels.cpp")
     jobs = {folder / "kernels.o": ["-DNORMKIT_ISA=baseline", "-c", vector_code]}
     for source in sorted(SOURCES.glob("*.cpp")):
@@ -93,16 +92,27 @@ def compile_jobs(folder: Path) -> dict[Path, list[str]]:
 
 def build_library(output: Path, objects: Path, extra_flags: list[str]) -> None:
     """Compile every source and link the library."""
-    command = [*compiler(), *FLAGS, *extra_flags]
+    command = [*compiler_or_reason(), *FLAGS, *extra_flags]
     jobs = compile_jobs(objects)
     objects.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # The slowest files are the vector code: start them first.
         order = sorted(jobs, key=lambda path: not path.stem.startswith("kernels"))
         list(pool.map(lambda path: run([*command, *jobs[path], "-o", str(path)]), order))
-    torch_library = ["-L", str(torch_folder() / "lib"), "-ltorch_cpu"]
+    torch_library = ["-L", str(torch_or_reason() / "lib"), "-ltorch_cpu"]
     run([*command, "-shared", *map(str, jobs), *torch_library, "-o", str(output)])
+
+
+class FromNothing(build):
+    """Build into an empty folder: what an earlier build left there is not of these sources."""
+
+    def run(self) -> None:
+        """Empty it, then build."""
+        folder = Path(self.build_lib)
+        if folder.resolve() != Path("src").resolve():
+            shutil.rmtree(folder / "normkit", ignore_errors=True)
+            (folder / "normkit_program.py").unlink(missing_ok=True)
+        super().run()
 
 
 class BuildKernels(build_ext):
@@ -113,16 +123,20 @@ class BuildKernels(build_ext):
         return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Build, or say why not; normkit works without."""
+        """Build, or say why not, and leave the reason where the library would be."""
+        output = Path(self.get_ext_fullpath(ext.name))
+        reason = output.with_name(REASON_NAME)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for old in (output, reason):
+            old.unlink(missing_ok=True)
         extra = os.environ.get("NORMKIT_CXXFLAGS", "").split()
         try:
-            build_library(
-                Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "csrc", extra
-            )
-        except NotBuiltError as reason:
+            build_library(output, Path(self.build_temp) / "csrc", extra)
+        except NotBuiltError as error:
             sys.stderr.write(
-                f"normkit: installed without its CPU kernels (slower, same results): {reason}\n"
+                f"normkit: installed without its CPU kernels (slower, same results): {error}\n"
             )
+            reason.write_text(f"{error}\n", encoding="utf-8")
 
     def get_outputs(self) -> list[str]:
         """List the library only where it was built."""
@@ -139,5 +153,5 @@ class AnyPython(bdist_wheel):
 
 setup(
     ext_modules=[Extension("normkit.kernels.cpu._C", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
+    cmdclass={"build": FromNothing, "build_ext": BuildKernels, "bdist_wheel": AnyPython},
 )

@@ -13,7 +13,8 @@ struct GroupGradient {
   GroupGradient(const Group<T>& group, const double* sums, double count) {
     scale = group.rstd;
     slope = -group.rstd * group.rstd * group.rstd * sums[1] / count;
-    center = -group.rstd * sums[0] / count + slope * group.pivot_offset;
+    center = -group.rstd * sums[0] / count;
+    if (slope != 0) center += slope * group.pivot_offset;  // given statistics may be NaN
   }
 };
 
@@ -105,8 +106,8 @@ void backward_units(const Pooled& a, const Place& at, int64_t units) {
       a.piece_second[at.group + unit] = pair[1] * group.rstd;
     }
     const double weight = weight_at<T>(a, divide(at.low + unit * p.run, a.affine_plane));
-    const double share = a.constant ? 0 : weight;
-    const double weighted[2] = {share * pair[0], share * pair[1]};
+    double weighted[2] = {weight * pair[0], weight * pair[1]};
+    if (a.constant) weighted[0] = weighted[1] = 0;  // not times 0: they may be NaN
     const GroupGradient<T> k(group, weighted, double(at.count) * double(p.run));
     scale[unit] = A(weight * k.scale);
     slope[unit] = A(k.slope);

@@ -114,7 +114,7 @@ void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Stat
       const double offset = double(cells.pivot[cell]) - given.mean[group];
       cells.scale[cell] = A(scale * rstd[group]);
       cells.slope[cell] = A(slope[group]);
-      cells.center[cell] = A(center[group] + slope[group] * offset);
+      cells.center[cell] = A(center[group] + (slope[group] == 0 ? 0 : slope[group] * offset));
     }
   });
   each_chunk_backwards(plan, [&](const Chunk& chunk) {

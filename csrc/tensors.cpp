@@ -44,12 +44,12 @@ Element element_of(int32_t dtype) {
 int32_t dtype_of(const Tensor& x) {
   // The dispatcher sends a call here when any tensor is on the CPU; the others may not be.
   int32_t device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(),
                   "all tensors of a call are on one device: this input is on the CPU and a "
                   "parameter or buffer is not; move the layer or the input with .to(device)");
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return dtype;
 }
 
@@ -57,7 +57,7 @@ namespace {
 
 Tensor fresh_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -184,7 +184,7 @@ void copy_doubles(const double* values, int64_t count, const Tensor& table) {
 
 int64_t num_threads() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return threads;
 }
 

@@ -84,7 +84,7 @@ void parallel(int64_t count, int64_t grain, const F& body) {
   const auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const F*>(context))(begin, end);
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_parallel_for(0, count, grain, call, const_cast<F*>(&body)));
 }
 

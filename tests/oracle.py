@@ -1,4 +1,4 @@
-"""The definitions, in float64 loops. Imports nothing of the package under test."""
+"""The definitions, in float64. Imports nothing of the package under test."""
 
 # ruff: noqa: N803 - C and P are the letters of the formulas
 import contextlib
@@ -8,18 +8,69 @@ import math
 import torch
 
 
-@functools.cache
+class Exact:
+    """How the definitions add up and multiply: as float64 does.
+
+    A subclass that errs on purpose shows how far rounding can move a result (``arithmetic``).
+    """
+
+    def mean(self, values, ids):
+        """Mean of each group, at every element of the group."""
+        rough = _mean(values, ids)
+        rest = _mean(values - rough, ids)  # what rounding has left out
+        return torch.where(rest.isfinite(), rough + rest, rough)
+
+    def mean_square(self, x, center, ids):
+        """Mean of ``(x - center)^2`` in each group, at every element of the group."""
+        return self.mean((x - center) ** 2, ids)
+
+    def spread(self, values, ids):
+        """One value a group, at every element of the group."""
+        return values[ids]
+
+    def rounded(self, values):
+        """The result of one operation on every element."""
+        return values
+
+    def kept(self, values):
+        """The result of one operation on a table of statistics."""
+        return values
+
+    def used(self, values):
+        """What enters one of several operations, which have a share each of its gradient."""
+        return values
+
+
+def _mean(values, ids):
+    inside = are_valid(values).flatten()
+    where, flat = ids.flatten()[inside], values.flatten()[inside]
+    counts = torch.bincount(where, minlength=int(ids.max()) + 1 if ids.numel() else 0)
+    sums = torch.zeros(len(counts), dtype=values.dtype).index_add(0, where, flat)
+    return (sums / counts.clamp(min=1))[ids]
+
+
+_arithmetic = Exact()
+
+
+@contextlib.contextmanager
+def arithmetic(other):
+    """Let the definitions add up and multiply in another way, for a while."""
+    global _arithmetic  # noqa: PLW0603
+    before, _arithmetic = _arithmetic, other
+    try:
+        yield
+    finally:
+        _arithmetic = before
+
+
+@functools.lru_cache(maxsize=256)
 def group_ids(kind, shape, **options):
     """Statistics group of every element, written from the definition of each method."""
     num_examples, num_channels = shape[:2]
     positions = math.prod(shape[2:])
-    ids = torch.empty(num_examples, num_channels, positions, dtype=torch.long)
-    rule = RULES[kind]
-    for n in range(num_examples):
-        for c in range(num_channels):
-            for p in range(positions):
-                ids[n, c, p] = rule(n, c, p, num_channels, positions, **options)
-    return ids.reshape(shape)
+    places = [torch.arange(size) for size in (num_examples, num_channels, positions)]
+    n, c, p = torch.meshgrid(*places, indexing="ij")
+    return RULES[kind](n, c, p, num_channels, positions, **options).reshape(shape)
 
 
 RULES = {
@@ -51,73 +102,68 @@ def masked(valid):
 
 
 def are_valid(x):
-    """Which elements have a say in statistics."""
-    return VALID[-1].expand_as(x) if VALID else torch.ones_like(x, dtype=torch.bool)
+    """Which elements have a say in statistics; of what is no map, all."""
+    if VALID and x.ndim == VALID[-1].ndim:
+        return VALID[-1].expand_as(x)
+    return torch.ones_like(x, dtype=torch.bool)
 
 
 def group_moments(x, ids):
     """Mean and biased variance of each element's group, in the shape of ``x``."""
-    mean, var = torch.zeros_like(x), torch.zeros_like(x)
-    for group in ids.unique():
-        members = ids == group
-        values = x[members & are_valid(x)]
-        if not values.numel():
-            continue  # nothing of such a group is looked at
-        center = values.sum() / values.numel()
-        mean = torch.where(members, center, mean)
-        var = torch.where(members, ((values - center) ** 2).sum() / values.numel(), var)
-    return mean, var
+    mean = _arithmetic.mean(x, ids)
+    return mean, _arithmetic.mean_square(x, mean, ids)
 
 
 def affine(unit, weight, bias):
     """``weight`` and ``bias`` of each channel, applied after normalising."""
-    across = (1, -1, *(1,) * (unit.ndim - 2))
+    channels = group_ids("bn", unit.shape)
     if weight is not None:
-        unit = unit * weight.double().reshape(across)
-    return unit if bias is None else unit + bias.double().reshape(across)
+        unit = _arithmetic.rounded(unit * _arithmetic.spread(weight.double(), channels))
+    if bias is None:
+        return unit
+    return _arithmetic.rounded(unit + _arithmetic.spread(bias.double(), channels))
 
 
 def normalize(x, ids, weight, bias, eps):
     """Every element by the mean and variance of its group, then the channel's affine."""
-    mean, var = group_moments(x, ids)
-    return affine((x - mean) / (var + eps) ** 0.5, weight, bias)
+    return affine(unit(x, group_moments(x, ids), eps), weight, bias)
 
 
-def unbiased(values):
-    """Variance with ``n - 1``; zero for a single value."""
-    center = values.sum() / values.numel()
-    return ((values - center) ** 2).sum() / max(values.numel() - 1, 1)
+def table(values, ids):
+    """One value for each group, of values that are the same in the whole of it."""
+    return torch.zeros(int(ids.max()) + 1, dtype=values.dtype).scatter(
+        0, ids.flatten(), values.flatten()
+    )
 
 
 def whole_batch_statistics(x, kind, **options):
-    """What running buffers follow: whole batch, per channel, or per group for BGN."""
-    if kind == "bgn":
-        ids = group_ids("bgn", x.shape, **options)
-        num_values = options["num_groups"]
-    else:
-        ids, num_values = group_ids("bn", x.shape), x.shape[1]
-    cells = [x[(ids == index) & are_valid(x)] for index in range(num_values)]
-    means = torch.stack([cell.sum() / cell.numel() for cell in cells])
-    return means, torch.stack([unbiased(cell) for cell in cells])
+    """What running buffers follow: whole batch, per channel, or per group for BGN; unbiased."""
+    ids = group_ids("bgn", x.shape, **options) if kind == "bgn" else group_ids("bn", x.shape)
+    mean, var = (table(t, ids) for t in group_moments(x, ids))
+    counts = torch.bincount(ids[are_valid(x)], minlength=len(mean))
+    return mean, var * counts / (counts - 1).clamp(min=1)
 
 
 def running_moments(x, kind, running, alpha, **options):
     """Mean and variance of each element at evaluation, ``alpha`` parts of them its example's."""
+    if alpha == 0:
+        return spread_running(x, kind, running, **options)
+    ids = group_ids(kind, x.shape, **(options | own_example(kind)))
+    own = torch.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) * (ids.max() + 1) + ids
+    own_mean, own_var = group_moments(x, own)
+    if alpha == 1:
+        return own_mean, own_var
     mean, var = spread_running(x, kind, running, **options)
-    if alpha:
-        ids = group_ids(kind, x.shape, **(options | own_example(kind)))
-        own = torch.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) * (ids.max() + 1) + ids
-        e, v = group_moments(x, own)
-        square = alpha * (v + e**2) + (1 - alpha) * (var + mean**2)
-        mean = alpha * e + (1 - alpha) * mean
-        var = square - mean**2
-    return mean, var
+    center = _arithmetic.kept(alpha * own_mean + (1 - alpha) * mean)
+    own_part = own_var + (own_mean - center) ** 2
+    return center, alpha * own_part + (1 - alpha) * (var + (mean - center) ** 2)
 
 
-def train(kind, x, parameters, eps, buffers=None, **options):
+def train(kind, x, parameters, eps, buffers=None, rate=0.1, **options):
     """Training forward of any layer; ``parameters`` by their names in the layer."""
     if kind in COMPOSITES:
-        return COMPOSITES[kind](x, parameters, eps, batch_moments(kind, buffers), **options)
+        moments = batch_moments(kind, buffers, rate)
+        return COMPOSITES[kind](x, parameters, eps, moments, **options)
     ids = group_ids(kind, x.shape, **options)
     return normalize(x, ids, parameters.get("weight"), parameters.get("bias"), eps)
 
@@ -127,16 +173,15 @@ def evaluate(kind, x, parameters, eps, running, alpha, **options):
     if kind in COMPOSITES:
         moments = functools.partial(running_moments, kind="bn", running=running, alpha=alpha)
         return COMPOSITES[kind](x, parameters, eps, moments, **options)
-    mean, var = running_moments(x, kind, running, alpha, **options)
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    return affine((x - mean) / (var + eps) ** 0.5, weight, bias)
+    moments = running_moments(x, kind, running, alpha, **options)
+    return affine(unit(x, moments, eps), parameters.get("weight"), parameters.get("bias"))
 
 
-def follow(kind, x, buffers, parameters, eps, **options):
-    """Running mean and variance after a training batch, momentum (or update rate) 0.1."""
-    mean, var = buffers
+def follow(kind, x, buffers, parameters, eps, rate=0.1, **options):
+    """Running mean and variance after a training batch; ``rate`` is the momentum."""
+    mean, var = (t.double() for t in buffers)
     if kind == "bcn-micro":
-        return moved(x, mean, var)
+        return moved(x, mean, var, rate)
     if kind == "gnplus" and options.get("order", "group-first") == "group-first":
         ids = group_ids("gn", x.shape, num_groups=options["num_groups"])
         x = normalize(x, ids, None, None, eps)
@@ -144,35 +189,39 @@ def follow(kind, x, buffers, parameters, eps, **options):
         x = x[:, x.shape[1] // 2 :]
     plain = {} if kind in COMPOSITES else options
     new = whole_batch_statistics(x, "bn" if kind in COMPOSITES else kind, **plain)
-    return 0.9 * mean + 0.1 * new[0], 0.9 * var + 0.1 * new[1]
+    return (1 - rate) * mean + rate * new[0], (1 - rate) * var + rate * new[1]
 
 
-def moved(x, mean, var, rate=0.1):
+def moved(x, mean, var, rate):
     """Estimates after a micro batch, channel by channel (Qiao et al., Algorithm 1)."""
-    means, variances = mean.double().clone(), var.double().clone()
-    for c in range(x.shape[1]):
-        values = x[:, c][are_valid(x)[:, c]].detach().double()
-        old = means[c].clone()
-        variances[c] += rate * (((values - old) ** 2).sum() / values.numel() - variances[c])
-        means[c] += rate * (values.sum() / values.numel() - old)
-    return means, variances
+    x, mean, var, ids = x.detach(), mean.double(), var.double(), group_ids("bn", x.shape)
+    seen = table(_arithmetic.mean(x, ids), ids)
+    square = table(_arithmetic.mean_square(x, mean[ids], ids), ids)
+    steps = (_arithmetic.kept(seen - mean), _arithmetic.kept(square - var))
+    return _arithmetic.kept(mean + rate * steps[0]), _arithmetic.kept(var + rate * steps[1])
 
 
-def batch_moments(kind, buffers):
+def batch_moments(kind, buffers, rate):
     """What the batch stage of a composite normalises by in training: a function of its input."""
     if kind == "bcn-micro":
-        return lambda x: spread_running(x, "bn", moved(x, *buffers))
+        return lambda x: spread_running(x, "bn", moved(x, *buffers, rate))
     return lambda x: group_moments(x, group_ids("bn", x.shape))
 
 
 def unit(x, moments, eps):
     """Zero mean and unit variance, by these moments of every element."""
-    return (x - moments[0]) / (moments[1] + eps) ** 0.5
+    distance = _arithmetic.rounded(_arithmetic.used(x) - moments[0])
+    return _arithmetic.rounded(distance / (moments[1] + eps) ** 0.5)
 
 
 def group_unit(x, num_groups, eps):
     """GN without affine."""
     return unit(x, group_moments(x, group_ids("gn", x.shape, num_groups=num_groups)), eps)
+
+
+def everywhere(value, x):
+    """One value of a layer at every element."""
+    return _arithmetic.spread(value.reshape(1), torch.zeros(x.shape, dtype=torch.long))
 
 
 def gnplus(x, p, eps, moments, num_groups, order="group-first", **_):
@@ -183,18 +232,19 @@ def gnplus(x, p, eps, moments, num_groups, order="group-first", **_):
     else:
         bn = unit(x, moments(x), eps)
         gn = group_unit(x if order == "parallel" else bn, num_groups, eps)
-    share = 1 / (1 + torch.exp(-p["mix_logit"]))
-    return affine(share * gn + (1 - share) * bn, p.get("weight"), p.get("bias"))
+    share = everywhere(1 / (1 + torch.exp(-p["mix_logit"])), x)
+    mixed = _arithmetic.rounded(share * gn) + _arithmetic.rounded((1 - share) * bn)
+    return affine(mixed, p.get("weight"), p.get("bias"))
 
 
 def bcn(x, p, eps, moments, num_groups, channel_affine="group", **_):
     """A batch stage, then a group norm (Qiao et al., section 7)."""
     first = affine(unit(x, moments(x), eps), p.get("batch.weight"), p.get("batch.bias"))
-    weight, bias = p.get("channel.weight"), p.get("channel.bias")
+    scale, shift = p.get("channel.weight"), p.get("channel.bias")
     if channel_affine == "group":
         of_channel = [c // (x.shape[1] // num_groups) for c in range(x.shape[1])]
-        weight, bias = (None if t is None else t[of_channel] for t in (weight, bias))
-    return affine(group_unit(first, num_groups, eps), weight, bias)
+        scale, shift = (None if t is None else t[of_channel] for t in (scale, shift))
+    return affine(group_unit(first, num_groups, eps), scale, shift)
 
 
 def sn(x, p, eps, moments, use_batch=True, **_):
@@ -203,10 +253,11 @@ def sn(x, p, eps, moments, use_batch=True, **_):
     sources = [group_moments(x, group_ids(kind, x.shape)) for kind in kinds]
     if use_batch:
         sources.append(moments(x))
+    shares = [torch.exp(p[n]) / torch.exp(p[n]).sum() for n in ("mean_logits", "var_logits")]
     mean, var = torch.zeros_like(x), torch.zeros_like(x)
     for k, source in enumerate(sources):
-        mean = mean + torch.exp(p["mean_logits"][k]) / torch.exp(p["mean_logits"]).sum() * source[0]
-        var = var + torch.exp(p["var_logits"][k]) / torch.exp(p["var_logits"]).sum() * source[1]
+        mean = mean + _arithmetic.kept(everywhere(shares[0][k], x) * source[0])
+        var = var + _arithmetic.kept(everywhere(shares[1][k], x) * source[1])
     return affine(unit(x, (mean, var), eps), p.get("weight"), p.get("bias"))
 
 
@@ -225,20 +276,22 @@ def ibn(x, p, eps, moments, **_):
 
 def gw(x, p, eps, moments, num_groups, iterations=5, **_):
     """Whitened groups of channels, example by example, by Newton's iteration (Huang et al.)."""
+    center = _arithmetic.mean(x, group_ids("gn", x.shape, num_groups=num_groups))
+    centred = _arithmetic.rounded(_arithmetic.used(x) - center)
     results = []
-    for example, inside in zip(x, are_valid(x), strict=True):
+    for example, inside in zip(centred, are_valid(x), strict=True):
         rows = example.reshape(num_groups, -1)
-        chosen = inside.reshape(num_groups, -1)[0]  # alike in every row
-        center = rows[:, chosen].sum(dim=1, keepdim=True) / max(int(chosen.sum()), 1)
-        rows = rows - center
+        chosen = rows[:, inside.reshape(num_groups, -1)[0]]  # alike in every row
         identity = torch.eye(num_groups, dtype=x.dtype)
-        kept = rows[:, chosen]
-        covariance = kept @ kept.T / max(kept.shape[1], 1) + eps * identity
+        products = chosen @ chosen.T / max(chosen.shape[1], 1)
+        covariance = _arithmetic.rounded(products) + eps * identity
         trace = covariance.trace()
         root = identity
         for _ in range(iterations):
-            root = 1.5 * root - 0.5 * torch.linalg.matrix_power(root, 3) @ (covariance / trace)
-        results.append((root / trace**0.5 @ rows).reshape(example.shape))
+            step = torch.linalg.matrix_power(root, 3) @ (covariance / trace)
+            root = _arithmetic.rounded(1.5 * root - 0.5 * step)
+        whitened = _arithmetic.rounded(root / trace**0.5 @ rows)
+        results.append(whitened.reshape(example.shape))
     return affine(torch.stack(results), p.get("weight"), p.get("bias"))
 
 
@@ -252,17 +305,14 @@ def own_example(kind):
 
 def spread_running(x, kind, running, **options):
     """Running mean and variance of every element, channel buffers pooled into channel groups."""
-    one = x[:1]
+    one, (mean, var) = x[:1], (t.double() for t in running)
     if kind == "bgn":
         ids = group_ids("bgn", one.shape, **options)
-        return running[0].double()[ids], running[1].double()[ids]
+        return mean[ids], var[ids]
     groups = group_ids(kind, one.shape, **(options | own_example(kind)))
-    channels = group_ids("bn", one.shape)
-    mean, var = torch.zeros_like(one), torch.zeros_like(one)
-    for group in groups.unique():
-        inside = channels[groups == group].unique()
-        m, v = running[0].double()[inside], running[1].double()[inside]
-        center = m.sum() / len(m)
-        mean[groups == group] = center
-        var[groups == group] = v.sum() / len(v) + ((m - center) ** 2).sum() / len(m)
-    return mean, var
+    of_channel, channels = groups.reshape(x.shape[1], -1)[:, 0], group_ids("bn", one.shape)
+    if len(of_channel.unique()) == x.shape[1]:
+        return mean[channels], var[channels]
+    center = _arithmetic.mean(mean, of_channel)
+    spread = _arithmetic.mean(var, of_channel) + _arithmetic.mean_square(mean, center, of_channel)
+    return center[channels], spread[channels]

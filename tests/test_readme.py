@@ -9,6 +9,7 @@ from torch import nn
 
 import normkit as nk
 from normkit.cli import main
+from normkit.lab.torchvision_ops import register_missing_operators
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,6 +19,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 def test_the_examples_run_one_after_the_other():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 4
+    register_missing_operators()  # this machine's torchvision may be built for another torch
     namespace = {}
     for block in blocks:
         exec(block, namespace)

@@ -1,11 +1,12 @@
 """Specs: parse, print, resolve, build, refuse."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import normkit as nk
-from normkit.spec import METHODS, RECOMMENDED_BGN_GROUPS
+from normkit.recipes import METHODS, RECOMMENDED_BGN_GROUPS
 
 TEXTS = (
     "bn", "in", "ln", "gn", "gn:8", "gn:max=8", "pn", "bgn:auto", "bgn:512", "ghost:4",
@@ -181,3 +182,111 @@ def test_composites_have_specs(text, shown, layer):
 def test_a_word_that_an_option_does_not_know_is_refused():
     with pytest.raises(nk.SpecError, match="one of: group-first, batch-first, parallel"):
         nk.NormSpec.parse("gnplus:8:order=both")
+
+
+LARGEST = 2**24
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gn:" + "9" * 90, r"a whole number of at least 1 and at most 16777216"),
+        ("gn:" + "9" * 5000, r"a spec of 5003 characters was given, 'gn:9999"),
+        ("x" * 100_000, r"a spec of 100000 characters was given"),
+        (f"bgn:{LARGEST + 1}", "at most 16777216"),
+        ("bgn:99999999999", "at most 16777216"),
+        ("gn:max=99999999999", "at most 16777216"),
+        ("ghost:10000000000000000000", "at most 16777216"),
+        ("gbgn:2:examples=99999999999", "at most 16777216"),
+        ("gn:num_groups=99999999999", "at most 16777216"),
+        ("gn:\N{SUPERSCRIPT TWO}", "must be a whole number"),
+        ("gn:\N{ARABIC-INDIC DIGIT TWO}", "must be a whole number"),
+        ("gn:1_0", "must be a whole number"),
+        ("gn: 4", "must be a whole number"),
+        ("bn:eps=1_0", "must be of type float"),
+        ("bn:eps=\N{ARABIC-INDIC DIGIT TWO}", "must be of type float"),
+        ("gbgn:2:examples=-1", "must be a whole number"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_numbers_have_bounds_and_are_written_in_plain_digits(text, message):
+    with pytest.raises(nk.SpecError, match=message) as refused:
+        nk.build(text, 8)
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("bn:eps=nan", nk.OptionError, "eps=nan was given"),
+        ("bn:eps=1e999", nk.OptionError, "eps=inf was given"),
+        ("bn:momentum=-1", nk.OptionError, "momentum=-1.0 was given"),
+        ("bgn:16777216", nk.PartitionError, None),
+    ],
+)
+def test_values_beyond_an_options_rule_are_refused_by_the_layer(text, error, message):
+    layer_or_error = pytest.raises(error, match=message)
+    with layer_or_error:
+        nk.build(text, 8)(torch.zeros(2, 8, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -1, 2.5, "8", None, True, 10**30, LARGEST + 1, 10**5000, -(10**5000)],
+    ids=lambda size: (
+        str(size)[:20] if abs(size if isinstance(size, int) else 0) < 10**99 else "huge"
+    ),
+)
+@pytest.mark.parametrize("name", ["num_features", "batch_size", "num_positions"])
+def test_sizes_are_whole_numbers_with_bounds(name, size):
+    sizes = {"num_features": 8, "batch_size": 2, "num_positions": 9}
+    if size is None and name != "num_features":
+        return  # not known
+    if name == "batch_size" and size == LARGEST + 1:
+        return  # a batch costs a norm nothing
+    with pytest.raises(
+        (nk.OptionError, nk.SpecError), match=f"{name}=|given as {name}; .* at most"
+    ):
+        nk.build("bgn:auto", **{"num_features": 8, **sizes, name: size})
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("gn8", "gn:8"),
+        ("gn-8", "gn:8"),
+        ("GN:8", "gn"),
+        ("gn=8", "gn:8"),
+        ("group_norm", "gn"),
+        ("GroupNorm", "gn"),
+        ("BatchNorm2d", "bn"),
+        ("bn2", "bn"),
+        ("batchgroupnorm", "bgn"),
+        ("bgn512", "bgn:512"),
+        ("gpn", "pn|gn|bgn"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(text, meant):
+    with pytest.raises(nk.SpecError, match=rf"did you mean ({meant})\?$"):
+        nk.NormSpec.parse(text)
+    assert nk.NormSpec.parse(meant.split("|")[0])
+
+
+def test_a_name_like_nothing_gets_no_proposal():
+    for text in ("", ":8", "8", "qqqq", "\x1b[31m", "\N{GREEK SMALL LETTER GAMMA}"):
+        with pytest.raises(nk.SpecError, match=r"the norms are: .*, ibn$"):
+            nk.NormSpec.parse(text)
+
+
+def test_a_spec_made_by_hand_is_checked_when_it_is_built():
+    with pytest.raises(nk.SpecError, match="sets colour; its options are: num_groups, eps"):
+        nk.NormSpec("gn", (("colour", 1),)).build(8)
+    with pytest.raises(nk.OptionError, match="max='many' was given"):
+        nk.NormSpec("gn", (("max", "many"),)).build(8)
+
+
+def test_lists_of_specs_are_texts():
+    with pytest.raises(
+        nk.SpecError, match=r"a list of specs is a text such as 'bn,gn:8'; \['bn'\]"
+    ):
+        nk.parse_specs(["bn"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from normkit import functional
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
+    CallbackError,
     ConversionError,
     DataError,
     InputError,
@@ -14,6 +15,7 @@ from normkit.errors import (
     KernelError,
     NormError,
     OptionError,
+    PackageError,
     PartitionError,
     SpecError,
     TraceError,
@@ -35,6 +37,7 @@ from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 from normkit.param_groups import decay_gamma_to_one, param_groups
 from normkit.spec import NormSpec, build, parse_specs
+from normkit.version import __version__
 
 if TYPE_CHECKING:
     from normkit import weights
@@ -71,8 +74,10 @@ if TYPE_CHECKING:
     from normkit.doctor import Diagnosis, diagnose
     from normkit.folding import Folding, fold
     from normkit.inference import (
+        Guard,
         StatisticsPatch,
         freeze_statistics,
+        guard_statistics_,
         recalibrate,
         set_example_weight,
         thaw_statistics,
@@ -125,8 +130,10 @@ LATER = {
         "fold",
     ),
     "normkit.inference": (
+        "Guard",
         "StatisticsPatch",
         "freeze_statistics",
+        "guard_statistics_",
         "recalibrate",
         "set_example_weight",
         "thaw_statistics",
@@ -165,6 +172,7 @@ __all__ = [
     "BatchChannelNorm",
     "BatchGroupNorm",
     "BatchNorm",
+    "CallbackError",
     "ChannelDifference",
     "Conversion",
     "ConversionError",
@@ -180,6 +188,7 @@ __all__ = [
     "GroupNorm",
     "GroupNormPlus",
     "GroupWhitening",
+    "Guard",
     "InactiveChannels",
     "InputError",
     "InputTypeError",
@@ -191,6 +200,7 @@ __all__ = [
     "NormError",
     "NormSpec",
     "OptionError",
+    "PackageError",
     "PartitionError",
     "PositionalNorm",
     "Probe",
@@ -202,6 +212,7 @@ __all__ = [
     "TraceError",
     "Tuning",
     "WeightError",
+    "__version__",
     "accumulate_statistics",
     "add_output_noise",
     "bake_weights_",
@@ -218,6 +229,7 @@ __all__ = [
     "freeze_statistics",
     "functional",
     "gradient_landscape",
+    "guard_statistics_",
     "inactive_channels",
     "largest_divisor",
     "lipschitz_terms",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from normkit import weights
 from normkit.inference.example_weight import set_example_weight
-from normkit.spec import METHODS, Value
+from normkit.recipes import METHODS
+from normkit.spec import Value
 
 NUM_CHANNELS, NUM_GROUPS = 24, 4  # of the layer whose shapes are read: C, C/2 and G all differ
 SYMBOLS = {NUM_CHANNELS: "C", NUM_CHANNELS // 2: "C/2", NUM_GROUPS: "G"}
@@ -315,4 +316,4 @@ _METHODS = (
 )
 
 CATALOG: Mapping[str, Method] = MappingProxyType({method.spec: method for method in _METHODS})
-"""Every method: the norms of ``normkit.spec.METHODS``, then those without a layer."""
+"""Every method: the norms of ``normkit.recipes.METHODS``, then those without a layer."""

@@ -29,6 +29,14 @@ class OptionError(NormError, ValueError):
     """An option of a layer or a tool has a value that it cannot have."""
 
 
+class PackageError(NormError, ImportError):
+    """A package that is not installed is needed for what was asked."""
+
+
+class CallbackError(NormError, AttributeError):
+    """Something was given as a callback to a trainer that does not know it."""
+
+
 class KernelError(NormError, RuntimeError):
     """Kernels were asked for that do not exist or were not built."""
 

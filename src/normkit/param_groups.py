@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.errors import OptionError, TraceError
 from normkit.layers.base import NormLayer
+from normkit.passes import require_layers, surely
 from normkit.tracing.kinds import is_norm
 from normkit.tracing.trace import trace
 
@@ -56,7 +57,9 @@ def param_groups(
         biases.
 
     Raises:
-        OptionError: If a decay is negative or ``decay_gamma_to`` is neither 0 nor 1.
+        OptionError: If a decay is negative, ``decay_gamma_to`` is neither 0 nor 1, or it cannot be
+            seen which parameters are norms': the model is scripted, exported, quantized, or has its
+            parameters flattened into one.
 
     Warns:
         UserWarning: If norms decay in a model without residual paths, or one that cannot be
@@ -72,6 +75,7 @@ def param_groups(
         >>> [(group["name"], group["weight_decay"]) for group in groups]
         [('weights', 0.0001), ('biases', 0.0001), ('norm_weights', 0.0), ('norm_biases', 0.0)]
     """
+    require_layers(model, "sort the parameters of", sharded=True)
     of_norms = weight_decay if norm_weight_decay is None else norm_weight_decay
     of_biases = weight_decay if bias_weight_decay is None else bias_weight_decay
     decays = dict(zip(GROUPS, (weight_decay, of_biases, of_norms, of_norms), strict=True))
@@ -127,12 +131,13 @@ def decay_gamma_to_one(optimizer: Optimizer) -> None:
         **options: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
         distance = _DistanceFromOne(self)
-        distance.take_()
-        try:
-            given = () if closure is None else (distance.undone_during(closure),)
+        given = () if closure is None else (distance.undone_during(closure),)
+
+        def take_step() -> Any:  # noqa: ANN401
+            distance.take_()
             return step(*given, **options)
-        finally:
-            distance.undo_()
+
+        return surely(take_step, distance.undo_)
 
     vars(stepped)["decays_to_one"] = True
     optimizer.step = types.MethodType(stepped, optimizer)  # type: ignore[method-assign]
@@ -141,39 +146,63 @@ def decay_gamma_to_one(optimizer: Optimizer) -> None:
 class _DistanceFromOne:
     """Subtracts one from an optimizer's flagged parameters, with their decay on, and adds it back.
 
-    A parameter without a gradient is not stepped, so it is not touched: rounding would change it.
+    A parameter without a gradient is not stepped, so it is not touched.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._groups = [group for group in optimizer.param_groups if TO_ONE in group]
-        self._moved: list[nn.Parameter] = []
+        self._moves: list[_Move] = []
 
-    @torch.no_grad()
     def take_(self) -> None:
         for group in self._groups:
             group["weight_decay"] = group[TO_ONE]
-            self._moved += [p for p in group["params"] if p.grad is not None]
-        for parameter in self._moved:
-            parameter.sub_(1)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._moves.append(_Move(parameter))
+                    self._moves[-1].do_()
 
-    @torch.no_grad()
     def undo_(self) -> None:
         for group in self._groups:
             group["weight_decay"] = 0.0
-        while self._moved:
-            self._moved.pop().add_(1)
+        for move in self._moves:
+            move.undo_()
+        self._moves = []
 
     def undone_during(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let a closure see the parameters as they are."""
 
         def evaluated() -> Any:  # noqa: ANN401
             self.undo_()
-            try:
-                return closure()
-            finally:
-                self.take_()
+            loss = closure()
+            self.take_()
+            return loss
 
         return evaluated
+
+
+class _Move:
+    """One parameter, less one for a while.
+
+    Its values before are kept: what the step has not changed gets them back without rounding.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter, self._before = parameter, parameter.detach().clone()
+        self._less = self._before - 1
+        self._is_moved = False
+        self._after: Tensor | None = None
+
+    def do_(self) -> None:
+        self._parameter.detach().copy_(self._less)
+        self._is_moved = True
+
+    def undo_(self) -> None:
+        """Add one again; twice is once."""
+        if self._after is None:
+            now = self._parameter.detach()
+            stepped = torch.where(now == self._less, self._before, now + 1)
+            self._after = stepped if self._is_moved else self._before
+        self._parameter.detach().copy_(self._after)
 
 
 def _group_of(model: nn.Module, name: str) -> str:

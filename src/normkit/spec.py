@@ -2,102 +2,40 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import get_args
 
 from torch import nn
 
+from normkit.core.check import require_count
 from normkit.core.composite import Order
 from normkit.core.partition import largest_divisor
 from normkit.errors import SpecError
-from normkit.layers import over_batch, over_example
-from normkit.layers.batch_channel import BatchChannelNorm, ChannelAffine
-from normkit.layers.group_plus import GroupNormPlus
-from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.layers.switchable import SwitchableNorm
-from normkit.layers.whitening import GroupWhitening
+from normkit.layers.batch_channel import ChannelAffine
+from normkit.recipes import (
+    MAX_NUMBER,
+    METHODS,
+    Recipe,
+    recipe_of,
+    recommended_bgn_groups,
+    require_size,
+)
+from normkit.text import shortened
+
+__all__ = ["METHODS", "NormSpec", "Value", "build", "parse_specs", "recommended_bgn_groups"]
 
 Value = int | float | bool | str | None
 
-RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
-    {128: 512, 64: 256, 32: 128, 16: 64, 8: 16, 4: 2, 2: 1, 1: 1}
-)
-"""Groups of BGN by examples per worker: Zhou et al., Batch Group Normalization, table 2."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a name becomes a layer.
-
-    Args:
-        layer: Class that is built.
-        argument: Option that the first, unnamed argument of a spec sets.
-        short: Other names of options.
-        over_positions: Whether that argument divides ``C * positions`` rather than ``C``.
-        automatic: What ``auto`` is at most, by batch size.
-    """
-
-    layer: Callable[..., nn.Module]
-    argument: str | None = None
-    short: Mapping[str, str] = field(default_factory=dict)
-    over_positions: bool = False
-    automatic: Callable[[int], int] | None = None
-
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        """Keyword options of the layer, by name."""
-        parameters = inspect.signature(self.layer).parameters
-        hidden = ("num_features", "process_group", "device", "dtype")
-        return {name: p for name, p in parameters.items() if name not in hidden}
-
-
-def recommended_bgn_groups(batch_size: int) -> int:
-    """Groups of BGN for this many examples per worker: the paper's nearest in log2."""
-    if batch_size < 1:
-        raise SpecError(f"batch_size={batch_size} was given; it counts examples, so at least 1")
-    nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda size: abs(math.log2(batch_size / size)))
-    return RECOMMENDED_BGN_GROUPS[nearest]
-
+MAX_LENGTH = 400  # characters of a spec
 
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"Order": get_args(Order), "ChannelAffine": get_args(ChannelAffine)}
 )
 """Options that are one of a few words, by the name of their annotation."""
-
-METHODS: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "bn": Recipe(layer=over_batch.BatchNorm),
-        "in": Recipe(layer=over_example.InstanceNorm),
-        "ln": Recipe(layer=over_example.LayerNorm),
-        "gn": Recipe(layer=over_example.GroupNorm, argument="num_groups"),
-        "pn": Recipe(layer=over_example.PositionalNorm),
-        "bgn": Recipe(
-            layer=over_batch.BatchGroupNorm,
-            argument="num_groups",
-            over_positions=True,
-            automatic=recommended_bgn_groups,
-        ),
-        "ghost": Recipe(layer=over_batch.GhostBatchNorm, argument="ghost_batch_size"),
-        "gbgn": Recipe(
-            layer=over_batch.GeneralBatchGroupNorm,
-            argument="num_groups",
-            short={"examples": "examples_per_group"},
-        ),
-        "gnplus": Recipe(layer=GroupNormPlus, argument="num_groups"),
-        "bcn": Recipe(
-            layer=BatchChannelNorm,
-            argument="num_groups",
-            short={"micro": "micro_batch", "rate": "update_rate"},
-        ),
-        "sn": Recipe(layer=SwitchableNorm),
-        "gw": Recipe(layer=GroupWhitening, argument="num_groups"),
-        "ibn": Recipe(layer=InstanceBatchNorm),
-    }
-)
-"""Every norm that a spec can name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +76,11 @@ class NormSpec:
             return text
         if not isinstance(text, str):
             raise SpecError(f"a spec is a text or a NormSpec; {text!r} was given")
+        if len(text) > MAX_LENGTH:
+            raise SpecError(
+                f"a spec of {len(text)} characters was given, {text[:20]!r}...; it has at most "
+                f"{MAX_LENGTH}"
+            )
         body, *suffixes = text.strip().split("+")
         if suffixes not in ([], ["ws"]):
             raise SpecError(f"spec {text!r} ends in +{'+'.join(suffixes)}; the only suffix is +ws")
@@ -173,8 +116,11 @@ class NormSpec:
                 chosen among the divisors of ``num_features``, which always fit.
 
         Raises:
-            SpecError: If ``auto`` is asked for without a batch size.
+            SpecError: If ``auto`` is asked for without a batch size, or a size is too large.
+            OptionError: If a size is no whole number of at least 1.
         """
+        require_size("num_features", num_features)
+        positions = 1 if num_positions is None else require_size("num_positions", num_positions)
         given = dict(self.arguments)
         limit = given.pop("max", None)
         if given.get("") == "auto":
@@ -182,8 +128,9 @@ class NormSpec:
         if limit is None:
             return self
         recipe = METHODS[self.name]
-        size = num_features * (num_positions or 1 if recipe.over_positions else 1)
-        given[""] = largest_divisor(size, at_most=int(limit))
+        size = num_features * (positions if recipe.over_positions else 1)
+        at_most = require_count("max", limit)  # type: ignore[arg-type] - which is what it checks
+        given[""] = largest_divisor(size, at_most=at_most)
         return replace(self, arguments=tuple(sorted(given.items())))
 
     def build(
@@ -199,6 +146,12 @@ class NormSpec:
         found = self.resolve(num_features, batch_size=batch_size, num_positions=num_positions)
         recipe = METHODS[self.name]
         options = {key or str(recipe.argument): value for key, value in found.arguments}
+        unknown = options.keys() - recipe.options().keys()
+        if unknown:
+            raise SpecError(
+                f"{self} sets {', '.join(sorted(unknown))}; its options are: "
+                f"{', '.join(recipe.options())}"
+            )
         return recipe.layer(num_features, **options)
 
     def _automatic(self, batch_size: int | None) -> int:
@@ -218,12 +171,14 @@ def parse_specs(text: str) -> tuple[NormSpec, ...]:
         >>> parse_specs("bn,gn:8,bgn:auto")
         (NormSpec('bn'), NormSpec('gn:8'), NormSpec('bgn:auto'))
     """
+    if not isinstance(text, str):
+        raise SpecError(f"a list of specs is a text such as 'bn,gn:8'; {text!r} was given")
     specs = tuple(NormSpec.parse(part) for part in text.split(",") if part.strip())
     if not specs:
         raise SpecError(f"{text!r} names no norm; the norms are: {', '.join(METHODS)}")
-    for index, spec in enumerate(specs):
-        if spec in specs[:index]:
-            raise SpecError(f"{text!r} names {spec} twice; name each norm once")
+    twice = [spec for spec, count in Counter(specs).items() if count > 1]
+    if twice:
+        raise SpecError(f"{shortened(text)!r} names {twice[0]} twice; name each norm once")
     return specs
 
 
@@ -257,17 +212,6 @@ track_running_stats=True, example_weight=0.0)
     return NormSpec.parse(spec).build(
         num_features, batch_size=batch_size, num_positions=num_positions
     )
-
-
-def recipe_of(name: str, text: str) -> Recipe:
-    """Look a name up; an unknown one is refused with the known ones.
-
-    Raises:
-        SpecError: If there is no such norm.
-    """
-    if name not in METHODS:
-        raise SpecError(f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
@@ -310,11 +254,12 @@ def _is_flag(option: str, recipe: Recipe) -> bool:
 
 
 def _whole_number(value: str, argument: str, text: str) -> int:
-    if value.isascii() and value.isdigit() and int(value) > 0:
-        return int(value)
+    number = int(value) if re.fullmatch(r"[0-9]{1,100}", value) else 0
+    if 0 < number <= MAX_NUMBER:
+        return number
     raise SpecError(
-        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1, an "
-        f"option=value, or an option that is true or false"
+        f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1 and at "
+        f"most {MAX_NUMBER}, an option=value, or an option that is true or false"
     )
 
 
@@ -325,8 +270,11 @@ def _value(value: str, annotation: str, argument: str, text: str) -> Value:
         return constants[value]
     if annotation in WORDS:
         return _word(value, WORDS[annotation], argument, text)
+    kind = annotation.split(" ", maxsplit=1)[0]
+    if kind == "int":
+        return _whole_number(value, argument, text)
     try:
-        return {"int": int, "float": float}[annotation.split(" ", maxsplit=1)[0]](value)
+        return {"float": float}[kind](value if value.isascii() and "_" not in value else "")
     except (KeyError, ValueError):
         raise SpecError(
             f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"

@@ -28,6 +28,12 @@ def narrow(norm):
     return norm
 
 
+def switched_off(norm):
+    """The norm with buffers that training leaves alone."""
+    norm.track_running_stats = False
+    return norm
+
+
 def trained(norm):
     """The norm after a batch."""
     norm.train()(torch.randn(8, 8, 4, 4, generator=torch.Generator().manual_seed(0)))
@@ -250,6 +256,25 @@ DEFECTS = [
         MAP,
         conv(nk.BatchNorm(8, momentum=None)),
         conv(nk.BatchNorm(8)),
+    ),
+    ("eps near 0", "warning", "1", 32, MAP, conv(BN(8, eps=0.0)), conv(BN(8))),
+    (
+        "eps near 0",
+        "warning",
+        "1",
+        32,
+        MAP,
+        conv(nk.GroupNorm(8, num_groups=2, eps=1e-20)),
+        conv(nk.GroupNorm(8, num_groups=2, eps=1e-12)),
+    ),
+    (
+        "frozen for now",
+        "warning",
+        "1",
+        32,
+        MAP,
+        conv(switched_off(BN(8))),
+        conv(BN(8, track_running_stats=True)),
     ),
     ("not looked at", "note", "norm", 32, MAP, Elsewhere(False), Elsewhere(True)),
     ("not looked at", "note", "1", 32, MAP, conv(nn.RMSNorm(8)), conv(BN(8))),

@@ -75,14 +75,14 @@ def test_bad_input_gives_exit_code_2_and_a_way_out(bench, arguments, text):
     assert "Traceback" not in errors
 
 
-def test_an_interrupt_is_said_to_keep_nothing(bench, monkeypatch, tmp_path):
+def test_an_interrupt_leaves_no_half_file(bench, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("normkit.cli.bench.run_bench", interrupted)
     code, _, errors = bench("--out", str(tmp_path / "b.json"))
     assert code == 130
-    assert "interrupted; nothing was written" in errors
+    assert "interrupted; no file is half written" in errors
     assert not list(tmp_path.glob("b.*"))
 
 

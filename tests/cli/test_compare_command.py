@@ -7,7 +7,11 @@ from importlib.metadata import version
 import pytest
 
 from normkit.cli import main
+from normkit.lab.data import READERS, Examples, load
+from normkit.lab.data.sources import Source
+from normkit.lab.lock import only_user
 from normkit.lab.models import build_model
+from normkit.lab.spec import RunSpec
 
 TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
 SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "10,20", "--seeds", "1,2", "--workers", "1"]
@@ -81,24 +85,66 @@ def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare, monkeypatch)
     assert [c["num_finished"] for c in result["cells"]] == [2, 2, 0, 0]
 
 
-def test_diverged_runs_are_shown_and_are_no_failure(compare):
-    code, output, _ = compare("--norms", "ln", "--base-lr", "1e30", "--epochs", "3")
+def test_some_diverged_runs_are_a_result_and_no_failure(compare, monkeypatch):
+    rate = RunSpec.learning_rate
+    monkeypatch.setattr(
+        RunSpec,
+        "learning_rate",
+        lambda spec, epoch: rate(spec, epoch) * 10.0 ** (30 * (spec.seed - 1)),
+    )
+    code, output, errors = compare("--norms", "ln", "--epochs", "3")
     assert code == 0
-    assert "2 diverged" in output
+    assert "1 diverged" in output
     assert "the training loss was" in output
+    assert "there is nothing to compare" not in errors
 
 
-def test_a_corrupt_line_is_told_by_number_and_put_aside(compare, tmp_path):
+def test_runs_that_all_diverged_are_said_and_give_exit_code_1(compare):
+    for _ in range(2):  # and the same when they are there already
+        code, output, errors = compare("--norms", "ln", "--base-lr", "1e30", "--epochs", "3")
+        assert code == 1
+        assert "2 diverged" in output
+        assert "all 4 runs diverged, so there is nothing to compare; give a lower" in errors
+
+
+def test_a_corrupt_line_is_told_by_number_and_left_where_it_is(compare, tmp_path):
     compare()
     path = tmp_path / "out" / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], "{]\n", *lines[1:]]))
+    before = path.read_bytes()
     code, _, errors = compare()
     assert code == 0
     assert f"line 2 of {path} is no record" in errors
-    assert "it was moved to records.corrupt.jsonl, the others are used" in errors
-    assert (tmp_path / "out" / "records.corrupt.jsonl").read_text() == "{]\n"
-    assert path.read_text() == "".join(lines)
+    assert "it is left out, the others are used" in errors
+    assert path.read_bytes() == before
+
+
+def test_runs_on_data_that_has_changed_are_done_anew(compare, tmp_path, monkeypatch):
+    first = json.loads(compare("--json")[1])
+    original = READERS["digits"]
+
+    def other():
+        examples, test = original()
+        return Source(Examples(inputs=examples.inputs.flip(3), targets=examples.targets), test)
+
+    for reader, expected in ((other, 16), (original, 16)):
+        monkeypatch.setitem(READERS, "digits", reader)
+        load.cache_clear()
+        found = json.loads(compare("--json")[1])
+        assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == expected
+        assert (found["cells"] == first["cells"]) == (reader is original)
+
+
+def test_a_second_process_in_the_folder_is_refused(compare, tmp_path):
+    (tmp_path / "out").mkdir()
+    with only_user(tmp_path / "out"):
+        code, output, errors = compare()
+    assert (code, output) == (2, "")
+    assert re.fullmatch(
+        r"normkit: .*out is in use by process .*another folder with --out\n", errors
+    )
+    assert compare()[0] == 0
 
 
 def test_the_report_names_the_command_that_makes_it_again(compare, tmp_path):
@@ -118,7 +164,7 @@ BAD = [
     (["--batch-sizes", "0"], r"--batch-sizes was given 0: .*greater than or equal to 1"),
     (["--seeds", "1,1"], r"name 1 more than once"),
     (["--seeds", "9" * 23], r"--seeds was given 9+: .*less than or equal to 9223372036854775807"),
-    (["--seeds", "9" * 5000], r"--seeds was given .* is no whole number"),
+    (["--seeds", "9" * 5000], r"a number of 5000 digits was given, 9{20}\.\.\.; no option takes"),
     (
         ["--batch-sizes", "9" * 23],
         r"--batch-sizes was given 9+: .*less than or equal to 2147483647",
@@ -141,7 +187,7 @@ BAD = [
         ["--norms", "bn,gn:2+ws", "--model", "mlp:depth=2:width=20"],
         r"\+ws has nothing to standardise in model 'mlp:depth=2:width=20'.*leave \+ws out",
     ),
-    (["--workers", "0"], r"--workers was given 0; give the runs at once, 1 or more"),
+    (["--workers", "0"], r"--workers was given 0; give 1 or more, and 1024 at most"),
 ]
 
 
@@ -169,7 +215,7 @@ def test_unknown_kernels_in_the_environment_give_exit_code_2(compare, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "records.corrupt.jsonl", "report.html"])
+@pytest.mark.parametrize("name", ["records.jsonl", "report.html"])
 def test_a_folder_in_a_files_place_gives_exit_code_2_before_training(
     compare, tmp_path, monkeypatch, name
 ):
@@ -177,7 +223,7 @@ def test_a_folder_in_a_files_place_gives_exit_code_2_before_training(
     (tmp_path / "out" / name).mkdir(parents=True)
     code, output, errors = compare()
     assert (code, output) == (2, "")
-    way_out = "is no file; move it away or give another folder with --out"
+    way_out = "is no file; move it away or give another one with --out"
     assert errors == f"normkit: {tmp_path / 'out' / name} {way_out}\n"
 
 

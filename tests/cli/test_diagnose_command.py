@@ -122,7 +122,7 @@ def test_checkpoints_of_one_name_are_told_apart(normkit, checkpoints, tmp_path):
             {"inputs": torch.zeros(2, 1, 8, 8), "targets": torch.zeros(2)},
             r"targets torch.float32 \(2,\); write it by",
         ),
-        (None, r"cannot be read \(No such file"),
+        (None, "cannot be read: No such file"),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused(tensors, said, normkit, checkpoints, tmp_path):

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import torch
 from safetensors import safe_open
 
 import normkit as nk
 from normkit.cli import main
-from normkit.lab.data import load
 from normkit.lab.models import build_model
 
 SMALL = ("--model", "small-resnet", "--data", "digits", "--examples", "60", "--batch-size", "20")
@@ -26,29 +24,10 @@ def normkit(capsys):
     return run
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A network that has learned a little, with statistics that are a little wrong."""
-    data = load("digits").train
-    torch.manual_seed(0)
-    model = build_model("small-resnet", num_classes=10, input_shape=(1, 8, 8)).model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for index in torch.arange(300).split(30):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(data.inputs[index]), data.targets[index]).backward()
-        optimizer.step()
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_var"):
-            buffer.mul_(3)
-    path = tmp_path_factory.mktemp("weights") / "weights.pt"
-    torch.save(model.state_dict(), path)
-    return str(path)
-
-
-def test_a_checkpoint_is_tuned_tested_saved_and_drawn(normkit, checkpoint, tmp_path):
+def test_a_checkpoint_is_tuned_tested_saved_and_drawn(normkit, trained, tmp_path):
     saved, drawn = tmp_path / "new" / "tuned.safetensors", tmp_path / "curve.svg"
     code, output, errors = normkit(
-        *(*SMALL, "--checkpoint", checkpoint, "--save", str(saved), "--plot", str(drawn), "--json")
+        *(*SMALL, "--checkpoint", trained, "--save", str(saved), "--plot", str(drawn), "--json")
     )
     assert code == 0
     found = json.loads(output)
@@ -71,10 +50,10 @@ def test_a_checkpoint_is_tuned_tested_saved_and_drawn(normkit, checkpoint, tmp_p
 
 
 def test_the_text_says_what_was_chosen_and_what_it_gains_on_test_examples(
-    normkit, checkpoint, monkeypatch
+    normkit, trained, monkeypatch
 ):
     monkeypatch.setattr("normkit.tune.gradient.NUM_STEPS", 3)
-    code, output, _ = normkit(*SMALL, "--checkpoint", checkpoint, "--per-layer")
+    code, output, _ = normkit(*SMALL, "--checkpoint", trained, "--per-layer")
     assert code == 0
     lines = output.splitlines()
     assert lines[0].startswith("example weight of 5 layers, tuned for loss (smaller is better) on")

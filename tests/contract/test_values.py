@@ -1,4 +1,4 @@
-"""Values, gradients and buffers of every layer against the float64 loop oracle."""
+"""Values, gradients and buffers of every layer against the float64 oracle."""
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import normkit as nk
 from convert.net import Net
+from normkit.convert import optimizer as edits
 
 MAKERS = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
@@ -143,3 +144,59 @@ def test_another_models_optimizer_is_refused():
     with pytest.raises(nk.OptionError, match=r"given a list; it takes a torch.optim.Optimizer"):
         nk.convert_norm_(model, "gn:2", optimizer=[])
     assert isinstance(model.layer1[0].bn1, nn.BatchNorm2d)
+
+
+class Outer(torch.optim.Optimizer):
+    """Has another one inside, as those that are sharded over processes do."""
+
+    def __init__(self, parameters):
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        self.inner = torch.optim.SGD(parameters, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (torch.optim.LBFGS, "LBFGS keeps one history of all parameters together"),
+        (Outer, "Outer has an optimizer inside with parameters of its own"),
+    ],
+)
+def test_an_optimizer_that_cannot_follow_is_refused_before_anything_changes(make, why):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    optimizer = make(model.parameters())
+    with pytest.raises(nk.OptionError, match=f"{why}, and cannot follow this change; nothing was"):
+        nk.convert_norm_(model, "bcn:2", optimizer=optimizer)
+    assert isinstance(model[1], nn.BatchNorm2d)
+
+
+def test_an_optimizer_of_matrices_takes_no_gains():
+    layer = nn.Linear(6, 8)
+    optimizer = torch.optim.Muon([layer.weight])
+    exchange = edits.Exchange([("weight", layer.weight)], [("gain", nn.Parameter(torch.ones(8)))])
+    with pytest.raises(nk.OptionError, match="Muon takes matrices only, and cannot follow"):
+        edits.OptimizerEdit(optimizer, [exchange], layer.parameters())
+
+
+def test_a_history_of_all_parameters_goes_on_where_they_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3, 6, 6)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    nk.convert_norm_(model, "gn:2", optimizer=optimizer)
+    optimizer.step(closure)
+
+
+def test_an_optimizer_that_shares_its_groups_with_the_one_inside_follows():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    optimizer = Outer(model.parameters())
+    optimizer.param_groups = optimizer.inner.param_groups
+    nk.convert_norm_(model, "bcn:2", optimizer=optimizer)
+    held = {p for group in optimizer.inner.param_groups for p in group["params"]}
+    assert held == set(model.parameters())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import normkit as nk
 from convert.networks import timm
@@ -45,6 +45,16 @@ def test_layers_that_somebody_has_changed_are_refused():
     patched[0].forward = lambda x: x
     with pytest.raises(nk.ConversionError, match="0 to gn:4: its forward was replaced on this"):
         nk.convert_norm_(patched, "gn:4")
+
+
+def test_a_parametrised_norm_is_refused_with_the_way_out():
+    model = nn.Sequential(nn.BatchNorm2d(8))
+    parametrizations.weight_norm(model[0])
+    says = r"0 to gn:4: its weight is parametrised; make it permanent first \(.*remove_parametriz"
+    with pytest.raises(nk.ConversionError, match=says):
+        nk.convert_norm_(model, "gn:4")
+    parametrize.remove_parametrizations(model[0], "weight")
+    nk.convert_norm_(model, "gn:4")
 
 
 def test_what_is_no_model_is_refused():

@@ -116,10 +116,14 @@ def test_norms_in_a_python_list_are_not_passed_over_in_silence():
             self.order = [self.norm]
             self.by_name = {"other": nn.BatchNorm2d(8)}
 
-    done = nk.convert_norm_(nn.Sequential(Hiding()), "gn:2")
+    model = nn.Sequential(Hiding())
+    done = nk.convert_norm_(model, "gn:2")
     assert [change.name for change in done.changes] == ["0.norm"]
+    assert model[0].order == [model[0].norm]  # what is called there is what was converted
     why = "it is in a Python list or dict, not an nn.ModuleList"
-    assert {row.name: row.why for row in done.left} == dict.fromkeys(["0.order", "0.by_name"], why)
+    assert {row.name: row.why for row in done.left} == {"0.by_name": why}
+    assert done.revert()[0].order == [model[0].norm]
+    assert isinstance(model[0].norm, nn.BatchNorm2d)
 
 
 def test_the_report_prints_as_a_table():
@@ -159,13 +163,16 @@ def refused(error, match, spec="gn:2", model=None, **options):
 def test_groups_that_do_not_divide_are_refused_for_the_whole_model():
     first = r"5 layers cannot be converted; nothing was changed\n  layer1.0.bn1, layer1.0.bn2, "
     rest = r"layer2.0.bn1, layer2.0.bn2 to gn:8: .* length 20, .*\n  head.1 to gn:8: .* length 324"
-    offer = r"(?s:.*)\ngn:max=8 takes the largest number that divides$"
+    offer = r'(?s:.*)\n"gn:max=8" takes the largest number that divides$'
     model = Net(20)
     model.head[1] = nn.BatchNorm1d(324)
     refused(
         nk.PartitionError, first + rest.replace("\\n  head", r"\n  head") + offer, "gn:8", model
     )
-    refused(nk.PartitionError, r"gn:max=32 takes", "gn", model)
+    refused(nk.PartitionError, r'"gn:max=32" takes', "gn", model)
+    whole = r'"bcn:max=8:micro_batch\+ws" takes the largest number that divides$'
+    refused(nk.PartitionError, whole, "bcn:8:micro+ws", model)
+    nk.convert_norm_(model, "bcn:max=8:micro_batch")
 
 
 def test_several_kinds_of_trouble_are_one_error():
@@ -191,6 +198,7 @@ def test_patterns_and_options_that_mean_nothing_are_refused():
     refused(nk.OptionError, r"eps=-1", "gn:2:eps=-1.0")
     refused(TypeError, r"optimiser", optimiser=None)
     refused(nk.OptionError, r"no normalization layer", model=nn.Sequential(nn.Conv2d(3, 8, 3)))
+    refused(nk.OptionError, r"optimizer= was given a list; it takes a torch\.optim", optimizer=[])
 
 
 def test_wrapped_and_compiled_models_are_refused():

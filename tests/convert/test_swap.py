@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 import normkit as nk
@@ -168,10 +168,18 @@ def test_a_conversion_pickles_and_reverts_there():
     assert isinstance(model.layer1[0].bn1, nk.GroupNormPlus)
 
 
-def test_torch_does_not_pickle_standardized_weights():
-    done = nk.convert_norm(Net(), "gn:2+ws")
-    with pytest.raises(RuntimeError, match="parametrized modules is only supported through"):
-        pickle.dumps(done)
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_conversion_with_standardized_weights_pickles_and_reverts_there(calibrated):
+    x, model = torch.randn(2, 8, 4, 4), Net().eval()
+    before = model(x)
+    done = nk.convert_norm(model, "gn:2+ws", calibrate=[x] if calibrated else None)
+    twin = pickle.loads(pickle.dumps(done))
+    assert_close(twin.model(x), done.model(x))
+    weight = twin.model.layer1[0].conv1.parametrizations.weight.original
+    twin.model(x).sum().backward()
+    assert weight.grad is not None
+    assert_close(twin.revert()(x), before)
+    assert type(twin.model.layer1[0].conv1) is nn.Conv2d
 
 
 def test_the_copying_twin_leaves_the_model_alone():
@@ -186,7 +194,13 @@ def test_the_copying_twin_leaves_the_model_alone():
 class Interrupter:
     """Raises in the n-th line that the machinery of the change runs."""
 
-    FILES = ("convert/swap.py", "convert/optimizer.py", "weights/attach.py", "convert/carry_out.py")
+    FILES = (
+        "convert/swap.py",
+        "convert/optimizer.py",
+        "weights/attach.py",
+        "convert/carry_out.py",
+        "passes/rollback.py",
+    )
 
     def __init__(self, at):
         self.left = at
@@ -195,9 +209,7 @@ class Interrupter:
     def __call__(self, frame, event, arg):
         """Count a line."""
         name = frame.f_code.co_name
-        if name == "undo":
-            self.left = -1  # an interruption of the rollback itself cannot be survived
-        elif name == "apply" and frame.f_code.co_filename.endswith("swap.py"):
+        if name == "apply" and frame.f_code.co_filename.endswith("swap.py"):
             self.applying = True
         ours = frame.f_code.co_filename.endswith(self.FILES)
         if event == "line" and self.applying and ours:
@@ -212,7 +224,7 @@ def test_an_interruption_anywhere_leaves_everything_as_it_was():
     optimizer = trained(model, torch.optim.AdamW)
     before = snapshot(model, optimizer)
     interrupted = 0
-    for at in range(1, 1000):
+    for at in range(1, 10_000, 5):
         tracer = sys.gettrace()
         sys.settrace(Interrupter(at))
         try:
@@ -382,3 +394,71 @@ def test_ws_leaves_convolutions_that_standardise_themselves():
     model = build("timm:resnetv2_50x1_bit")
     with pytest.raises(nk.OptionError, match="nothing to standardise"):
         nk.convert_norm_(model, "gn:8+ws")
+
+
+class LightningModule(nn.Module):
+    """Has a forward of its own that refuses, as Lightning's does."""
+
+    def forward(self, *args, **kwargs):
+        """Refuse."""
+        return super().forward(*args, **kwargs)
+
+
+class Wrapping(LightningModule):
+    """Trains a network in a step of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = Net()
+
+    def training_step(self, x):
+        """Compute the loss."""
+        return self.network(x).sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"example_input": torch.randn(2, 8, 4, 4)}])
+@pytest.mark.parametrize("holder", [Wrapping, lambda: nn.ModuleDict({"network": Net()})])
+def test_ws_on_what_has_no_forward_says_which_part_to_pass(holder, options):
+    model = holder()
+    says = r"no forward of its own; pass the part that has one, such as model\.network$"
+    with pytest.raises(nk.TraceError, match=says):
+        nk.convert_norm_(model, "gn:2+ws", **options)
+    if options:
+        with pytest.raises(nk.TraceError, match=rf"takes no example: it has {says}"):
+            nk.convert_norm_(model, "gn:2", **options)
+    done = nk.convert_norm_(model, "gn:2")
+    assert done.unchecked == ("Net", "Block")
+    assert len(nk.convert_norm_(eval("model.network"), "gn:2+ws").standardized) == 4
+
+
+class Named(Net):
+    """Takes a named argument that may be missing, as models of Hugging Face do."""
+
+    def forward(self, pixel_values=None, scale=None):
+        """Compute the output."""
+        if pixel_values is None:
+            raise ValueError("no values")
+        return {"logits": super().forward(pixel_values)}
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"pixel_values": x}])
+def test_ws_on_named_arguments_goes_by_the_example(wrap):
+    with pytest.raises(
+        nk.TraceError, match=r"pass example_input=, a tuple of arguments, a dict of"
+    ):
+        nk.convert_norm_(Named(), "gn:2+ws")
+    done = nk.convert_norm_(Named(), "gn:2+ws", example_input=wrap(torch.randn(2, 8, 4, 4)))
+    assert len(done.standardized) == 4
+
+
+@pytest.mark.parametrize("by", ["weight norm", "pruning"])
+def test_a_weight_that_others_compute_is_refused_with_the_way_out(by):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    if by == "pruning":
+        prune.random_unstructured(model[0], "weight", 0.5)
+    else:
+        parametrizations.weight_norm(model[0])
+    says = r"the weight of layer '0' .* convert_norm_ give the norm behind it a spec without \+ws"
+    with pytest.raises(nk.WeightError, match=says):
+        nk.convert_norm_(model, "gn:2+ws")
+    nk.convert_norm_(model, "gn:2")

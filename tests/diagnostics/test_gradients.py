@@ -59,6 +59,53 @@ def test_lipschitz_terms_are_those_of_the_raw_gradient(batches, preserve):
     assert 0 < mean / squares < 1
 
 
+OPTIONS = {
+    "small eps, small filters": {"eps": 1e-12},
+    "large eps": {"eps": 1e-2},
+    "unbiased": {"unbiased": True, "eps": 1e-12},
+    "eps to the deviation": {"eps_to": "std", "eps": 1e-9},
+    "gain": {"gain": True, "eps": 1e-12},
+    "center alone": {"scale": False},
+    "scale alone": {"center": False, "eps": 1e-12},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_lipschitz_terms_are_those_of_the_layers_own_options(name, batches):
+    """What is left of the gradient by the raw weight is the rest, with the deviation used."""
+    options = OPTIONS[name]
+    model = net().double()
+    model[3] = nn.Identity()
+    with torch.no_grad():  # small, and without a mean where that is not subtracted
+        model[0].weight.sub_(model[0].weight.mean((1, 2, 3), keepdim=True)).mul_(1e-3)
+    pair = batches[0][0].double(), batches[0][1]
+    nk.standardize_weights_(model, **options)
+    (row,) = nk.lipschitz_terms(model, [pair]).layers
+    raw = model[0].parametrizations.weight.original
+    rows = raw.detach().flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    var = rows.square().sum(1) / (26 if options.get("unbiased") else 27)
+    eps = options.get("eps", 1e-5)
+    std = (var + eps).sqrt() if options.get("eps_to") != "std" else var.sqrt() + eps
+    std = std if options.get("scale", True) else torch.ones_like(std)
+
+    weight = model[0].weight.detach().requires_grad_()
+    maps = functional.conv2d(pair[0], weight, model[0].bias)
+    normed = functional.batch_norm(maps, None, None, training=True)
+    loss = functional.cross_entropy(model[5](normed.relu().flatten(1)), pair[1])
+    (g,) = torch.autograd.grad(loss, weight)
+    whole = g.flatten(1).square().sum()
+    unit = rows / std[:, None]
+    along = (unit * g.flatten(1)).sum(1).square().sum() / (26 if options.get("unbiased") else 27)
+    constant = g.flatten(1).sum(1).square().sum() / 27
+    assert row.weight_share == pytest.approx(float(along / whole) * options.get("scale", True))
+    assert row.mean_share == pytest.approx(float(constant / whole) * options.get("center", True))
+    if name != "large eps":
+        (left,) = torch.autograd.grad(functional.cross_entropy(model(pair[0]), pair[1]), raw)
+        rest = (left.flatten(1) * std[:, None]).square().sum() / whole
+        assert 1 - row.weight_share - row.mean_share == pytest.approx(float(rest), rel=1e-4)
+
+
 def gradient(model, pair):
     model = copy.deepcopy(model).train()
     loss = functional.cross_entropy(model(pair[0]), pair[1])
@@ -198,6 +245,31 @@ def test_noise_is_one_draw_a_group_in_training_only():
     with nk.add_output_noise(model):
         noise = model[1](x) - model.eval()[1](x) * 0
     assert noise.shape == x.shape
+
+
+class Turned(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_noise_of_norms_over_the_last_axis_is_a_draw_for_each_channel():
+    torch.manual_seed(0)
+    x = torch.randn(7, 5, 6)
+    for norm in (nn.LayerNorm(6), nn.RMSNorm(6)):
+        with nk.add_output_noise(norm):
+            noise = norm(x).detach()
+        noise -= norm(x).detach()
+        assert (noise - noise[:, :1]).abs().max() < 1e-5
+        assert noise[:, 0].std() > 0.5
+    alone = nn.InstanceNorm1d(6)
+    with nk.add_output_noise(alone):
+        assert alone(x[0].T).shape == (6, 5)
+    with pytest.raises(
+        OptionError, match=r"cannot be found in the output of 0: its class .*Turned"
+    ):
+        nk.add_output_noise(nn.Sequential(Turned(6))).__enter__()
+    with nk.add_output_noise(nn.Sequential(Turned(6)), granularity="element") as names:
+        assert names == ("0",)
 
 
 def test_noise_comes_before_an_activation_inside():

@@ -302,7 +302,10 @@ def test_what_cannot_be_measured_is_refused(batches):
         nk.disturb_statistics(nn.ReLU(), 0.5).__enter__()
     with pytest.raises(OptionError, match="no norm that pools channels"):
         nk.channel_difference(Cnn(), batches)
-    with pytest.raises(DataError, match="no batch has reached"):
-        nk.channel_difference(Cnn(nk.LayerNorm), [])
+    for measure in MEASURES.values():
+        with pytest.raises(DataError, match="batches= gave no batch; an iterator that was used up"):
+            measure(Cnn(second=nk.LayerNorm), [])
+    with pytest.raises(DataError, match="no batch has reached a norm that pools channels"):
+        nk.channel_difference(Cnn(nk.LayerNorm), [batches[0][:0]])
     with pytest.raises(DataError, match="no ReLU was called"):
         nk.inactive_channels(nn.Conv2d(3, 4, 3), batches)

@@ -30,6 +30,32 @@ def test_of_a_forward_that_raises_nothing_is_kept():
     assert shift == pytest.approx(length([running - mean]), rel=1e-5)
 
 
+class Tokens(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class TwoStages(nk.BatchChannelNorm):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_what_norms_with_a_forward_of_their_own_normalise_is_not_known():
+    model = nn.Sequential(Tokens(4), nn.Linear(4, 4), TwoStages(4, num_groups=2))
+    with nk.Probe(model, every=1) as probe:
+        model(torch.randn(6, 5, 4)).sum().backward()
+        record = probe.step()
+    rows = rows_by_name(record)
+    assert all(row.shift_mean is row.stat_diff is None for row in rows.values())
+    assert rows["0"].gamma_norm == 2.0
+    notes = [note for note in record.notes if note.startswith("what ")]
+    assert [note.partition(":")[0] for note in notes] == [
+        f"what {name} normalises is not known" for name in ("0", "2.batch", "2.channel")
+    ]
+    assert "Tokens has a forward of its own" in notes[0]
+    assert not any("were not seen" in note for note in record.notes)
+
+
 def test_losses_and_inputs_that_are_not_finite_are_recorded_and_said():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU())

@@ -111,3 +111,22 @@ def test_it_is_refused_before_anything_changes(model, group, error, message):
         nk.synchronize_(model, group)
     assert all(new is old for new, old in zip(model.modules(), layers, strict=True))
     assert not any(getattr(m, "process_group", None) for m in model.modules())
+
+
+def test_statistics_that_no_longer_follow_are_kept_as_they_are():
+    """``track_running_stats`` switched off after building: evaluate by them, leave them alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nk.BatchNorm(3))
+    model(torch.randn(4, 3, 5, 5) + 2)
+    for layer in model:
+        layer.track_running_stats = False
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(4, 3, 5, 5)
+    y = model.eval()(x)
+    done = nk.synchronize_(model.train())
+    assert done.names == ("0", "1")
+    torch.testing.assert_close(model.eval()(x), y)
+    model.train()(x)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())

@@ -143,7 +143,7 @@ def test_statistics_of_the_first_checkpoint_are_found_to_be_better(good, digits)
     restored = tried["statistics of the first checkpoint"]
     assert restored.gain.mean == pytest.approx(found.causes[0].explains.mean)
     assert restored.gain.significant
-    assert restored.loss < 0.6 * tried["recalibrate"].loss  # measuring anew makes it worse
+    assert restored.loss < 0.8 * tried["recalibrate"].loss  # measuring anew makes it worse
 
 
 def test_estimation_shift_is_measured_at_every_checkpoint(good, digits):
@@ -185,7 +185,7 @@ def test_batches_of_a_data_loader_are_counted(good, digits):
     assert found.causes[0].name == "stale statistics"
 
 
-@pytest.mark.parametrize("how", ["frozen", "momentum 0", "evaluation"])
+@pytest.mark.parametrize("how", ["frozen", "momentum 0", "evaluation", "not tracking"])
 def test_statistics_that_stand_still_are_judged_too(how, good, digits):
     model = copy.deepcopy(good)
     model[10].running_var.mul_(30)
@@ -193,12 +193,14 @@ def test_statistics_that_stand_still_are_judged_too(how, good, digits):
         nk.freeze_statistics(model)
     elif how == "momentum 0":
         model[10].momentum = 0.0
+    elif how == "not tracking":
+        model[10].track_running_stats = False
     else:
         model.train()[10].eval()
     found = nk.diagnose(model, *digits, try_fixes=how == "frozen")
     assert [cause.name for cause in found.causes] == ["frozen at other statistics"]
     assert found.causes[0].layers == ("10",)
-    assert "1 layer is frozen, or has momentum 0, at statistics that are not" in found.reading
+    assert "frozen, or has momentum 0 or track_running_stats off, at stat" in found.reading
     if how == "frozen":
         recalibrated = next(trial for trial in found.trials if trial.name == "recalibrate")
         assert recalibrated.gain.significant

@@ -1,15 +1,20 @@
-"""The page on recalibration runs, and prints what it says."""
+"""The pages on recalibration and on the guard run, and print what they say."""
 
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[2] / "docs" / "recalibrate.md").read_text()
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_examples_run_and_print_what_stands_below(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["recalibrate", "guard"])
+def test_the_examples_run_and_print_what_stands_below(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        exec(block, namespace)
-    printed = re.findall(r"^    (.*)$", PAGE.split("```")[2], flags=re.MULTILINE)
-    assert capsys.readouterr().out.splitlines() == printed
+    for block in re.finditer(
+        r"```python\n(.*?)```\n((?:\n|    [^\n]*\n)*)", (DOCS / f"{name}.md").read_text(), re.DOTALL
+    ):
+        exec(block[1], namespace)
+        printed = re.findall(r"^    (.*)$", block[2], flags=re.MULTILINE)
+        assert capsys.readouterr().out.splitlines() == printed

@@ -132,7 +132,7 @@ def test_a_patch_prints_as_a_table():
     first, head, one, other, left = str(patch).splitlines()
     assert first == summary
     assert head.split() == ["name", "layer", "values", "mean", "shift", "std", "ratio"]
-    assert one.split()[:3] == ["3.batch", "BatchNorm", "128"]
+    assert one.split()[:3] == ["3.batch", "InnerBatchNorm", "128"]
     assert other.split()[0] == "4"
     assert left == "left out: 1 (BatchNorm2d): its momentum is 0, so it is frozen"
     assert str(patch.apply()).splitlines()[0].endswith("in one pass, applied")

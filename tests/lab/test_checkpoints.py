@@ -132,8 +132,10 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("normkit.lab.checkpoints.save_file", broken)
-    with pytest.raises(DataError, match="cannot be written: disk full"):
+    monkeypatch.setattr("normkit.lab.checkpoints.writing.save_file", broken)
+    with pytest.raises(
+        DataError, match=r"cannot be read or written \(disk full\); .* another one with --save"
+    ):
         save_weights(net(), path, {})
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]

@@ -1,5 +1,6 @@
 import gzip
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data import load, sources, stratified_order
+from normkit.lab.data import READERS, Examples, load, read_examples, sources, stratified_order
+from normkit.lab.data.dataset import fingerprint_of
 from normkit.lab.data.idx import read_idx
 
 
@@ -112,6 +115,72 @@ def test_a_cut_idx_file_says_what_is_missing(tmp_path):
     write_idx(tmp_path / "x.gz", np.zeros(5, np.uint8), bytes([0, 0, 8, 1, 0, 0, 0, 9]))
     with pytest.raises(DataError, match=r"holds 5 values, but its header says \(9,\)"):
         read_idx(tmp_path / "x.gz")
+
+
+@pytest.mark.parametrize("axes", [2, 255])
+def test_an_idx_file_that_ends_in_its_header_is_an_error_too(tmp_path, axes):
+    path = tmp_path / "images.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, axes]) + b"\1\0\0"))
+    with pytest.raises(DataError, match="breaks off in its header; copy the file anew"):
+        read_idx(path)
+
+
+def examples(**changed):
+    given = {"inputs": torch.zeros(3, 1, 4, 4), "targets": torch.tensor([0, 2, 1])}
+    return {**given, **changed}
+
+
+BAD_EXAMPLES = {
+    "no targets": ({"targets": None}, "holds inputs, and no targets; write it by"),
+    "no images": ({"inputs": torch.zeros(0, 1, 4, 4), "targets": torch.tensor([])}, "holds inputs"),
+    "three axes": ({"inputs": torch.zeros(3, 4, 4)}, r"holds inputs torch.float32 \(3, 4, 4\)"),
+    "bytes": ({"inputs": torch.zeros(3, 1, 4, 4, dtype=torch.uint8)}, "inputs torch.uint8"),
+    "fp8": ({"inputs": torch.zeros(3, 1, 4, 4).to(torch.float8_e5m2)}, "torch.float8_e5m2"),
+    "bool": ({"targets": torch.tensor([True, False, True])}, "targets torch.bool"),
+    "negative": ({"targets": torch.tensor([0, -1, 2])}, "classes from -1 to 2; they are counted"),
+    "huge": ({"targets": torch.tensor([0, 1, 10**12])}, "at most 1000000"),
+    "control": ({"\x1b[31m": torch.zeros(1), "targets": None}, r"holds \\x1b\[31m, inputs"),
+}
+
+
+@pytest.mark.parametrize(("changed", "text"), BAD_EXAMPLES.values(), ids=BAD_EXAMPLES)
+def test_examples_that_no_model_can_take_are_refused(tmp_path, changed, text):
+    path = tmp_path / "examples.safetensors"
+    save_file({k: v for k, v in examples(**changed).items() if v is not None}, path)
+    with pytest.raises(DataError, match=text):
+        read_examples(path)
+
+
+def test_what_is_no_file_of_examples_is_said(tmp_path):
+    for path, text in (
+        (tmp_path, "is a folder; give a file"),
+        (tmp_path / "none.safetensors", "No such file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (Path("/dev/zero"), "is a device or a pipe"),
+    ):
+        with pytest.raises(DataError, match=text):
+            read_examples(path)
+
+
+def test_examples_in_double_precision_become_single(tmp_path):
+    path = tmp_path / "examples.safetensors"
+    save_file(examples(inputs=torch.ones(3, 1, 4, 4).double(), targets=torch.zeros(3).byte()), path)
+    found = read_examples(path)
+    assert (found.inputs.dtype, found.targets.dtype) == (torch.float32, torch.int64)
+
+
+def test_the_fingerprint_follows_the_files_and_not_the_limit():
+    whole = load("digits").fingerprint
+    assert load("digits", 100).fingerprint == whole
+    assert len(whole) == 12
+    source = READERS["digits"]()
+    for other in (
+        Examples(inputs=source.examples.inputs, targets=source.examples.targets.flip(0)),
+        Examples(inputs=source.examples.inputs[:-1], targets=source.examples.targets[:-1]),
+        Examples(inputs=source.examples.inputs.roll(1), targets=source.examples.targets),
+    ):
+        assert fingerprint_of(other) != whole
+    assert fingerprint_of(source.examples) == whole
 
 
 def test_a_cut_gzip_stream_is_an_error_too(tmp_path):

@@ -3,10 +3,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from normkit import BatchNorm, GroupNorm
-from normkit.errors import PartitionError, SpecError
+from normkit import BatchNorm, GroupNorm, InstanceBatchNorm
+from normkit.errors import OptionError, PartitionError, SpecError
 from normkit.lab.models import ARCHITECTURES, build_model
 from normkit.lab.models.architecture import architecture
+from normkit.lab.models.build import norm_slots
 from normkit.lab.models.zoo import NormThenAct, replace_batch_norms
 
 OURS = ("small-resnet", "small-resnet:width=8:blocks=2", "mlp:depth=3:width=16", "vgg11")
@@ -159,7 +160,7 @@ def test_an_unknown_kind_of_batch_norm_is_refused_by_name():
         ("timm:densenet121.x", r"no model 'timm:densenet121.x'"),
         (
             "mlp:dept=3",
-            r"argument 'dept=3'; it takes depth=N, width=N with N a whole number, 1 or more",
+            r"argument 'dept=3'; it takes depth=N, width=N, each once, with N a whole number",
         ),
         ("mlp:depth=0", r"argument 'depth=0'; it takes"),
         ("vgg11:width", r"model 'vgg11:width' has the argument 'width'; it takes no arguments"),
@@ -188,3 +189,92 @@ def test_groups_that_do_not_fit_are_refused():
 def test_a_model_name_cannot_be_registered_twice():
     with pytest.raises(SpecError, match=r"model 'mlp' is already registered"):
         architecture("mlp")(ARCHITECTURES["mlp"])
+
+
+def test_ibn_stands_where_ibn_net_a_has_it():
+    """Pan et al. 2018: the first norm of each block, in all stages but the last."""
+    model = build("torchvision:resnet18", "ibn", shape=(3, 32, 32)).model
+    first = {f"layer{stage}.{block}.bn1" for stage in (1, 2, 3) for block in (0, 1)}
+    found = {name for name, m in model.named_modules() if isinstance(m, InstanceBatchNorm)}
+    assert found == first
+    norms = [m for n, m in model.named_modules() if isinstance(m, BatchNorm) and ".batch" not in n]
+    assert len(norms) == 20 - len(first)
+    assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
+
+
+def test_ibn_says_what_stands_where_and_keeps_its_options():
+    built = build("small-resnet:blocks=2", "ibn:ratio=0.25+ws", shape=(1, 16, 16))
+    assert {place.name: place.norm for place in built.norms} == {
+        "1": "bn+ws",
+        "3.norm1": "ibn:ratio=0.25+ws",
+        "3.norm2": "bn+ws",
+        "4.norm1": "ibn:ratio=0.25+ws",
+        "4.norm2": "bn+ws",
+        "5.norm1": "bn+ws",
+        "5.norm2": "bn+ws",
+        "6.norm1": "bn+ws",
+        "6.norm2": "bn+ws",
+    }
+    assert built.model[3].norm1.ratio == 0.25
+    assert is_parametrized(built.model[3].conv1)
+
+
+@pytest.mark.parametrize("name", ["mlp:depth=2:width=8", "vgg11"])
+def test_ibn_needs_residual_blocks(name):
+    with pytest.raises(SpecError, match="ibn stands where IBN-Net-a has it, in the first norm of "):
+        build(name, "ibn")
+    with pytest.raises(SpecError, match="choose another norm or a residual network"):
+        norm_slots(name, 10, (1, 16, 16)).check("ibn", 4, 4)
+
+
+def test_ibn_is_tried_at_its_places_alone():
+    norm_slots("small-resnet", 10, (1, 4, 4)).check("ibn", 2, 2)  # maps of 1x1 in the last stage
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("small-resnet:width=99999999999", "'width=99999999999'; it takes width=N, blocks=N, each"),
+        ("mlp:depth=100000000", "with N a whole number from 1 to 2048"),
+        ("mlp:depth=" + "9" * 5000, "a model's name of 5010 characters was given, 'mlp:depth=9999"),
+        ("mlp:depth=" + "9" * 300, "with N a whole number from 1 to 2048"),
+        ("mlp:depth=\N{ARABIC-INDIC DIGIT TWO}", "with N a whole number from 1 to 2048"),
+        ("mlp:depth=1_0", "with N a whole number from 1 to 2048"),
+        ("mlp:depth=2:depth=3", "'depth=3'; it takes depth=N, width=N, each once"),
+        ("mlp:width=", "with N a whole number from 1 to 2048"),
+        ("vgg11:width=2", "has the argument 'width=2'; it takes no arguments"),
+        ("x" * 100_000, "a model's name of 100000 characters was given"),
+        ("timm:" + "x" * 300, "there is no model 'timm:xxx"),
+        ("\x1b[31mresnet", r"there is no model '\\x1b\[31mresnet'"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_names_and_numbers_of_models_have_bounds(name, text):
+    with pytest.raises(SpecError, match=text) as refused:
+        build(name)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "given", [0, -1, 2.5, "10", None, True, 10**7, 10**30, 10**5000], ids=lambda n: str(type(n))
+)
+def test_numbers_of_classes_have_bounds(given):
+    with pytest.raises((SpecError, OptionError), match=r"num_classes=|given as num_cl"):
+        build_model("small-resnet", num_classes=given, input_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "given", [(1, 999_999_999, 3), (10**6, 8, 8), (1, 8), (1, 8, 8, 8), (1, 0, 8), (1, 2.5, 8)]
+)
+def test_shapes_of_inputs_have_bounds(given):
+    with pytest.raises((SpecError, OptionError), match=r"shape .* values$|input_shape="):
+        build("small-resnet", shape=given)
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch):
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**30 // 4096}
+    monkeypatch.setattr("os.sysconf", sizes.get)
+    bytes_needed = 4 * (64 * 64 * 2048 + 255 * 2048 * 2048 + 256 * 2 * 2048 + 2048 * 10 + 10)
+    said = rf"would have {bytes_needed / 2**30:.3g} GiB of weights .* a quarter of this .* 1 GiB"
+    with pytest.raises(SpecError, match=said):
+        build("mlp:depth=256:width=2048", shape=(1, 64, 64))

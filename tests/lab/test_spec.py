@@ -36,6 +36,12 @@ def test_learning_rate_drops_by_ten_after_half_and_three_quarters_of_the_epochs(
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
+def test_the_papers_164_epochs_have_their_drops_after_81_and_122():
+    spec = RunSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=164))
+    rates = [spec.learning_rate(epoch) for epoch in range(164)]
+    assert rates == pytest.approx([0.1] * 81 + [0.01] * 41 + [0.001] * 42)
+
+
 def test_a_sweep_runs_every_cell_with_every_seed_once(sweep):
     cells = {(run.norm, run.batch_size, run.seed) for run in sweep.runs()}
     assert cells == {(n, b, s) for n in ("bn", "ln") for b in (10, 20) for s in (1, 2)}

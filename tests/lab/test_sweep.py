@@ -80,7 +80,7 @@ def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(sweep, tmp_path
 def test_the_expected_steps_are_the_steps_that_are_done(sweep, tmp_path):
     run_all(sweep.runs()[:1], tmp_path, 1, Notes())
     done = read_records(tmp_path).records[0].outcome.num_steps
-    assert num_steps(sweep.runs()[0], check(sweep)) == done == 4
+    assert num_steps(sweep.runs()[0], len(check(sweep).train)) == done == 4
 
 
 SWEEP_SCRIPT = """
@@ -193,3 +193,13 @@ def test_an_interrupt_while_workers_start_shows_no_traceback(tmp_path):
     assert program.returncode == 130, errors
     assert "Traceback" not in errors
     assert "interrupted; finished runs are kept" in errors
+
+
+def test_a_learning_rate_that_is_no_update_rate_is_found_before_the_first_run(sweep):
+    changed = sweep.protocol.model_copy(update={"base_lr": 10.0})
+    norms = sweep.model_copy(update={"protocol": changed, "norms": ("bcn:2:micro",)})
+    with pytest.raises(
+        SpecError, match=r"update rate, which is 1.5625 at batch size 20, and above"
+    ):
+        check(norms)
+    check(norms.model_copy(update={"norms": ("bcn:2:micro:rate=0.1", "bcn:2")}))

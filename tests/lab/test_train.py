@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from normkit import BatchChannelNorm
 from normkit.errors import SpecError
 from normkit.lab import train
 from normkit.lab.data import Examples
@@ -219,3 +220,37 @@ def test_the_optimizer_is_sgd_with_plain_momentum_and_decay(protocol):
         optimizer.step()
         for p, value in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.detach(), value)
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        ("bcn:2:micro", [0.1 * 16 / 128, 0.1 * 16 / 1280]),  # the learning rate, which has dropped
+        ("bcn:2:micro:rate=0.02", [0.02, 0.02]),
+    ],
+)
+def test_estimates_of_micro_batches_move_by_the_learning_rate(
+    protocol, monkeypatch, norm, expected
+):
+    rates = []
+    step = train.train_step
+
+    def noted(model, optimizer, batch):
+        layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
+        rates.append({layer.update_rate for layer in layers})
+        before = [layer.batch.running_mean.clone() for layer in layers]
+        means = []
+        hook = layers[0].register_forward_pre_hook(lambda _, x: means.append(x[0].mean(0).detach()))
+        result = step(model, optimizer, batch)
+        hook.remove()
+        moved = before[0] + layers[0].update_rate * (means[0] - before[0])
+        torch.testing.assert_close(layers[0].batch.running_mean, moved)
+        return result
+
+    monkeypatch.setattr(train, "train_step", noted)
+    outcome = run(spec_of(protocol, norm, batch_size=16, epochs=2, limit=32)).outcome
+    assert outcome.status == "finished", outcome.message
+    num_for_memory = 2  # steps on a copy
+    assert [sorted(found) for found in rates[num_for_memory:]] == [
+        pytest.approx([rate]) for rate in expected for _ in range(2)
+    ]

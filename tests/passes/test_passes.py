@@ -1,12 +1,23 @@
 import random
+from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import normkit as nk
 from normkit.errors import DataError
-from normkit.passes import as_list, first_calls, forward_batch, inputs_of, progress, untouched
+from normkit.passes import (
+    as_list,
+    first_calls,
+    forward_batch,
+    inputs_of,
+    moved,
+    num_examples,
+    progress,
+    untouched,
+)
 
 
 class Named(nn.Module):
@@ -29,6 +40,104 @@ def test_a_model_that_takes_any_name_gets_all():
             return sorted(kwargs)
 
     assert forward_batch(Any(), {"b": 1, "a": 2}) == ["a", "b"]
+
+
+class Detector(nn.Module):
+    """As torchvision's: a list of images of any sizes, in training with their targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: list[torch.Tensor], targets=None):
+        if self.training and targets is None:
+            raise ValueError("targets should not be none when in training mode")
+        maps = [self.norm(image[None]) for image in images]
+        return maps if targets is None else {"loss": sum(m.square().mean() for m in maps)}
+
+
+def test_lists_of_images_go_to_detectors_as_they_are():
+    images = [torch.randn(3, n, 5) for n in (4, 6)]
+    targets = [{"boxes": torch.zeros(1, 4)} for _ in images]
+    model = Detector().eval()
+    for batch in ((images, targets), (tuple(images), targets), [images], images):
+        assert [y.shape[2] for y in forward_batch(model, batch)] == [4, 6]
+    assert "loss" in forward_batch(model.train(), (images, targets))
+    assert num_examples((images, targets)) == 2
+    values = torch.cat([image.flatten(1) for image in images], dim=1).double()
+    (row,) = nk.recalibrate(model, [(images, targets)]).layers
+    torch.testing.assert_close(row.new["running_mean"].double(), values.mean(1))
+    assert nk.estimation_shift(model, [(images, targets)]).layers[0].num_values == 0
+    found = nk.gradient_landscape(model, [(images, targets)], loss=lambda y, _: y["loss"])
+    assert len(found.steps) == 1
+
+
+def test_nested_batches_are_read_to_the_inputs():
+    x = torch.randn(2, 3)
+    assert torch.equal(forward_batch(Named(), ({"image": x, "scale": 3.0}, None)), 3 * x)
+    pair = namedtuple("Pair", ["inputs", "target"])(x, None)
+    assert forward_batch(nn.Identity(), pair) is x
+    encoding = UserDict(image=x)  # as tokenizers give, which torch does not look into
+    assert torch.equal(forward_batch(Named(), encoding), x)
+    assert num_examples(encoding) == num_examples((encoding, None)) == 2
+
+
+class Boxed:
+    """A batch of a class of its own, which moves itself."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        return Boxed(self.x.to(device))
+
+
+def test_whatever_holds_tensors_is_moved():
+    x, meta = torch.randn(2), torch.device("meta")
+    batch = moved([(x, {"a": x}), UserDict(b=[x]), Boxed(x), "text", None], meta)
+    (first, named), encoding, boxed, *rest = batch
+    for tensor in (first, named["a"], encoding["b"][0], boxed.x):
+        assert tensor.device == meta
+    assert rest == ["text", None]
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, a, b):
+        return self.norm(a + b)
+
+
+TWO_ARGUMENTS = r"Two gets the inputs alone, and its forward takes a, b \(missing.*'b'\); pass forw"
+
+
+def test_a_model_of_two_arguments_is_named_with_the_way_out():
+    model, pair = Two(), (torch.randn(4, 4), torch.randn(4, 4))
+    for call in (
+        lambda: nk.recalibrate(model, [pair]),
+        lambda: nk.estimation_shift(model, [pair]),
+        lambda: nk.tune_example_weight(model, [pair], metric=lambda output, batch: output[:, 0]),
+        lambda: nk.diagnose(model, [pair] * 2, [pair] * 2),
+    ):
+        with pytest.raises(DataError, match=TWO_ARGUMENTS):
+            call()
+    with pytest.raises(DataError, match=r"Two gets a, and its forward takes a, b \(missing"):
+        forward_batch(model, {"a": pair[0]})
+    with pytest.raises(DataError, match="Linear was given the batch's list of 2 tensors, and does"):
+        forward_batch(nn.Linear(4, 4), (list(pair), None))
+    found = nk.recalibrate(model, [pair], forward=lambda model, batch: model(*batch))
+    assert found.layers[0].num_values == 4
+
+
+def test_an_error_of_the_model_itself_stays_what_it_is():
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return len(3)
+
+    with pytest.raises(TypeError, match="object of type 'int' has no len"):
+        forward_batch(Wrong(), torch.zeros(1))
 
 
 def test_other_batches_are_refused_with_the_way_out():

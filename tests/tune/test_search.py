@@ -1,6 +1,7 @@
 """What is chosen, how sure it is, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ import normkit as nk
 from normkit.errors import DataError, OptionError
 from normkit.layers.base import TrackingLayer
 from normkit.tune.gain import paired_gain
+from normkit.tune.metrics import KNOWN
 from normkit.tune.search import GRID, golden_section
 from tune.nets import answers, data, distance, plain_net, tune_to
 
 
-def test_the_curve_is_that_of_eleven_plain_evaluations():
+def test_the_curve_is_that_of_as_many_plain_evaluations():
     batches, model = data(3, 8), plain_net()
     result = nk.tune_example_weight(model, batches, refine=False)
     assert [point.alpha for point in result.curve] == list(GRID)
-    assert len(GRID) == 11
+    assert GRID[1] == pytest.approx(1 - GRID[-2]) == 0.02  # as fine at one end as at the other
     assert result.how == "from the first norm on"
     for point in result.curve:
         nk.set_example_weight(model, point.alpha)
@@ -141,7 +143,119 @@ def test_refining_looks_between_the_neighbours_of_the_best():
     assert abs(result.best - 0.4) < 0.006
     rough = tune_to(batches, grid=(0.1, 0.3, 0.9), refine=False)
     assert [point.alpha for point in rough.curve] == [0, 0.1, 0.3, 0.9]
-    assert len(nk.tune_example_weight(plain_net(), data(), metric="accuracy").curve) == 11
+
+
+def tracked_net(weight=1.0):
+    """Group norms that track statistics, whose own weight is 1."""
+    model = plain_net(lambda c: nk.GroupNorm(c, num_groups=2, track_running_stats=True))
+    for layer in (model[1], model[5]):
+        layer.example_weight = weight
+    return model
+
+
+def suited(weight):
+    """Data that tracked group norms with this weight suit."""
+    model = tracked_net(weight)
+    with torch.no_grad():
+        return [(x, model(x)) for x, _ in data(4, 8)]
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_layers_keep_their_own_weight_where_no_other_is_better(monkeypatch, per_layer):
+    monkeypatch.setattr("normkit.tune.gradient.NUM_STEPS", 1)
+    model, batches = tracked_net(), suited(1.0)
+    before = model(batches[0][0])
+    options = {"metric": distance, "larger_is_better": False, "per_layer": per_layer}
+    result = nk.tune_example_weight(model, batches, **options)
+    assert [model[i].example_weight for i in (1, 5)] == [1.0, 1.0]
+    assert result.before == 1.0
+    assert result.alpha == ({"1": 1.0, "5": 1.0} if per_layer else 1.0)
+    assert result.reading == (
+        "alpha stays 1: no other weight was better on the examples that choose"
+    )
+    assert torch.equal(model(batches[0][0]), before)
+    assert result.gain_on(batches).mean == 0
+    losing = {point.alpha: point.gain for point in result.curve}
+    assert losing[1.0] == 0
+    assert losing[0.0] < 0
+
+
+def test_weights_near_one_are_found_and_gains_are_against_the_layers_own():
+    model, batches = tracked_net(), suited(0.93)
+    found = []
+    for weight in (1.0, 0.93):
+        with torch.no_grad():
+            other = tracked_net(weight)
+            found.append(torch.cat([distance(other(x), (x, y)) for x, y in batches]))
+    result = nk.tune_example_weight(model, batches, metric=distance, larger_is_better=False)
+    assert abs(result.alpha - 0.93) < 0.006
+    gained = (found[0] - found[1]).double()[1::2].mean().item()
+    assert result.gain.mean == pytest.approx(gained, rel=0.05)
+    result.undo()
+    assert model[1].example_weight == 1.0
+
+
+def test_layers_with_different_weights_keep_them_each():
+    model = plain_net(nk.BatchNorm)
+    model[5] = tracked_net()[5]
+    with torch.no_grad():
+        batches = [(x, model(x)) for x, _ in data(4, 8)]
+    options = {"metric": distance, "larger_is_better": False, "grid": (0.2, 0.5)}
+    result = nk.tune_example_weight(model, batches, **options)
+    assert result.before == result.best == result.alpha == {"1": 0.0, "5": 1.0}
+    assert (model[1].example_weight, model[5].example_weight) == (0.0, 1.0)
+    assert result.reading.startswith("alpha stays 0 to 1, layer by layer: no other weight")
+    assert all(point.gain < 0 for point in result.curve)
+    assert result.plot().axes[0].get_ylabel().endswith("against alpha = the layers' own")
+
+
+def test_statistics_that_no_longer_follow_are_weighed_by_what_they_are():
+    model = plain_net(nk.BatchNorm)
+    for index in (1, 5):
+        model[index].track_running_stats = False
+    assert nk.set_example_weight(model, 0.0) == ("1", "5")
+    result = nk.tune_example_weight(model, answers((0.3, 0.3)), metric=distance,
+                                    larger_is_better=False, grid=(0.3,), refine=False)  # fmt: skip
+    assert result.alpha == 0.3
+
+
+def right_between(monkeypatch, low, high):
+    """Let every answer be right if the weight lies between two ends, and no other."""
+
+    def score(output, _batch):
+        return ((output[:, 0] >= low) & (output[:, 0] <= high)).double()
+
+    monkeypatch.setitem(KNOWN, "accuracy", replace(KNOWN["accuracy"], score=score))
+    return [(torch.randn(60, 2, 2, 2), torch.zeros(60).long())]
+
+
+class Weight(nn.Module):
+    """Puts out the example weight of its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nk.BatchNorm(2)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return torch.full_like(y[:, :, 0, 0], float(self.norm.example_weight))
+
+
+def test_accuracy_is_refined_and_ties_are_said(monkeypatch):
+    batches = right_between(monkeypatch, 0.16, 0.22)
+    rough = nk.tune_example_weight(Weight(), batches, metric="accuracy", refine=False)
+    assert rough.tied == (rough.best,) == (0.2,)
+    result = nk.tune_example_weight(Weight(), batches, metric="accuracy")
+    assert result.tied == pytest.approx((0.166667, 0.183333, 0.2, 0.216667), abs=1e-6)
+    assert result.alpha == result.best == 0.183333
+    assert "(4 weights from 0.167 to 0.217 are equally good on those that do)" in str(result)
+
+
+def test_of_weights_that_are_as_good_as_the_layers_own_that_one_is_kept(monkeypatch):
+    batches = right_between(monkeypatch, 0, 0.5)
+    result = nk.tune_example_weight(Weight(), batches, metric="accuracy")
+    assert result.alpha == result.best == 0
+    assert max(result.tied) == pytest.approx(0.466667, abs=1e-6)
 
 
 def test_accuracy_is_the_share_of_right_answers():
@@ -226,14 +340,15 @@ def refused(model=None, batches=None, **options):
         ({"metric": "error"}, OptionError, r"metric='error' was given; it is one of 'loss', 'acc"),
         ({"metric": 3}, OptionError, "metric=3 was given"),
         ({"grid": (0.5, 1.5)}, OptionError, r"grid=1.5 was given; it is a share"),
-        ({"grid": (0,)}, OptionError, "give at least one weight above 0"),
+        ({"grid": (0,)}, OptionError, r"grid=\(0.0,\) was given, and 0 is what the layers have"),
+        ({"grid": ()}, OptionError, r"grid=\(\) was given; give at least one weight"),
         ({"metric": "accuracy", "per_layer": True}, OptionError, "which has no gradient to follow"),
         ({"batches": data(1, 3)}, DataError, "3 examples were given; half of them choose"),
         ({"batches": []}, DataError, "batches= gave no batch"),
         ({"batches": [torch.randn(4, 3, 9, 9)]}, DataError, "loss and accuracy take pairs"),
         ({"batches": [(torch.randn(4, 3, 9, 9), torch.rand(4))]}, DataError, "the target float32"),
         ({"batches": [(torch.full((4, 3, 9, 9), math.nan), torch.zeros(4).long())]}, DataError,
-         "the loss of 4 of 4 examples is not finite at alpha = 0"),
+         "the loss of 4 of 4 examples is not finite with the weights that the layers have"),
         ({"metric": lambda output, batch: output.mean()}, DataError, r"gave shape \(\) for a bat"),
         ({"metric": lambda output, batch: 0.5}, DataError, "gave 0.5 for a batch"),
         ({"metric": lambda output, batch: output.argmax(1), "per_layer": True}, DataError,

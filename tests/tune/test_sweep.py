@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import normkit as nk
 from normkit.errors import DataError
-from normkit.passes import forward_batch
+from normkit.passes import forward_batch, untouched
 from normkit.tune.layers import WeighedLayers
 from normkit.tune.metrics import read_metric
 from normkit.tune.several import weighed_by_copy
@@ -48,7 +48,7 @@ def test_each_copy_is_weighed_as_the_definition_says(dtype):
     alphas = [alpha for alpha in ALPHAS for _ in range(2)]  # copy by copy
     expected = weighed_batch_norm(torch.cat([x] * len(ALPHAS)), alphas, values)
     layers = WeighedLayers(model)
-    with torch.no_grad(), layers.kept(), weighed_by_copy(layers, ALPHAS, repeat=True):
+    with torch.no_grad(), untouched(model), weighed_by_copy(layers, ALPHAS, repeat=True):
         y = model.to(dtype)(x.to(dtype))
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {}
     assert_close(y, expected.to(dtype), **tolerance)

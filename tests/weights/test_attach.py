@@ -1,4 +1,7 @@
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -249,14 +252,60 @@ def test_copies_and_state_dicts():
     assert torch.equal(fresh(x), model(x))
 
 
-def test_a_baked_model_pickles(tmp_path):
+LOADED = """
+import sys, torch
+model, x = torch.load(sys.argv[1], weights_only=False)
+y = model(x)
+y.square().sum().backward()
+raw = model[0].parametrizations.weight.original
+assert raw.grad is not None
+torch.save((y.detach(), list(model.state_dict())), sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("attach", [weights.standardize_weights_, weights.weight_norm_])
+def test_a_model_pickles_for_another_process(attach, tmp_path):
+    model, x = normed().eval(), torch.randn(2, 3, 6, 6)
+    attach(model)
+    path = tmp_path / "model.pt"
+    torch.save((model, x), path)
+    subprocess.run([sys.executable, "-c", LOADED, str(path)], check=True)
+    y, keys = torch.load(path, weights_only=False)
+    assert_close(y, model(x))
+    assert keys == list(model.state_dict())
+
+
+def test_an_unpickled_model_is_changed_as_any_other():
     model, x = normed().eval(), torch.randn(2, 3, 6, 6)
     nk.standardize_weights_(model)
-    with pytest.raises(RuntimeError, match="only supported through state_dict"):
-        torch.save(model, tmp_path / "model.pt")
-    nk.bake_weights_(model)
-    torch.save(model, tmp_path / "model.pt")
-    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), model(x))
+    twin = copy.copy(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(model)))))
+    assert nk.standardize_weights_(twin).changed == ()
+    with torch.no_grad():
+        twin[0].weight = 3 * twin[0].parametrizations.weight.original
+    assert_close(twin(x), model(x), rtol=1e-3, atol=1e-3)
+    nk.bake_weights_(twin)
+    assert type(twin[0]) is nn.Conv2d
+    assert_close(pickle.loads(pickle.dumps(twin))(x), twin(x))
+    assert_close(model(x), pickle.loads(pickle.dumps(model))(x))
+
+
+class Twice(nn.Module):
+    """Calls everything twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        """Compute the output."""
+        return self.norm(self.conv(self.norm(self.conv(x))))
+
+
+def test_a_layer_that_is_used_twice_pickles():
+    model, x = Twice().eval(), torch.randn(2, 3, 6, 6)
+    nk.standardize_weights_(model)
+    assert model.conv.parametrizations.weight[0].once is not None
+    assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 def test_autocast_and_16_bits():
@@ -362,3 +411,39 @@ def test_models_that_do_not_trace_need_an_example_or_a_choice():
     assert report.skipped == {"plain": "the forward does not call it"}
     assert "followed by the example input" in str(report)
     assert nk.standardize_weights_(Twisted(), lambda m, n: n == "plain").changed == ("plain",)
+
+
+def tied(preserve):
+    """Two convolutions of one weight, the first before a norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.ReLU())
+    model[2].weight = model[0].weight
+    if preserve is not None:
+        model[3] = nn.BatchNorm2d(3)
+    return model.eval()
+
+
+def test_a_shared_weight_is_not_baked_for_one_layer_alone():
+    model, x = tied(None), torch.randn(2, 3, 6, 6)
+    nk.standardize_weights_(model)
+    before = model(x)
+    with pytest.raises(
+        nk.WeightError, match="weight of layer '0' is shared with '2', which computes"
+    ):
+        nk.bake_weights_(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_shared_weight_of_which_all_make_the_same_is_baked():
+    model, x = tied(False), torch.randn(2, 3, 6, 6)
+    nk.standardize_weights_(model)
+    before = model(x)
+    nk.bake_weights_(model)
+    assert model[0].weight is model[2].weight
+    assert_close(model(x), before)
+    model = tied(True)
+    nk.standardize_weights_(model, preserve=True)
+    with torch.no_grad():
+        model[2].parametrizations.weight[0].gain.mul_(2)
+    with pytest.raises(nk.WeightError, match="give one of them a parameter of its own first"):
+        nk.bake_weights_(model)

@@ -237,7 +237,7 @@ CANDIDATES: Mapping[str, Candidate] = {
         why="normalises by running estimates, then each example's groups: batch knowledge "
         "without a batch",
         limits="call nk.sync_update_rates(model, optimizer) before every step; two stages to "
-        "learn; in our runs level with gn+ws",
+        "learn; ahead of gn+ws in our runs by 1.4 points, of three seeds and short",
         evidence=_micro,
     ),
     "bcn+ws": Candidate(

@@ -63,19 +63,19 @@ GUNAWAN_TABLE_2 = {
 
 OWN_RUNS = {
     2: {
-        "bn": "67.37 ± 0.82",
-        "gn:8": "67.62 ± 1.91",
-        "gn:8+ws": "71.73 ± 0.72",
-        "bgn:auto": "65.92 ± 2.67",
-        "bcn:8:micro_batch+ws": "70.76 ± 0.65",
+        "bn": "67.40 ± 0.86",
+        "gn:8": "67.65 ± 1.98",
+        "gn:8+ws": "71.78 ± 0.78",
+        "bgn:auto": "65.94 ± 2.69",
+        "bcn:8:micro_batch+ws": "73.17 ± 0.75",
     },
     32: {
-        "bn": "70.84 ± 0.13",
-        "gn:8": "61.51 ± 0.49",
-        "gn:8+ws": "68.26 ± 0.81",
-        "bgn:auto": "70.83 ± 0.41",
-        "ghost:4": "68.55 ± 1.14",
-        "bcn:8:micro_batch+ws": "69.64 ± 0.38",
+        "bn": "70.84 ± 0.20",
+        "gn:8": "61.50 ± 0.46",
+        "gn:8+ws": "68.25 ± 0.78",
+        "bgn:auto": "70.87 ± 0.32",
+        "ghost:4": "68.55 ± 1.08",
+        "bcn:8:micro_batch+ws": "69.90 ± 0.62",
     },
 }
 """Test accuracy of docs/compare.md by batch size, mean and spread of three seeds."""

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 
 from normkit.advice.finding import Finding
+from normkit.advice.fixes import RECALIBRATE, converted, frozen, same, trackers, twin_of
 from normkit.advice.pools import Pool
 from normkit.advice.registry import check
 from normkit.advice.situation import Norm, Situation
 from normkit.core.partition import Partition, largest_divisor
-from normkit.layers.base import NormLayer
+from normkit.layers.base import BUFFERS, NormLayer
 from normkit.layers.over_batch import BatchGroupNorm
 from normkit.spec import recommended_bgn_groups
 
@@ -20,12 +21,6 @@ FEW_OF_BATCH = 32
 """Values of a batch below which the deviation is off by more than an eighth, 1/sqrt(2n)."""
 FEW_OF_EXAMPLE = 8
 """Values of an example below which results are bound to less than 2.7 deviations, sqrt(n-1)."""
-
-
-def call(norm: Norm, spec: str) -> str:
-    """The call that turns a norm into another."""
-    wanted = f'{{"{norm.name}": "{spec}"}}' if norm.name else f'"{spec}"'
-    return f"nk.convert_norm_(model, {wanted})"
 
 
 @check("groups that do not fit")
@@ -38,7 +33,7 @@ def groups_that_do_not_fit(situation: Situation) -> Iterator[Finding]:
                 name=norm.name,
                 what=str(misfit.refusal),
                 why="the layer refuses such inputs",
-                fix=_fitting(norm, misfit),
+                fix=_fitting(situation, norm, misfit),
                 severity="error",
             )
         elif norm.refusal is not None and "more than 1" not in norm.refusal:
@@ -51,11 +46,11 @@ def groups_that_do_not_fit(situation: Situation) -> Iterator[Finding]:
             )
 
 
-def _fitting(norm: Norm, misfit: Pool) -> str:
+def _fitting(situation: Situation, norm: Norm, misfit: Pool) -> str:
     if not isinstance(norm.module, BatchGroupNorm):
         return "a number of groups that divides"
     size = math.prod(misfit.shape[1:])
-    return call(norm, f"bgn:{largest_divisor(size, norm.module.num_groups)}")
+    return converted(situation, norm, f"bgn:{largest_divisor(size, norm.module.num_groups)}")
 
 
 @check("single values")
@@ -68,7 +63,7 @@ def single_values(situation: Situation) -> Iterator[Finding]:
                 name=norm.name,
                 what=f"{_counted(single)}: {_made_of(single)}",
                 why=_why_single(norm, single),
-                fix=_wider(norm, single),
+                fix=_wider(situation, norm, single),
                 severity="error",
             )
 
@@ -82,12 +77,30 @@ def _why_single(norm: Norm, pool: Pool) -> str:
     return "one value minus its mean is 0: the result is the bias, and nothing before it learns"
 
 
-def _wider(norm: Norm, pool: Pool) -> str:
+def _wider(situation: Situation, norm: Norm, pool: Pool) -> str:
     """Say how a group gets more values."""
-    larger = "a larger batch, or " if pool.over_batch else ""
-    if math.prod(pool.shape[1:]) < 2:
+    larger = f"{_larger(pool)}, or " if pool.over_batch else ""
+    if _may_be_frozen(situation, norm, pool):
+        return f"{larger}{frozen()}, with which it predicts as before"
+    values = math.prod(pool.shape[1:])
+    if values < 2:
         return f"{larger}no norm here: an example has one value"
-    return f"{larger}{call(norm, 'ln')}"
+    if pool.num_values > 1 and values < FEW_OF_EXAMPLE:
+        return f"{larger}a larger map: an example has {values} values"
+    return f"{larger}{converted(situation, norm, 'ln')}"
+
+
+def _larger(pool: Pool) -> str:
+    """Say which batches give the smallest group more values."""
+    run = pool.part.partition.examples_per_group if pool.part.partition else None
+    if run is not None and pool.shape[0] > run:
+        return f"a batch size whose remainder by {run} is larger or 0"
+    return "a larger batch"
+
+
+def _may_be_frozen(situation: Situation, norm: Norm, pool: Pool) -> bool:
+    """Whether a trained network may go on by the statistics that it has learned."""
+    return situation.trained and norm.trains and pool.over_batch and any(trackers(norm))
 
 
 def _counted(pool: Pool) -> str:
@@ -114,7 +127,7 @@ def few_values(situation: Situation) -> Iterator[Finding]:
                 name=norm.name,
                 what=f"{_counted(pool)}: {_consequence(pool)}",
                 why=_why_few(pool),
-                fix=_wider(norm, pool),
+                fix=_wider(situation, norm, pool),
                 severity="warning",
             )
 
@@ -153,15 +166,23 @@ def few_examples(situation: Situation) -> Iterator[Finding]:
                     "others; on ImageNet batch norm fell from 76.8 % at 64 examples to 72.8 % at "
                     "4 and 66.5 % at 2 (Zhou et al., table 2)"
                 ),
-                fix=f"{_batch_free(norm, pool)}; nk.recommend({situation.batch_size}) names more",
+                fix=_batch_free(situation, norm, pool),
                 severity="warning",
             )
 
 
-def _batch_free(norm: Norm, pool: Pool) -> str:
-    """The call for a norm of the example: by groups where they would have enough values."""
+def _batch_free(situation: Situation, norm: Norm, pool: Pool) -> str:
+    """Say how to go on without statistics of the batch, as ``recommend`` does."""
+    size = situation.batch_size
+    if _may_be_frozen(situation, norm, pool):
+        return (
+            f"{frozen()}, with which it predicts as before; nk.recommend({size}, pretrained=True) "
+            f"names more"
+        )
     enough = pool.num_values_of_one * pool.shape[1] >= FEW_OF_EXAMPLE * 32
-    return 'nk.convert_norm_(model, "gn:max=32")' if enough else call(norm, "ln")
+    found = converted(situation, norm, "gn:max=32" if enough else "ln", everywhere=enough)
+    more = ", pretrained=True" if situation.trained else ""
+    return f"{found}; nk.recommend({size}{more}) names more"
 
 
 def _examples(pool: Pool) -> str:
@@ -189,7 +210,7 @@ def last_batch_of_one(situation: Situation) -> Iterator[Finding]:
                 name=norm.name,
                 what="a batch of one example has one value in a group",
                 why="training refuses it if an epoch's last batch is one example",
-                fix="DataLoader(..., drop_last=True)",
+                fix="pass drop_last=True to the DataLoader",
                 severity="note",
             )
 
@@ -198,14 +219,21 @@ def last_batch_of_one(situation: Situation) -> Iterator[Finding]:
 def statistics_of_the_test_batch(situation: Situation) -> Iterator[Finding]:
     """Norms that compute statistics over the batch at evaluation."""
     for norm in situation.norms:
-        layer = norm.module
         over_batch = any(pool.of_input and pool.over_batch for pool in norm.usable)
-        if over_batch and getattr(layer, "track_running_stats", None) is False:
+        if over_batch and getattr(norm.module, BUFFERS[0], BUFFERS) is None:
             yield Finding(
                 name=norm.name,
                 what="it keeps no running statistics (track_running_stats=False)",
                 why="evaluation normalises by the test batch: a prediction depends on the others",
-                fix="build it with track_running_stats=True, or a norm of the example: "
-                + call(norm, "gn:max=32"),
+                fix=_tracking(situation, norm),
                 severity="warning",
             )
+
+
+def _tracking(situation: Situation, norm: Norm) -> str:
+    """Say how a norm comes to have running statistics, with everything else as it is."""
+    twin = twin_of(norm.module)
+    found = same(situation, norm, f"{twin}:track_running_stats") if twin else None
+    if found is None:
+        return "build it with track_running_stats=True"
+    return f"{found}; {RECALIBRATE} measures them" if situation.trained else found

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.advice.finding import Finding
-from normkit.advice.on_groups import call
-from normkit.advice.on_state import trackers
+from normkit.advice.fixes import same, trackers
 from normkit.advice.registry import check
 from normkit.advice.situation import Norm, Situation, switches
+from normkit.layers.base import NormLayer
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -20,17 +20,23 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def repeated_by_checkpointing(situation: Situation) -> Iterator[Finding]:
     """Torch's batch norms whose forward a checkpoint runs twice a step."""
     for norm in situation.norms:
-        own = norm.trains and isinstance(norm.module, _BatchNorm) and any(trackers(norm))
-        how = _checkpointed_by(situation, norm) if own else None
+        torchs = isinstance(norm.module, _BatchNorm) and not isinstance(norm.module, NormLayer)
+        moves = torchs and norm.trains and any(trackers(norm))
+        how = _checkpointed_by(situation, norm) if moves else None
         if how is not None:
             yield Finding(
                 name=norm.name,
                 what=f"it runs under activation checkpointing ({how})",
                 why="the forward is repeated in the backward pass, and moves the running "
                 "statistics twice a step",
-                fix=f"{call(norm, 'bn')}, which counts a step once",
+                fix=_counted_once(situation, norm),
                 severity="warning",
             )
+
+
+def _counted_once(situation: Situation, norm: Norm) -> str:
+    found = same(situation, norm, "bn")
+    return f"{found}, which counts a step once" if found else "do not checkpoint what holds it"
 
 
 def _checkpointed_by(situation: Situation, norm: Norm) -> str | None:

@@ -8,26 +8,13 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from normkit.advice.finding import Finding
-from normkit.advice.on_groups import call
+from normkit.advice.fixes import COUNT, RECALIBRATE, frozen, same, trackers, twin_of
 from normkit.advice.registry import check
 from normkit.advice.situation import Norm, Situation
 from normkit.convert.selection import find_lookalikes
+from normkit.convert.target import LEAST_EPS
 from normkit.inference.freeze import is_frozen
 from normkit.layers.base import BUFFERS, NormLayer
-
-COUNT = "num_batches_tracked"
-
-
-def trackers(norm: Norm) -> Iterator[tuple[str, nn.Module]]:
-    """The layer itself, or those inside of it, that keep running statistics, with their names."""
-    for name, module in norm.module.named_modules(prefix=norm.name):
-        if isinstance(module._buffers.get(BUFFERS[0]), Tensor) and COUNT in module._buffers:
-            yield name, module
-
-
-def _fix_by_ours(norm: Norm) -> str:
-    over_batch = not isinstance(norm.module, nn.modules.instancenorm._InstanceNorm)
-    return call(norm, "bn" if over_batch else "in")
 
 
 @check("broken values")
@@ -42,9 +29,20 @@ def broken_values(situation: Situation) -> Iterator[Finding]:
                     what=f"{name}: {count} of {tensor.numel()} values are NaN, infinite or no "
                     f"variance",
                     why="the results are not finite, and running statistics never recover",
-                    fix="load a checkpoint from before; or .reset_parameters() and train on",
+                    fix=_whole_again(situation, norm, name),
                     severity="error",
                 )
+
+
+def _whole_again(situation: Situation, norm: Norm, name: str) -> str:
+    """Say how broken values are replaced without those that are not."""
+    statistics = name.endswith(BUFFERS)
+    if statistics and situation.trained:
+        return f"{RECALIBRATE} measures them anew, and leaves what was learned alone"
+    if situation.trained:
+        return "load a checkpoint from before: nothing else brings learned values back"
+    place = f'model.get_submodule("{norm.name}")'
+    return f"{place}.reset_{'running_stats' if statistics else 'parameters'}()"
 
 
 def _count_broken(name: str, tensor: Tensor) -> int:
@@ -67,10 +65,17 @@ def narrow_statistics(situation: Situation) -> Iterator[Finding]:
                 name=norm.name,
                 what=f"running statistics are {str(narrow).removeprefix('torch.')}",
                 why="small steps are rounded away: the averages stall far from their goal",
-                fix=f"{_fix_by_ours(norm)}, which keeps them in float32; or keep this layer "
-                f"in float32",
+                fix=_wide(situation, norm),
                 severity="warning",
             )
+
+
+def _wide(situation: Situation, norm: Norm) -> str:
+    twin = twin_of(norm.module)
+    found = same(situation, norm, twin) if twin else None
+    if found is None:
+        return f'model.get_submodule("{norm.name}").float()'
+    return f"{found}, which keeps them in float32; or keep this layer in float32"
 
 
 @check("no statistics yet")
@@ -86,7 +91,8 @@ def stale_statistics(situation: Situation) -> Iterator[Finding]:
             name=norm.name,
             what="running statistics are 0 and 1, and num_batches_tracked is 0",
             why="evaluation uses them as they are: it subtracts 0 and divides by 1",
-            fix="load the whole checkpoint, or train before evaluating",
+            fix=f"load the whole checkpoint, or train before evaluating; {RECALIBRATE} measures "
+            f"the statistics alone",
             severity="note" if norm.trains else "warning",
         )
 
@@ -116,8 +122,8 @@ def zero_variance(situation: Situation) -> Iterator[Finding]:
                     what=f"running_var is 0 in {count} of {var.numel()} channels",
                     why=f"they never varied in training; evaluation multiplies whatever differs "
                     f"there by 1/sqrt(eps), {factor:.0f}",
-                    fix="find out why the layer before is constant there; "
-                    ".reset_running_stats() and train on",
+                    fix=f"find out why the layer before is constant there; {RECALIBRATE} measures "
+                    f"the statistics anew",
                     severity="warning",
                 )
 
@@ -135,11 +141,17 @@ def constant_channels(situation: Situation) -> Iterator[Finding]:
                     what=f"{name} is 0 in {'all' if every else count} of {weight.numel()} channels",
                     why="the result there is the bias, whatever the input"
                     + ("; meant so where it ends a residual branch" if every else ""),
-                    fix="nothing, if it is meant to start there"
-                    if every
-                    else "prune them, or start them above 0",
+                    fix=_alive(situation, every),
                     severity="note",
                 )
+
+
+def _alive(situation: Situation, every: bool) -> str:
+    if every:
+        return "nothing, if it is meant to start there"
+    if situation.trained:
+        return "prune them: nothing of the input comes through"
+    return "start them above 0"
 
 
 @check("frozen for now")
@@ -149,7 +161,7 @@ def frozen_for_now(situation: Situation) -> Iterator[Finding]:
         layers = [layer for _, layer in trackers(norm) if not is_frozen(layer)]
         if not (situation.training and layers):
             continue
-        freeze = f'nk.freeze_statistics(model, lambda layer, name: name == "{norm.name}")'
+        freeze = frozen(*(name for name, layer in trackers(norm) if not is_frozen(layer)))
         if not norm.trains:
             yield _frozen(
                 norm,
@@ -169,7 +181,14 @@ def frozen_for_now(situation: Situation) -> Iterator[Finding]:
                 norm,
                 "momentum is 0: the running statistics never move",
                 "training normalises by the batch, evaluation by something else",
-                f"{freeze}, or momentum=0.1",
+                f"{freeze}, or set its momentum to 0.1",
+            )
+        elif any(getattr(layer, "track_running_stats", True) is False for layer in layers):
+            yield _frozen(
+                norm,
+                "track_running_stats was switched off: the running statistics stand still",
+                "training normalises by the batch, evaluation by the statistics that are there",
+                f"{freeze}, or set its track_running_stats to True",
             )
 
 
@@ -180,6 +199,28 @@ def _is_fixed(layer: nn.Module) -> bool:
 
 def _frozen(norm: Norm, what: str, why: str, fix: str) -> Finding:
     return Finding(name=norm.name, what=what, why=why, fix=fix, severity="warning")
+
+
+@check("eps near 0")
+def eps_near_zero(situation: Situation) -> Iterator[Finding]:
+    """An eps with which a group without variance is not normalised to 0."""
+    for norm in situation.norms:
+        eps = getattr(norm.module, "eps", None)
+        small = isinstance(eps, float | int) and eps < LEAST_EPS
+        if small and any(pool.of_input for pool in norm.usable):
+            yield Finding(
+                name=norm.name,
+                what=f"eps={eps}, and it divides by the deviation of its input",
+                why="a group without variance, such as a dark image, gives NaN or noise",
+                fix=_with_eps(situation, norm),
+                severity="warning",
+            )
+
+
+def _with_eps(situation: Situation, norm: Norm) -> str:
+    twin = twin_of(norm.module)
+    found = same(situation, norm, f"{twin}:eps=1e-05") if twin else None
+    return f"{found or 'set its eps to 1e-5'}: results change where the variance is as small"
 
 
 @check("average of all batches")

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normkit.convert.adapters import adapters_of
+from normkit.convert.adapters import adapters_of, base_of
+from normkit.convert.rules import RULES, key_of
 from normkit.core.partition import Partition
 from normkit.errors import PartitionError
 from normkit.layers.base import NormLayer
@@ -91,12 +92,30 @@ def pools(layer: nn.Module, shape: Shape) -> tuple[Pool, ...] | None:
     """
     if any(base.__name__.startswith(FIXED) for base in type(layer).__mro__):
         return ()
+    if not _computes_as_known(layer):
+        return None
     if isinstance(layer, nn.LayerNorm):
         return (_of_layer_norm(layer, shape),)
     if isinstance(layer, NormLayer) and adapters_of(layer)[1]:
         shape = (shape[0], shape[-1], *shape[1:-1])
     found = _parts(layer)
     return None if found is None else tuple(Pool(part, _seen(part, shape)) for part in found)
+
+
+TORCH_FORWARDS = frozenset(
+    kind.forward
+    for kind in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+)
+
+
+def _computes_as_known(layer: nn.Module) -> bool:
+    """Whether the layer's own code is that of a known class, not only its base class."""
+    kind = base_of(layer)
+    return kind.forward in TORCH_FORWARDS or key_of(kind) in RULES or _is_ours(layer)
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    return isinstance(layer, NormLayer) and base_of(layer).forward is NormLayer.forward
 
 
 def _seen(part: Part, shape: Shape) -> Shape:

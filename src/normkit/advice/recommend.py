@@ -57,7 +57,8 @@ class Recommendation:
 
     Args:
         spec: Build it with ``spec.build(num_features)``; ``+ws`` concerns the layers before.
-        apply: The call that puts it into ``model``, with ``import normkit as nk``.
+        apply: The call that puts it into ``model``, with ``import normkit as nk``, and where there
+            is ``calibrate=batches``, batches of the training data.
         why: What speaks for it.
         evidence: What was measured nearest to this batch size, as printed.
         limits: What speaks against it, or was not measured.
@@ -168,12 +169,18 @@ def _recommendation(
     warns = pretrained and not found.keeps_function
     return Recommendation(
         spec=spec,
-        apply=found.apply.format(spec=spec),
+        apply=_calibrated(found.apply, warns).format(spec=spec),
         why=found.why,
         evidence=tuple(found.evidence(task, batch_size)),
         limits=f"{RETRAINED}; {found.limits}" if warns else found.limits,
         keeps_function=found.keeps_function,
     )
+
+
+def _calibrated(apply: str, is_trained: bool) -> str:
+    """Let a conversion of a trained network start near what the network computes."""
+    converts = apply.startswith("nk.convert_norm_(")
+    return f"{apply[:-1]}, calibrate=batches)" if converts and is_trained else apply
 
 
 def _per_worker(batch_size: int, per_worker: bool, workers: int | None) -> int:

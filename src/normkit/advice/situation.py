@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from types import FrameType
@@ -16,10 +16,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from normkit.advice.pools import Pool, Shape, num_processes, pools
+from normkit.convert.plan import refusals
 from normkit.convert.selection import find_norms
 from normkit.errors import InputError
 from normkit.inference.freeze import is_frozen
-from normkit.passes import device_of, untouched
+from normkit.passes import call_with, device_of, forward_of, untouched
+from normkit.spec import NormSpec
 from normkit.text import shortened
 from normkit.tracing import Feeds, trace_feeds
 
@@ -65,6 +67,7 @@ class Situation:
         model: The model, in the mode it was in.
         batch_size: Examples of a batch.
         training: Whether training is asked about, too.
+        trained: Whether its values are learned ones, which a fix must keep or say what it costs.
         norms: The norms.
         feeds: Who feeds them; None if the model cannot be followed.
     """
@@ -72,8 +75,17 @@ class Situation:
     model: nn.Module
     batch_size: int
     training: bool
+    trained: bool
     norms: tuple[Norm, ...]
     feeds: Feeds | None
+    _refusals: dict[str, Mapping[nn.Module, str]] = field(default_factory=dict)
+
+    def refusals(self, spec: str) -> Mapping[nn.Module, str]:
+        """Say which norms conversion would not turn into a spec, and why."""
+        if spec not in self._refusals:
+            found = refusals(self.model, find_norms(self.model), NormSpec.parse(spec))
+            self._refusals[spec] = {module: shortened(error) for module, error in found.items()}
+        return self._refusals[spec]
 
     def norm(self, name: str) -> Norm | None:
         """The norm of this name."""
@@ -89,7 +101,13 @@ class _Seen:
     repeated: bool = False
 
 
-def examine(model: nn.Module, batch_size: int, training: bool, example_input: Any) -> Situation:  # noqa: ANN401
+def examine(
+    model: nn.Module,
+    batch_size: int,
+    training: bool,
+    pretrained: bool | None,
+    example_input: Any,  # noqa: ANN401
+) -> Situation:
     """Send an example through the model, once, and leave the model as it was.
 
     Raises:
@@ -99,16 +117,35 @@ def examine(model: nn.Module, batch_size: int, training: bool, example_input: An
     found = find_norms(model)
     trains = {m: training and _would_train(m, model) for m in found}
     with untouched(model, training=False):
-        seen = _watch(model, list(found), example_input)
         scale = batch_size / _count(example_input)
+        seen = _watch(model, list(found), example_input, scale <= 1)
         norms = tuple(
             _norm(names[0], module, trains[module], seen[module], scale)
             for module, names in found.items()
         )
         feeds = _follow(model, example_input)
     return Situation(
-        model=model, batch_size=batch_size, training=training, norms=norms, feeds=feeds
+        model=model,
+        batch_size=batch_size,
+        training=training,
+        trained=any(map(_has_learned, found)) if pretrained is None else pretrained,
+        norms=norms,
+        feeds=feeds,
     )
+
+
+def _has_learned(norm: nn.Module) -> bool:
+    """Whether statistics have moved, or scales and shifts are not those of a new layer."""
+    values = {**dict(norm.named_buffers()), **dict(norm.named_parameters())}
+    known = {name: v for name, v in values.items() if not v.is_meta and v.numel()}
+    return any(_has_moved(name.rpartition(".")[2], value) for name, value in known.items())
+
+
+def _has_moved(name: str, value: Tensor) -> bool:
+    starts = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "bias": 0}
+    if name in starts:
+        return not bool((value == starts[name]).all())
+    return name == "weight" and not bool((value == value.flatten()[0]).all())
 
 
 def _require_shapes(model: nn.Module) -> None:
@@ -157,14 +194,15 @@ def _watch(
     model: nn.Module,
     norms: list[nn.Module],
     example_input: Any,  # noqa: ANN401
+    alone: bool,
 ) -> dict[nn.Module, _Seen]:
     """Run the model; a norm that refuses its input gives it on as it is."""
     seen = {norm: _Seen() for norm in norms}
     with ExitStack() as stack, torch.set_grad_enabled(bool(list(switches(model)))):
         for norm in norms:
-            stack.enter_context(_noted(norm, seen[norm]))
+            stack.enter_context(forward_of(norm, _noting(seen[norm], alone)))
         try:
-            _call(model, example_input)
+            call_with(model, example_input)
         except Exception as error:
             raise InputError(
                 f"{type(model).__name__} cannot take {_described(example_input)}: "
@@ -175,29 +213,32 @@ def _watch(
     return seen
 
 
-@contextmanager
-def _noted(norm: nn.Module, seen: _Seen) -> Generator[None]:
-    """Note the inputs of a norm while the block runs."""
-    own: Callable[..., Any] | None = norm.__dict__.get("forward")
-    forward = norm.forward
+def _noting(seen: _Seen, alone: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a norm's forward note its inputs.
 
-    def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        seen.shapes[tuple(x.shape)] = None
-        seen.repeated |= _is_checkpointed(sys._getframe())
-        try:
-            return forward(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
-            seen.refusal = shortened(error)
+    Args:
+        seen: Takes what is noted.
+        alone: Whether a refusal of the example counts though it may be that of a batch of one.
+    """
+
+    def make(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            seen.shapes[tuple(x.shape)] = None
+            seen.repeated |= _is_checkpointed(sys._getframe())
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
+                refused = shortened(error)
+            with suppress(Exception):
+                if not alone:
+                    return forward(torch.cat([x, x]))[: x.shape[0]]
+            seen.refusal = refused
             return x
 
-    norm.__dict__["forward"] = noting
-    try:
-        yield
-    finally:
-        del norm.__dict__["forward"]
-        if own is not None:
-            norm.__dict__["forward"] = own
+        return noting
+
+    return make
 
 
 def switches(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -237,12 +278,6 @@ def _count(example_input: Any) -> int:  # noqa: ANN401
     if isinstance(first, Tensor) and first.ndim:
         return max(first.shape[0], 1)
     return max(len(first), 1) if isinstance(first, list) else 1
-
-
-def _call(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
-    if isinstance(example_input, dict):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
 
 
 def _described(example_input: Any) -> str:  # noqa: ANN401

@@ -14,17 +14,20 @@ from normkit.advice.registry import CHECKS
 from normkit.advice.situation import examine, example_of
 from normkit.core.check import require_count
 from normkit.errors import OptionError
+from normkit.passes import changes_nothing, require_layers
 
 CHECKED_IN = (on_groups, on_state, on_neighbours)
 """Where the checks are; importing a file registers those in it."""
 
 
+@changes_nothing
 def validate(
     model: nn.Module,
     *,
     batch_size: int,
     input_shape: Sequence[int] | None = None,
     training: bool = True,
+    pretrained: bool | None = None,
     example_input: Any = None,  # noqa: ANN401
 ) -> Findings:
     """Find what is wrong with the norms of a model at a batch size.
@@ -39,11 +42,15 @@ def validate(
         input_shape: Of one example, without the batch axis, as in ``(3, 224, 224)``.
         training: Ask about training, too; if not, only about evaluation. A norm in evaluation mode
             inside a model in training mode counts as frozen.
+        pretrained: Whether the model's values are learned ones: fixes then keep what it computes,
+            or say what they cost. None goes by its norms: statistics that have moved, or scales
+            and shifts that are not those of new layers.
         example_input: What the model is called with instead: a tuple of arguments, a dict of
             named ones, or the only one. The first axis of the first is its number of examples.
 
     Returns:
-        A list of ``Finding``, the worst first, then in the model's order. It can be printed.
+        A list of ``Finding``, the worst first, then in the model's order. It can be printed. Calls
+        in a ``fix`` run as they stand, with ``model``, and ``batches`` of the training data.
 
     Raises:
         InputError: If the model does not take the input, or has lazy layers without a shape.
@@ -62,7 +69,7 @@ positions
     batch_size = require_count("batch_size", batch_size)
     _require_plain(model)
     example = _example(model, input_shape, example_input)
-    situation = examine(model, batch_size, training, example)
+    situation = examine(model, batch_size, training, pretrained, example)
     found = [
         replace(each, check=name) for name, check in CHECKS.items() for each in check(situation)
     ]
@@ -82,6 +89,7 @@ def _require_plain(model: nn.Module) -> None:
             f"the model is compiled ({kind}) and cannot be looked into; validate the model that "
             f"it was compiled from"
         )
+    require_layers(model, "validate", sharded=True)
 
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None, example_input: Any) -> Any:  # noqa: ANN401

@@ -1,5 +1,43 @@
 """The command line: parse, call, format."""
 
-from normkit.cli.app import main
+import json
+import sys
+from collections.abc import Sequence
+
+from normkit.version import __version__
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program ``normkit``.
+
+    Args:
+        arguments: What follows the program's name; ``None`` for the command line's own.
+
+    Returns:
+        The exit code: 0, 1 if runs failed, 2 for bad input, 130 after an interrupt.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
+        sys.stdout.write(f"normkit {__version__}\n")
+        return 0
+    try:
+        from normkit.cli.app import run  # noqa: PLC0415 - its packages are an extra
+
+        return run(given)
+    except ModuleNotFoundError as error:
+        package = (error.name or "normkit").partition(".")[0]
+        if package == "normkit":
+            raise
+        said = (
+            f"the package {package} is not installed; the commands need those of the lab: "
+            f"pip install 'normkit[lab]'"
+        )
+        sys.stderr.write(f"normkit: {said}\n")
+        if "--json" in given:
+            sys.stdout.write(json.dumps({"error": said, "type": type(error).__name__}) + "\n")
+        return EXIT_BAD_INPUT
+
 
 __all__ = ["main"]

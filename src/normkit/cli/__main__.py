@@ -2,7 +2,7 @@
 
 import sys
 
-from normkit.cli.app import main
+from normkit.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

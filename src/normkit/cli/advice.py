@@ -1,6 +1,5 @@
 """`normkit validate` and `normkit recommend`: which norms fit a model and a batch size."""
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,6 +9,7 @@ import tyro
 from normkit.advice import recommend, validate
 from normkit.advice.recommend import Task
 from normkit.cli.model import ModelOptions
+from normkit.cli.shared import print_json
 
 EXIT_FINDINGS = 1
 Json = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
@@ -44,7 +44,10 @@ class Validate(ModelOptions):
             input_shape=self.shape(),
             training=not self.evaluation,
         )
-        sys.stdout.write((json.dumps(found.as_list()) if self.json_output else str(found)) + "\n")
+        if self.json_output:
+            print_json(found.as_list())
+        else:
+            sys.stdout.write(f"{found}\n")
         return EXIT_FINDINGS if any(each.severity == "error" for each in found) else 0
 
 
@@ -82,8 +85,8 @@ class Recommend:
             task=self.task,
         )
         if self.json_output:
-            text = json.dumps(found.as_list())
+            print_json(found.as_list())
         else:
             text = "\n".join(map(str, found)) if self.details else str(found)
-        sys.stdout.write(text + "\n")
+            sys.stdout.write(text + "\n")
         return 0

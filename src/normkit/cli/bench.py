@@ -1,6 +1,5 @@
 """`normkit bench`: our layers against torch's, in one run."""
 
-import json
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
@@ -10,11 +9,11 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end
-from normkit.cli.numbers import flag, whole_numbers
+from normkit.cli.shared import MAX_PROCESSES, flag, print_json, require_counts, whole_numbers
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.bench import (
     BenchRecord,
@@ -31,7 +30,7 @@ from normkit.lab.bench import (
 from normkit.lab.bench.chart import draw
 from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.markdown import markdown
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, write_whole
 from normkit.lab.train import parse_device
 from normkit.spec import parse_specs
 
@@ -83,7 +82,9 @@ class Bench:
         if self.render is not None:
             return self._render(self.render)
         if self.out is not None:
-            usable_folder(self.out.parent)
+            if self.out.suffix != ".json":
+                raise SpecError(f"--out was given {str(self.out)!r}; its name ends in .json")
+            usable_folder(self.out.parent, self.out.name, self.out.with_suffix(".svg").name)
         return self._run_end_to_end() if self.end_to_end else self._run_layers()
 
     def spec(self) -> BenchSpec:
@@ -112,8 +113,7 @@ class Bench:
     def _threads(self) -> int:
         if self.threads is None:
             return torch.get_num_threads()
-        if self.threads < 1:
-            raise SpecError(f"--threads was given {self.threads}; give a number of 1 or more")
+        require_counts(self, "threads", at_most=MAX_PROCESSES)
         return self.threads
 
     def _run_layers(self) -> int:
@@ -122,11 +122,11 @@ class Bench:
             jobs = jobs_of(spec)
             with _progress(sum(job.cost for job in jobs)) as display:
                 record = run_bench(spec, lambda job: _advance(display, job))
+        self._write(record)
         if self.json_output:
-            sys.stdout.write(json.dumps(_as_json(record)) + "\n")
+            print_json(_as_json(record))
         else:
             print_bench(record, self.verbose)
-        self._write(record)
         return 0
 
     def _run_end_to_end(self) -> int:
@@ -137,18 +137,21 @@ class Bench:
             record = run_end_to_end(
                 setting, workloads, lambda _: display.advance(display.task_ids[0])
             )
-        if self.json_output:
-            sys.stdout.write(record.model_dump_json() + "\n")
-        else:
-            print_end_to_end(record)
         if self.out is not None:
             write_record(self.out, record)
+        if self.json_output:
+            print_json(record.model_dump(mode="json"))
+        else:
+            print_end_to_end(record)
         return 0
 
     def _render(self, path: Path) -> int:
         record = read_record(path)
-        sys.stdout.write(markdown(record))
-        path.with_suffix(".svg").write_text(draw(record), encoding="utf-8")
+        write_whole(path.with_suffix(".svg"), draw(record))
+        if self.json_output:
+            print_json(_as_json(record))
+        else:
+            sys.stdout.write(markdown(record))
         return 0
 
     def _write(self, record: BenchRecord) -> None:
@@ -156,7 +159,7 @@ class Bench:
             return
         chart = self.out.with_suffix(".svg")
         write_record(self.out, record)
-        chart.write_text(draw(record), encoding="utf-8")
+        write_whole(chart, draw(record))
         sys.stderr.write(f"record: {self.out}\nchart: {chart}\n")
 
 
@@ -179,7 +182,7 @@ def _progress(total: float) -> Generator[Progress]:
         TextColumn("remaining"),
     )
     # a redraw takes time from what is timed: once a second is enough
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as display:
+    with Progress(*columns, console=Terminal(stderr=True), refresh_per_second=1) as display:
         display.add_task("measuring", total=total)
         yield display
 

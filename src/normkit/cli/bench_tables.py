@@ -1,9 +1,9 @@
 """The terminal's tables of a benchmark."""
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from normkit.cli.streams import Terminal
 from normkit.lab.bench import BenchRecord, cells_of, targets_of
 from normkit.lab.bench.end_to_end import NETWORKS, EndToEndRecord, pairs_of
 from normkit.lab.bench.markdown import slowest_text
@@ -15,7 +15,7 @@ SIDES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
 def print_bench(record: BenchRecord, verbose: bool) -> None:
     """Print ratios by norm and batch size, the tiny map, the targets, and if wanted each shape."""
-    console = Console()
+    console = Terminal()
     console.print(_ratio_table(record))
     console.print(_tiny_table(record))
     if verbose:
@@ -41,7 +41,7 @@ def print_end_to_end(record: EndToEndRecord) -> None:
                 f"{1e3 * theirs.median_s:.2f}", f"{1e3 * ours.median_s:.2f}",
                 f"{theirs.median_s / ours.median_s:.2f}", peaks,
             )  # fmt: skip
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _ratio_table(record: BenchRecord) -> Table:

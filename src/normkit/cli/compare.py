@@ -1,30 +1,35 @@
 """`normkit compare`: which norm wins at which batch size, and at what cost."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
 
-from normkit.cli.numbers import flag, whole_numbers
 from normkit.cli.progress import line_by_line, sweep_progress
+from normkit.cli.shared import (
+    MAX_PROCESSES,
+    flag,
+    print_json,
+    require_counts,
+    tell_of_corrupt_lines,
+    whole_numbers,
+)
 from normkit.cli.tables import print_tables
-from normkit.errors import SpecError
 from normkit.lab.compare import Comparison, compare, of_sweep
+from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched
+from normkit.lab.lock import only_user
 from normkit.lab.records import (
-    CORRUPT_NAME,
     RECORDS_NAME,
-    Contents,
     Record,
     complete_records,
+    of_data,
     read_records,
-    usable_folder,
 )
 from normkit.lab.report import REPORT_NAME, write_report
 from normkit.lab.spec import Protocol, RunSpec, SweepSpec
@@ -42,6 +47,7 @@ class _Plan(NamedTuple):
     specs: tuple[RunSpec, ...]
     num_examples: int
     num_workers: int
+    data_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,35 +91,41 @@ class Compare:
         """Run what is missing, then print the table and write the report.
 
         Returns:
-            0, or 1 if runs failed.
+            0, or 1 if runs failed or none finished.
         """
-        with redirect_stdout(sys.stderr):  # libraries that download print to the standard output
+        with redirect_stdout(sys.stderr), ExitStack() as held:  # downloads print to the output
             with launched() as launch:
-                plan = launch.first(self._plan)
+                plan = launch.first(lambda: self._plan(held))
                 folder = usable_folder(self.out, RECORDS_NAME)
                 own = self._run_share(plan, folder, launch)
-                everybodys = [
-                    record for several in launch.gather(lambda: own) for record in several
-                ]
+                shares = launch.gather(lambda: own)
             if not launch.is_first:
                 return 0
-            complete_records(folder, everybodys)
-            records = of_sweep(plan.sweep, read_records(folder).records)
+            complete_records(folder, [record for share in shares for record in share])
+            found = of_data(read_records(folder).records, plan.data_hash)
+            records = of_sweep(plan.sweep, found)
             comparison = compare(plan.sweep, records)
             write_report(folder, comparison, records, self.command())
         self._print(comparison, records)
-        failed = any(record.outcome.status == "failed" for record in records)
-        return EXIT_FAILED_RUNS if failed else 0
+        return _exit_code(records)
 
-    def _plan(self) -> _Plan:
-        """Check everything, and find the runs that have no record."""
+    def _plan(self, held: ExitStack) -> _Plan:
+        """Check everything, take the folder, and find the runs that have no record."""
         sweep = self.sweep()
         num_workers = self._num_workers(sweep)
-        num_examples = check(sweep)
-        folder = usable_folder(self.out, RECORDS_NAME, CORRUPT_NAME, REPORT_NAME)
+        dataset = check(sweep)
+        folder = usable_folder(self.out, RECORDS_NAME, REPORT_NAME)
+        held.enter_context(only_user(folder))
         contents = read_records(folder)
-        _tell_of_corrupt_lines(contents, folder)
-        return _Plan(sweep, missing_runs(sweep, contents.records), num_examples, num_workers)
+        tell_of_corrupt_lines(contents, folder / RECORDS_NAME)
+        known = of_data(contents.records, dataset.fingerprint)
+        return _Plan(
+            sweep=sweep,
+            specs=missing_runs(sweep, known),
+            num_examples=len(dataset.train),
+            num_workers=num_workers,
+            data_hash=dataset.fingerprint,
+        )
 
     def _run_share(self, plan: _Plan, folder: Path, launch: Launch) -> list[Record]:
         """Run what falls to this process."""
@@ -168,8 +180,7 @@ class Compare:
     def _num_workers(self, sweep: SweepSpec) -> int:
         if self.workers is None:
             return default_workers(sweep)
-        if self.workers < 1:
-            raise SpecError(f"--workers was given {self.workers}; give the runs at once, 1 or more")
+        require_counts(self, "workers", at_most=MAX_PROCESSES)
         return self.workers
 
     def _print(self, comparison: Comparison, records: Sequence[Record]) -> None:
@@ -178,9 +189,20 @@ class Compare:
             result = comparison.model_dump(mode="json")
             result |= {name: str(path) for name, path in paths.items()}
             result["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
-            sys.stdout.write(json.dumps(result) + "\n")
+            print_json(result)
         else:
             print_tables(comparison, records, paths)
+
+
+def _exit_code(records: Sequence[Record]) -> int:
+    """1 if a run failed, or none has a result; that some diverge is a result."""
+    ends = {record.outcome.status for record in records}
+    if ends == {"diverged"}:
+        sys.stderr.write(
+            f"normkit: all {len(records)} runs diverged, so there is nothing to compare; give a "
+            f"lower --base-lr\n"
+        )
+    return EXIT_FAILED_RUNS if "failed" in ends or "finished" not in ends else 0
 
 
 def _trouble(record: Record) -> dict[str, object]:
@@ -191,11 +213,3 @@ def _trouble(record: Record) -> dict[str, object]:
         "status": record.outcome.status,
         "message": record.outcome.message,
     }
-
-
-def _tell_of_corrupt_lines(contents: Contents, folder: Path) -> None:
-    for line in contents.corrupt:
-        sys.stderr.write(
-            f"normkit: line {line.number} of {folder / RECORDS_NAME} is no record "
-            f"({line.reason}); it was moved to {CORRUPT_NAME}, the others are used\n"
-        )

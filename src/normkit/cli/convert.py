@@ -1,6 +1,6 @@
 """`normkit convert`: other norms in a model, and its weights in a file."""
 
-import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,12 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from normkit.cli.model import ModelOptions, changes_of, names_of
+from normkit.cli.model import ModelOptions
+from normkit.cli.shared import print_json, require_counts
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Dataset, load
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder
+from normkit.text import shortened
 
 SUFFIX = ".safetensors"
 
@@ -31,8 +33,7 @@ class Convert(ModelOptions):
     save: Path | None = None
     """File for the weights; its name ends in .safetensors. Without it nothing is written."""
     where: str | None = None
-    """Names of the norms that are meant, with commas between: layer1.*, or re: and a regular
-    expression; all if not given."""
+    """Names of norms, with commas between: layer1.*, or re: with a regular expression; else all."""
     calibrate: str | None = None
     """Data set to calibrate on: digits, fashion-mnist, cifar10, cifar100 or svhn."""
     examples: int = 512
@@ -62,38 +63,31 @@ class Convert(ModelOptions):
         )
         if self.save is not None:
             save_weights(done.model, self.save, self._about(done))
-        sys.stdout.write((json.dumps(as_json(done)) if self.json_output else str(done)) + "\n")
+        if self.json_output:
+            print_json(as_json(done))
+        else:
+            sys.stdout.write(f"{done}\n")
         if self.save is not None:
             sys.stderr.write(f"weights: {self.save}\n")
         return 0
 
     def _check(self) -> None:
-        for name in ("examples", "batch_size"):
-            if getattr(self, name) < 1:
-                given, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-                raise SpecError(f"{flag} was given {given}; give 1 or more")
+        require_counts(self, "examples", "batch_size")
         if self.save is not None:
             if self.save.suffix != SUFFIX:
                 raise SpecError(f"--save was given {str(self.save)!r}; its name ends in {SUFFIX}")
-            usable_folder(self.save.parent, self.save.name)
+            usable_folder(self.save.parent, self.save.name, option="--save")
 
     def _about(self, done: Conversion) -> dict[str, str]:
         """What to know for loading the weights."""
-        before = self.about()
-        changes = changes_of(before) | {change.name: change.new for change in done.changes}
-        preserved = done.standardized if done.calibration is not None else ()
-        about = {
-            "model": self.model,
-            "norms": self.to,
-            "where": self.where,
-            "changes": json.dumps(changes),
-            "standardized": ",".join([*names_of(before, "standardized"), *done.standardized]),
-            "preserved": ",".join([*names_of(before, "preserved"), *preserved]),
-        }
+        about = {"model": self.model, "norms": self.to, "where": self.where or ""}
+        about |= self.alterations().after(done).metadata()
         return {name: value for name, value in about.items() if value}
 
     def _map(self) -> dict[str, str]:
         patterns = [part.strip() for part in (self.where or "").split(",")]
+        for pattern in patterns:
+            _require_pattern(pattern)
         if "" in patterns:
             raise SpecError(
                 f"--where was given {self.where!r}; write names with commas between, such as "
@@ -103,6 +97,16 @@ class Convert(ModelOptions):
 
     def _batches(self, dataset: Dataset) -> list[object]:
         return list(dataset.train.inputs[: self.examples].split(self.batch_size))
+
+
+def _require_pattern(pattern: str) -> None:
+    """Refuse a regular expression that cannot be read, for whatever reason."""
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SpecError(
+            f"--where was given {shortened(pattern)!r}, which is no regular expression: {error}"
+        ) from error
 
 
 def as_json(done: Conversion) -> dict[str, object]:

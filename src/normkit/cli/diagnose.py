@@ -1,6 +1,5 @@
 """`normkit diagnose`: why a trained model evaluates badly, and what helps."""
 
-import copy
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -12,13 +11,13 @@ import tyro
 from torch import Tensor, nn
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.numbers import flag
+from normkit.cli.shared import flag, require_counts
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
-from normkit.lab.checkpoints import load_weights_
+from normkit.lab.checkpoints import earlier_state
 from normkit.lab.data import Dataset, Examples, load, read_examples
 from normkit.lab.data.files import SUFFIX
-from normkit.lab.records import file_errors, usable_folder
+from normkit.lab.files import usable_folder, write_whole
 from normkit.lab.report import DIAGNOSIS_NAME, REPORT_NAME, write_diagnosis
 
 EXIT_CAUSES = 1
@@ -60,10 +59,7 @@ class Diagnose(ModelOptions):
         Raises:
             NormError: If an option breaks its rule, or a file cannot be used.
         """
-        for name in ("batch_size", "examples"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        require_counts(self, "batch_size", "examples")
         if self.checkpoint is None:
             raise SpecError("--checkpoint is missing: random weights have nothing to diagnose")
         folder = usable_folder(self.out, DIAGNOSIS_NAME, REPORT_NAME)
@@ -123,12 +119,7 @@ class Diagnose(ModelOptions):
         names = [path.stem for path in paths]
         if len(set(names)) < len(names):
             names = list(map(str, paths))
-        found = {}
-        for name, path in zip(names, paths, strict=True):
-            state = copy.deepcopy(model)
-            load_weights_(state, path)
-            found[name] = state.state_dict()
-        return found
+        return {name: earlier_state(model, path) for name, path in zip(names, paths, strict=True)}
 
     def command(self) -> str:
         """The command line that repeats this, every option that decides something named."""
@@ -143,8 +134,7 @@ class Diagnose(ModelOptions):
 
     def _write(self, found: Diagnosis, folder: Path) -> None:
         text = found.to_json()
-        with file_errors(folder / DIAGNOSIS_NAME):
-            (folder / DIAGNOSIS_NAME).write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / DIAGNOSIS_NAME, text + "\n")
         report = write_diagnosis(folder, found, f"{self.model} on {self.test_data}", self.command())
         sys.stdout.write((text if self.json_output else str(found)) + "\n")
         if not self.json_output:

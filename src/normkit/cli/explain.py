@@ -1,6 +1,5 @@
 """`normkit explain`: which elements of a feature map share statistics, drawn."""
 
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -9,17 +8,18 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from normkit.cli.numbers import whole_numbers
+from normkit.cli.shared import print_json, require_counts, whole_numbers
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
-from normkit.lab.records import usable_folder
-from normkit.spec import METHODS, NormSpec
+from normkit.lab.files import usable_folder, whole_file
+from normkit.recipes import MAX_NUMBER, METHODS
+from normkit.spec import NormSpec
 
 MAX_ELEMENTS = 2**24  # every element gets a number: 128 MB of them
 PICTURES = (".png", ".svg")
@@ -62,12 +62,11 @@ class Explain:
             layer(x)  # refuses what it refuses in earnest
         if self.out is not None:
             _check_picture(self.out)
+            self._write(layer, self.out)
         if self.json_output:
-            sys.stdout.write(json.dumps(self._as_json(layer, explanation)) + "\n")
+            print_json(self._as_json(layer, explanation))
         else:
             self._print(layer, explanation)
-        if self.out is not None:
-            self._write(layer, self.out)
         return 0
 
     def _layer(self) -> nn.Module:
@@ -95,6 +94,7 @@ class Explain:
         spec = NormSpec.parse(self.spec)
         if self.num_groups is None:
             return spec
+        require_counts(self, "num_groups", at_most=MAX_NUMBER)
         with_groups = [n for n, recipe in METHODS.items() if recipe.argument == "num_groups"]
         if spec.name not in with_groups:
             raise SpecError(
@@ -113,7 +113,7 @@ class Explain:
         return "evaluation" if self.eval else "training"
 
     def _print(self, layer: nn.Module, explanation: Explanation) -> None:
-        console = Console()
+        console = Terminal()
         for panel in panels_of(layer, self._shape()):
             console.print(Text(panel.title, style="bold"))
             for line in draw_lines(panel, console.width):
@@ -126,7 +126,8 @@ class Explain:
         from normkit.lab.drawing.figure import write_figure  # noqa: PLC0415 - matplotlib is slow
 
         shape = self._shape()
-        write_figure(path, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
+        with whole_file(path) as draft:
+            write_figure(draft, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
         sys.stderr.write(f"picture: {path}\n")
 
     def _as_json(self, layer: nn.Module, explanation: Explanation) -> dict[str, object]:

@@ -1,20 +1,20 @@
 """`normkit list`: what can be named on the command line."""
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from normkit.catalog import CATALOG, Method
+from normkit.cli.shared import print_json
+from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
-from normkit.spec import METHODS
+from normkit.recipes import METHODS
 
 METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in short)")
 
@@ -40,7 +40,7 @@ class List:
         if not self.method:
             self._print_all()
         elif self.json_output:
-            _print_json(_method(self.method).as_dict())
+            print_json(_method(self.method).as_dict())
         else:
             print_method(_method(self.method))
         return 0
@@ -53,7 +53,7 @@ class List:
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
         if self.json_output:
-            _print_json(names | {"methods": [method.as_dict() for method in CATALOG.values()]})
+            print_json(names | {"methods": [method.as_dict() for method in CATALOG.values()]})
             return
         print_methods()
         lines = (f"{kind}: {', '.join(known)}" for kind, known in names.items())
@@ -68,12 +68,12 @@ def print_methods() -> None:
     table.add_column("batch\nmatters", no_wrap=True)
     for method in CATALOG.values():
         table.add_row(*_row(method))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def print_method(method: Method) -> None:
     """Print all about one method."""
-    console = Console()
+    console = Terminal()
     console.print(Text(method.name, style="bold"), Text(method.summary), sep="\n")
     table = Table.grid("", "", padding=(0, 2))
     for question, answer in (method.facts() | _options(method)).items():
@@ -104,7 +104,3 @@ def _method(name: str) -> Method:
     if name.removeprefix("+") not in CATALOG:
         raise SpecError(f"there is no method {name!r}; the methods are: {', '.join(CATALOG)}")
     return CATALOG[name.removeprefix("+")]
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")

@@ -1,20 +1,16 @@
 """The options that say which model a command is about."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from normkit.cli.numbers import whole_numbers
-from normkit.convert import convert_norm_
+from normkit.cli.shared import require_counts, whole_numbers
 from normkit.errors import SpecError
-from normkit.lab.checkpoints import load_weights_, read_metadata
-from normkit.lab.data import Dataset
+from normkit.lab.checkpoints import Alterations, restored
+from normkit.lab.data import MAX_CLASSES, Dataset
 from normkit.lab.models import build_model
-from normkit.weights import standardize_weights_
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 
@@ -26,8 +22,7 @@ class ModelOptions:
     model: str
     """Network: small-resnet, mlp, vgg11, or torchvision:NAME or timm:NAME."""
     checkpoint: Path | None = None
-    """File with its weights: .safetensors, or what torch.save wrote of a state dict. What normkit
-    convert has saved brings its norms with it."""
+    """File with its weights: .safetensors, or what torch.save wrote; saved norms come with it."""
     num_classes: int | None = None
     """Length of its output: the data set's if one is given, else 1000."""
     input_shape: str | None = None
@@ -43,8 +38,7 @@ class ModelOptions:
             SpecError: If the model is unknown or cannot take the inputs.
             DataError: If the checkpoint cannot be read or does not fit.
         """
-        if self.num_classes is not None and self.num_classes < 1:
-            raise SpecError(f"--num-classes was given {self.num_classes}; give 1 or more")
+        require_counts(self, "num_classes", at_most=MAX_CLASSES)
         known = NUM_CLASSES if dataset is None else dataset.num_classes
         built = build_model(
             self.model,
@@ -53,13 +47,12 @@ class ModelOptions:
         )
         model = built.model
         if self.checkpoint is not None:
-            model = _converted(model, self.about())
-            load_weights_(model, self.checkpoint)
+            model = restored(model, self.checkpoint)
         return model.eval()
 
-    def about(self) -> dict[str, str]:
-        """What the checkpoint says of itself."""
-        return {} if self.checkpoint is None else read_metadata(self.checkpoint)
+    def alterations(self) -> Alterations:
+        """What was done to the norms of the checkpoint."""
+        return Alterations() if self.checkpoint is None else Alterations.read(self.checkpoint)
 
     def shape(self, dataset: Dataset | None = None) -> tuple[int, int, int]:
         """Channels, height and width of an input.
@@ -81,31 +74,3 @@ class ModelOptions:
     def example(self, dataset: Dataset | None = None) -> torch.Tensor:
         """Give two inputs of zeros, for following the model."""
         return torch.zeros(2, *self.shape(dataset))
-
-
-def changes_of(about: Mapping[str, str]) -> dict[str, str]:
-    """Norms that a checkpoint says were converted, by name."""
-    try:
-        found = json.loads(about.get("changes", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def names_of(about: Mapping[str, str], what: str) -> list[str]:
-    """Names that a checkpoint has under ``standardized`` or ``preserved``."""
-    return [name for name in about.get(what, "").split(",") if name]
-
-
-def _converted(model: nn.Module, about: Mapping[str, str]) -> nn.Module:
-    """Convert a new model as the one was whose weights ``normkit convert`` has saved."""
-    changes = changes_of(about)
-    if changes:
-        model = convert_norm_(model, changes).model
-    preserved = names_of(about, "preserved")
-    plain = [name for name in names_of(about, "standardized") if name not in preserved]
-    for names, preserve in ((plain, False), (preserved, True)):
-        if names:
-            chosen = frozenset(names)
-            standardize_weights_(model, lambda _, name, c=chosen: name in c, preserve=preserve)
-    return model

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from normkit.cli.streams import Terminal
 from normkit.lab.records import Record
 from normkit.lab.spec import RunSpec
 from normkit.lab.sweep import num_steps
@@ -26,7 +26,7 @@ def sweep_progress(specs: Sequence[RunSpec], num_examples: int) -> Generator["Sw
         TimeRemainingColumn(),
         TextColumn("remaining"),
     )
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=120) as display:
+    with Progress(*columns, console=Terminal(stderr=True), speed_estimate_period=120) as display:
         yield SweepProgress(display, specs, num_examples)
 
 

@@ -1,6 +1,5 @@
 """`normkit reproduce`: figures of the papers at small scale, and whether their claims held."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from normkit.cli.shared import print_json, tell_of_corrupt_lines
 from normkit.errors import SpecError
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, whole_file
+from normkit.lab.lines import read_lines
+from normkit.lab.records import RECORDS_NAME
 from normkit.lab.reproduce import (
     PRESETS,
     SCALES,
@@ -28,7 +30,7 @@ from normkit.lab.reproduce import (
     save_figure,
     write_result,
 )
-from normkit.lab.reproduce.store import RECORDS_NAME, RunRecord
+from normkit.lab.reproduce.store import RunRecord
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")
@@ -69,7 +71,11 @@ class Reproduce:
         """
         presets = self._presets()
         if self.report:
-            sys.stdout.write(as_markdown(results_in(self.out)))
+            results = results_in(self.out)
+            if self.json_output:
+                self._print(results)
+            else:
+                sys.stdout.write(as_markdown(results))
         elif self.list_presets or not presets:
             self._print_list(presets or tuple(PRESETS.values()))
         else:
@@ -91,24 +97,27 @@ class Reproduce:
         return tuple(named)
 
     def _reproduced(self, preset: Preset) -> Result:
-        folder = usable_folder(self.out, RECORDS_NAME, f"reproduce-{preset.name}.json")
+        names = (f"reproduce-{preset.name}{suffix}" for suffix in (".json", f".{self.figure}"))
+        folder = usable_folder(self.out, RECORDS_NAME, *names)
+        tell_of_corrupt_lines(read_lines(folder / RECORDS_NAME, RunRecord), folder / RECORDS_NAME)
         records = run_missing(preset, self.scale, folder, _Lines(preset.name))
         path = write_result(folder, conclude(preset, self.scale, records))
         picture = path.with_suffix(f".{self.figure}")
-        save_figure(preset, measured(records), picture)
+        with whole_file(picture) as draft:
+            save_figure(preset, measured(records), draft)
         sys.stderr.write(f"result: {path}\nfigure: {picture}\n")
         return read_result(path)
 
     def _print(self, results: Sequence[Result]) -> None:
         if self.json_output:
             found = [result.model_dump(mode="json", exclude={"runs"}) for result in results]
-            sys.stdout.write(json.dumps(found) + "\n")
+            print_json(found)
         else:
             sys.stdout.write("\n\n".join(map(as_text, results)) + "\n")
 
     def _print_list(self, presets: Iterable[Preset]) -> None:
         if self.json_output:
-            sys.stdout.write(json.dumps([_described(preset) for preset in presets]) + "\n")
+            print_json([_described(preset) for preset in presets])
             return
         for preset in presets:
             sys.stdout.write(f"{preset.name}: {preset.title}\n")

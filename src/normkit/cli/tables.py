@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from normkit.cli.streams import Terminal
 from normkit.lab.compare import Cell, Comparison
 from normkit.lab.records import Record
 from normkit.lab.report.text import MINUS, MISSING, percent, points, size_text
@@ -16,7 +16,7 @@ def print_tables(
     comparison: Comparison, records: Iterable[Record], paths: Mapping[str, Path]
 ) -> None:
     """Print accuracy, differences and cost, what went wrong, and where the files are."""
-    console = Console()
+    console = Terminal()
     console.print(_accuracy_table(comparison))
     console.print(_cost_table(comparison))
     for record in records:

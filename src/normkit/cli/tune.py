@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.numbers import flag
+from normkit.cli.shared import flag, print_json, require_counts
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Examples, load
-from normkit.lab.records import usable_folder
+from normkit.lab.files import usable_folder, whole_file
 from normkit.tune import Gain, Tuning, tune_example_weight
 
 SUFFIX, PICTURES = ".safetensors", (".png", ".svg", ".pdf")
@@ -64,16 +64,15 @@ class Tune(ModelOptions):
             per_layer=self.per_layer,
         )
         test = result.gain_on(self._batches(dataset.test))
-        text = json.dumps(as_json(result, test)) if self.json_output else _text(result, test)
-        sys.stdout.write(text + "\n")
         self._write(result)
+        if self.json_output:
+            print_json(as_json(result, test))
+        else:
+            sys.stdout.write(f"{_text(result, test)}\n")
         return 0
 
     def _check(self) -> None:
-        for name in ("examples", "batch_size"):
-            given = getattr(self, name)
-            if given is not None and given < 1:
-                raise SpecError(f"{flag(name)} was given {given}; give 1 or more")
+        require_counts(self, "examples", "batch_size")
         for name, suffixes in (("save", (SUFFIX,)), ("plot", PICTURES)):
             path = getattr(self, name)
             if path is None:
@@ -81,7 +80,7 @@ class Tune(ModelOptions):
             if path.suffix not in suffixes:
                 known = " or ".join(suffixes)
                 raise SpecError(f"--{name} was given {str(path)!r}; its name ends in {known}")
-            usable_folder(path.parent, path.name)
+            usable_folder(path.parent, path.name, option=flag(name))
 
     def _batches(self, examples: Examples) -> list[object]:
         inputs = examples.inputs[: self.examples].split(self.batch_size)
@@ -90,11 +89,12 @@ class Tune(ModelOptions):
 
     def _write(self, result: Tuning) -> None:
         if self.save is not None:
-            weight = json.dumps(result.alpha)
-            save_weights(result.model, self.save, {"model": self.model, "example_weight": weight})
+            about = {"model": self.model, "example_weight": json.dumps(result.alpha)}
+            save_weights(result.model, self.save, about | self.alterations().metadata())
             sys.stderr.write(f"weights: {self.save}\n")
         if self.plot is not None:
-            result.plot(self.plot)
+            with whole_file(self.plot, "--plot") as draft:
+                result.plot(draft)
             sys.stderr.write(f"curve: {self.plot}\n")
 
 

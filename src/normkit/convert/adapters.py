@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normkit.convert.source import Activation
+from normkit.core.mask import Mask
 from normkit.layers.base import NormLayer
 
 ACTIVATED, CHANNELS_LAST = "Act", "ChannelsLast"
@@ -33,9 +34,9 @@ class _Activated(_Adapted):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """Normalise, drop, activate."""
-        return self.act(self.drop(super().forward(x)))
+        return self.act(self.drop(super().forward(x, mask)))
 
     def __repr__(self) -> str:
         return f"{super().__repr__()} -> {', '.join(self._after()) or 'nothing'}"
@@ -47,9 +48,9 @@ class _Activated(_Adapted):
 class _ChannelsLast(_Adapted):
     """Takes and gives ``(N, *S, C)``."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """Normalise with the last axis as the channels."""
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+        return super().forward(x.movedim(-1, 1), mask).movedim(1, -1)
 
 
 _KINDS: dict[str, type[_Adapted]] = {CHANNELS_LAST: _ChannelsLast, ACTIVATED: _Activated}

@@ -119,7 +119,7 @@ class Calibrator:
                 self._settle_statistics(place, layer)
         slots = _last_slots(new)
         if any(slot.layer.weight is None for slot in slots):
-            return "it has no scale and shift"
+            return "it has no scale"
         carried = [_set_to_one(slot.layer) for slot in slots]
         found = Population()
         with self._evaluation(place.model):
@@ -205,10 +205,11 @@ def _last_slots(layer: NormLayer) -> tuple[Slot, ...]:
 
 @torch.no_grad()
 def _set_to_one(layer: NormLayer) -> Tensor:
-    """Set scale and shift to 1 and 0; return the scale that was."""
+    """Set scale and shift to 1 and 0, if there is a shift; return the scale that was."""
     weight = layer.get_parameter("weight").detach().clone()
     layer.get_parameter("weight").fill_(1)
-    layer.get_parameter("bias").fill_(0)
+    if layer.bias is not None:
+        layer.bias.fill_(0)
     return weight
 
 
@@ -221,7 +222,8 @@ def _fit(slot: Slot, carried: Tensor, target: Moments, found: Moments) -> None:
     solved = sign * (wanted.var[0] / given.var[0]).sqrt()
     weight = torch.where(given.var[0] > 0, solved, carried.double())  # constant: nothing to scale
     slot.layer.get_parameter("weight").copy_(weight)
-    slot.layer.get_parameter("bias").copy_(wanted.mean[0] - weight * given.mean[0])
+    if slot.layer.bias is not None:
+        slot.layer.bias.copy_(wanted.mean[0] - weight * given.mean[0])
 
 
 def _part(moments: Moments, slot: Slot) -> Moments:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
 from normkit.convert.plan import Plan, staying
 from normkit.convert.report import Change, Conversion
 from normkit.convert.swap import Swap
+from normkit.convert.trial import Trial, own_forwards
+from normkit.passes import attempt
 
 
 def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is measured
@@ -25,29 +27,38 @@ def carry_out(  # noqa: PLR0913, PLR0917 - what is done, what follows, what is m
     dry_run: bool,
     calibrator: Calibrator | None = None,
 ) -> Conversion:
-    """Change the model as planned, unless it is a dry run; an interruption puts it back."""
+    """Change the model as planned, unless it is a dry run; all or nothing."""
     edit = None if optimizer is None else _edit(model, planned, optimizer)
     parts = (*planned.steps, *planned.insertions)
     replacements = {part.old: part.new for part in parts}
     keep_function = calibrator is not None
     swap = Swap(model, replacements, standardize, example_input, edit, keep_function)
+    trial = None if example_input is None or dry_run else Trial(model, planned, example_input)
     result = Conversion(
         model=model if dry_run else swap.new,
         changes=_changes(planned, edit),
-        left=planned.left,
+        left=(*planned.left, *(trial.left if trial else ())),
         standardized=tuple(standardize),
+        unchecked=() if trial or calibrator else own_forwards(model, planned),
         dry_run=dry_run,
         _swap=swap,
     )
-    try:
+
+    def work() -> Conversion:
         if not dry_run:
             swap.apply()
+        if trial is not None:
+            result.changes = _warned(result.changes, trial.check(swap.new))
         if calibrator is not None:
             result.calibration = calibrator.run(swap.new)
         return result
-    except BaseException:
-        swap.undo()
-        raise
+
+    return attempt(work, *swap.changed)
+
+
+def _warned(changes: Sequence[Change], said: Mapping[str, Sequence[str]]) -> tuple[Change, ...]:
+    """Add to each change what a forward has shown of it."""
+    return tuple(replace(c, warnings=(*c.warnings, *said.get(c.name, ()))) for c in changes)
 
 
 def _edit(model: nn.Module, planned: Plan, optimizer: Optimizer) -> OptimizerEdit:

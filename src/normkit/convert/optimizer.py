@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from normkit.errors import OptionError
 
@@ -40,7 +40,7 @@ class OptimizerEdit:
         staying: Parameters that the model still has afterwards.
 
     Raises:
-        OptionError: If it is no optimizer of these parameters.
+        OptionError: If it is no optimizer of these parameters, or one that cannot follow.
     """
 
     def __init__(
@@ -54,7 +54,11 @@ class OptimizerEdit:
             raise OptionError("optimizer= holds no parameter of the model; pass the model's own")
         self._joining, self.homeless = _joining(exchanges, held, optimizer)
         gone = old - kept
+        _require_open(
+            optimizer, [p for several in self._joining.values() for _, p in several], gone
+        )
         self._edits = [_edited(g, self._joining, gone) for g in optimizer.param_groups]
+        self._before = list(optimizer.state)
         self._state = {p: optimizer.state[p] for p in gone if p in optimizer.state}
 
     def apply(self) -> None:
@@ -65,14 +69,44 @@ class OptimizerEdit:
             self.optimizer.state.pop(parameter, None)
 
     def undo(self) -> None:
-        """Put everything back as it was, from wherever ``apply`` got to."""
+        """Put everything back as it was, states in their old order; others come after them."""
         for edit in self._edits:
             _write(edit.group, edit.before)
-        for joined in self._joining.values():
-            for _, parameter in joined:
-                self.optimizer.state.pop(parameter, None)
-        for parameter, state in self._state.items():
-            self.optimizer.state[parameter] = state
+        joined = {parameter for several in self._joining.values() for _, parameter in several}
+        states = {**self.optimizer.state, **self._state}
+        order = dict.fromkeys([*self._before, *states])
+        self.optimizer.state.clear()
+        for parameter in order:
+            if parameter in states and parameter not in joined:
+                self.optimizer.state[parameter] = states[parameter]
+
+
+def _require_open(
+    optimizer: Optimizer, joining: Sequence[nn.Parameter], gone: set[nn.Parameter]
+) -> None:
+    """Refuse an optimizer whose own accounts go by the parameters that it was made with.
+
+    Raises:
+        OptionError: With what it keeps.
+    """
+    kind = type(optimizer).__name__
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    why = ""
+    if isinstance(optimizer, LBFGS) and (joining or held & gone):
+        why = "keeps one history of all parameters together"
+    elif kind == "Muon" and any(parameter.ndim != 2 for parameter in joining):
+        why = "takes matrices only"
+    elif any(inner.param_groups is not optimizer.param_groups for inner in _inner(optimizer)):
+        why = "has an optimizer inside with parameters of its own"
+    if why:
+        raise OptionError(
+            f"{kind} {why}, and cannot follow this change; nothing was changed: convert without "
+            f"optimizer=, and make it afterwards"
+        )
+
+
+def _inner(optimizer: Optimizer) -> Iterable[Optimizer]:
+    return (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
 
 
 def require_optimizer(optimizer: object) -> None:

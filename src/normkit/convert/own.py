@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normkit.convert.adapters import adapters_of, base_of
 from normkit.convert.rules import rule
@@ -16,8 +16,8 @@ from normkit.convert.target import (
     pools_examples,
     statistics_slots,
 )
-from normkit.layers.base import BUFFERS, NormLayer
-from normkit.spec import METHODS
+from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.spec import METHODS, Recipe, Value
 
 RECIPES = {recipe.layer: recipe for recipe in METHODS.values()}
 
@@ -28,18 +28,40 @@ def own(layer: NormLayer) -> Source:
     recipe = RECIPES[base_of(layer)]
     activation, channels_last = adapters_of(layer)
     slots = affine_slots(layer)
+    weight, bias = (_joined([getattr(s.layer, name) for s in slots]) for name in AFFINE)
     return Source(
         num_features=layer.num_features,
-        options={o: layer.option(o) for o in recipe.options() if o != recipe.argument},
-        weight=_joined([slot.layer.weight for slot in slots]),
-        bias=_joined([slot.layer.bias for slot in slots]),
+        options=_options(layer, recipe),
+        weight=weight,
+        bias=bias,
         statistics=_statistics(layer),
         over_batch=is_over_batch(recipe),
+        still=any(map(_is_still, layer.modules())),
+        twin=_twin(layer),
         activation=activation,
         channels_last=channels_last,
         process_group=getattr(layer, "process_group", None) if pools_examples(layer) else None,
         lost=_lost(layer, slots),
     )
+
+
+def _options(layer: NormLayer, recipe: Recipe) -> dict[str, Value]:
+    """Values of the constructor's options; statistics are tracked where there are buffers."""
+    found = {o: layer.option(o) for o in recipe.options() if o != recipe.argument}
+    if "track_running_stats" in found:
+        found["track_running_stats"] = getattr(layer, BUFFERS[0]) is not None
+    return found | {"affine": any(True for _ in layer.parameters())}
+
+
+def _is_still(layer: nn.Module) -> bool:
+    tracks = isinstance(layer, TrackingLayer) and layer.running_mean is not None
+    return tracks and not layer.track_running_stats
+
+
+def _twin(layer: NormLayer) -> str:
+    name = next(name for name, recipe in METHODS.items() if recipe.layer is base_of(layer))
+    argument = METHODS[name].argument
+    return name if argument is None else f"{name}:{getattr(layer, argument)}"
 
 
 def _joined(values: list[torch.nn.Parameter | None]) -> Tensor | None:

@@ -9,7 +9,9 @@ from torch import nn
 
 from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
+from normkit.passes import attempt
 from normkit.text import module_name, table_lines
+from normkit.tracing.graph import Graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,17 @@ class Left:
     why: str
 
 
+FUNCTIONS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"})
+CALLED_AS_FUNCTION = "the forward calls it as a function, and holds no module of it"
+
+
+def called_as_functions(graph: Graph) -> Iterator[Left]:
+    """List the norms of a forward that are no modules, once for each call."""
+    for call in graph.calls:
+        if call.kind == "other" and call.name in FUNCTIONS:
+            yield Left(name=call.name, old="a function", why=CALLED_AS_FUNCTION)
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class Conversion:
     """A converted model and everything that was done to it; prints as a table.
@@ -57,6 +70,7 @@ class Conversion:
         changes: The norms that became others, in the order of the model.
         left: All other norms, with the reason.
         standardized: Convolutions whose weights ``+ws`` standardised.
+        unchecked: Classes with a forward of their own around these norms, where no forward was run.
         dry_run: Whether nothing was done.
         calibration: How near the outputs are to the original's, if it was calibrated.
     """
@@ -65,6 +79,7 @@ class Conversion:
     changes: tuple[Change, ...]
     left: tuple[Left, ...] = ()
     standardized: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
     dry_run: bool = False
     calibration: Calibration | None = None
     _swap: Swap = field(kw_only=True)
@@ -79,8 +94,12 @@ class Conversion:
         Raises:
             OptionError: If the layers were replaced again since; nothing is changed then.
         """
-        if not self.dry_run:
-            self.model = self._swap.revert()
+        if self.dry_run:
+            return self.model
+        return attempt(self._revert, self, *self._swap.changed)
+
+    def _revert(self) -> nn.Module:
+        self.model = self._swap.revert()
         return self.model
 
     def __repr__(self) -> str:
@@ -94,18 +113,30 @@ class Conversion:
             for c in self.changes
         ]
         lines += table_lines([head, *rows]) if rows else []
-        lines += [
-            f"  {module_name(c.name)}: {warning}" for c in self.changes for warning in c.warnings
-        ]
+        lines += _warnings(self.changes)
         if self.standardized:
             lines.append(f"weights standardised: {', '.join(self.standardized)}")
         lines += _left_alone(self.left)
+        lines += _not_run(self.unchecked) if self.changes else ()
         lines += [] if self.calibration is None else _calibrated(self.calibration)
         return "\n".join(lines)
 
     def _summary(self) -> str:
         verb = "would convert" if self.dry_run else "converted"
         return f"{verb} {len(self.changes)} of {len(self.changes) + len(self.left)} norms"
+
+
+def _warnings(changes: Sequence[Change]) -> Iterator[str]:
+    """Say each warning once, with all of its norms."""
+    for warning in dict.fromkeys(each for change in changes for each in change.warnings):
+        names = [module_name(c.name) for c in changes if warning in c.warnings]
+        yield f"  {', '.join(names)}: {warning}"
+
+
+def _not_run(classes: Sequence[str], at_most: int = 4) -> Iterator[str]:
+    if classes:
+        named = ", ".join(classes[:at_most]) + (", ..." if len(classes) > at_most else "")
+        yield f"not run: the forward of {named}; with example_input= it is, before and after"
 
 
 def _left_alone(left: Sequence[Left]) -> Iterator[str]:

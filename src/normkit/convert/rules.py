@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from normkit.convert.adapters import base_of
 from normkit.convert.source import Activation, Source, Statistics
 from normkit.errors import ConversionError
+from normkit.inference import known
 from normkit.inference.freeze import is_frozen
 
 Rule = Callable[[Any], Source]
@@ -78,7 +80,11 @@ def read(module: nn.Module) -> Source:
             f"{kind.__name__} does not know its number of channels yet; send one batch through "
             f"the model first"
         )
-    found = RULES.get(key_of(kind)) or (_frozen if _is_frozen(module) else None)
+    if len({value.is_meta for value in values if value is not None}) > 1:
+        raise ConversionError(
+            "some of its values are on the meta device and others are not; load all of them first"
+        )
+    found = RULES.get(key_of(kind)) or (_frozen if known.is_fixed(module) else None)
     if found is None:
         raise ConversionError(
             f"{key_of(kind)} has no rule; leave it alone with where= or by mapping its name to "
@@ -91,7 +97,7 @@ def _require_plain(module: nn.Module) -> None:
     """Refuse a layer that somebody has changed in ways that no other layer would follow.
 
     Raises:
-        ConversionError: If its forward was replaced, or a parameter is computed, as by pruning.
+        ConversionError: If its forward was replaced, or a parameter is computed or parametrised.
     """
     own = vars(module)
     if "forward" in own:
@@ -103,20 +109,31 @@ def _require_plain(module: nn.Module) -> None:
     if computed:
         raise ConversionError(
             f"its {' and '.join(computed)} is no parameter but computed, as pruning does; make it "
-            f"permanent first (torch.nn.utils.prune.remove), or leave it alone with where="
+            f"permanent first (torch.nn.utils.prune.remove or remove_weight_norm), or leave it "
+            f"alone with where="
+        )
+    if parametrize.is_parametrized(module):
+        names = [name for name, _ in module.get_submodule("parametrizations").named_children()]
+        raise ConversionError(
+            f"its {' and '.join(names)} is parametrised; make it permanent first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations), or leave it alone with where="
         )
 
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def _batch_norm(layer: nn.BatchNorm2d) -> Source:
-    """Everything is carried."""
+    """Everything is carried. Evaluation goes by the buffers that there are, whatever flags say."""
+    statistics = _statistics(layer)
     return Source(
-        num_features=layer.num_features,
-        options=_tracking(layer),
+        num_features=_num_features(layer, layer.num_features),
+        options=_options(layer)
+        | {"momentum": layer.momentum, "track_running_stats": statistics is not None},
         weight=layer.weight,
         bias=layer.bias,
-        statistics=_statistics(layer),
+        statistics=statistics,
         over_batch=True,
+        still=statistics is not None and not layer.track_running_stats,
+        twin="bn",
         without_positions=isinstance(layer, nn.BatchNorm1d),
     )
 
@@ -132,33 +149,31 @@ def _instance_norm(layer: nn.InstanceNorm2d) -> Source:
     tracked = layer.track_running_stats
     lost = ("inputs without a batch axis", *([STATISTICS_OF_EXAMPLES] if tracked else []))
     own = {"example_weight": 0.0} if tracked else {}  # evaluates by its running statistics
+    momentum = {"momentum": layer.momentum, "track_running_stats": tracked}
     return Source(
-        num_features=layer.num_features,
-        options=_tracking(layer) | own,
+        num_features=_num_features(layer, layer.num_features),
+        options=_options(layer) | momentum | own,
         weight=layer.weight,
         bias=layer.bias,
-        statistics=_statistics(layer),
+        statistics=_statistics(layer) if tracked else None,
+        twin="in",
         lost=lost,
     )
 
 
-@rule(nn.GroupNorm, "timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")
+@rule(nn.GroupNorm, *known.GROUP_NORMS)
 def _group_norm(layer: nn.GroupNorm) -> Source:
     """Everything is carried."""
     return Source(
-        num_features=layer.num_channels,
-        options={"eps": layer.eps, "affine": layer.affine},
+        num_features=_num_features(layer, layer.num_channels),
+        options=_options(layer),
         weight=layer.weight,
         bias=layer.bias,
+        twin=f"gn:{layer.num_groups}",
     )
 
 
-@rule(
-    "torchvision.models.convnext.LayerNorm2d",
-    "timm.layers.norm.LayerNorm2d",
-    "timm.layers.norm.LayerNorm2dFp32",
-    "timm.layers.norm.LayerNormExp2d",
-)
+@rule(*known.MAP_NORMS)
 def _layer_norm_of_maps(layer: nn.LayerNorm) -> Source:
     """The statistics of a position over its channels, in ``(N, C, H, W)``: ``pn`` keeps them."""
     if len(layer.normalized_shape) != 1:
@@ -168,48 +183,45 @@ def _layer_norm_of_maps(layer: nn.LayerNorm) -> Source:
         )
     return Source(
         num_features=layer.normalized_shape[0],
-        options={"eps": layer.eps, "affine": layer.elementwise_affine},
+        options=_options(layer),
         weight=layer.weight,
         bias=layer.bias,
-        warnings=_gains_bias(layer),
+        twin="pn",
     )
 
 
-@rule(nn.LayerNorm, "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+@rule(nn.LayerNorm, *known.LAYER_NORMS)
 def _layer_norm(layer: nn.LayerNorm) -> Source:
     """Likewise, with the channels in the last axis, where they stay."""
     return replace(_layer_norm_of_maps(layer), channels_last=True, without_positions=True)
 
 
-@rule("timm.layers.norm_act.BatchNormAct2d")
+@rule(*known.BATCH_NORM_ACTS)
 def _batch_norm_act(layer: Any) -> Source:  # noqa: ANN401 - a class that need not be installed
     return replace(_batch_norm(layer), activation=_activation(layer))
 
 
-@rule("timm.layers.norm_act.SyncBatchNormAct")
+@rule(*known.SYNC_BATCH_NORM_ACTS)
 def _sync_batch_norm_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_sync_batch_norm(layer), activation=_activation(layer))
 
 
-@rule("timm.layers.norm_act.GroupNormAct", "timm.layers.norm_act.GroupNorm1Act")
+@rule(*known.GROUP_NORM_ACTS)
 def _group_norm_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_group_norm(layer), activation=_activation(layer))
 
 
-@rule("timm.layers.norm_act.LayerNormAct2d", "timm.layers.norm_act.LayerNormAct2dFp32")
+@rule(*known.MAP_NORM_ACTS)
 def _layer_norm_act_of_maps(layer: Any) -> Source:  # noqa: ANN401
     return replace(_layer_norm_of_maps(layer), activation=_activation(layer))
 
 
-@rule("timm.layers.norm_act.LayerNormAct", "timm.layers.norm_act.LayerNormActFp32")
+@rule(*known.LAYER_NORM_ACTS)
 def _layer_norm_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_layer_norm(layer), activation=_activation(layer))
 
 
-@rule(
-    "torchvision.ops.misc.FrozenBatchNorm2d",
-    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
-)
+@rule(*known.FIXED)
 def _frozen(layer: Any) -> Source:  # noqa: ANN401
     """Values become parameters without a gradient; the statistics follow the training now."""
     return Source(
@@ -219,26 +231,26 @@ def _frozen(layer: Any) -> Source:  # noqa: ANN401
         bias=layer.bias,
         statistics=Statistics(layer.running_mean, layer.running_var, None),
         over_batch=True,
+        twin="bn",
         fixed=True,
-        warnings=("its statistics were fixed and now follow the training, unless .eval()",),
     )
 
 
-@rule("timm.layers.norm_act.FrozenBatchNormAct2d")
+@rule(*known.FIXED_ACTS)
 def _frozen_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_frozen(layer), activation=_activation(layer))
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether it is detectron's layer, of which many projects keep a copy."""
-    buffers = {"weight", "bias", "running_mean", "running_var"}
-    named = type(module).__name__ == "FrozenBatchNorm2d"
-    return named and module._buffers.keys() == buffers and not module._parameters
+def _options(layer: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Options by what the layer has, not by the flags that it was built with."""
+    has_weight, has_bias = layer.weight is not None, layer.bias is not None
+    return {"eps": layer.eps, "affine": has_weight or has_bias, "bias": has_bias or not has_weight}
 
 
-def _tracking(layer: nn.BatchNorm2d | nn.InstanceNorm2d) -> dict[str, Any]:
-    options = {"eps": layer.eps, "affine": layer.affine, "momentum": layer.momentum}
-    return options | {"track_running_stats": layer.track_running_stats}
+def _num_features(layer: nn.Module, said: int) -> int:
+    """Channels of the values that act; pruning libraries may leave the number behind."""
+    held = (layer.weight, layer.bias, layer._buffers.get("running_mean"))
+    return next((value.numel() for value in held if isinstance(value, Tensor)), said)
 
 
 def _statistics(layer: nn.BatchNorm2d | nn.InstanceNorm2d) -> Statistics | None:
@@ -250,8 +262,3 @@ def _statistics(layer: nn.BatchNorm2d | nn.InstanceNorm2d) -> Statistics | None:
 def _activation(layer: nn.Module) -> Activation:
     modules = dict(layer.named_children())
     return Activation(modules.get("drop", nn.Identity()), modules.get("act", nn.Identity()))
-
-
-def _gains_bias(layer: nn.LayerNorm) -> tuple[str, ...]:
-    lacks = layer.weight is not None and layer.bias is None
-    return ("it had no bias and gains one, 0 at first",) if lacks else ()

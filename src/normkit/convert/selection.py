@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +19,8 @@ from normkit.tracing.kinds import is_norm
 Where = Callable[[nn.Module, str], bool]
 SpecMap = Mapping[str, str | NormSpec | None]
 Found = dict[nn.Module, list[str]]
+OWN_PLACES = frozenset(vars(nn.Module()))
+"""Attributes of every module: registered children, parameters, hooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +51,62 @@ def find_lookalikes(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find_hidden(model: nn.Module) -> dict[str, nn.Module]:
-    """Find norms in Python lists and dicts, which torch does not look into.
+@dataclass(frozen=True, slots=True, eq=False)
+class Hidden:
+    """A norm in a place that torch does not look into: a Python list, a method, a plain attribute.
 
-    What is called there goes on being called: nothing is exchanged in such a place.
+    Args:
+        name: Of the attribute in which it is.
+        norm: The norm.
+        holder: The list or dict that has it; None if it can be exchanged in none.
+        key: Its place there.
     """
-    return {
-        f"{name}.{key}" if name else key: each
+
+    name: str
+    norm: nn.Module
+    holder: list[Any] | dict[Any, Any] | None
+    key: Any
+
+
+def find_hidden(model: nn.Module) -> list[Hidden]:
+    """Find norms in places that torch does not look into, where they may be called as well."""
+    seen: set[int] = {id(module) for module in model.modules()}
+    return [
+        hidden
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if not key.startswith("_") and isinstance(value, list | tuple | dict)
-        for each in (value.values() if isinstance(value, dict) else value)
-        if isinstance(each, nn.Module) and is_norm(each)
-    }
+        if key not in OWN_PLACES
+        for hidden in _hidden_in(value, f"{name}.{key}" if name else key, vars(module), key, seen)
+    ]
+
+
+def _hidden_in(
+    value: Any,  # noqa: ANN401 - whatever somebody keeps in a module
+    name: str,
+    holder: Any,  # noqa: ANN401
+    key: Any,  # noqa: ANN401
+    seen: set[int],
+) -> Iterator[Hidden]:
+    """Look into containers, bound methods and modules that are not registered."""
+    if isinstance(value, nn.Module) and is_norm(value):
+        yield Hidden(name, value, holder if isinstance(holder, list | dict) else None, key)
+    elif parts := {} if id(value) in seen else _parts(value):
+        seen.add(id(value))
+        for each, part in list(parts.items()):
+            yield from _hidden_in(part, name, value, each, seen)
+
+
+def _parts(value: Any) -> Mapping[Any, Any]:  # noqa: ANN401
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, nn.Module):
+        return {key: child for key, child in value._modules.items() if child is not None}
+    if isinstance(value, MethodType):
+        return {"": value.__self__}
+    if isinstance(value, partial):
+        value = (value.func, *value.args, *value.keywords.values())
+    containers = list | tuple | set | frozenset
+    return dict(enumerate(value)) if isinstance(value, containers) else {}
 
 
 def _walk(
@@ -84,8 +132,9 @@ def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) 
     """
     if not found:
         raise OptionError(
-            "the model has no normalization layer, so there is nothing to convert; layers in a "
-            "Python list are not seen, only those in an nn.ModuleList"
+            "the model has no normalization layer, so there is nothing to convert; norms in a "
+            "Python list, and functions such as F.batch_norm that a forward calls, are not seen: "
+            "only modules, also in an nn.ModuleList"
         )
     if where is not None and not callable(where):
         raise OptionError(

@@ -44,6 +44,9 @@ class Source:
         bias: Shift of each channel, likewise.
         statistics: Running statistics, if another layer can continue them.
         over_batch: Whether its statistics are taken over the batch in training.
+        still: Whether evaluation goes by its running statistics, which training does not move:
+            ``track_running_stats`` was switched off when they were there.
+        twin: Spec of the layer of ours that computes the same, without options; "" is none.
         activation: What comes after the norm inside the layer.
         channels_last: Whether channels are its input's last axis.
         fixed: Whether weights and statistics do not follow the training.
@@ -59,6 +62,8 @@ class Source:
     bias: Tensor | None = None
     statistics: Statistics | None = None
     over_batch: bool = False
+    still: bool = False
+    twin: str = ""
     activation: Activation | None = None
     channels_last: bool = False
     fixed: bool = False
@@ -66,3 +71,14 @@ class Source:
     warnings: tuple[str, ...] = ()
     without_positions: bool = False
     process_group: ProcessGroup = None
+
+    @property
+    def values(self) -> tuple[object, ...]:
+        """Everything in it that the layer holds."""
+        held = (self.weight, self.bias, *(self.statistics or ()), *(self.activation or ()))
+        return tuple(value for value in held if value is not None)
+
+    @property
+    def has_mode(self) -> bool:
+        """Whether training and evaluation differ, so that the layer's own mode means something."""
+        return not self.fixed and (self.over_batch or self.statistics is not None)

@@ -11,18 +11,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normkit.convert.optimizer import Exchange, OptimizerEdit
+from normkit.convert.selection import find_hidden
 from normkit.errors import OptionError
 from normkit.weights import standardize_weights_
 from normkit.weights.once import OncePerForward
 
 
 class Slot(NamedTuple):
-    """A place in the model where a layer is exchanged."""
+    """A place in the model where a layer is exchanged: in a module, or in a list or dict of it."""
 
-    parent: nn.Module
-    key: str
+    parent: nn.Module | list[Any] | dict[Any, Any]
+    key: Any
     old: nn.Module
     new: nn.Module
+
+    @property
+    def now(self) -> object:
+        """What is there."""
+        held = self._held
+        there = self.key < len(held) if isinstance(held, list) else self.key in held
+        return held[self.key] if there else None
+
+    def put(self, layer: nn.Module) -> None:
+        """Exchange what is there."""
+        self._held[self.key] = layer
+
+    @property
+    def _held(self) -> Any:  # noqa: ANN401 - a list or a dict
+        return self.parent._modules if isinstance(self.parent, nn.Module) else self.parent
 
 
 class Place(NamedTuple):
@@ -66,8 +82,7 @@ class Before(NamedTuple):
 class Swap:
     """Layers to exchange, weights to standardise, an optimizer to follow.
 
-    What is put back is absolute, not the reverse of what was done: it is right wherever an
-    interruption came.
+    What ``revert`` puts back is absolute, not the reverse of what was done.
 
     Args:
         model: The model, changed by ``apply``.
@@ -112,7 +127,7 @@ class Swap:
                 example_input=self._example_input,
             )
         for slot in self._slots:
-            slot.parent._modules[slot.key] = slot.new
+            slot.put(slot.new)
         if self._edit is not None:
             self._edit.apply()
             self._weights_edit = self._edit_of_weights(self._edit.optimizer)
@@ -120,20 +135,11 @@ class Swap:
         self._example_input = None
         return self.new
 
-    def undo(self) -> nn.Module:
-        """Put everything back, from wherever ``apply`` got to; return the model."""
-        for edit in (self._weights_edit, self._edit):
-            if edit is not None:
-                edit.undo()
-        for slot in self._slots:
-            slot.parent._modules[slot.key] = slot.old
-        for before in self._weights:
-            _put_back(before)
-        with torch.no_grad():
-            for parameter, values in self._values:
-                parameter.copy_(values)
-        self._remove_hooks()
-        return self.old
+    @property
+    def changed(self) -> list[nn.Module | Optimizer]:
+        """What ``apply`` and ``revert`` change: the model, old layers, the optimizer."""
+        optimizers = [] if self._edit is None else [self._edit.optimizer]
+        return [self.old, self.new, *(pair.old for pair in self._pairs), *optimizers]
 
     def revert(self) -> nn.Module:
         """Put everything back that ``apply`` has changed; once it is back, nothing happens.
@@ -141,19 +147,37 @@ class Swap:
         Raises:
             OptionError: If somebody else has replaced one of the layers since.
         """
-        now = [slot.parent._modules.get(slot.key) for slot in self._slots]
+        if self._is_back():
+            return self.old
+        for edit in (self._weights_edit, self._edit):
+            if edit is not None:
+                edit.undo()
+        for slot in self._slots:
+            slot.put(slot.old)
+        for before in self._weights:
+            _put_back(before)
+        with torch.no_grad():
+            for parameter, values in self._values:
+                parameter.copy_(values)
+        self._remove_hooks()
+        for pair in reversed(self._pairs):  # layers inside of a block come before it, and decide
+            pair.follow(self.old)
+        return self.old
+
+    def _is_back(self) -> bool:
+        """Whether the old layers are in their places.
+
+        Raises:
+            OptionError: If others are that nobody knows here.
+        """
+        now = [slot.now for slot in self._slots]
         lost = [s.key for s, m in zip(self._slots, now, strict=True) if m not in (s.old, s.new)]
         if lost:
             raise OptionError(
                 f"layers {', '.join(map(repr, lost))} were replaced since this conversion; revert "
                 f"the later one first"
             )
-        if self._slots and all(s.old is m for s, m in zip(self._slots, now, strict=True)):
-            return self.old
-        self.undo()
-        for pair in reversed(self._pairs):  # layers inside of a block come before it, and decide
-            pair.follow(self.old)
-        return self.old
+        return bool(self._slots) and all(s.old is m for s, m in zip(self._slots, now, strict=True))
 
     def _edit_of_weights(self, optimizer: Optimizer) -> OptimizerEdit:
         """Let gains and offsets that standardised weights have gained join the weights' groups."""
@@ -180,6 +204,9 @@ def _slots(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Ite
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 yield Slot(parent, key, child, replacements[child])
+    for hidden in find_hidden(model):
+        if hidden.norm in replacements and hidden.holder is not None:
+            yield Slot(hidden.holder, hidden.key, hidden.norm, replacements[hidden.norm])
 
 
 def _place(layer: nn.Module, model: nn.Module) -> Place:

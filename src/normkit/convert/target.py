@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -9,17 +10,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normkit.convert.adapters import adapt_, base_of
+from normkit.convert.extras import carry_extras, is_compiled
 from normkit.convert.source import Source
 from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer
 from normkit.layers.batch_channel import BatchChannelNorm
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.spec import METHODS, NormSpec, Recipe
+from normkit.spec import METHODS, NormSpec, Recipe, Value
 
 AFFINE = ("weight", "bias")
 OVER_PROCESSES = "statistics over all processes"
 OF_STATISTICS = ("momentum", "track_running_stats", "example_weight")
 """Options that mean the same only between layers that both look at the batch, or both do not."""
+
+
+LEAST_EPS = 1e-12
+"""Below this, the rounding error of a constant group is multiplied by more than 1e6; 0 is NaN."""
 
 
 class Slot(NamedTuple):
@@ -67,32 +73,62 @@ def _halves(layer: InstanceBatchNorm) -> tuple[Slot, Slot]:
     return Slot(layer.instance, 0, half), Slot(layer.batch, half, layer.num_features)
 
 
-def built(spec: NormSpec, source: Source, like: Tensor | None) -> tuple[NormLayer, list[str]]:
+class Built(NamedTuple):
+    """A new layer, and the old one's options that it has and that it has not, in words."""
+
+    layer: NormLayer
+    carried: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def built(spec: NormSpec, source: Source, like: Tensor | None) -> Built:
     """Build the new layer with the old one's options where the spec does not say otherwise.
+
+    Carried are options that are not the new layer's defaults. Lost are those that would break it:
+    an eps near 0 where it divides by other deviations than the old layer, and a momentum of 0 where
+    its running statistics would stay at their first values.
 
     Args:
         spec: What to build, resolved.
         source: The old layer.
         like: Tensor whose device and dtype the new layer has.
-
-    Returns:
-        The layer, and the carried options that are not the new layer's defaults, in words.
     """
     recipe = METHODS[spec.name]
     given = {key or str(recipe.argument): value for key, value in spec.arguments}
     known = recipe.options()
-    other = () if is_over_batch(recipe) == source.over_batch else OF_STATISTICS
-    carried = {
-        option: value
-        for option, value in source.options.items()
-        if option in known and option not in given and option not in other
-    }
     place = {} if like is None else {"device": like.device, "dtype": _dtype(like)}
-    layer = cast(NormLayer, recipe.layer(source.num_features, **carried, **given, **place))
-    said = [f"{o}={value}" for o, value in carried.items() if value != known[o].default]
+    options = _options(spec, source, given)
+
+    def make() -> NormLayer:
+        return cast(NormLayer, recipe.layer(source.num_features, **options, **given, **place))
+
+    layer, lost = make(), []
+    for option in [o for o in options if _breaks(o, options[o], spec, source, layer)]:
+        lost.append(f"{option}={options.pop(option)}")
+        layer = make()
     if pools_examples(layer):
         cast(TrackingLayer, layer).process_group = source.process_group  # or a composite's
-    return adapt_(layer, source.activation, source.channels_last), said
+    said = tuple(f"{o}={value}" for o, value in options.items() if value != known[o].default)
+    return Built(adapt_(layer, source.activation, source.channels_last), said, tuple(lost))
+
+
+def _options(spec: NormSpec, source: Source, given: Mapping[str, Value]) -> dict[str, Value]:
+    """Find the old layer's options that mean the same in the new one."""
+    recipe = METHODS[spec.name]
+    other = () if is_over_batch(recipe) == source.over_batch else OF_STATISTICS
+    return {
+        option: value
+        for option, value in source.options.items()
+        if option in recipe.options() and option not in given and option not in other
+    }
+
+
+def _breaks(option: str, value: Value, spec: NormSpec, source: Source, layer: NormLayer) -> bool:
+    """Whether an option that was right for the old layer would make the new one useless."""
+    if option == "eps":
+        return float(cast(float, value)) < LEAST_EPS and str(spec) != source.twin
+    continues = source.statistics is not None and statistics_slots(layer)
+    return option == "momentum" and value == 0 and not continues
 
 
 def pools_examples(layer: nn.Module) -> bool:
@@ -109,20 +145,32 @@ def is_over_batch(recipe: Recipe) -> bool:
     return weight is not None and weight.default == 0
 
 
-def take_over(new: NormLayer, old: nn.Module, source: Source) -> Taken:
-    """Give the new layer the old one's parameters, statistics, flags and hooks."""
+def take_over(new: NormLayer, old: nn.Module, source: Source, mode: bool) -> Taken:
+    """Give the new layer the old one's parameters, statistics, flags, hooks and what hangs on it.
+
+    Args:
+        new: Of ours, as ``built`` has made it.
+        old: Of any library, left as it is.
+        source: What there is to take.
+        mode: Whether the new layer trains.
+
+    Raises:
+        ConversionError: If something that hangs on the old layer cannot be carried.
+    """
     carried = [name for name in AFFINE if _take_affine(new, name, getattr(source, name))]
     if _take_statistics(new, source):
         carried.append("running statistics")
+        carried += ["track_running_stats=False"] if source.still else []
     if source.process_group is not None and pools_examples(new):
         carried.append(OVER_PROCESSES)
     same = _take_same(new, old) if base_of(new) is base_of(old) else []
     carried += [name for name in same if name not in carried]
     carried += source.activation.described() if source.activation else ()
     _take_requires_grad(new, old, source)
-    _take_mode(new, old)
-    _share_hooks(new, old)
+    carried += carry_extras(new, old, source.values)
+    _take_mode(new, old, mode)
     had = [name for name in AFFINE if getattr(source, name) is not None]
+    had += ["compile()"] if is_compiled(old) else []
     had += ["running statistics"] if source.statistics else []
     had += [] if source.process_group is None else [OVER_PROCESSES]
     had += [name for name in source.lost if name not in had]
@@ -143,7 +191,9 @@ def _part(value: Tensor, slot: Slot) -> nn.Parameter:
     if isinstance(value, nn.Parameter) and slot.end - slot.start == value.numel():
         return value
     part = value.detach()[slot.start : slot.end].clone()
-    return nn.Parameter(part, isinstance(value, nn.Parameter) and value.requires_grad)
+    new = nn.Parameter(part, isinstance(value, nn.Parameter) and value.requires_grad)
+    vars(new).update(vars(value))
+    return new
 
 
 @torch.no_grad()
@@ -157,6 +207,7 @@ def _take_statistics(new: NormLayer, source: Source) -> bool:
             layer.get_buffer(name).copy_(values[start:end])
         if count is not None:
             layer.get_buffer("num_batches_tracked").copy_(count)
+        cast(TrackingLayer, layer).track_running_stats = not source.still
     return True
 
 
@@ -187,34 +238,12 @@ def _take_requires_grad(new: NormLayer, old: nn.Module, source: Source) -> None:
                 parameter.requires_grad_(False)
 
 
-def _take_mode(new: NormLayer, old: nn.Module) -> None:
+def _take_mode(new: NormLayer, old: nn.Module, mode: bool) -> None:
     """Take the mode; what the new layer keeps of the old one has its own."""
     kept = set(old.modules())
     for module in new.modules():
         if module not in kept:
-            module.training = old.training
-
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
-
-def _share_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Let both layers have the same hooks, so that handles given out before remove them."""
-    for name in HOOKS:
-        setattr(new, name, getattr(old, name))
+            module.training = mode
 
 
 def _dtype(like: Tensor) -> torch.dtype | None:

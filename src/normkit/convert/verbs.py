@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,11 +16,12 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import SpecMap, Where, choose, find_norms
 from normkit.errors import OptionError
-from normkit.passes import Forward
+from normkit.passes import Forward, all_or_nothing, changes_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 
 
+@all_or_nothing
 def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is only known by the user
     model: nn.Module,
     spec: str | NormSpec | SpecMap,
@@ -35,9 +37,10 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
     """Replace the norms of a model by others, in place.
 
     Everything is checked before anything changes, and an interruption leaves the model as it was.
-    Scale, shift, running statistics, eps, momentum, activation, hooks, mode, dtype, device and
-    ``requires_grad`` are carried wherever the new layer has a place for them; parameters that fit
-    are carried as the very same objects. Layers that are already what is asked for stay.
+    Scale, shift, running statistics, eps, momentum, activation, hooks, mode, dtype, device,
+    ``requires_grad`` and what others have hung on the layer are carried wherever the new layer has
+    a place for them; parameters that fit are carried as the very same objects. Layers that are
+    already what is asked for stay.
 
     Args:
         model: Any model with norms of torch, torchvision, timm, detectron or normkit.
@@ -56,8 +59,10 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
             near the outputs then are.
         forward: ``forward(model, batch)`` sends a batch through the model, if it is none of these.
         batch_size: Examples per worker, for ``bgn:auto``.
-        example_input: For ``+ws``, if ``torch.fx`` cannot follow the model: a tuple of arguments, a
-            dict of named ones, or the only one.
+        example_input: A tuple of arguments, a dict of named ones, or the only one. It is sent
+            through the model before and after, in evaluation mode and in the model's own: what
+            fails then, or no longer calls a norm, is refused; without it the report says whose
+            forward was not run. Also for ``+ws``, if ``torch.fx`` cannot follow the model.
         dry_run: Only report what would be done.
 
     Returns:
@@ -65,12 +70,14 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
         the model itself may be a norm.
 
     Raises:
-        ConversionError: If a layer has no rule or a lazy layer is empty; all are named.
+        ConversionError: If a layer has no rule, a lazy layer is empty, a forward reads what the new
+            layer does not have, or something would go on using the old one; all are named. Also if
+            the converted model fails on the example input.
         PartitionError: If groups do not divide the channels; all such layers are named.
         SpecError: If a spec cannot be read, or needs the batch size.
         OptionError: If a pattern or ``where`` matches nothing, the model has no norm, is wrapped or
             compiled, or the optimizer is another model's.
-        TraceError: If ``+ws`` cannot follow the model.
+        TraceError: If ``+ws`` cannot follow the model, or the model does not take the example.
         WeightError: If ``+ws`` meets a filter of a single value.
         DataError: If ``calibrate`` gives no batch, or one that needs ``forward``.
 
@@ -94,6 +101,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
     return carry_out(model, planned, standardize, optimizer, example_input, dry_run, calibrator)
 
 
+@changes_nothing
 def convert_norm(  # noqa: PLR0913 - as convert_norm_, without an optimizer
     model: nn.Module,
     spec: str | NormSpec | SpecMap,
@@ -128,8 +136,10 @@ def convert_norm(  # noqa: PLR0913 - as convert_norm_, without an optimizer
         >>> convert_norm(model, "bgn:2").model[1].num_groups, type(model[1]).__name__
         (2, 'BatchNorm2d')
     """
+    with torch.inference_mode(False):  # the copy is to learn, wherever this is called
+        copied = copy.deepcopy(model)
     return convert_norm_(
-        copy.deepcopy(model),
+        copied,
         spec,
         where=where,
         calibrate=calibrate,

@@ -55,9 +55,18 @@ def _whiten(
 
 def _wide_products(x: Tensor) -> AbstractContextManager[object]:
     """Keep autocast from computing matrix products in 16 bits."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# torch.compile of torch 2.11 cannot look inside
+_has_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _whitening_matrix(rows: Tensor, count: int | Tensor, num_iterations: int, eps: float) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,29 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import DataError, OptionError
+from normkit.inference.known import is_over_maps
 from normkit.inference.population import Population
-from normkit.inference.tracked import Where, bare, chosen, feature_map
+from normkit.inference.reaching import Missed, reaching
+from normkit.inference.tracked import (
+    Unmeasured,
+    Where,
+    and_reasons,
+    chosen,
+    feature_map,
+    unmeasured,
+)
 from normkit.layers.base import NormLayer
-from normkit.passes import Data, Forward, forward_batch, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    changes_nothing,
+    forward_batch,
+    require_batches,
+    untouched,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,22 +63,27 @@ class ChannelDifference(Measurement):
 
     Args:
         layers: In the order of the forward.
-        mean: Over all groups of all layers.
-        std: Over all groups of all layers (population).
+        mean: Over all groups of all layers, as far as they are finite.
+        std: Likewise (population).
         num_batches: Batches that were measured.
+        left: Norms that pool channels and were not measured, with the reason.
     """
 
     layers: tuple[LayerDifference, ...]
     mean: float
     std: float
     num_batches: int
+    left: tuple[Unmeasured, ...] = ()
 
     drawn = ("mean", "std")
 
     @property
     def reading(self) -> str:
         """How different channels of a group are, and where most."""
-        worst = max(self.layers, key=lambda row: row.mean)
+        return read_sound(self.layers, self._read)
+
+    def _read(self, rows: Sequence[LayerDifference]) -> str:
+        worst = max(rows, key=lambda row: row.mean)
         return (
             f"Channels that share statistics differ in their means by {self.mean:.3g} ± "
             f"{self.std:.3g} of their standard deviations (StatDiff over all groups), most in "
@@ -68,6 +91,7 @@ class ChannelDifference(Measurement):
         )
 
 
+@changes_nothing
 def channel_difference(
     model: nn.Module,
     batches: Iterable[Any],
@@ -113,29 +137,50 @@ def channel_difference(
     """
     if momentum is not None:
         require_share("momentum", momentum)
-    model = bare(model)
-    groups = {name: n for name, layer in model.named_modules() if (n := pooling_groups(layer))}
-    layers = chosen({name: model.get_submodule(name) for name in groups}, where)
+    model = bare(model, "measure")
+    pooling = {name: layer for name, layer in model.named_modules() if pooling_groups(layer)}
+    layers = chosen(pooling, where)
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no norm that pools channels (group norm, layer norm, ...)"
         )
-    observers: dict[str, _Observer] = {}
     data = Data(batches=batches, forward=forward or forward_batch)
-    with untouched(model, training=False), ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(_watch(layer, name, momentum, observers))
-        num_batches = data.send(model, "measuring channels")
-    if not observers:
-        raise DataError("no batch has reached a norm that pools channels")
-    found = {name: stat_diff(o.moments, groups[name]) for name, o in observers.items()}
+    observers, missed, num_batches = _observed(model, layers, momentum, data)
+    left = {name: missed[layer] for name, layer in layers.items() if layer in missed}
+    found = {
+        name: stat_diff(observer.moments, pooling_groups(layers[name]))
+        for name, observer in observers.items()
+        if name not in left
+    }
+    if not found:
+        raise DataError(f"no batch has reached a norm that pools channels{and_reasons(left)}")
     every = torch.cat(list(found.values()))
+    every = every[every.isfinite()] if every.isfinite().any() else every
     return ChannelDifference(
         layers=tuple(_row(name, values, observers[name]) for name, values in found.items()),
         mean=every.mean().item(),
         std=every.std(correction=0).item(),
         num_batches=num_batches,
+        left=unmeasured(model, left),
     )
+
+
+def _observed(
+    model: nn.Module, layers: Mapping[str, nn.Module], momentum: float | None, data: Data
+) -> tuple[dict[str, _Observer], Missed, int]:
+    """Observe the layers' inputs in one pass; which calls were missed, and how many batches."""
+    observers, missed = dict[str, _Observer](), Missed()
+
+    def see(name: str, x: Tensor, valid: Tensor | None = None) -> None:
+        if x.numel() and (valid is None or valid.any()):
+            observers.setdefault(name, _Observer(momentum)).see(x, valid)
+
+    with untouched(model, training=False), ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(reaching(layer, partial(see, name), missed=missed))
+        num_batches = data.send(model, "measuring channels")
+    require_batches(num_batches)
+    return observers, missed, num_batches
 
 
 class _Observer:
@@ -146,9 +191,9 @@ class _Observer:
         self._all = Population()
         self._running: Moments | None = None
 
-    def see(self, x: Tensor) -> None:
+    def see(self, x: Tensor, valid: Tensor | None) -> None:
         batch = Population()
-        batch.add(x)
+        batch.add(x, valid)
         self._all.merge(batch.sums)
         new, old = batch.moments, self._running
         if old is None or self._momentum is None:
@@ -161,17 +206,6 @@ class _Observer:
     def moments(self) -> Moments:
         """Running mean and biased variance, ``(C,)``."""
         return self._all.moments if self._running is None else self._running
-
-
-def _watch(
-    layer: nn.Module, name: str, momentum: float | None, observers: dict[str, _Observer]
-) -> Any:  # noqa: ANN401 - how the watching ends
-    def see(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = channels_first(layer, args[0] if args else next(iter(named.values())))
-        if x.numel():
-            observers.setdefault(name, _Observer(momentum)).see(x)
-
-    return layer.register_forward_pre_hook(see, with_kwargs=True).remove
 
 
 def pooling_groups(layer: nn.Module) -> int:
@@ -199,8 +233,10 @@ def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _takes_channels_last(layer: nn.Module) -> bool:
-    """Whether this is torch's layer norm; torchvision's and timm's for maps say ``2d``."""
-    return isinstance(layer, nn.LayerNorm) and "2d" not in type(layer).__name__
+    """Whether this is torch's layer norm or the like, and not torchvision's or timm's for maps."""
+    if not isinstance(layer, nn.LayerNorm | nn.RMSNorm) or is_over_maps(layer):
+        return False
+    return len(layer.normalized_shape) == 1
 
 
 def stat_diff(moments: Moments, num_groups: int) -> Tensor:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare, chosen, statistics_of, tracked
+from normkit.inference.tracked import Where, chosen, statistics_of, tracked
 from normkit.layers.base import BUFFERS
+from normkit.passes import bare, between
 
 
-@contextmanager
 def disturb_statistics(
     model: nn.Module, delta: float, *, seed: int = 0, where: Where | None = None
-) -> Generator[tuple[str, ...]]:
+) -> AbstractContextManager[tuple[str, ...]]:
     r"""Run the block with disturbed running statistics, then put them back.
 
     .. math::  \hat\mu_c \leftarrow \hat\mu_c (1 + d_c), \quad
@@ -35,8 +34,9 @@ def disturb_statistics(
         where: ``where(layer, name)`` says which layers are meant; by default all. The paper takes
             the first batch norm of each of the first six blocks.
 
-    Yields:
-        Names of the disturbed layers.
+    Returns:
+        The block's context manager, which gives the names of the disturbed layers. Buffers are put
+        back in full, also when Ctrl-C comes meanwhile; what else the block does to the model stays.
 
     Raises:
         OptionError: If ``delta`` lies outside 0 to 1, or no layer is meant; nothing is changed
@@ -54,30 +54,33 @@ def disturb_statistics(
         True
     """
     require_share("delta", delta)
-    layers = chosen(tracked(bare(model)), where)
+    layers = chosen(tracked(bare(model, "disturb")), where)
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
             f"disturb"
         )
     buffers = [b for layer in layers.values() for b in statistics_of(layer).values()]
-    before = [buffer.detach().clone() for buffer in buffers]
-    try:
+    before: dict[Tensor, Tensor] = {}
+
+    def begin() -> tuple[str, ...]:
+        before.update({buffer: buffer.detach().clone() for buffer in buffers})
         for name, layer in layers.items():
             _disturb_(layer, delta, _generator(seed, name))
-        yield tuple(layers)
-    finally:
-        with torch.no_grad():
-            for buffer, values in zip(buffers, before, strict=True):
-                buffer.copy_(values)
+        return tuple(layers)
+
+    def put_back() -> None:
+        for buffer, values in before.items():
+            buffer.detach().copy_(values)
+
+    return between(begin, put_back)
 
 
-@torch.no_grad()
 def _disturb_(layer: nn.Module, delta: float, generator: torch.Generator) -> None:
     for name in BUFFERS:
         buffer = statistics_of(layer)[name]
         draw = torch.rand(buffer.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        buffer.mul_(_like(1 + delta * draw, buffer))
+        buffer.detach().mul_(_like(1 + delta * draw, buffer))
 
 
 def _like(values: Tensor, buffer: Tensor) -> Tensor:

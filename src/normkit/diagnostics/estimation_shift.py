@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.core.check import require_choice
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import DataError, OptionError
+from normkit.inference.known import is_fixed
 from normkit.inference.population import Population
-from normkit.inference.tracked import Where, bare, chosen, feature_map, statistics_of, tracked
+from normkit.inference.reaching import Missed, reaching
+from normkit.inference.tracked import (
+    Unmeasured,
+    Where,
+    and_reasons,
+    chosen,
+    foreign,
+    statistics_of,
+    tracked,
+    unmeasured,
+    why_still,
+)
 from normkit.layers.base import BUFFERS
-from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    changes_nothing,
+    forward_batch,
+    require_batches,
+    untouched,
+)
 
 Normalize = Literal["sqrt_c"]
 
@@ -48,18 +70,23 @@ class EstimationShift(Measurement):
         layers: The model's input first, then layers in the order of the forward.
         num_batches: Batches that were measured.
         normalize: What the distances were divided by: nothing, or the root of their number.
+        left: Layers with running statistics that were not measured, with the reason.
     """
 
     layers: tuple[LayerShift, ...]
     num_batches: int
     normalize: Normalize | None = None
+    left: tuple[Unmeasured, ...] = ()
 
     drawn = ("esm_mean", "esm_std")
 
     @property
     def reading(self) -> str:
         """Where the shift is largest, and whether it grows with depth."""
-        rows = self.layers[1:]
+        return read_sound(self.layers[1:], self._read)
+
+    @staticmethod
+    def _read(rows: Sequence[LayerShift]) -> str:
         worst = max(rows, key=_std)
         largest = (
             f"it is largest in {worst.name or 'the model itself'} ({_std(worst):.3g} in the "
@@ -79,6 +106,7 @@ def _std(row: LayerShift) -> float:
     return row.esm_std or 0.0
 
 
+@changes_nothing
 def estimation_shift(
     model: nn.Module,
     batches: Iterable[Any],
@@ -95,10 +123,11 @@ def estimation_shift(
 
     over a layer's channels (or groups), with the running :math:`\hat\mu, \hat\sigma^2` and the
     mean and biased variance of its input over all batches, in float64, the model at evaluation:
-    layers before it normalise by their running statistics. The model is left as it was.
+    layers before it normalise by their running statistics. A layer's input is what reaches the
+    function that normalises. The model is left as it was.
 
     Args:
-        model: Holds norms of torch or ours with running statistics.
+        model: Holds norms of torch or ours with running statistics, or ``FrozenBatchNorm2d``.
         batches: Test data: inputs, ``(inputs, target)`` or dicts of arguments, of any sizes.
         train_batches: Training data: the first row is then the distance between the statistics of
             the two inputs; without it that row has no values.
@@ -127,56 +156,85 @@ def estimation_shift(
     """
     if normalize is not None:
         require_choice("normalize", normalize, ("sqrt_c",))
-    model = bare(model)
-    layers = chosen(tracked(model), where)
-    if not layers:
+    model = bare(model, "measure")
+    fixed = {name: layer for name, layer in model.named_modules() if is_fixed(layer)}
+    known = chosen(tracked(model) | fixed, where)
+    if not known:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so nothing can shift"
         )
+    left = {name: why for name, why in foreign(model).items() if name not in fixed}
+    still = {n: why_still(layer) for n, layer in known.items() if isinstance(layer, _InstanceNorm)}
+    left |= {name: why for name, why in still.items() if why}  # they evaluate without statistics
+    layers = {name: layer for name, layer in known.items() if name not in left}
     send = forward or forward_batch
-    seen, entry, num_batches = _observed(model, layers, Data(batches=batches, forward=send))
+    seen = _observed(model, layers, Data(batches=batches, forward=send))
+    left |= {name: seen.missed[layer] for name, layer in layers.items() if layer in seen.missed}
     trained = None
     if train_batches is not None:
-        _, before, _ = _observed(model, {}, Data(batches=train_batches, forward=send))
-        trained = before.moments
-    first = _row("input", entry, trained, normalize)
+        data = Data(batches=train_batches, forward=send, name="train_batches")
+        trained = _observed(model, {}, data).entry.moments
     rows = [
-        _row(name, seen[name], running_moments(layers[name]), normalize)
-        for name in seen
-        if seen[name].count
+        _row(name, population, running_moments(layers[name]), normalize)
+        for name, population in seen.layers.items()
+        if population.count and name not in left
     ]
     if not rows:
-        raise DataError("no layer with running statistics was called in any forward")
-    return EstimationShift(layers=(first, *rows), num_batches=num_batches, normalize=normalize)
+        raise DataError(f"no layer with running statistics got an input{and_reasons(left)}")
+    return EstimationShift(
+        layers=(_row("input", seen.entry, trained, normalize), *rows),
+        num_batches=seen.num_batches,
+        normalize=normalize,
+        left=unmeasured(model, left),
+    )
 
 
-def _observed(
-    model: nn.Module, layers: dict[str, nn.Module], data: Data
-) -> tuple[dict[str, Population], Population, int]:
+class _Entry:
+    """Sees what the model itself is given, as far as that has channels."""
+
+    def __init__(self) -> None:
+        self._population: Population | None = Population()
+
+    @property
+    def population(self) -> Population:
+        """What was seen; nothing if the second axis changes its size, and counts no channels."""
+        return self._population or Population()
+
+    def see(self, _model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Take the first tensor that the model is given."""
+        given = (v for v in (*args, *named.values()) if isinstance(v, Tensor))
+        x = next((v for v in given if v.ndim > 1), None)
+        if x is None or x.numel() == 0 or self._population is None:
+            return
+        if self._population.count and len(self._population.sums.mean) != x.shape[1]:
+            self._population = None
+        else:
+            self._population.add(x)
+
+
+class _Seen(NamedTuple):
+    """What one pass has shown: inputs of layers by name, the model's own, and who was missed."""
+
+    layers: dict[str, Population]
+    entry: Population
+    missed: Missed
+    num_batches: int
+
+
+def _observed(model: nn.Module, layers: dict[str, nn.Module], data: Data) -> _Seen:
     """Let the layers, and the model's input, be seen in one pass at evaluation."""
-    seen: dict[str, Population] = {}
-    entry = Population()
+    seen, missed, entry = dict[str, Population](), Missed(), _Entry()
 
-    def watch(name: str, layer: nn.Module) -> Any:  # noqa: ANN401 - a hook
-        def see(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(named.values()))
-            seen.setdefault(name, Population(layer)).add(feature_map(layer, x))
+    def see(name: str, x: Tensor, valid: Tensor | None = None) -> None:
+        seen.setdefault(name, Population(layers[name])).add(x, valid)
 
-        return see
-
-    def enter(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = next((v for v in (*args, *named.values()) if isinstance(v, Tensor)), None)
-        if x is not None and x.ndim > 1:
-            entry.add(x)
-
-    with untouched(model, training=False), ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    with untouched(model, training=False), ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(entry.see, with_kwargs=True).remove)
         for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True)
-            hooks.callback(handle.remove)
+            stack.enter_context(reaching(layer, partial(see, name), missed=missed))
         num_batches = data.send(model, "measuring estimation shift")
-    require_batches(num_batches)
-    return seen, entry, num_batches
+    require_batches(num_batches, data.name)
+    return _Seen(seen, entry.population, missed, num_batches)
 
 
 def running_moments(layer: nn.Module) -> Moments:
@@ -196,8 +254,8 @@ def _row(
     name: str, population: Population, given: Moments | None, normalize: Normalize | None
 ) -> LayerShift:
     expected, distances = population.moments, (None, None)
-    size = expected.mean.numel()
-    if given is not None:
+    size = expected.mean.numel() if population.count else 0
+    if given is not None and given.mean.shape == expected.mean.shape and size:
         scale = size**0.5 if normalize == "sqrt_c" else 1.0
         distances = tuple(value / scale for value in distances_between(given, expected))
     return LayerShift(

@@ -14,8 +14,16 @@ from torch.overrides import TorchFunctionMode
 
 from normkit.diagnostics.measurement import Measurement
 from normkit.errors import DataError
-from normkit.inference.tracked import bare
-from normkit.passes import Data, Forward, forward_batch, uncompiled, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    changes_nothing,
+    forward_batch,
+    require_batches,
+    uncompiled,
+    untouched,
+)
 from normkit.text import module_name
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6"})
@@ -72,6 +80,7 @@ class InactiveChannels(Measurement):
         )
 
 
+@changes_nothing
 def inactive_channels(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> InactiveChannels:
@@ -90,7 +99,7 @@ def inactive_channels(
         A row for each activation.
 
     Raises:
-        DataError: If there is no batch, or the model calls no ReLU.
+        DataError: If there is no batch, the model calls no ReLU, or one gets NaN.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -102,7 +111,7 @@ def inactive_channels(
         >>> found.layers[0].name, found.layers[0].num_channels
         ('1', 8)
     """
-    model = bare(model)
+    model = bare(model, "measure")
     data = Data(batches=batches, forward=forward or forward_batch)
     recorder, num_batches = Recorder(), 0
     with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as stack:
@@ -113,6 +122,7 @@ def inactive_channels(
             recorder.begin()
             data.forward(model, batch)
             num_batches += 1
+    require_batches(num_batches)
     if recorder.uneven:
         raise DataError(
             f"the second axis of the input of {sorted(recorder.uneven)[0]} changes its size from "
@@ -120,8 +130,14 @@ def inactive_channels(
         )
     if not recorder.seen:
         raise DataError(
-            "no ReLU was called: there was no batch, or the model has activations that are never "
-            "exactly zero"
+            "no ReLU was called with a map: batches are empty, or the model has activations that "
+            "are never exactly zero"
+        )
+    broken = [name for name, seen in recorder.seen.items() if seen.largest.isnan().any()]
+    if broken:
+        raise DataError(
+            f"the input of {broken[0]} has NaN, which is neither positive nor not; look for it in "
+            f"the batches, parameters and running statistics"
         )
     rows = [seen.row(name) for name, seen in recorder.seen.items()]
     return InactiveChannels(layers=tuple(rows), num_batches=num_batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,12 +14,14 @@ from torch.optim import SGD, Optimizer
 
 from normkit.core.check import require_choice
 from normkit.diagnostics.lipschitz import Loss, cross_entropy_of_pairs
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import OptionError
-from normkit.inference.tracked import bare
 from normkit.passes import (
     Forward,
     as_list,
+    attempt,
+    bare,
+    changes_nothing,
     device_of,
     forward_batch,
     moved,
@@ -78,16 +81,20 @@ class GradientLandscape(Measurement):
     @property
     def reading(self) -> str:
         """How much the loss and the gradient change, on average."""
-        loss = sum(step.loss_range for step in self.steps) / len(self.steps)
-        changes = [s.max_gradient_change for s in self.steps if s.max_gradient_change is not None]
+        return read_sound(self.steps, self._read)
+
+    def _read(self, steps: Sequence[Step]) -> str:
+        loss = sum(step.loss_range for step in steps) / len(steps)
+        changes = [s.max_gradient_change for s in steps if s.max_gradient_change is not None]
         gradient = f"{sum(changes) / len(changes):.3g}" if changes else "-"
         return (
-            f"Over {len(self.steps)} steps ({self.protocol}, rates {min(self.rates):g} to "
+            f"Over {len(steps)} steps ({self.protocol}, rates {min(self.rates):g} to "
             f"{max(self.rates):g}) the loss ranges over {loss:.3g} and the gradient changes by up "
             f"to {gradient}, on average."
         )
 
 
+@changes_nothing
 def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied to
     model: nn.Module,
     batches: Iterable[Any],
@@ -148,7 +155,7 @@ def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied 
     rates = tuple(rates or RATES[protocol])
     if min(rates) <= 0:
         raise OptionError(f"rates={rates} was given; each is above 0")
-    model = bare(model)
+    model = bare(model, "measure")
     chosen = [n for n, p in model.named_parameters() if params is None or params(n, p)]
     if not chosen:
         raise OptionError("params= chooses none of the model's parameters")
@@ -189,23 +196,22 @@ class _Task:
 def _along_gradient(model: nn.Module, task: _Task, rates: tuple[float, ...]) -> tuple[Step, ...]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    steps = []
-    try:
-        for number, batch in enumerate(progress(task.batches, "measuring gradients"), start=1):
-            start, grads = _still(model, task, batch)
-            first, losses, changes = task.observed(model, grads), [start], []
-            for rate in rates:
-                _write(parameters, [p - rate * g for p, g in zip(before, grads, strict=True)])
-                value, there = _still(model, task, batch)
-                losses.append(value)
-                changes.append((task.observed(model, there) - first).norm().item())
-            _write(parameters, before)
-            length = torch.cat([g.double().flatten() for g in grads]).norm().item()
-            ratios = [c / (r * length) for c, r in zip(changes, rates, strict=True) if length]
-            steps.append(_step(number, losses, changes, max(ratios, default=None)))
-    finally:
+
+    def look_around(number: int, batch: Any) -> Step:  # noqa: ANN401 - see passes.batches
+        start, grads = _still(model, task, batch)
+        first, losses, changes = task.observed(model, grads), [start], []
+        for rate in rates:
+            _write(parameters, (p - rate * g for p, g in zip(before, grads, strict=True)))
+            value, there = _still(model, task, batch)
+            losses.append(value)
+            changes.append((task.observed(model, there) - first).norm().item())
         _write(parameters, before)
-    return tuple(steps)
+        length = torch.cat([g.double().flatten() for g in grads]).norm().item()
+        ratios = [c / (r * length) for c, r in zip(changes, rates, strict=True) if length]
+        return _step(number, losses, changes, max(ratios, default=None))
+
+    batches = enumerate(progress(task.batches, "measuring gradients"), start=1)
+    return attempt(lambda: tuple(starmap(look_around, batches)), model, values=parameters)
 
 
 def _still(model: nn.Module, task: _Task, batch: Any) -> tuple[float, list[Tensor]]:  # noqa: ANN401
@@ -267,7 +273,7 @@ def _step(
 
 
 @torch.no_grad()
-def _write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+def _write(parameters: list[nn.Parameter], values: Iterable[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 

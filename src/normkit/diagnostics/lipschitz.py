@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.diagnostics.measurement import Measurement
+from normkit.core.moments import Moments
+from normkit.diagnostics.measurement import Measurement, read_sound
 from normkit.errors import DataError, OptionError
-from normkit.inference.tracked import bare
-from normkit.passes import Data, Forward, forward_batch, require_batches, untouched
+from normkit.passes import (
+    Data,
+    Forward,
+    bare,
+    changes_nothing,
+    forward_batch,
+    require_batches,
+    uncompiled,
+    untouched,
+)
 from normkit.weights.attach import rules_of
-from normkit.weights.parametrizations import Reparametrization, WeightStandardization
+from normkit.weights.parametrizations import WeightStandardization
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, batch)`` gives a number to be differentiated."""
@@ -56,8 +65,12 @@ class LipschitzTerms(Measurement):
     @property
     def reading(self) -> str:
         """Which of the two terms is larger."""
+        return read_sound(self.layers, self._read)
+
+    @staticmethod
+    def _read(rows: Sequence[LayerTerms]) -> str:
         mean, weight = (
-            sum(getattr(row, name) for row in self.layers) / len(self.layers)
+            sum(getattr(row, name) for row in rows) / len(rows)
             for name in ("mean_share", "weight_share")
         )
         return (
@@ -81,6 +94,7 @@ def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
     return functional.cross_entropy(output, batch[1])
 
 
+@changes_nothing
 def lipschitz_terms(
     model: nn.Module,
     batches: Iterable[Any],
@@ -97,6 +111,9 @@ def lipschitz_terms(
                - \frac{1}{I} \langle \hat W, g \rangle^2 \right)
 
     and the shares are those of the last two terms in the first, summed over filters and batches.
+    The standardised weight is the layer's own, by its ``eps``; with ``unbiased`` its squared length
+    is :math:`I - 1`, which then divides the last term. A layer without ``center`` leaves the term
+    along the constant alone, one without ``scale`` that along the weight: their shares are 0.
     The model is in training mode, normalises by its batches, and is left as it was.
 
     Args:
@@ -110,7 +127,7 @@ def lipschitz_terms(
 
     Raises:
         OptionError: If no weight is standardised.
-        DataError: If there is no batch, or one without a target.
+        DataError: If there is no batch, one without a target, or no gradient.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -124,17 +141,22 @@ def lipschitz_terms(
         >>> [row.name for row in lipschitz_terms(model, [pair]).layers]
         ['0']
     """
-    model = bare(model)
+    model = bare(model, "measure")
     rules = _standardised(model)
     data = Data(batches=batches, forward=forward or forward_batch)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}
     num_batches = 0
-    with untouched(model, training=True), torch.enable_grad():
+    with untouched(model, training=True), uncompiled(), torch.enable_grad():
         for batch in data.each(model, "measuring gradients"):
             for name, terms in _terms(rules, lambda b=batch: loss(data.forward(model, b), b)):
                 sums[name] += terms
             num_batches += 1
     require_batches(num_batches)
+    if not any(each.any() for each in sums.values()):
+        raise DataError(
+            "no standardised weight got a gradient: the batches are empty, or the loss does not "
+            "depend on these layers"
+        )
     rows = [_row(name, model.get_submodule(name), rules[name], sums[name]) for name in rules]
     return LipschitzTerms(layers=tuple(rows), num_batches=num_batches)
 
@@ -155,7 +177,7 @@ def _standardised(model: nn.Module) -> dict[str, WeightStandardization]:
 
 
 def _terms(
-    rules: Mapping[str, Reparametrization], compute: Callable[[], Tensor]
+    rules: Mapping[str, WeightStandardization], compute: Callable[[], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Squared gradient, and its terms along the constant and the weight, of each layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -176,18 +198,22 @@ def _terms(
         yield name, _split(rules[name], raw.detach(), grad)
 
 
-def _split(rule: Reparametrization, raw: Tensor, grad: Tensor) -> Tensor:
+def _split(rule: WeightStandardization, raw: Tensor, grad: Tensor) -> Tensor:
+    """Squared gradient of a layer's filters, and what is taken out along constant and weight."""
     values, g = (rule.filters.rows(t)[0].double() for t in (raw, grad))
     if rule.gain is not None:
         g = g * rule.gain.detach().double()[:, None]  # of the weight before gain and offset
-    centred = values - values.mean(dim=1, keepdim=True)
-    unit = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
-    size = g.shape[1]
-    along = [g.sum(dim=1).square() / size, (unit * g).sum(dim=1).square() / size]
-    return torch.stack([g.square().sum(), *(term.sum() for term in along)]).cpu()
+    size, centred = g.shape[1], values - values.mean(dim=1, keepdim=True)
+    var = centred.square().mean(dim=1, keepdim=True)
+    unit = centred * rule.algebra.factor(Moments(values.mean(dim=1, keepdim=True), var))
+    squared_length = size - 1 if rule.unbiased else size
+    along_constant = g.sum(dim=1).square() / size * rule.center
+    along_weight = (unit * g).sum(dim=1).square() / squared_length * rule.scale
+    terms = (g.square().sum(dim=1), along_constant, along_weight)
+    return torch.stack([term.sum() for term in terms]).cpu()
 
 
-def _row(name: str, layer: nn.Module, rule: Reparametrization, sums: Tensor) -> LayerTerms:
+def _row(name: str, layer: nn.Module, rule: WeightStandardization, sums: Tensor) -> LayerTerms:
     squares, mean, weight = sums.tolist()
     return LayerTerms(
         name=name,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from normkit.text import table_lines
+from normkit.errors import PackageError
+from normkit.text import module_name, table_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,10 @@ class Measurement(ABC):
         """Draw the columns over the rows; returns a matplotlib ``Figure``.
 
         Raises:
-            ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
+            PackageError: If matplotlib is not installed.
         """
-        from matplotlib.figure import Figure  # noqa: PLC0415 - only who draws needs it
-
         rows = [row for row in self.rows if any(_is_number(getattr(row, c)) for c in self.drawn)]
-        figure = Figure(figsize=(max(6.0, 0.28 * len(rows) + 2), 4), layout="constrained")
+        figure = new_figure(figsize=(max(6.0, 0.28 * len(rows) + 2), 4), layout="constrained")
         axes = figure.subplots()
         for column, marker in zip(self.drawn, "os^dv", strict=False):
             values = [getattr(row, column) for row in rows]
@@ -67,7 +67,47 @@ class Measurement(ABC):
         return figure
 
     def __str__(self) -> str:
-        return f"{self.reading}\n{self.table()}".rstrip()
+        left = map(str, getattr(self, "left", ()))
+        return "\n".join(part for part in (self.reading, self.table(), *left) if part)
+
+
+def new_figure(**options: Any) -> Any:  # noqa: ANN401
+    """Make a matplotlib ``Figure``, which only who draws needs.
+
+    Raises:
+        PackageError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - slow and optional
+    except ImportError as error:
+        raise PackageError(
+            f'matplotlib is not installed ({error}); pip install "normkit[lab]" brings it'
+        ) from error
+    return Figure(**options)
+
+
+def read_sound(rows: Sequence[Any], read: Callable[[Sequence[Any]], str]) -> str:
+    """What those rows say whose numbers are finite, and the names of the others.
+
+    Args:
+        rows: Rows of a measurement.
+        read: A sentence on some of them, one at least.
+    """
+    broken = [module_name(str(row.name)) for row in rows if _is_broken(row)]
+    sound = [row for row in rows if not _is_broken(row)]
+    said = [read(sound)] if sound else []
+    if broken:
+        names = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        said.append(
+            f"Not finite, and not counted: {len(broken)} of {len(rows)} ({names}); look for NaN, "
+            f"infinity and huge values in the batches, parameters and statistics."
+        )
+    return " ".join(said)
+
+
+def _is_broken(row: Any) -> bool:  # noqa: ANN401 - a dataclass
+    values = (getattr(row, field.name) for field in fields(row))
+    return any(isinstance(value, float) and not math.isfinite(value) for value in values)
 
 
 def _is_number(value: object) -> bool:

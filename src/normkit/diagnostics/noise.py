@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from normkit.core.check import require_choice
+from normkit.diagnostics.channel_difference import channels_first
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare, chosen
+from normkit.inference.known import own_forward, takes_input_as_it_is
+from normkit.inference.tracked import Where, chosen, reasons, valid_positions
+from normkit.passes import Hooks, Temporary, bare, between, require_uncompiled
 from normkit.tracing import is_norm
+from normkit.tracing.kinds import NORMS
 
 Granularity = Literal["group", "element"]
 
 
-@contextmanager
 def add_output_noise(
     model: nn.Module,
     *,
@@ -25,7 +29,7 @@ def add_output_noise(
     std: float = 1.001,
     granularity: Granularity = "group",
     where: Where | None = None,
-) -> Generator[tuple[str, ...]]:
+) -> AbstractContextManager[tuple[str, ...]]:
     r"""Run the block with Gaussian noise on what norms put out in training.
 
     .. math::  y \leftarrow y + \epsilon, \quad \epsilon \sim N(m, s^2)
@@ -42,11 +46,14 @@ def add_output_noise(
             value.
         where: ``where(layer, name)`` says which norms are meant; by default all.
 
-    Yields:
-        Names of the norms.
+    Returns:
+        The block's context manager, which gives the names of the norms. No hook is left, also when
+        Ctrl-C comes meanwhile.
 
     Raises:
-        OptionError: If there is no norm, ``std`` is negative, or the granularity is unknown.
+        OptionError: If there is no norm, ``std`` is negative, the granularity is unknown, the model
+            is compiled, or a draw for each group is wanted of a class with its own forward, of
+            which it is not known where its channels are.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, sections 3.2.1, A.2.
@@ -62,38 +69,86 @@ def add_output_noise(
     require_choice("granularity", granularity, get_args(Granularity))
     if std < 0:
         raise OptionError(f"std={std} was given; a standard deviation is at least 0")
-    norms = {name: module for name, module in bare(model).named_modules() if is_norm(module)}
+    modules = bare(model, "disturb").named_modules()
+    require_uncompiled(model, "disturb")
+    norms = {name: module for name, module in modules if is_norm(module)}
     inner = tuple(f"{name}." for name in norms if name)
     outer = {name: module for name, module in norms.items() if not name.startswith(inner)}
     layers = chosen(outer, where)
     if not layers:
         raise OptionError(f"{type(model).__name__} has no norm, so there is nothing to disturb")
 
-    def noisy(y: Tensor, layer: nn.Module) -> Tensor:
-        shape = y.shape if granularity == "element" else _shape_of_groups(y, layer)
-        noise = torch.randn(shape, device=y.device, dtype=y.dtype) * std + mean
-        return y + _over_channels(noise, y)
+    if granularity == "group":
+        _require_channels(layers)
+    noise, hooks = _Noise(mean, std, granularity), Hooks()
 
-    with ExitStack() as hooks:
+    def begin() -> tuple[str, ...]:
         for layer in layers.values():
-            hooks.callback(_hook(layer, noisy))
-        yield tuple(layers)
+            noise.put_into(layer, hooks)
+        return tuple(layers)
+
+    return between(begin, hooks.remove)
 
 
-def _hook(layer: nn.Module, noisy: Callable[[Tensor, nn.Module], Tensor]) -> Callable[[], None]:
-    """Put the noise before the activation that some layers have inside, else after the layer."""
+class _Noise(NamedTuple):
+    """What is added to outputs of norms in training."""
 
-    def before(_inner: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        return (noisy(args[0], layer), *args[1:]) if layer.training else None
+    mean: float
+    std: float
+    granularity: Granularity
 
-    def after(_layer: nn.Module, _args: Any, y: Tensor) -> Tensor | None:  # noqa: ANN401
-        return noisy(y, layer) if layer.training else None
+    def put_into(self, layer: nn.Module, hooks: Hooks) -> None:
+        """Add it before the activation that some layers have inside, else after the layer."""
+        children = dict(layer.named_children())
+        inside = children.get("drop", children.get("act"))
+        if inside is not None:
+            hooks.before(inside, Temporary(partial(self._before, layer)))
+        else:
+            hooks.after(layer, Temporary(self._after), with_kwargs=True)
 
-    children = dict(layer.named_children())
-    inside = children.get("drop", children.get("act"))
-    if inside is not None:
-        return inside.register_forward_pre_hook(before).remove
-    return layer.register_forward_hook(after).remove
+    def _before(
+        self, layer: nn.Module, _inner: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        return (self._noisy(args[0], layer), *args[1:]) if layer.training else None
+
+    def _after(
+        self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor
+    ) -> Tensor | None:
+        if not layer.training:
+            return None
+        valid = valid_positions(layer, y, args, named)
+        noisy = self._noisy(y, layer)
+        return noisy if valid is None else torch.where(valid, noisy, y)
+
+    def _noisy(self, y: Tensor, layer: nn.Module) -> Tensor:
+        if self.granularity == "element":
+            return y + self._drawn(y.shape, y)
+        maps = channels_first(layer, y)
+        noise = _over_channels(self._drawn(_shape_of_groups(maps, layer), y), maps)
+        if maps.ndim > y.ndim:  # an example without a batch axis
+            return y + noise[0]
+        return y + (noise if maps.shape == y.shape else noise.movedim(1, -1))
+
+    def _drawn(self, shape: tuple[int, ...], y: Tensor) -> Tensor:
+        return torch.randn(shape, device=y.device, dtype=y.dtype) * self.std + self.mean
+
+
+def _require_channels(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers of which nobody knows where their channels are.
+
+    Raises:
+        OptionError: With the way out.
+    """
+    unknown = {
+        name: own_forward(layer)
+        for name, layer in layers.items()
+        if isinstance(layer, NORMS) and not takes_input_as_it_is(layer)
+    }
+    if unknown:
+        raise OptionError(
+            f"granularity='group' draws for channels, which cannot be found in the output of "
+            f"{reasons(unknown)}; pass granularity='element', or leave the layer out with where="
+        )
 
 
 def _shape_of_groups(y: Tensor, layer: nn.Module) -> tuple[int, ...]:

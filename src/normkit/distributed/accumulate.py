@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType, TracebackType
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.convert.selection import find_norms
@@ -15,11 +16,28 @@ from normkit.core.running import are_still, is_second_look
 from normkit.distributed.follower import Follower
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
-from normkit.inference.tracked import bare, feature_map, tracked
+from normkit.inference.guard import is_guarded
+from normkit.inference.known import own_forward, takes_input_as_it_is
+from normkit.inference.tracked import feature_map, foreign, tracked, valid_positions, why_still
 from normkit.layers.batch_channel import EstimatedBatchNorm
+from normkit.passes import (
+    Hooks,
+    Temporary,
+    all_or_nothing,
+    bare,
+    finish,
+    grad_mode_now,
+    require_uncompiled,
+    surely,
+    swaps_statistics,
+)
+from normkit.passes.inputs import first_argument
 from normkit.text import module_name
 
+ACCUMULATE = "accumulate statistics of"
 
+
+@all_or_nothing
 def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
     """Let running statistics see the whole batch of an accumulated gradient.
 
@@ -51,8 +69,10 @@ def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
         tensor(1)
     """
     steps = require_count("steps", steps)
-    _require_free(model)
-    return Accumulation(bare(model), steps)
+    inner = bare(model, ACCUMULATE)
+    require_uncompiled(model, ACCUMULATE)
+    _require_free(inner)
+    return Accumulation(inner, steps)
 
 
 class Accumulation:
@@ -71,41 +91,47 @@ class Accumulation:
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         layers = tracked(model)
-        self.left = {name: why for name, layer in layers.items() if (why := _why_left(layer))}
+        unknown = _in_unknown(model)
+        why_left = {name: _why_left(m) or unknown.get(m) for name, m in layers.items()}
+        self.left = foreign(model) | {name: why for name, why in why_left.items() if why}
         waiting = {layer: Follower(layer) for n, layer in layers.items() if n not in self.left}  # type: ignore[arg-type]
         _require_some(model, waiting, self.left)
         self.names = tuple(name for name in layers if name not in self.left)
-        self.steps, self.num_pending, self.inside = steps, 0, False
+        self.steps, self.num_pending, self.inside, self.is_over = steps, 0, False, False
         self._followers = tuple(waiting.values())
-        self._handles: list[Any] = []
-        try:
-            self._attach(model, waiting)
-        except BaseException:
-            self.remove()
-            raise
+        self._around: list[_Around] = []
+        self._hooks = Hooks()
+        self._attach(model, waiting)
 
     num_pending: int
     """Training forwards that the running statistics have yet to follow."""
     inside: bool
     """Whether a training forward of the model runs."""
+    is_over: bool
+    """Whether nothing waits any more."""
 
     def flush(self) -> None:
         """Let the running statistics follow what is pending, as a smaller batch.
 
-        Over several processes, all of them must call it.
+        All of them move or, if that is interrupted, none; nothing is pending then. Over several
+        processes, all of them must call it.
         """
-        for follower in self._followers:
-            follower.move()
-            follower.forget()
-        self.num_pending = 0
+        surely(self._move, self._forget, grad_mode_now())
 
     def remove(self) -> None:
-        """End it: no hook is left, and what is pending is dropped."""
-        for handle in self._handles:
-            handle.remove()
+        """End it: the model is called as before, and what is pending is dropped."""
+        self.is_over = True
+        around = [each.remove for each in self._around]
+        finish([self._hooks.remove, *around, self._forget, self._end])
+
+    def _move(self) -> None:
+        moved = [pair for follower in self._followers for pair in follower.moved()]
+        finish([partial(buffer.detach().copy_, values) for buffer, values in moved])
+
+    def _forget(self) -> None:
         for follower in self._followers:
             follower.forget()
-        self.num_pending, self.inside = 0, False
+        self.num_pending = 0
 
     def __enter__(self) -> Self:
         return self
@@ -117,29 +143,27 @@ class Accumulation:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if kind is None:
-                self.flush()
-        finally:
+            try:
+                if kind is None:
+                    self.flush()
+            finally:
+                self.remove()
+        except BaseException:  # also where the lines above were interrupted
             self.remove()
+            raise
 
     def _attach(self, model: nn.Module, waiting: Mapping[nn.Module, Follower]) -> None:
-        """Hang hooks on the model, around those of its norms: the model may be one itself."""
-        self._handles.append(model.register_forward_pre_hook(self._begin))
+        """Put hooks into the model, and stand around its norms: it may be one itself."""
+        self._hooks.before(model, Temporary(self._begin))
         for norm in find_norms(model):
             followers = [waiting[part] for part in norm.modules() if part in waiting]
             if followers:
-                calls = _Calls(self, followers)
-                self._handles += [
-                    norm.register_forward_pre_hook(calls.begin, with_kwargs=True),
-                    norm.register_forward_hook(calls.end, with_kwargs=True, always_call=True),
-                ]
-        self._handles += [
-            model.register_forward_hook(self._count),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+                self._around.append(_Around(norm, self, followers))
+        self._hooks.after(model, Temporary(self._count))
+        self._hooks.after(model, Temporary(self._end), always_call=True)
 
     def _begin(self, *_: object) -> None:
-        self.inside = not are_still()
+        self.inside = not self.is_over and not are_still()
         for follower in self._followers:
             follower.drop()
 
@@ -154,33 +178,67 @@ class Accumulation:
         self.inside = False
 
 
-class _Calls:
-    """Hooks around the calls of one norm, which may hold several layers."""
+class _Around:
+    """Stands in the place of a norm's forward, calls it, and lets its layers write into copies.
 
-    def __init__(self, accumulation: Accumulation, followers: list[Follower]) -> None:
-        self._accumulation = accumulation
-        self._followers = followers
+    What these become is kept, unless it is a checkpoint's second look. Not hooks do that, because
+    torch calls none when Ctrl-C ends a forward, and the copies would stay.
 
-    def begin(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the layers write into copies; a checkpoint's second look does so for nothing."""
-        if self._accumulation.inside or is_second_look():
+    Args:
+        norm: The norm.
+        accumulation: Says when copies count.
+        followers: Of the layers that the norm consists of.
+    """
+
+    swaps_statistics = True
+
+    def __init__(
+        self, norm: nn.Module, accumulation: Accumulation, followers: list[Follower]
+    ) -> None:
+        self._norm, self._accumulation, self._followers = norm, accumulation, followers
+        self._own: Callable[..., Any] | None = vars(norm).get("forward")
+        self._forward: Callable[..., Any] = norm.forward
+        vars(norm)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
+        """Compute the norm's output."""
+        end = [follower.put_back for follower in self._followers]
+        return surely(lambda: self._followed(args, kwargs), *end, grad_mode_now())
+
+    def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        now = self._accumulation
+        if now.inside or (is_second_look() and not now.is_over):
             for follower in self._followers:
                 follower.begin()
+        result = self._forward(*args, **kwargs)
+        if now.inside and not are_still():
+            number = _num_positions(self._norm, args, kwargs)
+            for follower in self._followers:
+                follower.end(number)
+        return result
 
-    def end(
-        self,
-        norm: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Tensor | None,  # None where the forward raised
-    ) -> None:
-        """Keep what the copies have become."""
-        counts = self._accumulation.inside and not are_still() and result is not None
-        for follower in self._followers:
-            if counts:
-                follower.end(tuple(feature_map(norm, (*args, *kwargs.values())[0]).shape))
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module]]:
+        """A copy of the norm gets its class's forward."""
+        return _own_forward, (self._norm,)
+
+    def remove(self) -> None:
+        """Put the norm's own forward back, unless somebody else stands around this one by now."""
+        if vars(self._norm).get("forward") is self:
+            if self._own is None:
+                del vars(self._norm)["forward"]
             else:
-                follower.put_back()
+                vars(self._norm)["forward"] = self._own
+
+
+def _own_forward(norm: nn.Module) -> MethodType:
+    return MethodType(type(norm).forward, norm)
+
+
+def _num_positions(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Positions of a norm's input, over all examples; the valid ones where a mask says so."""
+    x = feature_map(norm, first_argument(args, kwargs))
+    valid = valid_positions(norm, x, args, kwargs)
+    return x.numel() // max(x.shape[1], 1) if valid is None else int(valid.sum())
 
 
 def _why_left(layer: nn.Module) -> str | None:
@@ -190,7 +248,17 @@ def _why_left(layer: nn.Module) -> str | None:
         return "its estimates normalise in training"
     if isinstance(layer, _InstanceNorm):
         return "it is torch's instance norm, which averages examples; convert_norm_ replaces it"
-    return None
+    return why_still(layer) or None
+
+
+def _in_unknown(model: nn.Module) -> dict[nn.Module, str]:
+    """Norms whose forward is not known, and what is inside of them, with the reason."""
+    unknown = [norm for norm in find_norms(model) if not takes_input_as_it_is(norm)]
+    return {
+        part: f"{own_forward(norm)}, so what it normalises is not known"
+        for norm in unknown
+        for part in norm.modules()
+    }
 
 
 def _require_some(model: nn.Module, waiting: Mapping[Any, Any], left: Mapping[str, str]) -> None:
@@ -204,13 +272,12 @@ def _require_some(model: nn.Module, waiting: Mapping[Any, Any], left: Mapping[st
 
 def _require_free(model: nn.Module) -> None:
     for module in model.modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        if is_guarded(module):
             raise OptionError(
-                "the model is compiled, which does not see hooks that come later; accumulate "
-                "statistics of the model that is not"
+                "the model's statistics are guarded batch by batch; take that out with "
+                "guard.remove() first, or let them move at every forward"
             )
-        owners = [getattr(h, "__self__", None) for h in module._forward_pre_hooks.values()]
-        if any(isinstance(owner, Accumulation | _Calls) for owner in owners):
+        if swaps_statistics(module):
             raise OptionError(
                 "the model's statistics are accumulated already; end that with remove(), or by "
                 "leaving its block"

@@ -21,11 +21,11 @@ Layer = _BatchNorm | TrackingLayer
 
 
 class Seen(NamedTuple):
-    """One call of a layer: its batch's mean and unbiased variance, and the shape of this part."""
+    """One call of a layer: its batch's mean and unbiased variance, and this part's positions."""
 
     mean: Tensor
     var: Tensor
-    shape: tuple[int, ...]
+    num_positions: int
 
 
 class _Before(NamedTuple):
@@ -66,12 +66,11 @@ class Follower:
         layer.momentum, self._before = self._before.momentum, None
         return mean, var
 
-    def end(self, shape: tuple[int, ...]) -> None:
-        """Do that, and keep what this call saw of an input of this shape."""
+    def end(self, num_positions: int) -> None:
+        """Do that, and keep what this call saw of an input with so many (valid) positions."""
         found = self.put_back()
         if found is not None:
-            per_example = (self.layer.num_features, *shape[2:])  # of several in a composite
-            self._now.append(Seen(*found, (shape[0], *per_example)))
+            self._now.append(Seen(*found, num_positions))
 
     def commit(self) -> bool:
         """Keep what the model's forward saw; whether that is anything."""
@@ -90,17 +89,19 @@ class Follower:
         self._now.clear()
         self._calls.clear()
 
-    def move(self) -> None:
-        """Let the buffers follow what has been seen: once for each of a forward's calls."""
+    def moved(self) -> list[tuple[Tensor, Tensor]]:
+        """Work out where the buffers go by what was seen: once for each of a forward's calls."""
         partition = _partition_of(self.layer)
-        mean, var, count = (self.layer.get_buffer(name) for name in STATISTICS)
+        buffers = [self.layer.get_buffer(name) for name in STATISTICS]
+        mean, var, count = (buffer.clone() for buffer in buffers)
         running = RunningStatistics(mean, var, count, partition, self.layer.momentum, 0.0)
         for several in self._calls:
             population = Population()
-            for sums in _sums(several, partition, _group_of(self.layer)):
+            for sums in _sums(several, self.layer, partition):
                 population.merge(sums)
             if population.count:
                 running.follow_(population.moments, population.count)
+        return list(zip(buffers, (mean, var, count), strict=True))
 
 
 def _copy(value: Tensor | None) -> Tensor | None:
@@ -122,16 +123,13 @@ def _group_of(layer: Layer) -> dist.ProcessGroup | None:
     return None
 
 
-@torch.no_grad()
-def _sums(
-    several: list[Seen], partition: Partition, group: dist.ProcessGroup | None
-) -> Iterator[Sums]:
+def _sums(several: list[Seen], layer: Layer, partition: Partition) -> Iterator[Sums]:
     """Count and moments of each call's batch, of all processes."""
-    sizes = [seen.shape[0] for seen in several]
+    sizes, group = [seen.num_positions for seen in several], _group_of(layer)
     if group is not None:
         whole = several[0].mean.new_tensor(sizes, dtype=torch.long)
         dist.all_reduce(whole, group=group)
         sizes = whole.tolist()
-    for (mean, var, shape), size in zip(several, sizes, strict=True):
-        number, _ = partition.group_sizes((size, *shape[1:]))
-        yield Sums(number, 1, mean.double(), var.double() * max(number - 1, 0))
+    for seen, num_positions in zip(several, sizes, strict=True):
+        number = num_positions * layer.num_features // partition.num_groups
+        yield Sums(number, 1, seen.mean.double(), seen.var.double() * max(number - 1, 0))

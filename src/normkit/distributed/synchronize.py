@@ -16,6 +16,7 @@ from normkit.core.ranks import ProcessGroup, held_group
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.layers.base import NormLayer
+from normkit.passes import all_or_nothing
 from normkit.text import module_name
 from normkit.tracing import require_bare
 
@@ -51,6 +52,7 @@ class Synchronization:
         return "\n".join(lines)
 
 
+@all_or_nothing
 def synchronize_(
     model: nn.Module, process_group: ProcessGroup = None, *, where: Where | None = None
 ) -> Synchronization:

@@ -36,7 +36,16 @@ from normkit.doctor.states import Patient, Rows, is_dropout, new_values, rows_of
 from normkit.doctor.trials import try_all
 from normkit.errors import DataError, NormError, OptionError
 from normkit.inference.tracked import tracked
-from normkit.passes import Forward, as_list, forward_batch, num_examples, progress
+from normkit.passes import (
+    Forward,
+    Snapshot,
+    as_list,
+    changes_nothing,
+    forward_batch,
+    num_examples,
+    progress,
+    surely,
+)
 from normkit.tracing import require_bare
 from normkit.tune.metrics import Score, read_metric
 
@@ -45,6 +54,7 @@ DELTAS, NUM_SEEDS = (0.1, 0.3), 3
 """How far statistics are disturbed, and how often."""
 
 
+@changes_nothing
 def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
     model: nn.Module,
     train_batches: Iterable[Any],
@@ -249,9 +259,12 @@ def _with_dropout(patient: Patient) -> Rows:
     """Measure with dropout as in training, always the same; nothing without dropout."""
     if not any(map(is_dropout, patient.model.modules())):
         return {}
-    with torch.random.fork_rng():
+
+    def measured() -> Rows:
         torch.manual_seed(0)
         return rows_of(patient.measure(patient.train, with_dropout(patient.forward)))
+
+    return surely(measured, Snapshot(patient.model).put_back)
 
 
 def _broken(scores: Mapping[str, Scores]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normkit.doctor.states import Rows, distance
 from normkit.inference.freeze import is_frozen
-from normkit.inference.tracked import STATISTICS
+from normkit.inference.tracked import STATISTICS, why_still
 from normkit.layers.base import BUFFERS
 
 MEAN, VAR = BUFFERS
@@ -112,7 +112,8 @@ def _fits(values: Tensor, dtype: torch.dtype) -> bool:
 def _stands_still(case: Case, name: str) -> bool:
     layer = case.layer(name)
     apart = case.model.training and not layer.training
-    return is_frozen(layer) or getattr(layer, "momentum", None) == 0 or apart
+    still = is_frozen(layer) or getattr(layer, "momentum", None) == 0 or bool(why_still(layer))
+    return still or apart
 
 
 def _is_thawed(case: Case, name: str) -> bool:
@@ -245,10 +246,12 @@ FROZEN = Sign(
     shows=_stands_still,
     what=lambda _, names: (
         f"{_count(names)} {'is frozen, or has' if len(names) == 1 else 'are frozen, or have'} "
-        f"momentum 0, at statistics that are not those of the training data"
+        f"momentum 0 or track_running_stats off, at statistics that are not those of the training "
+        f"data"
     ),
     why="they stand still in training, so nothing brings them nearer",
-    fix=f"nk.thaw_statistics(model); {RECALIBRATE}; nk.freeze_statistics(model)",
+    fix=f"nk.thaw_statistics(model), with a momentum above 0 and track_running_stats on; "
+    f"{RECALIBRATE}; nk.freeze_statistics(model)",
 )
 
 SIGNS = (

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.doctor.judge import Judge, Scores, Values, at_evaluation, with_statistics
 from normkit.errors import InputError, PartitionError
 from normkit.inference import recalibrate, thaw_statistics
-from normkit.inference.measure import normalise_by_batch
 from normkit.inference.patch import PatchedLayer, StatisticsPatch
+from normkit.inference.reaching import ignore, reaching
 from normkit.inference.tracked import tracked
 from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import Forward, arguments_of, device_of, forward_batch, moved
@@ -51,10 +53,8 @@ class Patient:
         """What the model is called with for the first training batch; None if nobody knows."""
         if self.forward is not forward_batch:
             return None
-        batch = moved(self.train[0], device_of(self.model))
-        if isinstance(batch, Mapping):
-            return arguments_of(self.model, batch)
-        return batch if isinstance(batch, Tensor) else batch[0]
+        args, named = arguments_of(self.model, moved(self.train[0], device_of(self.model)))
+        return named or (args[0] if len(args) == 1 else args)
 
     def as_it_is(self) -> Scores:
         """Score the model at evaluation."""
@@ -76,9 +76,9 @@ class Patient:
 
     def by_batch(self) -> Scores | str:
         """Score it with every norm normalising by each test batch; or say why that cannot be."""
-        with at_evaluation(self.model):
+        with at_evaluation(self.model), ExitStack() as stack:
             for layer in tracked(self.model).values():
-                normalise_by_batch(layer)
+                stack.enter_context(reaching(layer, ignore, by_batch=True))
             try:
                 return self.judge.scores(self.model, "judging by each batch's statistics")
             except ValueError as error:  # a batch of one value
@@ -111,6 +111,8 @@ class Patient:
         for layer in tracked(model).values():
             if getattr(layer, "momentum", None) == 0:
                 setattr(layer, "momentum", 0.1)  # noqa: B010 - torch types modules' attributes
+            if not isinstance(layer, _InstanceNorm):  # which evaluate otherwise when it is on
+                setattr(layer, "track_running_stats", True)  # noqa: B010
         return model
 
 

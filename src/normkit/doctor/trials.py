@@ -21,6 +21,7 @@ from normkit.passes import num_examples
 from normkit.text import shortened
 from normkit.tune import tune_example_weight
 from normkit.tune.metrics import KNOWN
+from normkit.tune.result import shown
 
 CALIBRATED_ON = 1024
 """Training examples, at most, that calibrate a conversion: it takes half a forward a layer."""
@@ -164,7 +165,7 @@ def _weigh(patient: Patient, case: Case) -> _Fix:
             forward=patient.forward,
             larger_is_better=False,
         )
-        return f"alpha {found.alpha:.3g}"
+        return f"alpha {shown(found.alpha)}"
 
     call = _measured("train_batches", patient, case)
     return _Fix(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normkit.convert.code import read_by_forward
 from normkit.convert.rules import key_of
 from normkit.folding.affine import Affine
 from normkit.layers.base import is_watched
@@ -79,8 +82,20 @@ class LinearMap:
         layer.bias = nn.Parameter(bias, learns)
 
 
-def why_fixed(layer: Layer) -> str | None:
-    """Say why a layer's weights cannot take a norm in, or None if they can."""
+def num_outputs(layer: Layer) -> int:
+    """Channels of a layer's result."""
+    transposed = isinstance(layer, TRANSPOSED)
+    return layer.weight.shape[1] * layer.groups if transposed else layer.weight.shape[0]
+
+
+def why_fixed(layer: Layer, shape: Sequence[int] | None) -> str | None:
+    """Say why a layer's weights cannot take a norm in, or None if they can.
+
+    Args:
+        layer: The layer.
+        shape: Of what it is given. With it a forward of the layer's own is tried, whether it is
+            linear in weight and bias; what it does to its input is not known then.
+    """
     weight = layer._parameters.get("weight")
     if parametrize.is_parametrized(layer):
         return "its weight is parametrised"
@@ -88,9 +103,32 @@ def why_fixed(layer: Layer) -> str | None:
         return "hooks look at it"
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return "it has no plain weight"
-    if _has_own_forward(layer):
+    if _has_own_forward(layer) and not (shape and _is_linear(layer, shape)):
         return f"it computes in its own way ({key_of(type(layer))})"
     return None
+
+
+@torch.no_grad()
+def _is_linear(layer: Layer, shape: Sequence[int]) -> bool:
+    """Try whether a forward of its own is linear in weight and bias, as torch's is.
+
+    It is given random values in float64, with another weight and bias each time.
+    """
+    if "forward" in vars(layer) or not {("weight",), ("bias",)} <= read_by_forward(type(layer)):
+        return False
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(tuple(shape), generator=source, dtype=torch.float64)
+    affine = Affine(*torch.randn(2, num_outputs(layer), generator=source, dtype=torch.float64))
+    try:
+        tried = copy.deepcopy(layer).to("cpu", torch.float64)
+        before = tried(x)
+        LinearMap.of(tried).followed_by(affine).write_(tried)
+        after = tried(x)
+    except Exception:  # noqa: BLE001 - somebody else's code on values that are not its own
+        return False
+    axis = channel_axis(layer)
+    expected = (before.movedim(axis, -1) * affine.scale + affine.shift).movedim(-1, axis)
+    return torch.allclose(after, expected, rtol=1e-9, atol=1e-9)
 
 
 def shifts_alike(layer: Layer) -> bool:

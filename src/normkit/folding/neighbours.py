@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normkit.folding.seen import Shape
 from normkit.layers.base import is_watched
 from normkit.tracing import Call, Graph
 
@@ -23,38 +20,29 @@ KEEPING_MODULES = (
     nn.Dropout1d,
     nn.Dropout2d,
     nn.Dropout3d,
+    nn.ChannelShuffle,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
 )
-KEEPING = frozenset({
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous",
-})  # fmt: skip
-"""Operations and modules that keep all values and their order at evaluation."""
+KEEPING = frozenset((
+    "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "contiguous", "clone", "detach", "data", "permute", "transpose", "movedim", "moveaxis",
+    "swapaxes", "swapdims", "t", "T", "mT", "roll", "flip", "channel_shuffle", "pixel_shuffle",
+    "pixel_unshuffle",
+))  # fmt: skip
+"""Operations and modules that keep all values at evaluation, in whatever order."""
 
 
-class Layout(NamedTuple):
-    """Where a map's channels are.
+class Way(NamedTuple):
+    """From one call to another, with only moves and identities in between.
 
     Args:
-        num_channels: How many there are.
-        run: Elements of one channel that lie next to each other.
+        end: The call at the other end.
+        through: Norms on the way that have become identities, in the order of the forward.
     """
 
-    num_channels: int
-    run: int
-
-    @classmethod
-    def of(cls, shape: Shape, axis: int) -> Layout:
-        """Layout of a map with its channels along an axis."""
-        return cls(shape[axis], math.prod(shape[axis % len(shape) + 1 :]))
-
-    def channels_in(self, other: Layout) -> Tensor | None:
-        """Find in which channel of another layout of the same values each of these channels lies.
-
-        None if that differs within a channel.
-        """
-        same_size = self.num_channels * self.run == other.num_channels * other.run
-        if not same_size or not self.run or other.run % self.run:
-            return None
-        return torch.arange(self.num_channels) // (other.run // self.run)
+    end: int
+    through: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,9 +59,9 @@ class Neighbours:
     modules: dict[str, nn.Module]
     passing: set[int] = field(default_factory=set)
 
-    def source(self, at: int) -> int | str:
+    def source(self, at: int) -> Way | str:
         """Find the call whose values alone come to another and go nowhere else, or say why not."""
-        calls = self.graph.calls
+        calls, through = self.graph.calls, ()
         while True:
             inputs = self._values(calls[at].inputs)
             if len(inputs) != 1:
@@ -85,18 +73,19 @@ class Neighbours:
             if others:
                 return f"{self._shown(before)} feeds {self._shown(others[0])} as well"
             if calls[before].kind == "producer":
-                return before
+                return Way(before, through)
+            through = (before, *through) if before in self.passing else through
             at = before
 
-    def targets(self, at: int) -> list[int] | str:
+    def targets(self, at: int, through: tuple[int, ...] = ()) -> list[Way] | str:
         """Find all calls that take the values of one, if all have weights, or say why not."""
         found = []
         for user in self.users(at):
             call = self.graph.calls[user]
             if call.kind == "producer":
-                found.append(user)
+                found.append(Way(user, through))
             elif self._keeps(user):
-                further = self.targets(user)
+                further = self.targets(user, (*through, user) if user in self.passing else through)
                 if isinstance(further, str):
                     return further
                 found += further

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from normkit.convert.selection import Found
 from normkit.folding.affine import TORCH_INSTANCE_NORMS, Affine, Evaluated, evaluated
-from normkit.folding.layers import Layer, LinearMap, channel_axis, shifts_alike, why_fixed
-from normkit.folding.neighbours import Layout, Neighbours
-from normkit.folding.seen import Shape, Shapes
+from normkit.folding.labels import Labels, destinations, sources
+from normkit.folding.layers import (
+    Layer,
+    LinearMap,
+    channel_axis,
+    num_outputs,
+    shifts_alike,
+    why_fixed,
+)
+from normkit.folding.neighbours import Neighbours, Way
+from normkit.tracing import is_producer
+
+Follow = Callable[[Mapping[nn.Module, int]], Labels]
 
 
 class Step(NamedTuple):
@@ -58,13 +69,17 @@ class Taker(NamedTuple):
     affine: Affine
 
 
-def plan(neighbours: Neighbours, calls: Mapping[nn.Module, list[Shapes]], norms: Found) -> Plan:
+def plan(
+    neighbours: Neighbours, calls: Mapping[nn.Module, int], norms: Found, follow: Follow
+) -> Plan:
     """Find a place for each norm: in the layer before it, else in all layers behind it.
 
     Args:
         neighbours: The calls of a forward.
-        calls: What norms and layers with weights were given and gave in one.
+        calls: How often norms and layers with weights are called in one.
         norms: The norms of the model.
+        follow: Gives the numbers of the channels that come to each layer, for the axes of those in
+            each layer's output.
     """
     planner = _Planner(neighbours, calls)
     by_name = {names[0]: norm for norm, names in norms.items()}
@@ -77,6 +92,9 @@ def plan(neighbours: Neighbours, calls: Mapping[nn.Module, list[Shapes]], norms:
             why[norm] = does
         else:
             places.append(Place(at, norm, does))
+    planner.places = {place.at: place for place in places}
+    layers = {m: channel_axis(cast(Layer, m)) for m in calls if is_producer(m)}
+    planner.labels = follow(layers | {place.norm: place.axis for place in places})
     for place in places:
         why[place.norm] = planner.backward(place)
     for place in reversed([place for place in places if why[place.norm]]):
@@ -91,13 +109,15 @@ class _Planner:
     """What is decided so far."""
 
     neighbours: Neighbours
-    calls: Mapping[nn.Module, list[Shapes]]
+    calls: Mapping[nn.Module, int]
+    places: Mapping[int, Place] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
     weights: dict[str, LinearMap] = field(default_factory=dict)
     steps: dict[int, Step] = field(default_factory=dict)
 
     def why_not_once(self, name: str, module: nn.Module) -> str:
         """Say why it is not the one call of a module that decides what it does; '' if it is."""
-        times = (self.neighbours.num_calls[name], len(self.calls[module]))  # traced, and run
+        times = (self.neighbours.num_calls[name], self.calls[module])  # traced, and run
         if not all(times):
             return "the forward does not call it"
         if max(times) > 1:
@@ -132,20 +152,49 @@ class _Planner:
             new[taker.name] = self._map(taker).preceded_by(taker.affine)
         return self._take(place, new)
 
-    def _taker(self, index: int, place: Place, *, behind: bool) -> Taker | str:
+    def _taker(self, way: Way, place: Place, *, behind: bool) -> Taker | str:
         """Find the layer of a call, and the map as its channels see it, or why it cannot be."""
-        name = self.neighbours.graph.calls[index].name
+        name = self.neighbours.graph.calls[way.end].name
         layer = cast(Layer, self.neighbours.modules[name])
-        said = self.why_not_once(name, layer) or why_fixed(layer) or self._why_tied(layer)
+        given = None if behind else self.labels.get(layer)
+        fixed = why_fixed(layer, None if given is None else given.shape)
+        said = self.why_not_once(name, layer) or fixed or self._why_tied(layer)
         if said:
             return f"{name!r} cannot take it: {said}"
-        (shapes,) = self.calls[layer]
-        own = _layout(shapes.taken if behind else shapes.given, channel_axis(layer))
-        its = _layout(self.calls[place.norm][0].taken, place.axis)
-        channels = own.channels_in(its) if own and its else None
-        if channels is None or (its and its.num_channels != len(place.does.affine.scale)):
+        channels = self._behind(way, place, layer) if behind else self._before(way, place, layer)
+        if channels is None or not self._has_its_channels(place):
             return f"its channels are not those of {name!r}"
         return Taker(name, layer, place.does.affine.of_channels(channels))
+
+    def _has_its_channels(self, place: Place) -> bool:
+        """Whether the norm's input has as many channels as the norm."""
+        labels = self.labels.get(place.norm)
+        return labels is not None and labels.shape[place.axis] == len(place.does.affine.scale)
+
+    def _before(self, way: Way, place: Place, layer: Layer) -> Tensor | None:
+        """In which channel of the norm each channel of the layer's result comes."""
+        channels = torch.arange(num_outputs(layer))
+        for norm, axis in (*self._norms(way), (place.norm, place.axis)):
+            into = destinations(self.labels.get(norm), axis, int(channels.max()) + 1)
+            if into is None:
+                return None
+            channels = into[channels]
+        return channels
+
+    def _behind(self, way: Way, place: Place, layer: Layer) -> Tensor | None:
+        """From which channel of the norm each channel that the layer takes comes."""
+        channels = sources(self.labels.get(layer), channel_axis(layer))
+        for norm, axis in reversed(self._norms(way)):
+            before = sources(self.labels.get(norm), axis)
+            if channels is None or before is None:
+                return None
+            channels = before[channels]
+        return channels
+
+    def _norms(self, way: Way) -> list[tuple[nn.Module, int]]:
+        """Norms on the way that are folded already, with the axes of their channels."""
+        places = [self.places[at] for at in way.through]
+        return [(place.norm, place.axis) for place in places]
 
     def _why_tied(self, layer: nn.Module) -> str:
         own = [p for p in layer._parameters.values() if p is not None]
@@ -171,8 +220,3 @@ class _Planner:
         if place.does.is_all:
             self.neighbours.passing.add(place.at)
         return ""
-
-
-def _layout(shape: Shape, axis: int) -> Layout | None:
-    """Where the channels are; None if there is no such axis, or no map."""
-    return Layout.of(shape, axis) if -len(shape) <= axis < len(shape) else None

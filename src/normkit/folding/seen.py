@@ -1,7 +1,8 @@
-"""One forward of a model: its output, and what each of its layers was given and gave."""
+"""One forward of a model: its output, and how often its layers are called."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -10,23 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from normkit.passes import untouched
-
-Shape = tuple[int, ...]
-
-
-class Shapes(NamedTuple):
-    """Shapes of a layer's first argument and of its result, in one call."""
-
-    taken: Shape
-    given: Shape
+from normkit.passes import call_with, copied, untouched
 
 
 class Seen(NamedTuple):
-    """A model's output, and the calls of some of its layers."""
+    """A model's output, and how often some of its layers were called."""
 
     output: Any
-    calls: dict[nn.Module, list[Shapes]]
+    calls: Counter[nn.Module]
 
 
 def run(model: nn.Module, example_input: Any, layers: Collection[nn.Module] = ()) -> Seen:  # noqa: ANN401
@@ -35,34 +27,22 @@ def run(model: nn.Module, example_input: Any, layers: Collection[nn.Module] = ()
     Args:
         model: Left as it was.
         example_input: A tuple of arguments, a dict of named ones, or the only one.
-        layers: Whose calls are noted.
+        layers: Whose calls are counted.
     """
-    calls: dict[nn.Module, list[Shapes]] = {layer: [] for layer in layers}
+    calls: Counter[nn.Module] = Counter()
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(torch.no_grad())
         for layer in layers:
-            hook = layer.register_forward_hook(_noting(calls[layer]), with_kwargs=True)
-            stack.callback(hook.remove)
-        return Seen(_called(model, example_input), calls)
+            stack.callback(layer.register_forward_hook(_counting(calls)).remove)
+        return Seen(call_with(model, copied(example_input)), calls)
 
 
-def _called(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
-    if isinstance(example_input, dict):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+def _counting(calls: Counter[nn.Module]) -> Callable[..., None]:
+    def count(layer: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
+        calls[layer] += 1
 
-
-def _noting(calls: list[Shapes]) -> Callable[..., None]:
-    def note(_layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
-        first = next(iter((*args, *kwargs.values())), None)
-        calls.append(Shapes(_shape(first), _shape(output)))
-
-    return note
-
-
-def _shape(value: object) -> Shape:
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return count
 
 
 def difference(before: Any, after: Any) -> float | None:  # noqa: ANN401

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from normkit.convert.report import Left
+from normkit.convert.report import Left, called_as_functions
 from normkit.convert.selection import Found, find_lookalikes, find_norms
 from normkit.convert.target import describe
 from normkit.errors import ConversionError
+from normkit.folding.labels import follow_channels
 from normkit.folding.layers import Layer
 from normkit.folding.neighbours import Neighbours
 from normkit.folding.plan import Plan, Step, plan
 from normkit.folding.report import Folded, Folding
 from normkit.folding.seen import difference, run, tolerance
+from normkit.passes import changes_nothing
 from normkit.tracing import is_producer, require_bare, trace
 from normkit.weights import bake_weights_
 
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
 
 
+@changes_nothing
+@torch.inference_mode(False)  # the copy is to run outside of inference mode too
 def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     r"""Multiply the norms of a copy of a trained model into its convolutions and linear layers.
 
@@ -70,9 +76,10 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     before = run(new, example_input, [m for m in new.modules() if m in norms or is_producer(m)])
     baked = bake_weights_(new).changed
     neighbours = Neighbours(trace(new, example_input), dict(new.named_modules()))
-    planned = plan(neighbours, before.calls, norms)
+    follow = partial(follow_channels, new, example_input=example_input)
+    planned = plan(neighbours, before.calls, norms, follow)
     folded = tuple(_folded(step) for step in planned.steps)
-    left = (*_left(norms, planned), *_lookalikes(new))
+    left = (*_left(norms, planned), *_lookalikes(new), *called_as_functions(neighbours.graph))
     for name, weights in planned.weights.items():
         weights.write_(cast(Layer, new.get_submodule(name)))
     new = _replaced(new, {step.norm: step.rest for step in planned.steps})

@@ -6,9 +6,12 @@ from torch import nn
 
 from normkit.core.check import require_share
 from normkit.errors import OptionError
+from normkit.inference.tracked import tracked
 from normkit.layers.base import TrackingLayer
+from normkit.passes import all_or_nothing, bare
 
 
+@all_or_nothing
 def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     r"""Give every layer with running statistics the same example weight.
 
@@ -18,7 +21,8 @@ def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     with an example's own statistics ``e, v_e`` and the running ones ``m_r, v_r``.
 
     Args:
-        model: Holds layers of normkit; composites weigh in their batch stage.
+        model: Holds layers of normkit; composites weigh in their batch stage. It may be inside
+            DistributedDataParallel, or compiled.
         alpha: From 0, the running statistics alone, to 1, the example's own alone.
 
     Returns:
@@ -39,8 +43,8 @@ def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     require_share("example_weight", alpha)
     layers = {
         name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, TrackingLayer) and layer.track_running_stats
+        for name, layer in tracked(bare(model, "weigh")).items()
+        if isinstance(layer, TrackingLayer)
     }
     if not layers:
         raise OptionError(

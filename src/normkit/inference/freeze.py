@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from torch import nn
 
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare, chosen, tracked
+from normkit.inference.tracked import Where, chosen, tracked
+from normkit.passes import all_or_nothing, bare
 
 SUFFIX = "Frozen"
 BEFORE = "frozen_from"
@@ -34,6 +35,7 @@ class _Frozen(nn.Module):
         return _made_frozen, (make, own), *state
 
 
+@all_or_nothing
 def freeze_statistics(model: nn.Module, where: Where | None = None) -> tuple[str, ...]:
     """Let layers with running statistics do in training what they do at evaluation.
 
@@ -61,18 +63,20 @@ def freeze_statistics(model: nn.Module, where: Where | None = None) -> tuple[str
         >>> model[1].training
         False
     """
-    layers = tracked(bare(model))
+    layers = tracked(bare(model, "freeze"))
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
             f"freeze; those of one example, such as GroupNorm, have none unless they track them"
         )
     found = chosen(layers, where)
-    kinds = {layer: type(layer) for layer in found.values()}
-    _exchange(kinds, [_class(kind) for kind in kinds.values()])
+    kinds = [(layer, _class(type(layer))) for layer in found.values()]
+    for layer, kind in kinds:
+        layer.__class__ = kind  # type: ignore[assignment]
     return tuple(found)
 
 
+@all_or_nothing
 def thaw_statistics(model: nn.Module, where: Where | None = None) -> tuple[str, ...]:
     """Undo ``freeze_statistics``: layers are as if they had never been frozen.
 
@@ -96,27 +100,16 @@ def thaw_statistics(model: nn.Module, where: Where | None = None) -> tuple[str, 
         >>> model[0].training
         True
     """
-    frozen = {name: m for name, m in bare(model).named_modules() if is_frozen(m)}
+    frozen = {name: m for name, m in bare(model, "thaw").named_modules() if is_frozen(m)}
     found = chosen(frozen, where) if frozen else {}
-    kinds = {layer: type(layer) for layer in found.values()}
-    _exchange(kinds, [vars(kind)[BEFORE] for kind in kinds.values()])
+    for layer in found.values():
+        layer.__class__ = vars(type(layer))[BEFORE]
     return tuple(found)
 
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether ``freeze_statistics`` holds for this layer."""
     return isinstance(layer, _Frozen)
-
-
-def _exchange(kinds: dict[nn.Module, type[nn.Module]], wanted: Iterable[type[nn.Module]]) -> None:
-    """Give every layer another class, or all of them the old one."""
-    try:
-        for layer, kind in zip(kinds, wanted, strict=True):
-            layer.__class__ = kind  # type: ignore[assignment]
-    except BaseException:
-        for layer, kind in kinds.items():
-            layer.__class__ = kind  # type: ignore[assignment]
-        raise
 
 
 @cache

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.core.mask import require_valid_values
 from normkit.core.partition import require_variance
 from normkit.errors import DataError, InputError
 from normkit.inference.population import Population, Sums
 from normkit.inference.ranks import together
-from normkit.inference.tracked import feature_map, statistics_of
-from normkit.layers.base import BUFFERS, SegmentLayer, TrackingLayer
+from normkit.inference.reaching import Missed, reaching
+from normkit.inference.tracked import statistics_of
+from normkit.layers.base import BUFFERS, SegmentLayer
 from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.passes import Data, first_calls, inputs_of, progress, uncompiled, untouched
+from normkit.passes import Data, first_calls, progress, uncompiled, untouched
+from normkit.passes.inputs import Until, show_inputs
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
@@ -32,23 +35,27 @@ class Measured:
     Args:
         num_batches: How many batches were read.
         sums: Of each layer that got an input, by name.
+        missed: Layers that have normalised something that was not seen, and why not.
     """
 
     num_batches: int = 0
     sums: dict[str, Sums] = field(default_factory=dict)
+    missed: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
     """Measure all layers in one pass, each normalising by its batches as in training."""
+    names = {layer: name for name, layer in layers.items()}
 
     def work() -> Measured:
         populations = {name: Population(layer) for name, layer in layers.items()}
-        with untouched(model, training=False), ExitStack() as hooks:
+        missed: Missed = {}
+        with untouched(model, training=False), ExitStack() as stack:
             for name, layer in layers.items():
-                hooks.callback(_watch(name, layer, populations[name]))
-                normalise_by_batch(layer)
+                stack.enter_context(_by_batch(name, layer, populations[name], missed))
             num_batches = data.send(model, "measuring statistics")
-        return Measured(num_batches, {n: _on_cpu(p.sums) for n, p in populations.items()})
+        sums = {name: _on_cpu(population.sums) for name, population in populations.items()}
+        return Measured(num_batches, sums, {names[layer]: why for layer, why in missed.items()})
 
     return _merged(together(work, data.group), layers)
 
@@ -57,14 +64,14 @@ def measure_in_order(model: nn.Module, layers: Layers, data: Data) -> Measured:
     """Measure layer after layer, each behind others that evaluate by what was found for them."""
     sums: dict[str, Sums] = {}
     with untouched(model, training=False), uncompiled():
-        num_batches, calls = _calls(model, layers, data)
+        num_batches, calls, missed = _calls(model, layers, data)
         for name, num_calls in progress(calls.items(), "measuring statistics", len(calls)):
             layer = layers[name]
             found = _inputs_summed(model, layer, name, num_calls, data)
             if found.num_values:
                 sums[name] = found
                 layer._buffers.update(values_of(name, layer, found))
-    return Measured(num_batches, sums)
+    return Measured(num_batches, sums, missed)
 
 
 def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
@@ -92,43 +99,34 @@ def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
     return values | {name: torch.full_like(b, sums.num_inputs) for name, b in counts.items()}
 
 
-def _watch(name: str, layer: nn.Module, population: Population) -> Callable[[], None]:
-    """Let a population see the inputs of a layer; return how that ends."""
+def _by_batch(
+    name: str, layer: nn.Module, population: Population, missed: Missed
+) -> AbstractContextManager[None]:
+    """Let a population see what a layer normalises by each batch."""
     num_groups = statistics_of(layer)[BUFFERS[0]].numel()
     by_batch = not isinstance(layer, EstimatedBatchNorm)
 
-    def see(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = _checked(name, layer, args[0] if args else next(iter(named.values())))
-        if by_batch and x.numel() == num_groups:
+    def see(x: Tensor, valid: Tensor | None = None) -> None:
+        x = _checked(name, layer, x)
+        num_values = x.numel() if valid is None else int(valid.sum()) * x.shape[1]
+        if by_batch and num_values == num_groups:
             raise InputError(
                 f"layer {name!r} got an input of shape {tuple(x.shape)}: one value for each of "
                 f"its statistics, which has no variance to normalise by; leave such batches out "
                 f"(DataLoader(drop_last=True)), or pass sequential=True, which takes them"
             )
         if isinstance(layer, SegmentLayer):
-            require_variance(layer.partition, x.shape, f"layer {name!r}")
-        population.add(x)
+            what = f"layer {name!r}"
+            if valid is None:
+                require_variance(layer.partition, x.shape, what)
+            else:
+                require_valid_values((layer.partition,), valid, x.shape, what)
+        population.add(x, valid)
 
-    return layer.register_forward_pre_hook(see, with_kwargs=True).remove
-
-
-def normalise_by_batch(layer: nn.Module) -> None:
-    """Let a layer of a model at evaluation do what it does in training.
-
-    Estimates of micro batches stay: they normalise in training too. Buffers are hidden where that
-    is enough, and are copies elsewhere, so that none moves; that also keeps ranks from waiting for
-    each other in a layer, where they may have different numbers of batches.
-    """
-    if isinstance(layer, EstimatedBatchNorm):
-        return
-    hides = isinstance(layer, nn.SyncBatchNorm | TrackingLayer)
-    for name, buffer in statistics_of(layer).items():
-        layer._buffers[name] = None if hides else buffer.clone()
-    layer.training = not hides  # without statistics these normalise by their input in any mode
+    return reaching(layer, see, by_batch=True, missed=missed)
 
 
 def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-    x = feature_map(layer, x)
     if isinstance(layer, _InstanceNorm) and x.shape[2:].numel() == 1:
         raise InputError(
             f"layer {name!r} got an input of shape {tuple(x.shape)}: a channel of an example is a "
@@ -137,45 +135,62 @@ def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _calls(model: nn.Module, layers: Layers, data: Data) -> tuple[int, dict[str, int]]:
+def _calls(
+    model: nn.Module, layers: Layers, data: Data
+) -> tuple[int, dict[str, int], dict[str, str]]:
     """Count the batches of all ranks, and how often this rank's forwards call each layer.
 
-    Layers come in the order of their first calls; 0 is for a number that varies.
+    Layers come in the order of their first calls; 0 is for a number that varies. Those that have
+    normalised what was not seen are apart.
     """
     names = {layer: name for name, layer in layers.items()}
 
-    def work() -> tuple[int, dict[str, int]]:
-        num_batches, found = 0, dict[str, int]()
+    def work() -> tuple[int, dict[str, int], dict[str, str]]:
+        num_batches, found, missed = 0, dict[str, int](), Missed()
+        watch = partial(reaching, missed=missed)
         for batch in progress(data.read(), "counting batches", data.total()):
             num_batches += 1
-            for layer, number in first_calls(model, names, batch, data.forward).items():
+            for layer, number in first_calls(model, names, batch, data.forward, watch).items():
                 same = found.setdefault(names[layer], number) == number
                 found[names[layer]] = number if same else 0
-        return num_batches, found
+        return num_batches, found, {names[layer]: why for layer, why in missed.items()}
 
     results = together(work, data.group)
-    _, own = results[0 if len(results) == 1 else distributed.get_rank(data.group)]
-    order = dict.fromkeys(name for _, found in results for name in found)
-    return sum(number for number, _ in results), {name: own.get(name, 0) for name in order}
+    _, own, _ = results[0 if len(results) == 1 else distributed.get_rank(data.group)]
+    missed = _united(each for _, _, each in results)
+    order = dict.fromkeys(name for _, found, _ in results for name in found if name not in missed)
+    num_batches = sum(number for number, _, _ in results)
+    return num_batches, {name: own.get(name, 0) for name in order}, missed
+
+
+def _united(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {name: why for part in parts for name, why in part.items()}
 
 
 def _inputs_summed(
     model: nn.Module, layer: nn.Module, name: str, num_calls: int, data: Data
 ) -> Sums:
+    until = Until(num_calls, data.forward, reaching)
+
     def work() -> Sums:
         population = Population(layer)
-        for x in inputs_of(model, layer, data.read(), num_calls, data.forward):
-            population.add(_checked(name, layer, x))
+
+        def see(x: Tensor, valid: Tensor | None = None) -> None:
+            population.add(_checked(name, layer, x), valid)
+
+        show_inputs(model, layer, data.read(), see, until)
         return _on_cpu(population.sums)
 
     return _sum(layer, together(work, data.group))
 
 
 def _merged(results: list[Measured], layers: Layers) -> Measured:
+    missed = _united(result.missed for result in results)
     sums = {n: _sum(layer, [r.sums[n] for r in results]) for n, layer in layers.items()}
     return Measured(
         sum(result.num_batches for result in results),
-        {name: found for name, found in sums.items() if found.num_values},
+        {n: found for n, found in sums.items() if found.num_values and n not in missed},
+        missed,
     )
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from normkit.errors import DataError, OptionError
-from normkit.inference.tracked import bare, statistics_of
+from normkit.inference.tracked import Unmeasured, statistics_of
 from normkit.layers.base import BUFFERS
+from normkit.passes import attempt, bare
 from normkit.text import module_name, table_lines
 
 MEAN, VAR = BUFFERS
@@ -61,21 +62,6 @@ class PatchedLayer:
         return values[VAR].double() + self.eps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unmeasured:
-    """A layer with running statistics that was not measured.
-
-    Args:
-        name: Its name in the model.
-        kind: Its class.
-        why: Why it was left out.
-    """
-
-    name: str
-    kind: str
-    why: str
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class StatisticsPatch:
     """New running statistics for a model, not in it before ``apply``; prints as a table.
@@ -108,6 +94,9 @@ class StatisticsPatch:
             OptionError: If the model's statistics are neither the old ones nor the new: somebody
                 has changed them, or it is another model; nothing is changed then.
         """
+        return attempt(self._apply, self.model, self)
+
+    def _apply(self) -> Self:
         targets = self._targets()
         moved = [row.name for row in self.layers if not _is_either(targets[row.name], row)]
         if moved:
@@ -115,7 +104,8 @@ class StatisticsPatch:
                 f"the statistics of {_listed(moved)} are not those that this patch was measured "
                 f"on; they have moved since, or belong to another model; recalibrate this one"
             )
-        _write({targets[row.name]: row.new for row in self.layers})
+        for row in self.layers:
+            _fill(targets[row.name], row.new)
         self.applied = True
         return self
 
@@ -128,9 +118,13 @@ class StatisticsPatch:
         Raises:
             OptionError: If a layer is no longer in the model, or has another size.
         """
+        return attempt(self._undo, self.model, self)
+
+    def _undo(self) -> Self:
         if self.applied:
             targets = self._targets()
-            _write({targets[row.name]: row.old for row in self.layers})
+            for row in self.layers:
+                _fill(targets[row.name], row.old)
             self.applied = False
         return self
 
@@ -164,7 +158,7 @@ class StatisticsPatch:
         read = _read(Path(path))
         rows = tuple(PatchedLayer(**row) for row in read.pop("layers"))
         left = tuple(Unmeasured(name=n, kind=k, why=w) for n, k, w in read.pop("left"))
-        patch = cls(model=bare(model), layers=rows, left=left, **read)
+        patch = cls(model=bare(model, "patch"), layers=rows, left=left, **read)
         targets = patch._targets()
         patch.applied = all(_has(targets[row.name], row.new) for row in rows)
         return patch
@@ -196,8 +190,7 @@ class StatisticsPatch:
             for r in self.layers
         ]
         lines = [self._summary(), *table_lines([head, *rows])]
-        lines += [f"left out: {module_name(row.name)} ({row.kind}): {row.why}" for row in self.left]
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.left)])
 
     def _summary(self) -> str:
         most = self.max_batches
@@ -248,18 +241,6 @@ def _has(layer: nn.Module, values: Mapping[str, Tensor]) -> bool:
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether all values are the same, NaN being itself."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _write(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
-    """Fill the buffers of all layers, or leave them all as they are."""
-    before = {layer: values_now(layer) for layer in values}
-    try:
-        for layer, wanted in values.items():
-            _fill(layer, wanted)
-    except BaseException:
-        for layer, kept in before.items():
-            _fill(layer, kept)
-        raise
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.core.groups import normalize_batch
 from normkit.core.moments import Moments
+from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.functional import group_norm
 from normkit.kernels.cpu import primitives
 from normkit.kernels.select import chosen
 from normkit.layers.base import TrackingLayer
@@ -67,22 +68,32 @@ class Population:
         return self.sums.num_values
 
     @torch.no_grad()
-    def add(self, x: FeatureMap) -> None:
-        """Take an input ``(N, C, *S)`` of the layer into account."""
+    def add(self, x: FeatureMap, valid: Tensor | None = None) -> None:
+        """Take an input ``(N, C, *S)`` of the layer into account.
+
+        Args:
+            x: The input.
+            valid: Which of its positions count, ``(N, 1, *S)``; all without it. Groups of parts of
+                channels need all.
+        """
         if x.numel() == 0:
             return
-        wide, num_groups = self._grouped(x)
-        count = x.numel() // num_groups
+        wide, num_groups = self._grouped(x, valid)
+        if valid is not None:
+            wide = wide.movedim(1, -1)[valid.squeeze(1)]  # the valid positions' channels
+            if wide.numel() == 0:
+                return
+        count = wide.numel() // num_groups
         if self._of_examples:
-            mean, squares = _two_passes(wide.reshape(x.shape[0], num_groups, -1), (2,))
-            var = squares / max(count // x.shape[0] - 1, 1)
-            self.merge(Sums(x.shape[0], 1, mean.mean(dim=0), var.sum(dim=0)))
-        elif x.numel() < SMALL or chosen(wide) != "cpu":
-            cells = wide.reshape(x.shape[0], num_groups, -1)
+            mean, squares = _two_passes(wide.reshape(wide.shape[0], num_groups, -1), (2,))
+            var = squares / max(count // wide.shape[0] - 1, 1)
+            self.merge(Sums(wide.shape[0], 1, mean.mean(dim=0), var.sum(dim=0)))
+        elif wide.numel() < SMALL or chosen(wide) != "cpu":
+            cells = wide.reshape(wide.shape[0], num_groups, -1)
             self.merge(Sums(count, 1, *_two_passes(cells, (0, 2))))
         else:
             groups = Partition(num_groups=num_groups)
-            table = Moments(*primitives.moments(wide, groups.segment_size(x.shape)))
+            table = Moments(*primitives.moments(wide, groups.segment_size(wide.shape)))
             batch = groups.pool(table)
             self.merge(Sums(count, 1, batch.mean[0], batch.var[0] * count))
 
@@ -114,11 +125,13 @@ class Population:
             return self.moments  # of examples: unbiased already
         return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 
-    def _grouped(self, x: FeatureMap) -> tuple[FeatureMap, int]:
+    def _grouped(self, x: FeatureMap, valid: Tensor | None) -> tuple[FeatureMap, int]:
         """What the statistics are of, float64, and how many groups each example has."""
         layer, wide = self._layer, x.double()
         if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
-            wide = group_norm(wide, layer.num_groups, eps=layer.eps)
+            groups = Partition(num_groups=layer.num_groups, examples_per_group=1)
+            alone = Parameters(None, None, layer.eps)
+            wide = normalize_batch(wide, groups, None, alone, valid=valid)
         if isinstance(layer, TrackingLayer):
             return wide, layer.running_partition.num_groups
         return wide, x.shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from normkit.core.check import require_count
 from normkit.errors import DataError, OptionError
 from normkit.inference.freeze import is_frozen
+from normkit.inference.known import looks_at_mode, own_forward, takes_input_as_it_is
 from normkit.inference.measure import (
     Layers,
     Measured,
@@ -17,13 +18,22 @@ from normkit.inference.measure import (
     measure_in_order,
     values_of,
 )
-from normkit.inference.patch import PatchedLayer, StatisticsPatch, Unmeasured, values_now
+from normkit.inference.patch import PatchedLayer, StatisticsPatch, values_now
 from normkit.inference.ranks import Group
-from normkit.inference.tracked import Where, bare, chosen, tracked
-from normkit.layers.base import BUFFERS
-from normkit.passes import Data, Forward, forward_batch
+from normkit.inference.tracked import (
+    Where,
+    and_reasons,
+    chosen,
+    foreign,
+    reasons,
+    tracked,
+    unmeasured,
+    why_still,
+)
+from normkit.passes import Data, Forward, bare, changes_nothing, forward_batch
 
 
+@changes_nothing
 def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chosen by itself
     model: nn.Module,
     batches: Iterable[Any],
@@ -48,8 +58,13 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
     called several times in a forward gets the inputs of all calls; with ``sequential``, those of
     later calls still follow from its old statistics.
 
+    What counts is what reaches torch's function that normalises, not what the module is given:
+    subclasses may transpose their input or select parts of it. Those of which that cannot be seen
+    are left out by name.
+
     Frozen layers keep their statistics and normalise by them: those of ``freeze_statistics``, with
-    ``momentum=0``, or in evaluation mode inside a model in training mode.
+    ``momentum=0``, with ``track_running_stats`` switched off, or in evaluation mode inside a model
+    in training mode.
 
     Args:
         model: Holds norms of torch, their subclasses, or ours; also inside
@@ -67,7 +82,8 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
         Old and new values of each layer with their distance; ``apply``, ``undo``, ``save``.
 
     Raises:
-        OptionError: If there is no layer to measure, or an option has a value it cannot have.
+        OptionError: If there is no layer to measure, an option has a value it cannot have, or the
+            model's layers cannot be looked into: it is scripted, exported, sharded or quantized.
         DataError: If there is no batch, one that needs ``forward``, an iterator for a
             ``sequential`` measurement, statistics that are not finite, or another rank has failed.
         InputError: If a batch has a single value for each statistic of a layer.
@@ -92,7 +108,7 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
             f"a {type(batches).__name__} was given, which gives its batches once; sequential=True "
             f"reads them for every layer: pass a DataLoader, or list(batches)"
         )
-    model = bare(model)
+    model = bare(model, "recalibrate")
     layers, left = _meant(model, where)
     data = Data(
         batches=batches,
@@ -101,13 +117,13 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
         group=group,
     )
     measured = (measure_in_order if sequential else measure_at_once)(model, layers, data)
-    _require_values(measured, layers)
+    _require_values(measured, layers, left)
     rows = [_row(name, layer, measured) for name, layer in layers.items() if name in measured.sums]
-    missed = {name: "no batch has reached it" for name in layers if name not in measured.sums}
+    missed = {n: _why_missed(n, measured) for n in layers if n not in measured.sums}
     return StatisticsPatch(
         model=model,
         layers=tuple(rows),
-        left=tuple(_unmeasured(model, left | missed)),
+        left=unmeasured(model, left | missed),
         num_batches=measured.num_batches,
         max_batches=max_batches,
         sequential=sequential,
@@ -120,18 +136,26 @@ def _meant(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Module],
     Raises:
         OptionError: If there is none to measure.
     """
-    found = tracked(model)
-    left = _foreign(model)
+    every = tracked(model)
+    left = foreign(model) | {n: why for n, layer in every.items() if (why := _why_unknown(layer))}
+    found = {name: layer for name, layer in every.items() if name not in left}
     if not found:
-        also = f" that can be measured; {_reasons(left)}" if left else ""
+        also = f" that can be measured{and_reasons(left)}" if left else ""
         raise OptionError(f"{type(model).__name__} has no layer with running statistics{also}")
     picked = chosen(found, where)
     left |= {name: "where= leaves it out" for name in found if name not in picked}
     frozen = {name: why for name, layer in picked.items() if (why := _why_frozen(layer, model))}
     layers = {name: layer for name, layer in picked.items() if name not in frozen}
     if not layers:
-        raise OptionError(f"there is no layer to measure: {_reasons(frozen)}")
+        raise OptionError(f"there is no layer to measure: {reasons(frozen)}")
     return layers, left | frozen
+
+
+def _why_unknown(layer: nn.Module) -> str:
+    """Why nobody can tell what a layer normalises in training; empty if that can be seen."""
+    if takes_input_as_it_is(layer) or not looks_at_mode(layer):
+        return ""
+    return f"{own_forward(layer)}, which may normalise something else in training"
 
 
 def _why_frozen(layer: nn.Module, model: nn.Module) -> str:
@@ -141,33 +165,22 @@ def _why_frozen(layer: nn.Module, model: nn.Module) -> str:
         return "its momentum is 0, so it is frozen"
     if model.training and not layer.training:
         return "it is in evaluation mode inside a model in training mode, so it is frozen"
-    return ""
+    return why_still(layer)
 
 
-def _foreign(model: nn.Module) -> dict[str, str]:
-    """Layers with buffers of these names that are no norms of torch and none of ours."""
-    known = set(tracked(model).values())
-    return {
-        name: "its class keeps its statistics fixed"
-        if "Frozen" in type(module).__name__
-        else "its class is no norm of torch and none of normkit"
-        for name, module in model.named_modules()
-        if module not in known and all(module._buffers.get(b) is not None for b in BUFFERS)
-    }
+def _why_missed(name: str, measured: Measured) -> str:
+    return measured.missed.get(name, "no batch has reached it")
 
 
-def _reasons(left: dict[str, str], at_most: int = 5) -> str:
-    shown = [f"{name or 'the model itself'}: {why}" for name, why in list(left.items())[:at_most]]
-    return "; ".join(shown) + ("; ..." if len(left) > at_most else "")
-
-
-def _require_values(measured: Measured, layers: Layers) -> None:
+def _require_values(measured: Measured, layers: Layers, left: Mapping[str, str]) -> None:
     if measured.num_batches == 0:
         raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
     if not measured.sums:
+        unseen = {name: measured.missed[name] for name in layers if name in measured.missed}
         raise DataError(
             f"{measured.num_batches} batches have brought no value to any of the {len(layers)} "
             f"layers; they are empty, can be read only once, or go past these layers"
+            f"{and_reasons(unseen | dict(left))}"
         )
 
 
@@ -182,9 +195,3 @@ def _row(name: str, layer: nn.Module, measured: Measured) -> PatchedLayer:
         old=values_now(layer),
         new=values_of(name, layer, sums),
     )
-
-
-def _unmeasured(model: nn.Module, left: dict[str, str]) -> Iterator[Unmeasured]:
-    for name, module in model.named_modules():
-        if name in left:
-            yield Unmeasured(name=name, kind=type(module).__name__, why=left[name])

@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from normkit.core.mask import read_mask
 from normkit.errors import OptionError
-from normkit.layers.base import BUFFERS, TrackingLayer
+from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.text import module_name
 
 Where = Callable[[nn.Module, str], bool]
 STATISTICS = (*BUFFERS, "num_batches_tracked")
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """Return a model without DistributedDataParallel, DataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        else:
-            return model
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmeasured:
+    """A layer that a measurement has left out.
+
+    Args:
+        name: Its name in the model.
+        kind: Its class.
+        why: Why it was left out.
+    """
+
+    name: str
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"left out: {module_name(self.name)} ({self.kind}): {self.why}"
+
+
+def unmeasured(model: nn.Module, left: Mapping[str, str]) -> tuple[Unmeasured, ...]:
+    """Layers that were left out, in the order of the model, from their reasons by name."""
+    return tuple(
+        Unmeasured(name=name, kind=type(module).__name__, why=left[name])
+        for name, module in model.named_modules()
+        if name in left
+    )
+
+
+def reasons(left: Mapping[str, str], at_most: int = 5) -> str:
+    """Why layers were left out, for an error; empty if none was."""
+    shown = [f"{module_name(name)}: {why}" for name, why in list(left.items())[:at_most]]
+    return "; ".join(shown) + ("; ..." if len(left) > at_most else "")
+
+
+def and_reasons(left: Mapping[str, str]) -> str:
+    """The same after something else."""
+    return f"; {reasons(left)}" if left else ""
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -49,6 +79,17 @@ def tracked(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def foreign(model: nn.Module) -> dict[str, str]:
+    """Why modules with running statistics that are no norms of torch and none of ours are left."""
+    return {
+        name: "its class keeps its statistics fixed"
+        if "Frozen" in type(module).__name__
+        else "its class is no norm of torch and none of normkit"
+        for name, module in model.named_modules()
+        if not keeps_statistics(module) and all(module._buffers.get(b) is not None for b in BUFFERS)
+    }
+
+
 def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn.Module]:
     """Those layers that ``where`` takes; all without it.
 
@@ -64,9 +105,61 @@ def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn
     return found
 
 
+def callers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+    """The modules that a model calls, each with those of some layers that are in it.
+
+    The stages of a composite are not called themselves, unless a hook is in one.
+    """
+    modules = dict(model.named_modules())
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for name, layer in layers.items():
+        parts = name.split(".") if name else []
+        above = (modules.get(".".join(parts[:end])) for end in range(len(parts)))
+        caller = next((m for m in above if isinstance(m, NormLayer)), layer)
+        found.setdefault(caller, []).append(layer)
+    return found
+
+
 def statistics_of(layer: nn.Module) -> dict[str, Tensor]:
     """Running statistics of a layer by name; old checkpoints may lack the count of batches."""
-    return {n: b for n in STATISTICS if (b := layer._buffers.get(n)) is not None}
+    found = {name: layer._buffers.get(name) for name in STATISTICS}
+    return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+
+def why_still(layer: nn.Module) -> str:
+    """Why a layer's running statistics do not follow its batches; empty if they do.
+
+    With ``track_running_stats`` switched off after building, batch norms evaluate by the buffers
+    that they have and leave them as they are; torch's instance norms evaluate without them.
+    """
+    if getattr(layer, "track_running_stats", True):
+        return ""
+    if isinstance(layer, _InstanceNorm):
+        return "its track_running_stats is off, so it normalises by its input alone"
+    return "its track_running_stats is off, so it is frozen; True lets it move"
+
+
+CUT = "its groups cut through positions, of which a mask leaves out some"
+"""Why a layer is left out whose groups have different numbers of valid values."""
+
+
+def cuts_positions(layer: nn.Module, num_channels: int) -> bool:
+    """Whether a value of a layer's buffers is of a part of a channel's positions."""
+    groups = layer.running_partition.num_groups if isinstance(layer, TrackingLayer) else 1
+    return num_channels % groups != 0
+
+
+def valid_positions(
+    norm: nn.Module,
+    x: Any,  # noqa: ANN401 - what a hook is given
+    args: tuple[Any, ...],
+    named: Mapping[str, Any],
+) -> Tensor | None:
+    """Which positions of an input a call's mask leaves, ``(N, 1, *S)``; None without a mask."""
+    mask = args[1] if len(args) > 1 else named.get("mask")
+    if mask is None or not isinstance(norm, NormLayer):
+        return None
+    return read_mask(mask, x, type(norm).__name__)
 
 
 def feature_map(layer: nn.Module, x: Any) -> Any:  # noqa: ANN401 - what a hook is given

@@ -25,6 +25,15 @@ ENVIRONMENT_VARIABLE = "NORMKIT_KERNELS"
 OLDEST_GPU = 7  # compute capability
 
 
+class _Block:
+    """An open ``use_kernels``, equal to no other."""
+
+    __slots__ = ("kernels",)
+
+    def __init__(self, kernels: str) -> None:
+        self.kernels = kernels
+
+
 class _Asked:
     """What ``use_kernels`` asks for.
 
@@ -35,35 +44,40 @@ class _Asked:
 
     def __init__(self, default: str | None) -> None:
         self.kernels = self.default = default
-        self.blocks: list[tuple[str]] = []  # open ones of all threads; found again by identity
-        self.lock = threading.Lock()
+        self.blocks: list[_Block] = []  # open ones of all threads
         self.thread = threading.local()
 
-    def enter(self, kernels: str) -> tuple[str]:
+    def enter(self, block: _Block) -> None:
         """Open a block in this thread."""
-        block = (kernels,)
-        with self.lock:
-            self.blocks.append(block)
-            self.kernels = kernels
-        self.thread.kernels = [*self.own(), kernels]
-        return block
+        self.blocks.append(block)
+        self._settle()
+        self.thread.blocks = [*self.own(), block]
 
-    def leave(self, block: tuple[str]) -> None:
-        """Close a block, whatever other threads have opened or closed since."""
-        with self.lock:
-            self.blocks = [other for other in self.blocks if other is not block]
-            self.kernels = self.blocks[-1][0] if self.blocks else self.default
-        self.thread.kernels = self.own()[:-1]
+    def leave(self, block: _Block) -> None:
+        """Close a block, whatever other threads have opened or closed since; twice is once."""
+        self.thread.blocks = [other for other in self.own() if other is not block]
+        if block in self.blocks:
+            self.blocks.remove(block)
+        self._settle()
 
-    def own(self) -> list[str]:
+    def _settle(self) -> None:
+        """Ask for what the latest block does; again if another thread came between.
+
+        Not under a lock, which an interruption could leave locked.
+        """
+        while self.kernels != (latest := [self.default, *(b.kernels for b in self.blocks)][-1]):
+            self.kernels = latest
+
+    def own(self) -> list[_Block]:
         """Blocks of this thread, the innermost last."""
-        return getattr(self.thread, "kernels", [])
+        return getattr(self.thread, "blocks", [])
 
     def here(self) -> str | None:
         """What this thread asks for."""
         if torch.compiler.is_compiling() or not self.blocks:
             return self.kernels
-        return next(reversed(self.own()), self.kernels)
+        own = self.own()
+        return own[-1].kernels if own else self.kernels
 
 
 _WHY_NOT_CPU = cpu.why_not()  # loads the library: a program that uses its operators must find them
@@ -99,11 +113,16 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
         'reference'
     """
     require_kernels(kernels)
-    block = _asked.enter(kernels)
+    block = _Block(kernels)
     try:
-        yield
-    finally:
+        try:
+            _asked.enter(block)
+            yield
+        finally:
+            _asked.leave(block)
+    except BaseException:  # also where the lines above were interrupted
         _asked.leave(block)
+        raise
 
 
 def choose(x: Tensor) -> Choice:
@@ -132,10 +151,18 @@ def chosen(x: Tensor) -> Kernels:
     else:
         kernels = "cpu" if x.is_cpu else "triton" if x.is_cuda else "reference"
     if kernels == "cpu":
-        return kernels if _WHY_NOT_CPU is None and _obstacle() is None else "reference"
+        if _WHY_NOT_CPU is not None:
+            _tell_of_slow_calls()
+            return "reference"
+        return kernels if _obstacle() is None else "reference"
     if kernels == "triton" and x.numel() and _obstacle() is None:
         return kernels if _why_not_triton(x.device) is None else "reference"
     return "reference"
+
+
+def _tell_of_slow_calls() -> None:
+    if not torch.compiler.is_compiling():
+        cpu.warn_that_it_is_slow()
 
 
 def primitives(x: Tensor) -> ModuleType:
@@ -192,7 +219,8 @@ def _candidate(x: Tensor) -> Choice:
 
 def _obstacle() -> str | None:
     """Why neither the C++ nor the Triton kernels can compute a call here, or None."""
-    if torch.compiler.is_exporting():
+    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
+    if torch.compiler._is_exporting_flag:
         return "the call is being exported"
     return transform()
 

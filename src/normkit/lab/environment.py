@@ -1,10 +1,10 @@
 """What a record says about the machine and the code that made it."""
 
 import hashlib
+import os
 import platform
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from normkit.kernels.cpu import instruction_set
 from normkit.kernels.select import choose
 from normkit.lab.spec import Frozen
+from normkit.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
 CODE_SUFFIXES = (".py", ".so")  # the compiled kernels stand for their sources
@@ -47,16 +48,13 @@ def describe_environment(device: torch.device, threads: int) -> Environment:
         threads=threads,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         kernels=_kernels_name(device),
-        normkit=package_version(),
+        normkit=__version__,
     )
 
 
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("normkit")
-    except PackageNotFoundError:
-        return "not installed"
+def memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _kernels_name(device: torch.device) -> str:

@@ -11,6 +11,7 @@ from torch import cuda, distributed
 
 from normkit.errors import DataError
 from normkit.inference.ranks import together
+from normkit.text import shortened
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -68,6 +69,11 @@ class Launch:
             ) from error
 
 
+def _whole(text: str) -> int:
+    """A process's number; what is none is said when the processes meet."""
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
 @contextmanager
 def launched() -> Generator[Launch]:
     """Run the block in touch with the processes that the launcher has started, if there are any."""
@@ -75,11 +81,23 @@ def launched() -> Generator[Launch]:
         yield Launch()
         return
     with _own_gpu():
-        distributed.init_process_group("gloo", timeout=PATIENCE)  # it carries a few bytes, on CPUs
+        _join()
         try:
             yield Launch(distributed.get_rank(), distributed.get_world_size())
         finally:
             distributed.destroy_process_group()
+
+
+def _join() -> None:
+    """Meet the others; a few bytes go between us, on CPUs."""
+    try:
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
+        raise DataError(
+            f"the processes that a launcher has started do not meet by {given}: "
+            f"{shortened(error)}; start normkit by torchrun, or unset these variables"
+        ) from error
 
 
 @contextmanager
@@ -91,7 +109,7 @@ def _own_gpu() -> Generator[None]:
     if not found:
         yield
         return
-    local = int(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
+    local = _whole(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
     os.environ["CUDA_VISIBLE_DEVICES"] = found[local % len(found)]
     try:
         yield

@@ -6,16 +6,25 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from normkit import NormSpec
 from normkit.errors import SpecError
+from normkit.text import shortened
 
 REFERENCE_BATCH_SIZE = 128  # the batch size that `base_lr` is stated for
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Threads = Annotated[int, Field(ge=1, le=1024, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]  # what torch's generators take
 
 
@@ -52,7 +61,8 @@ class Frozen(BaseModel):
             return f"{name!r} is no field; known are {', '.join(cls.model_fields)}"
         rule = error["msg"][0].lower() + error["msg"][1:]
         way_out = cls.model_fields[name].description
-        return f"{spelled(name)} was given {error['input']!r}: {rule}; give {way_out}"
+        given = shortened(repr(error["input"]), 100)
+        return f"{spelled(name)} was given {given}: {rule}; give {way_out}"
 
 
 class Protocol(Frozen):
@@ -73,13 +83,14 @@ class Protocol(Frozen):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD's momentum, in [0, 1)")
     weight_decay: float = Field(default=1e-4, ge=0, description="SGD's weight decay, 0 or more")
     lr_drops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(0.5, 0.75), description="the shares of the epochs after which the rate drops"
+        default=(81 / 164, 122 / 164),
+        description="the shares of the epochs after which the rate drops",
     )
     lr_factor: float = Field(
         default=0.1, gt=0, le=1, description="what the learning rate is multiplied by at a drop"
     )
     device: str = Field(default="cpu", description="a torch device such as cpu or cuda")
-    threads: Count = Field(default=1, description="CPU threads of one run, 1 or more")
+    threads: Threads = Field(default=1, description="CPU threads of one run, 1 or more")
 
 
 class RunSpec(Frozen):
@@ -101,6 +112,12 @@ class RunSpec(Frozen):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def has_learning_rate_as_update_rate(self) -> bool:
+        """Whether estimates of micro-batches move by the learning rate, as in the paper."""
+        options = dict(NormSpec.parse(self.norm).arguments)
+        return bool(options.get("micro_batch")) and "update_rate" not in options
+
     def learning_rate(self, epoch: int) -> float:
         r"""Learning rate of an epoch.
 
@@ -110,7 +127,8 @@ class RunSpec(Frozen):
             epoch: Epochs finished before this one.
 
         Source:
-            Gunawan et al., appendix C: ``0.1 * batch / 128``, two drops by ten.
+            Gunawan et al., appendix B.1: ``0.1 * batch / 128``, a tenth after 81 and after 122 of
+            164 epochs.
         """
         share = epoch / self.protocol.epochs
         num_drops = sum(share >= drop for drop in self.protocol.lr_drops)
@@ -135,8 +153,8 @@ class SweepSpec(Frozen):
 
     @field_validator("batch_sizes", "seeds")
     @classmethod
-    def _distinct_numbers(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        return _distinct("batch sizes and seeds", values)
+    def _distinct_numbers(cls, values: tuple[int, ...], about: ValidationInfo) -> tuple[int, ...]:
+        return _distinct(str(about.field_name).replace("_", " "), values)
 
     def runs(self) -> tuple[RunSpec, ...]:
         """All runs, seed by seed, so that every cell has a first result early."""

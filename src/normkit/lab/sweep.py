@@ -59,11 +59,11 @@ class Collected:
         self.watcher.on_record(record)
 
 
-def check(sweep: SweepSpec) -> int:
+def check(sweep: SweepSpec) -> Dataset:
     """Find bad input before the first run; nothing is trained or written.
 
     Returns:
-        The number of training examples.
+        The data set.
 
     Raises:
         SpecError: If the kernels, the device, the data set or the model is unknown, there are too
@@ -77,6 +77,8 @@ def check(sweep: SweepSpec) -> int:
     _check_limit(sweep.protocol.limit, dataset)
     slots = norm_slots(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
     num_examples = len(dataset.train)
+    for run_spec in sweep.runs():
+        _check_update_rate(run_spec)
     for spec, batch_size in itertools.product(specs, sweep.batch_sizes):
         for length in batch_lengths(num_examples, batch_size):
             slots.check(spec, batch_size, length)
@@ -89,7 +91,18 @@ def check(sweep: SweepSpec) -> int:
                 norm=spec,
                 batch_size=sweep.batch_sizes[0],
             )
-    return num_examples
+    return dataset
+
+
+def _check_update_rate(spec: RunSpec) -> None:
+    """Refuse a learning rate that estimates of micro-batches cannot move by."""
+    rate = spec.learning_rate(0)
+    if rate > 1 and spec.has_learning_rate_as_update_rate:
+        raise SpecError(
+            f"{spec.norm} takes the learning rate as its update rate, which is {rate:g} at batch "
+            f"size {spec.batch_size}, and above 1; give a lower --base-lr, or name a rate: "
+            f"{NormSpec.parse(spec.norm).norm_alone}:rate=0.1"
+        )
 
 
 def _check_kernels() -> None:

@@ -37,10 +37,12 @@ def _compiled_operators_load() -> bool:
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
-    try:
-        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-    except OSError:
-        return False
+    # _C.so, and since 0.29 _C_stable.so: declaring what is loaded later would end the process
+    for library in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:
+            continue
     return hasattr(torch.ops.torchvision, "nms")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from normkit import sync_update_rates
 from normkit.errors import NormError, SpecError
 from normkit.lab.data import Dataset, load
 from normkit.lab.environment import code_hash, describe_environment
@@ -53,6 +54,7 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
         duration_s=time.perf_counter() - started,
         environment=environment,
         code_hash=code_hash(),
+        data_hash=dataset.fingerprint,
     )
 
 
@@ -212,6 +214,8 @@ class _Training:
         rate = self.spec.learning_rate(len(self.epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.spec.has_learning_rate_as_update_rate:
+            sync_update_rates(self.model, self.optimizer)
         loss, accuracy = self._train()
         validation_loss, validation_accuracy = evaluate(self.model, self.dataset.validation)
         tests = len(self.epochs) in self._tested_epochs()

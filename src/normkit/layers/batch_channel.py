@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +25,7 @@ from normkit.core.running import Recent, RunningEstimates, is_movable
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
+from normkit.passes import finish
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
@@ -340,5 +342,6 @@ def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
     first = optimizer.param_groups[0]["lr"]
     layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm) and m.micro_batch]
     found = [next((rates[id(p)] for p in m.parameters() if id(p) in rates), first) for m in layers]
-    for layer, rate in zip(layers, [require_update_rate(float(r)) for r in found], strict=True):
-        layer.update_rate = rate
+    new = [require_update_rate(float(rate)) for rate in found]
+    pairs = zip(layers, new, strict=True)
+    finish(partial(setattr, layer, "update_rate", rate) for layer, rate in pairs)

@@ -26,16 +26,18 @@ class Data:
         forward: How a batch goes through the model.
         max_batches: How many at most.
         group: Ranks whose batches count as well.
+        name: What the user calls the batches.
     """
 
     batches: Iterable[Any]
     forward: Forward = forward_batch
     max_batches: int | None = None
     group: dist.ProcessGroup | None = None
+    name: str = "batches"
 
     def read(self) -> Iterator[Any]:
         """Give the batches, not more than ``max_batches``."""
-        return islice(iterate(self.batches), self.max_batches)
+        return islice(iterate(self.batches, self.name), self.max_batches)
 
     def total(self) -> int | None:
         """Count the batches, if that can be done without reading them."""

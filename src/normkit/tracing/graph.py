@@ -16,7 +16,8 @@ class Call:
     Args:
         name: The module's name in the model, else the operation's.
         kind: What it is to somebody who follows the model.
-        inputs: Indices of the calls whose outputs it takes, in order.
+        inputs: Indices of the calls whose outputs it takes, in order; not of those that it only
+            asks for a shape.
     """
 
     name: str

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -36,16 +37,32 @@ MOVING_MODULES = (
     nn.Dropout3d,
 )
 MOVES = frozenset((
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "swapaxes",
-    "t", "contiguous", "squeeze", "unsqueeze", "cat", "concat", "stack", "chunk", "split",
-    "unbind", "getitem", "narrow", "select", "roll", "pad", "clone", "to", "float", "half",
-    "bfloat16", "double", "type", "type_as", "dropout", "dropout1d", "dropout2d", "dropout3d",
+    "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "permute", "transpose",
+    "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "data", "detach", "contiguous",
+    "squeeze", "unsqueeze", "cat", "concat", "stack", "chunk", "split", "unbind", "getitem",
+    "narrow", "select", "roll", "flip", "pad", "clone", "to", "type_as", "float", "half",
+    "bfloat16", "double", "type", "dropout", "dropout1d", "dropout2d", "dropout3d",
     "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "checkpoint",
 ))  # fmt: skip
 """Operations that pass values on as they are: elsewhere, in another shape or dtype, or dropped."""
 
-ASKS = frozenset({"getattr", "size", "dim", "numel", "stride", "is_contiguous"})
+ASKS = frozenset((
+    "getattr", "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
+    "is_floating_point", "get_device",
+))  # fmt: skip
 """Operations that ask something about a tensor and use none of its values."""
+
+OF_NONE = frozenset((
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_empty", "new_full",
+))  # fmt: skip
+"""Operations that make a new tensor and ask another one for its shape or dtype."""
+
+OF_FIRST = frozenset({"view_as", "reshape_as", "type_as", "expand_as"})
+"""Operations that take the values of their first argument, and ask the second for its shape."""
+
+VALUES = frozenset({"T", "mT", "data"})
+"""Attributes of a tensor that have its values."""
 
 SUMS = frozenset({"add", "iadd"})
 
@@ -89,6 +106,17 @@ def kind_of_operation(name: str) -> Kind:
     return "sum" if name in SUMS else "other"
 
 
+def value_arguments(name: str, arguments: Sequence[Any]) -> Sequence[Any]:
+    """Those arguments of an operation whose values it uses, in their order."""
+    return arguments[: 0 if name in OF_NONE else 1 if name in OF_FIRST else None]
+
+
 def plain_name(target: object) -> str:
-    """Name of a function or method without the decoration of dunder and in-place names."""
-    return str(getattr(target, "__name__", target)).strip("_")
+    """Name of a function or method without the decoration of dunder and in-place names.
+
+    Reading an attribute of a tensor is named as the attribute.
+    """
+    name = str(getattr(target, "__name__", target))
+    if name == "__get__":
+        name = str(getattr(getattr(target, "__self__", None), "__name__", name))
+    return name.strip("_")

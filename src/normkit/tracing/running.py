@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from normkit.passes import untouched
+from normkit.passes import call_with, changes_nothing, untouched
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
     is_norm,
@@ -20,9 +20,11 @@ from normkit.tracing.kinds import (
     kind_of_module,
     kind_of_operation,
     plain_name,
+    value_arguments,
 )
 
 
+@changes_nothing
 def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: ANN401
     """Follow one forward in evaluation mode, without gradients; the model is left as it was.
 
@@ -42,7 +44,7 @@ def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: AN
             if module is not model and _is_whole(module):
                 stack.enter_context(recorder.watched(name, module))
         stack.enter_context(recorder)
-        output = _called(model, example_input)
+        output = call_with(model, example_input)
     recorder.record("the output", "output", tree_leaves(output), ())
     return Graph(tuple(recorder.calls), "the example input")
 
@@ -50,12 +52,6 @@ def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: AN
 def _is_whole(module: nn.Module) -> bool:
     own = type(module).__module__.startswith("torch.nn") and not any(module.children())
     return is_norm(module) or is_producer(module) or own
-
-
-def _called(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
-    if isinstance(example_input, dict):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
 
 
 class _Recorder(TorchFunctionMode):
@@ -86,7 +82,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         output = func(*args, **(kwargs or {}))
         if self._depth == 0:
-            name, inputs = plain_name(func), tree_leaves((args, kwargs or {}))
+            name = plain_name(func)
+            inputs = tree_leaves(value_arguments(name, (*args, kwargs or {})))
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.record(name, kind_of_operation(name) if made else "ask", inputs, made)
         return output

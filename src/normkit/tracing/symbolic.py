@@ -9,13 +9,16 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from normkit.passes import Snapshot, surely
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
+    VALUES,
     is_norm,
     is_producer,
     kind_of_module,
     kind_of_operation,
     plain_name,
+    value_arguments,
 )
 
 
@@ -40,6 +43,16 @@ def _is_whole(module: nn.Module) -> bool:
     return is_norm(module) or is_producer(module) or parametrize.is_parametrized(module)
 
 
+def traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+    """Run a module's code on proxies; the module and torch are then what they were before.
+
+    Raises:
+        Exception: Whatever the module's code raises on proxies.
+    """
+    before = Snapshot(module)
+    return surely(lambda: tracer.trace(module, concrete_args=defaults_of(module)), before.put_back)
+
+
 def trace_symbolically(model: nn.Module) -> Graph:
     """Follow a model by running its code on proxies.
 
@@ -50,7 +63,7 @@ def trace_symbolically(model: nn.Module) -> Graph:
         kind = kind_of_module(model)
         calls = (Call("input", "input"), Call("", kind, (0,)), Call("the output", "output", (1,)))
         return Graph(calls, "torch.fx")
-    graph = _Tracer().trace(model, concrete_args=defaults_of(model))
+    graph = traced(_Tracer(), model)
     names = {module: name for name, module in model.named_modules()}
     index = {node: i for i, node in enumerate(graph.nodes)}
     calls = tuple(_call(node, index, model, names) for node in graph.nodes)
@@ -66,7 +79,9 @@ def _call(
         return Call(names[module], kind_of_module(module), inputs)
     if node.op in ("call_function", "call_method"):
         name = plain_name(node.target)
-        return Call(name, kind_of_operation(name), inputs)
+        if node.target is getattr and node.args[1] in VALUES:
+            name = str(node.args[1])
+        return Call(name, kind_of_operation(name), tuple(value_arguments(name, inputs)))
     if node.op == "output":
         return Call("the output", "output", inputs)
     return Call(str(node.target), "input" if node.op == "placeholder" else "constant", inputs)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from normkit.errors import OptionError
+from normkit.diagnostics.measurement import new_figure
 from normkit.tune.gain import CONFIDENCE
 
-try:
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise OptionError(
-        f"matplotlib is not installed ({error}); pip install 'normkit[lab]' brings it"
-    ) from error
 
-if TYPE_CHECKING:
     from normkit.tune.result import Tuning
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.8), 160
@@ -26,8 +22,8 @@ QUANTILE = 1.96  # of the interval that the band shows
 
 
 def draw(result: Tuning) -> Figure:
-    """Gain against ``alpha = 0`` over all examples, with its interval, and what was chosen."""
-    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    """Gain against the weights from before, with its interval, and what was chosen."""
+    figure = new_figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     alphas = [point.alpha for point in result.curve]
     gains = [point.gain for point in result.curve]
@@ -45,7 +41,8 @@ def draw(result: Tuning) -> Figure:
     axes.axhline(0, color=INK, linewidth=0.8)
     _mark_judged(axes, result)
     axes.set_xlabel("example weight alpha")
-    axes.set_ylabel(f"gain in {result.metric.name} against alpha = 0")
+    before = "the layers' own" if isinstance(result.before, Mapping) else f"{result.before:.3g}"
+    axes.set_ylabel(f"gain in {result.metric.name} against alpha = {before}")
     axes.set_title(
         f"{result.curve[0].num_examples:,} examples; the band is the {100 * CONFIDENCE:g} % "
         f"interval of a gain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 
 from normkit.errors import DataError
 from normkit.passes import device_of, moved, progress
+from normkit.tune.layers import Weights
 from normkit.tune.sweep import Sweep
 
 NUM_STEPS = 20
 STEP_SIZE = 0.03  # of Adam: about how far a weight moves in one step
 
 
-def descend(sweep: Sweep, start: float) -> dict[str, float]:
-    r"""Weights of all layers, from one for all of them, by the examples at even places.
+def descend(sweep: Sweep, start: Weights) -> dict[str, float]:
+    r"""Weights of all layers, from those at the start, by the examples at even places.
 
     .. math::  \alpha \leftarrow \min(\max(\alpha - \mathrm{Adam}(\nabla L), 0), 1)
 
@@ -25,14 +27,15 @@ def descend(sweep: Sweep, start: float) -> dict[str, float]:
 
     Args:
         sweep: Model, metric and data.
-        start: The weight that all layers begin with.
+        start: The weights that layers begin with.
 
     Raises:
         DataError: If the metric has no gradient.
     """
     names = list(sweep.layers.named)
     wide = all(p.dtype == torch.float64 for p in sweep.model.parameters())
-    weights = torch.full((len(names),), start, dtype=torch.float64 if wide else torch.float32)
+    first = [start[name] if isinstance(start, Mapping) else start for name in names]
+    weights = torch.tensor(first, dtype=torch.float64 if wide else torch.float32)
     optimizer = torch.optim.Adam([weights], lr=STEP_SIZE)
     best, least = weights.clone(), float("inf")
     for step in progress(range(NUM_STEPS + 1), "following the gradient of example weights"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,10 +10,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normkit.convert import Conversion, convert_norm_
 from normkit.convert.rules import RULES, key_of
 from normkit.errors import OptionError
+from normkit.inference.tracked import callers
 from normkit.layers.base import NormLayer, SegmentLayer, TrackingLayer
+from normkit.passes import attempt
 
 Weights = float | Mapping[str, float]
 """One example weight for all layers, or one for each by name."""
+
+
+def one_for_all(weights: Weights) -> Weights:
+    """One number where all layers have the same weight."""
+    values = set(weights.values()) if isinstance(weights, Mapping) else {weights}
+    return values.pop() if len(values) == 1 else weights
 
 
 class WeighedLayers:
@@ -45,7 +51,7 @@ class WeighedLayers:
                 f"statistics, so there is nothing to weigh{also}"
             )
         self._before = {layer: layer.example_weight for layer in own.values()}
-        self.named, self.callers = own, _callers(model, own)
+        self.named, self.callers = own, callers(model, own)
 
     def convert_(self) -> None:
         """Replace torch's batch norms by ours, which compute the same."""
@@ -54,7 +60,7 @@ class WeighedLayers:
                 self.model, "bn", where=lambda module, _: module in self._foreign
             )
         self.named = _tracking(self.model)
-        self.callers = _callers(self.model, self.named)
+        self.callers = callers(self.model, self.named)
 
     def set_(self, weights: Weights) -> None:
         """Give every layer its weight."""
@@ -65,15 +71,6 @@ class WeighedLayers:
     def weights(self) -> dict[str, float]:
         """The weights that the layers have."""
         return {name: layer.example_weight for name, layer in self.named.items()}
-
-    @contextmanager
-    def kept(self) -> Generator[None]:
-        """Run the block, then give the layers the weights that they have now."""
-        before = self.weights
-        try:
-            yield
-        finally:
-            self.set_(before)
 
     @property
     def has_composites(self) -> bool:
@@ -94,19 +91,23 @@ class WeighedLayers:
                 f"was undone, or they were replaced since; tune it again"
             )
 
-    def undo(self) -> None:
-        """Put torch's layers and the old weights back."""
-        if self.conversion is not None:
-            self.conversion.revert()
+    def undo(self) -> nn.Module:
+        """Put torch's layers and the old weights back, all or nothing; return the model."""
+        return attempt(self._undo, self.model)
+
+    def _undo(self) -> nn.Module:
         for layer, weight in self._before.items():
             layer.example_weight = weight
+        if self.conversion is not None:
+            self.conversion.revert()
+        return self.model
 
 
 def _tracking(model: nn.Module) -> dict[str, TrackingLayer]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, TrackingLayer) and module.track_running_stats
+        if isinstance(module, TrackingLayer) and module.running_mean is not None
     }
 
 
@@ -124,20 +125,3 @@ def _foreign(model: nn.Module) -> tuple[set[nn.Module], dict[str, str]]:
         else:
             found.add(module)
     return found, left
-
-
-def _callers(
-    model: nn.Module, named: Mapping[str, TrackingLayer]
-) -> dict[nn.Module, list[TrackingLayer]]:
-    """The modules that a model calls, each with the layers that weigh inside of it.
-
-    The stages of a composite are not called themselves.
-    """
-    modules: dict[str, Any] = dict(model.named_modules())
-    found: dict[nn.Module, list[TrackingLayer]] = {}
-    for name, layer in named.items():
-        parts = name.split(".") if name else []
-        above = [".".join(parts[:end]) for end in range(len(parts) + 1)]
-        caller = next(modules[path] for path in above if isinstance(modules[path], NormLayer))
-        found.setdefault(caller, []).append(layer)
-    return found

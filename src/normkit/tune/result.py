@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normkit.core.check import require_share
-from normkit.passes import as_list
+from normkit.passes import Snapshot, as_list, surely
 from normkit.tune.gain import Gain, paired_gain
-from normkit.tune.layers import Weights
+from normkit.tune.layers import Weights, one_for_all
 from normkit.tune.metrics import Metric
 from normkit.tune.sweep import How, Sweep
 
@@ -24,7 +24,7 @@ class CurvePoint(NamedTuple):
         alpha: The weight, the same in all layers.
         mean: Mean of the metric.
         num_examples: Examples behind it.
-        gain: Mean gain against ``alpha = 0``; above 0 is better.
+        gain: Mean gain against the weights from before; above 0 is better.
         error: Standard error of that gain, of examples compared in pairs.
     """
 
@@ -42,23 +42,27 @@ class Tuning:
     Args:
         model: The tuned model.
         metric: What it was tuned for.
-        alpha: What was set: the best weight, or 0 if its gain may be noise; with ``per_layer`` a
-            dict from the names of the layers.
+        before: What the layers had: one weight, or a dict from their names where they differ.
+        alpha: What was set: the best weight, or that from before if its gain may be noise; with
+            ``per_layer`` a dict from the names of the layers.
         best: The best weight by the examples that choose, whether it was set or not.
-        gain: What ``best`` gains against 0 on the examples that had no part in choosing it.
+        gain: What ``best`` gains against ``before`` on the examples that had no part in choosing.
         shared: The best weight common to all layers.
         shared_gain: What that gains, likewise.
+        tied: All common weights that the examples that choose found as good as ``best``.
         curve: The metric at every common weight that was tried, in rising order.
         how: Where weights shared a forward, and from where on.
     """
 
     model: nn.Module
     metric: Metric
+    before: Weights
     alpha: Weights
     best: Weights
     gain: Gain
     shared: float
     shared_gain: Gain
+    tied: tuple[float, ...]
     curve: tuple[CurvePoint, ...]
     how: How
     _sweep: Sweep = field(kw_only=True)
@@ -69,7 +73,7 @@ class Tuning:
         return self.gain.significant
 
     def gain_on(self, batches: Iterable[Any], alpha: Weights | None = None) -> Gain:
-        """Measure the gain against ``alpha = 0`` on other data, such as the test set.
+        """Measure the gain against ``before`` on other data, such as the test set.
 
         Args:
             batches: As in ``tune_example_weight``.
@@ -79,13 +83,16 @@ class Tuning:
             OptionError: If ``alpha`` is no weight from 0 to 1, or the tuning was undone.
             DataError: As in ``tune_example_weight``.
         """
+        return surely(lambda: self._gain_on(batches, alpha), Snapshot(self.model).put_back)
+
+    def _gain_on(self, batches: Iterable[Any], alpha: Weights | None) -> Gain:
         weights = self.alpha if alpha is None else alpha
         for value in weights.values() if isinstance(weights, Mapping) else [weights]:
             require_share("alpha", value)
         tuned = self._sweep
         tuned.layers.require_in_place()
         sweep = Sweep(tuned.layers, self.metric, tuned.forward, as_list(batches))
-        before = sweep.scores_of(0.0)
+        before = sweep.scores_of(self.before)
         differences = self.metric.gains(sweep.scores_of(weights), before)
         return paired_gain(differences, self.metric.binary)
 
@@ -98,8 +105,7 @@ class Tuning:
         Raises:
             OptionError: If the layers were replaced again since; nothing is changed then.
         """
-        self._sweep.layers.undo()
-        return self.model
+        return self._sweep.layers.undo()
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:  # noqa: ANN401 - no import here
         """Draw the gain over the weights; return matplotlib's figure.
@@ -108,7 +114,7 @@ class Tuning:
             path: File to write as well; its name ends in ``.png``, ``.svg`` or ``.pdf``.
 
         Raises:
-            OptionError: If matplotlib is not installed.
+            PackageError: If matplotlib is not installed.
         """
         from normkit.tune.figure import draw  # noqa: PLC0415 - matplotlib is slow and optional
 
@@ -146,19 +152,24 @@ class Tuning:
     @property
     def reading(self) -> str:
         """What came out, in a sentence or two."""
-        if self.best == self.shared == 0:
-            return "alpha stays 0: no other weight was better on the examples that choose"
-        found = _shown(self.best)
+        stays = f"alpha stays {shown(self.before)}"
+        if one_for_all(self.best) == self.before:
+            return f"{stays}: no other weight was better on the examples that choose"
+        found = shown(self.best)
         judged = f"{self.gain} on {self.gain.num_examples:,} examples that had no part in choosing"
         if isinstance(self.best, Mapping):
             judged += f"; {self.shared:.3g} in all layers gains {self.shared_gain}"
+        if len(self.tied) > 1:
+            ends = f"{min(self.tied):.3g} to {max(self.tied):.3g}"
+            judged += f" ({len(self.tied)} weights from {ends} are equally good on those that do)"
         if self.significant:
             return f"alpha is set to {found}, which gains {judged}"
         doubt = "which may be noise" if self.gain.high > 0 else "which is a loss"
-        return f"alpha stays 0: {found} gains {judged}, {doubt}"
+        return f"{stays}: {found} gains {judged}, {doubt}"
 
 
-def _shown(weights: Weights) -> str:
+def shown(weights: Weights) -> str:
+    """A weight, or the range of several."""
     if not isinstance(weights, Mapping):
         return f"{weights:.3g}"
     return f"{min(weights.values()):.3g} to {max(weights.values()):.3g}, layer by layer"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,21 +11,24 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import DataError, OptionError
-from normkit.passes import Forward, as_list, forward_batch
+from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_bare
 from normkit.tune.gain import Gain, paired_gain, standard_error
 from normkit.tune.gradient import descend
-from normkit.tune.layers import WeighedLayers, Weights
+from normkit.tune.layers import WeighedLayers, Weights, one_for_all
 from normkit.tune.metrics import Metric, Score, read_metric
 from normkit.tune.result import CurvePoint, Tuning
 from normkit.tune.sweep import Sweep
 
-GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)  # the best ones are small
+GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
+"""Dense at both ends: batch norms want a little of the example, norms of examples nearly all."""
 CLOSE_ENOUGH = 0.01  # width of the bracket at which the golden section ends
+STEPS_BETWEEN = 8  # weights tried between two of the grid, for a metric without a slope
 GOLDEN = (math.sqrt(5) - 1) / 2
 CHOOSES, JUDGES = slice(0, None, 2), slice(1, None, 2)  # examples, by their places
 MIN_EXAMPLES = 4
 
 
+@all_or_nothing
 def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, how closely
     model: nn.Module,
     batches: Iterable[Any],
@@ -44,8 +47,9 @@ def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, ho
 
     Every batch norm of torch becomes ours in place, with the same function and the same names in
     the state dict. The examples at even places choose ``alpha``; those at odd places, which had no
-    part in that, say what it gains against ``alpha = 0``. Unless the interval of this gain lies
-    above 0, ``alpha`` is 0 in the end: what is best of a grid is better than 0 on the data that
+    part in that, say what it gains against the weights that the layers have (0 of batch norms, 1
+    of norms of examples that track statistics, unless they were set). Unless the interval of this
+    gain lies above 0, the layers keep those: what is best of a grid is better on the data that
     chose it, even where all differences are noise.
 
     Weights share a forward where the model lets them, each with its own copy of the batch; what
@@ -57,11 +61,13 @@ def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, ho
             examples, none of which the model was trained on. Read once and kept.
         metric: ``"loss"``, the cross entropy of scores ``(N, K)`` with targets ``(N,)``;
             ``"accuracy"``; or ``metric(output, batch)``, which gives one value for each example.
-        grid: Weights to try, from 0 to 1; 0 is tried in any case.
+        grid: Weights to try, from 0 to 1; those that the layers have are tried in any case.
         per_layer: Find a weight for each layer: 20 steps of Adam by the gradient of the metric,
             from the best common one.
-        refine: Look closer between the neighbours of the grid's best point, by golden section,
-            until 0.01 is left. The accuracy has no slope to follow and is not refined.
+        refine: Look closer between the neighbours of the grid's best point: by golden section
+            until 0.01 is left; for the accuracy, which has steps and no slope, at eight weights
+            between them. Of weights that are equally good the middle one is taken, and the result
+            says how many they are.
         forward: ``forward(model, batch)`` for batches of another form.
         larger_is_better: Of a ``metric`` that is a function, whether larger values are better.
 
@@ -98,76 +104,101 @@ def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, ho
             "per_layer=True was given with metric='accuracy', which has no gradient to follow; "
             "tune for metric='loss', or with per_layer=False"
         )
+    require_bare(model, "tune")
     layers = WeighedLayers(model)
     sweep = Sweep(layers, measured, forward or forward_batch, as_list(batches))
-    try:
-        layers.convert_()
-        found = _searched(sweep, alphas, per_layer, refine and not measured.binary)
-        layers.set_(found.alpha)
-        return found
-    except BaseException:
-        layers.undo()
-        raise
+    layers.convert_()
+    found = _searched(sweep, alphas, per_layer, refine)
+    layers.set_(found.alpha)
+    return found
 
 
 def _searched(sweep: Sweep, alphas: tuple[float, ...], per_layer: bool, refine: bool) -> Tuning:
     table = _Table(sweep, alphas)
     if refine:
         table.refine()
-    shared = table.best()
-    chosen: Weights = descend(sweep, shared) if per_layer else shared
+    shared, tied = table.best()
+    chosen: Weights = shared if table.choosing(shared) > 0 else table.before
+    if per_layer:
+        chosen = descend(sweep, chosen)
     gain = table.gain_of(chosen)
-    nothing: Weights = dict.fromkeys(sweep.layers.named, 0.0) if per_layer else 0.0
     return Tuning(
         model=sweep.model,
         metric=sweep.metric,
-        alpha=chosen if gain.significant else nothing,
+        before=table.before,
+        alpha=chosen if gain.significant else _like(chosen, table.before, sweep),
         best=chosen,
         gain=gain,
         shared=shared,
         shared_gain=table.gain_of(shared),
+        tied=tied if chosen == shared else (),
         curve=tuple(table.points()),
         how=sweep.how or "one by one",
         _sweep=sweep,
     )
 
 
+def _like(chosen: Weights, before: Weights, sweep: Sweep) -> Weights:
+    """The weights from before, layer by layer if that is how others were chosen."""
+    if isinstance(chosen, Mapping) and not isinstance(before, Mapping):
+        return dict.fromkeys(sweep.layers.named, before)
+    return before
+
+
 class _Table:
-    """Scores of every example under every weight that was tried."""
+    """Scores of every example under every common weight that was tried, and as the model was."""
 
     def __init__(self, sweep: Sweep, alphas: tuple[float, ...]) -> None:
         self.sweep, self.metric = sweep, sweep.metric
-        self.rows = dict(zip(alphas, sweep.scores(alphas), strict=True))
-        _require_examples(self.rows[0.0], self.metric)
+        self.before = one_for_all(sweep.layers.weights)
+        alone = () if isinstance(self.before, Mapping) else (self.before,)
+        self.rows: dict[float, Tensor] = {}
+        _require_others(alphas, alone)
+        self._try(tuple(sorted({*alphas, *alone})))
+        self.scores_before = self.rows[alone[0]] if alone else sweep.scores_of(self.before)
+        _require_examples(self.scores_before, self.metric)
 
     def gains(self, alpha: float) -> Tensor:
-        """What every example gains against 0."""
-        return self.metric.gains(self.rows[alpha], self.rows[0.0])
+        """What every example gains against the weights from before."""
+        return self.metric.gains(self.rows[alpha], self.scores_before)
 
     def choosing(self, alpha: float) -> float:
         """Mean gain of the examples that choose; the worst there is where it is no number."""
         if alpha not in self.rows:
-            self.rows[alpha] = self.sweep.scores((alpha,))[0]
+            self._try((alpha,))
         mean = self.gains(alpha)[CHOOSES].mean().item()
         return -math.inf if math.isnan(mean) else mean
 
-    def best(self) -> float:
-        """The weight with the largest gain, the smallest of several."""
-        return max(sorted(self.rows), key=self.choosing)
+    def best(self) -> tuple[float, tuple[float, ...]]:
+        """The weight with the largest gain, and all that have it.
+
+        Of several it is the one from before, else the middle one: next to the ends of a plateau
+        others are worse.
+        """
+        gains = {alpha: self.choosing(alpha) for alpha in sorted(self.rows)}
+        tied = tuple(alpha for alpha, gain in gains.items() if gain == max(gains.values()))
+        if not isinstance(self.before, Mapping) and self.before in tied:
+            return self.before, tied
+        return tied[(len(tied) - 1) // 2], tied
 
     def refine(self) -> None:
         """Try weights between the neighbours of the best one."""
-        tried = sorted(self.rows)
-        place = tried.index(self.best())
-        low, high = tried[max(place - 1, 0)], tried[min(place + 1, len(tried) - 1)]
-        golden_section(self.choosing, low, high)
+        tried, (_, tied) = sorted(self.rows), self.best()
+        low = tried[max(tried.index(tied[0]) - 1, 0)]
+        high = tried[min(tried.index(tied[-1]) + 1, len(tried) - 1)]
+        if self.metric.binary:
+            steps = range(1, STEPS_BETWEEN + 1)
+            between = [round(low + (high - low) * k / (STEPS_BETWEEN + 1), 6) for k in steps]
+            self._try(tuple(alpha for alpha in between if alpha not in self.rows))
+        else:
+            golden_section(self.choosing, low, high)
 
     def gain_of(self, weights: Weights) -> Gain:
         """Gain of the examples that had no part in choosing."""
         if isinstance(weights, float):
             differences = self.gains(weights)
-        else:  # both in plain forwards, so that rounding is no gain where all weights are 0
-            before = self.sweep.scores_of(0.0)
+        else:  # both in plain forwards, so that rounding is no gain where all weights are the same
+            before = self.sweep.scores_of(self.before)
             differences = self.metric.gains(self.sweep.scores_of(weights), before)
         return paired_gain(differences[JUDGES], self.metric.binary)
 
@@ -177,6 +208,9 @@ class _Table:
             gains = self.gains(alpha)
             mean, gain = scores.mean().item(), gains.mean().item()
             yield CurvePoint(alpha, mean, len(scores), gain, standard_error(gains))
+
+    def _try(self, alphas: tuple[float, ...]) -> None:
+        self.rows |= zip(alphas, self.sweep.scores(alphas), strict=True)
 
 
 def golden_section(value: Callable[[float], float], low: float, high: float) -> None:
@@ -198,19 +232,25 @@ def golden_section(value: Callable[[float], float], low: float, high: float) -> 
 
 
 def _read_grid(grid: Sequence[float]) -> tuple[float, ...]:
-    """Weights in rising order, 0 among them.
+    """Weights in rising order.
 
     Raises:
-        OptionError: If one is no share, or there is nothing to compare with 0.
+        OptionError: If one is no share, or there is none.
     """
     for alpha in grid:
         require_share("grid", alpha)
-    alphas = tuple(sorted({0.0, *map(float, grid)}))
-    if len(alphas) < 2:
+    if not grid:
+        raise OptionError("grid=() was given; give at least one weight, such as (0.1, 0.3)")
+    return tuple(sorted(set(map(float, grid))))
+
+
+def _require_others(alphas: tuple[float, ...], before: tuple[float, ...]) -> None:
+    """Refuse a grid without a weight that the layers do not have already."""
+    if not set(alphas) - set(before):
         raise OptionError(
-            f"grid={tuple(grid)} was given; give at least one weight above 0, such as (0.1, 0.3)"
+            f"grid={alphas} was given, and {before[0]:g} is what the layers have; give at least "
+            f"one other weight, such as (0.1, 0.3)"
         )
-    return alphas
 
 
 def _require_examples(scores: Tensor, metric: Metric) -> None:
@@ -222,6 +262,7 @@ def _require_examples(scores: Tensor, metric: Metric) -> None:
     if not torch.isfinite(scores).all():
         number = int((~torch.isfinite(scores)).sum())
         raise DataError(
-            f"the {metric.name} of {number} of {len(scores)} examples is not finite at alpha = 0; "
+            f"the {metric.name} of {number} of {len(scores)} examples is not finite with the "
+            f"weights that the layers have; "
             f"see what the model makes of them before tuning it"
         )

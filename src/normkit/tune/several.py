@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from normkit.kernels.reference import table_dtype
+from normkit.passes.inputs import first_argument
 from normkit.tune.layers import WeighedLayers
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest output; 2e-2 for 16 bits
@@ -27,7 +28,7 @@ def weighed_by_copy(
     """Let the ``i``-th copy of the batch have the ``i``-th weight in every layer.
 
     Args:
-        layers: The layers; their weights are not put back, see ``WeighedLayers.kept``.
+        layers: The layers; their weights are not put back, see ``passes.untouched``.
         alphas: Weights, one a copy.
         repeat: Whether layers repeat what reaches them once; otherwise it comes repeated.
     """
@@ -49,15 +50,17 @@ class _Weigher:
     def __call__(
         self, caller: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        key = None if args else next(iter(named))
-        x = self._copies(args[0] if key is None else named[key])
-        weights = self._column(x)
+        args = tuple(map(self._copies, args))  # the input, and a mask
+        named = {key: self._copies(value) for key, value in named.items()}
+        weights = self._column(first_argument(args, named))
         for layer in self.layers.callers[caller]:
             layer._example_weight = weights
-        return ((x, *args[1:]), named) if key is None else (args, {**named, key: x})
+        return args, named
 
-    def _copies(self, x: Tensor) -> Tensor:
+    def _copies(self, x: Any) -> Any:  # noqa: ANN401 - whatever a norm is given
         """Repeat the first norm's input, and that of a norm on a branch that passes it by."""
+        if not isinstance(x, Tensor):
+            return x
         if self.repeat and x.shape[0] == (self.num_single or x.shape[0]):
             self.num_single = x.shape[0]
             return torch.cat([x] * len(self.alphas))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -65,14 +65,13 @@ class Sweep:
             found = [score(b) for b in progress(batches, "tuning example weights", total)]
         return torch.cat(found, dim=-1).cpu()
 
-    def undisturbed(self) -> ExitStack:
+    @contextmanager
+    def undisturbed(self) -> Generator[None]:
         """Evaluation mode, with everything put back when the block ends."""
-        stack = ExitStack()
-        stack.enter_context(untouched(self.model, training=False))
-        stack.enter_context(self.layers.kept())
-        if self.layers.has_composites:  # their operators take a number
-            stack.enter_context(use_kernels("reference"))
-        return stack
+        composites = self.layers.has_composites  # their operators take a number
+        kernels = use_kernels("reference") if composites else nullcontext()
+        with kernels, untouched(self.model, training=False):
+            yield
 
     def _plain(self, batch: Any, weights: Weights) -> Tensor:  # noqa: ANN401 - see passes.batches
         return self.metric.of(self._output(batch, weights), batch)

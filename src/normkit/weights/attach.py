@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import NormError, TraceError, WeightError
-from normkit.tracing.bare import require_bare
+from normkit.passes import all_or_nothing, require_bare
 from normkit.tracing.feeds import Feeds, trace_feeds
 from normkit.tracing.kinds import CONVOLUTIONS, is_producer
 from normkit.weights.algebra import EpsTo
@@ -22,6 +23,7 @@ from normkit.weights.parametrizations import (
     WeightNorm,
     WeightStandardization,
 )
+from normkit.weights.pickling import make_picklable_
 from normkit.weights.report import WeightReport
 
 Where = Callable[[nn.Module, str], bool]
@@ -192,6 +194,7 @@ def centered_weight_norm_(
     return attach_(model, make, "centred and weight-normalized", where, example_input)
 
 
+@all_or_nothing
 def attach_(
     model: nn.Module,
     make: Make,
@@ -212,9 +215,22 @@ def attach_(
         for rule in several:
             rule.once = once
     for name, rule in rules.items():
+        if parametrize.is_parametrized(layers[name]):  # of a bias, say, by somebody else
+            take_class_of_its_own(layers[name])
         parametrize.register_parametrization(layers[name], "weight", rule)
+        make_picklable_(layers[name])
     how = "as where= says" if where else f"followed by {feeds.how}" if feeds else ""
     return WeightReport(done=done, changed=tuple(rules), skipped=skipped, how=how)
+
+
+def take_class_of_its_own(module: nn.Module) -> None:
+    """Leave the class that torch made for this layer to its deep copies, which share it.
+
+    ``parametrize`` adds the computed ``weight`` to the class, or deletes it from there.
+    """
+    shared = type(module)
+    own = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+    module.__class__ = own  # type: ignore[assignment]
 
 
 def rules_of(module: nn.Module) -> list[Reparametrization]:
@@ -264,6 +280,7 @@ def _is_called_again(name: str, feeds: Feeds | None) -> bool:
     return feeds is None or feeds.calls.get(name) != 1
 
 
+@torch.inference_mode(False)  # gains and offsets are to learn, wherever this is called
 def _made(make: Make, name: str, module: nn.Module) -> Reparametrization:
     """Build the rule for one layer; what it refuses is said with the layer's name.
 
@@ -274,7 +291,8 @@ def _made(make: Make, name: str, module: nn.Module) -> Reparametrization:
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         raise WeightError(
             f"the weight of layer {name!r} ({type(module).__name__}) is no plain parameter: it is "
-            f"not there yet, or parametrised by something else; leave it out with where="
+            f"not there yet, or computed by something else; leave it out with where=, or in "
+            f"convert_norm_ give the norm behind it a spec without +ws"
         )
     try:
         rule = make(weight, Filters.of(module))

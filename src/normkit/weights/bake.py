@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import WeightError
+from normkit.passes import all_or_nothing, require_layers
 from normkit.tracing.kinds import is_producer
-from normkit.weights.attach import rules_of
+from normkit.weights.attach import rules_of, take_class_of_its_own
 from normkit.weights.report import WeightReport
 
 
+@all_or_nothing
 def bake_weights_(model: nn.Module) -> WeightReport:
     """Write every computed weight into its layer and take the reparametrisation off, in place.
 
@@ -25,7 +30,9 @@ def bake_weights_(model: nn.Module) -> WeightReport:
         The layers that were baked.
 
     Raises:
-        WeightError: If a weight is parametrised by something else as well; nothing is changed.
+        OptionError: If the model's layers cannot be looked into: it is scripted, exported, ...
+        WeightError: If a weight is parametrised by something else as well, or shared with a layer
+            that computes another one of it; nothing is changed.
 
     Example:
         >>> import normkit as nk
@@ -35,16 +42,22 @@ def bake_weights_(model: nn.Module) -> WeightReport:
         baked 1 layer
           0
     """
+    require_layers(model, "bake the weights of")
     layers = {name: m for name, m in model.named_modules() if is_producer(m) and rules_of(m)}
     for name, module in layers.items():
         _require_ours_alone(name, module)
+        _require_same_of_all(name, module, model)
     for rule in [rule for module in layers.values() for rule in rules_of(module)]:
         if rule.once is not None:
             rule.once.remove()
+    written: list[Tensor] = []
     for module in layers.values():
-        _take_class_of_its_own(module)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        raw = _raw_weight(module)
+        is_first = not any(raw is other for other in written)  # a shared one has its values then
+        take_class_of_its_own(module)
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=is_first)
         _put_weight_first(module)
+        written.append(raw)
     return WeightReport(done="baked", changed=tuple(layers), skipped={}, how="")
 
 
@@ -58,14 +71,33 @@ def _require_ours_alone(name: str, module: nn.Module) -> None:
         )
 
 
-def _take_class_of_its_own(module: nn.Module) -> None:
-    """Leave the class that torch made for this layer to its deep copies, which share it.
+def _require_same_of_all(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Refuse to write into a parameter of which somebody else makes something else.
 
-    ``remove_parametrizations`` deletes the computed ``weight`` from the class.
+    Raises:
+        WeightError: With both layers' names.
     """
-    shared = type(module)
-    own = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-    module.__class__ = own  # type: ignore[assignment]
+    raw, own = _raw_weight(module), _weight(module)
+    for other, holder in model.named_modules():
+        beside = any(p is raw for p in holder._parameters.values())
+        shares = is_producer(holder) and _raw_weight(holder) is raw
+        if "parametrizations" in other.split(".") or not (shares or beside):
+            continue
+        if not shares or not torch.equal(_weight(holder), own):
+            raise WeightError(
+                f"the weight of layer {name!r} is shared with {other!r}, which computes another "
+                f"one of it; give one of them a parameter of its own first"
+            )
+
+
+def _raw_weight(module: nn.Module) -> Any:  # noqa: ANN401 - a parameter; a tensor that others compute
+    if parametrize.is_parametrized(module, "weight"):
+        return module.get_submodule("parametrizations").get_submodule("weight").original
+    return module._parameters.get("weight")
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return getattr(module, "weight")  # noqa: B009 - torch's type of it says less
 
 
 def _put_weight_first(module: nn.Module) -> None:

@@ -213,11 +213,19 @@ def test_a_missing_library_is_a_plain_reason(monkeypatch, tmp_path):
     library.why_not.cache_clear()
     try:
         assert not cpu.available()
-        with pytest.raises(RuntimeError, match="were not built"):
+        with pytest.raises(
+            RuntimeError, match=r"were not built: .* no word of why; with torch and"
+        ):
+            cpu.require()
+        (tmp_path / "not_built.txt").write_text("the compiler failed:\nc++ -c x.cpp\n")
+        library.why_not.cache_clear()
+        with pytest.raises(
+            RuntimeError, match=r"were not built: the compiler failed: c\+\+ -c x.cpp;"
+        ):
             cpu.require()
         (tmp_path / "_C.so").write_bytes(b"no library")
         library.why_not.cache_clear()
-        with pytest.raises(RuntimeError, match="do not load into torch"):
+        with pytest.raises(RuntimeError, match=r"do not load into torch .*--no-deps --force-reins"):
             cpu.require()
     finally:
         library.why_not.cache_clear()
@@ -236,6 +244,68 @@ def test_an_install_without_a_compiler_says_so_and_goes_on(tmp_path):
     )
     assert "installed without its CPU kernels" in done.stderr
     assert not list(tmp_path.rglob("_C.so"))
+    (reason,) = tmp_path.rglob("not_built.txt")
+    assert reason.read_text().startswith("the compiler no-such-compiler does not start: [Errno 2]")
+
+
+SLOW = """
+import sys, warnings
+from pathlib import Path
+from normkit.kernels import select
+from normkit.kernels.cpu import library
+library.LIBRARY = Path(sys.argv[1]) / "_C.so"
+library.why_not.cache_clear()
+select._WHY_NOT_CPU = library.why_not()
+import torch
+import normkit as nk
+norm, x = nk.BatchNorm(4), torch.randn(2, 4, 3, 3)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    with nk.use_kernels("reference"):
+        norm(x)
+    assert not told, told[0]
+    for _ in range(3):
+        norm(x)
+        nk.GroupNorm(4, num_groups=2)(x)
+    torch.compile(norm, backend="eager")(x)
+messages = [str(each.message) for each in told if "normkit" in str(each.message)]
+assert len(messages) == 1, messages
+assert told[0].category is UserWarning
+print(messages[0])
+"""
+
+
+def test_the_first_slow_call_of_a_process_is_told_with_its_reason_and_the_way_out(tmp_path):
+    (tmp_path / "not_built.txt").write_text("no C++ compiler was found when normkit was built\n")
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "normkit computes on the CPU without its C++ kernels, with the same results and several "
+        "times slower: the CPU kernels were not built: no C++ compiler was found when normkit was "
+        "built; with torch and a C++ compiler there, run `pip install --no-build-isolation "
+        "--no-deps --force-reinstall .` in the folder of normkit's sources\n"
+    )
+
+
+def test_what_an_earlier_build_has_left_is_not_shipped(tmp_path):
+    package = tmp_path / "build" / "lib" / "normkit"
+    (package / "kernels" / "cpu").mkdir(parents=True)
+    (package / "kernels" / "cpu" / "_C.so").write_bytes(b"old")
+    (package / "gone.py").touch()
+    folders = [f"--build-lib={tmp_path / 'build' / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", *folders],
+        cwd=Path(__file__).parents[3],
+        check=True,
+        capture_output=True,
+        env={"CXX": "no-such-compiler", "PATH": ""},
+    )
+    assert (package / "kernels" / "cpu" / "not_built.txt").exists()
+    assert (package / "spec.py").exists()
+    assert not (package / "gone.py").exists()
+    assert not list(package.rglob("_C.so"))
 
 
 def test_one_wheel_serves_every_python(tmp_path):

@@ -269,7 +269,9 @@ def test_shapes_come_by_name_or_from_a_file(tmp_path):
     path.write_text(json.dumps([[6, 5, 7]]))
     assert read_shapes(str(path)) == ((6, 5, 7),)
     assert len(set(read_shapes("resnet50"))) == 12
-    with pytest.raises(SpecError, match=r"was given 'resnet' .* name resnet50 or small, or a file"):
+    with pytest.raises(
+        SpecError, match=r"was given 'resnet', .* name resnet50 or small, or a file"
+    ):
         read_shapes("resnet")
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from normkit.lab.data import load
+from normkit.lab.data.sources import FASHION_MNIST_FOLDER
 from normkit.lab.reproduce import (
     PRESETS,
     as_markdown,
@@ -11,6 +13,7 @@ from normkit.lab.reproduce import (
     run_missing,
     save_figure,
 )
+from normkit.lab.reproduce.training import SIZES
 
 
 @pytest.fixture(scope="module")
@@ -54,5 +57,31 @@ def test_equal_runs_give_equal_figures(folder):
 def test_a_preset_says_how_it_differs_from_the_paper(preset):
     for scale in preset.scales:
         assert preset.specs(scale)
+        facts = {*preset.at(scale).settings.facts(), "num_seeds"}
+        assert facts == preset.original.keys()  # what the paper had, or that it is not said
         assert preset.differences(scale)  # each at least takes several seeds
     assert preset.at("small").num_seeds >= 3
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_the_sizes_that_sections_name_are_those_of_the_data(name):
+    if name == "fashion-mnist" and not FASHION_MNIST_FOLDER.is_dir():
+        pytest.skip("fashion-mnist is not installed")
+    data = load(name)
+    channels, height, _ = data.input_shape
+    expected = (len(data.train), len(data.test), height, {1: "grey", 3: "colour"}[channels])
+    assert SIZES[name] == expected
+
+
+def test_all_that_differs_is_said_also_where_the_paper_is_silent():
+    said = PRESETS["output-noise"].differences("small")
+    for difference in (
+        "num train 3000 (paper: 50000)",
+        "num test 2000 (paper: 10000)",
+        "pictures 14x14 grey (paper: 32x32 colour)",
+        "held out a tenth of the training examples (paper: not said)",
+        "rate drop a tenth in the last quarter of the epochs (paper: not said)",
+    ):
+        assert difference in said
+    said = PRESETS["disturbed-statistics"].differences("small")
+    assert {"batch size 32 (paper: 256)", "learning rate 0.05 (paper: 0.1)"} <= {*said}

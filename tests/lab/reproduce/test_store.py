@@ -3,6 +3,8 @@
 import pytest
 
 from normkit.errors import DataError, SpecError
+from normkit.lab.lines import read_lines
+from normkit.lab.records import RECORDS_NAME
 from normkit.lab.reproduce import (
     Result,
     conclude,
@@ -12,7 +14,7 @@ from normkit.lab.reproduce import (
     write_result,
 )
 from normkit.lab.reproduce import run as running
-from normkit.lab.reproduce.store import RECORDS_NAME, read_runs
+from normkit.lab.reproduce.store import RunRecord
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_an_interrupted_preset_goes_on_where_it_stopped(preset, tmp_path, monkey
         run_missing(preset, "tiny", tmp_path, interrupted)
     path = tmp_path / RECORDS_NAME
     kept = path.read_bytes()
-    assert len(read_runs(path)) == 2
+    assert len(read_lines(path, RunRecord).records) == 2
     path.write_bytes(kept[:-40])  # the second line breaks off
     ran = []
     whole = running.run_one
@@ -52,7 +54,20 @@ def test_an_interrupted_preset_goes_on_where_it_stopped(preset, tmp_path, monkey
     records = run_missing(preset, "tiny", tmp_path)
     assert len(records) == 6
     assert len(ran) == 5
-    assert len(read_runs(path)) == 6
+    assert len(read_lines(path, RunRecord).records) == 6
+
+
+def test_runs_on_other_data_are_done_anew(preset, tmp_path, monkeypatch):
+    first = run_missing(preset, "tiny", tmp_path)
+    assert len({record.data_hash for record in first}) == 1
+    data = type(preset.at("tiny").settings)
+    monkeypatch.setattr(data, "fingerprint", lambda _settings: "0" * 12)
+    told = []
+    records = run_missing(preset, "tiny", tmp_path, lambda *what: told.append(what))
+    assert len(told) == len(records) == 6
+    assert {record.data_hash for record in records} == {"0" * 12}
+    monkeypatch.undo()
+    assert run_missing(preset, "tiny", tmp_path, lambda *_: pytest.fail("ran again")) == first
 
 
 def test_equal_specs_give_equal_values(preset, tmp_path):

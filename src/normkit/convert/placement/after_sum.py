@@ -73,6 +73,7 @@ def has_norm_after_sum(block: Block) -> bool:
     return child is not None and is_norm(child[1])
 
 
+@torch.inference_mode(False)  # new parameters are to learn, wherever this is called
 def norm_after_sum(block: Block, model: nn.Module) -> Insertion:
     """Build a block's norm, and what it stands in; nothing changes.
 

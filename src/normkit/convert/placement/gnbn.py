@@ -13,11 +13,13 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen, Found, find_norms
 from normkit.errors import OptionError
+from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 from normkit.tracing.trace import trace
 
 
+@all_or_nothing
 def place_gnbn_(
     model: nn.Module,
     norm: str | NormSpec = "gn:4",
@@ -35,8 +37,8 @@ def place_gnbn_(
         model: A network with two norms or more.
         norm: A batch-free norm.
         optimizer: Follows, as in ``convert_norm_``.
-        example_input: Sent through the model once if ``torch.fx`` cannot follow it: a tuple of
-            arguments, a dict of named ones, or the only one.
+        example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
+            order of the norms if ``torch.fx`` cannot follow the model.
         dry_run: Only report what would be done.
 
     Returns:
@@ -72,7 +74,7 @@ def place_gnbn_(
     left = dict.fromkeys(found, "the forward does not call it")
     left |= {m: f"it is norm {n} of {len(called)}" for n, m in enumerate(called, 1)}
     left = {module: why for module, why in left.items() if module not in specs}
-    planned = plan(model, found, Chosen(specs, left), None)
+    planned = plan(model, found, Chosen(specs, left), None, argument="norm=")
     standardize = feeding(model, found, specs, example_input)
     return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
 

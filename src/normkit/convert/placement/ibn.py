@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +16,7 @@ from normkit.convert.plan import plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
+from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 
@@ -24,11 +25,13 @@ STAGES = 4
 """Stages of the networks of the paper."""
 
 
+@all_or_nothing
 def place_ibn_(
     model: nn.Module,
     variant: Variant = "a",
     *,
     optimizer: Optimizer | None = None,
+    example_input: Any = None,  # noqa: ANN401
     dry_run: bool = False,
 ) -> Conversion:
     """Make a residual network an IBN-Net, in place.
@@ -47,6 +50,8 @@ def place_ibn_(
         variant: ``"a"`` or ``"b"``.
         optimizer: Follows, as in ``convert_norm_``; parameters of an added norm join the group of
             the block's last norm.
+        example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
+            order of the blocks if ``torch.fx`` cannot follow the model.
         dry_run: Only report what would be done.
 
     Returns:
@@ -56,6 +61,7 @@ def place_ibn_(
         OptionError: If the variant is unknown, or the model has no such blocks, too few stages, or
             is wrapped or compiled.
         ConversionError: If a norm has no rule, or a block no place for a norm after its sum.
+        TraceError: If the example input does not go through the model.
 
     Source:
         Pan, Luo, Shi & Tang 2018, Two at Once: Enhancing Learning and Generalization Capacities via
@@ -77,7 +83,7 @@ def place_ibn_(
     require_bare(model, "convert")
     if variant not in get_args(Variant):
         raise OptionError(f"variant={variant!r} was given; it is one of {[*get_args(Variant)]}")
-    layout = find_layout(model)
+    layout = find_layout(model, example_input)
     stages = _stages(layout, variant)
     place = _variant_a if variant == "a" else _variant_b
     specs, blocks = place(layout, stages)
@@ -85,7 +91,7 @@ def place_ibn_(
     open_ = [block for block in blocks if not has_norm_after_sum(block)]
     added = tuple(norm_after_sum(block, model) for block in open_)
     planned = plan(model, layout.found, Chosen(specs, left), None, added)
-    return carry_out(model, planned, (), optimizer, None, dry_run)
+    return carry_out(model, planned, (), optimizer, example_input, dry_run)
 
 
 Placed = tuple[dict[nn.Module, NormSpec], list[Block]]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import fx, nn
 
 from normkit.convert.selection import find_norms
-from normkit.tracing.kinds import CONVOLUTIONS, Kind, is_norm, kind_of_operation, plain_name
-from normkit.tracing.symbolic import defaults_of
+from normkit.tracing.kinds import (
+    CONVOLUTIONS,
+    Kind,
+    is_norm,
+    kind_of_operation,
+    plain_name,
+    value_arguments,
+)
+from normkit.tracing.symbolic import traced
 
 
 class _Tracer(fx.Tracer):
@@ -73,7 +80,7 @@ def follow(module: nn.Module) -> OwnForward | None:
     if is_sequence(module) or type(module).forward is nn.Module.forward:
         return None
     try:
-        graph = _Tracer().trace(module, concrete_args=defaults_of(module))
+        graph = traced(_Tracer(), module)
     except Exception:  # noqa: BLE001 - the module's own code runs on proxies
         return None
     sums = [node for node in graph.nodes if _kind(node) == "sum" and len(_addends(node)) == 2]
@@ -104,8 +111,14 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
         at = open_.pop()
         if at not in found:
             found.add(at)
-            open_.extend(at.all_input_nodes if _kind(at) != "ask" else ())
+            open_.extend(() if _kind(at) == "ask" else _values(at))
     return found
+
+
+def _values(node: fx.Node) -> Sequence[fx.Node]:
+    called = node.op in ("call_function", "call_method")
+    inputs = node.all_input_nodes
+    return value_arguments(plain_name(node.target), inputs) if called else inputs
 
 
 def _kind(node: fx.Node) -> Kind | None:

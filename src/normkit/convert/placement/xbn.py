@@ -14,10 +14,12 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
+from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
 from normkit.tracing import require_bare
 
 
+@all_or_nothing
 def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only the user knows
     model: nn.Module,
     position: int = 2,
@@ -45,8 +47,9 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
         norm: A batch-free norm. A number of groups is at most the number of channels.
         stem: Also replace the norms before the first block.
         optimizer: Follows, as in ``convert_norm_``.
-        example_input: Shows the order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot
-            follow the model; without it blocks are then counted in the order of their definition.
+        example_input: Sent through the model before and after, as in ``convert_norm_``. Shows the
+            order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot follow the model;
+            without it blocks are then counted in the order of their definition.
         dry_run: Only report what would be done.
 
     Returns:
@@ -85,7 +88,7 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
     chosen = _chosen(layout, position, every, stem)
     specs = {module: with_at_most(spec, module) for module in chosen}
     left = {m: why for m, why in layout.reasons().items() if m not in specs}
-    planned = plan(model, layout.found, Chosen(specs, left), None)
+    planned = plan(model, layout.found, Chosen(specs, left), None, argument="norm=")
     standardize = feeding(model, layout.found, specs, example_input)
     return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
 

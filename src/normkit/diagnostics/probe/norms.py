@@ -8,14 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
+from normkit.core.groups import normalize_batch
 from normkit.core.moments import Moments
+from normkit.core.parameters import Parameters
 from normkit.diagnostics.channel_difference import channels_first, pooling_groups, stat_diff
 from normkit.diagnostics.estimation_shift import distances_between, running_moments
+from normkit.inference.known import own_forward, takes_input_as_it_is
 from normkit.inference.population import Population
-from normkit.inference.tracked import Where, feature_map, keeps_statistics, tracked
+from normkit.inference.tracked import (
+    CUT,
+    Where,
+    cuts_positions,
+    feature_map,
+    keeps_statistics,
+    tracked,
+    valid_positions,
+)
 from normkit.layers.base import NormLayer
 from normkit.layers.batch_channel import BatchChannelNorm, EstimatedBatchNorm
 from normkit.layers.over_batch import InnerBatchNorm
+from normkit.passes.inputs import first_argument
 
 
 class Norm:
@@ -33,6 +45,9 @@ class Norm:
         self.name, self.host_name = name, host_name
         self._layer, self._host = layer, host
         self._groups = pooling_groups(layer)
+        unknown = next((m for m in (host, layer) if not takes_input_as_it_is(m)), None)
+        self.why_unknown = "" if unknown is None else own_forward(unknown)
+        """Why what it normalises is not known; empty if that is its input."""
         self.forget()
 
     def forget(self) -> None:
@@ -47,17 +62,23 @@ class Norm:
             self._running = Moments(running.mean.clone(), running.var.clone())
 
     @torch.no_grad()
-    def see(self, x: Any) -> None:  # noqa: ANN401 - whatever the module was given
+    def see(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Take an input into account that the module has normalised."""
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        x = first_argument(args, named)
+        if self.why_unknown or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
             return
-        x = channels_first(self._layer, x) if self._host is self._layer else self._own_part(x)
+        valid = valid_positions(self._host, feature_map(self._host, x), args, named)
+        if valid is not None and cuts_positions(self._layer, x.shape[1]):
+            self.why_unknown = CUT
+            return
+        first = self._host is self._layer
+        x = channels_first(self._layer, x) if first else self._own_part(x, valid)
         if x is None:
             return
         if self._running is not None:
-            self._batch.add(x)
+            self._batch.add(x, valid)
         if self._groups:
-            self._channels.add(x)
+            self._channels.add(x, valid)
 
     @property
     def shift(self) -> tuple[float, float] | None:
@@ -78,11 +99,11 @@ class Norm:
         """Whether it got an input."""
         return bool(self._batch.count or self._channels.count)
 
-    def _own_part(self, x: Tensor) -> Tensor | None:
+    def _own_part(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
         """What a composite gives to this part of it, worked out."""
         host, x = self._host, feature_map(self._host, x)
         if isinstance(host, BatchChannelNorm):
-            return x if self._layer is host.batch else _after_batch_stage(host.batch, x)
+            return x if self._layer is host.batch else _after_batch_stage(host.batch, x, valid)
         width: Any = self._layer.num_features
         return x[:, -width:]  # the batch norm beside an instance norm takes the last channels
 
@@ -108,12 +129,16 @@ def parts_of_composites(model: nn.Module) -> set[nn.Module]:
     return {part for norm in composites for part in norm.children() if isinstance(part, NormLayer)}
 
 
-def _after_batch_stage(stage: InnerBatchNorm | EstimatedBatchNorm, x: Tensor) -> Tensor | None:
+def _after_batch_stage(
+    stage: InnerBatchNorm | EstimatedBatchNorm, x: Tensor, valid: Tensor | None
+) -> Tensor | None:
     """Output of the first stage of batch-channel normalization, unless other ranks have a say."""
-    statistics = running_moments(stage)  # of micro batches: moved before they were used
     own = stage.training and not isinstance(stage, EstimatedBatchNorm)
     if (own and stage.process_group is not None) or (not stage.training and stage.example_weight):
         return None
-    mean, var = (None, None) if own else (statistics.mean, statistics.var)
     weight, bias = (None if p is None else p.double() for p in (stage.weight, stage.bias))
-    return batch_norm(x.double(), mean, var, weight, bias, own, 0.0, stage.eps)
+    if own:
+        affine = Parameters(weight, bias, stage.eps)
+        return normalize_batch(x.double(), stage.running_partition, None, affine, valid=valid)
+    given = running_moments(stage)  # of micro batches: moved before they were used
+    return batch_norm(x.double(), given.mean, given.var, weight, bias, False, 0.0, stage.eps)

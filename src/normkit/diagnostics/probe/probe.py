@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normkit.core.check import require_count
+from normkit.core.check import require_choice, require_count
 from normkit.diagnostics.probe.gradients import (
     Gradients,
     Params,
@@ -27,9 +28,11 @@ from normkit.diagnostics.probe.rows import (
     notes_on_numbers,
     rows_of,
 )
+from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
-from normkit.errors import OptionError
-from normkit.inference.tracked import Where, bare
+from normkit.errors import CallbackError, OptionError
+from normkit.inference.tracked import Where
+from normkit.passes import attempt, bare, finish, grad_mode_now, surely
 from normkit.text import module_name
 
 
@@ -92,6 +95,10 @@ class Probe:
         ['0', '1', '2']
     """
 
+    _outputs: Outputs | None = None
+    _watch: Watch | None = None
+    _before: Gradients | None = None
+
     def __init__(  # noqa: PLR0913 - what is recorded, and where it goes
         self,
         model: nn.Module,
@@ -112,13 +119,10 @@ class Probe:
                 "the model runs on several devices in one process (DataParallel), where hooks see "
                 "copies; use DistributedDataParallel, or give the probe one device"
             )
-        self._given, self._model = model, bare(model)
+        self._given, self._model = model, bare(model, "probe")
         _require_something(self._model, where, params)
         self._where, self._params, self._eager = where, params, eager
         self._places = path, log_dir, writer
-        self._outputs: Outputs | None = None
-        self._watch: Watch | None = None
-        self._before: Gradients | None = None
         self.num_steps = 0
         self.records: list[ProbedStep] = []
 
@@ -130,20 +134,25 @@ class Probe:
         """
         if self._outputs is not None:
             raise OptionError("the probe is open already; a second block needs a second probe")
-        path, log_dir, writer = self._places if _records_here() else (None, None, None)
         try:
-            self._outputs = Outputs(path, log_dir, writer)
-            self._prepare()
+            attempt(self._open, self._model)
         except BaseException:
             self.stop()
             raise
 
+    def _open(self) -> None:
+        path, log_dir, writer = self._places if _records_here() else (None, None, None)
+        self._outputs = Outputs(path, log_dir, writer)
+        self._prepare()
+
     def stop(self) -> None:
         """Take all hooks out and close the files; what was recorded stays."""
-        self._let_go()
-        outputs, self._outputs = self._outputs, None
-        if outputs is not None:
-            outputs.close()
+        finish([self._let_go, self._close])
+
+    def _close(self) -> None:
+        if self._outputs is not None:
+            self._outputs.close()
+            self._outputs = None
 
     def step(self, loss: Tensor | float | None = None) -> ProbedStep | None:
         """Say that a training step is over: after the optimizer's, before its ``zero_grad``.
@@ -160,14 +169,7 @@ class Probe:
         outputs = self._require_open()
         _require_number(loss)
         self.num_steps += 1
-        watch, before = self._watch, self._before
-        record = None
-        try:
-            if watch is not None:
-                watch.close()
-                record = self._record(watch, before, loss)
-        finally:
-            self._let_go()
+        record = surely(lambda: self._record(loss), self._let_go, grad_mode_now())
         if record is not None:
             self.records.append(record)
             outputs.write(record)
@@ -196,7 +198,7 @@ class Probe:
         """Draw what was recorded over the steps; returns a matplotlib ``Figure``.
 
         Raises:
-            ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
+            PackageError: If matplotlib is not installed.
         """
         return self.history.plot()
 
@@ -208,15 +210,31 @@ class Probe:
         """
         write_lines(Path(path), self.records)
 
-    def callback(self) -> Any:  # noqa: ANN401 - a Lightning callback, which need not be installed
-        """Make a callback for Lightning's ``Trainer``; Fabric takes the probe itself.
+    def callback(self, of: Literal["lightning", "transformers"] = "lightning") -> Any:  # noqa: ANN401
+        """Make a callback for a ``Trainer``; Fabric takes the probe itself.
+
+        Args:
+            of: ``"lightning"``: Lightning's, which has to be installed; ``"transformers"``: Hugging
+                Face's, which gives no losses to its callbacks.
 
         Raises:
-            OptionError: If Lightning is not installed.
+            OptionError: If it is neither, or Lightning is not installed.
         """
+        require_choice("of", of, ("lightning", "transformers"))
+        if of == "transformers":
+            return TransformersCallback(self)
         from normkit.diagnostics.probe.lightning import callback_of  # noqa: PLC0415 - needs Probe
 
         return callback_of(self)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Nothing; what a ``Trainer`` asks of its callbacks is told the way out."""
+        if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
+            raise CallbackError(
+                f"a probe is no callback of a Trainer, which asks for its {name}; give Lightning's "
+                f"probe.callback(), and Hugging Face's probe.callback('transformers')"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def on_train_start(self) -> None:
         """Open the probe, at ``fabric.call("on_train_start")``."""
@@ -247,7 +265,15 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        try:
+            self.stop()
+        except BaseException:  # also where that was interrupted
+            self.stop()
+            raise
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.stop()  # where nobody else can any more
 
     def __str__(self) -> str:
         return str(self.history)
@@ -271,14 +297,17 @@ class Probe:
         self._watch.open()
 
     def _let_go(self) -> None:
-        watch, self._watch, self._before = self._watch, None, None
-        if watch is not None:
-            watch.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = self._before = None
 
     @torch.no_grad()
-    def _record(
-        self, watch: Watch, before: Gradients | None, loss: Tensor | float | None
-    ) -> ProbedStep:
+    def _record(self, loss: Tensor | float | None) -> ProbedStep | None:
+        """Look at the step that is over, if it is one that is recorded."""
+        watch, before = self._watch, self._before
+        if watch is None:
+            return None
+        watch.close()
         now = gradients_of(self._model, self._params)
         length, lengths_by_layer = lengths(now)
         moved, moved_by_layer = lengths(now, before) if now and before else (None, {})

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from normkit.diagnostics.measurement import Measurement
+from normkit.diagnostics.measurement import Measurement, new_figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,11 +189,9 @@ class ProbeHistory(Measurement):
         """Draw shifts, dead channels and gradients over the steps; returns a ``Figure``.
 
         Raises:
-            ImportError: If matplotlib is not installed (``pip install normkit[lab]``).
+            PackageError: If matplotlib is not installed.
         """
-        from matplotlib.figure import Figure  # noqa: PLC0415 - only who draws needs it
-
-        figure = Figure(figsize=(7, 8), layout="constrained")
+        figure = new_figure(figsize=(7, 8), layout="constrained")
         figure.suptitle(self.reading, fontsize=9, wrap=True)
         panels = figure.subplots(len(PANELS), sharex=True)
         for axes, columns in zip(panels, PANELS, strict=True):

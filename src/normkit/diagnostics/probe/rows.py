@@ -59,10 +59,16 @@ def notes_of(watch: Watch) -> list[str]:
             "torch.compile runs the model or parts of it, where hooks see nothing, and ReLUs are "
             "not counted; eager=True runs recorded steps uncompiled"
         )
-    unseen = [module_name(norm.name) for norm in watch.norms.values() if not norm.was_seen]
+    norms = watch.norms.values()
+    unseen = [module_name(n.name) for n in norms if not (n.was_seen or n.why_unknown)]
     if unseen and watch.num_forwards:
         named = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
         notes.append(f"{len(unseen)} of {len(watch.norms)} norms were not seen: {named}")
+    notes += [
+        f"what {module_name(norm.name)} normalises is not known: {norm.why_unknown}"
+        for norm in norms
+        if norm.why_unknown
+    ]
     if watch.uneven:
         notes.append(
             f"the second axis of the input of {', '.join(watch.uneven)} changes its size, so it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from normkit.core.running import are_still
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
 from normkit.diagnostics.probe.norms import Norm, norms_of, parts_of_composites
 from normkit.inference.tracked import Where
-from normkit.passes import uncompiled
+from normkit.passes import (
+    Hooks,
+    Inert,
+    finish,
+    grad_mode_now,
+    stance_now,
+    surely,
+    uncompiled,
+)
+from normkit.passes.finish import Step
 
 
 class Watch:
@@ -35,7 +44,9 @@ class Watch:
         self._compiled = set() if eager else compiled
         self._eager = eager
         self._recorder = Recorder()
-        self._hooks, self._functions = ExitStack(), ExitStack()
+        self._hooks = Hooks()
+        self._ends: list[Step] = []
+        self._ends_of_forward: list[Step] = []
         self._counts = self.is_blind = False
         self.num_forwards = 0
         self.norms = {norm.name: norm for norm in norms_of(model, where)}
@@ -45,21 +56,19 @@ class Watch:
 
     def open(self) -> None:
         """Put the hooks in."""
+        self._ends = [self._hooks.remove, *stance_now()]
         parts = parts_of_composites(self._model)
         for name, module in self._model.named_modules():
             if module not in self._compiled and module not in parts:
                 before, after = _Before(self, name, module), _After(self, name, module)
-                handle = module.register_forward_pre_hook(before)
-                self._hooks.callback(handle.remove)
-                handle = module.register_forward_hook(after, with_kwargs=True, always_call=True)
-                self._hooks.callback(handle.remove)
+                self._hooks.before(module, before)
+                self._hooks.after(module, after, with_kwargs=True, always_call=True)
         if self._eager:
-            self._hooks.enter_context(uncompiled())
+            uncompiled().__enter__()
 
     def close(self) -> None:
         """Take the hooks out, also after a forward that was interrupted."""
-        self._hooks.close()
-        self._leave_functions()
+        finish([*self._ends_of_forward, *self._ends])
 
     @property
     def activities(self) -> list[LayerActivity]:
@@ -82,12 +91,14 @@ class Watch:
             for norm in self._at[name]:
                 norm.before()
 
-    def leave(self, name: str, x: Any, *, failed: bool) -> None:  # noqa: ANN401 - its first input
+    def leave(
+        self, name: str, args: tuple[Any, ...], named: dict[str, Any], *, failed: bool
+    ) -> None:
         """A module is done, or has raised: of such a forward nothing is kept."""
         self._recorder.leave()
         if self._counts and not failed:
             for norm in self._at[name]:
-                norm.see(x)
+                surely(partial(norm.see, args, named), grad_mode_now())
         if not self._recorder.is_inside:
             self._leave_functions()
             if failed and self._counts:
@@ -106,12 +117,13 @@ class Watch:
         self.num_forwards += 1
         self.is_blind |= not self._eager and (bool(self._compiled) or _runs_compiled())
         if not self.is_blind:
-            self._functions.enter_context(_compiled_functions_as_they_are())
+            self._ends_of_forward = [partial(_remove_mode, self._recorder), *stance_now()]
+            _leave_compiled_functions_as_they_are()
             self._recorder.__enter__()
-            self._functions.callback(_remove_mode, self._recorder)
 
     def _leave_functions(self) -> None:
-        self._functions.close()
+        finish(self._ends_of_forward)
+        self._ends_of_forward = []
 
     def _forget(self) -> None:
         self._recorder, self.num_forwards = Recorder(), 0
@@ -148,16 +160,8 @@ class _After(_Hook):
         output: Any,  # noqa: ANN401
     ) -> None:
         if not torch.compiler.is_compiling() and module is self._module:
-            x = args[0] if args else next(iter(named.values()), None)
             failed = output is None and sys.exc_info()[0] is not None
-            self._watch.leave(self._name, x, failed=failed)
-
-
-class Inert:
-    """Stands for a hook of a probe in a copy of the model, and does nothing."""
-
-    def __call__(self, *_given: Any) -> None:  # noqa: ANN401 - what hooks are given
-        """Do nothing."""
+            self._watch.leave(self._name, args, named, failed=failed)
 
 
 def compiled_modules(model: nn.Module) -> set[nn.Module]:
@@ -180,11 +184,10 @@ def _runs_compiled() -> bool:
     return frames.get_eval_frame_callback() not in (None, False)
 
 
-def _compiled_functions_as_they_are() -> Any:  # noqa: ANN401 - a context
-    """Compiled functions that a forward calls run uncompiled, rather than being compiled anew."""
-    if "torch._dynamo" not in sys.modules:
-        return ExitStack()
-    return torch.compiler.set_stance("eager_on_recompile")
+def _leave_compiled_functions_as_they_are() -> None:
+    """Let those that a forward calls run uncompiled, rather than being compiled anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("eager_on_recompile")
 
 
 def _remove_mode(mode: Recorder) -> None:

@@ -9,7 +9,7 @@ from normkit.lab.bench.spec import TINY_SHAPE, BenchSpec, Shape
 from normkit.lab.bench.subject import Memory
 from normkit.lab.bench.timing import Times
 from normkit.lab.environment import Environment
-from normkit.lab.records import usable_folder
+from normkit.lab.files import require_file, usable_folder, write_whole
 from normkit.lab.spec import Frozen
 
 OURS = "ours"
@@ -77,9 +77,7 @@ def write_record(path: Path, record: Frozen) -> None:
         DataError: If it cannot be written.
     """
     usable_folder(path.parent)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read_record(path: Path) -> BenchRecord:
@@ -88,6 +86,7 @@ def read_record(path: Path) -> BenchRecord:
     Raises:
         DataError: If there is none.
     """
+    require_file(path)
     try:
         return BenchRecord.model_validate_json(path.read_bytes())
     except OSError as error:

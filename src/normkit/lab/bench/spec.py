@@ -1,17 +1,19 @@
 """What a benchmark measures, as a value that prints and parses."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from normkit import NormSpec, build
 from normkit.errors import SpecError
-from normkit.lab.spec import Frozen
+from normkit.lab.environment import memory_bytes
+from normkit.lab.files import require_file
+from normkit.lab.spec import Count, Frozen, Threads
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Shape = tuple[Count, Count, Count]  # channels, height, width
 Against = Literal["torch", "composition", "compile"]
 
@@ -48,7 +50,7 @@ class BenchSpec(Frozen):
         description="torch, composition and compile, any of them",
     )
     device: str = Field(default="cpu", description="a torch device such as cpu or cuda")
-    threads: Count = Field(default=1, description="CPU threads, 1 or more")
+    threads: Threads = Field(default=1, description="CPU threads, 1 or more")
     repeats: Count = Field(default=200, description="the most times that a call is timed")
     budget_s: float = Field(
         default=0.5, ge=0, description="the seconds after which a call is not repeated"
@@ -58,6 +60,19 @@ class BenchSpec(Frozen):
     @classmethod
     def _canonical(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(NormSpec.parse(value)) for value in values)
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        """Refuse maps that do not fit into this machine's memory, a dozen times."""
+        largest = max(self.batch_sizes) * max(math.prod(shape) for shape in self.maps)
+        needed = 12 * largest * self.torch_dtype.itemsize
+        if self.device == "cpu" and needed > memory_bytes():
+            raise SpecError(
+                f"the largest map has {largest} values; measuring it takes about "
+                f"{needed / 2**30:.3g} GiB, and this machine has {memory_bytes() / 2**30:.3g}; "
+                f"give smaller --batch-sizes or --shapes"
+            )
+        return self
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,10 +101,11 @@ def read_shapes(text: str) -> tuple[Shape, ...]:
         return SHAPES[text]
     known = f"name {' or '.join(SHAPES)}, or a file with a JSON list of [C, H, W]"
     try:
+        require_file(Path(text))
         content = json.loads(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
-        raise SpecError(f"--shapes was given {text!r} ({error.strerror}); {known}") from error
-    except ValueError as error:
+        raise SpecError(f"--shapes was given {text!r}, but {error}; {known}") from error
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"the shapes file {text} is no JSON ({error}); {known}") from error
     try:
         shapes = TypeAdapter(list[Shape]).validate_python(content)

@@ -1,5 +1,6 @@
 """A data set in memory, and how it is split."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,13 +33,17 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Three disjoint sets of examples, normalised by the training set's statistics."""
+    """Three disjoint sets of examples, normalised by the training set's statistics.
+
+    The fingerprint is of all examples as they were read: it changes when the files do.
+    """
 
     name: str
     num_classes: int
     train: Examples
     validation: Examples
     test: Examples
+    fingerprint: str = ""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -97,6 +102,7 @@ def split(name: str, examples: Examples, test: Examples | None, limit: int | Non
         limit: Training examples to keep, ``None`` for all; validation shrinks with them.
     """
     num_classes = int(examples.targets.max()) + 1
+    fingerprint = fingerprint_of(examples, *([] if test is None else [test]))
     if test is None:
         examples, test = hold_out(examples, round(TEST_SHARE * len(examples)))
     train, validation = hold_out(examples, round(VALIDATION_SHARE * len(examples)))
@@ -105,8 +111,24 @@ def split(name: str, examples: Examples, test: Examples | None, limit: int | Non
         train = train.take(torch.arange(limit))
         validation = validation.take(torch.arange(min(num_validation, len(validation))))
     return _normalised(
-        Dataset(name=name, num_classes=num_classes, train=train, validation=validation, test=test)
+        Dataset(
+            name=name,
+            num_classes=num_classes,
+            train=train,
+            validation=validation,
+            test=test,
+            fingerprint=fingerprint,
+        )
     )
+
+
+def fingerprint_of(*parts: Examples) -> str:
+    """Twelve hexadecimal digits over examples, their order and their parts."""
+    digest = hashlib.sha256()
+    for tensor in (tensor for part in parts for tensor in (part.inputs, part.targets)):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def _normalised(dataset: Dataset) -> Dataset:

@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from normkit.errors import DataError
 from normkit.lab.data.dataset import Examples
+from normkit.lab.files import require_file
+from normkit.text import listed, printable, shortened
 
 SUFFIX = ".safetensors"
+MAX_CLASSES = 10**6
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 WRITTEN_BY = (
     'safetensors.torch.save_file({"inputs": images, "targets": classes}, path), with images '
     "(N, C, H, W) in floating point, normalised as in training, and classes (N,) as whole numbers"
@@ -24,23 +30,33 @@ def read_examples(path: Path) -> Examples:
     Raises:
         DataError: If it cannot be read or holds something else.
     """
+    require_file(path)
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read ({error}); write it by {WRITTEN_BY}") from error
+        said = printable(shortened(error), 160)
+        raise DataError(
+            f"{printable(path)} cannot be read ({said}); write it by {WRITTEN_BY}"
+        ) from error
     missing = {"inputs", "targets"} - found.keys()
     if missing:
-        names = ", ".join(sorted(found)) or "nothing"
+        names = listed(sorted(found)) or "nothing"
         raise DataError(
-            f"{path} holds {names}, and no {' and no '.join(sorted(missing))}; write it by "
-            f"{WRITTEN_BY}"
+            f"{printable(path)} holds {names}, and no {' and no '.join(sorted(missing))}; write it "
+            f"by {WRITTEN_BY}"
         )
     inputs, targets = found["inputs"], found["targets"]
-    fits = inputs.ndim == 4 and targets.shape == inputs.shape[:1] and len(targets) > 0
-    if not fits or not inputs.is_floating_point() or targets.is_floating_point():
+    fits = inputs.ndim == 4 and targets.shape == inputs.shape[:1] and inputs.numel() > 0
+    if not fits or inputs.dtype not in FLOATS or targets.dtype not in WHOLE:
         given = (
             f"inputs {inputs.dtype} {tuple(inputs.shape)}, "
             f"targets {targets.dtype} {tuple(targets.shape)}"
         )
-        raise DataError(f"{path} holds {given}; write it by {WRITTEN_BY}")
-    return Examples(inputs=inputs, targets=targets.long())
+        raise DataError(f"{printable(path)} holds {given}; write it by {WRITTEN_BY}")
+    least, largest = int(targets.min()), int(targets.max())
+    if least < 0 or largest >= MAX_CLASSES:
+        raise DataError(
+            f"{printable(path)} holds classes from {least} to {largest}; they are counted from 0, "
+            f"and there are at most {MAX_CLASSES}"
+        )
+    return Examples(inputs=inputs.float(), targets=targets.long())

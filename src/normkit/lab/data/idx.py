@@ -1,6 +1,7 @@
 """Reader of IDX files, the format of MNIST and Fashion-MNIST."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -40,8 +41,10 @@ def _decoded(path: Path, content: bytes) -> UInt8[Tensor, "..."]:
         )
     num_axes = content[3]
     offset = 4 + 4 * num_axes
+    if len(content) < offset:
+        raise DataError(f"{path} breaks off in its header; copy the file anew")
     shape = struct.unpack(f">{num_axes}I", content[4:offset])
-    if len(content) - offset != np.prod(shape, dtype=np.int64):
+    if len(content) - offset != math.prod(shape):
         raise DataError(
             f"{path} holds {len(content) - offset} values, but its header says {shape}; "
             f"copy the file anew"

@@ -1,22 +1,45 @@
 """What a model is to the lab: something that builds itself around a norm layer."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from normkit.errors import SpecError
+from normkit.lab.data.files import MAX_CLASSES
+from normkit.lab.environment import memory_bytes
+from normkit.recipes import require_size
 
 NormLayer = Callable[[int], nn.Module]  # takes the number of features
 
 
+MAX_CHANNELS, MAX_INPUT = 4096, 2**24  # the second of values of one input
+MAX_OPTION, MAX_NAME = 2048, 400  # layers or channels; characters
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a model takes and tells apart."""
+    """What a model takes and tells apart.
+
+    Raises:
+        SpecError: If a number is none, or beyond what networks are built for here.
+    """
 
     input_shape: tuple[int, int, int]  # channels, height, width
     num_classes: int
+
+    def __post_init__(self) -> None:
+        require_size("num_classes", self.num_classes, at_most=MAX_CLASSES)
+        sizes = [require_size("input_shape", size, at_most=MAX_INPUT) for size in self.input_shape]
+        if len(sizes) != 3 or sizes[0] > MAX_CHANNELS or math.prod(sizes) > MAX_INPUT:
+            raise SpecError(
+                f"an input of shape {self.input_shape} was given; it has channels, height and "
+                f"width, at most {MAX_CHANNELS} channels and {MAX_INPUT} values"
+            )
 
 
 class Architecture(Protocol):
@@ -51,17 +74,41 @@ def parse_options(options: type[Architecture], text: str, arguments: Sequence[st
         arguments: What stands between its colons after the name.
 
     Raises:
-        SpecError: If a key is unknown or a value is not a positive whole number.
+        SpecError: If a key is unknown or there twice, or a value is no whole number in the bounds.
     """
     known = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
     values = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key not in known or not value.isdecimal() or int(value) == 0:
+        number = int(value) if re.fullmatch("[0-9]{1,9}", value) else 0
+        if key not in known or key in values or not 1 <= number <= MAX_OPTION:
             allowed = ", ".join(f"{name}=N" for name in known) or "no arguments"
-            rule = " with N a whole number, 1 or more" if known else ""
+            rule = f", each once, with N a whole number from 1 to {MAX_OPTION}" if known else ""
             raise SpecError(
                 f"model {text!r} has the argument {argument!r}; it takes {allowed}{rule}"
             )
-        values[key] = int(value)
+        values[key] = number
     return options(**values)
+
+
+def require_room(architecture: Architecture, text: str, task: Task) -> None:
+    """Refuse a network whose weights would fill more than a quarter of this machine's memory.
+
+    Training keeps three times as much. The network is built without storage to count them.
+
+    Raises:
+        SpecError: With the numbers.
+    """
+    try:
+        with torch.device("meta"):
+            model = architecture.build(task, None)
+    except (RuntimeError, NotImplementedError):
+        return  # some of timm's read values while they are built
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = memory_bytes()
+    if 4 * needed > memory:
+        raise SpecError(
+            f"model {text!r} would have {needed / 2**30:.3g} GiB of weights for inputs of shape "
+            f"{task.input_shape} and {task.num_classes} classes, over a quarter of this machine's "
+            f"{memory / 2**30:.3g} GiB; make it narrower or less deep"
+        )

@@ -3,25 +3,28 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from normkit import NormSpec, build, standardize_weights_
+from normkit import NormSpec, build, place_ibn_, standardize_weights_
 from normkit.errors import NormError, SpecError
 from normkit.lab.models.architecture import (
     ARCHITECTURES,
+    MAX_NAME,
     Architecture,
     NormLayer,
     Task,
     parse_options,
+    require_room,
 )
 from normkit.lab.models.own import initialise
 from normkit.lab.models.zoo import TimmModel, TorchvisionModel, timm_names, torchvision_names
 from normkit.tracing import CONVOLUTIONS, trace_feeds
 
+IBN = "ibn"
 PROBE_SIZE = 2  # examples that are sent through a model to see its maps
 
 
@@ -59,7 +62,7 @@ def build_model(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> BuiltModel:
-    """Build a network with one norm throughout.
+    """Build a network with one norm throughout; ``ibn`` stands where IBN-Net-a has it.
 
     Equal seeds give equal initial weights, whatever the norm.
 
@@ -78,13 +81,13 @@ def build_model(
             has no batch norm to replace, or for ``+ws`` no convolution that feeds one.
         PartitionError: If the norm's groups do not fit one of the layers.
     """
-    architecture = parse_model(name)
-    task = Task(input_shape=input_shape, num_classes=num_classes)
+    architecture, task = _admitted(name, num_classes, input_shape)
     if norm is None:
         return BuiltModel(model=_seeded(architecture, task, None, seed), norms=())
     spec = NormSpec.parse(norm) if isinstance(norm, str) else norm
     slots = _find_slots(name, architecture, task)
-    placed = tuple(_placed(at, slot, spec, batch_size) for at, slot in slots.items())
+    specs = _by_place(architecture, task, slots, spec)
+    placed = tuple(_placed(at, slot, specs[at], batch_size) for at, slot in slots.items())
     factory = _InOrder([_builder(place) for place in placed])
     model = _seeded(architecture, task, factory, seed)
     standardized = _standardized_(model, name, placed, task) if spec.standardize_weights else ()
@@ -109,10 +112,30 @@ def _standardized_(
     return report.changed
 
 
+def _by_place(
+    architecture: Architecture, task: Task, slots: "Mapping[str, _Slot]", spec: NormSpec
+) -> dict[str, NormSpec]:
+    """What stands at each place: the norm; ``ibn`` in the blocks of IBN-Net-a, elsewhere ``bn``."""
+    if spec.name != IBN:
+        return dict.fromkeys(slots, spec)
+    elsewhere = replace(NormSpec.parse("bn"), standardize_weights=spec.standardize_weights)
+    model = _seeded(architecture, task, NormSpec.parse("bn").build, seed=0)
+    try:
+        blocks = {change.name for change in place_ibn_(model, "a", dry_run=True).changes}
+    except NormError as error:
+        raise SpecError(
+            f"{spec} stands where IBN-Net-a has it, in the first norm of residual blocks; choose "
+            f"another norm or a residual network: {error}"
+        ) from error
+    return {at: spec if at in blocks else elsewhere for at in slots}
+
+
 @dataclass(frozen=True, slots=True)
 class NormSlots:
     """Where a network has norms, and what they would see."""
 
+    _architecture: Architecture
+    _task: Task
     _slots: "Mapping[str, _Slot]"
 
     def check(self, norm: NormSpec | str, batch_size: int, num_examples: int) -> None:
@@ -129,9 +152,10 @@ class NormSlots:
             SpecError: If it cannot, naming the norm, the place and the batch size.
         """
         spec = NormSpec.parse(norm) if isinstance(norm, str) else norm
+        specs = _by_place(self._architecture, self._task, self._slots, spec)
         for name, slot in self._slots.items():
             try:
-                _try_out(slot, spec, batch_size, num_examples)
+                _try_out(slot, specs[name], batch_size, num_examples)
             except NormError as error:
                 raise SpecError(
                     f"norm {spec} does not fit layer {name!r} at batch size {batch_size}: {error}"
@@ -144,8 +168,18 @@ def norm_slots(name: str, num_classes: int, input_shape: tuple[int, int, int]) -
     Raises:
         SpecError: If the model is unknown, does not take the inputs or has no norms to replace.
     """
+    architecture, task = _admitted(name, num_classes, input_shape)
+    return NormSlots(architecture, task, _find_slots(name, architecture, task))
+
+
+def _admitted(
+    name: str, num_classes: int, input_shape: tuple[int, int, int]
+) -> tuple[Architecture, Task]:
+    """Read a model string and what it is for; all of its weights must have room."""
     task = Task(input_shape=input_shape, num_classes=num_classes)
-    return NormSlots(_find_slots(name, parse_model(name), task))
+    architecture = parse_model(name)
+    require_room(architecture, name, task)
+    return architecture, task
 
 
 def parse_model(text: str) -> Architecture:
@@ -154,6 +188,11 @@ def parse_model(text: str) -> Architecture:
     Raises:
         SpecError: If no model has this name or it does not take these arguments.
     """
+    if len(text) > MAX_NAME:
+        raise SpecError(
+            f"a model's name of {len(text)} characters was given, {text[:20]!r}...; it has at most "
+            f"{MAX_NAME}"
+        )
     name, *arguments = text.split(":")
     if name in ARCHITECTURES:
         return parse_options(ARCHITECTURES[name], text, arguments)

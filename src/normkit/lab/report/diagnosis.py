@@ -9,7 +9,7 @@ import torch
 
 from normkit.doctor import Diagnosis, LayerReport
 from normkit.lab.environment import describe_environment
-from normkit.lab.records import file_errors
+from normkit.lab.files import write_whole
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
 from normkit.lab.report.figures import NARROW
 from normkit.lab.report.page import REPORT_NAME, templates
@@ -56,13 +56,7 @@ def write_diagnosis(folder: Path, found: Diagnosis, title: str, command: str) ->
     Raises:
         DataError: If it cannot be written.
     """
-    path = folder / REPORT_NAME
-    draft = path.with_suffix(".tmp")
-    text = render_diagnosis(found, title, command)
-    with file_errors(path):
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    return path
+    return write_whole(folder / REPORT_NAME, render_diagnosis(found, title, command))
 
 
 def render_diagnosis(found: Diagnosis, title: str, command: str) -> str:

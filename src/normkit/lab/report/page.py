@@ -7,7 +7,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from normkit.lab.compare import Comparison, select
-from normkit.lab.records import Record, file_errors
+from normkit.lab.files import write_whole
+from normkit.lab.records import Record
 from normkit.lab.report import figures
 from normkit.lab.report.text import MISSING, percent, points, size_text
 
@@ -48,13 +49,7 @@ def write_report(
     Raises:
         DataError: If it cannot be written.
     """
-    path = folder / REPORT_NAME
-    draft = path.with_suffix(".tmp")
-    text = render(comparison, records, command)
-    with file_errors(path):
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    return path
+    return write_whole(folder / REPORT_NAME, render(comparison, records, command))
 
 
 def render(comparison: Comparison, records: Sequence[Record], command: str) -> str:

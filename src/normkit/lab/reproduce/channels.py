@@ -6,9 +6,19 @@ import numpy as np
 
 from normkit.lab.reproduce.drawing import STYLES, by_seed, label_axes
 from normkit.lab.reproduce.networks import four_layers
-from normkit.lab.reproduce.preset import QIAO, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.preset import (
+    CIFAR10,
+    NOT_SAID,
+    QIAO,
+    Arms,
+    Claim,
+    Preset,
+    Runs,
+    Size,
+    Task,
+)
 from normkit.lab.reproduce.store import Values
-from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
 from normkit.lab.reproduce.verdict import BELOW, Criterion
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -191,11 +201,9 @@ PRESETS = (
                 num_seeds=3,
             ),
         },
-        original={"data": "cifar10", "width": "32", "num_train": "all", "num_test": "all"}
-        | {"shrink": "1"}
-        | dict.fromkeys(
-            ("epochs", "learning_rate", "mean_spreads", "scale_spreads", "num_seeds"), "not said"
-        ),
+        original=CIFAR10
+        | {"width": "32"}
+        | dict.fromkeys(("mean_spreads", "scale_spreads", "num_seeds", *HOW_IT_TRAINS), NOT_SAID),
         size=(6, 5),
     ),
 )

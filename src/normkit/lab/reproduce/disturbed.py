@@ -9,7 +9,17 @@ import normkit as nk
 from normkit.lab.models.own import ResidualBlock
 from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import seeded_network
-from normkit.lab.reproduce.preset import HUANG, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.preset import (
+    HUANG,
+    IMAGENET,
+    NOT_SAID,
+    Arms,
+    Claim,
+    Preset,
+    Runs,
+    Size,
+    Task,
+)
 from normkit.lab.reproduce.store import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE
@@ -174,10 +184,15 @@ PRESETS = (
             ),
         },
         original={
-            "data": "ImageNet",
+            **IMAGENET,
             "model": "ResNet-50, bottlenecks with the second of three norms replaced",
             "epochs": "100",
             "batch_size": "256",
+            "optimizer": "SGD, momentum 0.9",
+            "learning_rate": "0.1",
+            "rate_drop": "a tenth after 30, 60 and 90 epochs",
+            "weight_decay": "0.0001",
+            "deltas": NOT_SAID,
             "groups": "64",
             "num_blocks": "6",
             "num_draws": "5",

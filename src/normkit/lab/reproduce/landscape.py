@@ -13,7 +13,7 @@ from normkit.lab.data import Examples
 from normkit.lab.reproduce.drawing import Line, draw_lines
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
 from normkit.lab.reproduce.networks import NO_NORM, vgg11
-from normkit.lab.reproduce.preset import GUNAWAN, Preset, Runs, Scale, Size, Task
+from normkit.lab.reproduce.preset import CIFAR10, GUNAWAN, NOT_SAID, Preset, Runs, Scale, Size, Task
 from normkit.lab.reproduce.store import Values
 from normkit.lab.reproduce.training import Data, endless
 from normkit.lab.spec import Count
@@ -33,6 +33,8 @@ class LandscapeSettings(Data):
         rates: Learning rates.
         l2: Weight decay of the arms with ``+l2``, as Adam adds it to the gradient.
     """
+
+    unused = ("num_test",)
 
     width: Count
     groups: Count
@@ -187,14 +189,14 @@ SMALL = {
 }
 WHOLE = {"data": "cifar10", "width": 64, "groups": 32, "batch_size": 128, "steps": 7820}
 ORIGINAL = {
-    "data": "cifar10",
-    "shrink": "1",
+    **{name: said for name, said in CIFAR10.items() if name != "num_test"},
     "width": "64",
     "groups": "32",
     "batch_size": "128",
     "steps": "7820",
     "rates": "0.0001, 0.0002, 0.0003, 0.0004, 0.0005",
-    "num_seeds": "not said",
+    "l2": "5e-05",
+    "num_seeds": NOT_SAID,
 }
 RATES = Task(name="landscape-rates", measure=measure_rates)
 RATES_SCALES: dict[Scale, Size] = {
@@ -229,7 +231,7 @@ PRESETS = (
             "small": Size(settings=AlongSettings(**SMALL, every=5), num_seeds=3),
             "paper": Size(settings=AlongSettings(**WHOLE), num_seeds=3),
         },
-        original={k: v for k, v in ORIGINAL.items() if k != "rates"} | {"etas": "not said"},
+        original=ORIGINAL | dict.fromkeys(("learning_rate", "etas", "every"), NOT_SAID),
     ),
     Preset(
         name="landscape-l2",
@@ -241,6 +243,6 @@ PRESETS = (
         claims=FIG_8_10,
         draw=draw_decayed,
         scales=RATES_SCALES,
-        original=ORIGINAL | {"l2": "5e-05"},
+        original=ORIGINAL,
     ),
 )

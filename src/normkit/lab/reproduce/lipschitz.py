@@ -7,7 +7,7 @@ import numpy as np
 import normkit as nk
 from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import seeded_network
-from normkit.lab.reproduce.preset import QIAO, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.preset import IMAGENET, QIAO, Arms, Claim, Preset, Runs, Size, Task
 from normkit.lab.reproduce.store import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
@@ -177,9 +177,14 @@ PRESETS = (
             ),
         },
         original={
-            "data": "ImageNet",
+            **IMAGENET,
             "model": "ResNet-50",
             "epochs": "90",
+            "batch_size": "4 x 64",
+            "optimizer": "SGD, momentum 0.9",
+            "learning_rate": "0.1",
+            "rate_drop": "a tenth after every 30 epochs",
+            "weight_decay": "0.0001",
             "groups": "32",
             "num_batches": "1",
             "num_seeds": "1",

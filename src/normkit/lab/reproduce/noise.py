@@ -6,7 +6,17 @@ from typing import Any
 import normkit as nk
 from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import vgg11
-from normkit.lab.reproduce.preset import GUNAWAN, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.preset import (
+    CIFAR10,
+    GUNAWAN,
+    NOT_SAID,
+    Arms,
+    Claim,
+    Preset,
+    Runs,
+    Size,
+    Task,
+)
 from normkit.lab.reproduce.store import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
@@ -202,15 +212,18 @@ PRESETS = (
             ),
         },
         original={
-            "data": "cifar10",
-            "num_train": "all",
-            "shrink": "1",
+            **CIFAR10,
             "epochs": "50",
             "batch_size": "128",
+            "optimizer": "Adam",
             "learning_rate": "0.001",
+            "rate_drop": NOT_SAID,
+            "weight_decay": NOT_SAID,
             "width": "64",
             "groups": "32",
-            "num_seeds": "not said",
+            "noise_mean": "0.001",
+            "noise_std": "1.001",
+            "num_seeds": NOT_SAID,
         },
         size=(12, 3.8),
     ),

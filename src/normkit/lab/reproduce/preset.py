@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from normkit.errors import SpecError
 from normkit.lab.reproduce.store import RunSpec, Values
+from normkit.lab.reproduce.training import Data
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
-from normkit.lab.spec import Frozen
 
 Scale = Literal["tiny", "small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -35,6 +35,24 @@ QIAO = Paper(
     title="Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
 )
 GUNAWAN = Paper(authors="Gunawan et al.", title="Understanding and Improving Group Normalization")
+
+
+NOT_SAID = "not said"
+IMAGENET = {
+    "data": "ImageNet",
+    "num_train": "1281167",
+    "num_test": "50000",
+    "pictures": "224x224 colour",
+    "held_out": "nothing",
+}
+CIFAR10 = {
+    "data": "cifar10",
+    "num_train": "50000",
+    "num_test": "10000",
+    "pictures": "32x32 colour",
+    "held_out": NOT_SAID,
+}
+"""What papers say by naming these data sets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +95,7 @@ class Task:
 class Size:
     """A preset at one scale: the settings of its task, and how many seeds."""
 
-    settings: Frozen
+    settings: Data
     num_seeds: int
 
 
@@ -96,7 +114,7 @@ class Preset:
         draw: ``draw(figure, runs)`` draws on a matplotlib figure.
         size: ``(width, height)`` of the figure in inches.
         scales: The sizes it can be run at.
-        original: What the paper used, by names of settings and ``num_seeds``.
+        original: What the paper used: for each fact of the settings, and ``num_seeds``.
     """
 
     name: str
@@ -136,7 +154,7 @@ class Preset:
     def differences(self, scale: Scale) -> tuple[str, ...]:
         """How a scale differs from the paper, setting by setting."""
         size = self.at(scale)
-        ours = size.settings.model_dump(mode="json") | {"num_seeds": size.num_seeds}
+        ours = size.settings.facts() | {"num_seeds": size.num_seeds}
         pairs = [(name, _said(ours[name]), theirs) for name, theirs in self.original.items()]
         return tuple(
             f"{name.replace('_', ' ')} {value} (paper: {theirs})"
@@ -146,8 +164,6 @@ class Preset:
 
 
 def _said(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return ", ".join(map(_said, value))
-    if value is None:
-        return "all"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from normkit.errors import DataError
-from normkit.lab.records import file_errors
+from normkit.lab.files import file_errors, write_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.run import measured
@@ -85,13 +85,11 @@ def write_result(folder: Path, result: Result) -> Path:
     """
     path = result_path(folder, result.preset)
     about = json.dumps(result.model_dump(mode="json", exclude={"runs"}), indent=1)
-    lines = ",\n".join(f"  {record.model_dump_json()}" for record in result.runs)
+    lines = ",\n".join(
+        f"  {record.model_dump_json(exclude_defaults=True)}" for record in result.runs
+    )
     text = f'{about.removesuffix("}").rstrip()},\n "runs": [\n{lines}\n ]\n}}\n'
-    with file_errors(path):
-        draft = path.with_suffix(".tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    return path
+    return write_whole(path, text)
 
 
 def read_result(path: Path) -> Result:
@@ -120,7 +118,8 @@ def results_in(folder: Path) -> list[Result]:
         DataError: If there is none.
     """
     paths = [result_path(folder, name) for name in PRESETS]
-    found = [read_result(path) for path in paths if path.exists()]
+    with file_errors(folder):
+        found = [read_result(path) for path in paths if path.exists()]
     if not found:
         raise DataError(
             f"{folder} has no results; normkit reproduce NAME --out {folder} makes them"

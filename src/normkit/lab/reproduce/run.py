@@ -7,16 +7,11 @@ from pathlib import Path
 import torch
 
 from normkit.lab.environment import code_hash, describe_environment
+from normkit.lab.lines import append_line, read_lines
+from normkit.lab.lock import only_user
+from normkit.lab.records import RECORDS_NAME
 from normkit.lab.reproduce.preset import Preset, Scale
-from normkit.lab.reproduce.store import (
-    RECORDS_NAME,
-    RunRecord,
-    RunSpec,
-    Values,
-    append_run,
-    read_runs,
-    rounded,
-)
+from normkit.lab.reproduce.store import RunRecord, RunSpec, Values, rounded
 from normkit.lab.train import threads_of
 
 NUM_THREADS = 1
@@ -34,7 +29,7 @@ def run_missing(
         preset: What to run.
         scale: How large.
         folder: Holds ``records.jsonl``, which presets share; a run that two presets need is done
-            once.
+            once, and anew where the data set's files have changed.
         on_run: Is told of each run that ends.
 
     Returns:
@@ -42,16 +37,20 @@ def run_missing(
 
     Raises:
         SpecError: If the preset has no such scale.
-        DataError: If data or records cannot be read or written.
+        DataError: If data or records cannot be read or written, or another process works in the
+            folder.
     """
     specs, path = preset.specs(scale), folder / RECORDS_NAME
-    known = read_runs(path)
-    missing = [spec for spec in specs if spec.key not in known]
-    for number, spec in enumerate(missing, start=1):
-        record = run_one(preset, scale, spec)
-        append_run(path, record)
-        known[spec.key] = record
-        on_run(record, number, len(missing))
+    with only_user(folder):
+        data_hash = preset.at(scale).settings.fingerprint()
+        records = read_lines(path, RunRecord).records
+        known = {r.spec.key: r for r in records if r.data_hash in (None, data_hash)}
+        missing = [spec for spec in specs if spec.key not in known]
+        for number, spec in enumerate(missing, start=1):
+            record = run_one(preset, scale, spec)
+            append_line(path, record)
+            known[spec.key] = record
+            on_run(record, number, len(missing))
     return tuple(known[spec.key] for spec in specs)
 
 
@@ -69,6 +68,7 @@ def run_one(preset: Preset, scale: Scale, spec: RunSpec) -> RunRecord:
         cpu_time_s=round(time.process_time() - started, 2),
         environment=environment,
         code_hash=code_hash(FOLDER),
+        data_hash=settings.fingerprint(),
     )
 
 

@@ -7,9 +7,19 @@ import numpy as np
 import normkit as nk
 from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import seeded_network
-from normkit.lab.reproduce.preset import QIAO, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.preset import (
+    CIFAR10,
+    NOT_SAID,
+    QIAO,
+    Arms,
+    Claim,
+    Preset,
+    Runs,
+    Size,
+    Task,
+)
 from normkit.lab.reproduce.store import Values
-from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -155,12 +165,8 @@ PRESETS = (
                 num_seeds=5,
             ),
         },
-        original={
-            "data": "CIFAR-10",
-            "model": "ResNet-110",
-            "epochs": "not said",
-            "groups": "not said",
-            "num_seeds": "not said",
-        },
+        original=CIFAR10
+        | {"model": "ResNet-110"}
+        | dict.fromkeys(("groups", "num_seeds", *HOW_IT_TRAINS), NOT_SAID),
     ),
 )

@@ -3,17 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from normkit.lab.environment import Environment
-from normkit.lab.records import file_errors
 from normkit.lab.spec import Frozen
 
-RECORDS_NAME = "records.jsonl"
 DIGITS = 4  # significant digits of a recorded measurement
 
 Values = dict[str, Any]
@@ -42,9 +36,10 @@ class RunSpec(Frozen):
 
 
 class RunRecord(Frozen):
-    """One run: what was asked for, what was measured, what it took, and where it ran.
+    """One run: what was asked for, what was measured, what it took, where it ran, on which data.
 
     The time is that of the processor, which other work on the machine does not lengthen.
+    ``data_hash`` is the data set's fingerprint; older records do not have it.
     """
 
     spec: RunSpec
@@ -52,6 +47,7 @@ class RunRecord(Frozen):
     cpu_time_s: float
     environment: Environment
     code_hash: str
+    data_hash: str | None = None
 
 
 def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever a task measures
@@ -68,37 +64,3 @@ def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever a task measures
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
-
-
-def append_run(path: Path, record: RunRecord) -> None:
-    """Add a record; a line that an earlier run broke off is ended first.
-
-    Raises:
-        DataError: If it cannot be written.
-    """
-    with file_errors(path), path.open("ab+") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        start = b"" if file.read(1) in (b"\n", b"") else b"\n"
-        file.write(start + record.model_dump_json().encode() + b"\n")
-
-
-def read_runs(path: Path) -> dict[str, RunRecord]:
-    """Records by the keys of their specs; lines that are none are left out, the last one counts.
-
-    Raises:
-        DataError: If the file cannot be read.
-    """
-    if not path.exists():
-        return {}
-    with file_errors(path):
-        lines = path.read_bytes().splitlines()
-    return {record.spec.key: record for record in _parsed(lines)}
-
-
-def _parsed(lines: Iterable[bytes]) -> Iterable[RunRecord]:
-    for line in lines:
-        try:
-            yield RunRecord.model_validate_json(line)
-        except ValidationError:
-            continue  # broken off by a kill: the run is done again

@@ -1,7 +1,7 @@
 """Data and training that presets share."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -13,6 +13,27 @@ from normkit.lab.spec import Count, Frozen
 from normkit.lab.steps import batches, train_step
 
 OptimizerName = Literal["sgd", "adam"]
+OPTIMIZERS = {"sgd": "SGD, momentum 0.9", "adam": "Adam"}
+HELD_OUT = "a tenth of the training examples"
+RATE_DROP = "a tenth in the last quarter of the epochs"
+HOW_IT_TRAINS = ("epochs", "batch_size", "optimizer", "learning_rate", "rate_drop", "weight_decay")
+
+
+class Sizes(NamedTuple):
+    """Training examples without those held out, test examples, pixels of a side, colours."""
+
+    train: int
+    test: int
+    side: int
+    colours: str
+
+
+SIZES = {
+    "digits": Sizes(1294, 359, 8, "grey"),
+    "fashion-mnist": Sizes(54000, 10000, 28, "grey"),
+    "cifar10": Sizes(45000, 10000, 32, "colour"),
+}
+"""What the lab's data sets have, said without reading them."""
 
 
 class Data(Frozen):
@@ -24,6 +45,9 @@ class Data(Frozen):
         num_test: Test examples; None for all.
         shrink: Pictures are averaged over squares of so many pixels.
     """
+
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Facts that do not matter to the task."""
 
     data: str
     num_train: Count | None = None
@@ -41,6 +65,22 @@ class Data(Frozen):
             test=self._shrunk(whole.test.take(torch.arange(len(whole.test))[: self.num_test])),
         )
 
+    def facts(self) -> dict[str, object]:
+        """Everything that decides a run but the arm and the seed, by name."""
+        whole = SIZES[self.data]
+        side = whole.side // self.shrink
+        found = self.model_dump(exclude={"shrink"}) | {
+            "num_train": min(self.num_train or whole.train, whole.train),
+            "num_test": min(self.num_test or whole.test, whole.test),
+            "pictures": f"{side}x{side} {whole.colours}",
+            "held_out": HELD_OUT,
+        }
+        return {name: value for name, value in found.items() if name not in self.unused}
+
+    def fingerprint(self) -> str:
+        """Twelve digits that change when the data set's files do."""
+        return load(self.data, self.num_train).fingerprint
+
     def _shrunk(self, examples: Examples) -> Examples:
         if self.shrink == 1:
             return examples
@@ -57,6 +97,11 @@ class Training(Data):
     optimizer: OptimizerName = "sgd"
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+
+    def facts(self) -> dict[str, object]:
+        """As of the data, and how it is trained."""
+        chosen = {"optimizer": OPTIMIZERS[self.optimizer], "rate_drop": RATE_DROP}
+        return super().facts() | chosen
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD with momentum 0.9, or Adam."""

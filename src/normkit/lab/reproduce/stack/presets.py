@@ -1,7 +1,7 @@
 """Huang et al., Figs. 2 to 5."""
 
 from normkit.lab.reproduce.networks import NO_NORM
-from normkit.lab.reproduce.preset import HUANG, Preset, Scale, Size
+from normkit.lab.reproduce.preset import HUANG, NOT_SAID, Preset, Scale, Size
 from normkit.lab.reproduce.stack.claims import FIG2, FIG3, FIG4, FIG5
 from normkit.lab.reproduce.stack.figures import (
     draw_blocked,
@@ -48,8 +48,19 @@ SAMPLED: dict[Scale, Size] = {
         num_seeds=5,
     ),
 }
-ORIGINAL = {"data": "MNIST", "num_test": "10000", "depth": "20", "width": "128", "iterations": "80"}
-ORIGINAL |= {"learning_rate": "0.1", "groups": "4", "num_seeds": "not said"}
+ORIGINAL = {
+    "data": "MNIST",
+    "num_test": "10000",
+    "pictures": "28x28 grey",
+    "depth": "20",
+    "width": "128",
+    "iterations": "80",
+    "learning_rate": "0.1",
+    "every": NOT_SAID,
+    "groups": "4",
+    "sizes": "",
+    "num_seeds": NOT_SAID,
+}
 
 
 def _arms(settings: StackSettings, *norms: str) -> list[str]:

@@ -32,6 +32,8 @@ class StackSettings(Data):
         sizes: Examples of sampled training sets; none where it is the test set.
     """
 
+    unused = ("num_train", "held_out")  # training sets come from the test set
+
     depth: Count = 20
     width: Count = 128
     iterations: Count = 80

@@ -1,0 +1,8 @@
+"""Lets ``python -m normkit`` stand for ``normkit``."""
+
+import sys
+
+from normkit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What commands share: flags, lists of numbers, what is said of files."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from normkit.errors import SpecError
+from normkit.lab.lines import Contents
+from normkit.text import printable
+
+MAX_DIGITS = 100  # far beyond every bound; Python refuses to read thousands of digits
+MAX_COUNT = 2**31 - 1
+MAX_PROCESSES = 1024
+
+
+def flag(name: str) -> str:
+    """How the flag of an option is typed: ``"--batch-sizes"`` for ``"batch_sizes"``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require_counts(command: object, *names: str, at_most: int = MAX_COUNT) -> None:
+    """Check options that count something; one that was not given is None.
+
+    Raises:
+        SpecError: If one is below 1 or too large.
+    """
+    for name in names:
+        given = getattr(command, name)
+        if given is not None and not 1 <= given <= at_most:
+            raise SpecError(
+                f"{flag(name)} was given {given}; give 1 or more, and {at_most} at most"
+            )
+
+
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Read ``"2,8,32"``.
+
+    Args:
+        flag: Name of the flag, for the message.
+        text: What it was given.
+
+    Raises:
+        SpecError: If a part is not a whole number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [p for p in parts if not (p.isascii() and p.isdecimal()) or len(p) > MAX_DIGITS]
+    if wrong:
+        raise SpecError(
+            f"{flag} was given {text!r}, of which {', '.join(map(repr, wrong))} is no whole "
+            f"number; write whole numbers with commas between, such as 2,8,32"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def tell_of_corrupt_lines(contents: Contents, path: Path) -> None:
+    """Say on the standard error which lines of a file of records are left out, and why."""
+    for line in contents.corrupt:
+        sys.stderr.write(
+            f"normkit: line {line.number} of {printable(path)} is no record "
+            f"({printable(line.reason)}); it is left out, the others are used\n"
+        )
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON, which has no word for numbers that are not finite: they are null."""
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,110 @@
+"""Classes of norms whose own forward normalises the input that it is given.
+
+Classes of other libraries are known by module and name, so that none is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+
+from torch import nn
+
+from normkit.layers.base import BUFFERS, NormLayer
+from normkit.passes import swaps_statistics
+
+BATCH_NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d",)
+SYNC_BATCH_NORM_ACTS = ("timm.layers.norm_act.SyncBatchNormAct",)
+GROUP_NORMS = ("timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")
+GROUP_NORM_ACTS = ("timm.layers.norm_act.GroupNormAct", "timm.layers.norm_act.GroupNorm1Act")
+LAYER_NORMS = ("timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+LAYER_NORM_ACTS = ("timm.layers.norm_act.LayerNormAct", "timm.layers.norm_act.LayerNormActFp32")
+"""These and the ones above are over the last axis, those below over the channels of maps."""
+
+MAP_NORMS = (
+    "torchvision.models.convnext.LayerNorm2d",
+    "timm.layers.norm.LayerNorm2d",
+    "timm.layers.norm.LayerNorm2dFp32",
+    "timm.layers.norm.LayerNormExp2d",
+)
+MAP_NORM_ACTS = ("timm.layers.norm_act.LayerNormAct2d", "timm.layers.norm_act.LayerNormAct2dFp32")
+FIXED = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
+FIXED_ACTS = ("timm.layers.norm_act.FrozenBatchNormAct2d",)
+"""Those that never move their statistics, with modes that mean nothing."""
+
+KNOWN = frozenset((
+    *BATCH_NORM_ACTS, *SYNC_BATCH_NORM_ACTS, *GROUP_NORMS, *GROUP_NORM_ACTS, *LAYER_NORMS,
+    *LAYER_NORM_ACTS, *MAP_NORMS, *MAP_NORM_ACTS, *FIXED, *FIXED_ACTS,
+))  # fmt: skip
+
+
+def takes_input_as_it_is(layer: nn.Module) -> bool:
+    """Whether a norm's forward is known: what it normalises is what it is called with.
+
+    So it is of torch's classes, ours, those of timm and torchvision above, and of subclasses that
+    have no forward of their own.
+
+    Example:
+        >>> class Tokens(nn.BatchNorm1d):
+        ...     def forward(self, x):
+        ...         return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        >>> takes_input_as_it_is(nn.BatchNorm1d(4)), takes_input_as_it_is(Tokens(4))
+        (True, False)
+    """
+    return not _is_replaced(layer) and _is_known(_owner_of_forward(layer))
+
+
+def is_over_maps(layer: nn.Module) -> bool:
+    """Whether this is a known layer norm of maps, whose channels are in the second axis."""
+    return name_of(_owner_of_forward(layer)) in MAP_NORMS + MAP_NORM_ACTS
+
+
+def is_fixed(layer: nn.Module) -> bool:
+    """Whether this is a batch norm that never moves its statistics, or a project's copy of one."""
+    buffers = {"weight", "bias", *BUFFERS}
+    named = type(layer).__name__ == "FrozenBatchNorm2d"
+    copied = named and layer._buffers.keys() == buffers and not layer._parameters
+    return copied or name_of(type(layer)) in FIXED + FIXED_ACTS
+
+
+def own_forward(layer: nn.Module) -> str:
+    """What has a forward of its own where that is not known, for people."""
+    if _is_replaced(layer):
+        return f"its forward was replaced by {getattr(layer.forward, '__qualname__', 'another')}"
+    return f"its class {name_of(_owner_of_forward(layer))} has a forward of its own"
+
+
+def looks_at_mode(layer: nn.Module) -> bool:
+    """Whether code that is not known asks for ``training``, to do then what it does not else."""
+    return any("training" in f.__code__.co_names for f in _unknown_functions(layer))
+
+
+def name_of(kind: type) -> str:
+    """Module and name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _unknown_functions(layer: nn.Module) -> Iterator[FunctionType]:
+    """Functions of a layer and its classes down to the first class that is known."""
+    yield from (value for value in vars(layer).values() if isinstance(value, FunctionType))
+    for kind in type(layer).__mro__:
+        if _is_known(kind):
+            return
+        yield from (value for value in vars(kind).values() if isinstance(value, FunctionType))
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether this very layer has another forward than its class."""
+    own = vars(layer).get("forward")
+    plain = getattr(own, "__func__", None) is type(layer).forward or swaps_statistics(layer)
+    return own is not None and not plain
+
+
+def _owner_of_forward(layer: nn.Module) -> type:
+    return next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
+
+
+def _is_known(kind: type) -> bool:
+    if issubclass(kind, NormLayer):
+        return kind.__module__.partition(".")[0] == "normkit"
+    return kind.__module__.startswith("torch.nn.modules.") or name_of(kind) in KNOWN

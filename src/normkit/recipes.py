@@ -1,0 +1,145 @@
+"""Which norms a spec can name, and how a name becomes a layer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import nn
+
+from normkit.core.check import require_count
+from normkit.errors import SpecError
+from normkit.layers import over_batch, over_example
+from normkit.layers.batch_channel import BatchChannelNorm
+from normkit.layers.group_plus import GroupNormPlus
+from normkit.layers.instance_batch import InstanceBatchNorm
+from normkit.layers.switchable import SwitchableNorm
+from normkit.layers.whitening import GroupWhitening
+
+MAX_NUMBER = 2**24  # groups, examples and channels: buffers of that many values are still small
+MAX_BITS = 300  # of a number in a message: Python does not write out thousands of digits
+
+RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
+    {128: 512, 64: 256, 32: 128, 16: 64, 8: 16, 4: 2, 2: 1, 1: 1}
+)
+"""Groups of BGN by examples per worker: Zhou et al., Batch Group Normalization, table 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a name becomes a layer.
+
+    Args:
+        layer: Class that is built.
+        argument: Option that the first, unnamed argument of a spec sets.
+        short: Other names of options.
+        over_positions: Whether that argument divides ``C * positions`` rather than ``C``.
+        automatic: What ``auto`` is at most, by batch size.
+    """
+
+    layer: Callable[..., nn.Module]
+    argument: str | None = None
+    short: Mapping[str, str] = field(default_factory=dict)
+    over_positions: bool = False
+    automatic: Callable[[int], int] | None = None
+
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """Keyword options of the layer, by name."""
+        parameters = inspect.signature(self.layer).parameters
+        hidden = ("num_features", "process_group", "device", "dtype")
+        return {name: p for name, p in parameters.items() if name not in hidden}
+
+
+def require_size(name: str, value: int, at_most: int = MAX_NUMBER) -> int:
+    """Refuse what is no whole number from 1 to a bound.
+
+    Raises:
+        OptionError: If it is none, or below 1.
+        SpecError: If it is beyond the bound.
+    """
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise SpecError(
+            f"a number of {value.bit_length()} bits was given as {name}; {at_most} at most"
+        )
+    if require_count(name, value) > at_most:
+        raise SpecError(f"{name}={value} was given; it is {at_most} at most")
+    return int(value)
+
+
+def recommended_bgn_groups(batch_size: int) -> int:
+    """Groups of BGN for this many examples per worker: the paper's nearest in log2.
+
+    Raises:
+        OptionError: If it is no whole number of at least 1.
+        SpecError: If it is larger than any batch.
+    """
+    size = require_size("batch_size", batch_size, at_most=2**63 - 1)
+    nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda known: abs(math.log2(size / known)))
+    return RECOMMENDED_BGN_GROUPS[nearest]
+
+
+METHODS: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "bn": Recipe(layer=over_batch.BatchNorm),
+        "in": Recipe(layer=over_example.InstanceNorm),
+        "ln": Recipe(layer=over_example.LayerNorm),
+        "gn": Recipe(layer=over_example.GroupNorm, argument="num_groups"),
+        "pn": Recipe(layer=over_example.PositionalNorm),
+        "bgn": Recipe(
+            layer=over_batch.BatchGroupNorm,
+            argument="num_groups",
+            over_positions=True,
+            automatic=recommended_bgn_groups,
+        ),
+        "ghost": Recipe(layer=over_batch.GhostBatchNorm, argument="ghost_batch_size"),
+        "gbgn": Recipe(
+            layer=over_batch.GeneralBatchGroupNorm,
+            argument="num_groups",
+            short={"examples": "examples_per_group"},
+        ),
+        "gnplus": Recipe(layer=GroupNormPlus, argument="num_groups"),
+        "bcn": Recipe(
+            layer=BatchChannelNorm,
+            argument="num_groups",
+            short={"micro": "micro_batch", "rate": "update_rate"},
+        ),
+        "sn": Recipe(layer=SwitchableNorm),
+        "gw": Recipe(layer=GroupWhitening, argument="num_groups"),
+        "ibn": Recipe(layer=InstanceBatchNorm),
+    }
+)
+"""Every norm that a spec can name."""
+
+
+def recipe_of(name: str, text: str) -> Recipe:
+    """Look a name up; an unknown one is refused with the known ones.
+
+    Raises:
+        SpecError: If there is no such norm.
+    """
+    if name not in METHODS:
+        raise SpecError(
+            f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}{_meant(name)}"
+        )
+    return METHODS[name]
+
+
+def _meant(name: str) -> str:
+    """What a name such as ``gn8``, ``GN-8`` or ``GroupNorm`` probably means."""
+    from difflib import get_close_matches  # noqa: PLC0415 - slow import
+
+    read = re.fullmatch(r"([a-z_ ]+)[^a-z0-9]*(\d{0,9})d?", name.lower())
+    if read is None:
+        return ""
+    known = {key: key for key in METHODS}
+    known |= {recipe.layer.__name__.lower(): key for key, recipe in METHODS.items()}
+    close = get_close_matches(re.sub("[_ ]", "", read[1]), known, n=1)
+    if not close:
+        return ""
+    found = known[close[0]]
+    number = f":{read[2]}" if read[2] and METHODS[found].argument else ""
+    return f"; did you mean {found}{number}?"

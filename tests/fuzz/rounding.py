@@ -1,0 +1,167 @@
+"""How far rounding may move a result: the definitions in an arithmetic that errs on purpose.
+
+Every operation of the oracle gets an error as large as an implementation of tables may make: half
+a unit in the last place of each result, and for a sum of ``n`` terms ``sqrt(n)`` units of the sum
+of their magnitudes (Higham & Mary 2019, A New Approach to Probabilistic Rounding Error Analysis).
+The signs are drawn. What several such results differ by is what the numbers at hand allow: an
+offset, a tiny variance or a far channel then costs what it must, and no tolerance is guessed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import Function
+
+import oracle
+
+TABLE = torch.finfo(torch.float64).eps  # of what the C++ kernels keep in float64
+
+
+class Recorded(oracle.Exact):
+    """Exact, and keeps all statistics in the order in which they are asked for."""
+
+    def __init__(self):
+        self.means = []
+
+    def mean(self, values, ids):
+        self.means.append(super().mean(values, ids))
+        return self.means[-1]
+
+
+class Given(oracle.Exact):
+    """Exact, with statistics that were recorded, through which no gradient flows."""
+
+    def __init__(self, recorded):
+        self.means = iter(recorded.means)
+
+    def mean(self, values, ids):
+        return next(self.means).detach()
+
+
+class Rounding(oracle.Exact):
+    """Errors of ``unit``, the distance from 1 to the next number, with signs drawn from ``seed``.
+
+    With ``recorded``, a statistic errs from its exact value and not from what earlier errors have
+    made of it: a fused kernel knows the second stage's statistics from the first stage's table, so
+    that the errors of two stages need not cancel as they do where each looks at the map.
+
+    Args:
+        unit: Of the dtype that is computed in.
+        around_the_mean: Sums are taken of distances from a value nearby and kept in float64, as
+            the C++ kernels do, so that an offset costs nothing.
+        recorded: The exact statistics, or None to take those of the values at hand.
+        seed: Of the signs.
+    """
+
+    def __init__(self, unit, around_the_mean, recorded, seed):
+        self.unit, self.around_the_mean = unit, around_the_mean
+        self.means = None if recorded is None else iter(recorded.means)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def signs(self, shape):
+        """As many times 1 as -1."""
+        return torch.randint(0, 2, shape, generator=self.generator, dtype=torch.float64) * 2 - 1
+
+    def magnitude(self, x, center):
+        """Of what is added up in a mean of ``x``."""
+        x = x.detach()
+        if self.around_the_mean:
+            return (x - center.detach()).abs() + x.abs() * (TABLE / self.unit)
+        return x.abs()
+
+    def mean(self, values, ids):
+        exact = self.exact_mean(values, ids)
+        return _Mean.apply(values, ids, self.magnitude(values, exact), exact, self)
+
+    def exact_mean(self, values, ids):
+        """Of the values, or as it was recorded."""
+        own = super().mean(values.detach(), ids)
+        return own if self.means is None else next(self.means).detach()
+
+    def mean_square(self, x, center, ids):
+        distance = x - center
+        apart = distance.detach().abs()
+        sizes = 2 * apart * self.magnitude(x, center) + apart**2
+        square = distance**2
+        return _Mean.apply(square, ids, sizes, self.exact_mean(square, ids), self)
+
+    def spread(self, values, ids):
+        return _Spread.apply(values, ids, self)
+
+    def rounded(self, values):
+        return _Rounded.apply(values, self)
+
+    def kept(self, values):
+        unit = TABLE if self.around_the_mean else self.unit
+        return values * (1 + unit * self.signs(values.shape))
+
+    def used(self, values):
+        return _Used.apply(values, self)
+
+    def error_of_means(self, sizes, ids):
+        """At every element, of the mean of its group, where terms of these sizes are added."""
+        where = ids.flatten()
+        counts = torch.bincount(where)
+        sums = torch.zeros(len(counts), dtype=sizes.dtype).index_add(0, where, sizes.flatten())
+        return (self.error_of_sums(sums, counts) / counts)[ids]
+
+    def error_of_segments(self, x):
+        """Of the means of every example's channels, around which a kernel sums and writes."""
+        x, ids = x.double(), oracle.group_ids("in", x.shape)
+        return self.error_of_means(self.magnitude(x, oracle.Exact().mean(x, ids)), ids)
+
+    def error_of_sums(self, sums, counts):
+        """Of sums of so many terms, whose magnitudes have these sums."""
+        growth = counts.clamp(min=16).sqrt()  # a few operations on tables follow every sum
+        return self.signs(sums.shape) * self.unit * growth * sums
+
+
+class _Mean(Function):
+    """Each group's mean is its own transpose."""
+
+    @staticmethod
+    def forward(ctx, values, ids, sizes, exact, rounding):
+        ctx.ids, ctx.rounding = ids, rounding
+        return exact + rounding.error_of_means(sizes, ids)
+
+    @staticmethod
+    def backward(ctx, grad):
+        exact = oracle.Exact.mean(ctx.rounding, grad, ctx.ids)
+        return exact + ctx.rounding.error_of_means(grad.abs(), ctx.ids), None, None, None, None
+
+
+class _Spread(Function):
+    @staticmethod
+    def forward(ctx, values, ids, rounding):
+        ctx.size, ctx.ids, ctx.rounding = values.shape, ids, rounding
+        return values[ids]
+
+    @staticmethod
+    def backward(ctx, grad):
+        where, flat = ctx.ids.flatten(), grad.flatten()
+        counts = torch.bincount(where, minlength=ctx.size[0])
+        none = torch.zeros(ctx.size, dtype=grad.dtype)
+        sums, sizes = (none.index_add(0, where, t) for t in (flat, flat.abs()))
+        return sums + ctx.rounding.error_of_sums(sizes, counts), None, None
+
+
+class _Rounded(Function):
+    @staticmethod
+    def forward(ctx, values, rounding):
+        ctx.rounding = rounding
+        return values * (1 + rounding.unit * rounding.signs(values.shape))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + ctx.rounding.unit * ctx.rounding.signs(grad.shape)), None
+
+
+class _Used(Function):
+    @staticmethod
+    def forward(ctx, values, rounding):
+        ctx.rounding = rounding
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + ctx.rounding.unit * ctx.rounding.signs(grad.shape)), None
