@@ -298,7 +298,7 @@ class Plan:
         for place in inner:
             self._offsets.append(self._size)
             size = draft.reserved[place - count].untyped_storage().nbytes()
-            self._size += -(-size // LINE) * LINE
+            self._size += max(-(-size // LINE), 1) * LINE
         order = None, *RATE, *results, *inner
         self._index |= {place: i for i, place in enumerate(order, start=count)}
 
@@ -362,7 +362,7 @@ class Plan:
             start = self._offsets[at - len(whole)] + piece.offset
             return memory[start:].view(piece.dtype)
         base = whole[at]
-        if piece.offset == 0:
+        if piece.offset in (0, base.untyped_storage().nbytes()):  # at its end there is nothing
             return base
         return base.as_strided((1,), (1,), base.storage_offset() + piece.offset // base.itemsize)
 
