@@ -42,7 +42,8 @@ def forward(
 
 
 def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    *parameters, mean, var, running_mean, running_var, counter, composite, batch = given
+    first, second, third, fourth, mean, var, *running, composite, batch = given
+    running_mean, running_var, counter = running
     grouping = Grouping.of(x, x.shape[1], 1)
     source = Map.of(x)
     target = Map.of(result_like(source.tensor))
@@ -55,7 +56,7 @@ def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         is_estimate = batch.source != BatchSource.OWN
         follower = Follower(running_mean, running_var, counter, is_estimate)
     scale, center = known.mean.new_empty((2, *known.mean.shape)).unbind()
-    call = Call.of(composite, batch, grouping, parameters)
+    call = Call.of(composite, batch, grouping, (first, second, third, fourth))
     composite_tables.forward(call, known, Source(*parts, statistics, follower), (scale, center))
     passes.apply_segments(source, target, layout, (_rows(known.mean), _rows(scale), _rows(center)))
     return target.tensor, known.table
@@ -96,17 +97,17 @@ def backward(
 
 
 def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    *parameters, composite, batch = given
+    first, second, third, fourth, composite, batch = given
     source = Map.of(x)
     maps = Map.of(grad), source, Map.of(result_like(source.tensor))
     grouping = Grouping.of(x, x.shape[1], 1)
     layout = Layout.of(grouping, *maps)
     known = Known.of(composite, x, in_one_piece(table))
     sums = passes.reduce_whole(maps[0], source, layout, _rows(known.mean))
-    call = Call.of(composite, batch, grouping, parameters)
+    call = Call.of(composite, batch, grouping, (first, second, third, fourth))
     factors, found = composite_tables.backward(call, known, sums)
-    first, second, third = (_rows(factor) for factor in factors)
-    passes.combine_segments(maps, layout, _rows(known.mean), (first, second, third))
+    k1, k2, k3 = (_rows(factor) for factor in factors)
+    passes.combine_segments(maps, layout, _rows(known.mean), (k1, k2, k3))
     return maps[2].tensor, *found
 
 

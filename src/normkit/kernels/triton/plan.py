@@ -38,9 +38,10 @@ MOST_PLANS = 4096
 ALIGNMENT = 16  # bytes that triton compiles pointers for
 LINE = 128  # bytes of a GPU's cache line, where a piece of memory begins
 
-Given = tuple[Tensor | None, ...]
-Address = int | float | None
-"""What a kernel is given for a tensor, or for a part of the rate."""
+Given = tuple[Any, ...]
+"""Tensors, or None in the place of one."""
+Address = Any
+"""What a kernel is given for a tensor, an integer; for a part of the rate a float; or None."""
 
 
 class Part(Enum):
@@ -97,7 +98,7 @@ def planned(
 def launch(
     kernel: Any,  # noqa: ANN401 - compiled or interpreted
     num_programs: int,
-    tensors: Sequence[Tensor | Part | None],
+    tensors: Sequence[object],
     numbers: Sequence[object],
     num_warps: int = 4,
     **constants: Any,  # noqa: ANN401 - numbers, flags and dtypes
@@ -107,7 +108,8 @@ def launch(
     Args:
         kernel: Takes tensors and perhaps ``RATE``, then numbers, then constants.
         num_programs: How many run.
-        tensors: The planned function's, memory that it has reserved, or views of either.
+        tensors: The planned function's, memory that it has reserved, or views of either; None, or
+            the parts of the rate.
         numbers: What the kernel reads.
         num_warps: Of a program.
         constants: What the kernel is compiled for, by name.
@@ -169,7 +171,7 @@ class Launch:
         self,
         kernel: Any,  # noqa: ANN401
         num_programs: int,
-        pieces: Sequence[Piece | Part | None],
+        pieces: Sequence[object],
         numbers: tuple[object, ...],
         num_warps: int,
         constants: Mapping[str, Any],
@@ -225,7 +227,7 @@ class _Draft:
         if _identity(t) not in self._places:
             self._keep(self.num_given + len(self.reserved), t)
             self.reserved.append(t)
-        return Piece(self._places[_identity(t)], t.storage_offset() * t.itemsize, t.dtype)
+        return Piece(self._places[_identity(t)], int(t.storage_offset()) * t.itemsize, t.dtype)
 
     def run(self, function: Callable[..., Any], options: tuple[Hashable, ...]) -> Any:  # noqa: ANN401
         before = getattr(_drafts, "current", None)
@@ -291,7 +293,7 @@ class Plan:
         memory's parts, and those of views.
         """
         count = draft.num_given
-        self._index: dict[int | Part | None, int] = {place: place for place in range(count)}
+        self._index: dict[object, int] = {place: place for place in range(count)}
         places = range(count, count + len(draft.reserved))
         inner = [place for place in places if place not in results]
         self._offsets, self._size = list[int](), 0
@@ -350,15 +352,15 @@ class Plan:
 
     def _argument(
         self,
-        piece: Piece | Part | None,
-        whole: list[Tensor | float | None],
+        piece: object,
+        whole: Sequence[Any],
         memory: Tensor | None,
     ) -> Tensor | float | None:
         """The tensor, or the number, behind an address."""
         if not isinstance(piece, Piece):
             return whole[self._index[piece]]
         at = self._index[piece.place]
-        if at >= len(whole):
+        if at >= len(whole) and memory is not None:
             start = self._offsets[at - len(whole)] + piece.offset
             return memory[start:].view(piece.dtype)
         base = whole[at]

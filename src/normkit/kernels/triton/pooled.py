@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.kernels.calls import Pooling
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
 from normkit.kernels.triton.constants import (
@@ -75,17 +74,19 @@ class _Forward(NamedTuple):
         return follower_arguments(self.follower)[0]
 
 
-def forward(
+def forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,
-    *pooling: float,
+    num_groups: int,
+    examples_per_group: int,
+    eps: float,
+    channel_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the table of statistics, float64 ``(2, cells)``; the buffers move."""
-    num_groups, examples_per_group, eps, channel_statistics = Pooling(*pooling)
     follower = None
     if running_mean is not None and running_var is not None:
         follower = Follower(running_mean, running_var, counter)
@@ -93,7 +94,7 @@ def forward(
     source = Map.of(x)
     target = Map.of(result_like(source.tensor))
     layout = Layout.of(grouping, source, target)
-    call = _Forward(source, target, layout, _in_one_piece(weight, bias), follower, eps)
+    call = _Forward(source, target, layout, _affine(weight, bias), follower, eps)
     cells = grouping.num_cells + (grouping.C if channel_statistics else 0)
     table = x.new_empty((2, cells), dtype=torch.float64)
     tile = _tile(layout, x, FORWARD)
@@ -106,8 +107,12 @@ def forward(
     return target.tensor, table
 
 
-def _in_one_piece(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else in_one_piece(t) for t in tables)
+def _affine(weight: Tensor | None, bias: Tensor | None) -> Affine:
+    return _in_one_piece(weight), _in_one_piece(bias)
+
+
+def _in_one_piece(table: Tensor | None) -> Tensor | None:
+    return None if table is None else in_one_piece(table)
 
 
 def _forward_in_tiles(call: _Forward, table: Tensor, tile: Tile) -> None:
@@ -235,7 +240,7 @@ def forward_given(
     target = Map.of(result_like(source.tensor))
     layout = Layout.of(Grouping.of(x, mean.numel(), 0), source, target)
     statistics = Statistics(in_one_piece(mean), in_one_piece(var), eps)
-    passes.apply_groups(source, target, layout, statistics, _in_one_piece(weight, bias))
+    passes.apply_groups(source, target, layout, statistics, _affine(weight, bias))
     return target.tensor
 
 
@@ -312,7 +317,7 @@ def _backward(
     grad, x = (Map.of(t) for t in maps)
     dx = Map.of(result_like(x.tensor))
     layout = Layout.of(grouping, grad, x, dx)
-    (weight,) = _in_one_piece(weight)
+    weight = _in_one_piece(weight)
     need_weight, need_bias = wanted
     return _Backward(
         (grad, x, dx), layout, *statistics, weight, eps, (need_weight, need_bias), False

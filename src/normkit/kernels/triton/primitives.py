@@ -64,11 +64,12 @@ def _reduce_grad(grad: Tensor, x: Tensor, mean: Tensor, segment_size: int) -> tu
     return passes.reduce_whole(*maps, layout, Table.of(mean))
 
 
-def _combine_grad(grad: Tensor, x: Tensor, mean: Tensor, *given: Tensor | int) -> Tensor:
-    *factors, segment_size = given
+def _combine_grad(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+    grad: Tensor, x: Tensor, mean: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, segment_size: int
+) -> Tensor:
     dx = result_like(x)
     maps = Map.of(grad), Map.of(x), Map.of(dx)
     layout = Layout.of(Grouping.of_segments(x, segment_size), *maps)
-    first, second, third = (Table.of(factor) for factor in factors)
-    passes.combine_segments(maps, layout, Table.of(mean), (first, second, third))
+    factors = Table.of(k1), Table.of(k2), Table.of(k3)
+    passes.combine_segments(maps, layout, Table.of(mean), factors)
     return dx
