@@ -24,9 +24,9 @@ STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of chann
     (torch.float64, torch.contiguous_format, (4, 8, 4, 4), 4, 2, False),
 ]
 KERNELS = {
-    "moments_kernel", "apply_kernel", "tile_forward_kernel", "tile_backward_kernel",
-    "measure_groups_kernel", "normalize_groups_kernel", "reduce_groups_kernel",
-    "gradient_groups_kernel", "pool_rows_kernel", "pool_segments_kernel", "parameter_sums_kernel",
+    "tile_forward_kernel", "tile_backward_kernel", "measure_groups_kernel",
+    "normalize_groups_kernel", "reduce_groups_kernel", "gradient_groups_kernel",
+    "parameter_sums_kernel",
 }  # fmt: skip
 
 
@@ -53,7 +53,8 @@ COMPOSITE_KERNELS = {
     "rows_forward_kernel", "rows_backward_kernel", "columns_forward_kernel",
     "columns_backward_kernel", "columns_first_backward_kernel", "rows_first_backward_kernel",
     "switched_forward_kernel", "switched_backward_kernel", "halves_forward_kernel",
-    "halves_backward_kernel",
+    "halves_backward_kernel", "moments_kernel", "apply_kernel", "reduce_grad_kernel",
+    "combine_grad_kernel", "pool_rows_kernel", "pool_segments_kernel",
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Plans: looked up by kind, carried out with the compiled kernels themselves, bounded in number."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -56,9 +58,9 @@ def test_a_plan_gives_kernels_the_addresses_of_this_calls_tensors(started):
         parts = measured[1]
         tensors = (x, y, weight, bias)
         assert normalized[:4] == tuple(t.data_ptr() for t in tensors)
-        assert normalized[4] == parts  # what the first kernel leaves is what the second reads
-        assert normalized[5:9] == tuple(t.data_ptr() for t in (table, mean, var, counter))
-        assert normalized[9:11] == (0.5, 0.0)  # the rate of this call
+        assert normalized[4:6] == (parts, parts)  # what the first leaves is what the second reads
+        assert normalized[6:10] == tuple(t.data_ptr() for t in (table, mean, var, counter))
+        assert normalized[10:12] == (0.5, 0.0)  # the rate of this call
     assert len(plan._PLANS) == 1
 
 
@@ -147,10 +149,11 @@ def test_every_kind_of_call_takes_at_most_two_launches_each_way(started):
     shape = (8, 64, 57, 56)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.zeros(shape).contiguous(memory_format=layout)
-        for num_groups, examples in ((64, 0), (64, 1), (1, 1), (8, 1), (2, 0), (64, 2), (8, 3)):
+        cuts = ((64, 0), (64, 1), (1, 1), (8, 1), (2, 0), (64, 2), (8, 3), (96, 2), (7, 0))
+        for (num_groups, examples), channels in product(cuts, (False, True)):
             started.clear()
             weight, pooling = torch.ones(64), (num_groups, examples, 1e-5)
-            _, table = operators.pooled_forward(x, weight, weight, *pooling, False)
+            _, table = operators.pooled_forward(x, weight, weight, *pooling, channels)
             ways = [len(started)]
             operators.pooled_backward(x, x, table, weight, *pooling, True, True)
             ways.append(len(started) - ways[0])

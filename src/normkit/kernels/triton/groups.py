@@ -41,9 +41,14 @@ def rows_of(N, G, E, ITEMS, SPANS, R, BG: tl.constexpr):
 
 
 @triton.jit
-def sum_block(values):
-    """Sums over a block's segments and positions."""
-    return tl.sum(tl.sum(values, axis=2), axis=1)
+def first_element(
+    x, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of segments: what a program sees first."""
+    at = row_starts(n0 + first // SPANS, k, SN, SC, SP, Q, L, WIDE, 1)
+    at += columns((first % SPANS) * span, SP, WIDE)
+    return tl.load(x + at, mask=inside & (first < last), other=0.0).to(ACC)
 
 
 @triton.jit
@@ -52,12 +57,12 @@ def segment_moments(
     BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Number, sum and squared deviations of groups' elements in a block of segments.
+    """Number, mean and squared deviations of segments ``(BG, BJ)``: what one program sees of them.
 
     Every lane sums around its own first element, so nothing needs a division before the end, and a
-    mean far from 0 costs no digits. Sums come relative to ``corner``, an element of each group.
+    mean far from 0 costs no digits. Means come relative to ``corner``, an element of each segment.
     """
-    shift = tl.zeros((BG, BJ, BL), ACC) + corner[:, None, None]
+    shift = tl.zeros((BG, BJ, BL), ACC) + corner[:, :, None]
     count = tl.zeros((BG, BJ, BL), ACC)
     total = tl.zeros((BG, BJ, BL), ACC)
     square = tl.zeros((BG, BJ, BL), ACC)
@@ -75,72 +80,96 @@ def segment_moments(
             count += tl.where(mask, 1.0, 0.0).to(ACC)
             total += apart
             square += apart * apart
-    level = (shift - corner[:, None, None]) + total / tl.maximum(count, 1.0)
-    size = sum_block(count)
-    center = sum_block(tl.where(count > 0.0, level * count, 0.0)) / tl.maximum(size, 1.0)
-    away = level - center[:, None, None]
+    level = (shift - corner[:, :, None]) + total / tl.maximum(count, 1.0)
     within = square - total * (total / tl.maximum(count, 1.0))
-    spread = tl.where(count > 0.0, tl.maximum(within, 0.0) + count * away * away, 0.0)
-    spread = tl.where(within != within, within, spread)  # noqa: PLR0124 - maximum loses a NaN
-    return size, center, sum_block(spread)
+    within = tl.where(within == within, tl.maximum(within, 0.0), within)  # noqa: PLR0124 - a NaN
+    return pooled_parts(count, level, within, 2)
+
+
+@triton.jit
+def pooled_parts(size, level, square, axis: tl.constexpr):
+    """Number, mean and squared deviations of what parts along an axis have together."""
+    whole = tl.sum(size, axis=axis)
+    center = tl.sum(tl.where(size > 0.0, level * size, 0.0), axis=axis) / tl.maximum(whole, 1.0)
+    away = level - tl.expand_dims(center, axis)
+    spread = tl.where(size > 0.0, square + size * away * away, 0.0)
+    return whole, center, tl.sum(spread, axis=axis)
+
+
+@triton.jit
+def store_part(parts, plane, at, mask, high, low, square, size):
+    """Write the four planes of a part: a mean as two summands, squared deviations, a number."""
+    tl.store(parts + at, high, mask=mask)
+    tl.store(parts + plane + at, low, mask=mask)
+    tl.store(parts + 2 * plane + at, square, mask=mask)
+    tl.store(parts + 3 * plane + at, size, mask=mask)
 
 
 @triton.jit
 def measure_groups_kernel(
-    x, parts,
-    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, plane,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    x, parts, segment_parts,
+    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, plane, segment_plane,
+    HAS_SEGMENTS: tl.constexpr, BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``(B, R, G)`` of four planes: a mean as two summands, squared deviations, a number."""
+    """Parts of groups, rows ``(B, R, G)``; ``HAS_SEGMENTS``: of segments ``(B, R, K)``, too."""
     g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
     n0 = run * E
-    some = row_starts(n0 + first // SPANS, g * J, SN, SC, SP, Q, L, WIDE, 1)
-    some += columns((first % SPANS) * span, SP, WIDE)
-    corner = tl.load(x + some, mask=(g < G) & (first < last), other=0.0).to(ACC)
+    corner = first_element(
+        x, n0, g * J, g < G, first, last, SN, SC, SP, Q, L, SPANS, span, ACC, WIDE
+    )
     size = tl.zeros((BG,), ACC)
     center = tl.zeros((BG,), ACC)
     square = tl.zeros((BG,), ACC)
+    out = (run * R + row).to(tl.int64)
     for j0 in range(0, J, BJ):
         j = j0 + tl.arange(0, BJ)
         inside = (g < G)[:, None] & (j < J)[None, :]
         k = g[:, None] * J + j[None, :]
-        more, level, spread = segment_moments(
-            x, corner, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
+        high = first_element(
+            x, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span, ACC, WIDE
+        )
+        sizes, levels, spreads = segment_moments(
+            x, high, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
             BG, BJ, BL, ACC, WIDE, ALIGN,
         )  # fmt: skip
+        if HAS_SEGMENTS:
+            at = out * (G * J) + k
+            store_part(segment_parts, segment_plane, at, inside, high, levels, spreads, sizes)
+        levels += high - corner[:, None]
+        more, level, spread = pooled_parts(sizes, levels, spreads, 1)
         both = tl.maximum(size + more, 1.0)
         step = level - center
         square += spread + step * step * (size * more / both)
         center += step * (more / both)
         size += more
-    out = (run * R + row).to(tl.int64) * G + g
-    tl.store(parts + out, corner, mask=g < G)
-    tl.store(parts + plane + out, center, mask=g < G)
-    tl.store(parts + 2 * plane + out, square, mask=g < G)
-    tl.store(parts + 3 * plane + out, size, mask=g < G)
+    store_part(parts, plane, out * G + g, g < G, corner, center, square, size)
 
 
 @triton.jit
 def load_part(parts, plane, at, mask, which: tl.constexpr):
-    """A plane's values of rows and groups."""
+    """A plane's values of parts."""
     return tl.load(parts + which * plane + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def pooled_moments(
-    parts, plane, run, R, G, g, inside, ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+    parts, plane, top, num_rows, width, first_column, num_columns, inside,
+    ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Mean, as two summands, variance and number of groups, by the law of total variance."""
-    top = (run * R).to(tl.int64) * G
-    high = load_part(parts, plane, top + g, inside, 0)
-    low = load_part(parts, plane, top + g, inside, 1)
+    """Mean, as two summands, variance and number of elements, by the law of total variance.
+
+    Of ``num_rows`` rows of ``width`` parts from row ``top`` on, in each of them ``num_columns``.
+    """
+    start = top.to(tl.int64) * width + first_column
+    high = load_part(parts, plane, start, inside, 0)
+    low = load_part(parts, plane, start, inside, 1)
     size = tl.zeros((BR, BK), ACC)
     total = tl.zeros((BR, BK), ACC)
-    for first in range(0, R, BR):
-        r = first + tl.arange(0, BR)
-        mask = (r < R)[:, None] & inside[None, :]
-        at = top + r[:, None] * G + g[None, :]
+    for first in range(0, num_rows * num_columns, BR):
+        i = first + tl.arange(0, BR)
+        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
+        at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
         count = load_part(parts, plane, at, mask, 3)
         apart = load_part(parts, plane, at, mask, 0) - high[None, :]
         apart += load_part(parts, plane, at, mask, 1) - low[None, :]
@@ -149,10 +178,10 @@ def pooled_moments(
     sizes = tl.maximum(tl.sum(size, axis=0), 1.0)
     center = tl.sum(total, axis=0) / sizes
     total = tl.zeros((BR, BK), ACC)
-    for first in range(0, R, BR):
-        r = first + tl.arange(0, BR)
-        mask = (r < R)[:, None] & inside[None, :]
-        at = top + r[:, None] * G + g[None, :]
+    for first in range(0, num_rows * num_columns, BR):
+        i = first + tl.arange(0, BR)
+        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
+        at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
         count = load_part(parts, plane, at, mask, 3)
         apart = load_part(parts, plane, at, mask, 0) - high[None, :]
         apart += load_part(parts, plane, at, mask, 1) - low[None, :]
@@ -163,29 +192,64 @@ def pooled_moments(
 
 
 @triton.jit
-def normalize_groups_kernel(
-    x, y, weight, bias, parts, table, running_mean, running_var, counter, rate_high, rate_low,
-    SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span, E, J, G, R, plane, num_cells,
-    eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
-    HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+def place_in_rows(i, width, num_columns):
+    """Where the ``i``-th of some columns of rows lies."""
+    return (i // num_columns).to(tl.int64) * width + i % num_columns
+
+
+@triton.jit
+def keep_moments(
+    high, low, var, sizes, at, mask, table, num_cells, running_mean, running_var, rate_high,
+    rate_low, channel,
+    MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Pool, normalise, scale and shift; the table's cells and running statistics on the way."""
+    """Write cells of the table; ``MOVES``: running statistics follow, the variance's unbiased."""
+    mean = high.to(tl.float64) + low.to(tl.float64)
+    tl.store(table + at, mean, mask=mask)
+    tl.store(table + num_cells + at, var.to(tl.float64), mask=mask)
+    if MOVES:
+        size = sizes.to(tl.float64)
+        unbiased = var.to(tl.float64) * (size / tl.maximum(size - 1.0, 1.0))
+        move(running_mean + channel, mean, rate_high, rate_low, mask)
+        move(running_var + channel, unbiased, rate_high, rate_low, mask)
+
+
+@triton.jit
+def normalize_groups_kernel(
+    x, y, weight, bias, parts, segment_parts, table, running_mean, running_var, counter,
+    rate_high, rate_low,
+    SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span, E, J, G, R, RUNS, plane, segment_plane,
+    num_cells, eps_high, eps_low,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
+    HAS_COUNTER: tl.constexpr, HAS_CHANNELS: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
+    BR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Pool, normalise, scale and shift; the table's cells and running statistics on the way.
+
+    ``HAS_CHANNELS``: behind the groups' cells are the whole batch's of channels, which running
+    statistics then follow.
+    """
     n, part, k, inside = place(K, SPLITS, BK)
     run = n // E
     g = k // J
-    high, low, var, sizes = pooled_moments(parts, plane, run, R, G, g, inside, ACC, BK, BR)
+    high, low, var, sizes = pooled_moments(
+        parts, plane, run * R, R, G, g, 1, inside, ACC, BK, BR
+    )  # fmt: skip
     is_first = inside & (k % J == 0) & (n == run * E) & (part == 0)
-    cell = run.to(tl.int64) * G + g
-    mean = high.to(tl.float64) + low.to(tl.float64)
-    tl.store(table + cell, mean, mask=is_first)
-    tl.store(table + num_cells + cell, var.to(tl.float64), mask=is_first)
-    if HAS_RUNNING:
-        size = sizes.to(tl.float64)
-        unbiased = var.to(tl.float64) * (size / tl.maximum(size - 1.0, 1.0))
-        move(running_mean + g, mean, rate_high, rate_low, is_first)
-        move(running_var + g, unbiased, rate_high, rate_low, is_first)
+    keep_moments(
+        high, low, var, sizes, run.to(tl.int64) * G + g, is_first, table, num_cells,
+        running_mean, running_var, rate_high, rate_low, g, HAS_RUNNING and not HAS_CHANNELS,
+    )  # fmt: skip
+    if HAS_CHANNELS:  # noqa: SIM102 - the compiler's condition, then the program's
+        if (n == 0) & (part == 0):
+            starts = inside & (k % Q == 0)
+            c_high, c_low, c_var, c_sizes = pooled_moments(
+                segment_parts, segment_plane, 0 * n, RUNS * R, K, k, Q, starts, ACC, BK, BR
+            )  # fmt: skip
+            keep_moments(
+                c_high, c_low, c_var, c_sizes, RUNS * G + k // Q, starts, table, num_cells,
+                running_mean, running_var, rate_high, rate_low, k // Q, HAS_RUNNING,
+            )  # fmt: skip
     if HAS_COUNTER:
         count_batch(counter, tl.program_id(0) == 0)
     factor = reciprocal_root(var, eps_high, eps_low, ACC)
@@ -272,18 +336,19 @@ def reduce_groups_kernel(
 
 @triton.jit
 def summed_rows(
-    table, plane, top, num_rows, width, at, inside,
+    table, plane, top, num_rows, width, first_column, num_columns, inside,
     ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Sums of rows of two planes at places ``at``, in a fixed order."""
+    """Sums of rows of two planes, in each row of some columns, in a fixed order."""
+    start = top.to(tl.int64) * width + first_column
     one = tl.zeros((BR, BK), ACC)
     two = tl.zeros((BR, BK), ACC)
-    for first in range(0, num_rows, BR):
-        r = first + tl.arange(0, BR)
-        mask = (r < num_rows)[:, None] & inside[None, :]
-        place_of = (top + r).to(tl.int64)[:, None] * width + at[None, :]
-        one += tl.load(table + place_of, mask=mask, other=0.0)
-        two += tl.load(table + plane + place_of, mask=mask, other=0.0)
+    for first in range(0, num_rows * num_columns, BR):
+        i = first + tl.arange(0, BR)
+        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
+        at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
+        one += tl.load(table + at, mask=mask, other=0.0)
+        two += tl.load(table + plane + at, mask=mask, other=0.0)
     return tl.sum(one, axis=0), tl.sum(two, axis=0)
 
 
@@ -310,22 +375,23 @@ def gradient_groups_kernel(
         scale = tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
     if ADDS:  # noqa: SIM102 - the compiler's condition, then the program's
         if (n == 0) & (part == 0):
+            starts = inside & (k % Q == 0)
             of_bias, of_weight = summed_rows(
-                sums, plane, 0, RUNS * R, K, k, inside, ACC, BK, BR
+                sums, plane, 0 * n, RUNS * R, K, k, Q, starts, ACC, BK, BR
             )  # fmt: skip
-            tl.store(dweight + k, of_weight, mask=inside)
-            tl.store(dbias + k, of_bias, mask=inside)
+            tl.store(dweight + k // Q, of_weight, mask=starts)
+            tl.store(dbias + k // Q, of_bias, mask=starts)
     by_unit = tl.zeros((BK,), ACC)
     level = tl.zeros((BK,), ACC)
     if not CONSTANT:
         high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
         if HAS_GROUPS:
             of_group, of_group_x = summed_rows(
-                group_sums, group_plane, run * R, R, G, k // J, inside, ACC, BK, BR
+                group_sums, group_plane, run * R, R, G, k // J, 1, inside, ACC, BK, BR
             )  # fmt: skip
         else:
             of_group, of_group_x = summed_rows(
-                sums, plane, run * R, R, K, k, inside, ACC, BK, BR
+                sums, plane, run * R, R, K, k, 1, inside, ACC, BK, BR
             )  # fmt: skip
             of_group *= scale
             of_group_x *= scale

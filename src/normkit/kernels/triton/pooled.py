@@ -1,8 +1,7 @@
 """Single-partition layers: statistics, pooling, affine and their transpose in one launch or two.
 
 Groups that fit a program are read once (``tiles``), in one launch each way. For others the map is
-read twice (``groups``), in two. Where the whole batch's statistics of channels are wanted beside
-those of groups, one or two launches on tables lie between.
+read twice (``groups``), in two.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from normkit.kernels.triton.geometry import (
     Rows,
     Stream,
     Tile,
-    ceil_div,
     power_of_two,
     result_like,
     row_blocks,
@@ -40,9 +38,8 @@ from normkit.kernels.triton.groups import (
     normalize_groups_kernel,
     reduce_groups_kernel,
 )
-from normkit.kernels.triton.passes import Follower, Parts, Statistics, follower_arguments
+from normkit.kernels.triton.passes import Follower, Statistics, follower_arguments
 from normkit.kernels.triton.plan import halves, in_one_piece, launch, num_processors
-from normkit.kernels.triton.tables import pool_segments_kernel
 from normkit.kernels.triton.tiles import tile_backward_kernel, tile_forward_kernel
 
 FORWARD = Limits(32768, 1024)  # float32: 64 registers of each of at most 512 threads
@@ -97,11 +94,9 @@ def forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
     call = _Forward(source, target, layout, _affine(weight, bias), follower, eps)
     cells = grouping.num_cells + (grouping.C if channel_statistics else 0)
     table = x.new_empty((2, cells), dtype=torch.float64)
-    tile = _tile(layout, x, FORWARD)
-    if channel_statistics:
-        _forward_with_channels(call, table, grouping.num_cells)
-    elif tile is None:
-        _forward_in_two(call, table)
+    tile = None if channel_statistics else _tile(layout, x, FORWARD)
+    if tile is None:
+        _forward_in_two(call, table, channel_statistics)
     else:
         _forward_in_tiles(call, table, tile)
     return target.tensor, table
@@ -128,28 +123,35 @@ def _forward_in_tiles(call: _Forward, table: Tensor, tile: Tile) -> None:
     )
 
 
-def _forward_in_two(call: _Forward, table: Tensor) -> None:
+def _forward_in_two(call: _Forward, table: Tensor, has_channels: bool) -> None:
     layout, x = call.layout, call.x.tensor
-    whole = layout.with_whole_groups()
+    whole = layout if has_channels else layout.with_whole_groups()
     rows = _rows(whole, x)
-    plane = whole.grouping.B * rows.R * whole.grouping.G
-    parts = x.new_empty(4 * plane, dtype=table_dtype(x.dtype))
+    num_rows = whole.grouping.B * rows.R
+    plane, segment_plane = num_rows * whole.grouping.G, num_rows * whole.grouping.K
+    has_segments = has_channels and whole.grouping.J > 1  # else a group's parts are a segment's
+    parts, segments = (
+        x.new_empty(4 * size, dtype=table_dtype(x.dtype))
+        for size in (plane, segment_plane if has_segments else 0)
+    )
     launch(
         measure_groups_kernel,
         rows.num_programs,
-        (x, parts),
-        (*_strides(whole), *_cut(whole.grouping), *rows.numbers, plane),
-        **_row_constants(rows, whole, x),
-    )
-    stream, constants = _stream(layout, x, rows.R)
+        (x, parts, segments),
+        (*_strides(whole)[:3], *_cut(whole.grouping), *rows.numbers, plane, segment_plane),
+        HAS_SEGMENTS=has_segments, **_row_constants(rows, whole, x),
+    )  # fmt: skip
     grouping = layout.grouping
+    stream, constants = _stream(layout, x, num_rows * grouping.Q if has_channels else rows.R)
     launch(
         normalize_groups_kernel,
         stream.num_programs,
-        (x, call.y.tensor, *call.affine, parts, table, *call.buffers),
+        (x, call.y.tensor, *call.affine, parts, segments if has_segments else parts, table,
+         *call.buffers),
         (*_strides(layout), grouping.K, grouping.Q, grouping.L, stream.splits, stream.span,
-         grouping.E, grouping.J, grouping.G, rows.R, plane, table.shape[1], *halves(call.eps)),
-        **call.flags, **constants,
+         grouping.E, grouping.J, grouping.G, rows.R, grouping.B, plane, segment_plane,
+         table.shape[1], *halves(call.eps)),
+        HAS_CHANNELS=has_channels, **call.flags, **constants,
     )  # fmt: skip
 
 
@@ -189,47 +191,6 @@ def _stream(layout: Layout, x: Tensor, num_rows: int) -> tuple[Stream, Constants
     stream = passes.stream_of(layout, passes.PROGRAMS_THAT_WRITE)
     rows = min(power_of_two(num_rows), max(ROWS_AT_ONCE // stream.BK, 1))
     return stream, {"BR": rows, **stream_constants(stream, x, layout)}
-
-
-def _forward_with_channels(call: _Forward, table: Tensor, num_cells: int) -> None:
-    """Measure segments, pool them into groups and into channels, normalise."""
-    layout = call.layout
-    parts = passes.measure(call.x, layout)
-    of_groups = table[0, :num_cells], table[1, :num_cells]
-    of_channels = table[0, num_cells:], table[1, num_cells:]
-    grouping = layout.grouping
-    _pool_groups(parts, layout, (grouping.E, grouping.J), of_groups)
-    _pool_groups(parts, layout, (grouping.N, grouping.Q), of_channels, call.follower)
-    statistics = Statistics(*of_groups, call.eps)
-    passes.apply_groups(call.x, call.y, layout, statistics, call.affine)
-
-
-def _pool_groups(
-    parts: Parts,
-    layout: Layout,
-    sizes: tuple[int, int],
-    out: tuple[Tensor, Tensor],
-    follower: Follower | None = None,
-) -> None:
-    """Pool over runs of so many examples, then over runs of so many segments."""
-    grouping, (num_examples, num_segments) = layout.grouping, sizes
-    if num_segments == 1:
-        return passes.pool_rows(parts, layout, num_examples, out, follower)
-    num_runs = ceil_div(grouping.N, num_examples)
-    pooled = parts.first, parts.second
-    if num_examples * parts.stream.splits > 1:
-        mean, var = parts.first.new_empty((2, num_runs, grouping.K))
-        pooled = mean, var
-        passes.pool_rows(parts, layout, num_examples, pooled)
-    buffers, flags = follower_arguments(follower)
-    launch(
-        pool_segments_kernel,
-        num_runs * grouping.K // num_segments,
-        (*pooled, *out, *buffers),
-        (num_segments, num_examples * num_segments * grouping.L),
-        BR=min(power_of_two(num_segments), 1024), **flags,
-    )  # fmt: skip
-    return None
 
 
 def forward_given(
@@ -356,14 +317,10 @@ class _Sums(NamedTuple):
 def _backward_in_two(call: _Backward) -> Results:
     grouping, (_, x, dx) = call.layout.grouping, call.tensors
     sums = _reduced(call)
-    num_rows = grouping.B * sums.rows.R
-    adds = any(call.wanted) and grouping.Q == 1
+    adds = any(call.wanted)
+    num_rows = grouping.B * sums.rows.R * grouping.Q if adds else 1
     dweight, dbias = passes.flat_sums(x, grouping.C if adds else 0)
-    _write_gradient(call, sums, (dweight, dbias), num_rows if adds else 1)
-    if any(call.wanted) and not adds:
-        first, second = sums.of_segments.unbind()
-        sizes = grouping.C, grouping.Q
-        return dx, *passes.parameter_gradients((first, second), num_rows, sizes, call.wanted)
+    _write_gradient(call, sums, (dweight, dbias), num_rows)
     need_weight, need_bias = call.wanted
     return dx, dweight if need_weight else x.new_empty(0), dbias if need_bias else x.new_empty(0)
 
