@@ -165,7 +165,9 @@ class Launch:
     with addresses in the place of tensors.
     """
 
-    __slots__ = ("constants", "grid", "kernel", "num_warps", "numbers", "pick", "pieces", "start")
+    __slots__ = (
+        "compiled", "constants", "grid", "kernel", "num_warps", "numbers", "pick", "pieces", "start",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -179,6 +181,7 @@ class Launch:
         self.kernel, self.grid, self.pieces = kernel, (num_programs, 1, 1), pieces
         self.numbers, self.num_warps, self.constants = numbers, num_warps, constants
         self.start: Callable[..., object] | None = None
+        self.compiled: tuple[object, ...] = ()
         self.pick: Callable[[Sequence[Address]], tuple[Address, ...]] = tuple
 
     def compile(self, arguments: Sequence[Tensor | float | None]) -> None:
@@ -189,7 +192,9 @@ class Launch:
         if not INTERPRETED:
             names = self.kernel.arg_names[len(arguments) + len(self.numbers) :]
             self.numbers = (*self.numbers, *(self.constants[name] for name in names))
-            self.start = compiled[self.grid]
+            # with None for what triton's own profiler would be told of a start, and its hooks
+            self.compiled = compiled.function, compiled.packed_metadata, None, None, None
+            self.start = partial(compiled.run, *self.grid)
 
 
 class _Draft:
@@ -340,7 +345,7 @@ class Plan:
                     whole = [*tensors, *addresses[len(tensors) :][:3], *results]
                     one.compile([self._argument(p, whole, memory) for p in one.pieces])
                 else:
-                    one.start(*one.pick(addresses), *one.numbers, stream=stream)
+                    one.start(stream, *one.compiled, *one.pick(addresses), *one.numbers)
         return results[0] if self._is_single else tuple(results)
 
     def _copied(self, tensors: Given, addresses: list[Address]) -> Given:
