@@ -166,7 +166,8 @@ class Launch:
     """
 
     __slots__ = (
-        "compiled", "constants", "grid", "kernel", "num_warps", "numbers", "pick", "pieces", "start",
+        "compiled", "constants", "grid", "kernel", "num_warps",
+        "numbers", "pick", "pieces", "start",
     )  # fmt: skip
 
     def __init__(
