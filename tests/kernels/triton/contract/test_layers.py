@@ -295,6 +295,27 @@ def test_without_affine_and_momentum(device):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spec", ["bn", "gn:2", "pn", "ghost:2", "bcn:2:micro", "gnplus:2"])
+def test_a_plan_is_carried_out_on_the_values_of_each_call(spec, offset, device):
+    layers = [nk.build(spec, 6).to(device) for _ in range(2)]
+    for step in range(3):
+        memory = randn(4 * 6 * 5 + offset, seed=step, dtype=torch.float32).to(device)
+        x = memory[offset:].view(4, 6, 5)  # at one step's address or another's
+        results = []
+        for kernels, layer in zip(("reference", "triton"), layers, strict=True):
+            leaf = x.detach().requires_grad_()
+            with torch.no_grad():
+                for p in layer.parameters():
+                    p.copy_(p + 0.1 * step)
+            with nk.use_kernels(kernels):
+                y = layer(leaf)
+            grads = torch.autograd.grad((y * y * y).sum(), (leaf, *layer.parameters()))
+            results.append([y, *grads, *layer.buffers()])
+        for one, other in zip(*results, strict=True):
+            assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
 LAUNCHES = {  # on tables, forward and backward, of a map whose segments are not shared
     "bcn": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
     "bcn-micro": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
