@@ -15,7 +15,7 @@ import normkit as nk
 from normkit.convert.agreement import Outputs, agreement, tensors_of
 from normkit.lab.data import Dataset, load
 from normkit.lab.environment import describe_environment
-from normkit.lab.spec import Protocol, RunSpec
+from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.steps import evaluate
 from normkit.lab.train import parse_device, threads_of, train
 
@@ -29,7 +29,7 @@ PROTOCOL = Protocol(data="fashion-mnist", limit=6000, epochs=4, threads=2)
 def measure(seed: int) -> list[dict]:
     """Train one network and convert copies of it to every norm."""
     dataset = load(PROTOCOL.data, PROTOCOL.limit)
-    model = train(RunSpec(protocol=PROTOCOL, norm="bn", batch_size=32, seed=seed))
+    model = train(TrainingSpec(protocol=PROTOCOL, norm="bn", batch_size=32, seed=seed))
     batches = list(dataset.train.inputs.split(BATCH_SIZE)[:NUM_BATCHES])
     expected = outputs(model, dataset)
     rows = [{"seed": seed, "spec": "original", "accuracy": evaluate(model, dataset.test)[1]}]

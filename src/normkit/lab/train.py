@@ -17,8 +17,8 @@ from normkit.lab.data import Dataset, load
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.models import BuiltModel, build_model
-from normkit.lab.records import Epoch, Outcome, Record
-from normkit.lab.spec import RunSpec
+from normkit.lab.records import Epoch, Outcome, TrainingRecord
+from normkit.lab.spec import TrainingSpec
 from normkit.lab.steps import batches, evaluate, train_step
 
 NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
@@ -30,7 +30,7 @@ class DivergenceError(NormError, ArithmeticError):
     """The training loss is no longer finite."""
 
 
-def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
+def run(spec: TrainingSpec, on_step: OnStep = lambda: None) -> TrainingRecord:
     """Train and test one network; what goes wrong with it is part of the record.
 
     Args:
@@ -47,7 +47,7 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     started, step_times_s = time.perf_counter(), list[float]()
     with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
         outcome = _outcome(spec, dataset, _Stopwatch(step_times_s, device, on_step))
-    return Record(
+    return TrainingRecord(
         spec=spec,
         outcome=outcome,
         step_time_s=statistics.median(step_times_s) if step_times_s else None,
@@ -58,7 +58,7 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     )
 
 
-def train(spec: RunSpec, on_step: OnStep = lambda: None) -> nn.Module:
+def train(spec: TrainingSpec, on_step: OnStep = lambda: None) -> nn.Module:
     """Train one network and give it, in evaluation mode, on the CPU.
 
     Args:
@@ -130,7 +130,7 @@ class _Stopwatch:
         self.on_step()
 
 
-def _outcome(spec: RunSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
+def _outcome(spec: TrainingSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
     try:
         return _Training(spec, dataset, _built(spec, dataset), stopwatch).outcome()
     except NormError as error:
@@ -139,7 +139,7 @@ def _outcome(spec: RunSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
         return Outcome(status="failed", message=f"{type(error).__name__}: {error}")
 
 
-def _built(spec: RunSpec, dataset: Dataset) -> BuiltModel:
+def _built(spec: TrainingSpec, dataset: Dataset) -> BuiltModel:
     return build_model(
         spec.protocol.model,
         num_classes=dataset.num_classes,
@@ -154,7 +154,7 @@ def _built(spec: RunSpec, dataset: Dataset) -> BuiltModel:
 class _Training:
     """The state of one run in flight."""
 
-    spec: RunSpec
+    spec: TrainingSpec
     dataset: Dataset
     built: BuiltModel
     stopwatch: _Stopwatch
@@ -250,7 +250,7 @@ class _Training:
         return total_loss / num_seen, num_right / num_seen
 
 
-def _optimizer(model: nn.Module, spec: RunSpec) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, spec: TrainingSpec) -> torch.optim.SGD:
     return torch.optim.SGD(
         model.parameters(),
         lr=spec.learning_rate(0),

@@ -17,7 +17,7 @@ from normkit.lab.reproduce.preset import (
     Size,
     Task,
 )
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
 from normkit.lab.reproduce.verdict import BELOW, Criterion
 from normkit.lab.spec import Count

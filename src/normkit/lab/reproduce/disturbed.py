@@ -20,7 +20,7 @@ from normkit.lab.reproduce.preset import (
     Size,
     Task,
 )
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE
 from normkit.lab.spec import Count

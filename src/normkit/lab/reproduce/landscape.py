@@ -14,7 +14,7 @@ from normkit.lab.reproduce.drawing import Line, draw_lines
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
 from normkit.lab.reproduce.networks import NO_NORM, vgg11
 from normkit.lab.reproduce.preset import CIFAR10, GUNAWAN, NOT_SAID, Preset, Runs, Scale, Size, Task
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Data, endless
 from normkit.lab.spec import Count
 

@@ -8,7 +8,7 @@ import normkit as nk
 from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import IMAGENET, QIAO, Arms, Claim, Preset, Runs, Size, Task
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
 from normkit.lab.spec import Count

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from normkit.errors import SpecError
-from normkit.lab.reproduce.store import RunSpec, Values
+from normkit.lab.reproduce.records import PresetSpec, Values
 from normkit.lab.reproduce.training import Data
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
 
@@ -141,12 +141,12 @@ class Preset:
             )
         return self.scales[scale]
 
-    def specs(self, scale: Scale) -> tuple[RunSpec, ...]:
+    def specs(self, scale: Scale) -> tuple[PresetSpec, ...]:
         """All runs, seed by seed, so that every arm has a first result early."""
         size = self.at(scale)
         settings = size.settings.model_dump(mode="json")
         return tuple(
-            RunSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
+            PresetSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
             for seed in range(1, size.num_seeds + 1)
             for arm in self.arms(size.settings)
         )

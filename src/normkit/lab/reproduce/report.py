@@ -10,8 +10,8 @@ from normkit.errors import DataError
 from normkit.lab.files import file_errors, write_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
+from normkit.lab.reproduce.records import PresetRecord
 from normkit.lab.reproduce.run import measured
-from normkit.lab.reproduce.store import RunRecord
 from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
 from normkit.lab.spec import Frozen
 
@@ -45,10 +45,10 @@ class Result(Frozen):
     scale: Scale
     differences: tuple[str, ...]
     claims: tuple[Judged, ...]
-    runs: tuple[RunRecord, ...]
+    runs: tuple[PresetRecord, ...]
 
 
-def conclude(preset: Preset, scale: Scale, records: Iterable[RunRecord]) -> Result:
+def conclude(preset: Preset, scale: Scale, records: Iterable[PresetRecord]) -> Result:
     """Judge every claim of a preset by its records."""
     records = tuple(records)
     runs = measured(records)
@@ -181,7 +181,7 @@ def _cited(result: Result) -> str:
     return f"{find_preset(result.preset).paper.authors}, {result.figures}"
 
 
-def _minutes(runs: Iterable[RunRecord]) -> float:
+def _minutes(runs: Iterable[PresetRecord]) -> float:
     return sum(record.cpu_time_s for record in runs) / 60
 
 

@@ -12,7 +12,7 @@ from normkit.lab.data import Examples
 from normkit.lab.data.dataset import stratified_order
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import Task
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Data
 from normkit.lab.spec import Count
 
