@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from normkit.lab.bench import read_record
-from normkit.lab.bench.chart import draw
+from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import EndToEndRecord
 from normkit.lab.bench.markdown import markdown, table
 
@@ -35,7 +35,7 @@ def _content(path: Path) -> str:
         return _steps(EndToEndRecord.model_validate_json(path.read_bytes()))
     record = read_record(path)
     chart = path.with_suffix(".svg")
-    chart.write_text(draw(record), encoding="utf-8")
+    write_chart(chart, record)
     return f"![Ratios of every shape](../benchmarks/results/{chart.name})\n\n{markdown(record)}"
 
 

@@ -17,7 +17,7 @@ from normkit.errors import SpecError
 from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
-from normkit.lab.files import usable_folder, whole_file
+from normkit.lab.files import usable_folder
 from normkit.recipes import MAX_NUMBER, METHODS
 from normkit.spec import NormSpec
 
@@ -126,8 +126,7 @@ class Explain:
         from normkit.lab.drawing.figure import write_figure  # noqa: PLC0415 - matplotlib is slow
 
         shape = self._shape()
-        with whole_file(path) as draft:
-            write_figure(draft, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
+        write_figure(path, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
         sys.stderr.write(f"picture: {path}\n")
 
     def _as_json(self, layer: nn.Module, explanation: Explanation) -> dict[str, object]:

@@ -10,7 +10,7 @@ import tyro
 
 from normkit.cli.shared import print_json, tell_of_corrupt_lines
 from normkit.errors import SpecError
-from normkit.lab.files import usable_folder, whole_file
+from normkit.lab.files import usable_folder
 from normkit.lab.records import RECORDS_NAME, read_records
 from normkit.lab.reproduce import (
     PRESETS,
@@ -26,7 +26,6 @@ from normkit.lab.reproduce import (
     read_result,
     results_in,
     run_missing,
-    save_figure,
     write_result,
 )
 from normkit.lab.reproduce.records import PresetRecord
@@ -102,8 +101,7 @@ class Reproduce:
         records = run_missing(preset, self.scale, folder, _Lines(preset.name))
         path = write_result(folder, conclude(preset, self.scale, records))
         picture = path.with_suffix(f".{self.figure}")
-        with whole_file(picture) as draft:
-            save_figure(preset, measured(records), draft)
+        preset.write_figure(measured(records), picture)
         sys.stderr.write(f"result: {path}\nfigure: {picture}\n")
         return read_result(path)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from normkit.lab.reproduce.drawing import STYLES, by_seed, label_axes
+from normkit.lab.figures import STYLES, label_axes
 from normkit.lab.reproduce.networks import four_layers
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -16,6 +16,7 @@ from normkit.lab.reproduce.preset import (
     Runs,
     Size,
     Task,
+    by_seed,
 )
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training

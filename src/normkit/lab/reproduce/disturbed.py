@@ -6,8 +6,8 @@ import numpy as np
 from torch import nn
 
 import normkit as nk
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.models.own import ResidualBlock
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
     HUANG,
@@ -19,6 +19,7 @@ from normkit.lab.reproduce.preset import (
     Runs,
     Size,
     Task,
+    by_seed,
 )
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Training
@@ -132,7 +133,7 @@ CLAIMS = (
 def draw_disturbed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
     """Accuracy by magnitude of the disturbance."""
     lines = [
-        Line(
+        Curve(
             label=label,
             x=[0.0, *runs[min(runs)][arm]["deltas"]],
             values=np.column_stack(
@@ -142,7 +143,7 @@ def draw_disturbed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplo
         for arm, label in LABELS.items()
     ]
     labels = {"title": "test accuracy", "x": "magnitude of the disturbance", "y": "accuracy"}
-    draw_lines(figure.subplots(), lines, labels)
+    draw_curves(figure.subplots(), lines, labels)
 
 
 PRESETS = (

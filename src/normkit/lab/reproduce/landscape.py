@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import normkit as nk
 from normkit.lab.data import Examples
-from normkit.lab.reproduce.drawing import Line, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
 from normkit.lab.reproduce.networks import NO_NORM, vgg11
 from normkit.lab.reproduce.preset import CIFAR10, GUNAWAN, NOT_SAID, Preset, Runs, Scale, Size, Task
@@ -155,7 +155,7 @@ def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:  # noqa: ANN40
         width = max(1, len(steps) // 40)  # so many steps make a point
         kept = len(steps) // width * width
         lines = [
-            Line(
+            Curve(
                 label=label,
                 x=[steps[i] for i in range(0, kept, width)],
                 values=[
@@ -165,7 +165,7 @@ def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:  # noqa: ANN40
             )
             for arm, label in arms.items()
         ]
-        draw_lines(axes, lines, {"title": title, "x": "step", "y": f"largest - least {kind}"})
+        draw_curves(axes, lines, {"title": title, "x": "step", "y": f"largest - least {kind}"})
         axes.set_yscale("log")
 
 

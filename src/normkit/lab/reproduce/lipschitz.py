@@ -5,9 +5,19 @@ from typing import Any
 import numpy as np
 
 import normkit as nk
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.networks import seeded_network
-from normkit.lab.reproduce.preset import IMAGENET, QIAO, Arms, Claim, Preset, Runs, Size, Task
+from normkit.lab.reproduce.preset import (
+    IMAGENET,
+    QIAO,
+    Arms,
+    Claim,
+    Preset,
+    Runs,
+    Size,
+    Task,
+    by_seed,
+)
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
@@ -126,17 +136,17 @@ def draw_standardized(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of mat
     errors, shares = figure.subplots(1, 2)
     epochs = list(range(1, 1 + len(runs[min(runs)]["gn"]["train_error"])))
     lines = [
-        Line(label=label, x=epochs, values=by_seed(runs, arm, "train_error"))
+        Curve(label=label, x=epochs, values=by_seed(runs, arm, "train_error"))
         for arm, label in LABELS.items()
     ]
-    draw_lines(errors, lines, {"title": "training error", "x": "epoch", "y": "share wrong"})
+    draw_curves(errors, lines, {"title": "training error", "x": "epoch", "y": "share wrong"})
     names = {"mean_share": "along the constant", "weight_share": "along the weight"}
     lines = [
-        Line(label=label, x=epochs, values=by_seed(runs, "ws", name))
+        Curve(label=label, x=epochs, values=by_seed(runs, "ws", name))
         for name, label in names.items()
     ]
     labels = {"title": "share of the squared gradient, WS", "x": "epoch", "y": "share"}
-    draw_lines(shares, lines, labels)
+    draw_curves(shares, lines, labels)
     shares.set_yscale("log")
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from normkit.errors import SpecError
+from normkit.lab.figures import figure_file
 from normkit.lab.reproduce.records import PresetSpec, Values
 from normkit.lab.reproduce.training import Data
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
@@ -141,6 +145,15 @@ class Preset:
             )
         return self.scales[scale]
 
+    def write_figure(self, runs: Runs, path: Path) -> None:
+        """Draw its figure into a file whose name ends in .svg, .png or .pdf.
+
+        Raises:
+            DataError: If it cannot be written.
+        """
+        with figure_file(path, figsize=self.size, layout="constrained") as figure:
+            self.draw(figure, runs)
+
     def specs(self, scale: Scale) -> tuple[PresetSpec, ...]:
         """All runs, seed by seed, so that every arm has a first result early."""
         size = self.at(scale)
@@ -161,6 +174,11 @@ class Preset:
             for name, value, theirs in pairs
             if value != theirs
         )
+
+
+def by_seed(runs: Runs, arm: str, name: str) -> np.ndarray:
+    """Something measured of an arm with every seed, ``(seeds, ...)``."""
+    return np.array([arms[arm][name] for arms in runs.values()], dtype=float)
 
 
 def _said(value: object) -> str:

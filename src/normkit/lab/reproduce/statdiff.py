@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 import normkit as nk
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -17,6 +17,7 @@ from normkit.lab.reproduce.preset import (
     Runs,
     Size,
     Task,
+    by_seed,
 )
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
@@ -123,10 +124,10 @@ def draw_statdiff(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplot
     for axes, (name, title) in zip(figure.subplots(1, 2), names.items(), strict=True):
         epochs = range(len(runs[min(runs)]["gn"]["mean"]))
         lines = [
-            Line(label=norm.upper(), x=list(epochs), values=by_seed(runs, norm, name))
+            Curve(label=norm.upper(), x=list(epochs), values=by_seed(runs, norm, name))
             for norm in NORMS
         ]
-        draw_lines(axes, lines, {"title": title, "x": "epoch", "y": "StatDiff"})
+        draw_curves(axes, lines, {"title": title, "x": "epoch", "y": "StatDiff"})
         axes.set_ylim(bottom=0)
 
 
