@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from normkit.lab.bench.errors import BenchError
+from normkit.lab.bench.peers import peers_of
 from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.data import Examples
 from normkit.lab.environment import Environment, code_hash, describe_environment
@@ -204,12 +205,9 @@ def _stepper(
 
 def _take_torch_group_norms_(model: nn.Module) -> None:
     """Replace every group norm of ours by torch's, with the same parameters."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, GroupNorm):
-                twin = nn.GroupNorm(child.num_groups, child.num_features, child.eps)
-                twin.load_state_dict(child.state_dict())
-                setattr(module, name, twin)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GroupNorm):
+            model.set_submodule(name, peers_of(module, "torch", batch_size=1)[0].module)
 
 
 def _require_equal_losses(workload: Workload, losses: dict[str, float]) -> None:
