@@ -180,6 +180,18 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         write_whole(tmp_path, "text")
 
 
+def test_a_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = write_whole(tmp_path / "report.html", "old"), []
+
+    def note(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").read_text())
+        assert path.read_text() == "old"
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(path, "new")
+    assert (synced, path.read_text()) == (["new"], "new")
+
+
 def test_a_file_name_that_is_too_long_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(DataError, match=r"name too long\).*give another one with --save"):
         usable_folder(tmp_path, "x" * 300, option="--save")

@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from normkit.errors import DataError
 from normkit.lab.files import file_errors, write_whole
+from normkit.lab.lines import read_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.records import PresetRecord
@@ -98,17 +97,8 @@ def read_result(path: Path) -> Result:
     Raises:
         DataError: If the file holds none.
     """
-    with file_errors(path):
-        text = path.read_bytes()
-    try:
-        return Result.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise DataError(
-            f"{path} holds no result of a preset ({where}: {first['msg']}); run "
-            f"normkit reproduce again, which repeats no run that has a record"
-        ) from error
+    way_out = "run normkit reproduce again, which repeats no run that has a record"
+    return read_whole(path, Result, "result of a preset", way_out)
 
 
 def results_in(folder: Path) -> list[Result]:
