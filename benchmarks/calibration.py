@@ -14,10 +14,11 @@ from torch import nn
 import normkit as nk
 from normkit.convert.agreement import Outputs, agreement, tensors_of
 from normkit.lab.data import Dataset, load
+from normkit.lab.device import parse_device, threads_of
 from normkit.lab.environment import describe_environment
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.steps import evaluate
-from normkit.lab.train import parse_device, threads_of, train
+from normkit.lab.train import train
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "calibration.json"
 SPECS = ("gn:8", "ln", "in", "bcn:8", "bgn:1", "ghost:2", "gnplus:8", "sn", "gn:8+ws")

@@ -30,10 +30,11 @@ import normkit as nk
 from normkit.lab.bench.markdown import table
 from normkit.lab.checkpoints import load_weights_, save_weights
 from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.device import parse_device, threads_of
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.models import build_model
 from normkit.lab.spec import Protocol, TrainingSpec
-from normkit.lab.train import parse_device, threads_of, train
+from normkit.lab.train import train
 from normkit.tune import Tuning
 from normkit.tune.search import GRID
 

@@ -10,10 +10,11 @@ from normkit import BatchChannelNorm
 from normkit.errors import SpecError
 from normkit.lab import train
 from normkit.lab.data import Examples
+from normkit.lab.device import parse_device
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.spec import TrainingSpec
 from normkit.lab.steps import batches, evaluate, num_steps_per_epoch
-from normkit.lab.train import parse_device, run
+from normkit.lab.train import run
 
 
 def spec_of(protocol, norm="bn", batch_size=10, seed=1, **changes):

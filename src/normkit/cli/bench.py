@@ -30,8 +30,8 @@ from normkit.lab.bench import (
 from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.markdown import markdown
+from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
-from normkit.lab.train import parse_device
 from normkit.spec import parse_specs
 
 

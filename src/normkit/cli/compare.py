@@ -21,6 +21,7 @@ from normkit.cli.shared import (
 )
 from normkit.cli.tables import print_tables
 from normkit.lab.compare import Comparison, compare
+from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched
 from normkit.lab.lock import only_user
@@ -36,7 +37,6 @@ from normkit.lab.records import (
 from normkit.lab.report import REPORT_NAME, write_report
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Collected, check, default_workers, run_all
-from normkit.lab.train import parse_device
 from normkit.spec import parse_specs
 
 EXIT_FAILED_RUNS = 1

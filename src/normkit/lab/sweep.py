@@ -20,12 +20,13 @@ from normkit import NormSpec
 from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.data import Dataset, load
+from normkit.lab.device import parse_device
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.models.build import build_model, norm_slots
 from normkit.lab.records import Outcome, TrainingRecord, append_record, run_in_turn
 from normkit.lab.spec import SweepSpec, TrainingSpec
 from normkit.lab.steps import batch_lengths, num_steps_per_epoch
-from normkit.lab.train import parse_device, run
+from normkit.lab.train import run
 
 SECONDS_BETWEEN_REPORTS = 0.2
 

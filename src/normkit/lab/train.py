@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from normkit import sync_update_rates
-from normkit.errors import NormError, SpecError
+from normkit.errors import NormError
 from normkit.lab.data import Dataset, load
+from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.models import BuiltModel, build_model
@@ -45,7 +46,7 @@ def run(spec: TrainingSpec, on_step: OnStep = lambda: None) -> TrainingRecord:
     environment = describe_environment(device, spec.protocol.threads)
     dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
     started, step_times_s = time.perf_counter(), list[float]()
-    with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
+    with threads_of(spec.protocol.threads), seeded(spec.seed, device):
         outcome = _outcome(spec, dataset, _Stopwatch(step_times_s, device, on_step))
     return TrainingRecord(
         spec=spec,
@@ -71,45 +72,12 @@ def train(spec: TrainingSpec, on_step: OnStep = lambda: None) -> nn.Module:
     """
     device = parse_device(spec.protocol.device)
     dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
-    with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
+    with threads_of(spec.protocol.threads), seeded(spec.seed, device):
         training = _Training(spec, dataset, _built(spec, dataset), _Stopwatch([], device, on_step))
         outcome = training.outcome()
     if outcome.status == "diverged":
         raise DivergenceError(outcome.message)
     return training.model.eval().cpu()
-
-
-def parse_device(name: str) -> torch.device:
-    """Read a device's name; ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        SpecError: If torch knows no such device, or it is not there.
-    """
-    known = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name == "auto":
-        return torch.device("cuda:0" if len(known) > 1 else "cpu")
-    if name not in [*known, "cuda"] or (name == "cuda" and len(known) == 1):
-        raise SpecError(f"there is no device {name!r} here; choose auto or {', '.join(known)}")
-    return torch.device(name)
-
-
-@contextmanager
-def threads_of(num_threads: int) -> Generator[None]:
-    """Run the block with this many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Give dropout and the like the seed, and the caller its random state back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +175,7 @@ class _Training:
         batch = self.dataset.train.take(
             torch.arange(min(self.spec.batch_size, len(self.dataset.train)))
         )
-        with _seeded(self.spec.seed, batch.targets.device):
+        with seeded(self.spec.seed, batch.targets.device):
             return peak_step_bytes(lambda: train_step(model, optimizer, batch), model, optimizer)
 
     def _epoch(self) -> Epoch:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit import NormSpec, convert_norm_, place_ibn_, standardize_weights_
 from normkit.errors import NormError, SpecError
+from normkit.lab.device import seeded
 from normkit.lab.models.architecture import (
     ARCHITECTURES,
     MAX_NAME,
@@ -214,8 +215,7 @@ def _suggestion(name: str) -> str:
 
 
 def _seeded(architecture: Architecture, task: Task, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = architecture.build(task)
         if type(architecture) in ARCHITECTURES.values():
             initialise(model)

@@ -17,7 +17,7 @@ ESCAPED = ("html", "svg", "j2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
+class SizePanel:
     """Learning curves at one batch size."""
 
     batch_size: int
@@ -99,8 +99,8 @@ def templates() -> Environment:
     return environment
 
 
-def _panel(comparison: Comparison, records: Sequence[TrainingRecord], batch_size: int) -> Panel:
-    return Panel(
+def _panel(comparison: Comparison, records: Sequence[TrainingRecord], batch_size: int) -> SizePanel:
+    return SizePanel(
         batch_size=batch_size,
         charts=(
             figures.loss_chart(comparison, records, batch_size),

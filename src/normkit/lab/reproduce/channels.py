@@ -13,9 +13,9 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
     by_seed,
 )
 from normkit.lab.reproduce.records import Values
@@ -158,7 +158,7 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 5",
         title="Channels normalised to drawn means and scales instead of 0 and 1",
-        task=Task(name="drawn-channels", measure=measure_drawn),
+        task=PresetTask(name="drawn-channels", measure=measure_drawn),
         arms=lambda settings: settings.arms,
         claims=CLAIMS,
         draw=draw_accuracies,

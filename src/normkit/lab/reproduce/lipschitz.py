@@ -13,13 +13,13 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
     by_seed,
 )
 from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -156,33 +156,17 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 4",
         title="What centring and scaling of weights take out of the gradient, and bring",
-        task=Task(name="standardized", measure=measure_standardized),
+        task=PresetTask(name="standardized", measure=measure_standardized),
         arms=lambda _settings: list(PARTS),
         claims=CLAIMS,
         draw=draw_standardized,
         scales={
             "tiny": Size(
-                settings=StandardizedSettings(
-                    data="digits",
-                    num_train=64,
-                    num_test=50,
-                    epochs=2,
-                    learning_rate=0.05,
-                    model="small-resnet:width=4:blocks=1",
-                    groups=2,
-                ),
+                settings=StandardizedSettings(**TINY_RESNET, epochs=2),
                 num_seeds=3,
             ),
             "small": Size(
-                settings=StandardizedSettings(
-                    data="digits",
-                    epochs=6,
-                    learning_rate=0.05,
-                    weight_decay=1e-4,
-                    model="small-resnet:blocks=3",
-                    groups=8,
-                    num_batches=4,
-                ),
+                settings=StandardizedSettings(**SMALL_RESNET, epochs=6, num_batches=4),
                 num_seeds=5,
             ),
         },

@@ -13,9 +13,9 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
     by_seed,
 )
 from normkit.lab.reproduce.records import Values
@@ -166,7 +166,7 @@ PRESETS = (
         paper=GUNAWAN,
         figures="Figs. 5 and 11",
         title="Training VGG-11 with noise on the output of every norm",
-        task=Task(name="noise", measure=measure_noise),
+        task=PresetTask(name="noise", measure=measure_noise),
         arms=lambda _settings: ARMS,
         claims=tuple(claim for granularity in GRANULARITIES for claim in _claims(granularity)),
         draw=draw_noise,

@@ -83,7 +83,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class PresetTask:
     """Something that is run for each arm and seed.
 
     Args:
@@ -125,7 +125,7 @@ class Preset:
     paper: Paper
     figures: str
     title: str
-    task: Task
+    task: PresetTask
     arms: Callable[[Any], Sequence[str]]
     claims: tuple[Claim, ...]
     draw: Callable[[Any, Runs], None]

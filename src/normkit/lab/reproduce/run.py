@@ -4,21 +4,18 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
+from normkit.lab.device import CPU, seeded, threads_of
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.lock import only_user
 from normkit.lab.records import latest, missing_runs, of_data, read_records, run_in_turn
 from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.records import PresetRecord, PresetSpec, Values, rounded
-from normkit.lab.train import threads_of
 
 NUM_THREADS = 1
 FOLDER = "lab/reproduce/"  # its code decides these runs and no others
 
-OnRun = Callable[
-    [PresetRecord, int, int], object
-]  # the record, how many are done, how many there are
+# the record, how many are done, how many there are
+OnRun = Callable[[PresetRecord, int, int], object]
 
 
 def run_missing(
@@ -56,10 +53,9 @@ def run_missing(
 def run_one(preset: Preset, scale: Scale, spec: PresetSpec) -> PresetRecord:
     """Do one run; torch's random state is given back."""
     settings = preset.at(scale).settings
-    environment = describe_environment(torch.device("cpu"), NUM_THREADS)
+    environment = describe_environment(CPU, NUM_THREADS)
     started = time.process_time()
-    with threads_of(NUM_THREADS), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+    with threads_of(NUM_THREADS), seeded(spec.seed):
         values = preset.task.measure(settings, spec.arm, spec.seed)
     return PresetRecord(
         spec=spec,

@@ -14,13 +14,13 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
     by_seed,
 )
 from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
+from normkit.lab.reproduce.training import HOW_IT_TRAINS, SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -137,32 +137,17 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 6",
         title="StatDiff of GN and LN, with and without weight standardization",
-        task=Task(name="statdiff", measure=measure_statdiff),
+        task=PresetTask(name="statdiff", measure=measure_statdiff),
         arms=lambda _settings: list(NORMS),
         claims=CLAIMS,
         draw=draw_statdiff,
         scales={
             "tiny": Size(
-                settings=StatDiffSettings(
-                    data="digits",
-                    num_train=64,
-                    num_test=50,
-                    epochs=1,
-                    learning_rate=0.05,
-                    model="small-resnet:width=4:blocks=1",
-                    groups=2,
-                ),
+                settings=StatDiffSettings(**TINY_RESNET, epochs=1),
                 num_seeds=3,
             ),
             "small": Size(
-                settings=StatDiffSettings(
-                    data="digits",
-                    epochs=6,
-                    learning_rate=0.05,
-                    weight_decay=1e-4,
-                    model="small-resnet:blocks=3",
-                    groups=8,
-                ),
+                settings=StatDiffSettings(**SMALL_RESNET, epochs=6),
                 num_seeds=5,
             ),
         },
