@@ -257,8 +257,6 @@ def errors_allowed(trial, step, layer, before, exact_and_recorded, draws):
         direct = direct_size(fixed["gradient of x"].abs())
         largest["gradient of x"] += direct * (unit + relative(largest["y"], exact["y"]))
         largest["gradient of x"] = levelled(trial, largest["gradient of x"], direct)
-        if trial.kind in oracle.COMPOSITES:  # where no result comes out, any gradient may
-            largest["gradient of x"][~exact["y"].isfinite()] = nan
     largest["y"] = levelled(trial, largest["y"], exact["y"].abs())
     widest = max(
         (float(m.detach().nan_to_num(posinf=0).max()) for m in recorded.means), default=0.0
@@ -337,10 +335,12 @@ def wrong_elements(found, exact, bound):
     if found.shape != exact.shape:
         return torch.ones(())
     limit = torch.finfo(found.dtype).max if found.dtype.is_floating_point else inf
-    fits = exact.abs() < 0.99 * limit  # beyond it what is found may be inf
+    fits = exact.abs() < 0.99 * limit  # beyond it what is found may be inf,
+    surely = exact.abs() + bound < 0.99 * limit  # and where its error may bring it beyond
     apart = (found.double() - exact.double()).abs() > bound
     finite, wanted = found.double().isfinite(), exact.double().isfinite()
-    return torch.where(wanted, fits & (apart | ~finite), finite) & ~bound.isnan()
+    wrong = fits & torch.where(finite, apart, surely)
+    return torch.where(wanted, wrong, finite) & ~bound.isnan()
 
 
 def describe(found, exact, bound):
