@@ -148,7 +148,8 @@ class RunningEstimates(NamedTuple):
             self.mean.copy_(moved.mean[0])
             self.var.copy_(moved.var[0])
             if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+                counted = 1 if moved.count is None else (moved.count > 0).any()
+                self.num_batches_tracked.add_(counted)
 
 
 def _is_same(seen: Tensor, sums: Tensor) -> bool:

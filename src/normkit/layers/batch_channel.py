@@ -204,8 +204,10 @@ class BatchChannelNorm(NormLayer):
         return None
 
     def _groups(self) -> Iterable[Partition]:
-        alone = self.process_group is None
-        return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
+        found, alone = self.partitions, self.process_group is None
+        if not self.batch.training or not alone:  # else checked where processes pool them
+            found.pop("batch stage", None)
+        return found.values() if self.channel.training else []
 
     @property
     def partitions(self) -> dict[str, Partition]:
