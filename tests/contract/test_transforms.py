@@ -243,6 +243,16 @@ def test_fx_cannot_look_inside_a_layer():
         torch.fx.symbolic_trace(nk.BatchNorm(6))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_jit_cannot_script_a_layer_and_says_what_to_use(case):
+    for model in (case.make(), nn.Sequential(nn.ReLU(), case.make())):
+        with pytest.raises(
+            nk.OptionError, match=r"given to torch\.jit\.script, .*use torch\.export"
+        ):
+            torch.jit.script(model)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated, and notes what it fixes
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_jit_traces_the_plain_formula(case):

@@ -100,15 +100,24 @@ class Rounding(oracle.Exact):
 
     def error_of_means(self, sizes, ids):
         """At every element, of the mean of its group, where terms of these sizes are added."""
-        where = ids.flatten()
-        counts = torch.bincount(where)
-        sums = torch.zeros(len(counts), dtype=sizes.dtype).index_add(0, where, sizes.flatten())
+        inside = oracle.are_valid(sizes)
+        where = ids[inside]
+        counts = torch.bincount(where, minlength=int(ids.max()) + 1).clamp(min=1)
+        sums = torch.zeros(len(counts), dtype=sizes.dtype).index_add(0, where, sizes[inside])
         return (self.error_of_sums(sums, counts) / counts)[ids]
 
     def error_of_segments(self, x):
-        """Of the means of every example's channels, around which a kernel sums and writes."""
-        x, ids = x.double(), oracle.group_ids("in", x.shape)
-        return self.error_of_means(self.magnitude(x, oracle.Exact().mean(x, ids)), ids)
+        """Of the means of every example's channels, around which a kernel sums and writes.
+
+        In float64 also of their deviations: a running mean moves by units while it is summed.
+        """
+        x, ids, exact = x.double(), oracle.group_ids("in", x.shape), oracle.Exact()
+        apart = x - exact.mean(x, ids)
+        shift = self.error_of_means(self.magnitude(x, x - apart), ids)
+        if self.unit > TABLE:
+            return shift
+        deviation = exact.mean(apart**2, ids).sqrt().clamp(min=1e-300)
+        return shift + apart * self.error_of_means(x.abs(), ids) / deviation
 
     def error_of_sums(self, sums, counts):
         """Of sums of so many terms, whose magnitudes have these sums."""

@@ -130,9 +130,8 @@ class EstimatedStatistics:
         if batch.count is not None:
             rate = rate * (batch.count > 0)  # a channel without valid values moves nothing
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
-        return Moments(
-            old_mean + rate * (batch.mean - old_mean), old_var + rate * (distance - old_var)
-        )
+        mean = old_mean + rate * (batch.mean - old_mean)
+        return Moments(mean, old_var + rate * (distance - old_var), batch.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -90,16 +90,17 @@ def plain(
     valid: Valid | None = None,
 ) -> tuple[FeatureMap, Moments]:
     """Compute what ``normalize`` does in plain operators: any derivative, vmap, export, masks."""
+    wide = x.to(table_dtype(x.dtype))  # once: the parts of its gradient are added up in this dtype
     if valid is None:
-        table = Moments(*reference.moments(x, segment_size))
+        table = Moments(*reference.moments(wide, segment_size))
     else:
-        table = masked_moments(without_invalid(x, valid), valid, segment_size)
+        table = masked_moments(without_invalid(wide, valid), valid, segment_size)
     scale, center = algebra(table, *parameters)
 
-    def apply(x: FeatureMap) -> FeatureMap:
-        return reference.apply(x, table.mean, scale, center, segment_size)
+    def apply(wide: FeatureMap) -> FeatureMap:
+        return reference.apply(wide, table.mean, scale, center, segment_size).to(x.dtype)
 
-    return on_valid(x, valid, apply), table
+    return on_valid(wide, valid, apply), table
 
 
 class _Normalize(torch.autograd.Function):

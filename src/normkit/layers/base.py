@@ -123,6 +123,14 @@ class NormLayer(nn.Module, ABC):
         """Statistics groups that need several values in training."""
         return ()
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Say what to do instead: ``torch.jit.script`` asks each module for what it can compile."""
+        raise OptionError(
+            f"{type(self).__name__} was given to torch.jit.script, which compiles a subset of "
+            f"Python that no layer of normkit keeps to; use torch.export, or torch.jit.trace in "
+            f"evaluation mode"
+        )
+
     def deviation(self) -> str | None:
         """What of a call kernels do not do in the usual way, and why; or None."""
         return None

@@ -25,7 +25,7 @@ from normkit.core.running import Recent, RunningEstimates, is_movable
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
-from normkit.passes import finish
+from normkit.passes import finish, require_layers
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
@@ -203,8 +203,10 @@ class BatchChannelNorm(NormLayer):
         return None
 
     def _groups(self) -> Iterable[Partition]:
-        alone = self.process_group is None
-        return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
+        found, alone = self.partitions, self.process_group is None
+        if not self.batch.training or not alone:  # else checked where processes pool them
+            found.pop("batch stage", None)
+        return found.values() if self.channel.training else []
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -326,7 +328,8 @@ def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
             the first group where it has none.
 
     Raises:
-        OptionError: If a learning rate lies outside (0, 1]; then nothing is changed.
+        OptionError: If a learning rate lies outside (0, 1], or the model's layers cannot be looked
+            into (scripted, exported, quantized); then nothing is changed.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
@@ -338,6 +341,7 @@ def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
         >>> norm.update_rate
         0.02
     """
+    require_layers(model, "set the update rates of", sharded=True)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     first = optimizer.param_groups[0]["lr"]
     layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm) and m.micro_batch]

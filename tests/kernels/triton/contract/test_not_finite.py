@@ -87,3 +87,17 @@ def test_an_example_weight_of_one_ignores_the_running_statistics(name, device):
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for one, other in zip(*found, strict=True):
         assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bn", "gnplus", "gnplus-parallel", "ibn"])
+def test_the_gradient_at_evaluation_does_not_read_the_running_mean(name, device):
+    layer = CASES[name].make().to(device).eval()
+    layer.example_weight = 0
+    found = []
+    for value in (0.0, float("nan")):
+        statistics(layer).running_mean[-1] = value
+        x = randn(*SHAPE, dtype=torch.float32).to(device).requires_grad_()
+        y = layer(x)
+        assert y.isfinite().all(dim=(0, 2, 3)).tolist() == [True] * 5 + [value == 0]
+        found.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+    assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
