@@ -69,7 +69,9 @@ def counted(output):
     else:
         dots = "".join(re.findall(r"^[.sxFE]+", output, re.MULTILINE))
         found = {"passed": dots.count("."), "failed": dots.count("F"), "error": dots.count("E")}
+    percent = re.findall(r"\[ *(\d+)%\]", output)[-1:] or ["0"]
     return {
+        "percent": int(percent[0]),
         "passed": found.get("passed", 0),
         "failed": found.get("failed", 0) + found.get("error", 0),
         "end": output[-1500:] if found.keys() != {"passed"} else end[0],

@@ -8,6 +8,7 @@ from gpu_budget import Budget, Part
 from gpu_contract import check, run_contract
 from gpu_device import Rounds, graphed, host_us, times_us
 from gpu_peers import cast_, liger_group_norm, norms_of, peers_of, resnet50
+from torch import nn
 from torch.nn import functional
 
 import normkit as nk
@@ -335,7 +336,7 @@ def _compiled_layer(bench, row):
 def _liger(bench, row):
     function, channels, groups = liger_group_norm(), row[1][1], bench.sizes.groups
 
-    class Liger(torch.nn.GroupNorm):
+    class Liger(nn.GroupNorm):
         def forward(self, x):
             return function(x, self.weight, self.bias, channels, groups, self.eps)
 
@@ -343,5 +344,6 @@ def _liger(bench, row):
     steps = {
         "ours": _both_ways(bench, nk.build(f"gn:{groups}", channels), row),
         "liger": _both_ways(bench, module, row),
+        "torch": _both_ways(bench, cast_(nn.GroupNorm(groups, channels), DTYPES[row[2]]), row),
     }
     _time(bench, row, steps, {"calls": times_us})

@@ -64,11 +64,10 @@ def right(record):
         errors = [c["error"] for c in checks if c["dtype"] == dtype]
         if errors:
             said.append(f"in {dtype} to {max(errors):.1e} of the largest value")
-    ended = "" if contract["status"] is not None else ", when its time was over"
-    return (
-        f"{'; '.join(said)}. Of the tests' contract {contract['passed']} passed and "
-        f"{contract['failed']} failed{ended}."
-    )
+    ran = f"{contract['passed']} passed"
+    if contract["status"] is None:
+        ran = f"{contract['percent']} % ran before it was cut off"
+    return f"{'; '.join(said)}. Of the tests' contract {ran}, {contract['failed']} failed."
 
 
 def steps(record):
@@ -80,14 +79,26 @@ def steps(record):
     rows = []
     for (network, norm, way, batch_size), by in found.items():
         name = f"{norm} norm, {way}" + (f" ({network})" if network else "")
-        pair = [by.get("torch"), by.get("ours")]
-        times = [_or_dash(r, "step_ms", ".1f") for r in pair]
-        memory = [_or_dash(r, "peak_mib", "d") for r in pair]
-        speed = pair[0]["step_ms"] / pair[1]["step_ms"] if all(pair) else None
-        ratio = "-" if speed is None else _against(speed, 1.0)
-        rows.append([name, batch_size, *times, ratio, *memory])
+        rows.append([name, batch_size, *_side_by_side(by.get("torch"), by.get("ours"))])
     head = ("norm", "batch", "torch, ms", "ours, ms", "torch / ours", "torch, MiB", "ours, MiB")
     return table(head, rows)
+
+
+def _side_by_side(torch, ours):
+    pair = torch, ours
+    ratio = _against(torch["step_ms"] / ours["step_ms"], 1.0) if all(pair) else "-"
+    times, memory = (
+        [_or_dash(row, key, style) for row in pair]
+        for key, style in (("step_ms", ".1f"), ("peak_mib", "d"))
+    )
+    return *times, ratio, *memory
+
+
+def largest_steps(record):
+    """The eager steps of the largest batch alone."""
+    largest = max(row["batch_size"] for row in record["steps"])
+    rows = [r for r in record["steps"] if r["batch_size"] == largest and r["way"] == "eager"]
+    return steps({"steps": rows})
 
 
 def _or_dash(row, key, style):
@@ -101,36 +112,45 @@ def _against(ratio, wanted):
 
 def layers(record):
     """Torch's time over ours: geometric mean over the shapes, and the slowest of them."""
+    found, rows = _ratios_of(record, with_others=False), []
+    measured = [way for way in WAYS if any((way, "torch") in ways for ways in found.values())]
+    for (norm, *words), ways in found.items():
+        cells = [_ratios(ways.get((way, "torch")), WANTED[norm]) for way in measured]
+        rows.append([f"`{norm}`", *words, WANTED[norm], *cells])
+    head = ("norm", "batch", "dtype", "layout", "wanted", *(WAYS[way] for way in measured))
+    return table(head, rows)
+
+
+def others(record):
+    """The same of calls, beside torch's layers compiled and beside other libraries'."""
+    rows = []
+    for (norm, *words), ways in _ratios_of(record, with_others=True).items():
+        for (_, whose), values in ways.items():
+            rows.append([f"`{norm}`", *words, whose, _ratios(values, 1.0)])
+    return table(("norm", "batch", "dtype", "layout", "beside", "its / ours, called"), rows)
+
+
+def _ratios_of(record, with_others):
+    """Others' times over ours by setting, then by way and whose; a list of all shapes'.
+
+    Rows that others than torch take part in are apart: they have shapes of their own.
+    """
     found = {}
     for row in record["layers"]:
-        if "torch" in row["us"]:
+        us = dict(row["us"])
+        ours = us.pop("ours")
+        if (us.keys() != {"torch"}) == with_others:
             key = row["norm"], row["shape"][0], row["dtype"], row["layout"]
-            ratio = row["us"]["torch"] / row["us"]["ours"]
-            found.setdefault(key, {}).setdefault(row["by"], []).append(ratio)
-    rows = []
-    for (norm, *words), ways in found.items():
-        cells = [_ratios(ways.get(way), WANTED[norm]) for way in WAYS]
-        rows.append([f"`{norm}`", *words, WANTED[norm], *cells])
-    return table(("norm", "batch", "dtype", "layout", "wanted", *WAYS.values()), rows)
+            for whose, time in us.items():
+                ways = found.setdefault(key, {})
+                ways.setdefault((row["by"], whose), []).append(time / ours)
+    return found
 
 
 def _ratios(values, wanted):
     if not values:
         return "-"
     return f"{_against(statistics.geometric_mean(values), wanted)} ({min(values):.2f})"
-
-
-def others(record):
-    """Microseconds of single layers beside others than torch's own."""
-    rows = [
-        [f"`{row['norm']}`", "x".join(map(str, row["shape"])), row["dtype"], row["layout"], whose,
-         f"{time:.0f}", f"{row['us']['ours']:.0f}", _against(time / row["us"]["ours"], 1.0)]
-        for row in record["layers"]
-        for whose, time in row["us"].items()
-        if whose not in ("ours", "torch") and row["by"] == "calls"
-    ]  # fmt: skip
-    head = ("norm", "map", "dtype", "layout", "beside", "its, us", "ours, us", "its / ours")
-    return table(head, rows)
 
 
 def bandwidth(record):
@@ -169,16 +189,15 @@ def left_out(record):
     return f"Left out, and named in the record: {', '.join(parts) or 'nothing'}."
 
 
-TABLES = {
-    made.__name__: made
-    for made in (setting, right, steps, layers, others, bandwidth, profile, left_out)
-}
+EVERYTHING = (setting, right, steps, layers, others, bandwidth, profile, left_out)
+TABLES = {made.__name__: made for made in (*EVERYTHING, largest_steps)}
+"""What pages may show, by name."""
 
 
 def markdown(record):
     """All of the record."""
     errors = [f"- {e['part']}, {e['what']}: {e['error']}" for e in record["errors"]]
-    parts = [made(record) for made in TABLES.values()]
+    parts = [made(record) for made in EVERYTHING]
     return "\n\n".join([*parts, "\n".join(["Errors:", "", *errors]) if errors else "No errors."])
 
 
