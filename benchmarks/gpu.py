@@ -25,7 +25,8 @@ def arguments():
     """The command line, read before triton is imported: it looks at the environment once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pretend", action="store_true", help="no GPU; figures mean nothing")
-    parser.add_argument("--budget-s", type=float, default=470.0, help="seconds for everything")
+    parser.add_argument("--budget-s", type=float, default=465.0, help="seconds for everything")
+    parser.add_argument("--commit", help="of the code, where git does not know it")
     parser.add_argument("--out", type=Path, help="where to write the record (JSON)")
     return parser.parse_args()
 
@@ -66,7 +67,8 @@ import normkit as nk
 def where_to_write(found):
     """A name with the device and the day."""
     words = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-    return OPTIONS.out or RESULTS / f"gpu-{words}-{found['date'][:10]}.json"
+    folder = ROOT / "runs" if OPTIONS.pretend else RESULTS
+    return OPTIONS.out or folder / f"gpu-{words}-{found['date'][:10]}.json"
 
 
 def main():
@@ -74,7 +76,7 @@ def main():
     budget = Budget(OPTIONS.budget_s)
     device = torch.device("cpu" if OPTIONS.pretend else "cuda")
     bench = Bench(device=device, sizes=TINY if OPTIONS.pretend else Sizes(), budget=budget)
-    found = environment(OPTIONS.pretend)
+    found = environment(OPTIONS.pretend, OPTIONS.commit)
     out = where_to_write(found)
 
     def record():

@@ -136,14 +136,19 @@ def test_what_is_cut_off_ends_with_the_processes_that_it_started():
 @pytest.mark.timeout(600)
 def test_all_of_it_runs_in_the_interpreter_and_leaves_a_record(benchmarks, tmp_path):
     out = tmp_path / "record.json"
+    options = ["--budget-s", "3000", "--commit", "abc", "--out", str(out)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "NORMKIT_"))}
     done = subprocess.run(
-        [sys.executable, benchmarks / "gpu.py", "--pretend", "--budget-s", "3000", "--out", out],
-        env=kept | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, benchmarks / "gpu.py", "--pretend", *options],
+        env=kept | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads(out.read_text())
     assert record["environment"]["pretends"]
+    assert record["environment"]["commit"] == "abc"
     assert record["errors"] == []
     assert {check["kernels"] for check in record["checks"]} == {"triton"}
     assert record["contract"]["passed"] >= 1
