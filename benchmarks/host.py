@@ -175,8 +175,8 @@ def main():
             rows.append(measure(norm, shape, counting, options))
             print("  ".join(str(value) for value in rows[-1].values()), flush=True)
     record = {
-        "what": "processor time of a call both ways, launches counted and not started, beside torch's "
-        "BatchNorm2d on (2, 512, 1, 1) on the CPU, both ways",
+        "what": "processor time of a call both ways, launches counted and not started, beside "
+        "torch's BatchNorm2d on (2, 512, 1, 1) on the CPU, both ways",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "rows": rows,

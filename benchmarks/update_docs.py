@@ -5,11 +5,14 @@
 Each marker ``<!-- begin FILE -->`` names a file of ``benchmarks/results``: a record of
 ``normkit bench`` (JSON), whose chart is drawn anew, a record of ``normkit bench --end-to-end``
 (``end-to-end*.json``), or Markdown; ``<!-- begin gpu-RECORD.json#TABLE -->`` a table of a record of
-``benchmarks/gpu.py``.
+``benchmarks/gpu.py``; ``<!-- begin host.json -->`` the record of ``benchmarks/host.py``.
 """
 
+import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 import gpu_report
 
@@ -41,12 +44,32 @@ def _content(name: str, part: str = "") -> str:
         return path.read_text(encoding="utf-8")
     if name.startswith("gpu-"):
         return gpu_report.TABLES[part](gpu_report.read(path)) + "\n"
+    if name == "host.json":
+        return _host_times(json.loads(path.read_text(encoding="utf-8")))
     if name.startswith("end-to-end"):
         return _steps(EndToEndRecord.model_validate_json(path.read_bytes()))
     record = read_record(path)
     chart = path.with_suffix(".svg")
     chart.write_text(draw(record), encoding="utf-8")
     return f"![Ratios of every shape](../benchmarks/results/{chart.name})\n\n{markdown(record)}"
+
+
+def _host_times(record: dict[str, Any]) -> str:
+    """A norm a row: the shapes' median of time over torch's, and the most launches of any shape."""
+    head = ("norm", "of torch's time", "launches forward", "launches backward")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault(row["norm"], []).append(row)
+    lines = (
+        (
+            f"`{norm}`",
+            f"{statistics.median(row['of_torch_cpu'] for row in found):.2f}",
+            str(max(row["launches_forward"] for row in found)),
+            str(max(row["launches_backward"] for row in found)),
+        )
+        for norm, found in rows.items()
+    )
+    return f"torch {record['torch']}, triton {record['triton']}.\n\n{table(head, lines)}\n"
 
 
 def _steps(record: EndToEndRecord) -> str:
