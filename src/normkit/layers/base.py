@@ -28,6 +28,7 @@ from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
 from normkit.kernels.reference import table_dtype
 from normkit.layers.leaf import record_call
+from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.typing import FeatureMap
 
 Device = torch.device | str | None
@@ -135,6 +136,46 @@ class NormLayer(nn.Module, ABC):
         """What of a call kernels do not do in the usual way, and why; or None."""
         return None
 
+    is_estimated = False
+    """Whether it normalises in training by running estimates, which the batch moves first."""
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics in training, in each norm that the layer is made of."""
+        return {}
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the layer normalises in its mode."""
+        return tuple(Part(name=name, partition=p) for name, p in self.partitions.items())
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether an input ``(N, C)`` gives a group a single value, which training refuses."""
+        return False
+
+    def affine_slots(self) -> tuple[Slot, ...]:
+        """Who holds scale and shift of every channel: those of the layer's input."""
+        return (Slot(self, 0, self.num_features),)
+
+    def last_affine_slots(self) -> tuple[Slot, ...]:
+        """Who holds the scale and shift that are applied last."""
+        return self.affine_slots()
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """Who holds running statistics of the layer's input, a value a channel."""
+        return ()
+
+    def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
+        """What evaluates by running statistics alone, and what follows it, by name.
+
+        None where parts of the layer evaluate by each example's own statistics.
+        """
+        return None
+
+    def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
+        """What a norm inside of the layer gets of the layer's input; None if that is not known."""
+        return x
+
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
         shown = [f"{o}={self.option(o)!r}" for o in _options(type(self)) if self._is_shown(o)]
@@ -204,6 +245,22 @@ class TrackingLayer(NormLayer):
     def running_partition(self) -> Partition:
         """Which elements share one value of the buffers: by default a channel's."""
         return Partition(num_groups=self.num_features)
+
+    def tracked_input(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+        """What the running statistics are of: the input, unless a norm comes before."""
+        return x
+
+    @property
+    def tracks_its_input(self) -> bool:
+        """Whether the running statistics are of the input."""
+        return True
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """Who holds running statistics of the layer's input, a value a channel."""
+        by_channel = self.running_partition.num_groups == self.num_features
+        if self.running_mean is None or not self.tracks_its_input or not by_channel:
+            return ()
+        return (Slot(self, 0, self.num_features),)
 
     @property
     def example_weight(self) -> float:
@@ -328,6 +385,25 @@ class SegmentLayer(TrackingLayer):
     @abstractmethod
     def partition(self) -> Partition:
         """Which elements share statistics in training."""
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics in training."""
+        return {"statistics": self.partition}
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether a group is one channel of one example."""
+        groups = self.partition
+        return groups.examples_per_group == 1 and groups.num_groups == self.num_features
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the layer normalises in its mode."""
+        return tracked_parts("statistics", self.partition, self)
+
+    def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
+        """The layer itself, and nothing after it."""
+        return self, {}
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         partition, running = self.partition, self._running()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.functional import batch_norm
 from torch.optim import Optimizer
 
 from normkit.core.check import (
@@ -25,6 +27,7 @@ from normkit.core.running import Recent, RunningEstimates, is_movable
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
+from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.passes import finish, require_layers
 from normkit.typing import FeatureMap
 
@@ -208,6 +211,45 @@ class BatchChannelNorm(NormLayer):
             found.pop("batch stage", None)
         return found.values() if self.channel.training else []
 
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics each stage normalises in its mode."""
+        stages = {"batch stage": self.batch, "channel stage": self.channel}
+        return tuple(replace(p, name=name) for name, s in stages.items() for p in s.parts())
+
+    def affine_slots(self) -> tuple[Slot, ...]:
+        """Who holds scale and shift of every channel: the last stage that has one a channel."""
+        last = self.channel_affine == "channel"
+        return (Slot(self.channel if last else self.batch, 0, self.num_features),)
+
+    def last_affine_slots(self) -> tuple[Slot, ...]:
+        """The channel stage."""
+        return (Slot(self.channel, 0, self.num_features),)
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """The batch stage."""
+        return (Slot(self.batch, 0, self.num_features),)
+
+    def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
+        """The batch stage, and the channel stage after it."""
+        return self.batch, {"channel": self.channel}
+
+    def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
+        """What a stage gets, in float64; None where more than this input has a say in it."""
+        stage = self.batch
+        if part is stage:
+            return x
+        own = stage.training and not stage.is_estimated
+        weighs = not stage.training and stage.example_weight
+        if (own and stage.process_group is not None) or weighs:
+            return None
+        weight, bias = (None if p is None else p.double() for p in (stage.weight, stage.bias))
+        if own:
+            affine = Parameters(weight, bias, stage.eps)
+            return normalize_batch(x.double(), stage.running_partition, None, affine, valid=valid)
+        # of micro batches: moved before they were used
+        mean, var = (stage.get_buffer(name).double() for name in BUFFERS)
+        return batch_norm(x.double(), mean, var, weight, bias, False, 0.0, stage.eps)
+
     @property
     def partitions(self) -> dict[str, Partition]:
         """Which elements share statistics in each stage, in training."""
@@ -219,6 +261,8 @@ class BatchChannelNorm(NormLayer):
 
 class EstimatedBatchNorm(TrackingLayer):
     """Normalise every channel by estimates that first move towards the batch: for micro batches."""
+
+    is_estimated = True
 
     def __init__(  # noqa: PLR0913 - torch's options
         self,
@@ -263,6 +307,12 @@ class EstimatedBatchNorm(TrackingLayer):
         affine = self._affine()
         return normalize_estimated(x, self.estimates(), self.training, affine, ranks, valid)
 
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the layer normalises in its mode."""
+        if self.training:
+            return (Part(partition=self.running_partition, origin="estimates"),)
+        return tracked_parts("statistics", self.running_partition, self)
+
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
         mean, var = (self.get_buffer(name) for name in BUFFERS)
@@ -302,6 +352,11 @@ class ChannelStage(NormLayer):
     def partition(self) -> Partition:
         """One group a run of channels and example."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics."""
+        return {"statistics": self.partition}
 
     def _num_affine_values(self) -> int:
         return self.num_groups if self.channel_affine == "group" else self.num_features

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import nn
 
 from normkit.core.check import require_count
 from normkit.core.mask import Mask, Valid, require_valid_values
@@ -14,6 +17,7 @@ from normkit.errors import OptionError
 from normkit.layers.base import Device, NormLayer, StageOption, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
+from normkit.layers.parts import Part, Slot
 from normkit.typing import FeatureMap
 
 
@@ -139,6 +143,34 @@ class InstanceBatchNorm(NormLayer):
                 shape = (x.shape[0], norm.num_features, *x.shape[2:])
                 require_valid_values(norm._groups(), valid, shape, type(self).__name__)
         return valid
+
+    @property
+    def needs_positions(self) -> bool:
+        """As the instance norm does."""
+        return True
+
+    def affine_slots(self) -> tuple[Slot, ...]:
+        """The instance norm for the first channels, the batch norm for the others."""
+        half = self.instance.num_features
+        return Slot(self.instance, 0, half), Slot(self.batch, half, self.num_features)
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """The batch norm, for its channels."""
+        return self.affine_slots()[1:]
+
+    def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
+        """The channels of one of the norms."""
+        half = self.instance.num_features
+        return x[:, :half] if part is self.instance else x[:, half:]
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics each norm normalises in its mode, and which channels."""
+        names = ("instance norm", "batch norm")
+        return tuple(
+            replace(part, name=name, channels=(slot.start, slot.end))
+            for name, slot in zip(names, self.affine_slots(), strict=True)
+            for part in slot.layer.parts()
+        )
 
     @property
     def partitions(self) -> dict[str, Partition]:

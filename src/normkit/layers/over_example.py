@@ -10,6 +10,7 @@ from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
 from normkit.layers.base import Device, NormLayer, SegmentLayer
+from normkit.layers.parts import Part
 from normkit.typing import FeatureMap
 
 
@@ -278,6 +279,10 @@ class PositionalNorm(NormLayer):
             num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
         )
         self.reset_parameters()
+
+    def parts(self) -> tuple[Part, ...]:
+        """Statistics of each position of each example."""
+        return (Part(partition=None),)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         if self.training and x.numel():

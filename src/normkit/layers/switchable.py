@@ -13,6 +13,7 @@ from normkit.core.partition import Partition, has_single_values, require_varianc
 from normkit.core.ranks import ProcessGroup
 from normkit.core.stages import normalize_switched
 from normkit.layers.base import Device, TrackingLayer
+from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
 
 
@@ -124,6 +125,13 @@ class SwitchableNorm(TrackingLayer):
         if self._process_group is not None:
             return ()
         return (self.partitions["batch norm" if self.use_batch else "layer norm"],)
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the norms normalise in the layer's mode."""
+        found = self.partitions
+        batch = found.pop("batch norm", None)
+        own = [Part(name=name, partition=partition) for name, partition in found.items()]
+        return (*own, *(tracked_parts("batch norm", batch, self) if batch else ()))
 
     @property
     def partitions(self) -> dict[str, Partition]:

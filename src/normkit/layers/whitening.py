@@ -85,6 +85,12 @@ class GroupWhitening(NormLayer):
         """The rows that are centred and decorrelated."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share means, and which covariances."""
+        example = Partition(num_groups=1, examples_per_group=1)
+        return {"means": self.partition, "covariances": example}
+
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         parameters = self._affine()
         if x.numel() == 0:
