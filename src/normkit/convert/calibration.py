@@ -53,7 +53,7 @@ class Calibrator:
 
     Raises:
         DataError: If there is no batch, one that needs ``forward``, or one whose values overflow or
-            are NaN; or if the model has no values.
+            are NaN; or if the model has no values, or none reaches a norm.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class Calibrator:
             for new, step in self._steps.items():
                 stack.callback(_watch(step, self._targets[new]))
             self._before = self._outputs(model, "measuring the original")
+        if self._steps and not any(target.count for target in self._targets.values()):
+            raise DataError(
+                f"calibrate= has brought no value to any of the {len(self._steps)} norms; its "
+                f"batches are empty, or go past these layers"
+            )
         for new, step in self._steps.items():
             _require_finite(self._targets[new], step, "original")
         self._again = self._outputs(model, "measuring the original again")
