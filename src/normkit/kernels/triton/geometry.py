@@ -190,8 +190,21 @@ class Stream(NamedTuple):
     num_programs: int
 
 
-def stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
-    """Cut a map into programs of blocks of ``elements``; share segments where they are few."""
+LEAST_ELEMENTS = 1024
+"""Of a block that is made smaller, so that a small map gives every multiprocessor something."""
+
+
+def stream_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Stream:
+    """Cut a map into programs of blocks of at most ``elements``."""
+    stream = _stream_blocks(layout, elements, wanted_programs)
+    while elements > LEAST_ELEMENTS and stream.num_programs < 2 * processors:
+        elements //= 2
+        stream = _stream_blocks(layout, elements, wanted_programs)
+    return stream
+
+
+def _stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
+    """Blocks of ``elements``; several programs share segments where these are few."""
     grouping = layout.grouping
     if layout.by_channel:
         rows = min(power_of_two(grouping.K), 64)
@@ -200,7 +213,7 @@ def stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream
         columns = min(power_of_two(grouping.L), elements)
         rows = min(power_of_two(grouping.K), max(elements // columns, 1))
     programs = grouping.N * ceil_div(grouping.K, rows)
-    shares = min(ceil_div(grouping.L, columns), max(ceil_div(wanted_programs, programs), 1))
+    shares = min(ceil_div(grouping.L, columns), max(wanted_programs // programs, 1))
     span = ceil_div(ceil_div(grouping.L, shares), columns) * columns
     splits = ceil_div(grouping.L, span)
     return Stream(rows, columns, splits, span, programs * splits)
@@ -221,19 +234,38 @@ class Rows(NamedTuple):
     span: int
     R: int
     num_programs: int
+    num_warps: int
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """What a kernel is told of it."""
-        return self.items, self.spans, self.span, self.R
+        return self.items, self.spans, self.span, self.R, ceil_div(self.span, self.BL)
 
 
-MOST_ROWS = 64
+MOST_ROWS = 128
 """That the programs of the second launch pool again and again."""
 
 
-def row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
-    """Cut a map into programs of blocks of ``elements``, of whole groups' segments each."""
+def row_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Rows:
+    """Cut a map into programs of whole groups' segments, and blocks of about ``elements``.
+
+    Programs of twice as many threads where not enough of them are allowed.
+    """
+    rows = _row_blocks(layout, elements, wanted_programs)
+    num_groups = rows.num_programs // rows.R
+    if num_groups * MOST_ROWS < wanted_programs:
+        larger = _row_blocks(layout, 2 * elements, wanted_programs)
+        if 4 * larger.R >= 3 * MOST_ROWS:
+            return larger._replace(num_warps=8)
+    while elements > LEAST_ELEMENTS and rows.num_programs < processors:
+        elements //= 2
+        smaller = _row_blocks(layout, elements, wanted_programs)
+        if smaller.num_programs > rows.num_programs:
+            rows = smaller
+    return rows
+
+
+def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
     grouping = layout.grouping
     if layout.by_channel:
         segments = min(power_of_two(grouping.J), 64)
@@ -250,7 +282,7 @@ def row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
     spans = ceil_div(grouping.L, span)
     items = ceil_div(grouping.E * spans, max(wanted, 1))
     rows = ceil_div(grouping.E * spans, items)
-    return Rows(groups, segments, positions, items, spans, span, rows, columns * rows)
+    return Rows(groups, segments, positions, items, spans, span, rows, columns * rows, 4)
 
 
 class Tile(NamedTuple):

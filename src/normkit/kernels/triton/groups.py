@@ -19,12 +19,15 @@ import triton.language as tl
 from normkit.kernels.triton.device import (
     columns,
     count_batch,
+    finite,
+    folded_block,
     move,
     reciprocal_root,
     row_starts,
     split,
+    sum_block,
 )
-from normkit.kernels.triton.streams import place
+from normkit.kernels.triton.streams import load_block, load_unless, place, store_block
 
 
 @triton.jit
@@ -41,63 +44,82 @@ def rows_of(N, G, E, ITEMS, SPANS, R, BG: tl.constexpr):
 
 
 @triton.jit
-def sum_block(values):
-    """Sums over a block's segments and positions."""
-    return tl.sum(tl.sum(values, axis=2), axis=1)
+def stretch(t, last, SPANS, span, L, STEPS, BL: tl.constexpr, ALIGN: tl.constexpr):
+    """Where block ``t`` of a program begins: example, first position, and where its stretch ends.
+
+    Beyond the last pair nothing is left: its stretch ends at once.
+    """
+    item = t // STEPS
+    start = (item % SPANS) * span
+    stop = tl.where(item < last, tl.minimum(start + span, L), 0) // ALIGN * ALIGN
+    return item // SPANS, start + (t % STEPS) * BL, stop
+
+
+@triton.jit
+def load_groups(
+    x, n, k, inside, top, stop, SN, SC, SP, Q, L,
+    BL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A block ``(BG, BJ, BL)`` of a map, from position ``top`` on; 0 from ``stop`` on."""
+    l = top + tl.arange(0, BL)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+    return tl.load(x + at, mask=inside[:, :, None] & (l < stop)[None, None, :], other=0.0)
+
+
+@triton.jit
+def num_positions(first, last, SPANS, span, L):
+    """Positions of all pairs of a program; the last stretch of an example is shorter."""
+    whole = tl.cast(tl.maximum(last - first, 0), tl.int64) * span
+    shorter = tl.maximum(last // SPANS - first // SPANS, 0)
+    return whole - shorter * (tl.cast(SPANS, tl.int64) * span - L)
 
 
 @triton.jit
 def segment_moments(
-    x, corner, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    x, n0, k, inside, first, last, segments, SN, SC, SP, Q, L, SPANS, span, STEPS,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Number, sum and squared deviations of groups' elements in a block of segments.
+    """Number of groups' elements in blocks of ``segments``; their mean in two parts, deviations.
 
-    Every lane sums around its own first element, so nothing needs a division before the end, and a
-    mean far from 0 costs no digits. Sums come relative to ``corner``, an element of each group.
+    Sums are taken around the mean of the first block, so a mean far from 0 costs no digits.
     """
-    shift = tl.zeros((BG, BJ, BL), ACC) + corner[:, None, None]
-    count = tl.zeros((BG, BJ, BL), ACC)
-    total = tl.zeros((BG, BJ, BL), ACC)
-    square = tl.zeros((BG, BJ, BL), ACC)
-    for item in range(first, last):
-        start = (item % SPANS) * span
-        stop = tl.minimum(start + span, L) // ALIGN * ALIGN
-        rows = row_starts(n0 + item // SPANS, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-        for top in range(start, stop, BL):
-            l = top + tl.arange(0, BL)
-            mask = inside[:, :, None] & (l < stop)[None, None, :]
-            at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
-            value = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-            shift = tl.where(mask & (count == 0.0), value, shift)
-            apart = tl.where(mask, value - shift, 0.0)
-            count += tl.where(mask, 1.0, 0.0).to(ACC)
-            total += apart
-            square += apart * apart
-    level = (shift - corner[:, None, None]) + total / tl.maximum(count, 1.0)
-    size = sum_block(count)
-    center = sum_block(tl.where(count > 0.0, level * count, 0.0)) / tl.maximum(size, 1.0)
-    away = level - center[:, None, None]
-    within = square - total * (total / tl.maximum(count, 1.0))
-    spread = tl.where(count > 0.0, tl.maximum(within, 0.0) + count * away * away, 0.0)
-    spread = tl.where(within != within, within, spread)  # noqa: PLR0124 - maximum loses a NaN
-    return size, center, sum_block(spread)
+    lane = tl.arange(0, BL)
+    n, top, stop = stretch(first * STEPS, last, SPANS, span, L, STEPS, BL, ALIGN)
+    value = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
+    cells = tl.maximum(tl.minimum(stop - top, BL) * segments, 1).to(ACC)
+    shift = finite(sum_block(value.to(ACC) * (1.0 / cells), BG, BJ, BL))
+    total = tl.zeros((BG, BJ, BL // FOLD), ACC)
+    square = tl.zeros((BG, BJ, BL // FOLD), ACC)
+    for t in range(first * STEPS, last * STEPS):
+        mask = inside[:, :, None] & (top + lane < stop)[None, None, :]
+        n, top, stop = stretch(t + 1, last, SPANS, span, L, STEPS, BL, ALIGN)
+        ahead = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
+        apart = tl.where(mask, value.to(ACC) - shift[:, None, None], 0.0)
+        total += folded_block(apart, BG, BJ, BL, FOLD)
+        square += folded_block(apart * apart, BG, BJ, BL, FOLD)
+        value = ahead
+    size = (num_positions(first, last, SPANS, span, L) * segments).to(ACC)
+    sums = sum_block(total, BG, BJ, BL // FOLD)
+    center = sums / tl.maximum(size, 1.0)
+    spread = sum_block(square, BG, BJ, BL // FOLD) - sums * center
+    return size, shift, center, tl.where(spread < 0.0, 0.0, spread)
 
 
 @triton.jit
 def measure_groups_kernel(
     x, parts,
-    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, plane,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, plane,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``(B, R, G)`` of four planes: a mean as two summands, squared deviations, a number."""
+    """Rows ``(B, R, G)`` of three planes, a mean as two summands and squared deviations.
+
+    Behind them each row's number of elements, ``(B, R)``.
+    """
     g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
-    n0 = run * E
-    some = row_starts(n0 + first // SPANS, g * J, SN, SC, SP, Q, L, WIDE, 1)
-    some += columns((first % SPANS) * span, SP, WIDE)
-    corner = tl.load(x + some, mask=(g < G) & (first < last), other=0.0).to(ACC)
+    corner = tl.zeros((BG,), ACC)
     size = tl.zeros((BG,), ACC)
     center = tl.zeros((BG,), ACC)
     square = tl.zeros((BG,), ACC)
@@ -105,20 +127,22 @@ def measure_groups_kernel(
         j = j0 + tl.arange(0, BJ)
         inside = (g < G)[:, None] & (j < J)[None, :]
         k = g[:, None] * J + j[None, :]
-        more, level, spread = segment_moments(
-            x, corner, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
-            BG, BJ, BL, ACC, WIDE, ALIGN,
+        more, shift, level, spread = segment_moments(
+            x, run * E, k, inside, first, last, tl.minimum(J - j0, BJ), SN, SC, SP, Q, L, SPANS,
+            span, STEPS, BG, BJ, BL, FOLD, ACC, WIDE, ALIGN,
         )  # fmt: skip
+        corner = tl.where(j0 == 0, shift, corner)
         both = tl.maximum(size + more, 1.0)
-        step = level - center
+        step = (shift - corner) + (level - center)
         square += spread + step * step * (size * more / both)
         center += step * (more / both)
         size += more
-    out = (run * R + row).to(tl.int64) * G + g
+    at = run * R + row
+    out = at.to(tl.int64) * G + g
     tl.store(parts + out, corner, mask=g < G)
     tl.store(parts + plane + out, center, mask=g < G)
     tl.store(parts + 2 * plane + out, square, mask=g < G)
-    tl.store(parts + 3 * plane + out, size, mask=g < G)
+    tl.store(parts + 3 * plane + at + g, size, mask=g == 0)
 
 
 @triton.jit
@@ -135,31 +159,24 @@ def pooled_moments(
     top = (run * R).to(tl.int64) * G
     high = load_part(parts, plane, top + g, inside, 0)
     low = load_part(parts, plane, top + g, inside, 1)
-    size = tl.zeros((BR, BK), ACC)
+    size = tl.zeros((BR,), ACC)
     total = tl.zeros((BR, BK), ACC)
+    square = tl.zeros((BR, BK), ACC)
     for first in range(0, R, BR):
         r = first + tl.arange(0, BR)
         mask = (r < R)[:, None] & inside[None, :]
         at = top + r[:, None] * G + g[None, :]
-        count = load_part(parts, plane, at, mask, 3)
+        count = load_part(parts, 3 * plane, run * R + r, r < R, 1)
         apart = load_part(parts, plane, at, mask, 0) - high[None, :]
         apart += load_part(parts, plane, at, mask, 1) - low[None, :]
+        weighed = tl.where(mask & (count > 0.0)[:, None], count[:, None] * apart, 0.0)
         size += count
-        total += tl.where(mask & (count > 0.0), count * apart, 0.0)
+        total += weighed
+        square += load_part(parts, plane, at, mask, 2) + weighed * apart
     sizes = tl.maximum(tl.sum(size, axis=0), 1.0)
     center = tl.sum(total, axis=0) / sizes
-    total = tl.zeros((BR, BK), ACC)
-    for first in range(0, R, BR):
-        r = first + tl.arange(0, BR)
-        mask = (r < R)[:, None] & inside[None, :]
-        at = top + r[:, None] * G + g[None, :]
-        count = load_part(parts, plane, at, mask, 3)
-        apart = load_part(parts, plane, at, mask, 0) - high[None, :]
-        apart += load_part(parts, plane, at, mask, 1) - low[None, :]
-        away = apart - center[None, :]
-        both = load_part(parts, plane, at, mask, 2) + count * away * away
-        total += tl.where(mask & (count > 0.0), both, 0.0)
-    return high, low + center, tl.sum(total, axis=0) / sizes, sizes
+    spread = tl.sum(square, axis=0) / sizes - center * center
+    return high, low + center, tl.where(spread < 0.0, 0.0, spread), sizes
 
 
 @triton.jit
@@ -169,10 +186,16 @@ def normalize_groups_kernel(
     eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
     HAS_COUNTER: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Pool, normalise, scale and shift; the table's cells and running statistics on the way."""
     n, part, k, inside = place(K, SPLITS, BK)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     run = n // E
     g = k // J
     high, low, var, sizes = pooled_moments(parts, plane, run, R, G, g, inside, ACC, BK, BR)
@@ -194,27 +217,23 @@ def normalize_groups_kernel(
         factor *= tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
     if HAS_BIAS:
         shift = tl.load(bias + k // Q, mask=inside, other=0.0).to(ACC)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
+    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
+        first = start + block * BL
+        ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
         unit = (value.to(ACC) - high[:, None]) - low[:, None]
         result = unit * factor[:, None] + shift[:, None]
-        at = outs[:, None] + columns(l, YP, WIDE)[None, :]
-        tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
+        store_block(y, result, outs, first, stop, inside, YP, BL, WIDE)
+        value = ahead
 
 
 @triton.jit
 def reduce_groups_kernel(
     g_map, x, weight, mean, var, sums, group_sums,
-    GN, GC, GP, SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, VAR_AT, CELL_ROW,
+    GN, GC, GP, SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, VAR_AT, CELL_ROW,
     plane, group_plane, eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``sum(g)`` and ``sum(g * unit)``, ``unit = (x - mean) / std``, of what each program sees.
 
@@ -225,8 +244,8 @@ def reduce_groups_kernel(
     n0 = run * E
     cell = run.to(tl.int64) * CELL_ROW + g
     high, low = split(tl.load(mean + cell, mask=g < G, other=0.0).to(tl.float64), ACC)
-    wide = tl.load(var + VAR_AT + cell, mask=g < G, other=1.0)
-    rstd = reciprocal_root(wide, eps_high, eps_low, ACC)
+    spread = tl.load(var + VAR_AT + cell, mask=g < G, other=1.0)
+    rstd = reciprocal_root(spread, eps_high, eps_low, ACC)
     of_group = tl.zeros((BG,), ACC)
     of_group_x = tl.zeros((BG,), ACC)
     out = (run * R + row).to(tl.int64)
@@ -234,23 +253,25 @@ def reduce_groups_kernel(
         j = j0 + tl.arange(0, BJ)
         inside = (g < G)[:, None] & (j < J)[None, :]
         k = g[:, None] * J + j[None, :]
-        total = tl.zeros((BG, BJ, BL), ACC)
-        total_x = tl.zeros((BG, BJ, BL), ACC)
-        for item in range(first, last):
-            start = (item % SPANS) * span
-            stop = tl.minimum(start + span, L) // ALIGN * ALIGN
-            n = n0 + item // SPANS
-            rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-            grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
-            for top in range(start, stop, BL):
-                l = top + tl.arange(0, BL)
-                mask = inside[:, :, None] & (l < stop)[None, None, :]
-                at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
-                grad_at = grads[:, :, None] + columns(l, GP, WIDE)[None, None, :]
-                value = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-                grad = tl.load(g_map + grad_at, mask=mask, other=0.0).to(ACC)
-                total += grad
-                total_x += grad * ((value - high[:, None, None]) - low[:, None, None])
+        n, top, stop = stretch(first * STEPS, last, SPANS, span, L, STEPS, BL, ALIGN)
+        value = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
+        grad = load_groups(g_map, n0 + n, k, inside, top, stop, GN, GC, GP, Q, L, BL, WIDE, ALIGN)
+        total = tl.zeros((BG, BJ, BL // FOLD), ACC)
+        total_x = tl.zeros((BG, BJ, BL // FOLD), ACC)
+        for t in range(first * STEPS, last * STEPS):
+            n, top, stop = stretch(t + 1, last, SPANS, span, L, STEPS, BL, ALIGN)
+            value_ahead = load_groups(
+                x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN
+            )
+            grad_ahead = load_groups(
+                g_map, n0 + n, k, inside, top, stop, GN, GC, GP, Q, L, BL, WIDE, ALIGN
+            )
+            wide = grad.to(ACC)
+            unit = (value.to(ACC) - high[:, None, None]) - low[:, None, None]
+            total += folded_block(wide, BG, BJ, BL, FOLD)
+            total_x += folded_block(wide * unit, BG, BJ, BL, FOLD)
+            value = value_ahead
+            grad = grad_ahead
         found = tl.sum(total, axis=2)
         found_x = tl.sum(total_x, axis=2) * rstd[:, None]
         if HAS_SUMS:
@@ -288,19 +309,46 @@ def summed_rows(
 
 
 @triton.jit
+def sums_of_groups(
+    sums, group_sums, plane, group_plane, top, num_rows, K, G, k, J, scale, inside,
+    HAS_GROUPS: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Of the groups that segments belong to, weighed by the channels' scale."""
+    if HAS_GROUPS:
+        of_group, of_group_x = summed_rows(
+            group_sums, group_plane, top, num_rows, G, k // J, inside, ACC, BK, BR
+        )
+    else:
+        of_group, of_group_x = summed_rows(
+            sums, plane, top, num_rows, K, k, inside, ACC, BK, BR
+        )  # fmt: skip
+        of_group *= scale
+        of_group_x *= scale
+    return of_group, of_group_x
+
+
+@triton.jit
 def gradient_groups_kernel(
     g_map, x, dx, weight, mean, var, sums, group_sums, dweight, dbias,
     GN, GC, GP, SN, SC, SP, DN, DC, DP, N, K, Q, L, SPLITS, span, E, J, G, R, RUNS,
     VAR_AT, CELL_ROW, plane, group_plane, group_size, eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_GROUPS: tl.constexpr, ADDS: tl.constexpr,
     CONSTANT: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the map; ``ADDS``: the first programs add up those of weight and bias.
 
     ``CONSTANT``: the statistics are given, so nothing flows through them, and x is not read.
     """
     n, part, k, inside = place(K, SPLITS, BK)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    grad = load_block(g_map, grads, start, stop, inside, GP, BL, WIDE)
+    value = load_unless(CONSTANT, grad, x, rows, start, stop, inside, SP, BL, WIDE)
     run = n // E
     cell = run.to(tl.int64) * CELL_ROW + k // J
     wide = tl.load(var + VAR_AT + cell, mask=inside, other=1.0)
@@ -319,36 +367,24 @@ def gradient_groups_kernel(
     level = tl.zeros((BK,), ACC)
     if not CONSTANT:
         high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
-        if HAS_GROUPS:
-            of_group, of_group_x = summed_rows(
-                group_sums, group_plane, run * R, R, G, k // J, inside, ACC, BK, BR
-            )  # fmt: skip
-        else:
-            of_group, of_group_x = summed_rows(
-                sums, plane, run * R, R, K, k, inside, ACC, BK, BR
-            )  # fmt: skip
-            of_group *= scale
-            of_group_x *= scale
+        of_group, of_group_x = sums_of_groups(
+            sums, group_sums, plane, group_plane, run * R, R, K, G, k, J, scale, inside,
+            HAS_GROUPS, ACC, BK, BR,
+        )  # fmt: skip
         size = (tl.minimum(E, N - run * E) * group_size).to(ACC)
         by_unit = of_group_x * rstd * rstd / size
         level = of_group * rstd / size
     by_grad = scale * rstd
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
-    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        grad = tl.load(g_map + grads[:, None] + columns(l, GP, WIDE)[None, :], mask=mask, other=0.0)
+    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
+        first = start + block * BL
+        grad_ahead = load_unless(ONCE, grad, g_map, grads, first + BL, stop, inside, GP, BL, WIDE)
+        ahead = load_unless(
+            ONCE or CONSTANT, value, x, rows, first + BL, stop, inside, SP, BL, WIDE
+        )
         result = grad.to(ACC) * by_grad[:, None]
         if not CONSTANT:
-            at = rows[:, None] + columns(l, SP, WIDE)[None, :]
-            value = tl.load(x + at, mask=mask, other=0.0)
             unit = (value.to(ACC) - high[:, None]) - low[:, None]
             result = result - unit * by_unit[:, None] - level[:, None]
-        tl.store(
-            dx + outs[:, None] + columns(l, DP, WIDE)[None, :],
-            result.to(dx.dtype.element_ty),
-            mask=mask,
-        )
+        store_block(dx, result, outs, first, stop, inside, DP, BL, WIDE)
+        value = ahead
+        grad = grad_ahead

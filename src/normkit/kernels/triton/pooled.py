@@ -15,8 +15,8 @@ from torch import Tensor
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
 from normkit.kernels.triton.constants import (
-    ELEMENTS,
     Constants,
+    fold,
     map_constants,
     stream_constants,
 )
@@ -48,6 +48,7 @@ from normkit.kernels.triton.tiles import tile_backward_kernel, tile_forward_kern
 FORWARD = Limits(32768, 1024)  # float32: 64 registers of each of at most 512 threads
 BACKWARD = Limits(16384, 512)  # of two maps
 ROWS_AT_ONCE = 1024  # cells of a table of parts that a program pools at a time
+PROGRAMS_OF_ROWS = 3  # a multiprocessor: each leaves a row, and each of the next pools all of them
 
 Affine = tuple[Tensor | None, Tensor | None]
 Results = tuple[Tensor, Tensor, Tensor]
@@ -133,12 +134,13 @@ def _forward_in_two(call: _Forward, table: Tensor) -> None:
     whole = layout.with_whole_groups()
     rows = _rows(whole, x)
     plane = whole.grouping.B * rows.R * whole.grouping.G
-    parts = x.new_empty(4 * plane, dtype=table_dtype(x.dtype))
+    parts = x.new_empty(3 * plane + whole.grouping.B * rows.R, dtype=table_dtype(x.dtype))
     launch(
         measure_groups_kernel,
         rows.num_programs,
         (x, parts),
         (*_strides(whole), *_cut(whole.grouping), *rows.numbers, plane),
+        rows.num_warps,
         **_row_constants(rows, whole, x),
     )
     stream, constants = _stream(layout, x, rows.R)
@@ -174,19 +176,21 @@ def _tile_constants(tile: Tile, layout: Layout, x: Tensor) -> Constants:
 
 
 def _rows(layout: Layout, x: Tensor) -> Rows:
-    elements = ELEMENTS * 4 // table_dtype(x.dtype).itemsize
-    return row_blocks(layout, elements, passes.PROGRAMS_THAT_REDUCE * num_processors())
+    processors = num_processors()
+    elements = passes.block_elements(x)
+    return row_blocks(layout, elements, PROGRAMS_OF_ROWS * processors, processors)
 
 
 def _row_constants(rows: Rows, layout: Layout, x: Tensor) -> Constants:
     constants = map_constants(layout, x)
     constants["ALIGN"] = min(layout.alignment, rows.BL)  # divides a stretch, too
+    constants["FOLD"] = fold((rows.BG * rows.BJ, rows.BL), x, layout, rows.num_warps)
     return {"BG": rows.BG, "BJ": rows.BJ, "BL": rows.BL, **constants}
 
 
 def _stream(layout: Layout, x: Tensor, num_rows: int) -> tuple[Stream, Constants]:
     """Blocks of programs that write, which also pool so many rows."""
-    stream = passes.stream_of(layout, passes.PROGRAMS_THAT_WRITE)
+    stream = passes.stream_of(layout, x, PROGRAMS_OF_ROWS)
     rows = min(power_of_two(num_rows), max(ROWS_AT_ONCE // stream.BK, 1))
     return stream, {"BR": rows, **stream_constants(stream, x, layout)}
 
@@ -387,6 +391,7 @@ def _reduced(call: _Backward) -> _Sums:
             (grad, x, call.weight, call.mean, call.var, sums.of_segments, sums.of_groups),
             (*_strides(layout)[:6], *_cut(grouping), *rows.numbers, call.var_at, call.cell_row,
              *sums.planes, *halves(call.eps)),
+            rows.num_warps,
             HAS_WEIGHT=call.weight is not None, HAS_SUMS=has_sums, HAS_GROUPS=has_groups,
             **_row_constants(rows, layout, x),
         )  # fmt: skip
