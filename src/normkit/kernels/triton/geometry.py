@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
@@ -190,17 +191,29 @@ class Stream(NamedTuple):
     num_programs: int
 
 
+_Cut = TypeVar("_Cut", "Stream", "Rows")
 LEAST_ELEMENTS = 1024
 """Of a block that is made smaller, so that a small map gives every multiprocessor something."""
 
 
 def stream_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Stream:
     """Cut a map into programs of blocks of at most ``elements``."""
-    stream = _stream_blocks(layout, elements, wanted_programs)
-    while elements > LEAST_ELEMENTS and stream.num_programs < 2 * processors:
+    cuts = [_stream_blocks(layout, size, wanted_programs) for size in _sizes(elements)]
+    return _enough(cuts, 2 * processors)
+
+
+def _sizes(elements: int) -> Iterator[int]:
+    """Of blocks that may be tried."""
+    yield elements
+    while elements > LEAST_ELEMENTS:
         elements //= 2
-        stream = _stream_blocks(layout, elements, wanted_programs)
-    return stream
+        yield elements
+
+
+def _enough(cuts: Sequence[_Cut], num_programs: int) -> _Cut:
+    """The first of so many programs; else of the most."""
+    enough = (cut for cut in cuts if cut.num_programs >= num_programs)
+    return next(enough, max(cuts, key=lambda cut: cut.num_programs))
 
 
 def _stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
@@ -257,12 +270,8 @@ def row_blocks(layout: Layout, elements: int, wanted_programs: int, processors: 
         larger = _row_blocks(layout, 2 * elements, wanted_programs)
         if 4 * larger.R >= 3 * MOST_ROWS:
             return larger._replace(num_warps=8)
-    while elements > LEAST_ELEMENTS and rows.num_programs < processors:
-        elements //= 2
-        smaller = _row_blocks(layout, elements, wanted_programs)
-        if smaller.num_programs > rows.num_programs:
-            rows = smaller
-    return rows
+    cuts = [_row_blocks(layout, size, wanted_programs) for size in _sizes(elements)]
+    return _enough(cuts, processors)
 
 
 def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:

@@ -158,7 +158,7 @@ def pooled_moments(
     """Mean, as two summands, variance and number of groups, by the law of total variance."""
     top = (run * R).to(tl.int64) * G
     high = load_part(parts, plane, top + g, inside, 0)
-    low = load_part(parts, plane, top + g, inside, 1)
+    low = finite(load_part(parts, plane, top + g, inside, 1))
     size = tl.zeros((BR,), ACC)
     total = tl.zeros((BR, BK), ACC)
     square = tl.zeros((BR, BK), ACC)
