@@ -192,6 +192,7 @@ class Stream(NamedTuple):
 
 
 _Cut = TypeVar("_Cut", "Stream", "Rows")
+MOST_CHANNELS = 64  # of a block, side by side: 128 bytes and more
 LEAST_ELEMENTS = 1024
 """Of a block that is made smaller, so that a small map gives every multiprocessor something."""
 
@@ -220,7 +221,7 @@ def _stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Strea
     """Blocks of ``elements``; several programs share segments where these are few."""
     grouping = layout.grouping
     if layout.by_channel:
-        rows = min(power_of_two(grouping.K), 64)
+        rows = min(power_of_two(grouping.K), MOST_CHANNELS)
         columns = min(power_of_two(grouping.L), max(elements // rows, 1))
     else:
         columns = min(power_of_two(grouping.L), elements)
@@ -236,7 +237,8 @@ class Rows(NamedTuple):
     """Programs that each see a part of some groups: blocks of ``(BG, BJ, BL)`` elements.
 
     An example's positions are cut into ``spans`` stretches of ``span``; a program takes ``items``
-    pairs of an example and a stretch, and leaves one of the ``R`` rows of a run of examples.
+    pairs of an example and a stretch, and leaves one of the ``R`` rows of a run of examples. It
+    takes a group's segments in so many ``turns``.
     """
 
     BG: int
@@ -246,13 +248,15 @@ class Rows(NamedTuple):
     spans: int
     span: int
     R: int
+    turns: int
     num_programs: int
     num_warps: int
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """What a kernel is told of it."""
-        return self.items, self.spans, self.span, self.R, ceil_div(self.span, self.BL)
+        steps = ceil_div(self.span, self.BL)
+        return self.items, self.spans, self.span, self.R, steps, self.turns
 
 
 MOST_ROWS = 128
@@ -277,8 +281,8 @@ def row_blocks(layout: Layout, elements: int, wanted_programs: int, processors: 
 def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
     grouping = layout.grouping
     if layout.by_channel:
-        segments = min(power_of_two(grouping.J), 64)
-        groups = min(power_of_two(grouping.G), 64 // segments)
+        segments = min(power_of_two(grouping.J), MOST_CHANNELS)
+        groups = min(power_of_two(grouping.G), MOST_CHANNELS // segments)
         positions = min(power_of_two(grouping.L), max(elements // (groups * segments), 1))
     else:
         positions = min(power_of_two(grouping.L), elements)
@@ -291,7 +295,10 @@ def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
     spans = ceil_div(grouping.L, span)
     items = ceil_div(grouping.E * spans, max(wanted, 1))
     rows = ceil_div(grouping.E * spans, items)
-    return Rows(groups, segments, positions, items, spans, span, rows, columns * rows, 4)
+    turns = ceil_div(grouping.J, segments)
+    return Rows(
+        groups, segments, positions, items, spans, span, rows, turns, columns * rows, 4
+    )  # fmt: skip
 
 
 class Tile(NamedTuple):

@@ -44,6 +44,18 @@ def rows_of(N, G, E, ITEMS, SPANS, R, BG: tl.constexpr):
 
 
 @triton.jit
+def segments_of(g, first, G, J, BJ: tl.constexpr, UNIT: tl.constexpr):
+    """Segments ``first`` and on of groups, ``(BG, BJ)``, and which there are.
+
+    ``UNIT`` divides ``J``: said as a product, for then segments side by side are read together.
+    """
+    num_segments = J // UNIT * UNIT
+    j = first + tl.arange(0, BJ)
+    inside = (g < G)[:, None] & (j < num_segments)[None, :]
+    return g[:, None] * num_segments + j[None, :], inside
+
+
+@triton.jit
 def stretch(t, last, SPANS, span, L, STEPS, BL: tl.constexpr, ALIGN: tl.constexpr):
     """Where block ``t`` of a program begins: example, first position, and where its stretch ends.
 
@@ -76,72 +88,46 @@ def num_positions(first, last, SPANS, span, L):
 
 
 @triton.jit
-def segment_moments(
-    x, n0, k, inside, first, last, segments, SN, SC, SP, Q, L, SPANS, span, STEPS,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
-    WIDE: tl.constexpr, ALIGN: tl.constexpr,
+def measure_groups_kernel(
+    x, parts,
+    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, TURNS, plane,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Number of groups' elements in blocks of ``segments``; their mean in two parts, deviations.
+    """Rows ``(B, R, G)`` of three planes, a mean as two summands and squared deviations.
 
-    Sums are taken around the mean of the first block, so a mean far from 0 costs no digits.
+    Behind them each row's number of elements, ``(B, R)``. A program takes the ``TURNS`` blocks of
+    its groups' segments at a stretch of positions, then the next stretch. Sums are taken around the
+    mean of the first block, so a mean far from 0 costs no digits.
     """
+    g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
+    n0 = run * E
     lane = tl.arange(0, BL)
     n, top, stop = stretch(first * STEPS, last, SPANS, span, L, STEPS, BL, ALIGN)
+    k, inside = segments_of(g, 0, G, J, BJ, UNIT)
     value = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
-    cells = tl.maximum(tl.minimum(stop - top, BL) * segments, 1).to(ACC)
+    cells = tl.maximum(tl.minimum(stop - top, BL) * tl.minimum(J, BJ), 1).to(ACC)
     shift = finite(sum_block(value.to(ACC) * (1.0 / cells), BG, BJ, BL))
     total = tl.zeros((BG, BJ, BL // FOLD), ACC)
     square = tl.zeros((BG, BJ, BL // FOLD), ACC)
-    for t in range(first * STEPS, last * STEPS):
+    for t in range(first * STEPS * TURNS, last * STEPS * TURNS):
         mask = inside[:, :, None] & (top + lane < stop)[None, None, :]
-        n, top, stop = stretch(t + 1, last, SPANS, span, L, STEPS, BL, ALIGN)
+        n, top, stop = stretch((t + 1) // TURNS, last, SPANS, span, L, STEPS, BL, ALIGN)
+        k, inside = segments_of(g, (t + 1) % TURNS * BJ, G, J, BJ, UNIT)
         ahead = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
         apart = tl.where(mask, value.to(ACC) - shift[:, None, None], 0.0)
         total += folded_block(apart, BG, BJ, BL, FOLD)
         square += folded_block(apart * apart, BG, BJ, BL, FOLD)
         value = ahead
-    size = (num_positions(first, last, SPANS, span, L) * segments).to(ACC)
+    size = (num_positions(first, last, SPANS, span, L) * J).to(ACC)
     sums = sum_block(total, BG, BJ, BL // FOLD)
     center = sums / tl.maximum(size, 1.0)
     spread = sum_block(square, BG, BJ, BL // FOLD) - sums * center
-    return size, shift, center, tl.where(spread < 0.0, 0.0, spread)
-
-
-@triton.jit
-def measure_groups_kernel(
-    x, parts,
-    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, plane,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
-    WIDE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Rows ``(B, R, G)`` of three planes, a mean as two summands and squared deviations.
-
-    Behind them each row's number of elements, ``(B, R)``.
-    """
-    g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
-    corner = tl.zeros((BG,), ACC)
-    size = tl.zeros((BG,), ACC)
-    center = tl.zeros((BG,), ACC)
-    square = tl.zeros((BG,), ACC)
-    for j0 in range(0, J, BJ):
-        j = j0 + tl.arange(0, BJ)
-        inside = (g < G)[:, None] & (j < J)[None, :]
-        k = g[:, None] * J + j[None, :]
-        more, shift, level, spread = segment_moments(
-            x, run * E, k, inside, first, last, tl.minimum(J - j0, BJ), SN, SC, SP, Q, L, SPANS,
-            span, STEPS, BG, BJ, BL, FOLD, ACC, WIDE, ALIGN,
-        )  # fmt: skip
-        corner = tl.where(j0 == 0, shift, corner)
-        both = tl.maximum(size + more, 1.0)
-        step = (shift - corner) + (level - center)
-        square += spread + step * step * (size * more / both)
-        center += step * (more / both)
-        size += more
     at = run * R + row
     out = at.to(tl.int64) * G + g
-    tl.store(parts + out, corner, mask=g < G)
+    tl.store(parts + out, shift, mask=g < G)
     tl.store(parts + plane + out, center, mask=g < G)
-    tl.store(parts + 2 * plane + out, square, mask=g < G)
+    tl.store(parts + 2 * plane + out, tl.where(spread < 0.0, 0.0, spread), mask=g < G)
     tl.store(parts + 3 * plane + at + g, size, mask=g == 0)
 
 
@@ -229,11 +215,11 @@ def normalize_groups_kernel(
 @triton.jit
 def reduce_groups_kernel(
     g_map, x, weight, mean, var, sums, group_sums,
-    GN, GC, GP, SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, VAR_AT, CELL_ROW,
+    GN, GC, GP, SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, TURNS, VAR_AT, CELL_ROW,
     plane, group_plane, eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
-    WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``sum(g)`` and ``sum(g * unit)``, ``unit = (x - mean) / std``, of what each program sees.
 
@@ -250,9 +236,7 @@ def reduce_groups_kernel(
     of_group_x = tl.zeros((BG,), ACC)
     out = (run * R + row).to(tl.int64)
     for j0 in range(0, J, BJ):
-        j = j0 + tl.arange(0, BJ)
-        inside = (g < G)[:, None] & (j < J)[None, :]
-        k = g[:, None] * J + j[None, :]
+        k, inside = segments_of(g, j0, G, J, BJ, UNIT)
         n, top, stop = stretch(first * STEPS, last, SPANS, span, L, STEPS, BL, ALIGN)
         value = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
         grad = load_groups(g_map, n0 + n, k, inside, top, stop, GN, GC, GP, Q, L, BL, WIDE, ALIGN)

@@ -7,6 +7,7 @@ those of groups, one or two launches on tables lie between.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from normkit.kernels.triton.constants import (
     stream_constants,
 )
 from normkit.kernels.triton.geometry import (
+    MOST_CHANNELS,
     Grouping,
     Layout,
     Limits,
@@ -178,13 +180,18 @@ def _tile_constants(tile: Tile, layout: Layout, x: Tensor) -> Constants:
 def _rows(layout: Layout, x: Tensor) -> Rows:
     processors = num_processors()
     elements = passes.block_elements(x)
+    if layout.by_channel and 1 < layout.grouping.J < MOST_CHANNELS:
+        elements = max(elements // 2, 1)  # threads lie along positions, so nothing is folded
     return row_blocks(layout, elements, PROGRAMS_OF_ROWS * processors, processors)
 
 
 def _row_constants(rows: Rows, layout: Layout, x: Tensor) -> Constants:
     constants = map_constants(layout, x)
     constants["ALIGN"] = min(layout.alignment, rows.BL)  # divides a stretch, too
-    constants["FOLD"] = fold((rows.BG * rows.BJ, rows.BL), x, layout, rows.num_warps)
+    is_mixed = rows.BG > 1 and rows.BJ > 1
+    block = rows.BG * rows.BJ, rows.BL
+    constants["FOLD"] = 1 if is_mixed else fold(block, x, layout, rows.num_warps)
+    constants["UNIT"] = math.gcd(layout.grouping.J, rows.BJ, 16)
     return {"BG": rows.BG, "BJ": rows.BJ, "BL": rows.BL, **constants}
 
 
