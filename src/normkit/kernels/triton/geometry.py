@@ -261,6 +261,8 @@ class Rows(NamedTuple):
 
 MOST_ROWS = 128
 """That the programs of the second launch pool again and again."""
+FEW_ROWS = 16
+"""That they pool at once."""
 
 
 def row_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Rows:
@@ -289,7 +291,9 @@ def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
         segments = min(power_of_two(grouping.J), elements // positions)
         groups = min(power_of_two(grouping.G), elements // (positions * segments))
     columns = grouping.B * ceil_div(grouping.G, groups)
-    wanted = min(ceil_div(wanted_programs, columns), MOST_ROWS)
+    # of a small group fewer: else programs would read more of rows than of the map
+    most = min(MOST_ROWS, max(FEW_ROWS, math.isqrt(grouping.group_size // 3)))
+    wanted = min(ceil_div(wanted_programs, columns), most)
     spans = min(max(wanted // grouping.E, 1), ceil_div(grouping.L, positions))
     span = ceil_div(ceil_div(grouping.L, spans), positions) * positions
     spans = ceil_div(grouping.L, span)
