@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.triton.constants import ELEMENTS, Constants, accumulator, stream_constants
+from normkit.kernels.triton.constants import (
+    ELEMENTS,
+    Constants,
+    accumulator,
+    stream_constants,
+)
 from normkit.kernels.triton.geometry import (
     Grouping,
     Layout,
@@ -27,8 +32,8 @@ from normkit.kernels.triton.streams import (
 )
 from normkit.kernels.triton.tables import parameter_sums_kernel, pool_rows_kernel, sum_rows_kernel
 
-PROGRAMS_THAT_REDUCE = 8  # a multiprocessor: each leaves a row for the next kernel to add up
-PROGRAMS_THAT_WRITE = 16
+PROGRAMS_THAT_REDUCE = 4  # a multiprocessor: each leaves a row for the next kernel to add up
+PROGRAMS_THAT_WRITE = 8
 
 
 class Table(NamedTuple):
@@ -59,15 +64,21 @@ class Statistics(NamedTuple):
     eps: float
 
 
-def stream_of(layout: Layout, programs: int) -> Stream:
+def block_elements(x: Tensor) -> int:
+    """Of a block of this map."""
+    return max(2 * ELEMENTS // x.element_size(), 1)
+
+
+def stream_of(layout: Layout, x: Tensor, programs: int) -> Stream:
     """Programs that stream, so many a multiprocessor where the map is large enough."""
-    return stream_blocks(layout, ELEMENTS, programs * num_processors())
+    processors = num_processors()
+    return stream_blocks(layout, block_elements(x), programs * processors, processors)
 
 
 def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) -> Parts:
     """Mean and variance of parts of segments, float64; in ``out`` where parts are whole."""
     grouping, tensor = layout.grouping, x.tensor
-    stream = stream_of(layout, PROGRAMS_THAT_REDUCE)
+    stream = stream_of(layout, tensor, PROGRAMS_THAT_REDUCE)
     if out is None or stream.splits > 1:
         out = two_tables(tensor, grouping.N * stream.splits, grouping.K, torch.float64)
     launch(
@@ -75,6 +86,7 @@ def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) ->
         stream.num_programs,
         (tensor, *out),
         (*layout.strides[0], *_cut(grouping, stream)),
+        2 if stream.span <= stream.BL and layout.alignment > 1 else 4,  # few threads meet sooner
         **stream_constants(stream, tensor, layout),
     )
     return Parts(*out, stream)
@@ -180,7 +192,7 @@ def _apply(
     flags: Constants,
 ) -> None:
     x, y = (m.tensor for m in maps)
-    stream = stream_of(layout, PROGRAMS_THAT_WRITE)
+    stream = stream_of(layout, x, PROGRAMS_THAT_WRITE)
     strides = (*layout.strides[0], *layout.strides[1])
     launch(
         apply_kernel,
@@ -195,7 +207,7 @@ def _apply(
 def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of parts of segments."""
     grouping, tensor = layout.grouping, x.tensor
-    stream = stream_of(layout, PROGRAMS_THAT_REDUCE)
+    stream = stream_of(layout, tensor, PROGRAMS_THAT_REDUCE)
     dtype = table_dtype(tensor.dtype)
     sums, sums_x = two_tables(tensor, grouping.N * stream.splits, grouping.K, dtype)
     launch(
@@ -283,7 +295,7 @@ def _combine(
     flags: Constants,
 ) -> None:
     tensors = [m.tensor for m in maps]
-    stream = stream_of(layout, PROGRAMS_THAT_WRITE)
+    stream = stream_of(layout, tensors[1], PROGRAMS_THAT_WRITE)
     strides = [stride for strides in layout.strides for stride in strides]
     launch(
         combine_grad_kernel,

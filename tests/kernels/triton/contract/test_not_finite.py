@@ -42,6 +42,26 @@ def test_channels_far_from_each_other_keep_their_digits(name, device):
     assert_close(found[1] / wanted[1], torch.ones_like(wanted[1]), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("path", ["tile", "stream"], indirect=True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["bn", "gn-tracked", "gbgn-whole"])
+def test_a_first_value_far_from_the_others_costs_no_digits(name, layout, path, device):
+    case = CASES[name]
+    layer = case.make().to(device)
+    statistics(layer).running_var.zero_()
+    before = on_cpu(buffers_of(case, layer))
+    x = (randn(3, 6, 5, 7) + 1e4).float()
+    x[0, :, 0, 0] = 1e6
+    x = x.contiguous(memory_format=layout)
+    layer(x.to(device))
+    parameters = {name: p.cpu() for name, p in in_float64(layer).items()}
+    wanted = oracle.follow(case.kind, x.double(), before, parameters, layer.eps, **groups(case))
+    found = on_cpu(buffers_of(case, layer))
+    away = (found[0] - wanted[0]) / wanted[1].sqrt()
+    assert_close(away, torch.zeros_like(away), rtol=0, atol=5e-6)
+    assert_close(found[1] / wanted[1], torch.ones_like(wanted[1]), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["bn", "gn-tracked", "gbgn-whole", "ibn", "bcn"])
 def test_a_nan_stays_in_its_channel(name, device):
     case = CASES[name]
