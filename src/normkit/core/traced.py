@@ -12,90 +12,64 @@ is left of the mean is in the table of centers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit.core.algebra import per_segment
 from normkit.core.moments import Moments
-from normkit.core.normalize import Algebra
-from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.kernels import reference
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap, GroupTable, SegmentTable
 
+Tables = tuple[SegmentTable, SegmentTable, SegmentTable]
+"""Mean, scale and center of each segment, of every example or of all."""
+
 
 def normalize_traced(
-    x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+    x: FeatureMap,
+    partition: Partition,
+    segment_size: int,
+    algebra: Callable[[Moments], Tables],
 ) -> tuple[FeatureMap, Moments]:
-    """Normalise ``x`` by what ``algebra`` makes of its segments' moments."""
-    wide = x.to(table_dtype(x.dtype))
-    segments = Partition(num_groups=_num_segments(x, segment_size), examples_per_group=1)
-    mean, var = _Statistics.apply(wide, x, segments, segment_size)[:2]
-    table = Moments(mean, var)
-    scale, center = algebra(table, *parameters)
-    return _around(wide, mean, scale, center, segment_size).to(x.dtype), table
-
-
-def normalize_groups_traced(
-    x: FeatureMap, partition: Partition, parameters: Parameters
-) -> tuple[FeatureMap, Moments]:
-    """Normalise by the statistics of the input's own groups.
+    """Normalise by what ``algebra`` makes of the statistics of the input's own groups.
 
     Returns:
         The result in the dtype of ``x``, and the moments of its segments, without a gradient.
     """
-    weight, bias, eps = parameters
-    size = partition.segment_size(x.shape)
     wide = x.to(table_dtype(x.dtype))
-    mean, var, *segments = _Statistics.apply(wide, x, partition, size)
-    num_segments = segments[0].shape[1]
-    mean, scale = (
-        partition.expand(t, x.shape[0], num_segments) for t in (mean, torch.rsqrt(var + eps))
-    )
-    if weight is not None:
-        scale = scale * per_segment(weight, mean)
-    center = torch.zeros_like(mean) if bias is None else per_segment(bias, mean)
-    return _around(wide, mean, scale, center, size).to(x.dtype), Moments(*segments)
-
-
-def _num_segments(x: FeatureMap, segment_size: int) -> int:
-    num_segments = x.shape[1]
-    for size in x.shape[2:]:
-        num_segments = num_segments * size
-    return num_segments // segment_size
-
-
-def _around(
-    wide: FeatureMap, mean: SegmentTable, scale: SegmentTable, center: SegmentTable, size: int
-) -> FeatureMap:
-    """``scale * (x - mean) + center`` around the nearest mean that the map's dtype holds."""
+    narrow = None if wide.dtype == x.dtype else x  # a tensor twice is more than Dynamo traces
+    mean, var, *segments = _Statistics.apply(wide, narrow, partition, segment_size)
+    mean, scale, center = algebra(Moments(mean, var))
     near = mean.detach().to(wide.dtype)
     center = center + (near - mean) * scale
-    tables = (_Once.apply(t.to(wide.dtype)) for t in (scale, center))
-    return reference.apply(wide, _Once.apply(near), *tables, size)
+    tables = (_Once.apply(t.to(wide.dtype)) for t in (near, scale, center))
+    return reference.apply(wide, *tables, segment_size).to(x.dtype), Moments(*segments)
 
 
 class _Statistics(torch.autograd.Function):
     """Moments of groups, and of segments without a gradient; the gradient of ``wide`` is pointwise.
 
-    ``wide`` is ``x`` in the dtype of tables, so that a gradient is rounded once.
+    ``wide`` is the map in the dtype of tables, so that a gradient is rounded once; ``narrow`` is
+    what lies in memory.
     """
 
     @staticmethod
     def forward(
         ctx: Any,  # noqa: ANN401 - torch's context has no public type
         wide: Tensor,
-        x: Tensor,
+        narrow: Tensor | None,
         partition: Partition,
         segment_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = wide if narrow is None else narrow
         segments = torch.ops.normkit.moments.default(x, segment_size, True)
         groups = partition.pool(Moments(*segments))
         ctx.save_for_backward(x, groups.mean)
         ctx.partition, ctx.segment_size = partition, segment_size
+        ctx.num_segments = segments[0].shape[1]
         ctx.mark_non_differentiable(*segments)
         return groups.mean, groups.var, *segments
 
@@ -109,7 +83,7 @@ class _Statistics(torch.autograd.Function):
         factor = 2 * by_var
         shift = by_mean + factor * (near - mean)
         tables = (
-            _Once.apply(partition.expand(t.to(wide.dtype), x.shape[0], _num_segments(x, size)))
+            _Once.apply(partition.expand(t.to(wide.dtype), x.shape[0], ctx.num_segments))
             for t in (near, factor, shift)
         )
         return reference.apply(wide, *tables, size), None, None, None
