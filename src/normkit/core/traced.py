@@ -83,7 +83,7 @@ class _Statistics(torch.autograd.Function):
         factor = 2 * by_var
         shift = by_mean + factor * (near - mean)
         tables = (
-            _Once.apply(partition.expand(t.to(wide.dtype), x.shape[0], ctx.num_segments))
+            partition.expand(_Once.apply(t.to(wide.dtype)), x.shape[0], ctx.num_segments)
             for t in (near, factor, shift)
         )
         return reference.apply(wide, *tables, size), None, None, None

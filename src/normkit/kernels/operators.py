@@ -62,9 +62,12 @@ SCHEMAS = {
 
 @cache
 def define() -> None:
-    """Tell torch of the operators; once, before kernels are registered for them."""
+    """Tell torch of the operators; once, before kernels are registered for them.
+
+    They read maps of any strides: inductor must not copy one into those that it had in eager mode.
+    """
     for name, schema in SCHEMAS.items():
-        torch.library.define(f"{NAMESPACE}::{name}", schema)
+        torch.library.define(f"{NAMESPACE}::{name}", schema, tags=torch.Tag.flexible_layout)
         torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(_FAKES[name]))
 
 
