@@ -60,7 +60,7 @@ def _normalize_traced(
     def tables(groups: Moments) -> tuple[Tensor, Tensor, Tensor]:
         return fixed_tables(groups, partition, x.shape, parameters)
 
-    return normalize_traced(x, partition, partition.segment_size(x.shape), tables)
+    return normalize_traced(x, partition, tables)
 
 
 def normalize_evaluation(

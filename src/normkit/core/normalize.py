@@ -116,7 +116,7 @@ def _traced(
 
     num_segments = x.shape[1] * (math.prod(x.shape[2:]) // segment_size)
     segments = Partition(num_groups=num_segments, examples_per_group=1)
-    return normalize_traced(x, segments, segment_size, tables)
+    return normalize_traced(x, segments, tables)
 
 
 class _Normalize(torch.autograd.Function):

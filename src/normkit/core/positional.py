@@ -20,6 +20,7 @@ from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.pooled import differentiable
 from normkit.core.routes import POSITIONAL
+from normkit.core.traced import not_kept
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels import nodes
@@ -82,12 +83,16 @@ def _traced(
 ) -> FeatureMap:
     """Compute the formula for a compiler, around a mean that float32 holds.
 
-    A compiler makes one pass of it, with what stands beside it.
+    It makes one pass of it, with what stands beside it, and in the backward pass another.
     """
-    wide = x.to(table_dtype(x.dtype))
-    centred = wide - wide.mean(dim=1, keepdim=True).detach()
-    mean, rstd = _statistics(centred, eps)
-    return _affine((centred - mean) * rstd, weight, bias).to(x.dtype)
+
+    def centre(wide: Tensor) -> tuple[Tensor, Tensor]:
+        near = wide - wide.mean(dim=1, keepdim=True).detach()
+        mean, rstd = _statistics(near, eps)
+        return near - mean, rstd
+
+    centred, rstd = not_kept(centre, x.to(table_dtype(x.dtype)))
+    return _affine(centred * rstd, weight, bias).to(x.dtype)
 
 
 def _statistics(x: FeatureMap, eps: float) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ An operator is closed to the compiler, which would read and write the map once m
 activation, residual or cast beside it. So only the statistics are one operator, ``moments``: exact,
 and one pass over the map. What follows on tables and on the map are torch's operations, which the
 compiler fuses with whatever stands beside them, in the backward pass also the sums. For that it
-keeps ``x`` and tables: what lies between is cheaper to compute again than to keep.
+keeps ``x`` and tables.
 
 Tables are float64, maps at least float32. ``y`` is written around a mean that float32 holds; what
 is left of the mean is in the table of centers.
@@ -12,11 +12,13 @@ is left of the mean is in the table of centers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
@@ -31,7 +33,6 @@ Tables = tuple[SegmentTable, SegmentTable, SegmentTable]
 def normalize_traced(
     x: FeatureMap,
     partition: Partition,
-    segment_size: int,
     algebra: Callable[[Moments], Tables],
 ) -> tuple[FeatureMap, Moments]:
     """Normalise by what ``algebra`` makes of the statistics of the input's own groups.
@@ -41,12 +42,30 @@ def normalize_traced(
     """
     wide = x.to(table_dtype(x.dtype))
     narrow = None if wide.dtype == x.dtype else x  # a tensor twice is more than Dynamo traces
-    mean, var, *segments = _Statistics.apply(wide, narrow, partition, segment_size)
+    mean, var, *segments = _Statistics.apply(wide, narrow, partition)
+    segment_size = partition.segment_size(x.shape)
     mean, scale, center = algebra(Moments(mean, var))
     near = mean.detach().to(wide.dtype)
     center = center + (near - mean) * scale
-    tables = (_Once.apply(t.to(wide.dtype)) for t in (near, scale, center))
-    return reference.apply(wide, *tables, segment_size).to(x.dtype), Moments(*segments)
+    near, scale, center = (
+        _spread(_Once.apply(t.to(wide.dtype)), x, segment_size) for t in (near, scale, center)
+    )
+    rows = not_kept(torch.sub, reference.segments(wide, segment_size), near)
+    return (rows * scale + center).reshape(x.shape).to(x.dtype), Moments(*segments)
+
+
+def not_kept(function: Callable[..., Any], *inputs: Tensor) -> Any:  # noqa: ANN401
+    """``function(*inputs)``, which the compiler computes again in the backward pass.
+
+    Left to itself it keeps what is as large as the map, next to ``x``, where graphs are long.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _spread(table: SegmentTable, x: FeatureMap, segment_size: int) -> Tensor:
+    """A table as it broadcasts to ``reference.segments`` of ``x``."""
+    num_segments = math.prod(x.shape[2:]) // segment_size
+    return table.reshape(table.shape[0], x.shape[1], num_segments, 1)
 
 
 class _Statistics(torch.autograd.Function):
@@ -62,21 +81,20 @@ class _Statistics(torch.autograd.Function):
         wide: Tensor,
         narrow: Tensor | None,
         partition: Partition,
-        segment_size: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = wide if narrow is None else narrow
+        segment_size = partition.segment_size(x.shape)  # an argument would be a constant
         segments = torch.ops.normkit.moments.default(x, segment_size, True)
         groups = partition.pool(Moments(*segments))
         ctx.save_for_backward(x, groups.mean)
-        ctx.partition, ctx.segment_size = partition, segment_size
-        ctx.num_segments = segments[0].shape[1]
+        ctx.partition, ctx.num_segments = partition, segments[0].shape[1]
         ctx.mark_non_differentiable(*segments)
         return groups.mean, groups.var, *segments
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, mean = ctx.saved_tensors
-        partition, size = ctx.partition, ctx.segment_size
+        partition = ctx.partition
         wide = x.to(table_dtype(x.dtype))
         near = mean.to(wide.dtype)
         by_mean, by_var = (_by_value(grad, partition, x) for grad in grads[:2])
@@ -86,7 +104,7 @@ class _Statistics(torch.autograd.Function):
             partition.expand(_Once.apply(t.to(wide.dtype)), x.shape[0], ctx.num_segments)
             for t in (near, factor, shift)
         )
-        return reference.apply(wide, *tables, size), None, None, None
+        return reference.apply(wide, *tables, partition.segment_size(x.shape)), None, None
 
 
 def _by_value(grad: GroupTable, partition: Partition, x: FeatureMap) -> GroupTable:
