@@ -8,9 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
-from normkit.kernels.select import Kernels, choose
+from normkit.kernels.select import NAMES, Kernels, decide, details
 from normkit.layers.base import NormLayer
-from normkit.layers.whitening import GroupWhitening
 from normkit.sharing import Part, parts
 
 
@@ -70,15 +69,9 @@ def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanat
 
 
 def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels, str]:
-    if isinstance(layer, GroupWhitening):
-        return _WHITENING
-    if mask is not None:
-        return "reference", "statistics over a mask are computed in plain torch operators"
-    kernels, reason = choose(x)
-    deviation = layer.deviation()
-    if kernels == "reference" or deviation is None:
-        return kernels, reason
-    return kernels, f"{reason}, {deviation}"
-
-
-_WHITENING: tuple[Kernels, str] = ("reference", "whitening is computed in plain torch operators")
+    call = layer.route(x, mask is not None)
+    _, kernels, reason, _ = decide(x, call)
+    usual = f"the {NAMES[kernels]} kernels compute this"
+    reason = reason.replace(usual, f"{usual}{details(kernels)}", 1)
+    apart = layer.why_apart()
+    return kernels, reason if apart is None else f"{reason}, each norm by itself, because {apart}"

@@ -214,9 +214,9 @@ def standardize(
 def fixed_tables(
     groups: Moments, partition: Partition, shape: Sequence[int], parameters: Parameters
 ) -> tuple[SegmentTable, SegmentTable, SegmentTable]:
-    """Tables of mean, scale and center that normalise by given group statistics ``(1, G)``."""
+    """Tables of mean, scale and center that normalise by given group statistics ``(B, G)``."""
     num_segments = math.prod(shape[1:]) // partition.segment_size(shape)
-    mean, var = (partition.expand(t, 1, num_segments) for t in (groups.mean, groups.var))
+    mean, var = (partition.expand(t, shape[0], num_segments) for t in (groups.mean, groups.var))
     weight, bias, eps = parameters
     scale = torch.rsqrt(var + eps)
     if weight is not None:

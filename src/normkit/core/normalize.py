@@ -19,10 +19,12 @@ from torch import Tensor
 
 from normkit.core.mask import Valid, masked_moments, on_valid, without_invalid
 from normkit.core.moments import Moments
+from normkit.core.partition import Partition
+from normkit.core.traced import normalize_traced
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import primitives
+from normkit.kernels.select import is_compiled_for_gpu, primitives
 from normkit.typing import FeatureMap, SegmentTable
 
 
@@ -74,7 +76,9 @@ def normalize(
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
     """
-    if needs_plain_formula() or valid is not None:
+    if valid is None and is_compiled_for_gpu(x):
+        y, table = _traced(x, segment_size, algebra, parameters)
+    elif needs_plain_formula() or valid is not None:
         y, table = plain(x, segment_size, algebra, parameters, valid)
     else:
         y, mean, var = _Normalize.apply(x, segment_size, (algebra, known), *parameters)
@@ -101,6 +105,20 @@ def plain(
         return reference.apply(wide, table.mean, scale, center, segment_size).to(x.dtype)
 
     return on_valid(wide, valid, apply), table
+
+
+def _traced(
+    x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+) -> tuple[FeatureMap, Moments]:
+    """Compute what ``normalize`` does in a graph that a compiler looks into."""
+
+    def tables(table: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        scale, center = algebra(table, *parameters)
+        return table.mean, scale, center
+
+    num_segments = x.shape[1] * (math.prod(x.shape[2:]) // segment_size)
+    segments = Partition(num_groups=num_segments, examples_per_group=1)
+    return normalize_traced(x, segments, tables)
 
 
 class _Normalize(torch.autograd.Function):

@@ -24,9 +24,11 @@ from normkit.core.ranks import (
     active_group,
     held_group,
 )
+from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.select import Call
 from normkit.layers.leaf import record_call
 from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.typing import FeatureMap
@@ -132,8 +134,12 @@ class NormLayer(nn.Module, ABC):
             f"evaluation mode"
         )
 
-    def deviation(self) -> str | None:
-        """What of a call kernels do not do in the usual way, and why; or None."""
+    @abstractmethod
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+
+    def why_apart(self) -> str | None:
+        """Why the next call computes each of several norms by itself, or None."""
         return None
 
     is_estimated = False
@@ -418,6 +424,14 @@ class SegmentLayer(TrackingLayer):
         if self.training or running is None:
             return normalize_batch(x, partition, running, parameters, valid=valid)
         return normalize_evaluation(x, partition, running, parameters, valid)
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        running, ranks = self._running(), self._ranks(x)
+        alone = self.partition.examples_per_group == 1 and running is None
+        if self.training or running is None:
+            return batch_route(running, ranks is not None and not alone, is_masked)
+        return evaluation_route(running, is_masked)
 
     def _groups(self) -> Iterable[Partition]:
         # Those of several processes together are checked where they are pooled.

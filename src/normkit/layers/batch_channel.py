@@ -23,8 +23,10 @@ from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
-from normkit.core.running import Recent, RunningEstimates, is_movable
+from normkit.core.routes import ALONE, MASKED, SYNCHRONIZED, batch_route, composite_route
+from normkit.core.running import Recent, Running, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
+from normkit.kernels.select import Call
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.parts import Part, Slot, tracked_parts
@@ -185,25 +187,26 @@ class BatchChannelNorm(NormLayer):
                 require_variance(channel.partition, x.shape, name)
         if is_watched(batch, channel):
             return channel(batch(x, valid), valid)
-        running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
+        running = self._stage_statistics()
         parameters = (batch._affine(), channel._affine())
         return normalize_batch_then_group(
             x, self.num_groups, running, batch.training, *parameters, ranks, valid
         )
 
-    def deviation(self) -> str | None:
-        """What of a call kernels do not do in the usual way, and why; or None."""
-        if is_watched(self.batch, self.channel):
-            return "each stage by itself, because hooks watch one of them"
+    def _stage_statistics(self) -> Running | None:
         stage = self.batch
-        if not isinstance(stage, EstimatedBatchNorm) or not stage.training:
-            return None
-        if not is_movable(stage.estimates()):
-            return (
-                "with torch's operators on tables, because the estimates are not contiguous, or "
-                "neither float32 nor float64"
-            )
-        return None
+        return stage.estimates() if isinstance(stage, EstimatedBatchNorm) else stage._running()
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        if self.why_apart() is not None:
+            return self.batch.route(x, is_masked)
+        running, is_part = self._stage_statistics(), self.batch._ranks(x) is not None
+        return composite_route(running, self.batch.training, is_part, is_masked, False)
+
+    def why_apart(self) -> str | None:
+        """Why the next call computes each stage by itself, or None."""
+        return "hooks watch one of them" if is_watched(self.batch, self.channel) else None
 
     def _groups(self) -> Iterable[Partition]:
         found, alone = self.partitions, self.process_group is None
@@ -313,6 +316,12 @@ class EstimatedBatchNorm(TrackingLayer):
             return (Part(partition=self.running_partition, origin="estimates"),)
         return tracked_parts("statistics", self.running_partition, self)
 
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        if is_masked:
+            return MASKED
+        return SYNCHRONIZED if self._ranks(x) is not None else ALONE
+
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
         mean, var = (self.get_buffer(name) for name in BUFFERS)
@@ -367,6 +376,10 @@ class ChannelStage(NormLayer):
         scale, shift = (None if p is None else p.repeat_interleave(repeats) for p in (weight, bias))
         parameters = Parameters(scale, shift, eps)
         return normalize_batch(x, self.partition, None, parameters, valid=valid)
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        return batch_route(None, False, is_masked)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)

@@ -19,7 +19,9 @@ from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import composite_route
 from normkit.core.stages import normalize_group_and_batch
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, TrackingLayer
 from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
@@ -141,6 +143,11 @@ class GroupNormPlus(TrackingLayer):
         return normalize_group_and_batch(
             x, groups, order, running, self.training, parameters, logit, ranks, valid
         )
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        running, is_part = self._running(), self._ranks(x) is not None
+        return composite_route(running, self.training, is_part, is_masked, False)
 
     def _groups(self) -> Iterable[Partition]:
         alone = self._process_group is None

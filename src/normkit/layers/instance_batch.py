@@ -12,8 +12,10 @@ from normkit.core.mask import Mask, Valid, require_valid_values
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import composite_route
 from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, NormLayer, StageOption, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
@@ -130,11 +132,16 @@ class InstanceBatchNorm(NormLayer):
         parameters = (instance._affine(), batch._affine())
         return normalize_halves(x, half, running, training, *parameters, ranks, valid)
 
-    def deviation(self) -> str | None:
-        """What of a call kernels do not do in the usual way, and why; or None."""
-        if is_watched(self.instance, self.batch):
-            return "each norm by itself, because hooks watch one of them"
-        return None
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        if self.why_apart() is not None:
+            return self.instance.route(x, is_masked)
+        running, is_part = self.batch._running(), self.batch._ranks(x) is not None
+        return composite_route(running, self.batch.training, is_part, is_masked, True)
+
+    def why_apart(self) -> str | None:
+        """Why the next call computes each norm by itself, or None."""
+        return "hooks watch one of them" if is_watched(self.instance, self.batch) else None
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
         valid = super()._read_mask(mask, x)

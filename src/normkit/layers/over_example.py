@@ -9,6 +9,8 @@ from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import POSITIONAL
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, NormLayer, SegmentLayer
 from normkit.layers.parts import Part
 from normkit.typing import FeatureMap
@@ -288,3 +290,7 @@ class PositionalNorm(NormLayer):
         if self.training and x.numel():
             require_channels(x.shape, type(self).__name__)
         return normalize_positions(x, self._affine(), valid)
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        return POSITIONAL

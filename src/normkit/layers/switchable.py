@@ -11,7 +11,9 @@ from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import composite_route
 from normkit.core.stages import normalize_switched
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, TrackingLayer
 from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
@@ -120,6 +122,12 @@ class SwitchableNorm(TrackingLayer):
             require_variance(widest, x.shape, type(self).__name__)
         running, training = self._running(), self.training
         return normalize_switched(x, running, training, parameters, *logits, ranks, valid)
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        running = self._running() if self.use_batch else None
+        is_part = self.use_batch and self._ranks(x) is not None
+        return composite_route(running, self.training, is_part, is_masked, False)
 
     def _groups(self) -> Iterable[Partition]:
         if self._process_group is not None:

@@ -10,7 +10,9 @@ from normkit.core.check import require_channel_groups, require_count
 from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, require_variance
+from normkit.core.routes import WHITENING
 from normkit.core.whitening import whiten_groups
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, NormLayer
 from normkit.typing import FeatureMap
 
@@ -98,6 +100,10 @@ class GroupWhitening(NormLayer):
         if self.training:
             require_variance(self.partition, x.shape, type(self).__name__)
         return whiten_groups(x, self.num_groups, self.iterations, parameters, valid)
+
+    def route(self, x: FeatureMap, is_masked: bool) -> Call:
+        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+        return WHITENING
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)
