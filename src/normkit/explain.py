@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
-from normkit.kernels.select import NAMES, Kernels, decide, details
+from normkit.kernels.select import NAMES, Decision, Kernels, decide, details
 from normkit.layers.base import NormLayer
 from normkit.sharing import Part, parts
 
@@ -69,9 +69,15 @@ def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanat
 
 
 def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels, str]:
-    call = layer.route(x, mask is not None)
-    _, kernels, reason, _ = decide(x, call)
-    usual = f"the {NAMES[kernels]} kernels compute this"
-    reason = reason.replace(usual, f"{usual}{details(kernels)}", 1)
-    apart = layer.why_apart()
-    return kernels, reason if apart is None else f"{reason}, each norm by itself, because {apart}"
+    """Which kernels compute the call, or its first part, and why these."""
+    found = [decide(x, call) for call in layer.routes(x, mask is not None)]
+    reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
+    reason, apart = "; then: ".join(reasons), layer.why_apart()
+    if apart is not None:
+        reason = f"{reason}, each norm by itself, because {apart}"
+    return found[0].kernels, reason
+
+
+def _in_full(decision: Decision) -> str:
+    usual = f"the {NAMES[decision.kernels]} kernels compute this"
+    return decision.reason.replace(usual, f"{usual}{details(decision.kernels)}", 1)

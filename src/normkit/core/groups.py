@@ -12,7 +12,7 @@ from normkit.core.normalize import apply_tables, normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.pooled import normalize_given, normalize_pooled
-from normkit.core.routes import batch_route
+from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
 from normkit.core.synchronized import normalize_part
 from normkit.core.traced import normalize_traced
@@ -81,7 +81,8 @@ def normalize_evaluation(
     weight, bias, eps = parameters
     algebra = WeighedStatistics(partition=own, eps=eps, example_weight=share)
     given = (weight, bias, groups.mean, groups.var)
-    y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid)
+    way = route(x, evaluation_route(running, valid is not None)).way
+    y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid, way=way)
     return y
 
 

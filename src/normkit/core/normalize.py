@@ -24,7 +24,7 @@ from normkit.core.traced import normalize_traced
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import is_compiled_for_gpu, primitives
+from normkit.kernels.select import Way, primitives
 from normkit.typing import FeatureMap, SegmentTable
 
 
@@ -61,6 +61,7 @@ def normalize(
     *parameters: Tensor | None,
     known: Known | None = None,
     valid: Valid | None = None,
+    way: Way = "tables",
 ) -> tuple[FeatureMap, Moments]:
     """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
 
@@ -72,11 +73,12 @@ def normalize(
         known: What the same call returned before: the result then gets a gradient of its own, but
             is not computed again. With None for the result: the moments alone.
         valid: Which positions have a say in the statistics; the others come out 0.
+        way: How the call is computed, if ``"graph"``: what a compiler looks into.
 
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
     """
-    if valid is None and is_compiled_for_gpu(x):
+    if way == "graph":
         y, table = _traced(x, segment_size, algebra, parameters)
     elif needs_plain_formula() or valid is not None:
         y, table = plain(x, segment_size, algebra, parameters, valid)

@@ -48,6 +48,13 @@ def evaluation_route(running: RunningStatistics, is_masked: bool) -> Call:
     return ORDINARY if not isinstance(share, Tensor) and share == 1 else MIXED
 
 
+def stage_route(is_part: bool, is_masked: bool) -> Call:
+    """The batch stage of a composite by itself, by estimates."""
+    if is_masked:
+        return MASKED
+    return SYNCHRONIZED if is_part else ALONE
+
+
 def composite_route(
     running: Running | None, training: bool, is_part: bool, is_masked: bool, is_halves: bool
 ) -> Call:

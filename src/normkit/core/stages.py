@@ -33,7 +33,7 @@ from normkit.core.normalize import measure, normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
 from normkit.core.ranks import gather, merge
-from normkit.core.routes import composite_route
+from normkit.core.routes import composite_route, stage_route
 from normkit.core.running import (
     Running,
     RunningEstimates,
@@ -125,7 +125,9 @@ def normalize_estimated(
     if ranks is not None and training:
         seen = measure(x, positions(x), valid).counted(positions(x))
         stage, _ = synchronized(stage, seen, ranks)
-    y, table = normalize(x, positions(x), stage.rule, weight, bias, *stage.given, valid=valid)
+    given = (weight, bias, *stage.given)
+    way = route(x, stage_route(ranks is not None and training, valid is not None)).way
+    y, table = normalize(x, positions(x), stage.rule, *given, valid=valid, way=way)
     if training:
         follow_(running, stage, table, x.shape)
     return y
@@ -213,8 +215,11 @@ def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mix
 ) -> FeatureMap:
     """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
     call = composite_route(running, training, ranks is not None, valid is not None, True)
-    ways = () if training else ("formula", "graph")
-    if isinstance(running, RunningStatistics) and route(x, call).way in ways:
+    if (
+        not training
+        and isinstance(running, RunningStatistics)
+        and route(x, call).way in {"formula", "graph"}
+    ):
         # Each norm by itself: written around the input's own mean, as composites are, one infinite
         # value of the input would spread over its channel.
         first, rest = x[:, :num_instance], x[:, num_instance:]
@@ -256,7 +261,8 @@ def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     num_channels = composite.num_batch_channels(x)
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
     rule = algebra(stage.rule)
-    y, table = normalize(x, positions(x), rule, *parameters, *stage.given, valid=valid)
+    given = (*parameters, *stage.given)
+    y, table = normalize(x, positions(x), rule, *given, valid=valid, way=way)
     if training and running is not None:
         seen = rule.batch_input(table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
@@ -282,8 +288,10 @@ def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixe
     if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):
         shape = (x.shape[0], num_channels, *x.shape[2:])
         require_counted_variance(stage.rule.partition, shape, merged, name)
-    rule, given = algebra(stage.rule), stage.given
-    y, _ = normalize(x, positions(x), rule, *parameters, *given, known=(None, table), valid=valid)
+    rule, given = algebra(stage.rule), (*parameters, *stage.given)
+    call = composite_route(running, True, True, valid is not None, composite.kind == Kind.HALVES)
+    way, known = route(x, call).way, (None, table)
+    y, _ = normalize(x, positions(x), rule, *given, known=known, valid=valid, way=way)
     if isinstance(running, RunningEstimates):
         follow_(running, stage, seen, x.shape)
     elif running is not None and not are_still():

@@ -100,12 +100,12 @@ class _Statistics(torch.autograd.Function):
         by_mean, by_var = (_by_value(grad, partition, x) for grad in grads[:2])
         factor = 2 * by_var
         shift = by_mean + factor * (near - mean)
-        at, scale, center = (
+        near, factor, shift = (
             partition.expand(_Once.apply(t.to(wide.dtype)), x.shape[0], ctx.num_segments)
             for t in (near, factor, shift)
         )
         size = partition.segment_size(x.shape)
-        return reference.apply(wide, at, scale, center, size), None, None
+        return reference.apply(wide, near, factor, shift, size), None, None
 
 
 def _by_value(grad: GroupTable, partition: Partition, x: FeatureMap) -> GroupTable:

@@ -239,11 +239,6 @@ def _tell_of_slow_calls() -> None:
         cpu.warn_that_it_is_slow()
 
 
-def is_compiled_for_gpu(x: Tensor) -> bool:
-    """Whether a call on ``x`` is being compiled where Triton's kernels compute."""
-    return torch.compiler.is_compiling() and decide(x).way == "graph"
-
-
 def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
     kernels = chosen(x) if x.numel() else "reference"

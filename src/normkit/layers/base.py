@@ -135,8 +135,8 @@ class NormLayer(nn.Module, ABC):
         )
 
     @abstractmethod
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
 
     def why_apart(self) -> str | None:
         """Why the next call computes each of several norms by itself, or None."""
@@ -425,13 +425,13 @@ class SegmentLayer(TrackingLayer):
             return normalize_batch(x, partition, running, parameters, valid=valid)
         return normalize_evaluation(x, partition, running, parameters, valid)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
         running, ranks = self._running(), self._ranks(x)
         alone = self.partition.examples_per_group == 1 and running is None
         if self.training or running is None:
-            return batch_route(running, ranks is not None and not alone, is_masked)
-        return evaluation_route(running, is_masked)
+            return (batch_route(running, ranks is not None and not alone, is_masked),)
+        return (evaluation_route(running, is_masked),)
 
     def _groups(self) -> Iterable[Partition]:
         # Those of several processes together are checked where they are pooled.

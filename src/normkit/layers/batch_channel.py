@@ -23,7 +23,7 @@ from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
-from normkit.core.routes import ALONE, MASKED, SYNCHRONIZED, batch_route, composite_route
+from normkit.core.routes import batch_route, composite_route, stage_route
 from normkit.core.running import Recent, Running, RunningEstimates
 from normkit.core.stages import normalize_batch_then_group, normalize_estimated
 from normkit.kernels.select import Call
@@ -197,12 +197,12 @@ class BatchChannelNorm(NormLayer):
         stage = self.batch
         return stage.estimates() if isinstance(stage, EstimatedBatchNorm) else stage._running()
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
         if self.why_apart() is not None:
-            return self.batch.route(x, is_masked)
+            return (*self.batch.routes(x, is_masked), *self.channel.routes(x, is_masked))
         running, is_part = self._stage_statistics(), self.batch._ranks(x) is not None
-        return composite_route(running, self.batch.training, is_part, is_masked, False)
+        return (composite_route(running, self.batch.training, is_part, is_masked, False),)
 
     def why_apart(self) -> str | None:
         """Why the next call computes each stage by itself, or None."""
@@ -316,11 +316,9 @@ class EstimatedBatchNorm(TrackingLayer):
             return (Part(partition=self.running_partition, origin="estimates"),)
         return tracked_parts("statistics", self.running_partition, self)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
-        if is_masked:
-            return MASKED
-        return SYNCHRONIZED if self._ranks(x) is not None else ALONE
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (stage_route(self._ranks(x) is not None, is_masked),)
 
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
@@ -377,9 +375,9 @@ class ChannelStage(NormLayer):
         parameters = Parameters(scale, shift, eps)
         return normalize_batch(x, self.partition, None, parameters, valid=valid)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
-        return batch_route(None, False, is_masked)
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (batch_route(None, False, is_masked),)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)

@@ -144,10 +144,10 @@ class GroupNormPlus(TrackingLayer):
             x, groups, order, running, self.training, parameters, logit, ranks, valid
         )
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
         running, is_part = self._running(), self._ranks(x) is not None
-        return composite_route(running, self.training, is_part, is_masked, False)
+        return (composite_route(running, self.training, is_part, is_masked, False),)
 
     def _groups(self) -> Iterable[Partition]:
         alone = self._process_group is None

@@ -132,12 +132,14 @@ class InstanceBatchNorm(NormLayer):
         parameters = (instance._affine(), batch._affine())
         return normalize_halves(x, half, running, training, *parameters, ranks, valid)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
-        if self.why_apart() is not None:
-            return self.instance.route(x, is_masked)
-        running, is_part = self.batch._running(), self.batch._ranks(x) is not None
-        return composite_route(running, self.batch.training, is_part, is_masked, True)
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        running, training = self.batch._running(), self.batch.training
+        is_apart = is_masked and not training and running is not None
+        if is_apart or self.why_apart() is not None:
+            return (*self.instance.routes(x, is_masked), *self.batch.routes(x, is_masked))
+        is_part = self.batch._ranks(x) is not None
+        return (composite_route(running, training, is_part, is_masked, True),)
 
     def why_apart(self) -> str | None:
         """Why the next call computes each norm by itself, or None."""

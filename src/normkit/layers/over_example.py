@@ -291,6 +291,6 @@ class PositionalNorm(NormLayer):
             require_channels(x.shape, type(self).__name__)
         return normalize_positions(x, self._affine(), valid)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
-        return POSITIONAL
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (POSITIONAL,)

@@ -123,11 +123,11 @@ class SwitchableNorm(TrackingLayer):
         running, training = self._running(), self.training
         return normalize_switched(x, running, training, parameters, *logits, ranks, valid)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
         running = self._running() if self.use_batch else None
         is_part = self.use_batch and self._ranks(x) is not None
-        return composite_route(running, self.training, is_part, is_masked, False)
+        return (composite_route(running, self.training, is_part, is_masked, False),)
 
     def _groups(self) -> Iterable[Partition]:
         if self._process_group is not None:

@@ -101,9 +101,9 @@ class GroupWhitening(NormLayer):
             require_variance(self.partition, x.shape, type(self).__name__)
         return whiten_groups(x, self.num_groups, self.iterations, parameters, valid)
 
-    def route(self, x: FeatureMap, is_masked: bool) -> Call:
-        """What decides who computes a call on ``x``, which is not empty: for ``explain``."""
-        return WHITENING
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (WHITENING,)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)
