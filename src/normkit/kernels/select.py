@@ -173,10 +173,13 @@ def decide(x: Tensor, call: Call = ORDINARY) -> Decision:
         return Decision("formula", kernels, reason)
     if torch.compiler.is_compiling() and (kernels == "triton" or call.why_tables is not None):
         return _GRAPH if kernels == "triton" else _TRACED
-    operators = _triton().operators if kernels == "triton" else cpu.operators
-    if call.span is None and call.why_tables is None and call.why_torch_moves is None:
-        return Decision("operator", kernels, reason, operators)
-    return _special(x, call, Decision("operator", kernels, reason, operators))
+    usual = _BY_CPU if kernels == "cpu" else _by_triton()
+    return usual if call is ORDINARY else _special(x, call, usual)
+
+
+@cache
+def _by_triton() -> Decision:
+    return Decision("operator", *_COMPUTE_THIS["triton"], _triton().operators)
 
 
 def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
@@ -222,7 +225,7 @@ def choose(x: Tensor) -> Choice:
     if obstacle is not None:
         name = NAMES[candidate.kernels]
         return Choice("reference", f"{obstacle}, which the {name} kernels do not compute")
-    missing = _why_not(candidate.kernels, x.device)
+    missing = _WHY_NOT_CPU if candidate.kernels == "cpu" else _why_not_triton(x.device)
     return candidate if missing is None else Choice("reference", missing)
 
 
@@ -285,7 +288,7 @@ def _candidate(x: Tensor) -> Choice:
 
 def _device_type(x: Tensor) -> str:
     """``"cpu"``, ``"cuda"`` or another; what pretends that there is a GPU replaces this."""
-    return x.device.type
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 def _obstacle() -> str | None:
@@ -299,10 +302,6 @@ def _obstacle() -> str | None:
 def details(kernels: Kernels) -> str:
     """What there is to say of the kernels that compute."""
     return f" (vector code: {cpu.instruction_set()})" if kernels == "cpu" else ""
-
-
-def _why_not(kernels: Kernels, device: torch.device) -> str | None:
-    return _why_not_triton(device) if kernels == "triton" else _WHY_NOT_CPU
 
 
 def _why_not_loaded(kernels: Kernels) -> str | None:
@@ -363,6 +362,7 @@ def _triton() -> ModuleType:
 _COMPUTE_THIS: dict[Kernels, Choice] = {
     kernels: Choice(kernels, f"the {name} kernels compute this") for kernels, name in NAMES.items()
 }
+_BY_CPU = Decision("operator", *_COMPUTE_THIS["cpu"], cpu.operators)
 _EMPTY = Decision("formula", "reference", "the input is empty")
 _TRACED = Decision(
     "formula", "reference", "the call is compiled, and no C++ operator does all of it"
