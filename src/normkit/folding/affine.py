@@ -54,7 +54,7 @@ class Evaluated:
 
 def evaluated(norm: nn.Module) -> Evaluated | str:
     """Read what a norm does at evaluation, or say why it is not one scale and shift a channel."""
-    if is_watched(norm, *_stages(norm)):
+    if is_watched(norm, _apart(norm)[0]):
         return "hooks look at it"
     if "forward" in vars(norm):
         return "its forward was replaced"
@@ -65,21 +65,15 @@ def evaluated(norm: nn.Module) -> Evaluated | str:
     found = _affine_of_ours(norm) if isinstance(norm, NormLayer) else _affine(norm, source)
     if isinstance(found, str):
         return found
-    if _after(norm) and source.channels_last:
+    if _apart(norm)[1] and source.channels_last:
         return "its channel stage needs the whole layer to find its channels last"
     return Evaluated(found, _rest(norm, source), source.channels_last)
 
 
-def _stages(norm: nn.Module) -> list[nn.Module]:
-    """Layers that a norm is made of and that are taken apart."""
+def _apart(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """What of a norm is folded, itself or a stage of it, and what follows that by name."""
     found = norm.evaluated_stage() if isinstance(norm, NormLayer) else None
-    return [] if found is None or found[0] is norm else [found[0]]
-
-
-def _after(norm: nn.Module) -> dict[str, nn.Module]:
-    """What follows of a norm after its evaluated stage."""
-    found = norm.evaluated_stage() if isinstance(norm, NormLayer) else None
-    return {} if found is None else found[1]
+    return (norm, {}) if found is None else found
 
 
 def _affine(norm: nn.Module, source: Source) -> Affine | str:
@@ -141,7 +135,7 @@ def _wide(values: Tensor) -> Tensor:
 def _rest(norm: nn.Module, source: Source) -> nn.Module:
     """What stays of a norm, under the names that it has inside of it."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    parts.update(_after(norm))
+    parts.update(_apart(norm)[1])
     if source.activation is not None:
         parts.update(zip(("drop", "act"), source.activation, strict=True))
     kept = OrderedDict((n, m) for n, m in parts.items() if not isinstance(m, nn.Identity))

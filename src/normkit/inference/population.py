@@ -12,7 +12,7 @@ from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.kernels.cpu import primitives
 from normkit.kernels.select import chosen
-from normkit.layers.base import TrackingLayer
+from normkit.layers.base import TrackingLayer, is_estimated
 from normkit.typing import FeatureMap
 
 
@@ -117,7 +117,7 @@ class Population:
 
         The variance is unbiased, except of the estimates of micro-batch normalization.
         """
-        if self._of_examples or getattr(self._layer, "is_estimated", False):
+        if self._of_examples or is_estimated(self._layer):
             return self.moments  # of examples: unbiased already
         return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 

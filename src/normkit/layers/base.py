@@ -458,6 +458,11 @@ class StageOption:
                 setattr(layer._modules[stage], self.name, value)
 
 
+def is_estimated(module: object) -> bool:
+    """Whether a module normalises in training by running estimates, which the batch moves first."""
+    return isinstance(module, NormLayer) and module.is_estimated
+
+
 def is_watched(*modules: nn.Module) -> bool:
     """Whether hooks look at what goes in or out of one of these."""
     return any(

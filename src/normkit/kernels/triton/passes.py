@@ -168,7 +168,6 @@ def apply_groups(
     indices = (grouping.E, grouping.J, grouping.G, 0, 0, *halves(statistics.eps))
     flags = {
         "POOLED": True,
-        "CENTERED": True,
         "HAS_SCALE": weight is not None,
         "HAS_CENTER": bias is not None,
     }
@@ -180,7 +179,7 @@ def apply_segments(x: Map, y: Map, layout: Layout, tables: tuple[Table, Table, T
     mean, scale, center = tables
     values = (mean.values, None, scale.values, center.values)
     indices = (1, 1, mean.row, scale.row, center.row, 0.0, 0.0)
-    flags = {"POOLED": False, "CENTERED": True, "HAS_SCALE": True, "HAS_CENTER": True}
+    flags = {"POOLED": False, "HAS_SCALE": True, "HAS_CENTER": True}
     _apply((x, y), layout, values, indices, flags)
 
 
@@ -214,10 +213,9 @@ def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
         reduce_grad_kernel,
         stream.num_programs,
         (grad.tensor, tensor, mean.values, sums, sums_x),
-        (*layout.strides[0], *layout.strides[1], *_cut(grouping, stream), grouping.E, grouping.J,
-         mean.row),
+        (*layout.strides[0], *layout.strides[1], *_cut(grouping, stream), mean.row),
         **stream_constants(stream, tensor, layout),
-    )  # fmt: skip
+    )
     return Parts(sums, sums_x, stream)
 
 
@@ -282,26 +280,14 @@ def combine_segments(
     maps: tuple[Map, Map, Map], layout: Layout, mean: Table, factors: tuple[Table, Table, Table]
 ) -> None:
     """``k1 * grad + k2 * (x - mean) + k3`` with tables of segments."""
-    tables = (mean.values, None, None, *(factor.values for factor in factors))
-    indices = (1, 1, mean.row, *(factor.row for factor in factors), 0.0, 0.0)
-    _combine(maps, layout, tables, indices, {"POOLED": False, "HAS_WEIGHT": False})
-
-
-def _combine(
-    maps: tuple[Map, Map, Map],
-    layout: Layout,
-    tables: tuple[Tensor | None, ...],
-    indices: tuple[object, ...],
-    flags: Constants,
-) -> None:
     tensors = [m.tensor for m in maps]
     stream = stream_of(layout, tensors[1], PROGRAMS_THAT_WRITE)
     strides = [stride for strides in layout.strides for stride in strides]
+    tables = (mean, *factors)
     launch(
         combine_grad_kernel,
         stream.num_programs,
-        (*tensors, *tables),
-        (*strides, *_cut(layout.grouping, stream), *indices),
-        **flags,
+        (*tensors, *(table.values for table in tables)),
+        (*strides, *_cut(layout.grouping, stream), *(table.row for table in tables)),
         **stream_constants(stream, tensors[1], layout),
     )

@@ -34,12 +34,11 @@ from normkit.kernels.triton.geometry import (
     row_blocks,
     tile_blocks,
 )
+from normkit.kernels.triton.group_gradients import gradient_groups_kernel, reduce_groups_kernel
 from normkit.kernels.triton.groups import (
-    gradient_groups_kernel,
     measure_groups_kernel,
     measure_segments_kernel,
     normalize_groups_kernel,
-    reduce_groups_kernel,
 )
 from normkit.kernels.triton.passes import Follower, Statistics, follower_arguments
 from normkit.kernels.triton.plan import halves, in_one_piece, launch, num_processors

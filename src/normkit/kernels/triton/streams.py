@@ -120,18 +120,33 @@ def cells(n, k, E, J, ROW, WIDE: tl.constexpr):
 
 
 @triton.jit
+def write_normalized(
+    x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
+    BL: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``factor * (x - mean) + shift`` of a part of segments, whose first block is ``value``."""
+    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
+        first = start + block * BL
+        ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
+        unit = (value.to(ACC) - high[:, None]) - low[:, None]
+        result = unit * factor[:, None] + shift[:, None]
+        store_block(y, result, outs, first, stop, inside, YP, BL, WIDE)
+        value = ahead
+
+
+@triton.jit
 def apply_kernel(
     x, y, mean, var, scale, center,
     SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span,
     E, J, MEAN_ROW, SCALE_ROW, CENTER_ROW, eps_high, eps_low,
-    POOLED: tl.constexpr, CENTERED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CENTER: tl.constexpr,
+    POOLED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CENTER: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``scale * (x - mean) + center``.
 
     ``POOLED``: the mean and variance are those of groups, scale and center those of channels, and
-    the scale is divided by the standard deviation. Not ``CENTERED``: there is no mean.
+    the scale is divided by the standard deviation.
     """
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
@@ -140,9 +155,7 @@ def apply_kernel(
     stop = tl.minimum(start + span, L) // ALIGN * ALIGN
     value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     cell = cells(n, k, E, J, MEAN_ROW, WIDE)
-    high, low = split(tl.zeros((BK,), tl.float64), ACC)
-    if CENTERED:
-        high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
+    high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
     factor = tl.full((BK,), 1.0, ACC)
     shift = tl.zeros((BK,), ACC)
     if POOLED:
@@ -154,19 +167,16 @@ def apply_kernel(
     if HAS_CENTER:
         center_at = k // Q if POOLED else cells(n, k, 1, 1, CENTER_ROW, WIDE)
         shift = tl.load(center + center_at, mask=inside, other=0.0).to(ACC)
-    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
-        first = start + block * BL
-        ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
-        unit = (value.to(ACC) - high[:, None]) - low[:, None]
-        result = unit * factor[:, None] + shift[:, None]
-        store_block(y, result, outs, first, stop, inside, YP, BL, WIDE)
-        value = ahead
+    write_normalized(
+        x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
+        BL, ONCE, ACC, WIDE,
+    )  # fmt: skip
 
 
 @triton.jit
 def reduce_grad_kernel(
     g, x, mean, sums, sums_x,
-    GN, GC, GP, SN, SC, SP, K, Q, L, SPLITS, span, E, J, MEAN_ROW,
+    GN, GC, GP, SN, SC, SP, K, Q, L, SPLITS, span, MEAN_ROW,
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +188,7 @@ def reduce_grad_kernel(
     stop = tl.minimum(start + span, L) // ALIGN * ALIGN
     value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     grad = load_block(g, grads, start, stop, inside, GP, BL, WIDE)
-    cell = cells(n, k, E, J, MEAN_ROW, WIDE)
+    cell = cells(n, k, 1, 1, MEAN_ROW, WIDE)
     high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
     if ONCE:
         total = grad.to(ACC)
@@ -202,18 +212,13 @@ def reduce_grad_kernel(
 
 @triton.jit
 def combine_grad_kernel(
-    g, x, dx, mean, var, weight, k1, k2, k3,
+    g, x, dx, mean, k1, k2, k3,
     GN, GC, GP, SN, SC, SP, DN, DC, DP, K, Q, L, SPLITS, span,
-    E, J, MEAN_ROW, K1_ROW, K2_ROW, K3_ROW, eps_high, eps_low,
-    POOLED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    MEAN_ROW, K1_ROW, K2_ROW, K3_ROW,
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``k1 * g + k2 * (x - mean) + k3``.
-
-    ``POOLED``: mean, variance, ``k2`` and ``k3`` are those of groups, and
-    ``k1 = weight / sqrt(var + eps)``.
-    """
+    """``k1 * g + k2 * (x - mean) + k3``."""
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
@@ -222,20 +227,12 @@ def combine_grad_kernel(
     stop = tl.minimum(start + span, L) // ALIGN * ALIGN
     value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     grad = load_block(g, grads, start, stop, inside, GP, BL, WIDE)
-    cell = cells(n, k, E, J, MEAN_ROW, WIDE)
+    cell = cells(n, k, 1, 1, MEAN_ROW, WIDE)
     high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
-    if POOLED:
-        wide = tl.load(var + cell, mask=inside, other=1.0)
-        by_grad = reciprocal_root(wide, eps_high, eps_low, ACC)
-        if HAS_WEIGHT:
-            by_grad *= tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
-        at2 = cell
-        at3 = cell
-    else:
-        at1 = cells(n, k, 1, 1, K1_ROW, WIDE)
-        by_grad = tl.load(k1 + at1, mask=inside, other=0.0).to(ACC)
-        at2 = cells(n, k, 1, 1, K2_ROW, WIDE)
-        at3 = cells(n, k, 1, 1, K3_ROW, WIDE)
+    at1 = cells(n, k, 1, 1, K1_ROW, WIDE)
+    at2 = cells(n, k, 1, 1, K2_ROW, WIDE)
+    at3 = cells(n, k, 1, 1, K3_ROW, WIDE)
+    by_grad = tl.load(k1 + at1, mask=inside, other=0.0).to(ACC)
     by_unit = tl.load(k2 + at2, mask=inside, other=0.0).to(ACC)
     shift = tl.load(k3 + at3, mask=inside, other=0.0).to(ACC)
     for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
