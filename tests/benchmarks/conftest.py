@@ -13,3 +13,8 @@ def benchmarks():
     sys.path.insert(0, str(FOLDER))
     yield FOLDER
     sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(autouse=True)
+def quiet_profiler(monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process: others look at stderr
