@@ -152,7 +152,7 @@ except nk.KernelError as error:
 
 def test_gpus_get_the_triton_kernels_or_the_reason_why_not(monkeypatch):
     x = torch.empty(2, 2, device="meta")
-    monkeypatch.setattr(select, "_candidate", lambda x: select.Choice("triton", ""))
+    monkeypatch.setattr(select, "_device_type", lambda x: "cuda")
     monkeypatch.setattr(select, "_triton_obstacle", lambda device: None)
     assert select.choose(x) == ("triton", "the Triton kernels compute this")
     monkeypatch.setattr(select, "_triton_obstacle", lambda device: "the GPU is old")

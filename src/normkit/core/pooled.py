@@ -17,7 +17,7 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.core.running import RunningStatistics, are_still, is_movable
+from normkit.core.running import RunningStatistics, are_still
 from normkit.kernels import nodes, reference
 from normkit.kernels.calls import Differentiable, Gradients, Pooling, Running
 from normkit.typing import FeatureMap
@@ -29,8 +29,13 @@ def normalize_pooled(
     partition: Partition,
     running: RunningStatistics | None,
     parameters: Parameters,
+    kernels_move: bool,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    """Normalise by the statistics of the input's own groups; ``running`` follows them.
+
+    Kernels move the buffers where they can, but not while ``torch.compile`` traces: a traced node
+    must not change its inputs.
+    """
     weight, bias, eps = parameters
     if x.shape[1] % partition.num_groups:
         partition.segment_size(x.shape)  # refuses what does not divide
@@ -44,7 +49,10 @@ def normalize_pooled(
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
     pooling = Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)
-    follower = None if running is None else _follower(running)
+    follower = None
+    if running is not None and kernels_move and not torch.compiler.is_compiling():
+        mean, var, count, _, momentum, _ = running
+        follower = Running(mean, var, count, momentum or 0.0)
     y, table = nodes.normalize_pooled(
         kernels, x, weight, bias, pooling, follower, differentiable(formula, bias)
     )
@@ -73,16 +81,6 @@ def normalize_given(
     return nodes.normalize_given(
         kernels, x, statistics, weight, bias, options, differentiable(formula, bias)
     )
-
-
-def _follower(running: RunningStatistics) -> Running | None:
-    """The buffers as the kernel moves them itself; None where it cannot.
-
-    While ``torch.compile`` traces, none are: a traced node must not change its inputs.
-    """
-    if running.momentum is None or torch.compiler.is_compiling() or not is_movable(running):
-        return None
-    return Running(running.mean, running.var, running.num_batches_tracked, running.momentum)
 
 
 def differentiable(formula: Callable[..., Tensor], bias: Tensor | None) -> Differentiable:

@@ -125,7 +125,7 @@ class RunningEstimates(NamedTuple):
             return self._replace(update_rate=0.0)
         sums = means.sum(dim=0)
         for seen, moved in reversed(self.recent):
-            if torch.equal(seen, sums):
+            if _is_same(seen, sums):
                 return self._replace(mean=moved.mean, var=moved.var, update_rate=0.0)
         raise InputError(
             f"a layer with moving estimates was called during a backward pass on an input that "
@@ -148,7 +148,15 @@ class RunningEstimates(NamedTuple):
             self.mean.copy_(moved.mean[0])
             self.var.copy_(moved.var[0])
             if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+                counted = 1 if moved.count is None else (moved.count > 0).any()
+                self.num_batches_tracked.add_(counted)
+
+
+def _is_same(seen: Tensor, sums: Tensor) -> bool:
+    """Whether two batches have the same sums; NaN is equal to NaN here."""
+    if seen.shape != sums.shape or seen.dtype != sums.dtype or seen.device != sums.device:
+        return False
+    return torch.allclose(seen, sums, rtol=0, atol=0, equal_nan=True)
 
 
 Running = RunningStatistics | RunningEstimates

@@ -85,10 +85,43 @@ _asked = _Asked(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
 class Choice(NamedTuple):
-    """The kernels that compute a call, and why these."""
+    """The kernels that compute on a map, and why these."""
 
     kernels: Kernels
     reason: str
+
+
+class Call(NamedTuple):
+    """What of a call, beside its input, decides who computes it; reasons are words, or None.
+
+    Args:
+        why_formula: Why no kernels compute it.
+        why_tables: Why no operator does all of it: the algebra on tables is then torch's.
+        span: ``"position"`` or ``"group"``, whose channels one program of a GPU must hold.
+        why_torch_moves: Why torch's operators move its running statistics, not the kernels.
+    """
+
+    why_formula: str | None = None
+    why_tables: str | None = None
+    span: Literal["position", "group"] | None = None
+    why_torch_moves: str | None = None
+
+
+Way = Literal["operator", "tables", "graph", "formula"]
+"""One operator does all; or the kernels' passes over the map, with torch's operators on tables in
+between; or one operator for statistics in a compiled graph; or the formula in torch's operators."""
+
+
+class Decision(NamedTuple):
+    """Who computes a call, how, and why so."""
+
+    way: Way
+    kernels: Kernels
+    reason: str
+    operators: Any = None  # the set of kernels whose operator does it, see nodes.Kernels
+
+
+ORDINARY = Call()
 
 
 @contextmanager
@@ -125,8 +158,62 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
         raise
 
 
+def decide(x: Tensor, call: Call = ORDINARY) -> Decision:
+    """Who computes a call on ``x`` here and now: the one place where that is decided.
+
+    Raises:
+        KernelError: If the environment asks for kernels that there are not.
+    """
+    if call.why_formula is not None:
+        return Decision("formula", "reference", call.why_formula)
+    if x.numel() == 0:
+        return _EMPTY
+    kernels, reason = choose(x)
+    if kernels == "reference":
+        return Decision("formula", kernels, reason)
+    if torch.compiler.is_compiling() and (kernels == "triton" or call.why_tables is not None):
+        return _GRAPH if kernels == "triton" else _TRACED
+    usual = _BY_CPU if kernels == "cpu" else _by_triton()
+    return usual if call is ORDINARY else _special(x, call, usual)
+
+
+@cache
+def _by_triton() -> Decision:
+    return Decision("operator", *_COMPUTE_THIS["triton"], _triton().operators)
+
+
+def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
+    """Where one operator would do a call, but for what is special about it."""
+    kernels, operators, name = usual.kernels, usual.operators, NAMES[usual.kernels]
+    why_tables = call.why_tables
+    if call.span is not None:
+        is_position = call.span == "position"
+        most = operators.MOST_CHANNELS_OF_A_POSITION
+        most = most if is_position else operators.MOST_CHANNELS_OF_A_GROUP
+        if x.shape[1] > most:
+            limit = f"there are {x.shape[1]} channels, and a program of the {name} kernels holds "
+            if is_position:
+                return Decision("formula", "reference", f"{limit}{most} of a position")
+            why_tables = why_tables or f"{limit}{most}"
+    if why_tables is not None:
+        said = f"{usual.reason}, with torch's operators on tables, because {why_tables}"
+        return Decision("tables", kernels, said)
+    if call.why_torch_moves is None:
+        return usual
+    said = f"torch's operators move the running statistics, because {call.why_torch_moves}"
+    return usual._replace(reason=f"{usual.reason}; {said}")
+
+
+def route(x: Tensor, call: Call = ORDINARY) -> Decision:
+    """``decide`` for a call that is about to be computed: it warns, once, where that is slow."""
+    decision = decide(x, call)
+    if decision.reason is _WHY_NOT_CPU:
+        _tell_of_slow_calls()
+    return decision
+
+
 def choose(x: Tensor) -> Choice:
-    """The kernels for a call on ``x`` here and now, in words.
+    """The kernels for maps like ``x``, whatever is special about the call.
 
     Raises:
         KernelError: If the environment asks for kernels that there are not.
@@ -134,30 +221,20 @@ def choose(x: Tensor) -> Choice:
     candidate = _candidate(x)
     if candidate.kernels == "reference":
         return candidate
-    name = NAMES[candidate.kernels]
     obstacle = _obstacle()
     if obstacle is not None:
+        name = NAMES[candidate.kernels]
         return Choice("reference", f"{obstacle}, which the {name} kernels do not compute")
-    missing = _why_not(candidate.kernels, x.device)
-    if missing is not None:
-        return Choice("reference", missing)
-    return Choice(candidate.kernels, f"the {name} kernels compute this{_details(candidate)}")
+    missing = _WHY_NOT_CPU if candidate.kernels == "cpu" else _why_not_triton(x.device)
+    return candidate if missing is None else Choice("reference", missing)
 
 
 def chosen(x: Tensor) -> Kernels:
-    """The kernels for a call on ``x``: ``choose`` without the words."""
-    if _asked.kernels is not None:
-        kernels = _candidate(x).kernels
-    else:
-        kernels = "cpu" if x.is_cpu else "triton" if x.is_cuda else "reference"
-    if kernels == "cpu":
-        if _WHY_NOT_CPU is not None:
-            _tell_of_slow_calls()
-            return "reference"
-        return kernels if _obstacle() is None else "reference"
-    if kernels == "triton" and x.numel() and _obstacle() is None:
-        return kernels if _why_not_triton(x.device) is None else "reference"
-    return "reference"
+    """``choose`` without the words, warning once where that is slow."""
+    kernels, reason = choose(x)
+    if reason is _WHY_NOT_CPU:
+        _tell_of_slow_calls()
+    return kernels
 
 
 def _tell_of_slow_calls() -> None:
@@ -173,14 +250,6 @@ def primitives(x: Tensor) -> ModuleType:
 
         return triton_primitives
     return cpu_primitives if kernels == "cpu" else reference
-
-
-def operators_for(x: Tensor) -> Any:  # noqa: ANN401 - see nodes.Kernels
-    """The set of kernels whose operators take ``x``; None where the formula is computed."""
-    kernels = chosen(x)
-    if kernels == "triton":
-        return _triton().operators
-    return cpu.operators if kernels == "cpu" else None
 
 
 def require_kernels(name: str) -> Kernels:
@@ -200,12 +269,12 @@ def require_kernels(name: str) -> Kernels:
 
 
 def _candidate(x: Tensor) -> Choice:
-    """What would compute a call on ``x`` if nothing about the call forbade it."""
-    wanted = _asked.here()
+    """What would compute on ``x`` if nothing around the call forbade it."""
+    wanted = None if _asked.kernels is None else _asked.here()
     asked = None if wanted is None else require_kernels(wanted)
     if asked == "reference":
         return Choice("reference", "the reference kernels were asked for")
-    device = x.device.type
+    device = _device_type(x)
     if device not in ("cpu", "cuda"):
         name = NAMES[asked or "cpu"]
         return Choice(
@@ -213,8 +282,13 @@ def _candidate(x: Tensor) -> Choice:
         )
     best: Kernels = "triton" if device == "cuda" else "cpu"
     if asked in (None, best) or asked == "triton":
-        return Choice(asked or best, "")
+        return _COMPUTE_THIS[asked or best]
     return Choice("reference", f"the input is on {x.device}, which the C++ kernels do not compute")
+
+
+def _device_type(x: Tensor) -> str:
+    """``"cpu"``, ``"cuda"`` or another; what pretends that there is a GPU replaces this."""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 def _obstacle() -> str | None:
@@ -225,12 +299,9 @@ def _obstacle() -> str | None:
     return transform()
 
 
-def _details(choice: Choice) -> str:
-    return f" (vector code: {cpu.instruction_set()})" if choice.kernels == "cpu" else ""
-
-
-def _why_not(kernels: Kernels, device: torch.device) -> str | None:
-    return _why_not_triton(device) if kernels == "triton" else _WHY_NOT_CPU
+def details(kernels: Kernels) -> str:
+    """What there is to say of the kernels that compute."""
+    return f" (vector code: {cpu.instruction_set()})" if kernels == "cpu" else ""
 
 
 def _why_not_loaded(kernels: Kernels) -> str | None:
@@ -287,6 +358,21 @@ def _triton() -> ModuleType:
 
     return triton
 
+
+_COMPUTE_THIS: dict[Kernels, Choice] = {
+    kernels: Choice(kernels, f"the {name} kernels compute this") for kernels, name in NAMES.items()
+}
+_BY_CPU = Decision("operator", *_COMPUTE_THIS["cpu"], cpu.operators)
+_EMPTY = Decision("formula", "reference", "the input is empty")
+_TRACED = Decision(
+    "formula", "reference", "the call is compiled, and no C++ operator does all of it"
+)
+_GRAPH = Decision(
+    "graph",
+    "triton",
+    "the call is compiled for a GPU: the Triton kernels compute the statistics, and torch.compile "
+    "what it can fuse with the layers around",
+)
 
 for _asked_once in (_why_not_triton, _why_not_loaded):
     # what torch.compiler.assume_constant_result does, without importing the compiler: the answers

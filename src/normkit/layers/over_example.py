@@ -9,7 +9,10 @@ from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import POSITIONAL
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, NormLayer, SegmentLayer
+from normkit.layers.parts import Part
 from normkit.typing import FeatureMap
 
 
@@ -279,7 +282,15 @@ class PositionalNorm(NormLayer):
         )
         self.reset_parameters()
 
+    def parts(self) -> tuple[Part, ...]:
+        """Statistics of each position of each example."""
+        return (Part(partition=None),)
+
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         if self.training and x.numel():
             require_channels(x.shape, type(self).__name__)
         return normalize_positions(x, self._affine(), valid)
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (POSITIONAL,)

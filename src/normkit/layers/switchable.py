@@ -11,8 +11,11 @@ from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import composite_route
 from normkit.core.stages import normalize_switched
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, TrackingLayer
+from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
 
 
@@ -120,10 +123,23 @@ class SwitchableNorm(TrackingLayer):
         running, training = self._running(), self.training
         return normalize_switched(x, running, training, parameters, *logits, ranks, valid)
 
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        running = self._running() if self.use_batch else None
+        is_part = self.use_batch and self._ranks(x) is not None
+        return (composite_route(running, self.training, is_part, is_masked, False),)
+
     def _groups(self) -> Iterable[Partition]:
         if self._process_group is not None:
             return ()
         return (self.partitions["batch norm" if self.use_batch else "layer norm"],)
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the norms normalise in the layer's mode."""
+        found = self.partitions
+        batch = found.pop("batch norm", None)
+        own = [Part(name=name, partition=partition) for name, partition in found.items()]
+        return (*own, *(tracked_parts("batch norm", batch, self) if batch else ()))
 
     @property
     def partitions(self) -> dict[str, Partition]:

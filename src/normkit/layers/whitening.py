@@ -10,7 +10,9 @@ from normkit.core.check import require_channel_groups, require_count
 from normkit.core.mask import Valid
 from normkit.core.parameters import empty_result
 from normkit.core.partition import Partition, require_variance
+from normkit.core.routes import WHITENING
 from normkit.core.whitening import whiten_groups
+from normkit.kernels.select import Call
 from normkit.layers.base import Device, NormLayer
 from normkit.typing import FeatureMap
 
@@ -85,6 +87,12 @@ class GroupWhitening(NormLayer):
         """The rows that are centred and decorrelated."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share means, and which covariances."""
+        example = Partition(num_groups=1, examples_per_group=1)
+        return {"means": self.partition, "covariances": example}
+
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         parameters = self._affine()
         if x.numel() == 0:
@@ -92,6 +100,10 @@ class GroupWhitening(NormLayer):
         if self.training:
             require_variance(self.partition, x.shape, type(self).__name__)
         return whiten_groups(x, self.num_groups, self.iterations, parameters, valid)
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (WHITENING,)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)
