@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normkit.lab.compare import Summary
+from normkit.lab.comparison import Summary
 from normkit.lab.report.charts import Axis, Frame, Line, Tick, Value, line_chart, nice_ticks
 from normkit.lab.report.text import percent, points, size_text
 

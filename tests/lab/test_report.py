@@ -5,7 +5,7 @@ import pytest
 
 from lab.browser import requests_of, run
 from normkit.errors import DataError
-from normkit.lab.compare import compare
+from normkit.lab.comparison import compared
 from normkit.lab.models import PlacedNorm
 from normkit.lab.report import render, write_report
 from normkit.lab.report.figures import NARROW, accuracy_chart
@@ -40,7 +40,7 @@ def records(wide_sweep, record):
 
 
 def rendered(sweep, records):
-    return render(compare(sweep, records), records, COMMAND)
+    return render(compared(sweep, records), records, COMMAND)
 
 
 def test_the_report_fetches_nothing_and_may_not(wide_sweep, records):
@@ -67,15 +67,15 @@ def test_troubled_runs_are_shown_with_their_message(wide_sweep, records):
 def test_whiskers_and_axis_end_at_one_hundred_percent(protocol, record):
     sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(2, 8), seeds=(1, 2))
     records = [record("bn", size, seed, (0.9, 1.0)[seed - 1]) for size in (2, 8) for seed in (1, 2)]
-    chart = accuracy_chart(compare(sweep, records), NARROW)
+    chart = accuracy_chart(compared(sweep, records), NARROW)
     assert chart.y_ticks[-1].text == "100"
     assert all(mark.high == chart.y_ticks[-1].at for mark in chart.series[0].marks)
 
 
 def test_norms_that_tie_are_both_best(wide_sweep, record):
     records = [record("bn", 2), record("ln", 2), record("bgn:auto", 2, accuracy=0.4)]
-    assert best_norms(compare(wide_sweep, records), 2) == ["bn", "ln"]
-    assert best_norms(compare(wide_sweep, records), 8) == []
+    assert best_norms(compared(wide_sweep, records), 2) == ["bn", "ln"]
+    assert best_norms(compared(wide_sweep, records), 8) == []
 
 
 def test_kernels_are_shown_and_a_mixture_is_warned_of(wide_sweep, records):
@@ -96,7 +96,7 @@ def test_a_report_without_any_record_is_still_a_page(wide_sweep):
 
 def test_a_report_replaces_an_older_one_whole(wide_sweep, records, tmp_path):
     (tmp_path / "report.html").write_text("old")
-    path = write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
+    path = write_report(tmp_path, compared(wide_sweep, records), records, COMMAND)
     assert path.read_text(encoding="utf-8") == rendered(wide_sweep, records)
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
@@ -104,13 +104,13 @@ def test_a_report_replaces_an_older_one_whole(wide_sweep, records, tmp_path):
 def test_a_report_that_cannot_be_written_is_named(wide_sweep, records, tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(DataError, match=r"report.html cannot be read or written \(Is a directory"):
-        write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
+        write_report(tmp_path, compared(wide_sweep, records), records, COMMAND)
 
 
 @pytest.fixture
 def page(chromium, wide_sweep, records, tmp_path):
     """The report, open in a window 1280 wide."""
-    path = write_report(tmp_path, compare(wide_sweep, records), records, COMMAND)
+    path = write_report(tmp_path, compared(wide_sweep, records), records, COMMAND)
     chromium.set_window_size(1280, 1000)
     chromium.get_log("performance")  # what earlier pages left there
     chromium.get_log("browser")

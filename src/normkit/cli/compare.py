@@ -20,7 +20,7 @@ from normkit.cli.shared import (
     whole_numbers,
 )
 from normkit.cli.tables import print_tables
-from normkit.lab.compare import Comparison, compare
+from normkit.lab.comparison import Comparison, compared
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched
@@ -106,7 +106,7 @@ class Compare:
             complete_records(folder, [record for share in shares for record in share])
             found = of_data(read_records(folder, TrainingRecord).records, plan.data_hash)
             records = latest(plan.sweep.runs(), found)
-            comparison = compare(plan.sweep, records)
+            comparison = compared(plan.sweep, records)
             write_report(folder, comparison, records, self.command())
         self._print(comparison, records)
         return _exit_code(records)

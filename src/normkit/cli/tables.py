@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normkit.cli.streams import Terminal
-from normkit.lab.compare import Cell, Comparison
+from normkit.lab.comparison import Cell, Comparison
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report.text import MINUS, MISSING, percent, points, size_text
 

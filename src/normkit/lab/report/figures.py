@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from normkit.lab.compare import Cell, Comparison, Summary
+from normkit.lab.comparison import Cell, Comparison, Summary
 from normkit.lab.records import Epoch, TrainingRecord
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
 from normkit.lab.report.text import percent

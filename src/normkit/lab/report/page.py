@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from normkit.lab.compare import Comparison, select
+from normkit.lab.comparison import Comparison, select
 from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report import figures

@@ -1,6 +1,6 @@
 """How figures are written, in the report and in the terminal."""
 
-from normkit.lab.compare import Summary
+from normkit.lab.comparison import Summary
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EN DASH}"

@@ -49,7 +49,7 @@ class Comparison(Frozen):
         return next(c for c in self.cells if (c.norm, c.batch_size) == (norm, batch_size))
 
 
-def compare(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
+def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
     """Summarise the records of a sweep.
 
     Args:
