@@ -98,7 +98,7 @@ APPENDING = """
 import sys
 from pathlib import Path
 from normkit.lab.lines import append_line
-from normkit.lab.spec import Frozen
+from normkit.lab.frozen import Frozen
 
 class Row(Frozen):
     writer: int

@@ -3,89 +3,81 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal
 
 import tyro
 
-from normkit.cli.progress import line_by_line, sweep_progress
+from normkit.cli.progress import sweep_progress
+from normkit.cli.recipe import Given, RecipeOptions
 from normkit.cli.shared import (
     MAX_PROCESSES,
+    decimals,
     flag,
     print_json,
     require_counts,
     tell_of_corrupt_lines,
     whole_numbers,
 )
-from normkit.cli.tables import print_tables
-from normkit.lab.comparison import Comparison, compared
+from normkit.cli.tables import print_estimates, print_tables
+from normkit.errors import SpecError
+from normkit.lab.arms import parse_arms
+from normkit.lab.config import sweep_of
 from normkit.lab.device import parse_device
-from normkit.lab.files import usable_folder
-from normkit.lab.launch import Launch, launched
-from normkit.lab.lock import only_user
-from normkit.lab.records import (
-    RECORDS_NAME,
-    TrainingRecord,
-    complete_records,
-    latest,
-    missing_runs,
-    of_data,
-    read_records,
-)
-from normkit.lab.report import REPORT_NAME, write_report
-from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.sweep import Collected, check, default_workers, run_all
-from normkit.spec import parse_specs
+from normkit.lab.dry_run import estimate
+from normkit.lab.experiment import Result, Way, perform
+from normkit.lab.launch import num_launched
+from normkit.lab.loggers import require_loggers
+from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
+from normkit.lab.report import REPORT_NAME
+from normkit.lab.resume import SECONDS
+from normkit.lab.spec import SweepSpec
+from normkit.lab.sweep import check
+from normkit.lab.train import Upkeep
 
 EXIT_FAILED_RUNS = 1
-
-
-class _Plan(NamedTuple):
-    """What is to be done, the same for all processes of a launch."""
-
-    sweep: SweepSpec
-    specs: tuple[TrainingSpec, ...]
-    num_examples: int
-    num_workers: int
-    data_hash: str
+DEFAULTS = {"norms": "bn,gn:8,bgn:auto", "batch_sizes": "2,8,32", "seeds": "1,2,3"}
+UNTOLD = ("json_output", "workers", "dry_run", "data_workers")  # decide nothing of the report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(RecipeOptions):
     """Train one network with several norms at several batch sizes, and show which wins.
 
-    Runs that have a record in the output folder are not repeated. Processes that torchrun started
-    share the runs; the first one shows the result.
+    Runs that have a record in the output folder are not repeated, unless the data, the model's
+    source or normkit has changed. Processes that torchrun started train each network together.
     """
 
-    data: str = "digits"
-    """Data set: digits, fashion-mnist, cifar10, cifar100 or svhn."""
-    model: str = "small-resnet"
-    """Network: small-resnet, mlp, vgg11, or any name of torchvision's or timm's."""
-    norms: str = "bn,gn:8,bgn:auto"
-    """Norms, with commas between; differences are taken to the first."""
-    batch_sizes: str = "2,8,32"
-    """Batch sizes, with commas between."""
-    seeds: str = "1,2,3"
-    """Seeds, with commas between; each cell runs all of them."""
-    epochs: int = 4
-    """Passes over the training data."""
-    limit: int | None = None
-    """Training examples to keep; all if not given."""
-    base_lr: float = 0.1
-    """Learning rate at batch size 128; it is scaled with the batch size."""
-    weight_decay: float = 1e-4
-    """Weight decay on every parameter."""
+    norms: str | None = None
+    """Norms, or arms such as xbn/gn:64, ibn-a or none (normkit list), with commas between;
+    differences are taken to the first (default: bn,gn:8,bgn:auto)."""
+    batch_sizes: str | None = None
+    """Examples that a norm sees at a time, with commas between (default: 2,8,32)."""
+    seeds: str | None = None
+    """Seeds, with commas between; each cell runs all of them (default: 1,2,3)."""
+    tune_lr: str | None = None
+    """Learning rates in place of --base-lr, with commas between: each norm at each batch size gets
+    the one that is best on validation data."""
     device: str = "auto"
     """Where to compute: auto, cpu or cuda."""
-    threads: int = 1
-    """CPU threads of one run."""
     workers: int | None = None
     """Runs at once; as many as the machine has room for if not given."""
+    data_workers: int = 0
+    """Processes of each run that read pictures ahead."""
+    cluster: Literal["ray"] | None = None
+    """Do the runs on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
+    checkpoint_seconds: float = SECONDS
+    """Time between two checkpoints of a run, from which it goes on after it was killed."""
+    save_weights: Given = False
+    """Write the trained weights to the folder weights beside the records."""
+    loggers: str = ""
+    """Loggers that get each epoch's figures: tensorboard, csv, wandb, mlflow, commas between."""
+    dry_run: Given = False
+    """Train nothing: print runs, steps, estimated time and memory from measured steps."""
     out: Path = Path("runs/compare")
-    """Folder for records.jsonl and report.html."""
+    """Folder for records.jsonl, report.html and experiment.toml."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
@@ -95,50 +87,16 @@ class Compare:
         Returns:
             0, or 1 if runs failed or none finished.
         """
-        with redirect_stdout(sys.stderr), ExitStack() as held:  # downloads print to the output
-            with launched() as launch:
-                plan = launch.first(lambda: self._plan(held))
-                folder = usable_folder(self.out, RECORDS_NAME)
-                own = self._run_share(plan, folder, launch)
-                shares = launch.gather(lambda: own)
-            if not launch.is_first:
-                return 0
-            complete_records(folder, [record for share in shares for record in share])
-            found = of_data(read_records(folder, TrainingRecord).records, plan.data_hash)
-            records = latest(plan.sweep.runs(), found)
-            comparison = compared(plan.sweep, records)
-            write_report(folder, comparison, records, self.command())
-        self._print(comparison, records)
-        return _exit_code(records)
-
-    def _plan(self, held: ExitStack) -> _Plan:
-        """Check everything, take the folder, and find the runs that have no record."""
-        sweep = self.sweep()
-        num_workers = self._num_workers(sweep)
-        dataset = check(sweep)
-        folder = usable_folder(self.out, RECORDS_NAME, REPORT_NAME)
-        held.enter_context(only_user(folder))
-        contents = read_records(folder, TrainingRecord)
-        tell_of_corrupt_lines(contents, folder / RECORDS_NAME)
-        known = of_data(contents.records, dataset.fingerprint)
-        return _Plan(
-            sweep=sweep,
-            specs=missing_runs(sweep.runs(), known),
-            num_examples=len(dataset.train),
-            num_workers=num_workers,
-            data_hash=dataset.fingerprint,
-        )
-
-    def _run_share(self, plan: _Plan, folder: Path, launch: Launch) -> list[TrainingRecord]:
-        """Run what falls to this process."""
-        specs = launch.share(plan.specs)
-        if not specs:
-            return []
-        show = sweep_progress if launch.is_first else line_by_line
-        with show(specs, plan.num_examples) as watcher:
-            collected = Collected(watcher)
-            run_all(specs, folder, plan.num_workers, collected)
-        return collected.records
+        if self.dry_run:
+            return self._estimate()
+        with redirect_stdout(sys.stderr):  # downloads print to the output
+            sweep, way = self.sweep(), self._way()
+            tell_of_corrupt_lines(read_records(self.out, TrainingRecord), self.out / RECORDS_NAME)
+            result = perform(sweep, way, sweep_progress, _tell)
+        if result is None:
+            return 0
+        self._print(result)
+        return _exit_code(result.records)
 
     def sweep(self) -> SweepSpec:
         """What the options ask for.
@@ -146,54 +104,83 @@ class Compare:
         Raises:
             SpecError: If an option breaks its rule.
         """
-        protocol = Protocol.checked(
-            {
-                "data": self.data,
-                "model": self.model,
-                "limit": self.limit,
-                "epochs": self.epochs,
-                "base_lr": self.base_lr,
-                "weight_decay": self.weight_decay,
-                "device": str(parse_device(self.device)),
-                "threads": self.threads,
-            },
-            flag,
+        values = self.values()
+        lists = DEFAULTS | {name: getattr(self, name) for name in DEFAULTS if getattr(self, name)}
+        if self.norms or "norms" not in values:
+            values["norms"] = tuple(str(arm) for arm in parse_arms(lists["norms"]))
+        for name in ("batch_sizes", "seeds"):
+            if getattr(self, name) or name not in values:
+                values[name] = whole_numbers(flag(name), lists[name])
+        if self.tune_lr is not None:
+            values["learning_rates"] = decimals("--tune-lr", self.tune_lr)
+        values["device"] = str(parse_device(self.device))
+        values["processes"] = num_launched()
+        return sweep_of(values, flag)
+
+    def _way(self) -> Way:
+        require_counts(self, "workers", at_most=MAX_PROCESSES)
+        loggers = tuple(name.strip() for name in self.loggers.split(",") if name.strip())
+        require_loggers(loggers)
+        if not self.checkpoint_seconds >= 0:
+            raise SpecError(
+                f"--checkpoint-seconds was given {self.checkpoint_seconds}; give 0 or more"
+            )
+        if not 0 <= self.data_workers <= MAX_PROCESSES:
+            raise SpecError(
+                f"--data-workers was given {self.data_workers}; give 0 to {MAX_PROCESSES}"
+            )
+        upkeep = Upkeep(
+            folder=self.out,
+            checkpoint_seconds=self.checkpoint_seconds,
+            save_weights=self.save_weights,
+            data_workers=self.data_workers,
+            loggers=loggers,
         )
-        return SweepSpec.checked(
-            {
-                "protocol": protocol,
-                "norms": tuple(str(spec) for spec in parse_specs(self.norms)),
-                "batch_sizes": whole_numbers("--batch-sizes", self.batch_sizes),
-                "seeds": whole_numbers("--seeds", self.seeds),
-            },
-            flag,
+        return Way(
+            out=self.out,
+            num_workers=self.workers,
+            upkeep=upkeep,
+            cluster=self.cluster,
+            command=self.command(),
         )
 
     def command(self) -> str:
-        """The command line that repeats this, every option that decides something named."""
-        hidden = ("json_output", "workers")
+        """The command line that repeats this, every option that was given named."""
         words = ["normkit", "compare"]
         for option in fields(self):
             value = getattr(self, option.name)
-            if option.name not in hidden and value is not None:
-                words += [flag(option.name), str(value)]
+            if option.name in UNTOLD or (value == option.default and option.name != "out"):
+                continue
+            words += [flag(option.name)] + ([] if value is True else [str(value)])
         return shlex.join(words)
 
-    def _num_workers(self, sweep: SweepSpec) -> int:
-        if self.workers is None:
-            return default_workers(sweep)
-        require_counts(self, "workers", at_most=MAX_PROCESSES)
-        return self.workers
+    def _estimate(self) -> int:
+        with redirect_stdout(sys.stderr):  # as above
+            sweep = self.sweep()
+            dataset = check(sweep)
+            if dataset is None:
+                raise SpecError("--dry-run measures the lab's own steps, not those of --train")
+            found = estimate(sweep, dataset)
+        if self.json_output:
+            print_json([cell.model_dump() | {"duration_s": cell.duration_s} for cell in found])
+        else:
+            print_estimates(found)
+        return 0
 
-    def _print(self, comparison: Comparison, records: Sequence[TrainingRecord]) -> None:
+    def _print(self, result: Result) -> None:
+        comparison, records = result.comparison, result.records
         paths = {"records": self.out / RECORDS_NAME, "report": self.out / REPORT_NAME}
         if self.json_output:
-            result = comparison.model_dump(mode="json")
-            result |= {name: str(path) for name, path in paths.items()}
-            result["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
-            print_json(result)
+            found = comparison.model_dump(mode="json")
+            found |= {name: str(path) for name, path in paths.items()}
+            found["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
+            print_json(found)
         else:
             print_tables(comparison, records, paths)
+
+
+def _tell(note: str) -> None:
+    sys.stderr.write(f"normkit: {note}\n")
 
 
 def _exit_code(records: Sequence[TrainingRecord]) -> int:

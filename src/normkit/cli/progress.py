@@ -1,6 +1,5 @@
 """The progress display of a sweep, on the standard error."""
 
-import sys
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -28,23 +27,6 @@ def sweep_progress(specs: Sequence[TrainingSpec], num_examples: int) -> Generato
     )
     with Progress(*columns, console=Terminal(stderr=True), speed_estimate_period=120) as display:
         yield SweepProgress(display, specs, num_examples)
-
-
-@contextmanager
-def line_by_line(specs: Sequence[TrainingSpec], num_examples: int) -> Generator["Lines"]:
-    """Only tell of runs that end: another process has the display."""
-    yield Lines()
-
-
-class Lines:
-    """Prints a line for each run that ends."""
-
-    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
-        """Say nothing."""
-
-    def on_record(self, record: TrainingRecord) -> None:
-        """Say how the run ended."""
-        sys.stderr.write(_line(record) + "\n")
 
 
 class SweepProgress:
@@ -83,6 +65,9 @@ def _cost(spec: TrainingSpec, steps: int) -> int:
 def _line(record: TrainingRecord) -> str:
     spec, outcome = record.spec, record.outcome
     name = f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
-    if outcome.test_accuracy is None:
+    if record.score is None:
         return f"{name}: {outcome.status}: {outcome.message}"
-    return f"{name}: {100 * outcome.test_accuracy:.2f} % in {record.duration_s:.1f} s"
+    if outcome.scores:
+        scores = ", ".join(f"{key} {value:.4g}" for key, value in outcome.scores.items())
+        return f"{name}: {scores} in {record.duration_s:.1f} s"
+    return f"{name}: {100 * record.score:.2f} % in {record.duration_s:.1f} s"

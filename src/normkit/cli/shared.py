@@ -76,6 +76,27 @@ def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def decimals(flag: str, text: str) -> tuple[float, ...]:
+    """Read ``"0.3,1,3"``.
+
+    Args:
+        flag: Name of the flag, for the message.
+        text: What it was given.
+
+    Raises:
+        SpecError: If a part is not a finite number.
+    """
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise SpecError(
+            f"{flag} was given {text!r}; write numbers with commas between, such as 0.3,1,3"
+        )
+    return found
+
+
 def tell_of_corrupt_lines(contents: Contents, path: Path) -> None:
     """Say on the standard error which lines of a file of records are left out, and why."""
     for line in contents.corrupt:

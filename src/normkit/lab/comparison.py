@@ -1,11 +1,13 @@
 """From records to the table: norms as rows, batch sizes as columns."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from normkit.lab.frozen import Frozen
 from normkit.lab.records import TrainingRecord, latest
-from normkit.lab.spec import Frozen, SweepSpec
+from normkit.lab.spec import SweepSpec
 
 N = TypeVar("N", int, float)
 
@@ -34,6 +36,15 @@ class Cell(Frozen):
     num_finished: int
     num_diverged: int
     num_failed: int
+    base_lr: float | None = None
+
+    def row(self) -> dict[str, object]:
+        """The cell as plain values: means and spreads by name."""
+        values = self.model_dump(exclude={"accuracy", "difference"})
+        for name in ("accuracy", "difference"):
+            summary = getattr(self, name)
+            values |= {name: summary and summary.mean, f"{name}_spread": summary and summary.spread}
+        return values
 
 
 class Comparison(Frozen):
@@ -56,7 +67,7 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
         sweep: Says which cells there are.
         records: Records of this and any other sweep.
     """
-    ours = latest(sweep.runs(), records)
+    ours = best_rates(sweep, latest(sweep.runs(), records))
     return Comparison(
         norms=sweep.norms,
         batch_sizes=sweep.batch_sizes,
@@ -67,6 +78,29 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
             for batch_size in sweep.batch_sizes
         ),
     )
+
+
+def best_rates(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[TrainingRecord, ...]:
+    """Records of the learning rate that is best for their norm and batch size.
+
+    Best is the highest mean validation accuracy after the last epoch, over the seeds; a rate by
+    which a run diverged or failed comes after those by which all finished.
+    """
+    if not sweep.learning_rates:
+        return tuple(records)
+    chosen: list[TrainingRecord] = []
+    for norm, batch_size in itertools.product(sweep.norms, sweep.batch_sizes):
+        by_rate: dict[float, list[TrainingRecord]] = {}
+        for record in select(records, norm, batch_size):
+            by_rate.setdefault(record.spec.protocol.base_lr, []).append(record)
+        chosen += max(by_rate.values(), key=_validation, default=[])
+    return tuple(chosen)
+
+
+def _validation(records: Sequence[TrainingRecord]) -> tuple[int, float]:
+    finished = [r for r in records if r.outcome.status == "finished" and r.outcome.epochs]
+    accuracies = [r.outcome.epochs[-1].validation_accuracy for r in finished]
+    return (len(finished) - len(records), statistics.fmean(accuracies) if accuracies else 0.0)
 
 
 def _cell(norm: str, batch_size: int, records: Sequence[TrainingRecord], first_norm: str) -> Cell:
@@ -84,6 +118,7 @@ def _cell(norm: str, batch_size: int, records: Sequence[TrainingRecord], first_n
         num_finished=_num_with(mine, "finished"),
         num_diverged=_num_with(mine, "diverged"),
         num_failed=_num_with(mine, "failed"),
+        base_lr=next((record.spec.protocol.base_lr for record in mine), None),
     )
 
 
@@ -101,11 +136,7 @@ def summarise(values: Sequence[float]) -> Summary | None:
 
 
 def _accuracies(records: Iterable[TrainingRecord]) -> Mapping[int, float]:
-    return {
-        record.spec.seed: record.outcome.test_accuracy
-        for record in records
-        if record.outcome.test_accuracy is not None
-    }
+    return {record.spec.seed: record.score for record in records if record.score is not None}
 
 
 def _combined(combine: Callable[[list[N]], N], values: Sequence[N | None]) -> N | None:

@@ -11,7 +11,7 @@ import torch
 
 from normkit.kernels.cpu import instruction_set
 from normkit.kernels.select import choose
-from normkit.lab.spec import Frozen
+from normkit.lab.frozen import Frozen
 from normkit.version import __version__
 
 PACKAGE = Path(__file__).parents[1]

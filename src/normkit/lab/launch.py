@@ -1,7 +1,7 @@
-"""Processes that a launcher, such as torchrun, has started to share a sweep."""
+"""Processes that a launcher, such as torchrun, has started to train together."""
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,8 @@ from normkit.text import shortened
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE = timedelta(days=30)  # the others wait for the longest share of the runs
+PATIENCE = timedelta(hours=2)  # the others wait for the longest evaluation
+BACKEND = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +32,23 @@ class Launch:
         """Whether this process speaks for all."""
         return self.rank == 0
 
-    def share(self, work: Sequence[T]) -> Sequence[T]:
-        """Take this process's part of the work."""
-        return work[self.rank :: self.size]
-
     def first(self, work: Callable[[], T]) -> T:
         """Let the first process do the work, and give all of them its result.
 
         Raises:
             DataError: On the others, if it fails or has ended.
         """
-        (result, *_) = self.gather(lambda: work() if self.is_first else None)
-        return result  # type: ignore[return-value]
-
-    def gather(self, work: Callable[[], T]) -> list[T]:
-        """Do the work on every process, and give all of them all results.
-
-        Raises:
-            DataError: If another process fails or has ended.
-        """
         own: list[Exception] = []
 
-        def noted() -> T:
+        def noted() -> T | None:
             try:
-                return work()
+                return work() if self.is_first else None
             except Exception as error:
                 own.append(error)
                 raise
 
         try:
-            return together(noted)
+            (result, *_) = together(noted)
         except RuntimeError as error:
             if error in own:
                 raise
@@ -68,57 +56,43 @@ class Launch:
                 f"process {self.rank} of {self.size} has lost the others ({error}); finished runs "
                 f"are kept, and the same command goes on from there"
             ) from error
+        return result  # type: ignore[return-value]
 
 
-def _whole(text: str) -> int:
-    """A process's number; what is none is said when the processes meet."""
-    return int(text) if text.isascii() and text.isdecimal() else 0
+def num_launched() -> int:
+    """Processes that a launcher has started with this one."""
+    if not all(name in os.environ for name in VARIABLES):
+        return 1
+    text = os.environ["WORLD_SIZE"]
+    return int(text) if text.isascii() and text.isdecimal() and int(text) else 1
 
 
 @contextmanager
 def launched() -> Generator[Launch]:
-    """Run the block in touch with the processes that the launcher has started, if there are any."""
+    """Run the block in touch with the processes that the launcher has started, if there are any.
+
+    They train each network together. Their group is the one that Fabric trains by.
+    """
     if not all(name in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         yield Launch()
         return
-    with _own_gpu():
-        _join()
-        try:
-            yield Launch(distributed.get_rank(), distributed.get_world_size())
-        finally:
-            distributed.destroy_process_group()
+    _join()
+    try:
+        yield Launch(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
 
 
 def _join() -> None:
-    """Meet the others; a few bytes go between us, on CPUs."""
+    """Meet the others: by gloo on CPUs, by NCCL where there are GPUs."""
     # Its functions hold the group that is there when it is first imported, by their default
     # arguments: a group that outlives its end has threads that abort the process at exit.
     import_module("torch.distributed.nn.functional")
     try:
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        distributed.init_process_group(BACKEND, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         given = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
         raise DataError(
             f"the processes that a launcher has started do not meet by {given}: "
             f"{shortened(error)}; start normkit by torchrun, or unset these variables"
         ) from error
-
-
-@contextmanager
-def _own_gpu() -> Generator[None]:
-    """See one GPU only, by this process's number on its machine; before CUDA is first used."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = map(str, range(cuda.device_count())) if before is None else before.split(",")
-    found = [device for device in every if device]
-    if not found:
-        yield
-        return
-    local = _whole(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
-    os.environ["CUDA_VISIBLE_DEVICES"] = found[local % len(found)]
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -1,29 +1,65 @@
 """What is recorded of each run, a line of JSON each, and which runs have no record yet."""
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from normkit.lab.environment import Environment
+from pydantic import Field
+
+from normkit.lab.environment import Environment, code_hash
+from normkit.lab.frozen import Frozen
 from normkit.lab.lines import Contents, append_line, read_lines
 from normkit.lab.models import PlacedNorm
-from normkit.lab.spec import Frozen, RunSpec, TrainingSpec
+from normkit.lab.spec import Protocol, RunSpec, TrainingSpec
+from normkit.lab.user_code import source_hash
 
 RECORDS_NAME = "records.jsonl"
 
 S = TypeVar("S", bound=RunSpec)
 
 
-class Record(Frozen, Generic[S]):
-    """One run: what was asked for, where it ran, by which code and on which data.
+class Sources(Frozen):
+    """What decides a run besides its spec: twelve digits each, which change with what they name.
 
-    ``data_hash`` is the data set's fingerprint; older records do not have it.
+    Args:
+        code_hash: Of normkit's code.
+        data_hash: The data set's fingerprint; older records do not have it.
+        model_hash: Of the user's Python files that the spec names, and what they import beside.
     """
+
+    code_hash: str
+    data_hash: str | None = None
+    model_hash: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Twelve digits over all of them."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    def made(self, record: "Record") -> bool:
+        """Whether a record is of these sources; one that does not name its data may be."""
+        return (
+            record.data_hash in (None, self.data_hash)
+            and record.model_hash == self.model_hash
+            and record.code_hash == self.code_hash
+        )
+
+
+def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
+    """What decides the runs of a sweep besides their specs, as it is now."""
+    files = (protocol.model, protocol.train, protocol.data)
+    return Sources(code_hash=code_hash(), data_hash=data_hash, model_hash=source_hash(*files))
+
+
+class Record(Frozen, Generic[S]):
+    """One run: what was asked for, where it ran, by which code and on which data."""
 
     spec: S
     environment: Environment
     code_hash: str
     data_hash: str | None = None
+    model_hash: str | None = None
 
     @property
     def is_final(self) -> bool:
@@ -47,12 +83,14 @@ class Epoch(Frozen):
     validation_loss: float | None
     validation_accuracy: float
     test_accuracy: float | None = None
+    test_top5_accuracy: float | None = None
 
 
 class Outcome(Frozen):
     """What a run came to: the part of a record that equal specs repeat exactly.
 
-    A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite.
+    A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite. ``scores``
+    are what a user's own training function returned, the one to be judged first.
     """
 
     status: Literal["finished", "diverged", "failed"]
@@ -61,6 +99,8 @@ class Outcome(Frozen):
     epochs: tuple[Epoch, ...] = ()
     test_accuracy: float | None = None
     test_accuracy_median_of_5: float | None = None
+    test_top5_accuracy: float | None = None
+    scores: Mapping[str, float] = Field(default_factory=dict)
     norms: tuple[PlacedNorm, ...] = ()
     num_parameters: int | None = None
     num_steps: int = 0
@@ -80,6 +120,11 @@ class TrainingRecord(Record[TrainingSpec]):
         """Whether it finished or diverged; a failed run is tried again."""
         return self.outcome.status != "failed"
 
+    @property
+    def score(self) -> float | None:
+        """What it is judged by: the first of its own scores, else the test accuracy."""
+        return next(iter(self.outcome.scores.values()), self.outcome.test_accuracy)
+
 
 def append_record(folder: Path, record: Record) -> None:
     """Add a record, whole or not at all, and wait until it is on the disk.
@@ -88,18 +133,6 @@ def append_record(folder: Path, record: Record) -> None:
         DataError: If it cannot be written.
     """
     append_line(folder / RECORDS_NAME, record)
-
-
-def complete_records(folder: Path, records: Iterable[TrainingRecord]) -> None:
-    """Add those records that are not in the folder: other machines may have written elsewhere.
-
-    Raises:
-        DataError: If they cannot be read or written.
-    """
-    known = {record.model_dump_json() for record in read_records(folder, TrainingRecord).records}
-    for record in records:
-        if record.model_dump_json() not in known:
-            append_record(folder, record)
 
 
 def read_records(folder: Path, kind: type[R]) -> Contents[R]:

@@ -3,94 +3,49 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Self, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic_core import ErrorDetails
+from pydantic import Field, ValidationInfo, field_validator
 
-from normkit import NormSpec
 from normkit.errors import SpecError
-from normkit.text import shortened
-
-REFERENCE_BATCH_SIZE = 128  # the batch size that `base_lr` is stated for
+from normkit.lab.arms import Arm
+from normkit.lab.frozen import Count, Frozen, Seed, Threads
+from normkit.lab.recipe import PositiveRate, Recipe
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
-Threads = Annotated[int, Field(ge=1, le=1024, strict=True)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]  # what torch's generators take
+Strategy = Literal["auto", "ddp", "fsdp"]
 
 
-class Frozen(BaseModel):
-    """A value that cannot change and refuses fields it does not know."""
+class Protocol(Recipe):
+    """Everything that the runs of one sweep share: the recipe, and what it trains on what."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def checked(cls, values: Mapping[str, object], spelled: Callable[[str], str] = str) -> Self:
-        """Build the value, or say in one message everything that is wrong, once for each field.
-
-        Args:
-            values: Field names and what they were given.
-            spelled: How messages write a field's name, such as ``--batch-sizes``.
-
-        Raises:
-            SpecError: If a value breaks its field's rule or a field is unknown.
-        """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            first = {e["loc"][:1]: e for e in reversed(error.errors())}  # the first one wins
-            complaints = [cls._complaint(e, spelled) for e in reversed(first.values())]
-            raise SpecError("; ".join(complaints)) from error
-
-    @classmethod
-    def _complaint(cls, error: ErrorDetails, spelled: Callable[[str], str]) -> str:
-        context = error.get("ctx", {})
-        if isinstance(context.get("error"), SpecError):
-            return str(context["error"])
-        name = str(error["loc"][0])
-        if name not in cls.model_fields:
-            return f"{name!r} is no field; known are {', '.join(cls.model_fields)}"
-        rule = error["msg"][0].lower() + error["msg"][1:]
-        way_out = cls.model_fields[name].description
-        given = shortened(repr(error["input"]), 100)
-        return f"{spelled(name)} was given {given}: {rule}; give {way_out}"
-
-
-class Protocol(Frozen):
-    """Everything that the runs of one sweep share.
-
-    The optimizer is SGD; weights, biases and the norms' own parameters all decay alike.
-    """
-
-    data: str = Field(default="digits", description="the name of a data set")
+    data: str = Field(
+        default="digits",
+        description="the name of a data set, folder:PATH, or FILE.py:FUNCTION",
+    )
     limit: Count | None = Field(
         default=None, description="the number of training examples to keep, 1 or more"
     )
-    model: str = Field(default="small-resnet", description="the name of a model")
-    epochs: Count = Field(default=4, description="passes over the training data, 1 or more")
-    base_lr: float = Field(
-        default=0.1, gt=0, description=f"the learning rate at batch size {REFERENCE_BATCH_SIZE}"
+    image_size: Count | None = Field(
+        default=None, description="the height and width of the network's input, or none"
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="SGD's momentum, in [0, 1)")
-    weight_decay: float = Field(default=1e-4, ge=0, description="SGD's weight decay, 0 or more")
-    lr_drops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(81 / 164, 122 / 164),
-        description="the shares of the epochs after which the rate drops",
+    model: str = Field(default="small-resnet", description="the name of a model, or FILE.py:NAME")
+    weights: str | None = Field(
+        default=None, description="a .safetensors file that every run starts from, or none"
     )
-    lr_factor: float = Field(
-        default=0.1, gt=0, le=1, description="what the learning rate is multiplied by at a drop"
+    train: str | None = Field(
+        default=None, description="FILE.py:FUNCTION that trains in place of all this, or none"
     )
     device: str = Field(default="cpu", description="a torch device such as cpu or cuda")
     threads: Threads = Field(default=1, description="CPU threads of one run, 1 or more")
+    strategy: Strategy = Field(default="auto", description="auto, ddp or fsdp")
+    processes: Count = Field(default=1, description="processes that train together, 1 or more")
+    synchronize_statistics: bool = Field(default=False, description="yes or no")
+
+    def step_examples(self, batch_size: int) -> int:
+        """Examples of a step of the optimizer, over all processes."""
+        return batch_size * self.accumulate * self.processes
 
 
 class RunSpec(Frozen):
@@ -107,37 +62,25 @@ class TrainingSpec(RunSpec):
     """One network trained with one norm, batch size and seed."""
 
     protocol: Protocol = Protocol()
-    norm: str = Field(description="a norm such as bn, gn:8 or bgn:auto")
+    norm: str = Field(description="a norm such as bn or gn:8, or an arm such as xbn/gn:64")
     batch_size: Count = Field(description="the examples of a training step, 1 or more")
     seed: Seed = Field(default=0, description="the seed of weights and data order, 0 or more")
 
     @field_validator("norm")
     @classmethod
     def _canonical(cls, value: str) -> str:
-        return str(NormSpec.parse(value))
+        return str(Arm.parse(value))
+
+    @property
+    def file_name(self) -> str:
+        """A name for files of this run: ``gn_8-b2-s1-`` and its key."""
+        norm = "".join(c if c.isalnum() or c in "-+" else "_" for c in self.norm)
+        return f"{norm}-b{self.batch_size}-s{self.seed}-{self.key}"
 
     @property
     def has_learning_rate_as_update_rate(self) -> bool:
         """Whether estimates of micro-batches move by the learning rate, as in the paper."""
-        options = dict(NormSpec.parse(self.norm).arguments)
-        return bool(options.get("micro_batch")) and "update_rate" not in options
-
-    def learning_rate(self, epoch: int) -> float:
-        r"""Learning rate of an epoch.
-
-        .. math::  \text{base\_lr} \cdot \text{batch} / 128 \cdot \text{factor}^{\text{drops}}
-
-        Args:
-            epoch: Epochs finished before this one.
-
-        Source:
-            Gunawan et al., appendix B.1: ``0.1 * batch / 128``, a tenth after 81 and after 122 of
-            164 epochs.
-        """
-        share = epoch / self.protocol.epochs
-        num_drops = sum(share >= drop for drop in self.protocol.lr_drops)
-        scaled = self.protocol.base_lr * self.batch_size / REFERENCE_BATCH_SIZE
-        return scaled * self.protocol.lr_factor**num_drops
+        return Arm.parse(self.norm).has_learning_rate_as_update_rate
 
 
 class SweepSpec(Frozen):
@@ -149,23 +92,28 @@ class SweepSpec(Frozen):
         min_length=1, description="one batch size or more, each 1 or more"
     )
     seeds: tuple[Seed, ...] = Field(min_length=1, description="one seed or more, each 0 or more")
+    learning_rates: tuple[PositiveRate, ...] = Field(
+        default=(), description="rates above 0, of which each cell takes its best, or none"
+    )
 
     @field_validator("norms")
     @classmethod
     def _canonical(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct("norms", [str(NormSpec.parse(value)) for value in values])
+        return _distinct("norms", [str(Arm.parse(value)) for value in values])
 
-    @field_validator("batch_sizes", "seeds")
+    @field_validator("batch_sizes", "seeds", "learning_rates")
     @classmethod
-    def _distinct_numbers(cls, values: tuple[int, ...], about: ValidationInfo) -> tuple[int, ...]:
+    def _distinct_numbers(cls, values: tuple[T, ...], about: ValidationInfo) -> tuple[T, ...]:
         return _distinct(str(about.field_name).replace("_", " "), values)
 
     def runs(self) -> tuple[TrainingSpec, ...]:
         """All runs, seed by seed, so that every cell has a first result early."""
+        rates = self.learning_rates or (self.protocol.base_lr,)
+        protocols = [self.protocol.model_copy(update={"base_lr": rate}) for rate in rates]
         return tuple(
-            TrainingSpec(protocol=self.protocol, norm=norm, batch_size=batch_size, seed=seed)
-            for seed, batch_size, norm in itertools.product(
-                self.seeds, self.batch_sizes, self.norms
+            TrainingSpec(protocol=protocol, norm=norm, batch_size=batch_size, seed=seed)
+            for seed, batch_size, norm, protocol in itertools.product(
+                self.seeds, self.batch_sizes, self.norms, protocols
             )
         )
 

@@ -1,15 +1,20 @@
 """One step of training, one pass of evaluation, and how an epoch is cut into batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.data import Examples
+from normkit.lab.data import Examples, Split
+from normkit.lab.torchvision_ops import register_missing_operators
 
 EVALUATION_BATCH_SIZE = 500
+TOP = 5  # an example counts for the top-5 accuracy if its class is among so many scores
 
 
 def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -47,16 +52,62 @@ def train_step(
     return loss.item(), int((scores.argmax(1) == batch.targets).sum())
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a pass of evaluation finds; accuracies are shares of the examples."""
+
+    loss: float
+    accuracy: float
+    top5_accuracy: float | None  # None where there are no more than five classes
+
+
+@cache
+def _metrics() -> Any:  # noqa: ANN401 - a module, slow to import
+    register_missing_operators()
+    import torchmetrics  # noqa: PLC0415 - as above
+
+    return torchmetrics
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Examples) -> tuple[float, float]:
-    """Mean loss and accuracy in evaluation mode; the model's mode is put back."""
+def scores_of(
+    model: Callable[[Tensor], Tensor],
+    split: Split,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+) -> Scores:
+    """Loss and accuracies of a model that is in evaluation mode.
+
+    Args:
+        model: Gives a row of scores for each input.
+        split: Examples, or where they are read from.
+        device: Where the model is.
+        share: This process's number and the number of processes, which share the examples; what
+            they find is put together.
+    """
+    metrics = _metrics()
+    mean, accuracies = metrics.MeanMetric().to(device), dict[int, Any]()
+    own = torch.arange(len(split))[share[0] :: share[1]]
+    for index in own.split(EVALUATION_BATCH_SIZE):
+        part = split.take(index).to(device)
+        scores = model(part.inputs)
+        num_classes = scores.shape[1]
+        for top in (1, TOP) if num_classes > TOP else (1,):
+            accuracy = accuracies.get(top) or metrics.classification.MulticlassAccuracy(
+                num_classes, top_k=top, average="micro", validate_args=False
+            ).to(device)
+            accuracy.update(scores, part.targets)
+            accuracies[top] = accuracy
+        mean.update(functional.cross_entropy(scores, part.targets), weight=len(part))
+    found = {top: float(metric.compute()) for top, metric in accuracies.items()}
+    return Scores(float(mean.compute()), found[1], found.get(TOP))
+
+
+def evaluate(model: nn.Module, split: Split) -> Scores:
+    """Loss and accuracies in evaluation mode; the model's mode is put back."""
     was_training = model.training
     model.eval()
-    loss = num_right = 0.0
-    for index in torch.arange(len(examples)).split(EVALUATION_BATCH_SIZE):
-        part = examples.take(index)
-        scores = model(part.inputs)
-        loss += functional.cross_entropy(scores, part.targets, reduction="sum").item()
-        num_right += int((scores.argmax(1) == part.targets).sum())
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = scores_of(model, split, device)
     model.train(was_training)
-    return loss / len(examples), num_right / len(examples)
+    return found

@@ -16,17 +16,20 @@ from typing import Protocol
 
 import torch
 
-from normkit import NormSpec
 from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
-from normkit.lab.data import Dataset, load
+from normkit.lab.arms import Arm
+from normkit.lab.data import Dataset, Split, open_data
 from normkit.lab.device import parse_device
-from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.models.build import build_model, norm_slots
-from normkit.lab.records import Outcome, TrainingRecord, append_record, run_in_turn
+from normkit.lab.environment import describe_environment
+from normkit.lab.loop import num_updates, own_parts, require_precision
+from normkit.lab.models.build import norm_slots
+from normkit.lab.recipe import Timetable
+from normkit.lab.records import Outcome, TrainingRecord, append_record, run_in_turn, sources_of
+from normkit.lab.spec import Protocol as Training
 from normkit.lab.spec import SweepSpec, TrainingSpec
-from normkit.lab.steps import batch_lengths, num_steps_per_epoch
-from normkit.lab.train import run
+from normkit.lab.train import Upkeep, built, dataset_of, run
+from normkit.lab.user_code import HELD, load_function
 
 SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -60,50 +63,78 @@ class Collected:
         self.watcher.on_record(record)
 
 
-def check(sweep: SweepSpec) -> Dataset:
+def check(sweep: SweepSpec) -> Dataset[Split] | None:
     """Find bad input before the first run; nothing is trained or written.
 
     Returns:
-        The data set.
+        The data set; None where a user's function trains.
 
     Raises:
-        SpecError: If the kernels, the device, the data set or the model is unknown, there are too
-            few examples, or a norm does not fit a layer at one of the batch sizes.
+        SpecError: If the kernels, the device, the precision, the data set or the model is unknown,
+            there are too few examples, or a norm does not fit a layer at one of the batch sizes.
         DataError: If the data set's files are missing.
     """
+    protocol = sweep.protocol
     _check_kernels()
-    parse_device(sweep.protocol.device)
-    specs = [NormSpec.parse(norm) for norm in sweep.norms]
-    dataset = load(sweep.protocol.data, sweep.protocol.limit)
-    _check_limit(sweep.protocol.limit, dataset)
-    slots = norm_slots(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
-    num_examples = len(dataset.train)
-    for run_spec in sweep.runs():
-        _check_update_rate(run_spec)
-    for spec, batch_size in itertools.product(specs, sweep.batch_sizes):
-        for length in batch_lengths(num_examples, batch_size):
-            slots.check(spec, batch_size, length)
-    for spec in specs:
-        if spec.standardize_weights:  # whether a model has what it asks for shows in the model
-            build_model(
-                sweep.protocol.model,
-                num_classes=dataset.num_classes,
-                input_shape=dataset.input_shape,
-                norm=spec,
-                batch_size=sweep.batch_sizes[0],
+    require_precision(protocol.precision, parse_device(protocol.device))
+    if protocol.train is not None:
+        load_function(protocol.train, "--train")
+        return None
+    dataset = open_data(protocol.data, protocol.limit, protocol.image_size)
+    _check_sizes(sweep, dataset)
+    slots = norm_slots(protocol.model, dataset.num_classes, dataset.input_shape)
+    _check_update_rates(sweep, dataset)
+    arms = [Arm.parse(norm) for norm in sweep.norms]
+    for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
+        for length in _batch_lengths(protocol, len(dataset.train), batch_size):
+            slots.check(arm, batch_size, length)
+    for arm in arms:
+        if not arm.is_plain:  # whether a model has what it asks for shows in the model
+            spec = TrainingSpec(
+                protocol=protocol, norm=str(arm), batch_size=sweep.batch_sizes[0], seed=0
             )
+            built(spec, dataset)
     return dataset
 
 
-def _check_update_rate(spec: TrainingSpec) -> None:
-    """Refuse a learning rate that estimates of micro-batches cannot move by."""
-    rate = spec.learning_rate(0)
-    if rate > 1 and spec.has_learning_rate_as_update_rate:
+def _batch_lengths(protocol: Training, num_examples: int, batch_size: int) -> set[int]:
+    order = torch.arange(num_examples)
+    return {len(part) for part in own_parts(order, batch_size, 0, protocol.processes)}
+
+
+def _check_sizes(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+    """Refuse too few examples for the classes, or for a batch that was asked for."""
+    limit, num_examples = sweep.protocol.limit, len(dataset.train)
+    if limit is not None and limit < dataset.num_classes:
         raise SpecError(
-            f"{spec.norm} takes the learning rate as its update rate, which is {rate:g} at batch "
-            f"size {spec.batch_size}, and above 1; give a lower --base-lr, or name a rate: "
-            f"{NormSpec.parse(spec.norm).norm_alone}:rate=0.1"
+            f"--limit was given {limit}, but {dataset.name} has {dataset.num_classes} classes; "
+            f"give {dataset.num_classes} or more"
         )
+    largest = max(sweep.batch_sizes) * sweep.protocol.processes
+    if largest > num_examples:
+        raise SpecError(
+            f"--batch-sizes was given {max(sweep.batch_sizes)}, but {dataset.name} has "
+            f"{num_examples} training examples; give {num_examples} or less"
+        )
+    for name, part in (("validation", dataset.validation), ("test", dataset.test)):
+        if not len(part):
+            raise SpecError(
+                f"{dataset.name} has {num_examples} training examples and no {name} examples; "
+                f"give more examples, ten for each class or more"
+            )
+
+
+def _check_update_rates(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+    """Refuse a learning rate that estimates of micro-batches cannot move by."""
+    for spec in sweep.runs():
+        examples = spec.protocol.step_examples(spec.batch_size)
+        rate = spec.protocol.first_rate(examples)
+        if rate > 1 and spec.has_learning_rate_as_update_rate:
+            raise SpecError(
+                f"{spec.norm} takes the learning rate as its update rate, which is {rate:g} at "
+                f"batch size {spec.batch_size}, and above 1; give a lower --base-lr, or name a "
+                f"rate: {Arm.parse(spec.norm).norm}:rate=0.1"
+            )
 
 
 def _check_kernels() -> None:
@@ -115,28 +146,34 @@ def _check_kernels() -> None:
             raise SpecError(f"{ENVIRONMENT_VARIABLE} is {name!r}: {error}") from error
 
 
-def _check_limit(limit: int | None, dataset: Dataset) -> None:
-    if limit is not None and limit < dataset.num_classes:
-        raise SpecError(
-            f"--limit was given {limit}, but {dataset.name} has {dataset.num_classes} classes; "
-            f"give {dataset.num_classes} or more"
-        )
-
-
 def num_steps(spec: TrainingSpec, num_examples: int) -> int:
-    """Training steps of a run that neither diverges nor fails."""
-    return spec.protocol.epochs * num_steps_per_epoch(num_examples, spec.batch_size)
+    """Training steps of a run that neither diverges nor fails; 1 where a user's function trains."""
+    if spec.protocol.train is not None:
+        return 1
+    per_epoch = num_updates(num_examples, spec.batch_size, spec.protocol)
+    return Timetable(spec.protocol, per_epoch, spec.batch_size).num_steps
 
 
 def default_workers(sweep: SweepSpec) -> int:
     """As many runs at once as torch would use threads; one on CUDA."""
     if parse_device(sweep.protocol.device).type == "cuda":
         return 1
+    if sweep.protocol.processes > 1 or any(text in HELD for text in _names(sweep.protocol)):
+        return 1
     return max(1, torch.get_num_threads() // sweep.protocol.threads)
 
 
+def _names(protocol: Training) -> tuple[str, ...]:
+    """What the protocol names that may be known to this process only."""
+    return (protocol.model, protocol.data, protocol.train or "")
+
+
 def run_all(
-    specs: Sequence[TrainingSpec], folder: Path, num_workers: int, watcher: Watcher
+    specs: Sequence[TrainingSpec],
+    folder: Path,
+    num_workers: int,
+    watcher: Watcher,
+    upkeep: Upkeep | None = None,
 ) -> None:
     """Run each spec and append its record to the folder's records as soon as it ends.
 
@@ -145,13 +182,15 @@ def run_all(
         folder: Where the records file is.
         num_workers: Processes; one means this one.
         watcher: Is told of progress.
+        upkeep: What is done beside the runs.
     """
+    upkeep = upkeep or Upkeep(folder=folder)
     if min(num_workers, len(specs)) > 1:
-        _run_in_workers(specs, folder, min(num_workers, len(specs)), watcher)
+        _run_in_workers(specs, upkeep, min(num_workers, len(specs)), watcher)
         return
 
     def work(spec: TrainingSpec) -> TrainingRecord:
-        return run(spec, _Reporter(lambda count: watcher.on_steps(spec, count)).step)
+        return run(spec, _Reporter(lambda count: watcher.on_steps(spec, count)).step, upkeep)
 
     for record in run_in_turn(specs, folder, work):
         watcher.on_record(record)
@@ -193,10 +232,11 @@ class _Worker:
 
 
 def _run_in_workers(
-    specs: Sequence[TrainingSpec], folder: Path, num_workers: int, watcher: Watcher
+    specs: Sequence[TrainingSpec], upkeep: Upkeep, num_workers: int, watcher: Watcher
 ) -> None:
+    folder = upkeep.folder or Path()
     waiting = list(reversed(specs))
-    workers = [_started() for _ in range(num_workers)]
+    workers = [_started(upkeep) for _ in range(num_workers)]
     try:
         for worker in workers:
             worker.begin(waiting.pop())
@@ -211,7 +251,7 @@ def _run_in_workers(
                     watcher.on_record(message)
                     if not worker.process.is_alive():
                         workers.remove(worker)
-                        workers.append(worker := _started())
+                        workers.append(worker := _started(upkeep))
                     worker.begin(waiting.pop() if waiting else None)
     finally:
         for worker in workers:
@@ -220,10 +260,10 @@ def _run_in_workers(
             worker.process.join()
 
 
-def _started() -> _Worker:
+def _started(upkeep: Upkeep) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a forked torch deadlocks in its threads
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, upkeep), daemon=True)
     with _interrupts_ignored():  # inherited: the worker imports torch before it can ignore them
         process.start()
     theirs.close()
@@ -251,26 +291,33 @@ def _received(worker: _Worker) -> int | TrainingRecord:
         spec = worker.spec
         if spec is None:
             raise
-        return _failed(spec, f"the worker process ended with exit code {worker.process.exitcode}")
+        return failed(spec, f"the worker process ended with exit code {worker.process.exitcode}")
 
 
-def _failed(spec: TrainingSpec, message: str) -> TrainingRecord:
+def failed(spec: TrainingSpec, message: str) -> TrainingRecord:
+    """The record of a run that ended without one."""
     return TrainingRecord(
         spec=spec,
         outcome=Outcome(status="failed", message=message),
         step_time_s=None,
         duration_s=0.0,
         environment=describe_environment(parse_device(spec.protocol.device), spec.protocol.threads),
-        code_hash=code_hash(),
+        **sources_of(spec.protocol, _fingerprint(spec)).model_dump(),
     )
 
 
-def _serve(connection: Connection) -> None:
+def _fingerprint(spec: TrainingSpec) -> str | None:
+    dataset = dataset_of(spec)
+    return None if dataset is None else dataset.fingerprint
+
+
+def _serve(connection: Connection, upkeep: Upkeep) -> None:
     """Run what comes through the pipe until it says ``None`` or its other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     with suppress(EOFError, OSError):
         while (spec := connection.recv()) is not None:
-            connection.send(run(spec, _Reporter(lambda count: _tell(connection, count)).step))
+            reporter = _Reporter(lambda count: _tell(connection, count))
+            connection.send(run(spec, reporter.step, upkeep))
 
 
 def _tell(connection: Connection, count: int) -> None:

@@ -18,8 +18,8 @@ from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.data import Examples
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import Environment, code_hash, describe_environment
+from normkit.lab.frozen import Frozen
 from normkit.lab.models import build_model
-from normkit.lab.spec import Frozen
 from normkit.lab.steps import train_step
 from normkit.layers.over_example import GroupNorm
 

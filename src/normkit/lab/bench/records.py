@@ -9,8 +9,8 @@ from normkit.lab.bench.subject import Memory
 from normkit.lab.bench.timing import Times
 from normkit.lab.environment import Environment
 from normkit.lab.files import usable_folder, write_whole
+from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
-from normkit.lab.spec import Frozen
 
 OURS = "ours"
 COPY = "copy"  # x.clone(): what reading and writing the map once takes

@@ -12,8 +12,8 @@ from normkit import NormSpec, build
 from normkit.errors import SpecError
 from normkit.lab.environment import memory_bytes
 from normkit.lab.files import require_file
+from normkit.lab.frozen import Count, Frozen, Threads
 from normkit.lab.lines import first_complaint
-from normkit.lab.spec import Count, Frozen, Threads
 
 Shape = tuple[Count, Count, Count]  # channels, height, width
 Against = Literal["torch", "composition", "compile"]

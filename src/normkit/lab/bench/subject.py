@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from normkit.lab.bench.errors import BenchError
 from normkit.lab.bench.peers import Peer
 from normkit.lab.bench.timing import Call
+from normkit.lab.frozen import Frozen
 from normkit.lab.measure import peak_step_bytes
-from normkit.lab.spec import Frozen
 
 TOLERANCE = {
     torch.float64: 1e-9,

@@ -14,7 +14,7 @@ from normkit.lab.bench.records import (
 )
 from normkit.lab.bench.spec import Shape
 from normkit.lab.bench.subject import Timed
-from normkit.lab.spec import Frozen
+from normkit.lab.frozen import Frozen
 
 TIMED: tuple[Timed, ...] = ("forward", "forward_backward")
 NAMES: dict[str, str] = {"forward": "forward", "forward_backward": "forward + backward"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from normkit.lab.spec import Frozen
+from normkit.lab.frozen import Frozen
 
 WARM_UPS = 2
 LEAST_REPEATS = 5

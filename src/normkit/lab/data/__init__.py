@@ -1,15 +1,18 @@
-"""Data sets held in memory: training, validation and test examples, normalised."""
+"""Data sets: training, validation and test examples, scaled by the training pictures."""
 
-from normkit.lab.data.dataset import Dataset, Examples, stratified_order
+from normkit.lab.data.dataset import Dataset, Examples, Split, stratified_order
 from normkit.lab.data.files import MAX_CLASSES, read_examples
-from normkit.lab.data.sources import READERS, load
+from normkit.lab.data.opening import load, open_data
+from normkit.lab.data.sources import READERS
 
 __all__ = [
     "MAX_CLASSES",
     "READERS",
     "Dataset",
     "Examples",
+    "Split",
     "load",
+    "open_data",
     "read_examples",
     "stratified_order",
 ]

@@ -1,10 +1,12 @@
-"""A data set in memory, and how it is split."""
+"""A data set: three splits of pictures, and the tensors that a network gets of them."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 SPLIT_SEED = 0  # splits belong to the data set, not to a run
@@ -14,7 +16,7 @@ VALIDATION_SHARE = 0.1  # of the training examples
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """Inputs and their classes."""
+    """Inputs, as a network gets them, and their classes."""
 
     inputs: Float[Tensor, "n c h w"]
     targets: Int[Tensor, " n"]
@@ -26,39 +28,162 @@ class Examples:
         """Examples at these positions, in this order."""
         return Examples(inputs=self.inputs[index], targets=self.targets[index])
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one input."""
+        channels, height, width = self.inputs.shape[1:]
+        return channels, height, width
+
+    def keep(self, index: Int[Tensor, " k"]) -> Self:
+        """A split of these examples only."""
+        return replace(self, inputs=self.inputs[index], targets=self.targets[index])
+
+    def own_scaling(self) -> "Scaling | None":
+        """None: inputs are what a network gets."""
+        return None
+
+    def scaled(self, scaling: "Scaling | None") -> Self:
+        """The same examples; inputs are what a network gets."""
+        return self
+
     def to(self, device: torch.device) -> "Examples":
         """The same examples on a device."""
         return Examples(inputs=self.inputs.to(device), targets=self.targets.to(device))
 
 
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    r"""What becomes of a picture's values :math:`v`: :math:`(v - \text{mean}_c) / \text{std}_c`."""
+
+    mean: Float[Tensor, "1 c 1 1"]
+    std: Float[Tensor, "1 c 1 1"]
+
+    @classmethod
+    def of(cls, pictures: Shaped[Tensor, "n c h w"]) -> "Scaling":
+        """Mean and standard deviation of each channel; a constant channel is only centred."""
+        std, mean = torch.std_mean(pictures.float(), (0, 2, 3), correction=0, keepdim=True)
+        return cls(mean, torch.where(std > 0, std, torch.ones_like(std)))
+
+    def __call__(self, pictures: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Scale a batch, on the device where it is."""
+        device = pictures.device
+        return (pictures.float() - self.mean.to(device)) / self.std.to(device)
+
+
+class Split(Protocol):
+    """Training, validation or test examples, wherever their pictures are."""
+
+    @property
+    def targets(self) -> Int[Tensor, " n"]:
+        """Class of each example, on the CPU."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one input."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: Int[Tensor, " k"]) -> Examples:
+        """Examples at these positions, in this order, as at evaluation."""
+        ...
+
+    def keep(self, index: Int[Tensor, " k"]) -> Self:
+        """A split of these examples only."""
+        ...
+
+    def own_scaling(self) -> "Scaling | None":
+        """What brings these pictures to mean 0 and standard deviation 1; None if they are."""
+        ...
+
+    def scaled(self, scaling: "Scaling | None") -> Self:
+        """The same examples, scaled so when they are taken."""
+        ...
+
+
+S_co = TypeVar("S_co", bound=Split, covariant=True)
+P = TypeVar("P", bound=Split)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dataset:
-    """Three disjoint sets of examples, normalised by the training set's statistics.
+class Pictures:
+    """A split that is in memory, a byte a value; they are scaled when they are taken."""
+
+    values: Shaped[Tensor, "n c h w"]
+    targets: Int[Tensor, " n"]
+    scaling: Scaling | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one input."""
+        channels, height, width = self.values.shape[1:]
+        return channels, height, width
+
+    def take(self, index: Int[Tensor, " k"]) -> Examples:
+        """Examples at these positions, in this order, as at evaluation."""
+        values = self.values[index]
+        inputs = values.float() if self.scaling is None else self.scaling(values)
+        return Examples(inputs=inputs, targets=self.targets[index])
+
+    def keep(self, index: Int[Tensor, " k"]) -> Self:
+        """A split of these examples only."""
+        return replace(self, values=self.values[index], targets=self.targets[index])
+
+    def to(self, device: torch.device) -> Self:
+        """The same examples on a device."""
+        return replace(self, values=self.values.to(device), targets=self.targets.to(device))
+
+    def picture(self, at: int) -> Shaped[Tensor, "c h w"]:
+        """The picture of an example, as it was read."""
+        return self.values[at]
+
+    def own_scaling(self) -> Scaling | None:
+        """Of all pictures; None if they are in floating point, which is taken as it is."""
+        return None if self.values.is_floating_point() else Scaling.of(self.values)
+
+    def scaled(self, scaling: Scaling | None) -> Self:
+        """The same examples, scaled so when they are taken."""
+        return replace(self, scaling=scaling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset(Generic[S_co]):
+    """Three disjoint splits, scaled by the training pictures' statistics.
 
     The fingerprint is of all examples as they were read: it changes when the files do.
     """
 
     name: str
     num_classes: int
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: S_co
+    validation: S_co
+    test: S_co
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()  # what a user should know, such as pictures that are left out
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one input."""
-        channels, height, width = self.train.inputs.shape[1:]
-        return channels, height, width
+        return self.train.input_shape
 
-    def to(self, device: torch.device) -> "Dataset":
-        """The same data set on a device."""
-        return replace(
-            self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
-        )
+
+def loaded(dataset: "Dataset[Split]") -> "Dataset[Examples]":
+    """Take all inputs into memory, scaled."""
+    parts = (dataset.train, dataset.validation, dataset.test)
+    train, validation, test = (part.take(torch.arange(len(part))) for part in parts)
+    return Dataset(
+        name=dataset.name,
+        num_classes=dataset.num_classes,
+        train=train,
+        validation=validation,
+        test=test,
+        fingerprint=dataset.fingerprint,
+        notes=dataset.notes,
+    )
 
 
 def stratified_order(targets: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
@@ -82,66 +207,68 @@ def stratified_order(targets: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]
     return shuffled[position[shuffled].argsort(stable=True)]
 
 
-def hold_out(examples: Examples, num_held: int) -> tuple[Examples, Examples]:
-    """Split into the rest and ``num_held`` stratified examples, the same ones each time.
+def hold_out(targets: Int[Tensor, " n"], share: float) -> tuple[Tensor, Tensor]:
+    """Positions of the rest and of a stratified share, the same ones each time.
 
     Returns:
-        The rest, then the held-out examples.
+        The rest, then those held out.
     """
-    order = stratified_order(examples.targets, SPLIT_SEED)
-    return examples.take(order[num_held:]), examples.take(order[:num_held])
+    order = stratified_order(targets, SPLIT_SEED)
+    num_held = round(share * len(targets))
+    return order[num_held:], order[:num_held]
 
 
-def split(name: str, examples: Examples, test: Examples | None, limit: int | None) -> Dataset:
-    """Cut a data set into training, validation and test examples and normalise them.
+def limited(train: P, validation: P, limit: int | None) -> tuple[P, P]:
+    """Keep so many training examples; validation shrinks with them."""
+    if limit is None or limit >= len(train):
+        return train, validation
+    num_validation = max(1, round(limit * len(validation) / len(train)))
+    return (
+        train.keep(torch.arange(limit)),
+        validation.keep(torch.arange(min(num_validation, len(validation)))),
+    )
+
+
+def assembled(
+    name: str,
+    given: Mapping[str, P],
+    fingerprint: str,
+    limit: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> Dataset[P]:
+    """Hold out what is missing, keep what the limit allows, and scale.
 
     Args:
         name: Name of the data set.
-        examples: Everything but the test split, or everything.
-        test: The data set's own test split; ``None`` holds a fifth of ``examples`` out.
+        given: ``train``; without ``test`` a fifth of it is held out, then without ``validation``
+            a tenth of what is left, stratified, the same ones each time.
+        fingerprint: Of everything that was read.
         limit: Training examples to keep, ``None`` for all; validation shrinks with them.
+        notes: What a user should know.
     """
-    num_classes = int(examples.targets.max()) + 1
-    fingerprint = fingerprint_of(examples, *([] if test is None else [test]))
-    if test is None:
-        examples, test = hold_out(examples, round(TEST_SHARE * len(examples)))
-    train, validation = hold_out(examples, round(VALIDATION_SHARE * len(examples)))
-    if limit is not None and limit < len(train):
-        num_validation = max(1, round(limit * len(validation) / len(train)))
-        train = train.take(torch.arange(limit))
-        validation = validation.take(torch.arange(min(num_validation, len(validation))))
-    return _normalised(
-        Dataset(
-            name=name,
-            num_classes=num_classes,
-            train=train,
-            validation=validation,
-            test=test,
-            fingerprint=fingerprint,
-        )
+    parts = dict(given)
+    num_classes = 1 + int(max(part.targets.max() for part in parts.values()))
+    for part, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
+        if part not in parts:
+            rest, held = hold_out(parts["train"].targets, share)
+            parts |= {part: parts["train"].keep(held), "train": parts["train"].keep(rest)}
+    train, validation = limited(parts["train"], parts["validation"], limit)
+    scaling = train.own_scaling()
+    return Dataset(
+        name=name,
+        num_classes=num_classes,
+        train=train.scaled(scaling),
+        validation=validation.scaled(scaling),
+        test=parts["test"].scaled(scaling),
+        fingerprint=fingerprint,
+        notes=notes,
     )
 
 
-def fingerprint_of(*parts: Examples) -> str:
-    """Twelve hexadecimal digits over examples, their order and their parts."""
+def fingerprint_of(parts: Sequence[Pictures]) -> str:
+    """Twelve hexadecimal digits over pictures, their order and their parts."""
     digest = hashlib.sha256()
-    for tensor in (tensor for part in parts for tensor in (part.inputs, part.targets)):
+    for tensor in (tensor for part in parts for tensor in (part.values, part.targets)):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()[:12]
-
-
-def _normalised(dataset: Dataset) -> Dataset:
-    """Zero mean and unit standard deviation in each channel of the training inputs."""
-    std, mean = torch.std_mean(dataset.train.inputs, (0, 2, 3), correction=0, keepdim=True)
-    std = torch.where(std > 0, std, torch.ones_like(std))
-
-    def normalised(examples: Examples) -> Examples:
-        return replace(examples, inputs=(examples.inputs - mean) / std)
-
-    return replace(
-        dataset,
-        train=normalised(dataset.train),
-        validation=normalised(dataset.validation),
-        test=normalised(dataset.test),
-    )

@@ -3,7 +3,6 @@
 import importlib
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,19 +10,20 @@ import numpy as np
 import torch
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data.dataset import Dataset, Examples, split
+from normkit.lab.data.dataset import Dataset, Pictures, assembled, fingerprint_of
 from normkit.lab.data.idx import read_idx
 from normkit.lab.torchvision_ops import register_missing_operators
+from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 
 class Source(NamedTuple):
-    """Examples of a data set, and its own test split if it has one."""
+    """Pictures of a data set, and its own test split if it has one."""
 
-    examples: Examples
-    test: Examples | None
+    pictures: Pictures
+    test: Pictures | None
 
 
 Reader = Callable[[], Source]
@@ -42,9 +42,8 @@ def reader(name: str) -> Callable[[Reader], Reader]:
     return register
 
 
-@lru_cache(maxsize=1)
-def load(name: str, limit: int | None = None) -> Dataset:
-    """Read a data set into memory, split and normalised.
+def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
+    """Read a data set that the lab knows, split and scaled.
 
     Args:
         name: A key of ``READERS``.
@@ -55,9 +54,13 @@ def load(name: str, limit: int | None = None) -> Dataset:
         DataError: If its files are missing or unreadable.
     """
     if name not in READERS:
-        raise SpecError(f"there is no data set {name!r}; known are {', '.join(READERS)}")
-    examples, test = READERS[name]()
-    return split(name, examples, test, limit)
+        raise SpecError(
+            f"there is no data set {printable(name)!r}; known are {', '.join(READERS)}, "
+            f"folder:PATH with a folder for each class, and FILE.py:FUNCTION that makes data sets"
+        )
+    pictures, test = READERS[name]()
+    parts = {"train": pictures} | ({} if test is None else {"test": test})
+    return assembled(name, parts, fingerprint_of([*parts.values()]), limit)
 
 
 def data_folder() -> Path:
@@ -69,7 +72,7 @@ def data_folder() -> Path:
 def digits() -> Source:
     """1797 grey 8x8 digits that come with scikit-learn."""
     bunch = importlib.import_module("sklearn.datasets").load_digits()
-    return Source(_examples(bunch.images[:, None], bunch.target), None)
+    return Source(_pictures(bunch.images[:, None], bunch.target), None)
 
 
 @reader("fashion-mnist")
@@ -77,7 +80,7 @@ def fashion_mnist() -> Source:
     """70000 grey 28x28 pictures of clothes: Debian's files if installed, else a download."""
     if not FASHION_MNIST_FOLDER.is_dir():
         return _from_torchvision("FashionMNIST")
-    return Source(_idx_examples("train"), _idx_examples("t10k"))
+    return Source(_idx_pictures("train"), _idx_pictures("t10k"))
 
 
 @reader("cifar10")
@@ -98,10 +101,10 @@ def svhn() -> Source:
     return _from_torchvision("SVHN")
 
 
-def _idx_examples(part: str) -> Examples:
+def _idx_pictures(part: str) -> Pictures:
     images = read_idx(FASHION_MNIST_FOLDER / f"{part}-images-idx3-ubyte.gz")
     labels = read_idx(FASHION_MNIST_FOLDER / f"{part}-labels-idx1-ubyte.gz")
-    return _examples(images[:, None].numpy(), labels.numpy())
+    return _pictures(images[:, None].numpy(), labels.numpy())
 
 
 def _from_torchvision(name: str) -> Source:
@@ -117,25 +120,25 @@ def _from_torchvision(name: str) -> Source:
             f"{name} is not in {folder} and cannot be downloaded ({error}); connect to the "
             f"network, or copy torchvision's files there, or set {FOLDER_VARIABLE} to their folder"
         ) from error
-    return Source(_torchvision_examples(train), _torchvision_examples(test))
+    return Source(_torchvision_pictures(train), _torchvision_pictures(test))
 
 
 _TRAIN_FLAGS = ({"train": True}, {"train": False})
 
 
-def _torchvision_examples(dataset: object) -> Examples:
-    """Examples of a torchvision data set, whose attributes differ in name and axis order."""
+def _torchvision_pictures(dataset: object) -> Pictures:
+    """Pictures of a torchvision data set, whose attributes differ in name and axis order."""
     images = np.asarray(getattr(dataset, "data"))  # noqa: B009 -- pyright knows no such attribute
     labels = getattr(dataset, "labels", None)  # SVHN's, already channels first
     if labels is not None:
-        return _examples(images, labels)
+        return _pictures(images, labels)
     targets = np.asarray(getattr(dataset, "targets"))  # noqa: B009 -- as above
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    return _examples(images, targets)
+    return _pictures(images, targets)
 
 
-def _examples(images: np.ndarray, targets: np.ndarray) -> Examples:
-    return Examples(
-        inputs=torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)),
+def _pictures(images: np.ndarray, targets: np.ndarray) -> Pictures:
+    return Pictures(
+        values=torch.from_numpy(np.ascontiguousarray(images, dtype=np.uint8)),
         targets=torch.from_numpy(np.asarray(targets, dtype=np.int64)),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normkit.errors import SpecError
 from normkit.lab.models.architecture import Task
 from normkit.lab.torchvision_ops import register_missing_operators
 
@@ -32,12 +33,24 @@ class TimmModel:
     """A timm classifier, untrained."""
 
     name: str
+    drop_path: float = 0
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        return importlib.import_module("timm").create_model(
-            self.name, num_classes=task.num_classes, in_chans=task.input_shape[0]
-        )
+        options = {"drop_path_rate": self.drop_path} if self.drop_path else {}
+        try:
+            return importlib.import_module("timm").create_model(
+                self.name,
+                num_classes=task.num_classes,
+                in_chans=task.input_shape[0],
+                **options,
+            )
+        except TypeError as error:
+            if not options:
+                raise
+            raise SpecError(
+                f"timm's {self.name} has no drop path; leave --drop-path out ({error})"
+            ) from error
 
 
 def torchvision_names() -> list[str]:

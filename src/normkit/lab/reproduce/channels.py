@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from normkit.lab.figures import STYLES, label_axes
+from normkit.lab.frozen import Count
 from normkit.lab.reproduce.networks import four_layers
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -21,7 +22,6 @@ from normkit.lab.reproduce.preset import (
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
 from normkit.lab.reproduce.verdict import BELOW, Criterion
-from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
 
 FAILURE = 0.7  # accuracies below it are the paper's failures
@@ -69,7 +69,7 @@ def measure_drawn(settings: DrawnSettings, arm: str, seed: int) -> Values:
     return {
         "mean_spread": mean_spread,
         "scale_spread": scale_spread,
-        "accuracy": evaluate(model, dataset.test)[1],
+        "accuracy": evaluate(model, dataset.test).accuracy,
     }
 
 

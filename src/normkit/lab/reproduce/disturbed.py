@@ -7,6 +7,7 @@ from torch import nn
 
 import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.frozen import Count
 from normkit.lab.models.own import ResidualBlock
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
@@ -24,7 +25,6 @@ from normkit.lab.reproduce.preset import (
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE
-from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
 
 LABELS = {"bn": "BN", "xbn-gn": "XBN with GN", "xbn-in": "XBN with IN"}
@@ -73,11 +73,11 @@ def measure_disturbed(settings: DisturbedSettings, arm: str, seed: int) -> Value
             with nk.disturb_statistics(
                 model, delta, seed=draw, where=lambda _layer, name: name in chosen
             ):
-                found.append(evaluate(model, dataset.test)[1])
+                found.append(evaluate(model, dataset.test).accuracy)
         accuracies.append(float(np.mean(found)))
     return {
         "deltas": list(settings.deltas),
-        "undisturbed": evaluate(model, dataset.test)[1],
+        "undisturbed": evaluate(model, dataset.test).accuracy,
         "accuracy": accuracies,
         "layers": chosen,
     }

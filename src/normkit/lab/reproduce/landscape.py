@@ -11,6 +11,7 @@ from torch.nn import functional
 import normkit as nk
 from normkit.lab.data import Examples
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.frozen import Count
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
 from normkit.lab.reproduce.networks import NO_NORM, vgg11
 from normkit.lab.reproduce.preset import (
@@ -25,7 +26,6 @@ from normkit.lab.reproduce.preset import (
 )
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Data, endless
-from normkit.lab.spec import Count
 
 L2 = "+l2"
 LABELS = {NO_NORM: "no norm", "bn": "BN", "gn": "GN", "gnplus": "GNPlus (group first)"}

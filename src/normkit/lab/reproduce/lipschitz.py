@@ -6,6 +6,7 @@ import numpy as np
 
 import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.frozen import Count
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
     IMAGENET,
@@ -21,7 +22,6 @@ from normkit.lab.reproduce.preset import (
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
-from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
 
 PARTS = {"gn": (False, False), "center": (True, False), "scale": (False, True), "ws": (True, True)}
@@ -77,7 +77,7 @@ def measure_standardized(settings: StandardizedSettings, arm: str, seed: int) ->
     errors = settings.fit(model, dataset.train, seed, look)
     return {
         "train_error": errors,
-        "accuracy": evaluate(model, dataset.test)[1],
+        "accuracy": evaluate(model, dataset.test).accuracy,
         "mean_share": mean_shares,
         "weight_share": weight_shares,
     }

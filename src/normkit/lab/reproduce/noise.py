@@ -5,6 +5,7 @@ from typing import Any
 
 import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.frozen import Count
 from normkit.lab.reproduce.networks import vgg11
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -21,7 +22,6 @@ from normkit.lab.reproduce.preset import (
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
-from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
 
 NORMS = {"bn": "BN", "gn": "GN", "gnplus": "GNPlus"}
@@ -88,7 +88,7 @@ def measure_noise(settings: NoiseSettings, arm: str, seed: int) -> Values:
             model,
             dataset.train,
             seed,
-            lambda _epoch: accuracies.append(evaluate(model, dataset.test)[1]),
+            lambda _epoch: accuracies.append(evaluate(model, dataset.test).accuracy),
         )
     return {"train_error": errors, "accuracy": accuracies}
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from normkit.errors import DataError
 from normkit.lab.files import file_errors, write_whole
+from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.records import PresetRecord
 from normkit.lab.reproduce.run import measured
 from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
-from normkit.lab.spec import Frozen
 
 
 class Judged(Frozen):

@@ -6,6 +6,7 @@ import numpy as np
 
 import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.frozen import Count
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -22,7 +23,6 @@ from normkit.lab.reproduce.preset import (
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import HOW_IT_TRAINS, SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW
-from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
 
 NORMS = ("gn", "gn+ws", "ln", "ln+ws")
@@ -63,7 +63,7 @@ def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int) -> Values:
         stds.append(found.std)
 
     settings.fit(model, dataset.train, seed, observe)
-    return {"mean": means, "std": stds, "accuracy": evaluate(model, dataset.test)[1]}
+    return {"mean": means, "std": stds, "accuracy": evaluate(model, dataset.test).accuracy}
 
 
 def trained(values: Values) -> float:

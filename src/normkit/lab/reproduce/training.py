@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from normkit.lab.data import Dataset, Examples, load
-from normkit.lab.spec import Count, Frozen
+from normkit.lab.frozen import Count, Frozen
 from normkit.lab.steps import batches, train_step
 
 OptimizerName = Literal["sgd", "adam"]

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from pydantic import Field
 from scipy.special import stdtrit  # Student's t
 
-from normkit.lab.spec import Frozen
+from normkit.lab.frozen import Frozen
 
 Outcome = Literal["held", "did not hold", "not decided"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

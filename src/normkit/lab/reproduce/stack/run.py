@@ -10,11 +10,11 @@ from torch.nn import functional
 import normkit as nk
 from normkit.lab.data import Examples
 from normkit.lab.data.dataset import stratified_order
+from normkit.lab.frozen import Count
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import PresetTask
 from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Data
-from normkit.lab.spec import Count
 
 BLOCKED = "gnbn"
 

@@ -1,0 +1,140 @@
+"""The options of a recipe and of what it trains; one that is not given is None."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from normkit.cli.shared import decimals, flag, whole_numbers
+from normkit.errors import SpecError
+from normkit.lab.config import NOTHING, read_config
+from normkit.lab.recipe import Augmentation
+
+Switch = Annotated[bool | None, tyro.conf.FlagConversionOff]
+Given = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+NUMBERS_OR_NONE = ("lr_batch_size", "norm_weight_decay", "clip")
+SWITCHES = ("compile", "channels_last", "synchronize_statistics")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """Options that decide a training; each wins over the file given by --config."""
+
+    config: Path | None = None
+    """TOML file with any of these options by name, as experiment.toml beside the records."""
+    data: str | None = None
+    """Data set: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH with a folder for each
+    class, or FILE.py:FUNCTION that gives data sets (default: digits)."""
+    model: str | None = None
+    """Network: small-resnet, mlp, vgg11, any name of torchvision's or timm's, or FILE.py:FUNCTION
+    that makes one (default: small-resnet)."""
+    train: str | None = None
+    """FILE.py:FUNCTION that trains in place of model, data and recipe."""
+    weights: str | None = None
+    """File of weights (.safetensors) that every run starts from; new norms are calibrated."""
+    image_size: int | None = None
+    """Height and width of the network's input, for folders and functions."""
+    limit: int | None = None
+    """Training examples to keep; all if not given."""
+    epochs: int | None = None
+    """Passes over the training data (default: 4)."""
+    steps: int | None = None
+    """Steps of the optimizer, in place of epochs."""
+    optimizer: Literal["sgd", "nesterov", "adam", "adamw"] | None = None
+    """Optimizer (default: sgd)."""
+    base_lr: float | None = None
+    """Learning rate of a step of so many examples as --lr-batch-size says (default: 0.1)."""
+    lr_batch_size: str | None = None
+    """Examples of a step that --base-lr is for; the rate is scaled with the examples. With none it
+    is taken as it is (default: 128)."""
+    momentum: float | None = None
+    """Momentum of SGD (default: 0.9)."""
+    weight_decay: float | None = None
+    """Weight decay (default: 0.0001)."""
+    norm_weight_decay: str | None = None
+    """Weight decay of the norms' parameters; with none that of all others (default: none)."""
+    schedule: Literal["list", "step", "cosine", "polynomial", "exponential", "constant"] | None = (
+        None
+    )
+    """Schedule of the learning rate (default: list)."""
+    lr_drops: str | None = None
+    """Schedule list: shares of the training after which the rate drops (default: 81/164 and
+    122/164)."""
+    lr_every: float | None = None
+    """Schedule step: epochs between two drops (default: 30)."""
+    lr_factor: float | None = None
+    """What a drop multiplies the rate by; exponential: to its end (default: 0.1)."""
+    lr_power: float | None = None
+    """Schedule polynomial: its power (default: 0.9)."""
+    warmup: float | None = None
+    """Epochs (steps with --steps) in which the rate grows from 0 (default: 0)."""
+    accumulate: int | None = None
+    """Batches whose gradients are added for a step (default: 1)."""
+    clip: str | None = None
+    """Largest norm of the gradient; none for no clipping (default: none)."""
+    augment: str | None = None
+    """Changes of training pictures, with commas between: crop, flip, cutout, imagenet."""
+    label_smoothing: float | None = None
+    """Label smoothing (default: 0)."""
+    mixup: float | None = None
+    """Alpha of mixup; 0 for none (default: 0)."""
+    drop_path: float | None = None
+    """Share of residual branches left out in training, in timm's networks (default: 0)."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
+    """Precision of the training (default: 32-true)."""
+    compile: Given = False
+    """Compile the network by torch.compile."""
+    channels_last: Given = False
+    """Keep maps and weights in channels_last."""
+    threads: int | None = None
+    """CPU threads of one run (default: 1)."""
+    strategy: Literal["auto", "ddp", "fsdp"] | None = None
+    """How the processes that torchrun started train one network together (default: ddp)."""
+    synchronize_statistics: Given = False
+    """Let norms share their statistics over the processes."""
+
+    def values(self) -> dict[str, Any]:
+        """What was asked for, by name: in the file, and on the command line, which wins.
+
+        Raises:
+            SpecError: If a list or a number cannot be read.
+            DataError: If the file cannot be read.
+        """
+        found = {} if self.config is None else read_config(self.config)
+        own = [option.name for option in fields(RecipeOptions) if option.name != "config"]
+        given = {name: getattr(self, name) for name in own}
+        values = {k: v for k, v in given.items() if v is not None and (v or k not in SWITCHES)}
+        if "steps" in values:
+            found.pop("epochs", None)
+        if "epochs" in values:
+            found.pop("steps", None)
+        return found | _read(values)
+
+
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the options that are lists, or a number or none."""
+    found = dict(values)
+    if "lr_drops" in found:
+        found["lr_drops"] = decimals("--lr-drops", found["lr_drops"])
+    if "augment" in found:
+        found["augment"] = _augmentations(found["augment"])
+    for name in NUMBERS_OR_NONE:
+        if name in found:
+            text = found[name]
+            found[name] = None if text == NOTHING else decimals(flag(name), text)[0]
+    if isinstance(found.get("lr_batch_size"), float):
+        found["lr_batch_size"] = whole_numbers("--lr-batch-size", values["lr_batch_size"])[0]
+    return found
+
+
+def _augmentations(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    wrong = [name for name in names if name not in get_args(Augmentation)]
+    if wrong:
+        raise SpecError(
+            f"--augment was given {', '.join(map(repr, wrong))}; known are "
+            f"{', '.join(get_args(Augmentation))}"
+        )
+    return names

@@ -1,0 +1,105 @@
+"""Runs on the machines of a Ray cluster."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from normkit.errors import DataError, PackageError
+from normkit.lab.environment import code_hash
+from normkit.lab.records import TrainingRecord, append_record
+from normkit.lab.spec import TrainingSpec
+from normkit.lab.sweep import Watcher, failed
+from normkit.lab.train import Upkeep, run
+from normkit.text import shortened
+
+ADDRESS = "RAY_ADDRESS"
+TRIES_ELSEWHERE = 5  # of a run whose machine has gone
+
+
+def run_on_ray(specs: Sequence[TrainingSpec], upkeep: Upkeep, watcher: Watcher) -> None:
+    """Run each spec as a task of its own; its record comes home as soon as it ends.
+
+    A task takes the run's threads as CPUs, and a GPU if it computes on one. If its machine goes,
+    it is done again on another one. Files that the specs name, data and models, must be at the
+    same path on all machines, and so must normkit, in the same version.
+
+    Args:
+        specs: Runs, handed out in this order.
+        upkeep: Its folder is this machine's; checkpoints inside a run stay where it is run.
+        watcher: Is told of records.
+
+    Raises:
+        PackageError: If Ray is not installed.
+        DataError: If the cluster cannot be reached, or a machine has another normkit.
+    """
+    folder = upkeep.folder
+    if folder is None:
+        raise DataError("runs on a cluster need a folder for their records; none was given")
+    with _cluster() as ray:
+        work = ray.remote(max_retries=TRIES_ELSEWHERE)(_work)
+        away = replace(upkeep, folder=None)
+        waiting = {
+            work.options(**_resources(spec)).remote(spec, away, code_hash()): spec for spec in specs
+        }
+        try:
+            while waiting:
+                (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+                record = _record(ray, done, waiting.pop(done))
+                append_record(folder, record)
+                watcher.on_record(record)
+        finally:
+            for task in waiting:
+                ray.cancel(task, force=True)
+
+
+def _resources(spec: TrainingSpec) -> dict[str, float]:
+    uses_gpu = spec.protocol.device.startswith("cuda")
+    return {"num_cpus": spec.protocol.threads, "num_gpus": 1 if uses_gpu else 0}
+
+
+def _work(spec: TrainingSpec, upkeep: Upkeep, expected: str) -> TrainingRecord:
+    """What a machine of the cluster does."""
+    if code_hash() != expected:
+        raise DataError(
+            f"this machine of the cluster ({os.uname().nodename}) has another version of normkit; "
+            f"install the same one on all"
+        )
+    return run(spec, lambda: None, upkeep)
+
+
+def _record(ray: Any, task: Any, spec: TrainingSpec) -> TrainingRecord:  # noqa: ANN401 - Ray's
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except ray.exceptions.RayError as error:
+        return failed(spec, f"its machine has gone {TRIES_ELSEWHERE} times ({shortened(error)})")
+
+
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """Join the cluster that is there, or start one on this machine."""
+    try:
+        import ray  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise PackageError(
+            "--cluster ray needs Ray: pip install 'normkit[cluster]'; or leave --cluster out"
+        ) from error
+    joined = ray.is_initialized()
+    if not joined:
+        address = os.environ.get(ADDRESS)
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise DataError(
+                f"the Ray cluster at {ADDRESS}={address} cannot be reached "
+                f"({shortened(error)}); start it by ray start --head, or unset {ADDRESS} to use "
+                f"this machine alone"
+            ) from error
+    try:
+        yield ray
+    finally:
+        if not joined:
+            ray.shutdown()

@@ -1,0 +1,82 @@
+"""Experiments as TOML files: what was asked for, whole, so that it runs again by itself."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from normkit.errors import DataError, SpecError
+from normkit.lab.files import require_file, write_whole
+from normkit.lab.spec import Protocol, SweepSpec
+from normkit.text import listed, printable, shortened
+
+CONFIG_NAME = "experiment.toml"
+NOTHING = "none"  # TOML has no empty value
+LISTS = ("norms", "batch_sizes", "seeds", "learning_rates")
+KNOWN = (*LISTS, *Protocol.model_fields)
+HEADER = (
+    "# What was compared. It runs again by: normkit compare --config FILE --out FOLDER\n"
+    "# Options on the command line win over those here.\n"
+)
+
+
+def write_config(path: Path, sweep: SweepSpec) -> Path:
+    """Write everything that decides a sweep.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    values = sweep.model_dump(mode="json", exclude={"protocol"})
+    values |= sweep.protocol.model_dump(mode="json")
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
+    return write_whole(path, HEADER + "\n".join(lines) + "\n")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read an experiment: any of the names of options, with ``_`` or ``-`` in them.
+
+    Raises:
+        DataError: If it cannot be read.
+        SpecError: If it has an option that there is not.
+    """
+    require_file(path)
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{printable(path)} is no TOML file: {shortened(error)}") from error
+    values = {name.replace("-", "_"): _value(value) for name, value in found.items()}
+    unknown = sorted(set(values) - set(KNOWN))
+    if unknown:
+        raise SpecError(
+            f"{printable(path)} has {listed(unknown)}, which no option is named; known are "
+            f"{', '.join(KNOWN)}"
+        )
+    return values
+
+
+def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:  # noqa: ANN401 - a function
+    """A sweep from values by name.
+
+    Args:
+        values: Those of ``KNOWN``; others keep their defaults.
+        spelled: How messages write a name.
+
+    Raises:
+        SpecError: If one breaks its rule.
+    """
+    lists = {name: tuple(values[name]) for name in LISTS if name in values}
+    own = {name: value for name, value in values.items() if name not in LISTS}
+    return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | lists, spelled)
+
+
+def _toml(value: object) -> str:
+    if value is None:
+        return json.dumps(NOTHING)
+    return json.dumps(value)  # texts, numbers, truth values and lists are written alike
+
+
+def _value(value: object) -> object:
+    if isinstance(value, list):
+        return tuple(value)
+    return None if value == NOTHING else value

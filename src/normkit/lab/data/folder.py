@@ -1,0 +1,237 @@
+"""Pictures in folders: one folder for each class, of one's own or as ImageNet has them."""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from normkit.errors import DataError
+from normkit.lab.data.dataset import Dataset, Pictures, Split, assembled
+from normkit.lab.data.streamed import Streamed, as_tensor
+from normkit.lab.environment import memory_bytes
+from normkit.text import listed, printable, shortened
+
+PREFIX = "folder:"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+DECODED_AT_ONCE = 50_000  # more pictures than these are only looked at when they are needed
+DEFAULT_SIDE = 224  # of pictures that have different sizes
+SHARE_OF_MEMORY = 4  # pictures stay in memory up to a quarter of it
+
+
+class _File(NamedTuple):
+    path: Path
+    label: int
+
+
+def read_folder(folder: Path, limit: int | None = None, side: int | None = None) -> Dataset[Split]:
+    """Read class folders, with or without ``train``, ``val`` and ``test`` folders above them.
+
+    Where there is no test folder a fifth of each class is held out, and where there is no
+    validation folder a tenth of the training pictures, the same ones each time. Pictures that
+    cannot be read are left out and named in the data set's notes.
+
+    Args:
+        folder: Holds a folder for each class, or ``train`` and maybe ``val`` and ``test``.
+        limit: Training examples to keep, ``None`` for all.
+        side: Height and width of what the network gets; by default the pictures' own if they all
+            have one size, else 224.
+
+    Raises:
+        DataError: If there are no pictures, fewer than two classes, a class is in one part and
+            not in another, or no picture can be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{printable(folder)} is no folder; give one that has a folder per class")
+    found = {part: _part(folder, names) for part, names in PARTS.items()}
+    roots = {part: root for part, root in found.items() if root is not None} or {"train": folder}
+    if "train" not in roots:
+        raise DataError(
+            f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
+            f"train; put the training pictures there"
+        )
+    classes = _classes(roots)
+    reading = _Reading(folder)
+    parts = {part: reading.part(_files(root, classes)) for part, root in roots.items()}
+    return _dataset(reading, reading.same_channels(parts), limit, side)
+
+
+def _part(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _classes(roots: Mapping[str, Path]) -> list[str]:
+    """Names of the class folders, the same ones in all parts."""
+    named = {
+        part: sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for part, root in roots.items()
+    }
+    classes, place = named["train"], printable(roots["train"])
+    if len(classes) < 2:
+        raise DataError(
+            f"{place} has {listed(classes) or 'no folder'}; it needs a folder of pictures for "
+            f"each class, two or more"
+        )
+    for part, names in named.items():
+        differing = sorted(set(names) ^ set(classes))
+        if differing:
+            raise DataError(
+                f"the classes of {place} and {printable(roots[part])} differ: {listed(differing)} "
+                f"{'is' if len(differing) == 1 else 'are'} in only one of them; give both the same"
+            )
+    return classes
+
+
+def _files(root: Path, classes: Sequence[str]) -> list[_File]:
+    files = [
+        _File(path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
+    if not files:
+        raise DataError(
+            f"{printable(root)} has no pictures in its class folders; known are files that end in "
+            f"{', '.join(SUFFIXES)}"
+        )
+    return files
+
+
+class _Part(NamedTuple):
+    """The pictures of a part that can be read, in memory if there is room."""
+
+    files: list[_File]
+    values: list[Shaped[Tensor, "c h w"]] | None
+    shapes: set[tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What reading the files of a folder finds out."""
+
+    folder: Path
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    broken: list[Path] = field(default_factory=list)
+    room: int = field(default_factory=lambda: memory_bytes() // SHARE_OF_MEMORY)
+
+    def part(self, files: list[_File]) -> _Part:
+        """Read the pictures of a part; only their headers if there are very many."""
+        whole = len(files) <= DECODED_AT_ONCE
+        kept, values, shapes = list[_File](), list[Tensor](), set[tuple[int, ...]]()
+        for file in files:
+            try:
+                content = file.path.read_bytes() if whole else None
+                picture = decoded(file.path, content) if whole else None
+                shape = _header_shape(file.path) if picture is None else tuple(picture.shape)
+            except DataError:
+                self.broken.append(file.path)
+                continue
+            name = file.path.relative_to(self.folder)
+            self.digest.update(f"{name} {file.label} {file.path.stat().st_size}".encode())
+            self.digest.update(content or b"")
+            kept.append(file)
+            shapes.add(shape)
+            if picture is not None and self.room > 0:
+                values.append(picture)
+                self.room -= picture.numel()
+        if not kept:
+            raise DataError(
+                f"none of the {len(files)} pictures in {printable(self.folder)} can be read, "
+                f"such as {printable(files[0].path.name)}; give pictures that PIL opens"
+            )
+        return _Part(kept, values if len(values) == len(kept) else None, shapes)
+
+    def same_channels(self, parts: Mapping[str, _Part]) -> dict[str, _Part]:
+        """Give grey pictures three channels if others have colours."""
+        if len({shape[0] for part in parts.values() for shape in part.shapes}) == 1:
+            return dict(parts)
+
+        def coloured(part: _Part) -> _Part:
+            values = part.values and [v.expand(3, -1, -1) for v in part.values]
+            return _Part(part.files, values, {(3, *shape[1:]) for shape in part.shapes})
+
+        return {name: coloured(part) for name, part in parts.items()}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which pictures are left out."""
+        if not self.broken:
+            return ()
+        names = listed(path.relative_to(self.folder) for path in self.broken)
+        return (f"{len(self.broken)} pictures cannot be read and are left out: {names}",)
+
+
+def decoded(path: Path, content: bytes | None = None) -> Shaped[Tensor, "c h w"]:
+    """The picture in a file.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    from PIL import Image  # noqa: PLC0415 - only where there are pictures
+
+    try:
+        source = path.read_bytes() if content is None else content
+        with Image.open(io.BytesIO(source)) as picture:
+            return as_tensor(picture, str(path))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"the picture {printable(path)} cannot be read ({shortened(error)}); move it away"
+        ) from error
+
+
+def _header_shape(path: Path) -> tuple[int, ...]:
+    from PIL import Image  # noqa: PLC0415 - as above
+
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            return (1 if picture.mode in ("1", "L", "I", "I;16") else 3, height, width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"the picture {printable(path)} cannot be read") from error
+
+
+def _dataset(
+    reading: _Reading,
+    parts: Mapping[str, _Part],
+    limit: int | None,
+    side: int | None,
+) -> Dataset[Split]:
+    shapes = {shape for part in parts.values() for shape in part.shapes}
+    own = next(iter(shapes))[1:] if len(shapes) == 1 else (DEFAULT_SIDE, DEFAULT_SIDE)
+    height, width = own if side is None else (side, side)
+    shape = (next(iter(shapes))[0], height, width)
+    return assembled(
+        printable(reading.folder.name),
+        {name: _split(part, shape) for name, part in parts.items()},
+        reading.digest.hexdigest()[:12],
+        limit,
+        reading.notes,
+    )
+
+
+def _split(part: _Part, shape: tuple[int, int, int]) -> Pictures | Streamed:
+    """In memory where the pictures have one size, else read when needed."""
+    targets = torch.tensor([file.label for file in part.files])
+    if part.values is not None and part.shapes == {shape}:
+        return Pictures(values=torch.stack(part.values), targets=targets)
+    return Streamed(
+        read=_FromFiles([file.path for file in part.files], shape[0]),
+        positions=torch.arange(len(targets)),
+        targets=targets,
+        input_shape=shape,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _FromFiles:
+    paths: list[Path]
+    num_channels: int
+
+    def __call__(self, at: int) -> Shaped[Tensor, "c h w"]:
+        return decoded(self.paths[at]).expand(self.num_channels, -1, -1)

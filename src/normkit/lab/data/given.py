@@ -1,0 +1,138 @@
+"""Data sets of a user's own: PyTorch data sets, from Python or from ``FILE.py:FUNCTION``."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from normkit.errors import DataError
+from normkit.lab.data.dataset import Dataset, Pictures, Split, assembled
+from normkit.lab.data.files import MAX_CLASSES
+from normkit.lab.data.streamed import Streamed, as_tensor
+from normkit.lab.user_code import users_errors
+from normkit.text import printable, shortened
+
+NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+RULE = (
+    'give a dict {"train": ..., "test": ...} of PyTorch data sets, maybe with "validation", or a '
+    "tuple (train, test) or (train, validation, test), or one data set, which is split"
+)
+
+
+def read_given(
+    given: object, name: str, limit: int | None = None, side: int | None = None
+) -> Dataset[Split]:
+    """Take data sets as a user has them.
+
+    Each has a length and gives ``(picture, class)`` at a position. Pictures of bytes and of PIL
+    are scaled to mean 0 and standard deviation 1 in each channel of the training pictures;
+    tensors in floating point are taken as they are.
+
+    Args:
+        given: ``{"train": ..., "validation": ..., "test": ...}``, a tuple of two or three, or one.
+        name: What messages call them.
+        limit: Training examples to keep, ``None`` for all.
+        side: Height and width of what the network gets; by default the first picture's own.
+
+    Raises:
+        DataError: If it is something else, a part is empty, or the test set has classes that
+            the training set has not.
+    """
+    parts = {part: _part(dataset, f"{name} ({part})") for part, dataset in _parts(given).items()}
+    unknown = sorted(set(parts.get("test", parts["train"]).labels()) - set(parts["train"].labels()))
+    if unknown:
+        raise DataError(
+            f"the test set of {name} has the classes {unknown[:5]}, and its training set has not; "
+            f"give both the same classes"
+        )
+    shape = _input_shape(parts["train"].picture(0), side)
+    digest = hashlib.sha256()
+    for part, source in parts.items():
+        digest.update(f"{part} {source.targets.tolist()}".encode())
+        digest.update(source.picture(0).contiguous().numpy().tobytes())
+    splits = {part: source.split(shape) for part, source in parts.items()}
+    return assembled(name, splits, digest.hexdigest()[:12], limit)
+
+
+def _parts(given: object) -> dict[str, Any]:
+    """The data sets by the part that they are."""
+    found: dict[str, Any] = {}
+    if isinstance(given, Mapping) and set(given) <= set(NAMES):
+        found = {NAMES[str(key)]: dataset for key, dataset in given.items()}
+    elif isinstance(given, tuple) and len(given) in (2, 3):
+        names = ("train", "test") if len(given) == 2 else ("train", "validation", "test")
+        found = dict(zip(names, given, strict=True))
+    elif not isinstance(given, Mapping | tuple):
+        found = {"train": given}
+    wrong = [
+        d for d in found.values() if not hasattr(d, "__len__") or not hasattr(d, "__getitem__")
+    ]
+    if "train" not in found or wrong:
+        shown = type(wrong[0]).__name__ if wrong else printable(shortened(repr(given)))
+        raise DataError(f"data sets were given as {shown}; {RULE}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A PyTorch data set, with the classes of its examples."""
+
+    dataset: Any
+    targets: Int[Tensor, " n"]
+    name: str
+
+    def labels(self) -> list[int]:
+        return self.targets.unique().tolist()
+
+    def picture(self, at: int) -> Shaped[Tensor, "c h w"]:
+        return as_tensor(self.dataset[at][0], f"example {at} of {self.name}")
+
+    def split(self, shape: tuple[int, int, int]) -> Pictures | Streamed:
+        if isinstance(self.dataset, TensorDataset):
+            values = self.dataset.tensors[0]
+            if values.shape[1:] == shape:
+                return Pictures(values=values, targets=self.targets)
+        return Streamed(
+            read=self.picture,
+            positions=torch.arange(len(self.targets)),
+            targets=self.targets,
+            input_shape=shape,
+        )
+
+
+def _part(dataset: Any, name: str) -> _Source:  # noqa: ANN401 - a user's
+    """Find the classes: by the attribute that most data sets have, else by looking at each."""
+    if len(dataset) == 0:
+        raise DataError(f"{name} has no examples; give one or more")
+    with users_errors(name):
+        first = dataset[0]
+    if not isinstance(first, tuple | list) or len(first) != 2:
+        raise DataError(
+            f"{name} gave a {type(first).__name__} at position 0; it gives (picture, class)"
+        )
+    known = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if isinstance(dataset, TensorDataset):
+        known = dataset.tensors[1]
+    if known is None or len(known) != len(dataset):
+        with users_errors(name):
+            known = [dataset[at][1] for at in range(len(dataset))]
+    try:
+        targets = torch.as_tensor([int(label) for label in known])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} has classes that are no whole numbers: {error}") from error
+    if int(targets.min()) < 0 or int(targets.max()) >= MAX_CLASSES:
+        raise DataError(
+            f"{name} has classes from {int(targets.min())} to {int(targets.max())}; they are "
+            f"counted from 0"
+        )
+    return _Source(dataset, targets, name)
+
+
+def _input_shape(first: Shaped[Tensor, "c h w"], side: int | None) -> tuple[int, int, int]:
+    channels, height, width = first.shape
+    return (channels, height, width) if side is None else (channels, side, side)

@@ -1,0 +1,49 @@
+"""A data set by what a user wrote: a name, a folder, a function, or data sets themselves."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from normkit.lab.data.dataset import Dataset, Examples, Split, loaded
+from normkit.lab.data.folder import PREFIX, read_folder
+from normkit.lab.data.given import read_given
+from normkit.lab.data.sources import read
+from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
+
+
+@lru_cache(maxsize=1)
+def open_data(text: str, limit: int | None = None, side: int | None = None) -> Dataset[Split]:
+    """Open a data set, split and scaled.
+
+    Args:
+        text: A name such as ``digits``; ``folder:PATH`` with a folder for each class; or
+            ``FILE.py:FUNCTION``, a function without arguments that gives data sets.
+        limit: Training examples to keep, ``None`` for all.
+        side: Height and width of what a network gets, for folders and functions; by default the
+            pictures' own.
+
+    Raises:
+        SpecError: If there is no such data set or function.
+        DataError: If it cannot be read.
+    """
+    if text.startswith(PREFIX):
+        return read_folder(Path(text.removeprefix(PREFIX)).expanduser(), limit, side)
+    if is_reference(text):
+        make = load_function(text, "--data") if text not in HELD else HELD[text]
+        with users_errors(text):
+            given = make() if callable(make) else make
+        return read_given(given, text.rpartition("/")[2], limit, side)
+    return read(text, limit)
+
+
+@lru_cache(maxsize=1)
+def load(text: str, limit: int | None = None) -> Dataset[Examples]:
+    """Open a data set and take all its inputs into memory.
+
+    Args:
+        text: As :func:`open_data`.
+        limit: Training examples to keep, ``None`` for all.
+
+    Raises:
+        NormError: As :func:`open_data`.
+    """
+    return loaded(open_data(text, limit))

@@ -1,0 +1,82 @@
+"""What is done to pictures before a network gets them: sizes, and augmentation in training."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from normkit.lab.torchvision_ops import register_missing_operators
+
+PADDING_SHARE = 8  # a picture is padded by an eighth of its side before it is cropped: 4 of 32
+CUTOUT_SHARE = 2  # a cutout's side is half the picture's: 16 of 32
+EVALUATION_SHARE = 0.875  # of a picture's shorter side, 224 of 256, is what a network sees
+
+
+def _transforms() -> Any:  # noqa: ANN401 - a module
+    register_missing_operators()
+    return importlib.import_module("torchvision.transforms.v2")
+
+
+def at_size(picture: Shaped[Tensor, "c h w"], size: tuple[int, int]) -> Shaped[Tensor, "c a b"]:
+    """A picture at the size that a network gets at evaluation.
+
+    One of another size is scaled, so that its shorter side is ``1 / 0.875`` of the network's, and
+    its centre is taken, as is usual on ImageNet.
+    """
+    if tuple(picture.shape[1:]) == size:
+        return picture
+    transforms = _transforms()
+    scaled = round(max(size) / EVALUATION_SHARE)
+    resized = transforms.functional.resize(picture, [scaled], antialias=True)
+    return transforms.functional.center_crop(resized, list(size))
+
+
+class Augmentation:
+    """Random changes of one picture, by torchvision, drawn from torch's random state.
+
+    ========  =====================================================================
+    imagenet  a random part of 8 to 100 % of the picture, scaled to its size
+    crop      moved by up to an eighth of its side, zeros beyond the border
+    flip      mirrored from left to right, one time in two
+    cutout    a square of half its side is set to zero; it may reach over the border
+    ========  =====================================================================
+
+    Source:
+        DeVries & Taylor 2017, "Improved Regularization of Convolutional Neural Networks with
+        Cutout", for the last.
+    """
+
+    def __init__(self, names: Sequence[str], size: tuple[int, int]) -> None:
+        transforms = _transforms()
+        steps = []
+        if "imagenet" in names:
+            steps.append(transforms.RandomResizedCrop(size, antialias=True))
+        if "crop" in names:
+            padding = [max(1, side // PADDING_SHARE) for side in reversed(size)]
+            steps.append(transforms.RandomCrop(size, padding=padding))
+        if "flip" in names:
+            steps.append(transforms.RandomHorizontalFlip())
+        self._steps = transforms.Compose(steps) if steps else lambda picture: picture
+        self._cuts = "cutout" in names
+        self._resizes = "imagenet" in names
+        self._size = size
+
+    def __call__(self, picture: Shaped[Tensor, "c h w"]) -> Shaped[Tensor, "c a b"]:
+        """Change a picture."""
+        if not self._resizes:
+            picture = at_size(picture, self._size)
+        picture = self._steps(picture)
+        return cutout(picture) if self._cuts else picture
+
+
+def cutout(picture: Shaped[Tensor, "c h w"]) -> Shaped[Tensor, "c h w"]:
+    """Set a square around a random pixel to zero."""
+    height, width = picture.shape[1:]
+    half = max(1, min(height, width) // CUTOUT_SHARE // 2)
+    y, x = (int(torch.randint(side, ())) for side in (height, width))
+    picture = picture.clone()
+    picture[:, max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+    return picture

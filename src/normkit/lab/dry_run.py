@@ -1,0 +1,88 @@
+"""What a sweep would take, from one measured step of each cell; nothing is trained."""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from normkit.lab.data import Dataset, Split
+from normkit.lab.device import parse_device, seeded, threads_of
+from normkit.lab.frozen import Frozen
+from normkit.lab.loop import Loop, num_updates
+from normkit.lab.measure import peak_step_bytes
+from normkit.lab.recipe import Timetable
+from normkit.lab.spec import SweepSpec, TrainingSpec
+from normkit.lab.train import built
+
+NUM_TIMED_STEPS = 3
+
+
+class Estimate(Frozen):
+    """What one norm at one batch size takes.
+
+    Args:
+        norm: The norm.
+        batch_size: Examples that it sees at a time.
+        num_runs: Runs of the cell.
+        num_steps: Steps of the optimizer in each.
+        step_time_s: Median time of a step, after the first.
+        peak_bytes: Memory at the peak of a step.
+    """
+
+    norm: str
+    batch_size: int
+    num_runs: int
+    num_steps: int
+    step_time_s: float
+    peak_bytes: int
+
+    @property
+    def duration_s(self) -> float:
+        """Time of the steps of all runs of the cell, one after the other."""
+        return self.num_runs * self.num_steps * self.step_time_s
+
+
+def estimate(sweep: SweepSpec, dataset: Dataset[Split]) -> list[Estimate]:
+    """Take four steps of each cell on training pictures, and measure them.
+
+    Raises:
+        NormError: If a network cannot be built.
+    """
+    rates = max(1, len(sweep.learning_rates))
+    num_runs = len(sweep.seeds) * rates
+    return [
+        _cell(next(s for s in sweep.runs() if (s.norm, s.batch_size) == cell), dataset, num_runs)
+        for cell in ((norm, size) for norm in sweep.norms for size in sweep.batch_sizes)
+    ]
+
+
+def _cell(spec: TrainingSpec, dataset: Dataset[Split], num_runs: int) -> Estimate:
+    protocol, num_examples = spec.protocol, len(dataset.train)
+    updates = num_updates(num_examples, spec.batch_size, protocol)
+    timetable = Timetable(protocol, updates, protocol.step_examples(spec.batch_size))
+    device = parse_device(protocol.device)
+    with threads_of(protocol.threads), seeded(spec.seed, device):
+        model = built(spec, dataset).model
+        loop = Loop(model, protocol, timetable.rate(0), device, dataset.num_classes)
+        part = dataset.train.take(torch.arange(min(spec.batch_size, num_examples)))
+        parts = [part.to(loop.device)] * protocol.accumulate
+        loop.model.train()
+        peak = peak_step_bytes(lambda: loop.step(parts), loop.network, loop.optimizer)
+        times = [_timed(loop, parts) for _ in range(NUM_TIMED_STEPS)]
+    return Estimate(
+        norm=spec.norm,
+        batch_size=spec.batch_size,
+        num_runs=num_runs,
+        num_steps=timetable.num_steps,
+        step_time_s=median(times),
+        peak_bytes=peak,
+    )
+
+
+def _timed(loop: Loop, parts: Sequence) -> float:
+    started = time.perf_counter()
+    loop.step(parts)
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize(loop.device)
+    return time.perf_counter() - started

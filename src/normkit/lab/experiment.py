@@ -1,0 +1,309 @@
+"""A sweep from what a user asks for to its result: find what is missing, run it, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from normkit.errors import PackageError
+from normkit.lab.arms import Arm
+from normkit.lab.comparison import Comparison, compared
+from normkit.lab.config import CONFIG_NAME, write_config
+from normkit.lab.device import parse_device
+from normkit.lab.files import usable_folder
+from normkit.lab.launch import Launch, launched
+from normkit.lab.lock import only_user
+from normkit.lab.recipe import Recipe
+from normkit.lab.records import (
+    RECORDS_NAME,
+    Sources,
+    TrainingRecord,
+    append_record,
+    latest,
+    missing_runs,
+    read_records,
+    sources_of,
+)
+from normkit.lab.report import REPORT_NAME, write_report
+from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
+from normkit.lab.sweep import Watcher, check, default_workers, run_all
+from normkit.lab.train import Upkeep, run
+from normkit.lab.user_code import name_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Show = Callable[[Sequence[TrainingSpec], int], AbstractContextManager[Watcher]]
+
+
+class Silent:
+    """A watcher that tells nobody."""
+
+    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
+        """Say nothing."""
+
+    def on_record(self, record: TrainingRecord) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done, the same on all processes of a launch.
+
+    Args:
+        sweep: All runs.
+        missing: Those that have no record yet.
+        sources: Data, model and code as they are now.
+        num_examples: Training examples; 0 where a user's function trains.
+        notes: What the user should know before anything runs.
+    """
+
+    sweep: SweepSpec
+    missing: tuple[TrainingSpec, ...]
+    sources: Sources
+    num_examples: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How the runs are done, which changes nothing of their outcome.
+
+    Args:
+        out: Folder of records, report, checkpoints and weights.
+        num_workers: Runs at once; None for as many as the machine has room for.
+        upkeep: What is done beside each run.
+        cluster: ``"ray"`` for a Ray cluster, or None for this machine.
+        command: What makes the report again, for the page.
+    """
+
+    out: Path
+    num_workers: int | None = None
+    upkeep: Upkeep
+    cluster: str | None = None
+    command: str = ""
+
+
+def plan(sweep: SweepSpec, out: Path) -> Plan:
+    """Check everything, and find the runs that have no record.
+
+    Raises:
+        NormError: If something is wrong; nothing is written.
+    """
+    dataset = check(sweep)
+    sources = sources_of(sweep.protocol, None if dataset is None else dataset.fingerprint)
+    contents = read_records(out, TrainingRecord)
+    ours = [record for record in contents.records if sources.made(record)]
+    keys = {spec.key for spec in sweep.runs()}
+    stale = {r.spec.key for r in contents.records if r.spec.key in keys and not sources.made(r)}
+    notes = list(() if dataset is None else dataset.notes)
+    if stale:
+        notes.append(
+            f"{len(stale)} of these runs have records of other data, another model's source or "
+            f"another version of normkit; those are kept and left out, and the runs done again"
+        )
+    return Plan(
+        sweep=sweep,
+        missing=missing_runs(sweep.runs(), ours),
+        sources=sources,
+        num_examples=0 if dataset is None else len(dataset.train),
+        notes=tuple(notes),
+    )
+
+
+def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None]) -> Result | None:
+    """Do the runs of a sweep that have no record, and write the report.
+
+    Args:
+        sweep: What is compared.
+        way: Where and how.
+        show: Displays progress.
+        tell: Gets what the user should know before anything runs.
+
+    Returns:
+        The result; None on all processes of a launch but the first.
+
+    Raises:
+        NormError: If something is wrong with what was asked for; nothing is half written.
+    """
+    with ExitStack() as held, launched() as launch:
+        found = launch.first(lambda: _begin(sweep, way, held, tell))
+        if found.missing:
+            _run(found, way, show if launch.is_first else _silent, launch)
+        if not launch.is_first:
+            return None
+        return Result.of(found.sweep, found.sources, way)
+
+
+def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], None]) -> Plan:
+    """Plan, take the folder, and write down what was asked for."""
+    found = plan(sweep, way.out)
+    usable_folder(way.out, RECORDS_NAME, REPORT_NAME)
+    held.enter_context(only_user(way.out))
+    for note in found.notes:
+        tell(note)
+    write_config(way.out / CONFIG_NAME, sweep)
+    return found
+
+
+def _run(found: Plan, way: Way, show: Show, launch: Launch) -> None:
+    with show(found.missing, found.num_examples) as watcher:
+        if launch.size > 1:
+            _run_together(found.missing, way, watcher, launch)
+        elif way.cluster is not None:
+            from normkit.lab.cluster import run_on_ray  # noqa: PLC0415 - its package is an extra
+
+            run_on_ray(found.missing, way.upkeep, watcher)
+        else:
+            num_workers = way.num_workers or default_workers(found.sweep)
+            run_all(found.missing, way.out, num_workers, watcher, way.upkeep)
+
+
+def _run_together(
+    specs: Sequence[TrainingSpec], way: Way, watcher: Watcher, launch: Launch
+) -> None:
+    """Train each network on all processes at once; the first one keeps the records."""
+    for spec in specs:
+        record = run(spec, lambda spec=spec: watcher.on_steps(spec, 1), way.upkeep)
+        if launch.is_first:
+            append_record(way.out, record)
+            watcher.on_record(record)
+
+
+def _silent(specs: Sequence[TrainingSpec], num_examples: int) -> AbstractContextManager[Watcher]:
+    return nullcontext(Silent())
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a comparison came to; printed, it is the tables.
+
+    Args:
+        comparison: A cell for each norm and batch size.
+        records: One for each run that there is.
+        folder: Where the records and the report are.
+    """
+
+    comparison: Comparison
+    records: tuple[TrainingRecord, ...]
+    folder: Path
+
+    @classmethod
+    def of(cls, sweep: SweepSpec, sources: Sources, way: Way) -> Result:
+        """Read the records of a sweep and write its report."""
+        known = read_records(way.out, TrainingRecord).records
+        records = latest(sweep.runs(), (record for record in known if sources.made(record)))
+        comparison = compared(sweep, records)
+        write_report(way.out, comparison, records, way.command)
+        return cls(comparison, records, way.out)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict for each norm and batch size: means and spreads over seeds, time and memory."""
+        return [cell.row() for cell in self.comparison.cells]
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a pandas frame.
+
+        Raises:
+            PackageError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd  # noqa: PLC0415 - not needed otherwise
+        except ModuleNotFoundError as error:
+            raise PackageError("frame() needs pandas: pip install pandas; or use rows()") from error
+        return pd.DataFrame(self.rows())
+
+    def report(self) -> Path:
+        """The page with charts, beside the records."""
+        return self.folder / REPORT_NAME
+
+
+def compare(  # noqa: PLR0913 - all but two by keyword
+    model: str | Callable[..., nn.Module] = "small-resnet",
+    data: Any = "digits",  # noqa: ANN401 - a name, a folder, or data sets
+    *,
+    norms: Iterable[str] = ("bn", "gn:8", "bgn:auto"),
+    batch_sizes: Iterable[int] = (2, 8, 32),
+    seeds: Iterable[int] = (1, 2, 3),
+    recipe: Recipe | None = None,
+    train: str | Callable[..., Any] | None = None,
+    out: str | Path = "runs/compare",
+    device: str = "auto",
+    threads: int = 1,
+    workers: int | None = None,
+    tune_lr: Iterable[float] = (),
+    save_weights: bool = False,
+    show: Show | None = None,
+    **protocol: Any,  # noqa: ANN401 - fields of Protocol
+) -> Result:
+    """Train one network with several norms at several batch sizes, and say which is best.
+
+    Runs that have a record in ``out`` are not repeated, unless the data, the model's source or
+    normkit itself has changed.
+
+    Args:
+        model: A name such as ``"timm:resnet18"``, ``"my.py:make_model"``, or a function that makes
+            a network. Its norms are replaced.
+        data: A name such as ``"digits"``, ``"folder:photos"``, ``"my.py:make_datasets"``, or data
+            sets: ``{"train": ..., "test": ...}`` or a tuple.
+        norms: Norms or arms; differences are taken to the first.
+        batch_sizes: Examples that a norm sees at a time, on each process.
+        seeds: Of weights and data order; each cell runs all of them.
+        recipe: How to train; by default ``Recipe()``.
+        train: A function of one's own that trains instead, called as
+            ``train(apply_norm, batch_size, seed, report)``; it returns a number, or several by
+            name. ``model``, ``data`` and ``recipe`` have no part then.
+        out: Folder of the records, the report and checkpoints.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        threads: CPU threads of one run.
+        workers: Runs at once; by default as many as the machine has room for.
+        tune_lr: Learning rates, of which each norm at each batch size gets the one that is best on
+            validation data.
+        save_weights: Whether the trained weights are written to ``out/weights``.
+        show: Displays progress; by default nothing does.
+        protocol: Further fields of ``normkit.lab.spec.Protocol``, such as ``limit=1000``.
+
+    Returns:
+        The result: print it, or take ``.rows()``, ``.frame()``, ``.verdict`` and ``.report()``.
+
+    Raises:
+        NormError: If something is wrong with what was given; nothing is then written.
+
+    Example:
+        >>> import tempfile
+        >>> from normkit.lab import Recipe, compare
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     result = compare(
+        ...         "mlp:depth=2:width=8", norms=["bn", "ln"], batch_sizes=[8], seeds=[1],
+        ...         recipe=Recipe(epochs=1), limit=40, out=out,
+        ...     )
+        >>> [row["norm"] for row in result.rows()]
+        ['bn', 'ln']
+    """
+    values = (recipe or Recipe()).model_dump() | protocol
+    given = {
+        "model": model if isinstance(model, str) else name_of(model, "model"),
+        "data": data if isinstance(data, str) else name_of(data, "data"),
+        "train": train if train is None or isinstance(train, str) else name_of(train, "train"),
+        "device": str(parse_device(device)),
+        "threads": threads,
+    }
+    sweep = SweepSpec.checked(
+        {
+            "protocol": Protocol.checked(values | given),
+            "norms": tuple(str(Arm.parse(norm)) for norm in norms),
+            "batch_sizes": tuple(batch_sizes),
+            "seeds": tuple(seeds),
+            "learning_rates": tuple(tune_lr),
+        }
+    )
+    folder = Path(out)
+    upkeep = Upkeep(folder=folder, save_weights=save_weights)
+    way = Way(out=folder, num_workers=workers, upkeep=upkeep)
+    result = perform(sweep, way, show or _silent, lambda note: None)
+    return result if result is not None else Result.of(sweep, sources_of(sweep.protocol, None), way)

@@ -1,0 +1,77 @@
+"""Batches of a split in a given order, read ahead by processes of their own where that helps."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from normkit.lab.data import Examples, Split
+from normkit.lab.data.dataset import Pictures
+from normkit.lab.data.streamed import Streamed
+from normkit.lab.data.views import Augmentation
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How training pictures are read.
+
+    Args:
+        augment: Names of random changes.
+        seed: Of the changes; equal seeds give equal changes, however many processes read.
+        num_workers: Processes that read ahead; 0 for none.
+    """
+
+    augment: tuple[str, ...] = ()
+    seed: int = 0
+    num_workers: int = 0
+
+
+def loaded_batches(
+    split: Split, parts: Sequence[Int[Tensor, " b"]], loading: Loading
+) -> Iterator[Examples]:
+    """The batches at these positions, in this order."""
+    if not isinstance(split, Pictures | Streamed) or (
+        not loading.augment and isinstance(split, Pictures)
+    ):
+        return (split.take(part.to(split.targets.device)) for part in parts)
+    return iter(
+        DataLoader(
+            _Views(split, loading),  # type: ignore[arg-type]
+            batch_sampler=[part.tolist() for part in parts],  # type: ignore[arg-type]
+            num_workers=loading.num_workers,
+            generator=torch.Generator().manual_seed(0),  # else it draws from the run's random state
+            collate_fn=_Collate(split),
+        )
+    )
+
+
+class _Views:
+    """Training pictures as the network sees them; a picture's change is drawn from its place."""
+
+    def __init__(self, split: Pictures | Streamed, loading: Loading) -> None:
+        _, height, width = split.input_shape
+        self.split, self.seed = split, loading.seed
+        self.augmentation = Augmentation(loading.augment, (height, width))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, at: int) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + at) % 2**63)
+            view = self.augmentation(self.split.picture(at))
+        return view, self.split.targets[at]
+
+
+@dataclass(frozen=True, slots=True)
+class _Collate:
+    split: Pictures | Streamed
+
+    def __call__(self, items: Sequence[tuple[Tensor, Tensor]]) -> Examples:
+        views, targets = zip(*items, strict=True)
+        values, scaling = torch.stack(views), self.split.scaling
+        inputs = values.float() if scaling is None else scaling(values)
+        return Examples(inputs=inputs, targets=torch.stack(targets))

@@ -1,0 +1,282 @@
+"""Steps of training on Lightning Fabric: device, precision, processes, accumulation, clipping."""
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit import param_groups, synchronize_
+from normkit.errors import DataError, SpecError
+from normkit.lab.data import Examples, Split
+from normkit.lab.loading import Loading, loaded_batches
+from normkit.lab.spec import Protocol
+from normkit.lab.steps import Scores, num_steps_per_epoch, scores_of
+from normkit.lab.torchvision_ops import register_missing_operators
+
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@cache
+def _fabric_package() -> Any:  # noqa: ANN401 - a module, slow to import
+    import lightning_fabric  # noqa: PLC0415 - as above
+
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it greets on every start
+    return lightning_fabric
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that a device lacks.
+
+    Raises:
+        SpecError: With those that it has.
+    """
+    if precision == "16-mixed" and device.type == "cpu":
+        raise SpecError("precision 16-mixed needs a GPU; on the CPU give bf16-mixed or 32-true")
+    if precision == "bf16-mixed" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise SpecError("this GPU does not compute in bfloat16; give 16-mixed or 32-true")
+
+
+def make_fabric(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN401 - Fabric
+    """Where and how a run computes.
+
+    Raises:
+        SpecError: If several processes were asked for and were not started, or the device lacks
+            the precision.
+    """
+    require_precision(protocol.precision, device)
+    package = _fabric_package()
+    alone = protocol.processes == 1
+    devices: Any = 1 if device.type == "cpu" else [device.index or 0]
+    if not alone:
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", protocol.processes))
+    strategy: Any = "auto" if alone else protocol.strategy
+    if strategy == "fsdp":
+        strategy = package.strategies.ModelParallelStrategy(
+            _sharded, save_distributed_checkpoint=False
+        )
+    elif not alone:
+        strategy = "ddp"
+    fabric = package.Fabric(
+        accelerator=device.type,
+        devices=devices,
+        num_nodes=1 if alone else protocol.processes // devices,
+        strategy=strategy,
+        precision=protocol.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _sharded(model: nn.Module, mesh: Any) -> nn.Module:  # noqa: ANN401 - a DeviceMesh
+    """Every process keeps a part of each parameter: FSDP2."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - needed by few
+
+    return fully_shard(model, mesh=mesh["data_parallel"])  # type: ignore[return-value]
+
+
+def make_optimizer(
+    model: nn.Module, protocol: Protocol, rate: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer; the norms' parameters decay by a rate of their own if it has one."""
+    groups: Any = model.parameters()
+    if protocol.norm_weight_decay is not None:
+        groups = param_groups(model, protocol.weight_decay, protocol.norm_weight_decay)
+    options: dict[str, Any] = {"lr": rate, "weight_decay": protocol.weight_decay}
+    if protocol.strategy != "fsdp" and protocol.precision != "16-mixed":
+        options["fused"] = True  # one pass over all weights
+    if protocol.optimizer in ("sgd", "nesterov"):
+        nesterov = protocol.optimizer == "nesterov"
+        return torch.optim.SGD(groups, momentum=protocol.momentum, nesterov=nesterov, **options)
+    kind = torch.optim.AdamW if protocol.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of the optimizer found before it changed the weights."""
+
+    loss: float
+    num_right: int
+    num_examples: int
+
+
+@dataclass(slots=True)
+class Loop:
+    """A network, its optimizer, and what a step and an evaluation are.
+
+    Args:
+        network: Trained in place.
+        protocol: The recipe, and where it computes.
+        rate: Learning rate of the first step.
+        device: Where the network goes.
+        num_classes: Length of its output.
+    """
+
+    network: nn.Module
+    protocol: Protocol
+    rate: float
+    device: torch.device
+    num_classes: int
+    fabric: Any = field(init=False)
+    model: Any = field(init=False)
+    optimizer: Any = field(init=False)
+    _mix: Callable[..., tuple[Tensor, Tensor]] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        protocol = self.protocol
+        self.fabric = make_fabric(protocol, self.device)
+        self.device = self.fabric.device
+        if protocol.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = self.network.to(self.device)
+        if protocol.synchronize_statistics and protocol.processes > 1:
+            synchronize_(self.network)
+        model = torch.compile(self.network) if protocol.compile else self.network
+        if protocol.strategy == "fsdp" and protocol.processes > 1:
+            self.model = self.fabric.setup_module(model)
+            optimizer = make_optimizer(self.model, protocol, self.rate, self.device)
+            self.optimizer = self.fabric.setup_optimizers(optimizer)
+        else:
+            optimizer = make_optimizer(self.network, protocol, self.rate, self.device)
+            self.model, self.optimizer = self.fabric.setup(model, optimizer)
+        if protocol.mixup:
+            self._mix = _mixup(protocol.mixup, self.num_classes)
+
+    def set_rate(self, rate: float) -> None:
+        """Take a learning rate for the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self, parts: Sequence[Examples]) -> Step:
+        """Add the gradients of batches, each weighted by its examples, and update the weights.
+
+        Args:
+            parts: Batches, on the device; a norm sees one at a time.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        num_examples = sum(map(len, parts))
+        total, num_right = 0.0, 0
+        for at, part in enumerate(parts):
+            waits = self.protocol.processes > 1 and at + 1 < len(parts)
+            with self.fabric.no_backward_sync(self.model, enabled=waits):
+                scores, loss = self._loss(part)
+                share = len(part) / num_examples
+                self.fabric.backward(loss if share == 1 else loss * share)
+            total += loss.item() * share
+            num_right += int((scores.argmax(1) == part.targets).sum())
+        if self.protocol.clip is not None:
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.protocol.clip)
+        self.optimizer.step()
+        return self._together(Step(total, num_right, num_examples))
+
+    def _together(self, step: Step) -> Step:
+        """What the step of all processes found."""
+        if self.protocol.processes == 1:
+            return step
+        values = [step.loss * step.num_examples, step.num_right, step.num_examples]
+        sums = self.fabric.all_reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.device), reduce_op="sum"
+        ).tolist()
+        return Step(sums[0] / sums[2], int(sums[1]), int(sums[2]))
+
+    def _loss(self, part: Examples) -> tuple[Float[Tensor, "n k"], Float[Tensor, ""]]:
+        inputs, targets = part.inputs, part.targets
+        if self._mix is not None and len(part) > 1:
+            inputs, targets = self._mix(inputs, targets)
+        if self.protocol.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        scores = self.model(inputs)
+        require_scores(scores, len(part), self.num_classes)
+        smoothing = self.protocol.label_smoothing
+        return scores, functional.cross_entropy(scores, targets, label_smoothing=smoothing)
+
+    def evaluate(self, split: Split) -> Scores:
+        """Loss and accuracies in evaluation mode, by the statistics of the first process."""
+        was_training = self.model.training
+        self.model.eval()
+        if self.protocol.processes > 1:
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        found = scores_of(
+            self.model, split, self.device, (self.fabric.global_rank, self.protocol.processes)
+        )
+        self.model.train(was_training)
+        return found
+
+    def epoch(
+        self, split: Split, order: Int[Tensor, " n"], batch_size: int, loading: Loading, skip: int
+    ) -> Iterator[list[Examples]]:
+        """The batches of each step of an epoch, on the device.
+
+        A step takes the next ``batch_size * accumulate`` examples for each process, in turn.
+
+        Args:
+            split: Training examples.
+            order: Positions of all of them.
+            batch_size: Examples of a batch on one process.
+            loading: How they are read and augmented.
+            skip: Steps that were done before.
+        """
+        parts = own_parts(order, batch_size, self.fabric.global_rank, self.protocol.processes)
+        steps = grouped(parts, self.protocol.accumulate)[skip:]
+        loaded = loaded_batches(split, [part for step in steps for part in step], loading)
+        for step in steps:
+            yield [next(loaded).to(self.device) for _ in step]
+
+
+def own_parts(
+    order: Int[Tensor, " n"], batch_size: int, rank: int, world_size: int
+) -> list[Int[Tensor, " b"]]:
+    """Positions of the batches of one process: its equal share of each batch of all processes.
+
+    A last batch is left out if a process would get one example of it, or none.
+    """
+    whole = order.split(batch_size * world_size)
+    if world_size == 1:
+        return list(whole[: num_steps_per_epoch(len(order), batch_size)])
+    sizes = [len(part) // world_size for part in whole]
+    return [
+        part[rank * size : (rank + 1) * size]
+        for part, size in zip(whole, sizes, strict=True)
+        if size > 1 or (size == 1 and batch_size == 1)
+    ]
+
+
+def num_updates(num_examples: int, batch_size: int, protocol: Protocol) -> int:
+    """Steps of the optimizer in an epoch."""
+    parts = own_parts(torch.arange(num_examples), batch_size, 0, protocol.processes)
+    return -(-len(parts) // protocol.accumulate)
+
+
+def grouped(parts: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    """So many parts together each; the last ones may be fewer."""
+    return [parts[at : at + size] for at in range(0, len(parts), size)]
+
+
+def require_scores(scores: object, num_examples: int, num_classes: int) -> None:
+    """Refuse what is not a row of scores for each example.
+
+    Raises:
+        DataError: With what the network gave.
+    """
+    if isinstance(scores, Tensor) and scores.shape == (num_examples, num_classes):
+        return
+    given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    raise DataError(
+        f"the network gave {given} for {num_examples} examples of {num_classes} classes; it gives "
+        f"a tensor ({num_examples}, {num_classes})"
+    )
+
+
+def _mixup(alpha: float, num_classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    register_missing_operators()
+    transforms = importlib.import_module("torchvision.transforms.v2")
+    return transforms.MixUp(alpha=alpha, num_classes=num_classes)

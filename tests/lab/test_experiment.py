@@ -1,0 +1,251 @@
+import json
+import re
+from contextlib import nullcontext
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from normkit.errors import DataError, NormError, SpecError
+from normkit.lab import Recipe, compare
+from normkit.lab.config import read_config, sweep_of, write_config
+from normkit.lab.data import open_data
+from normkit.lab.dry_run import estimate
+from normkit.lab.experiment import plan
+from normkit.lab.records import TrainingRecord, read_records
+from normkit.lab.spec import Protocol, SweepSpec
+from pictures import fill
+
+FAST = {"norms": ["bn", "ln"], "batch_sizes": [8], "seeds": [1, 2], "recipe": Recipe(epochs=1)}
+
+
+class Net(nn.Module):
+    """A user's network, whose norm is torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def pictures(num):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(256, (num, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    return torch.utils.data.TensorDataset(values, torch.arange(num) % 10)
+
+
+def test_a_users_network_and_data_are_compared(tmp_path):
+    data = {"train": pictures(40), "validation": pictures(20), "test": pictures(20)}
+    result = compare(Net, data, **FAST, out=tmp_path)
+    assert [(row["norm"], row["batch_size"], row["num_finished"]) for row in result.rows()] == [
+        ("bn", 8, 2), ("ln", 8, 2)
+    ]  # fmt: skip
+    (first, *_) = result.records
+    assert first.outcome.norms[0].name == "norm"
+    assert first.spec.protocol.model == f"{__file__}:Net"
+    assert isinstance(result.frame(), pd.DataFrame)
+    assert len(result.frame()) == 2
+    assert result.report().read_text().startswith("<!doctype html>")
+
+
+def test_a_function_without_a_name_of_its_own_serves_as_well(tmp_path):
+    result = compare(lambda: Net(), "digits", **FAST, limit=40, out=tmp_path)  # noqa: PLW0108
+    assert all(record.outcome.status == "finished" for record in result.records)
+
+
+def test_runs_with_a_record_are_not_repeated_until_the_source_changes(tmp_path):
+    path = tmp_path / "my.py"
+    text = (
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), "
+        "nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))\n"
+    )
+    path.write_text(text)
+    out = tmp_path / "out"
+    options = {**FAST, "limit": 40, "out": out}
+
+    def num_records():
+        return len(read_records(out, TrainingRecord).records)
+
+    compare(f"{path}:make", **options)
+    compare(f"{path}:make", **options)
+    assert num_records() == 4
+    path.write_text(text + "# edited\n")
+    sweep = SweepSpec(
+        protocol=Protocol(model=f"{path}:make", limit=40, epochs=1),
+        norms=("bn", "ln"), batch_sizes=(8,), seeds=(1, 2),
+    )  # fmt: skip
+    found = plan(sweep, out)
+    assert len(found.missing) == 4
+    assert re.match(r"4 of these runs have records of other data, another model's", found.notes[0])
+    result = compare(f"{path}:make", **options)
+    assert num_records() == 8
+    assert {r.model_hash for r in result.records} == {found.sources.model_hash}
+
+
+def test_a_picture_that_is_gone_is_a_new_run(tmp_path):
+    fill(tmp_path / "photos", per_class=20)
+    options = {**FAST, "out": tmp_path / "out", "seeds": [1]}
+    compare("mlp:depth=2:width=8", f"folder:{tmp_path}/photos", **options)
+    (tmp_path / "photos" / "cat" / "0.png").unlink()
+    compare("mlp:depth=2:width=8", f"folder:{tmp_path}/photos", **options)
+    records = read_records(tmp_path / "out", TrainingRecord).records
+    assert len(records) == 4
+    assert len({record.data_hash for record in records}) == 2
+
+
+def own_training(apply_norm, batch_size, seed, report):
+    """A regression by a loop of one's own, in plain torch."""
+    torch.manual_seed(seed)
+    net = apply_norm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    x = torch.randn(64, 4)
+    for index in torch.arange(64).split(batch_size):
+        loss = (net(x[index]) - x[index].sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        report(loss=loss.item())
+    return {"error": loss.item(), "steps": 64 / batch_size}
+
+
+def test_a_training_of_ones_own_is_compared(tmp_path):
+    steps = []
+
+    class Counting:
+        def on_steps(self, spec, num_steps):
+            steps.append(num_steps)
+
+        def on_record(self, record):
+            pass
+
+    result = compare(
+        train=own_training, norms=["bn", "ln"], batch_sizes=[8, 16], seeds=[1, 2], out=tmp_path,
+        show=lambda specs, num: nullcontext(Counting()),
+    )  # fmt: skip
+    assert [row["num_finished"] for row in result.rows()] == [2, 2, 2, 2]
+    by_spec = {(r.spec.norm, r.spec.batch_size, r.spec.seed): r for r in result.records}
+    torch.manual_seed(1)
+
+    def plain(net):
+        return net
+
+    expected = own_training(plain, 16, 1, lambda **_: None)["error"]
+    assert by_spec["bn", 16, 1].outcome.scores["error"] == pytest.approx(expected, rel=1e-5)
+    assert by_spec["ln", 16, 1].outcome.scores["error"] != pytest.approx(expected, rel=1e-5)
+    assert by_spec["bn", 8, 2].outcome.num_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda apply_norm, batch_size, seed, report: apply_norm(Net()), r"returned Net; it ret"),
+        (lambda apply_norm, batch_size, seed, report: 0.5, r"never called apply_norm\(model\)"),
+        (lambda apply_norm: 0.5, r"TypeError: .*takes 1 positional argument .*"),
+    ],
+)
+def test_a_training_that_breaks_its_rule_is_a_failed_run_that_says_so(tmp_path, function, said):
+    result = compare(train=function, norms=["bn"], batch_sizes=[2], seeds=[1], out=tmp_path)
+    (record,) = result.records
+    assert record.outcome.status == "failed"
+    assert re.search(said, record.outcome.message)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": lambda: 3}, r"gave a int; it gives an nn.Module"),
+        ({"model": lambda: 1 / 0}, r"failed: ZeroDivisionError: .*\(test_experiment.py, line"),
+        ({"model": lambda: nn.Linear(2, 2)}, r"cannot take inputs of shape|no norm"),
+        ({"batch_sizes": [41]}, r"--batch-sizes was given 41, but digits has 40 training"),
+        ({"precision": "16-mixed"}, r"16-mixed needs a GPU"),
+        ({"data": "folder:/no/such"}, r"/no/such is no folder"),
+        ({"norms": ["xyz"]}, r"xyz"),
+        ({"drop_path": 0.1}, r"has no drop path to set to 0.1; timm's networks have"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, given, said):
+    options = {"model": "mlp:depth=2:width=8", "data": "digits", **FAST, "limit": 40} | given
+    with pytest.raises(NormError, match=said):
+        compare(options.pop("model"), options.pop("data"), **options, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_each_cell_gets_the_learning_rate_that_is_best_on_validation_data(tmp_path):
+    rates = [1e-6, 0.3, 1e9]
+    result = compare(
+        "mlp:depth=2:width=16", **(FAST | {"recipe": Recipe(epochs=3)}), limit=200, out=tmp_path,
+        tune_lr=rates,
+    )  # fmt: skip
+    assert len(read_records(tmp_path, TrainingRecord).records) == 2 * 2 * 3
+    assert {row["base_lr"] for row in result.rows()} == {0.3}
+    assert {record.spec.protocol.base_lr for record in result.records} == {0.3}
+
+
+def test_an_experiment_is_written_whole_and_runs_again_by_itself(tmp_path):
+    sweep = SweepSpec(
+        protocol=Protocol(
+            model="vgg11", steps=30, lr_batch_size=None, augment=("crop", "flip"),
+            norm_weight_decay=0.0, compile=True, schedule="cosine",
+        ),
+        norms=("bn", "none", "xbn/gn:64"), batch_sizes=(2, 8), seeds=(1,), learning_rates=(0.1, 1),
+    )  # fmt: skip
+    path = write_config(tmp_path / "experiment.toml", sweep)
+    assert sweep_of(read_config(path), str) == sweep
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("epoch = 3", SpecError, r"has epoch, which no option is named; known are norms"),
+        ("epochs = ", DataError, r"is no TOML file"),
+        ("epochs = 0", SpecError, r"epochs was given 0"),
+    ],
+)
+def test_an_experiment_that_breaks_a_rule_says_so(tmp_path, text, error, said):
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(error, match=said):
+        sweep_of(read_config(path) | {"norms": ["bn"], "batch_sizes": [2], "seeds": [1]}, str)
+
+
+def test_a_dry_run_counts_steps_and_trains_nothing():
+    sweep = SweepSpec(
+        protocol=Protocol(model="small-resnet", limit=100, epochs=3, accumulate=2),
+        norms=("bn", "gn:4"), batch_sizes=(4, 16), seeds=(1, 2),
+    )  # fmt: skip
+    found = estimate(sweep, open_data("digits", 100))
+    assert [(e.norm, e.batch_size, e.num_runs) for e in found] == [
+        ("bn", 4, 2), ("bn", 16, 2), ("gn:4", 4, 2), ("gn:4", 16, 2)
+    ]  # fmt: skip
+    assert [e.num_steps for e in found[:2]] == [3 * 13, 3 * 4]  # 25 and 7 batches, two a step
+    assert found[0].peak_bytes < found[1].peak_bytes
+    assert found[0].duration_s == 2 * 39 * found[0].step_time_s > 0
+
+
+def test_pretrained_weights_are_where_every_run_starts(tmp_path):
+    """Without a step that matters the accuracy is that of the file, by its own norms."""
+    trained = compare(
+        "small-resnet:width=8", **(FAST | {"recipe": Recipe(epochs=8), "norms": ["bn"]}),
+        limit=600, out=tmp_path / "first", save_weights=True,
+    )  # fmt: skip
+    (path, *_) = (tmp_path / "first" / "weights").iterdir()
+    started = compare(
+        "small-resnet:width=8", norms=["bn", "gn:4"], batch_sizes=[8], seeds=[1], limit=600,
+        recipe=Recipe(steps=1, base_lr=1e-12), weights=str(path), out=tmp_path / "second",
+    )  # fmt: skip
+    accuracies = {row["norm"]: row["accuracy"] for row in started.rows()}
+    expected = trained.rows()[0]["accuracy"]
+    assert accuracies["bn"] == pytest.approx(expected, abs=0.08)
+    assert accuracies["gn:4"] > 0.5  # calibrated: a plain swap is at chance
+
+
+def test_records_say_everything_in_json(tmp_path):
+    compare("mlp:depth=2:width=8", **FAST, limit=40, out=tmp_path)
+    for line in (tmp_path / "records.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        assert {"code_hash", "data_hash", "model_hash"} <= found.keys()

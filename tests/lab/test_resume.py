@@ -1,0 +1,133 @@
+"""A run that was killed goes on from its checkpoint, and ends as one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from normkit.lab.records import TrainingRecord, read_records
+from normkit.lab.resume import Checkpoint
+from normkit.lab.spec import Protocol, TrainingSpec
+from normkit.lab.train import Upkeep, run
+
+PROTOCOLS = {
+    "sgd": Protocol(model="small-resnet:width=4", limit=60, epochs=3),
+    "adam, dropout, mixup, augmented, bf16": Protocol(
+        model="timm:mobilenetv3_small_050", limit=40, epochs=2, optimizer="adamw", base_lr=1e-3,
+        schedule="cosine", accumulate=2, clip=1.0, mixup=0.2, augment=("crop", "flip"),
+        precision="bf16-mixed", norm_weight_decay=0.0,
+    ),
+    "micro-batches": Protocol(model="small-resnet:width=4", limit=60, epochs=2, steps=None),
+}  # fmt: skip
+NORMS = {"micro-batches": "bcn:groups=4:micro"}
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing may catch SIGKILL."""
+
+
+def killed_after(num_steps):
+    count = 0
+
+    def on_step():
+        nonlocal count
+        count += 1
+        if count == num_steps:
+            raise Killed
+
+    return on_step
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
+    spec = TrainingSpec(protocol=PROTOCOLS[name], norm=NORMS.get(name, "bn"), batch_size=8, seed=3)
+    expected = run(spec)
+    assert expected.outcome.status == "finished", expected.outcome.message
+    num_steps = expected.outcome.num_steps
+    upkeep = Upkeep(folder=tmp_path, checkpoint_seconds=0)
+    moments = random.Random(0).sample(range(1, num_steps), min(4, num_steps - 1))
+    done = 0
+    for moment in sorted(moments):
+        random.seed(time.time_ns())
+        np.random.seed(time.time_ns() % 2**32)  # noqa: NPY002 - what a user's code would draw from
+        with pytest.raises(Killed):
+            run(spec, killed_after(moment - done + 1), upkeep)
+        done = moment
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert run(spec, upkeep=upkeep).outcome == expected.outcome
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    spec = TrainingSpec(protocol=PROTOCOLS["sgd"], norm="bn", batch_size=8)
+    with pytest.raises(Killed):
+        run(spec, killed_after(3), Upkeep(folder=tmp_path, checkpoint_seconds=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("content", [b"", b"broken", b"\x10\0\0\0\0\0\0\0{}"])
+def test_a_broken_checkpoint_is_as_none(content, tmp_path):
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    path = tmp_path / "x.safetensors"
+    assert Checkpoint(path).read(net, optimizer) is None
+    path.write_bytes(content)
+    assert Checkpoint(path).read(net, optimizer) is None
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
+
+
+def test_every_random_state_comes_back(tmp_path):
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    random.gauss(0, 1)
+    np.random.standard_normal()  # noqa: NPY002 - the global state, with half a pair kept
+    checkpoint = Checkpoint(tmp_path / "x.safetensors")
+    checkpoint.write(net, optimizer, {"a": [1, None]})
+
+    def draws():
+        return (random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(),  # noqa: NPY002
+                torch.rand(3).tolist())  # fmt: skip
+
+    expected = draws()
+    assert checkpoint.read(net, optimizer) == {"a": [1, None]}
+    assert draws() == expected
+
+
+def test_kill_9_at_random_moments_leaves_the_same_records(tmp_path):
+    """The command line, with two workers; the last try is let to its end."""
+    arguments = [
+        sys.executable, "-m", "normkit.cli", "compare", "--model", "small-resnet:width=4",
+        "--limit", "200", "--epochs", "12", "--norms", "bn,gn:4", "--batch-sizes", "4",
+        "--seeds", "1", "--checkpoint-seconds", "0.05", "--json", "--workers", "2", "--out",
+    ]  # fmt: skip
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*arguments, str(tmp_path / "whole")], check=True, **quiet)
+    draw = random.Random(1)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [*arguments, str(tmp_path / "killed")], start_new_session=True, **quiet
+        )
+        folder = tmp_path / "killed" / "checkpoints"
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*arguments, str(tmp_path / "killed")], check=True, **quiet)
+    found, expected = (
+        {r.spec.key: r.outcome for r in read_records(tmp_path / name, TrainingRecord).records}
+        for name in ("killed", "whole")
+    )
+    assert found == expected
+    assert len(found) == 2
