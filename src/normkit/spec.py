@@ -13,8 +13,8 @@ from torch import nn
 
 from normkit.core.check import require_count
 from normkit.core.composite import Order
-from normkit.core.partition import largest_divisor
-from normkit.errors import SpecError
+from normkit.core.partition import divisors, largest_divisor
+from normkit.errors import PartitionError, SpecError
 from normkit.layers.batch_channel import ChannelAffine
 from normkit.recipes import (
     MAX_NUMBER,
@@ -37,6 +37,10 @@ WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Options that are one of a few words, by the name of their annotation."""
 
+LIMIT, CHANNELS = "max", "channels"
+SIZES = ("", LIMIT, CHANNELS)
+"""Arguments that decide the number of groups, in the order in which they are written."""
+
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
@@ -44,8 +48,9 @@ class NormSpec:
 
     Grammar: ``name(:argument)*(+ws)``. An argument is a number (the method's own: groups, or the
     ghost batch size), ``auto`` (by batch size), ``max=K`` (the largest divisor of the size at hand
-    that is at most K), a flag, or ``option=value``; there is never a comma, so that lists of specs
-    are comma-separated.
+    that is at most K), ``channels=M`` (groups of M channels each; with ``max=K`` at most K groups
+    of at least M channels, which is one group where there are fewer channels), a flag, or
+    ``option=value``; there is never a comma, so that lists of specs are comma-separated.
 
     Args:
         name: One of the names in ``METHODS``.
@@ -55,11 +60,17 @@ class NormSpec:
     Raises:
         SpecError: From ``parse``, with the known names or options.
 
+    Source:
+        Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, table 2: ``min(32, channels / 4)`` groups, ``"gn:max=32:channels=4"``.
+
     Example:
         >>> NormSpec.parse("gbgn:8:examples=2")
         NormSpec('gbgn:8:examples_per_group=2')
         >>> str(NormSpec.parse("gn:max=8").resolve(20))
         'gn:5'
+        >>> [str(NormSpec.parse("gn:max=32:channels=4").resolve(size)) for size in (64, 256)]
+        ['gn:16', 'gn:32']
     """
 
     name: str
@@ -87,10 +98,13 @@ class NormSpec:
         name, *arguments = body.split(":")
         recipe = recipe_of(name, text)
         read = dict(_read(argument, recipe, text) for argument in arguments)
-        if len(read) < len(arguments) or {"", "max"} <= read.keys():
+        if len(read) < len(arguments) or {"", LIMIT} <= read.keys():
             raise SpecError(f"spec {text!r} sets an option twice; name each option once")
-        ordered = sorted(read.items(), key=lambda item: (item[0] not in ("", "max"), item[0]))
-        return cls(name, tuple(ordered), bool(suffixes))
+        if {"", CHANNELS} <= read.keys():
+            raise SpecError(
+                f"spec {text!r} gives the number of groups and the channels of a group; give one"
+            )
+        return cls(name, tuple(sorted(read.items(), key=_place)), bool(suffixes))
 
     def __str__(self) -> str:
         texts = [_print(key, value) for key, value in self.arguments]
@@ -107,7 +121,7 @@ class NormSpec:
     def resolve(
         self, num_features: int, *, batch_size: int | None = None, num_positions: int | None = None
     ) -> NormSpec:
-        """Replace ``auto`` and ``max=K`` by the number they mean for a layer.
+        """Replace ``auto``, ``max=K`` and ``channels=M`` by the number they mean for a layer.
 
         Args:
             num_features: Channels of the layer.
@@ -118,19 +132,21 @@ class NormSpec:
         Raises:
             SpecError: If ``auto`` is asked for without a batch size, or a size is too large.
             OptionError: If a size is no whole number of at least 1.
+            PartitionError: If groups of M channels do not make up the layer's.
         """
         require_size("num_features", num_features)
         positions = 1 if num_positions is None else require_size("num_positions", num_positions)
         given = dict(self.arguments)
-        limit = given.pop("max", None)
+        limit, channels = given.pop(LIMIT, None), given.pop(CHANNELS, None)
         if given.get("") == "auto":
             limit = self._automatic(batch_size)
-        if limit is None:
+        if limit is None and channels is None:
             return self
-        recipe = METHODS[self.name]
-        size = num_features * (positions if recipe.over_positions else 1)
-        at_most = require_count("max", limit)  # type: ignore[arg-type] - which is what it checks
-        given[""] = largest_divisor(size, at_most=at_most)
+        size = num_features * (positions if METHODS[self.name].over_positions else 1)
+        at_most = [] if limit is None else [_checked(LIMIT, limit)]
+        if channels is not None:
+            at_most.append(self._num_groups(num_features, channels, exact=limit is None))
+        given[""] = largest_divisor(size, at_most=min(at_most))
         return replace(self, arguments=tuple(sorted(given.items())))
 
     def build(
@@ -153,6 +169,17 @@ class NormSpec:
                 f"{', '.join(recipe.options())}"
             )
         return recipe.layer(num_features, **options)
+
+    def _num_groups(self, num_features: int, channels: Value, exact: bool) -> int:
+        """How many groups of so many channels there are, or of at least so many."""
+        size = _checked(CHANNELS, channels)
+        if exact and num_features % size:
+            raise PartitionError(
+                f"{self} was given for a layer of {num_features} channels, which groups of {size} "
+                f"do not make up; choose one of {divisors(num_features)}, or say the most groups "
+                f"as well: {replace(self, arguments=((LIMIT, 32), *self.arguments))}"
+            )
+        return max(1, num_features // size)
 
     def _automatic(self, batch_size: int | None) -> int:
         rule = METHODS[self.name].automatic
@@ -219,8 +246,10 @@ def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     key, equals, value = argument.partition("=")
     if not equals:
         return _read_unnamed(argument, recipe, text)
-    if key == "max" and recipe.argument == "num_groups":
-        return "max", _whole_number(value, argument, text)
+    if key == LIMIT and recipe.argument == "num_groups":
+        return LIMIT, _whole_number(value, argument, text)
+    if key == CHANNELS and recipe.argument == "num_groups" and not recipe.over_positions:
+        return CHANNELS, _whole_number(value, argument, text)
     option = recipe.short.get(key, key)
     if option not in recipe.options():
         known = sorted([*recipe.options(), *recipe.short])
@@ -228,6 +257,16 @@ def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     if option == recipe.argument:
         return "", _whole_number(value, argument, text)
     return option, _value(value, str(recipe.options()[option].annotation), argument, text)
+
+
+def _checked(name: str, value: Value) -> int:
+    return require_count(name, value)  # type: ignore[arg-type] - which is what it checks
+
+
+def _place(argument: tuple[str, Value]) -> tuple[int, str]:
+    """Where an argument is written: what decides the groups first, then options by name."""
+    key, _ = argument
+    return (SIZES.index(key) if key in SIZES else len(SIZES)), key
 
 
 def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
