@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import get_args
+from typing import TypeVar, get_args
 
 from torch import nn
 
@@ -29,6 +29,7 @@ from normkit.text import shortened
 __all__ = ["METHODS", "NormSpec", "Value", "build", "parse_specs", "recommended_bgn_groups"]
 
 Value = int | float | bool | str | None
+T = TypeVar("T")
 
 MAX_LENGTH = 400  # characters of a spec
 
@@ -198,9 +199,18 @@ def parse_specs(text: str) -> tuple[NormSpec, ...]:
         >>> parse_specs("bn,gn:8,bgn:auto")
         (NormSpec('bn'), NormSpec('gn:8'), NormSpec('bgn:auto'))
     """
+    return parse_list(text, NormSpec.parse)
+
+
+def parse_list(text: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+    """Read what has commas between, each by ``parse`` and each once.
+
+    Raises:
+        SpecError: If one cannot be read, is there twice, or the list is empty.
+    """
     if not isinstance(text, str):
         raise SpecError(f"a list of specs is a text such as 'bn,gn:8'; {text!r} was given")
-    specs = tuple(NormSpec.parse(part) for part in text.split(",") if part.strip())
+    specs = tuple(parse(part) for part in text.split(",") if part.strip())
     if not specs:
         raise SpecError(f"{text!r} names no norm; the norms are: {', '.join(METHODS)}")
     twice = [spec for spec, count in Counter(specs).items() if count > 1]

@@ -20,6 +20,7 @@ from normkit.cli.shared import (
     whole_numbers,
 )
 from normkit.cli.tables import print_tables
+from normkit.lab.arms import parse_arms
 from normkit.lab.comparison import Comparison, compared
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
@@ -37,7 +38,6 @@ from normkit.lab.records import (
 from normkit.lab.report import REPORT_NAME, write_report
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Collected, check, default_workers, run_all
-from normkit.spec import parse_specs
 
 EXIT_FAILED_RUNS = 1
 
@@ -65,7 +65,8 @@ class Compare:
     model: str = "small-resnet"
     """Network: small-resnet, mlp, vgg11, or any name of torchvision's or timm's."""
     norms: str = "bn,gn:8,bgn:auto"
-    """Norms, with commas between; differences are taken to the first."""
+    """Norms, or arms such as xbn/gn:64, ibn-a or none (normkit list), with commas between;
+    differences are taken to the first."""
     batch_sizes: str = "2,8,32"
     """Batch sizes, with commas between."""
     seeds: str = "1,2,3"
@@ -162,7 +163,7 @@ class Compare:
         return SweepSpec.checked(
             {
                 "protocol": protocol,
-                "norms": tuple(str(spec) for spec in parse_specs(self.norms)),
+                "norms": tuple(str(arm) for arm in parse_arms(self.norms)),
                 "batch_sizes": whole_numbers("--batch-sizes", self.batch_sizes),
                 "seeds": whole_numbers("--seeds", self.seeds),
             },

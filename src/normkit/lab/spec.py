@@ -16,8 +16,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from normkit import NormSpec
 from normkit.errors import SpecError
+from normkit.lab.arms import Arm
 from normkit.text import shortened
 
 REFERENCE_BATCH_SIZE = 128  # the batch size that `base_lr` is stated for
@@ -107,20 +107,19 @@ class TrainingSpec(RunSpec):
     """One network trained with one norm, batch size and seed."""
 
     protocol: Protocol = Protocol()
-    norm: str = Field(description="a norm such as bn, gn:8 or bgn:auto")
+    norm: str = Field(description="a norm such as bn or gn:8, or an arm such as xbn/gn:64")
     batch_size: Count = Field(description="the examples of a training step, 1 or more")
     seed: Seed = Field(default=0, description="the seed of weights and data order, 0 or more")
 
     @field_validator("norm")
     @classmethod
     def _canonical(cls, value: str) -> str:
-        return str(NormSpec.parse(value))
+        return str(Arm.parse(value))
 
     @property
     def has_learning_rate_as_update_rate(self) -> bool:
         """Whether estimates of micro-batches move by the learning rate, as in the paper."""
-        options = dict(NormSpec.parse(self.norm).arguments)
-        return bool(options.get("micro_batch")) and "update_rate" not in options
+        return Arm.parse(self.norm).has_learning_rate_as_update_rate
 
     def learning_rate(self, epoch: int) -> float:
         r"""Learning rate of an epoch.
@@ -153,7 +152,7 @@ class SweepSpec(Frozen):
     @field_validator("norms")
     @classmethod
     def _canonical(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct("norms", [str(NormSpec.parse(value)) for value in values])
+        return _distinct("norms", [str(Arm.parse(value)) for value in values])
 
     @field_validator("batch_sizes", "seeds")
     @classmethod

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import torch
 
-from normkit import NormSpec
 from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
+from normkit.lab.arms import Arm
 from normkit.lab.data import Dataset, load
 from normkit.lab.device import parse_device
 from normkit.lab.environment import code_hash, describe_environment
@@ -73,7 +73,7 @@ def check(sweep: SweepSpec) -> Dataset:
     """
     _check_kernels()
     parse_device(sweep.protocol.device)
-    specs = [NormSpec.parse(norm) for norm in sweep.norms]
+    specs = [Arm.parse(norm) for norm in sweep.norms]
     dataset = load(sweep.protocol.data, sweep.protocol.limit)
     _check_limit(sweep.protocol.limit, dataset)
     slots = norm_slots(sweep.protocol.model, dataset.num_classes, dataset.input_shape)
@@ -84,7 +84,7 @@ def check(sweep: SweepSpec) -> Dataset:
         for length in batch_lengths(num_examples, batch_size):
             slots.check(spec, batch_size, length)
     for spec in specs:
-        if spec.standardize_weights:  # whether a model has what it asks for shows in the model
+        if not spec.is_plain:  # whether a model has what it asks for shows in the model
             build_model(
                 sweep.protocol.model,
                 num_classes=dataset.num_classes,
@@ -102,7 +102,7 @@ def _check_update_rate(spec: TrainingSpec) -> None:
         raise SpecError(
             f"{spec.norm} takes the learning rate as its update rate, which is {rate:g} at batch "
             f"size {spec.batch_size}, and above 1; give a lower --base-lr, or name a rate: "
-            f"{NormSpec.parse(spec.norm).norm_alone}:rate=0.1"
+            f"{Arm.parse(spec.norm).norm}:rate=0.1"
         )
 
 
