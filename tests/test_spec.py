@@ -12,6 +12,8 @@ TEXTS = (
     "bn", "in", "ln", "gn", "gn:8", "gn:max=8", "pn", "bgn:auto", "bgn:512", "ghost:4",
     "gbgn:8:examples_per_group=2", "gbgn:examples_per_group=none", "bn:momentum=none",
     "bn:affine=false:eps=0.001", "gn:32+ws", "gn:8:track_running_stats",
+    "gn:channels=4", "gn:max=32:channels=4", "bcn:channels=8:micro_batch+ws",
+    "gn:channels=4:affine=false",
 )  # fmt: skip
 
 
@@ -107,6 +109,52 @@ def test_auto_takes_the_nearest_batch_size_and_the_largest_divisor(
     assert str(spec.resolve(channels, batch_size=batch_size, num_positions=positions)) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "channels", "groups"),
+    [
+        ("gn:channels=4", 64, 16),
+        ("gn:channels=4", 4, 1),
+        ("gn:channels=1", 6, 6),
+        ("gnplus:channels=8", 64, 8),
+        ("bcn:channels=8", 64, 8),
+        ("gw:channels=8", 64, 8),
+        ("gbgn:channels=8", 64, 8),
+        # Qiao et al., table 2: min(32, channels / 4)
+        ("gn:max=32:channels=4", 16, 4),
+        ("gn:max=32:channels=4", 64, 16),
+        ("gn:max=32:channels=4", 128, 32),
+        ("gn:max=32:channels=4", 2048, 32),
+        # and where that is no divisor, or there are fewer channels than one group has
+        ("gn:max=32:channels=4", 30, 6),  # 7 groups are allowed
+        ("gn:max=32:channels=4", 144, 24),  # 32 groups are allowed
+        ("gn:max=32:channels=4", 3, 1),
+    ],
+)
+def test_channels_of_a_group(text, channels, groups):
+    built = nk.build(text, channels)
+    assert nk.NormSpec.parse(text).resolve(channels) == nk.NormSpec.parse(
+        f"{text.partition(':')[0]}:{groups}"
+    )
+    assert repr(built) == repr(nk.build(f"{text.partition(':')[0]}:{groups}", channels))
+
+
+def test_channels_of_a_group_must_make_up_the_layer():
+    with pytest.raises(
+        nk.PartitionError,
+        match=r"gn:channels=4 was given for a layer of 30 channels, which groups of 4 do not make "
+        r"up; choose one of \[1, 2, 3, 5, 6, 10, 15, 30\], or say .*: gn:max=32:channels=4$",
+    ):
+        nk.build("gn:channels=4", 30)
+
+
+@given(channels=st.integers(1, 512), most=st.integers(1, 64), least=st.integers(1, 64))
+def test_max_and_channels_bound_the_groups_from_both_sides(channels, most, least):
+    """The largest number that divides, is at most ``most`` and leaves ``least`` channels each."""
+    spec = nk.NormSpec.parse(f"gn:max={most}:channels={least}").resolve(channels)
+    fits = [g for g in range(1, most + 1) if channels % g == 0 and channels // g >= least]
+    assert str(spec) == f"gn:{max(fits, default=1)}"
+
+
 def test_a_resolved_spec_is_left_alone():
     spec = nk.NormSpec.parse("gn:8")
     assert spec.resolve(64) is spec
@@ -126,6 +174,11 @@ def test_a_resolved_spec_is_left_alone():
         ("ghost:max=8", "sets 'max'; its options are"),
         ("gn:8:4", "sets an option twice"),
         ("gn:8:max=4", "sets an option twice"),
+        ("gn:8:channels=4", "gives the number of groups and the channels of a group; give one"),
+        ("gn:channels=4:channels=2", "sets an option twice"),
+        ("gn:channels=0", "argument 'channels=0'; it must be a whole number of at least 1"),
+        ("bgn:channels=4", "sets 'channels'; its options are: .*num_groups"),
+        ("bn:channels=4", "sets 'channels'; its options are: .*momentum"),
         ("gn:8+wn", r"ends in \+wn; the only suffix is \+ws"),
         ("gn+ws+ws", r"ends in \+ws\+ws"),
         ("bn:affine=maybe", "argument 'affine=maybe'; the value must be of type bool"),

@@ -98,6 +98,7 @@ def test_auto_follows_the_shape(explain):
         (["bn", "--shape", "99999,99999"], r"at most 16777216 are numbered; give fewer"),
         (["sn", "--num-groups", "4"], r"sn, which has no number of groups; these have: gn, bgn"),
         (["gn:2", "--num-groups", "4"], r"gn:2, which says the groups itself; give gn --num"),
+        (["gn:channels=2", "--num-groups", "4"], r"gn:channels=2, which says the groups itself"),
         (["gn", "--num-groups", "0"], r"--num-groups was given 0; give 1 or more"),
         (["bn", "--out", "picture.gif"], r"'picture.gif'; its name ends in .png or .svg"),
         (["in", "--shape", "4,8"], r"InstanceNorm expected more than 1 value per statistics group"),

@@ -8,6 +8,7 @@ import pytest
 
 from normkit.catalog import CATALOG
 from normkit.cli import main
+from normkit.lab.arms import ARMS
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -49,11 +50,21 @@ def test_what_is_no_layer_is_a_method_too(capsys, name, call):
     assert call in capsys.readouterr().out
 
 
+def test_every_arm_is_listed_with_its_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [f"{arm} {meaning}" for arm, meaning in ARMS.items()] == [
+        line for line in lines if line.partition(" ")[0] in ARMS
+    ]
+
+
 def test_json_has_every_field(capsys):
     assert main(["list", "--json"]) == 0
     everything = json.loads(capsys.readouterr().out)
     assert [method["spec"] for method in everything["methods"]] == list(CATALOG)
-    assert everything["weights"] == ["+ws"]
+    assert everything["weights"] == ["+ws", "+ws:center", "+ws:scale", "+wn", "+cwn"]
+    assert everything["arms"] == dict(ARMS)
     assert main(["list", "bcn", "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone == everything["methods"][list(CATALOG).index("bcn")]

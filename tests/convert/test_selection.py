@@ -172,6 +172,10 @@ def test_groups_that_do_not_divide_are_refused_for_the_whole_model():
     refused(nk.PartitionError, r'"gn:max=32" takes', "gn", model)
     whole = r'"bcn:max=8:micro_batch\+ws" takes the largest number that divides$'
     refused(nk.PartitionError, whole, "bcn:8:micro+ws", model)
+    of_a_size = (
+        r'of 20 channels, which groups of 8 (?s:.*)\n"gn:max=32:channels=8" takes the largest'
+    )
+    refused(nk.PartitionError, f"(?s:.*){of_a_size}", "gn:channels=8", model)
     nk.convert_norm_(model, "bcn:max=8:micro_batch")
 
 

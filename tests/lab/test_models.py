@@ -188,9 +188,17 @@ def test_a_bad_model_name_says_what_would_do(name, text):
         build(name)
 
 
-def test_a_model_without_batch_norms_is_refused():
-    with pytest.raises(SpecError, match=r"'timm:convnext_tiny' has no batch norm to replace; choo"):
-        build("timm:convnext_tiny", "bn", shape=(3, 32, 32))
+def test_a_norm_throughout_replaces_all_norms_of_a_model_without_batch_norms():
+    built = build("timm:convnext_atto", "gn:max=4", shape=(3, 32, 32))
+    assert not any(isinstance(m, nn.LayerNorm) for m in built.model.modules())
+    assert len(built.norms) == sum(isinstance(m, GroupNorm) for m in built.model.modules()) > 0
+    assert built.model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_model_without_norms_is_refused(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "given", of_layers(nn.Conv2d(1, 4, 1)))
+    with pytest.raises(SpecError, match=r"'given' has no norm to replace; choose one .* resnet18"):
+        build("given", "bn")
 
 
 def test_pictures_that_are_too_small_are_refused():
@@ -238,7 +246,8 @@ def test_ibn_says_what_stands_where_and_keeps_its_options():
 
 @pytest.mark.parametrize("name", ["mlp:depth=2:width=8", "vgg11"])
 def test_ibn_needs_residual_blocks(name):
-    with pytest.raises(SpecError, match="ibn stands where IBN-Net-a has it, in the first norm of "):
+    said = "ibn-a stands where IBN-Net-a has it, in the first norm of "
+    with pytest.raises(SpecError, match=said):
         build(name, "ibn")
     with pytest.raises(SpecError, match="choose another norm or a residual network"):
         norm_slots(name, 10, (1, 16, 16)).check("ibn", 4, 4)

@@ -18,7 +18,7 @@ from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
 from normkit.recipes import MAX_NUMBER, METHODS
-from normkit.spec import NormSpec
+from normkit.spec import SIZES, NormSpec
 
 MAX_ELEMENTS = 2**24  # every element gets a number: 128 MB of them
 PICTURES = (".png", ".svg")
@@ -100,7 +100,7 @@ class Explain:
                 f"--num-groups was given with {spec}, which has no number of groups; "
                 f"these have: {', '.join(with_groups)}"
             )
-        if {"", "max"} & dict(spec.arguments).keys():
+        if set(SIZES) & dict(spec.arguments).keys():
             raise SpecError(
                 f"--num-groups was given with {spec}, which says the groups itself; "
                 f"give {spec.name} --num-groups {self.num_groups}, or {spec} alone"

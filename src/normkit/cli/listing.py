@@ -12,6 +12,8 @@ from normkit.catalog import CATALOG, Method
 from normkit.cli.shared import print_json
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
+from normkit.lab.arms import ARMS
+from normkit.lab.changes import WEIGHTS
 from normkit.lab.data import READERS
 from normkit.lab.models import ARCHITECTURES
 from normkit.recipes import METHODS
@@ -48,14 +50,16 @@ class List:
     def _print_all(self) -> None:
         names = {
             "norms": list(METHODS),
-            "weights": ["+ws"],
+            "weights": [f"+{name}" for name in WEIGHTS],
             "data": list(READERS),
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
         if self.json_output:
-            print_json(names | {"methods": [method.as_dict() for method in CATALOG.values()]})
+            methods = [method.as_dict() for method in CATALOG.values()]
+            print_json(names | {"arms": dict(ARMS), "methods": methods})
             return
         print_methods()
+        print_arms()
         lines = (f"{kind}: {', '.join(known)}" for kind, known in names.items())
         sys.stdout.write("\n".join(lines) + "\n")
 
@@ -69,6 +73,14 @@ def print_methods() -> None:
     for method in CATALOG.values():
         table.add_row(*_row(method))
     Terminal().print(table)
+
+
+def print_arms() -> None:
+    """Print what `normkit compare` takes besides a norm throughout."""
+    table = Table.grid("", "", padding=(0, 2))
+    for arm, meaning in ARMS.items():
+        table.add_row(Text(arm, style="bold"), Text(meaning))
+    Terminal().print(Text("Arms of compare", style="bold"), table, sep="\n")
 
 
 def print_method(method: Method) -> None:

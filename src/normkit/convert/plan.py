@@ -27,7 +27,7 @@ from normkit.convert.target import (
 )
 from normkit.errors import ConversionError, NormError, OptionError, PartitionError
 from normkit.layers.base import NormLayer, SegmentLayer
-from normkit.spec import METHODS, NormSpec
+from normkit.spec import LIMIT, METHODS, NormSpec
 from normkit.tracing import CONVOLUTIONS, trace_feeds
 from normkit.weights.attach import OWN_FORWARD, rules_of
 
@@ -288,7 +288,7 @@ def _offer(spec: NormSpec) -> str:
     """The spec with a number of groups that fits every layer."""
     given = dict(spec.arguments)
     limit = given.pop("", None) or METHODS[spec.name].options()["num_groups"].default
-    return str(replace(spec, arguments=(("max", limit), *sorted(given.items()))))
+    return str(replace(spec, arguments=((LIMIT, limit), *sorted(given.items()))))
 
 
 def feeding(

@@ -34,7 +34,7 @@ ARMS: Mapping[str, str] = MappingProxyType(
         NONE: "no norm: each one is removed, and biases stay as they are",
         FROZEN: "bn with running statistics that stand still; scale and shift learn",
         IBN_A: "IBN-Net-a: ibn first in each residual block but those of the last stage, else bn",
-        IBN_B: "IBN-Net-b: in in the stem and after two sums, else bn",
+        IBN_B: "IBN-Net-b: instance norm in the stem and after two sums, else bn",
         "xbn/NORM": "XBN: this norm second in each residual block, else bn",
         "xbn-pP/NORM": "the same with the norm at position P, from 1",
         "xbn-dK/NORM": "the same in every K-th block; xbn-pP-dK/NORM is both",
@@ -310,13 +310,13 @@ def _alone(body: str, text: str) -> tuple[str, NormSpec | None]:
         return name, None
     if name == GNBN or re.fullmatch(rf"{XBN}(-.*)?", name):
         raise SpecError(f"arm {text!r} says no norm to place; write it after a /: {name}/gn:4")
-    if name not in METHODS:
-        try:
-            NormSpec.parse(body)
-        except SpecError as error:
-            others = ", ".join(arm for arm in ARMS if not arm.startswith("+"))
-            raise SpecError(f"{error} (besides norms there are: {others})") from error
-    return "", NormSpec.parse(body)
+    try:
+        return "", NormSpec.parse(body)
+    except SpecError as error:
+        if name in METHODS:
+            raise
+        others = ", ".join(arm for arm in ARMS if not arm.startswith("+"))
+        raise SpecError(f"{error} (besides norms there are: {others})") from error
 
 
 def _placed(body: str, text: str) -> tuple[str, NormSpec]:

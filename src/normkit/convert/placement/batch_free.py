@@ -9,7 +9,7 @@ from torch import nn
 from normkit.convert.rules import read
 from normkit.convert.target import is_over_batch
 from normkit.errors import ConversionError, SpecError
-from normkit.spec import METHODS, NormSpec
+from normkit.spec import CHANNELS, LIMIT, METHODS, NormSpec
 
 EXAMPLE_WEIGHT = "example_weight"
 
@@ -38,7 +38,7 @@ def batch_free(norm: str | NormSpec) -> NormSpec:
 def with_at_most(spec: NormSpec, norm: nn.Module) -> NormSpec:
     """Let a number of groups be at most the number of channels of the norm to be replaced."""
     recipe, given = METHODS[spec.name], dict(spec.arguments)
-    if recipe.argument != "num_groups" or "max" in given:
+    if recipe.argument != "num_groups" or {LIMIT, CHANNELS} & given.keys():
         return spec
     try:
         num_features = read(norm).num_features

@@ -5,11 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from normkit import BatchNorm, build
+from normkit.lab.arms import NONE as NO_NORM
 from normkit.lab.data import Dataset
 from normkit.lab.models import build_model
 from normkit.lab.models.own import VGG11_WIDTHS, initialise
-
-NO_NORM = "none"
 
 
 def seeded_network(model: str, norm: str, dataset: Dataset, seed: int) -> nn.Module:
@@ -17,17 +16,13 @@ def seeded_network(model: str, norm: str, dataset: Dataset, seed: int) -> nn.Mod
 
     Equal seeds give equal weights, whatever the norm.
     """
-    built = build_model(
+    return build_model(
         model,
         num_classes=dataset.num_classes,
         input_shape=dataset.input_shape,
-        norm="bn" if norm == NO_NORM else norm,
+        norm=norm,
         seed=seed,
-    )
-    if norm == NO_NORM:
-        for place in built.norms:
-            built.model.set_submodule(place.name, nn.Identity())
-    return built.model
+    ).model
 
 
 def vgg11(norm: str, dataset: Dataset, width: int, seed: int) -> nn.Module:
