@@ -58,7 +58,7 @@ def test_errors_are_a_sentence_and_with_json_also_json(capsys, command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compare", "--epochs", "two"], "Error parsing --epochs: invalid literal for int() with"),
+        (["compare", "--epochs", "two"], "Error parsing --epochs: no type matching {None}|INT"),
         (["compare", "--colour", "red"], "Unrecognized options: --colour, red"),
         (["tune"], "Missing from normkit tune: --model STR Network: small-resnet, mlp, vgg11"),
         (["nope"], "Unrecognized options: nope"),
@@ -193,7 +193,10 @@ def test_an_interrupt_ends_with_130_and_leaves_no_half_file(tmp_path, command):
     assert "Traceback" not in errors
     said = json.loads(output)
     assert said["error"].startswith("interrupted; ")
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"records.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {
+        "experiment.toml",
+        "records.jsonl",
+    }
 
 
 def test_an_interrupt_while_the_libraries_are_imported_is_no_traceback(tmp_path):

@@ -28,6 +28,7 @@ from normkit.lab.config import sweep_of
 from normkit.lab.device import parse_device
 from normkit.lab.dry_run import estimate
 from normkit.lab.experiment import Result, Way, perform
+from normkit.lab.files import usable_folder
 from normkit.lab.launch import num_launched
 from normkit.lab.loggers import require_loggers
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
@@ -91,6 +92,8 @@ class Compare(RecipeOptions):
             return self._estimate()
         with redirect_stdout(sys.stderr):  # downloads print to the output
             sweep, way = self.sweep(), self._way()
+            if self.out.exists():
+                usable_folder(self.out, RECORDS_NAME, REPORT_NAME)
             tell_of_corrupt_lines(read_records(self.out, TrainingRecord), self.out / RECORDS_NAME)
             result = perform(sweep, way, sweep_progress, _tell)
         if result is None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from normkit.errors import PackageError
 from normkit.lab.arms import Arm
-from normkit.lab.comparison import Comparison, compared
+from normkit.lab.comparison import Comparison, best_rates, compared
 from normkit.lab.config import CONFIG_NAME, write_config
+from normkit.lab.data.opening import forget_data
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched
@@ -95,6 +96,7 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
     Raises:
         NormError: If something is wrong; nothing is written.
     """
+    forget_data()  # files may have changed since it was last read
     dataset = check(sweep)
     sources = sources_of(sweep.protocol, None if dataset is None else dataset.fingerprint)
     contents = read_records(out, TrainingRecord)
@@ -185,7 +187,7 @@ class Result:
 
     Args:
         comparison: A cell for each norm and batch size.
-        records: One for each run that there is.
+        records: One for each run that there is, by the best learning rates.
         folder: Where the records and the report are.
     """
 
@@ -197,7 +199,8 @@ class Result:
     def of(cls, sweep: SweepSpec, sources: Sources, way: Way) -> Result:
         """Read the records of a sweep and write its report."""
         known = read_records(way.out, TrainingRecord).records
-        records = latest(sweep.runs(), (record for record in known if sources.made(record)))
+        every = latest(sweep.runs(), (record for record in known if sources.made(record)))
+        records = best_rates(sweep, every)
         comparison = compared(sweep, records)
         write_report(way.out, comparison, records, way.command)
         return cls(comparison, records, way.out)
