@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
@@ -13,7 +12,6 @@ from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.running import RunningStatistics
-from normkit.core.synchronized import normalize_part
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap
@@ -24,15 +22,9 @@ def normalize_batch(
     partition: Partition,
     running: RunningStatistics | None,
     parameters: Parameters,
-    ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them.
-
-    With ``ranks`` the input is this process's part of a batch.
-    """
-    if ranks is not None:
-        return normalize_part(x, partition, running, parameters, ranks, valid)
+    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
     kernels = operators_for(x) if valid is None else None
     if kernels is not None:
         return normalize_pooled(kernels, x, partition, running, parameters)

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.core.check import require_count, require_eps, require_feature_map, require_share
-from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.mask import Mask, Valid, read_mask, require_valid_values
-from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.parameters import Parameters
+from normkit.core.partition import Partition
 from normkit.core.ranks import (
     HeldGroup,
     ProcessGroup,
@@ -26,6 +25,7 @@ from normkit.core.ranks import (
 )
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
+from normkit.functional.checked import normalize_single
 from normkit.kernels.reference import table_dtype
 from normkit.layers.leaf import record_call
 from normkit.typing import FeatureMap
@@ -258,9 +258,7 @@ class TrackingLayer(NormLayer):
         if self.training and not self.track_running_stats:
             return None
         count = buffers["num_batches_tracked"]
-        return RunningStatistics(
-            mean, var, count, self.running_partition, self.momentum, self._example_weight
-        )
+        return RunningStatistics(mean, var, count, self.momentum, self._example_weight)
 
     def _refuse_half(self) -> NoReturn:
         raise OptionError(
@@ -322,18 +320,12 @@ class SegmentLayer(TrackingLayer):
         """Which elements share statistics in training."""
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        partition, running = self.partition, self._running()
-        parameters, ranks = self._affine(), self._ranks(x)
-        alone = partition.examples_per_group == 1 and running is None
-        if ranks is not None and not alone:
-            return normalize_batch(x, partition, running, parameters, ranks, valid)
-        if x.numel() == 0:
-            return empty_result(x, *parameters[:2])
-        if self.training:
-            require_variance(partition, x.shape, type(self).__name__)
-        if self.training or running is None:
-            return normalize_batch(x, partition, running, parameters, valid=valid)
-        return normalize_evaluation(x, partition, running, parameters, valid)
+        ranks = None if self._process_group is None else self._ranks(x)
+        training, name = self.training, type(self).__name__
+        running, parameters = self._running(), self._affine()
+        return normalize_single(
+            x, self.partition, running, parameters, training, name, ranks, valid
+        )
 
     def _groups(self) -> Iterable[Partition]:
         # Those of several processes together are checked where they are pooled.
@@ -362,10 +354,10 @@ class StageOption:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Whether hooks look at what goes in or out of one of these."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")

@@ -16,13 +16,13 @@ from normkit.core.check import (
     require_choice,
     require_update_rate,
 )
-from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
 from normkit.core.running import Recent, RunningEstimates, is_movable
-from normkit.core.stages import normalize_batch_then_group, normalize_estimated
+from normkit.core.stages import normalize_estimated
+from normkit.functional.checked import normalize_batch_then_group, normalize_single
 from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.passes import finish
@@ -170,22 +170,17 @@ class BatchChannelNorm(NormLayer):
         return self.channel.channel_affine
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        name = type(self).__name__
         batch, channel = self.batch, self.channel
-        ranks = batch._ranks(x)
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *self.parameters())
-        if has_single_values(x):
-            if batch.training and not self.micro_batch and ranks is None:
-                require_variance(batch.running_partition, x.shape, name)
-            if channel.training:
-                require_variance(channel.partition, x.shape, name)
         if is_watched(batch, channel):
             return channel(batch(x, valid), valid)
         running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
-        parameters = (batch._affine(), channel._affine())
+        training, parameters = (
+            (batch.training, channel.training),
+            (batch._affine(), channel._affine()),
+        )
+        groups, name, ranks = self.num_groups, type(self).__name__, batch._ranks(x)
         return normalize_batch_then_group(
-            x, self.num_groups, running, batch.training, *parameters, ranks, valid
+            x, groups, running, training, *parameters, name, ranks, valid
         )
 
     def deviation(self) -> str | None:
@@ -308,8 +303,10 @@ class ChannelStage(NormLayer):
         weight, bias, eps = self._affine()
         repeats = self.num_features // self._num_affine_values()
         scale, shift = (None if p is None else p.repeat_interleave(repeats) for p in (weight, bias))
-        parameters = Parameters(scale, shift, eps)
-        return normalize_batch(x, self.partition, None, parameters, valid=valid)
+        parameters, name = Parameters(scale, shift, eps), type(self).__name__
+        return normalize_single(
+            x, self.partition, None, parameters, self.training, name, valid=valid
+        )
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)

@@ -15,10 +15,9 @@ from normkit.core.check import (
 )
 from normkit.core.composite import Order
 from normkit.core.mask import Valid
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
-from normkit.core.stages import normalize_group_and_batch
+from normkit.functional.checked import normalize_group_and_batch
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
 
@@ -126,18 +125,11 @@ class GroupNormPlus(TrackingLayer):
         nn.init.ones_(self.mix_logit)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        name = type(self).__name__
-        parameters, logit = self._affine(), self._paced_logit()
-        ranks = self._ranks(x)
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *parameters[:2], logit)
-        if self.training and has_single_values(x):
-            for partition in self.partitions.values():
-                if ranks is None or partition.examples_per_group == 1:
-                    require_variance(partition, x.shape, name)
-        groups, order, running = self.num_groups, self.order, self._running()
+        groups, order, training = self.num_groups, self.order, self.training
+        running, parameters, logit = self._running(), self._affine(), self._paced_logit()
+        name, ranks = type(self).__name__, self._ranks(x)
         return normalize_group_and_batch(
-            x, groups, order, running, self.training, parameters, logit, ranks, valid
+            x, groups, order, running, training, parameters, logit, name, ranks, valid
         )
 
     def _groups(self) -> Iterable[Partition]:

@@ -6,11 +6,10 @@ import torch
 
 from normkit.core.check import require_count
 from normkit.core.mask import Mask, Valid, require_valid_values
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
-from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
+from normkit.functional.checked import normalize_halves
 from normkit.layers.base import Device, NormLayer, StageOption, is_watched
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
@@ -109,22 +108,14 @@ class InstanceBatchNorm(NormLayer):
         self.batch.reset_parameters()
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        name = type(self).__name__
         instance, batch = self.instance, self.batch
-        ranks = batch._ranks(x)
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *self.parameters())
-        half = instance.num_features
-        if has_single_values(x):
-            for norm in (instance, batch):
-                if norm.training and (norm is instance or ranks is None):
-                    shape = (x.shape[0], norm.num_features, *x.shape[2:])
-                    require_variance(norm.partition, shape, name)
+        half, name = instance.num_features, type(self).__name__
         if is_watched(instance, batch):
             return torch.cat((instance(x[:, :half], valid), batch(x[:, half:], valid)), dim=1)
-        running, training = batch._running(), batch.training
-        parameters = (instance._affine(), batch._affine())
-        return normalize_halves(x, half, running, training, *parameters, ranks, valid)
+        training = (instance.training, batch.training)
+        parameters, running = (instance._affine(), batch._affine()), batch._running()
+        ranks = batch._ranks(x)
+        return normalize_halves(x, half, running, training, *parameters, name, ranks, valid)
 
     def deviation(self) -> str | None:
         """What of a call kernels do not do in the usual way, and why; or None."""

@@ -7,8 +7,8 @@ import torch
 from normkit.core.check import require_channel_groups
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
-from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
+from normkit.functional.checked import normalize_positional
 from normkit.layers.base import Device, NormLayer, SegmentLayer
 from normkit.typing import FeatureMap
 
@@ -280,6 +280,5 @@ class PositionalNorm(NormLayer):
         self.reset_parameters()
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        if self.training and x.numel():
-            require_channels(x.shape, type(self).__name__)
-        return normalize_positions(x, self._affine(), valid)
+        name = type(self).__name__
+        return normalize_positional(x, self._affine(), self.training, name, valid)

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from normkit.core.mask import Valid
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
-from normkit.core.stages import normalize_switched
+from normkit.functional.checked import normalize_switched
 from normkit.layers.base import Device, TrackingLayer
 from normkit.typing import FeatureMap
 
@@ -110,15 +109,12 @@ class SwitchableNorm(TrackingLayer):
         nn.init.ones_(self.var_logits)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
+        running, parameters = self._running(), self._affine()
+        logits, name = (self.mean_logits, self.var_logits), type(self).__name__
         ranks = self._ranks(x) if self.use_batch else None
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *parameters[:2], *logits)
-        if self.training and ranks is None and has_single_values(x):
-            widest = self.partitions["batch norm" if self.use_batch else "layer norm"]
-            require_variance(widest, x.shape, type(self).__name__)
-        running, training = self._running(), self.training
-        return normalize_switched(x, running, training, parameters, *logits, ranks, valid)
+        return normalize_switched(
+            x, running, self.training, parameters, *logits, name, ranks, valid
+        )
 
     def _groups(self) -> Iterable[Partition]:
         if self._process_group is not None:

@@ -8,9 +8,8 @@ import torch
 
 from normkit.core.check import require_channel_groups, require_count
 from normkit.core.mask import Valid
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, require_variance
-from normkit.core.whitening import whiten_groups
+from normkit.core.partition import Partition
+from normkit.functional.checked import whiten
 from normkit.layers.base import Device, NormLayer
 from normkit.typing import FeatureMap
 
@@ -86,12 +85,8 @@ class GroupWhitening(NormLayer):
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        parameters = self._affine()
-        if x.numel() == 0:
-            return empty_result(x, *parameters[:2])
-        if self.training:
-            require_variance(self.partition, x.shape, type(self).__name__)
-        return whiten_groups(x, self.num_groups, self.iterations, parameters, valid)
+        parameters, training, name = self._affine(), self.training, type(self).__name__
+        return whiten(x, self.num_groups, self.iterations, parameters, training, name, valid)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)
