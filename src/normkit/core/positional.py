@@ -18,10 +18,11 @@ from torch import Tensor
 from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.pooled import differentiable
+from normkit.core.pooled import differentiable_gradients
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels import nodes
+from normkit.kernels.calls import Gradients
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap, PerChannel
@@ -50,8 +51,10 @@ def _by_kernel(kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters) ->
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    y, _ = nodes.normalize_positions(kernels, x, weight, bias, eps, differentiable(formula, bias))
-    return y
+    def again(*given: Any) -> Gradients:  # noqa: ANN401
+        return differentiable_gradients(formula, bias, *given)
+
+    return nodes.normalize_positions(kernels, x, weight, bias, eps, again)[0]
 
 
 def require_channels(shape: Sequence[int], name: str) -> None:

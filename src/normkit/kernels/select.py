@@ -177,6 +177,9 @@ def primitives(x: Tensor) -> ModuleType:
 
 def operators_for(x: Tensor) -> Any:  # noqa: ANN401 - see nodes.Kernels
     """The set of kernels whose operators take ``x``; None where the formula is computed."""
+    if _asked.kernels is None and x.is_cpu and _WHY_NOT_CPU is None:  # ``chosen`` in fewer calls
+        is_hindered = torch.compiler._is_exporting_flag or transform() is not None
+        return None if is_hindered else cpu.operators
     kernels = chosen(x)
     if kernels == "triton":
         return _triton().operators
@@ -296,7 +299,7 @@ for _asked_once in (_why_not_triton, _why_not_loaded):
 
 def transform() -> str | None:
     """What looks through the call and wants plain torch operators to look at, or None."""
-    if functorch_is_active():
+    if torch._C._are_functorch_transforms_active():
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
