@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from normkit.core.ranks import ProcessGroup
 from normkit.core.running import Recent, RunningEstimates, is_movable
 from normkit.core.stages import normalize_estimated
 from normkit.functional.checked import normalize_batch_then_group, normalize_single
-from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
+from normkit.layers.base import BUFFERS, NormLayer, StageOption, TrackingLayer, is_watched
+from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.passes import finish
 from normkit.typing import FeatureMap
@@ -53,16 +54,13 @@ class BatchChannelNorm(NormLayer):
             the learning rate at every step: ``sync_update_rates``.
         channel_affine: Whether the channel stage learns one scale and shift for each group
             (eq. 42), ``(num_groups,)``, or for each channel, ``(C,)``.
-        eps: Added to the variances; unit of ``x`` squared.
         momentum: Weight of the new value in the batch stage's running statistics, unless
             ``micro_batch``; None averages all batches.
-        affine: Learn scales and shifts in both stages.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
@@ -102,29 +100,22 @@ class BatchChannelNorm(NormLayer):
         micro_batch: bool = False,
         update_rate: float = 0.1,
         channel_affine: ChannelAffine = "group",
-        eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
-        options = {"eps": eps, "affine": affine, "bias": bias, "device": device, "dtype": dtype}
         self._update_rate = require_update_rate(update_rate)
-        stage = {"example_weight": example_weight, "process_group": process_group, **options}
+        stage = {"example_weight": example_weight, "process_group": process_group, **shared}
         if micro_batch:
             self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
         else:
             self.batch = InnerBatchNorm(num_features, momentum=momentum, **stage)
         self.channel = ChannelStage(
-            num_features, num_groups=num_groups, channel_affine=channel_affine, **options
+            num_features, num_groups=num_groups, channel_affine=channel_affine, **shared
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
@@ -213,30 +204,21 @@ class BatchChannelNorm(NormLayer):
 class EstimatedBatchNorm(TrackingLayer):
     """Normalise every channel by estimates that first move towards the batch: for micro batches."""
 
-    def __init__(  # noqa: PLR0913 - torch's options
+    def __init__(
         self,
         num_features: int,
         *,
         update_rate: float = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             num_features,
-            eps=eps,
             momentum=require_update_rate(update_rate),
-            affine=affine,
-            bias=bias,
-            track_running_stats=True,
             example_weight=example_weight,
             process_group=process_group,
-            device=device,
-            dtype=dtype,
+            **shared,
         )
         self._recent: Recent = deque(maxlen=NUM_RECENT)
 
@@ -271,24 +253,18 @@ class EstimatedBatchNorm(TrackingLayer):
 class ChannelStage(NormLayer):
     """A group norm whose scales and shifts may belong to the groups."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int,
         channel_affine: ChannelAffine,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         require_choice("channel_affine", channel_affine, get_args(ChannelAffine))
         self.num_groups = num_groups
         self.channel_affine: ChannelAffine = channel_affine
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.reset_parameters()
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from normkit.core.check import require_count
@@ -10,7 +12,8 @@ from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
 from normkit.errors import OptionError
 from normkit.functional.checked import normalize_halves
-from normkit.layers.base import Device, NormLayer, StageOption, is_watched
+from normkit.layers.base import NormLayer, StageOption, is_watched
+from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
 from normkit.typing import FeatureMap
@@ -28,15 +31,12 @@ class InstanceBatchNorm(NormLayer):
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         ratio: Share of the channels that the instance norm takes; at least one goes to each norm.
-        eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias`` in both norms.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel of an example has a single value.
@@ -64,34 +64,26 @@ class InstanceBatchNorm(NormLayer):
     example_weight = StageOption("batch")
     process_group = StageOption("batch")
 
-    def __init__(  # noqa: PLR0913 - torch's options
+    def __init__(
         self,
         num_features: int,
         *,
         ratio: float = 0.5,
-        eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         half = instance_channels(require_count("num_features", num_features), ratio)
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
-        options = {"eps": eps, "momentum": momentum, "affine": affine, "bias": bias}
-        place = {"device": device, "dtype": dtype}
+        super().__init__(num_features, **shared)
         self.ratio = ratio
-        self.instance = InstanceNorm(half, **options, **place)
+        self.instance = InstanceNorm(half, momentum=momentum, **shared)
         self.batch = InnerBatchNorm(
             num_features - half,
-            **options,
+            momentum=momentum,
             example_weight=example_weight,
             process_group=process_group,
-            **place,
+            **shared,
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Unpack
 
 from normkit.core.check import require_channel_groups
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
 from normkit.functional.checked import normalize_positional
-from normkit.layers.base import Device, NormLayer, SegmentLayer
+from normkit.layers.base import NormLayer, SegmentLayer
+from normkit.layers.options import SharedOptions, TrackingOptions
 from normkit.typing import FeatureMap
 
 
-class InstanceNorm(SegmentLayer):
+class ExampleLayer(SegmentLayer):
+    """A layer that normalises by the example's own statistics unless it is told otherwise."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        process_group: ProcessGroup = None,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            num_features,
+            momentum=momentum,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            process_group=process_group,
+            **shared,
+        )
+
+
+class InstanceNorm(ExampleLayer):
     r"""Normalise every channel of every example over its positions.
 
     .. math::  y = \gamma_c \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta_c
@@ -23,16 +47,10 @@ class InstanceNorm(SegmentLayer):
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
-        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
-            ``"world"`` for all processes', or None for this process's alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
+            ``dtype``: see ``TrackingOptions`` in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel of an example has a single value.
@@ -47,37 +65,11 @@ class InstanceNorm(SegmentLayer):
         Stylization, arXiv:1607.08022.
 
     Example:
+        >>> import torch
         >>> norm = InstanceNorm(6)
         >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=(2, 3)).abs().max() < 1e-6
         tensor(True)
     """
-
-    def __init__(  # noqa: PLR0913
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = False,
-        example_weight: float = 1.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def partition(self) -> Partition:
@@ -85,7 +77,7 @@ class InstanceNorm(SegmentLayer):
         return Partition(num_groups=self.num_features, examples_per_group=1)
 
 
-class LayerNorm(SegmentLayer):
+class LayerNorm(ExampleLayer):
     r"""Normalise every example over all its channels and positions.
 
     .. math::  y = \gamma_c \frac{x - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}} + \beta_c
@@ -95,16 +87,10 @@ class LayerNorm(SegmentLayer):
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
-        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
-            ``"world"`` for all processes', or None for this process's alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
+            ``dtype``: see ``TrackingOptions`` in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if an example has a single value.
@@ -118,37 +104,11 @@ class LayerNorm(SegmentLayer):
         Ba, Kiros & Hinton 2016, Layer Normalization, arXiv:1607.06450.
 
     Example:
+        >>> import torch
         >>> norm = LayerNorm(6)
         >>> norm(torch.randn(1, 6, 5, 7)).mean().abs() < 1e-6
         tensor(True)
     """
-
-    def __init__(  # noqa: PLR0913
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = False,
-        example_weight: float = 1.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def partition(self) -> Partition:
@@ -156,7 +116,7 @@ class LayerNorm(SegmentLayer):
         return Partition(num_groups=1, examples_per_group=1)
 
 
-class GroupNorm(SegmentLayer):
+class GroupNorm(ExampleLayer):
     r"""Normalise runs of ``C / num_groups`` channels of every example.
 
     .. math::  y = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta_c
@@ -166,16 +126,10 @@ class GroupNorm(SegmentLayer):
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         num_groups: Runs of channels; divides ``C``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
-        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
-            ``"world"`` for all processes', or None for this process's alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
+            ``dtype``: see ``TrackingOptions`` in ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
@@ -190,39 +144,21 @@ class GroupNorm(SegmentLayer):
         Wu & He 2018, Group Normalization, arXiv:1803.08494, eq. 7.
 
     Example:
+        >>> import torch
         >>> norm = GroupNorm(6, num_groups=3)
         >>> norm(torch.randn(1, 6, 5, 7))[:, :2].mean().abs() < 1e-6
         tensor(True)
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int = 32,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = False,
-        example_weight: float = 1.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         self.num_groups = num_groups
 
     @property
@@ -240,11 +176,8 @@ class PositionalNorm(NormLayer):
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        device: Where the parameters live.
-        dtype: Of the parameters.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if there is a single channel.
@@ -259,6 +192,7 @@ class PositionalNorm(NormLayer):
         re-injection path, as in Zhou et al., Batch Group Normalization.
 
     Example:
+        >>> import torch
         >>> norm = PositionalNorm(6)
         >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=1).abs().max() < 1e-6
         tensor(True)
@@ -267,16 +201,9 @@ class PositionalNorm(NormLayer):
     def __init__(
         self,
         num_features: int,
-        *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.reset_parameters()
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
