@@ -286,6 +286,54 @@ FUNCTIONS = {
 }
 
 
+def call_with_the_state_of(layer, x, training):
+    """The function of a composite, or of whitening, with what the layer holds."""
+    name, shared = type(layer).__name__, {"training": training}
+    affine = {key: getattr(layer, key, None) for key in ("weight", "bias")}  # or its stages have it
+    if name == "GroupWhitening":
+        return F.group_whitening(x, layer.num_groups, **affine)
+    if name == "InstanceBatchNorm":
+        norms = (layer.instance, layer.batch)
+        affine = {key: torch.cat([getattr(n, key) for n in norms]) for key in affine}
+        return F.instance_batch_norm(x, *buffers_of(layer.batch), **affine, **shared)
+    if name == "BatchChannelNorm":
+        affine = [p for stage in (layer.batch, layer.channel) for p in (stage.weight, stage.bias)]
+        rate = layer.update_rate if layer.micro_batch else None
+        buffers = buffers_of(layer.batch)
+        return F.batch_channel_norm(
+            x, layer.num_groups, *buffers, *affine, update_rate=rate, **shared
+        )
+    if name == "SwitchableNorm":
+        logits = (layer.mean_logits, layer.var_logits)
+        return F.switchable_norm(x, *logits, *buffers_of(layer), **affine, **shared)
+    return F.group_norm_plus(
+        x, layer.num_groups, layer.mix_logit, *buffers_of(layer), **affine, **shared
+    )
+
+
+def buffers_of(layer):
+    return layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", [c for c in MAIN if c not in PLAIN], ids=str)
+def test_the_function_of_a_composite_is_the_layer(case, training):
+    layer = case.make().train(training)
+    x, before = torch.randn(4, 6, 5, 3), copy.deepcopy(layer)
+    y = call_with_the_state_of(layer, x, training)
+    assert_close(y, before(x), **TOLERANCE[torch.float32])
+    counts = [name for name in layer.state_dict() if name.endswith("num_batches_tracked")]
+    for name, value in layer.state_dict().items():  # the buffers moved alike
+        if name not in counts:
+            assert_close(value, before.state_dict()[name], **TOLERANCE[torch.float32])
+
+
+def test_whitening_of_a_single_value_is_refused_by_function_and_layer():
+    for call in (nk.GroupWhitening(4, num_groups=4), lambda x: F.group_whitening(x, 4)):
+        with pytest.raises(nk.PartitionError, match="expected more than 1 value per statistics"):
+            call(torch.ones(2, 4))
+
+
 def test_a_function_updates_and_uses_the_buffers_it_is_given():
     x, mean, var = torch.randn(4, 6, 3), torch.zeros(6), torch.ones(6)
     torch_mean, torch_var = mean.clone(), var.clone()
