@@ -25,7 +25,8 @@ fuzz: $(VENV)/.test
 # not in the source tree. Kernels, modules, compilation and export, conversion of ten networks, and
 # each library beside the other torch.
 OTHER_TESTS := tests/kernels/cpu tests/kernels/test_select.py tests/kernels/test_library.py tests/torch_parity \
-  tests/contract/test_module.py tests/contract/test_transforms.py tests/convert/test_networks.py
+  tests/kernels/test_compiled_for_gpu.py tests/contract/test_module.py tests/contract/test_transforms.py \
+  tests/convert/test_networks.py
 TEN_NETWORKS := not test_networks or resnet18 or byobnet or mobilenetv2 or tinynet or lcnet or mnasnet
 SOURCES := pyproject.toml setup.py normkit_build.py $(wildcard csrc/*) $(shell find src -name '*.py' -o -name '*.j2')
 LIBRARY := lib/python3*/site-packages/normkit/kernels/cpu/_C.so

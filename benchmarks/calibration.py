@@ -14,10 +14,11 @@ from torch import nn
 import normkit as nk
 from normkit.convert.agreement import Outputs, agreement, tensors_of
 from normkit.lab.data import Dataset, load
+from normkit.lab.device import parse_device, threads_of
 from normkit.lab.environment import describe_environment
-from normkit.lab.spec import Protocol, RunSpec
+from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.steps import evaluate
-from normkit.lab.train import parse_device, threads_of, train
+from normkit.lab.train import train
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "calibration.json"
 SPECS = ("gn:8", "ln", "in", "bcn:8", "bgn:1", "ghost:2", "gnplus:8", "sn", "gn:8+ws")
@@ -29,7 +30,7 @@ PROTOCOL = Protocol(data="fashion-mnist", limit=6000, epochs=4, threads=2)
 def measure(seed: int) -> list[dict]:
     """Train one network and convert copies of it to every norm."""
     dataset = load(PROTOCOL.data, PROTOCOL.limit)
-    model = train(RunSpec(protocol=PROTOCOL, norm="bn", batch_size=32, seed=seed))
+    model = train(TrainingSpec(protocol=PROTOCOL, norm="bn", batch_size=32, seed=seed))
     batches = list(dataset.train.inputs.split(BATCH_SIZE)[:NUM_BATCHES])
     expected = outputs(model, dataset)
     rows = [{"seed": seed, "spec": "original", "accuracy": evaluate(model, dataset.test)[1]}]

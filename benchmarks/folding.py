@@ -17,10 +17,10 @@ import normkit as nk
 from normkit.lab.bench.markdown import table
 from normkit.lab.bench.records import write_record
 from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
+from normkit.lab.device import parse_device, threads_of
 from normkit.lab.environment import Environment, code_hash, describe_environment
 from normkit.lab.spec import Frozen
 from normkit.lab.torchvision_ops import register_missing_operators
-from normkit.lab.train import parse_device, threads_of
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "folding.json"

@@ -1,8 +1,13 @@
-"""What ours is measured against on a GPU: compositions of torch's norms, and a ResNet-50."""
+"""What ours is measured against on a GPU: torch's norms and Liger's, and a ResNet-50 with any."""
+
+import importlib.util
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+
+import normkit as nk
 
 
 class Chain(nn.Module):
@@ -38,6 +43,40 @@ class Positions(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def peers_of(groups):
+    """By name: the spec of ours, and what makes torch's for so many channels."""
+    return {
+        "bn": ("bn", nn.BatchNorm2d),
+        "gn": (f"gn:{groups}", lambda c: nn.GroupNorm(groups, c)),
+        "ln": ("ln", lambda c: nn.GroupNorm(1, c)),
+        "in": ("in", lambda c: nn.InstanceNorm2d(c, affine=True)),
+        "bgn": ("bgn:8", lambda c: Runs(c, 8)),
+        "pn": ("pn", Positions),
+        "bcn": (f"bcn:{groups}", lambda c: Chain(c, groups)),
+    }
+
+
+def cast_(module, dtype):
+    """Cast parameters for maps of a dtype: all but torch's batch and instance norm refuse others.
+
+    These two keep float32, as in training under autocast.
+    """
+    for part in module.modules():
+        if not isinstance(part, _NormBase):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def liger_group_norm():
+    """Liger's group norm as ``(x, weight, bias, channels, groups, eps)``; None where it is not."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction  # noqa: PLC0415 - optional
+
+    return LigerGroupNormFunction.apply
+
+
 class Bottleneck(nn.Module):
     """Three convolutions with norms, and a way past them."""
 
@@ -56,13 +95,23 @@ class Bottleneck(nn.Module):
         return functional.relu(self.main(x) + self.past(x), inplace=True)
 
 
-def resnet50(norm, depths=(3, 4, 6, 3)):
+def resnet50(norm, depths=(3, 4, 6, 3), width=64):
     """ResNet-50 with any norm; the machine that this is for has no torchvision."""
-    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU(inplace=True)]
-    blocks, before = [*stem, nn.MaxPool2d(3, 2, 1)], 64
+    stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width), nn.ReLU(inplace=True)]
+    blocks, before = [*stem, nn.MaxPool2d(3, 2, 1)], width
     for stage, depth in enumerate(depths):
-        width = 64 << stage
+        inner = width << stage
         for place in range(depth):
-            blocks.append(Bottleneck(before, width, 2 if stage and not place else 1, norm))
-            before = 4 * width
+            blocks.append(Bottleneck(before, inner, 2 if stage and not place else 1, norm))
+            before = 4 * inner
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1000))
+
+
+def norms_of(groups):
+    """The norms that a ResNet-50 is trained with, by kind and by whose they are."""
+    return {
+        ("batch", "torch"): nn.BatchNorm2d,
+        ("batch", "ours"): nk.BatchNorm,
+        ("group", "torch"): lambda c: nn.GroupNorm(groups, c),
+        ("group", "ours"): lambda c: nk.GroupNorm(c, num_groups=groups),
+    }

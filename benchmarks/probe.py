@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import normkit as nk
+from normkit.lab.device import parse_device
 from normkit.lab.environment import describe_environment
 from normkit.lab.models import build_model
 from normkit.lab.torchvision_ops import register_missing_operators
-from normkit.lab.train import parse_device
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "probe.json"
 EVERY, CYCLE, THREADS = 50, 4, 1

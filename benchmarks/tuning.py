@@ -30,10 +30,11 @@ import normkit as nk
 from normkit.lab.bench.markdown import table
 from normkit.lab.checkpoints import load_weights_, save_weights
 from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.device import parse_device, threads_of
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.models import build_model
-from normkit.lab.spec import Protocol, RunSpec
-from normkit.lab.train import parse_device, threads_of, train
+from normkit.lab.spec import Protocol, TrainingSpec
+from normkit.lab.train import train
 from normkit.tune import Tuning
 from normkit.tune.search import GRID
 
@@ -58,11 +59,11 @@ COST_HEAD = ("network", "inputs", "batch", "tuned, s", "plain passes, s", "times
 COLOURS = {2: "#c2410c", 4: "#1b6ca8", 8: "#3f7d20"}
 
 
-def specs() -> Iterator[RunSpec]:
+def specs() -> Iterator[TrainingSpec]:
     """All networks, seed by seed."""
     for seed in SEEDS:
         for batch_size in BATCH_SIZES:
-            yield RunSpec(protocol=PROTOCOL, norm="bn", batch_size=batch_size, seed=seed)
+            yield TrainingSpec(protocol=PROTOCOL, norm="bn", batch_size=batch_size, seed=seed)
 
 
 def train_all() -> None:
@@ -95,7 +96,7 @@ def _made() -> dict:
     return {"code_hash": code_hash(), "environment": environment}
 
 
-def _tuned(spec: RunSpec, data: Dataset, held_out: list, metric: Any) -> dict:
+def _tuned(spec: TrainingSpec, data: Dataset, held_out: list, metric: Any) -> dict:
     result = nk.tune_example_weight(_model(spec, data), held_out, metric=metric)
     test = _pairs(data.test, len(data.test))
     found = {"alpha": result.alpha, "best": result.best, "how": result.how}
@@ -112,7 +113,7 @@ def _test_value(result: Tuning, test: list) -> float:
     return torch.cat(scores).mean().item()
 
 
-def _model(spec: RunSpec, data: Dataset) -> nn.Module:
+def _model(spec: TrainingSpec, data: Dataset) -> nn.Module:
     built = build_model(
         PROTOCOL.model, num_classes=data.num_classes, input_shape=data.input_shape
     ).model
@@ -133,7 +134,7 @@ def _pairs(examples: Examples, number: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(inputs, examples.targets[:number].split(EVALUATION_BATCH), strict=True))
 
 
-def _weights(spec: RunSpec) -> Path:
+def _weights(spec: TrainingSpec) -> Path:
     return FOLDER / f"{spec.key}.safetensors"
 
 

@@ -1,42 +1,75 @@
-"""Put the measured results into docs/kernels.md, between its markers.
+"""Put the measured results into docs/kernels.md, docs/triton.md and README.md, between markers.
 
     python benchmarks/update_docs.py
 
 Each marker ``<!-- begin FILE -->`` names a file of ``benchmarks/results``: a record of
 ``normkit bench`` (JSON), whose chart is drawn anew, a record of ``normkit bench --end-to-end``
-(``end-to-end*.json``), or Markdown.
+(``end-to-end*.json``), or Markdown; ``<!-- begin gpu-RECORD.json#TABLE -->`` a table of a record of
+``benchmarks/gpu.py``; ``<!-- begin host.json -->`` the record of ``benchmarks/host.py``.
 """
 
+import json
 import re
+import statistics
 from pathlib import Path
+from typing import Any
+
+import gpu_report
 
 from normkit.lab.bench import read_record
-from normkit.lab.bench.chart import draw
+from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import EndToEndRecord
 from normkit.lab.bench.markdown import markdown, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "kernels.md"
+PAGES = (ROOT / "docs" / "kernels.md", ROOT / "docs" / "triton.md", ROOT / "README.md")
 MARKED = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    new = MARKED.sub(lambda m: f"{m[1]}\n{_content(RESULTS / m[2])}\n{m[3]}", page)
-    PAGE.write_text(new, encoding="utf-8")
+    """Rewrite the pages."""
+    for path in PAGES:
+        path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def _content(path: Path) -> str:
+def rewritten(page: str) -> str:
+    """A page with what its records say now."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{_content(*m[2].split('#'))}\n{m[3]}", page)
+
+
+def _content(name: str, part: str = "") -> str:
+    path = RESULTS / name
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
-    if path.name.startswith("end-to-end"):
+    if name.startswith("gpu-"):
+        return gpu_report.TABLES[part](gpu_report.read(path)) + "\n"
+    if name == "host.json":
+        return _host_times(json.loads(path.read_text(encoding="utf-8")))
+    if name.startswith("end-to-end"):
         return _steps(EndToEndRecord.model_validate_json(path.read_bytes()))
     record = read_record(path)
     chart = path.with_suffix(".svg")
-    chart.write_text(draw(record), encoding="utf-8")
+    write_chart(chart, record)
     return f"![Ratios of every shape](../benchmarks/results/{chart.name})\n\n{markdown(record)}"
+
+
+def _host_times(record: dict[str, Any]) -> str:
+    """A norm a row: the shapes' median of time over torch's, and the most launches of any shape."""
+    head = ("norm", "of torch's time", "launches forward", "launches backward")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault(row["norm"], []).append(row)
+    lines = (
+        (
+            f"`{norm}`",
+            f"{statistics.median(row['of_torch_cpu'] for row in found):.2f}",
+            str(max(row["launches_forward"] for row in found)),
+            str(max(row["launches_backward"] for row in found)),
+        )
+        for norm, found in rows.items()
+    )
+    return f"torch {record['torch']}, triton {record['triton']}.\n\n{table(head, lines)}\n"
 
 
 def _steps(record: EndToEndRecord) -> str:

@@ -3,6 +3,9 @@
 #include "operators.h"
 #include "segments.h"
 
+#include <algorithm>
+#include <cmath>
+
 namespace normkit {
 namespace {
 
@@ -57,11 +60,13 @@ void keep(const KeptTable& table, const std::vector<double>& mean, const std::ve
 }
 
 // Lets the cells that are normalised by given statistics alone be written around those: the cells'
-// own means may be infinite, and nothing of them is in the result.
+// own means may be infinite, and nothing of them is in the result. Around 0 where the given mean is
+// not finite: the gradient does not depend on it, and 0 * (x - NaN) would make it NaN.
 void center_on_given(const KeptTable& table) {
   const Pairs cells = table.moments().from(table.extent.cols - table.num_batch);
   for (int64_t row = 0; row < table.extent.rows; ++row) {
-    std::copy_n(table.batch_mean(), table.num_batch, cells.firsts(row));
+    std::transform(table.batch_mean(), table.batch_mean() + table.num_batch, cells.firsts(row),
+                   [](double mean) { return std::isfinite(mean) ? mean : 0.0; });
     std::copy_n(table.batch_var(), table.num_batch, cells.seconds(row));
   }
 }

@@ -14,7 +14,6 @@ from normkit.lab.reproduce import (
     find_preset,
     measured,
     results_in,
-    save_figure,
     write_result,
 )
 
@@ -29,7 +28,7 @@ def main() -> None:
         preset = find_preset(result.preset)
         write_result(RECORDS, conclude(preset, result.scale, result.runs))
         figure = IMAGES / f"reproduce-{preset.name}.svg"
-        save_figure(preset, measured(result.runs), figure)
+        preset.write_figure(measured(result.runs), figure)
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -8,9 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
-from normkit.kernels.select import Kernels, choose
+from normkit.kernels.select import NAMES, Decision, Kernels, decide, details
 from normkit.layers.base import NormLayer
-from normkit.layers.whitening import GroupWhitening
 from normkit.sharing import Part, parts
 
 
@@ -70,15 +69,15 @@ def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanat
 
 
 def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels, str]:
-    if isinstance(layer, GroupWhitening):
-        return _WHITENING
-    if mask is not None:
-        return "reference", "statistics over a mask are computed in plain torch operators"
-    kernels, reason = choose(x)
-    deviation = layer.deviation()
-    if kernels == "reference" or deviation is None:
-        return kernels, reason
-    return kernels, f"{reason}, {deviation}"
+    """Which kernels compute the call, or its first part, and why these."""
+    found = [decide(x, call, is_computed=False) for call in layer.routes(x, mask is not None)]
+    reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
+    reason, apart = "; then: ".join(reasons), layer.why_apart()
+    if apart is not None:
+        reason = f"{reason}, each norm by itself, because {apart}"
+    return found[0].kernels, reason
 
 
-_WHITENING: tuple[Kernels, str] = ("reference", "whitening is computed in plain torch operators")
+def _in_full(decision: Decision) -> str:
+    usual = f"the {NAMES[decision.kernels]} kernels compute this"
+    return decision.reason.replace(usual, f"{usual}{details(decision.kernels)}", 1)

@@ -11,7 +11,7 @@ from normkit.lab.data import READERS, Examples, load
 from normkit.lab.data.sources import Source
 from normkit.lab.lock import only_user
 from normkit.lab.models import build_model
-from normkit.lab.spec import RunSpec
+from normkit.lab.spec import TrainingSpec
 
 TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
 SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "10,20", "--seeds", "1,2", "--workers", "1"]
@@ -86,9 +86,9 @@ def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare, monkeypatch)
 
 
 def test_some_diverged_runs_are_a_result_and_no_failure(compare, monkeypatch):
-    rate = RunSpec.learning_rate
+    rate = TrainingSpec.learning_rate
     monkeypatch.setattr(
-        RunSpec,
+        TrainingSpec,
         "learning_rate",
         lambda spec, epoch: rate(spec, epoch) * 10.0 ** (30 * (spec.seed - 1)),
     )

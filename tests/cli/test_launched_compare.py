@@ -43,6 +43,36 @@ def test_the_runs_are_shared_and_shown_once(tmp_path, free_port):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+LEAVING = """
+import os
+from normkit.lab.launch import launched
+
+def threads():
+    names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+    return sorted(name.strip() for name in names if "gloo" in name)
+
+with launched() as launch:
+    import torch._dynamo
+    import torch.distributed.nn.functional  # by whom a group that is there is held for ever
+    assert launch.gather(lambda: launch.rank) == [0, 1]
+    during = threads()
+os.write(1, f"{len(during) > 0} {threads()}\\n".encode())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have names in /proc")
+def test_the_threads_of_the_group_end_with_it(tmp_path, free_port):
+    """A worker that lives while Python ends aborts the process, one time in twenty."""
+    program = tmp_path / "leaving.py"
+    program.write_text(LEAVING)
+    done = subprocess.run(
+        [*START, str(free_port), str(program)],
+        capture_output=True, text=True, env=QUIET, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "True []", "True []"]
+
+
 def test_an_interrupted_process_ends_the_others(tmp_path, free_port):
     """Killed is the second process, while the first waits for it or still works."""
     out = tmp_path / "out"

@@ -152,13 +152,41 @@ def test_examples_without_positions_have_a_mask_too():
     assert_close(layer.running_var, kept.running_var)
 
 
-def test_a_channel_without_valid_values_keeps_its_statistics():
-    layer = nk.BatchNorm(6)
-    y = layer(torch.full((2, 6, 3), float("nan")), torch.zeros(2, 3, dtype=torch.bool))
+@pytest.mark.parametrize("case", TRACKED, ids=str)
+def test_a_batch_without_valid_values_keeps_the_statistics(case):
+    layer = case.make()
+    before = [buffer.clone() for buffer in layer.buffers()]
+    y = layer(torch.full((2, 6, 3, 3), float("nan")), torch.zeros(2, 3, 3, dtype=torch.bool))
     assert y.eq(0).all()
-    assert layer.running_mean.eq(0).all()
-    assert layer.running_var.eq(1).all()
-    assert layer.num_batches_tracked == 0
+    for buffer, old in zip(layer.buffers(), before, strict=True):
+        assert torch.equal(buffer, old)
+    assert statistics(layer).num_batches_tracked == 0
+
+
+def test_a_frozen_batch_stage_takes_a_single_valid_value():
+    layer = nk.BatchChannelNorm(6, num_groups=3)
+    layer.batch.eval()
+    mask = torch.tensor([[True, False, False]])
+    assert layer(torch.randn(1, 6, 3), mask)[:, :, 0].isfinite().all()
+    layer.train()
+    with pytest.raises(nk.PartitionError, match="more than 1 valid value"):
+        layer(torch.randn(1, 6, 3), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_gradients_of_16_bits_are_rounded_once(case, dtype):
+    """Far from zero, where the parts of a gradient are large and cancel."""
+    shape = SHAPES["odd"]
+    mask, grad = mask_for(shape), randn(*shape, dtype=dtype, seed=1)
+    layer = case.make(dtype=torch.float32)
+    x = (randn(*shape) + 30).to(dtype).requires_grad_()
+    wanted, clean, _ = expected(case, layer, x, mask, buffers_of(case, layer))
+    (theirs,) = torch.autograd.grad(wanted, clean, grad.double())
+    (found,) = torch.autograd.grad(layer(x, mask), x, grad)
+    rounding = torch.finfo(dtype).eps / 2
+    atol = 2e-5 * float(theirs.abs().max())
+    assert_close(found.double(), theirs, rtol=rounding * 1.01, atol=atol)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

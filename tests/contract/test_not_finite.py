@@ -85,6 +85,29 @@ def test_the_gradient_at_evaluation_does_not_read_the_input(kind, shape, layout)
     assert found[1][:, rows].isfinite().all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+@pytest.mark.parametrize("case", TRACKED, ids=str)
+def test_a_running_mean_that_is_not_finite_reaches_what_it_reaches(case, alpha, bad, layout):
+    layer = case.make(dtype=torch.float64)
+    layer(randn(*SHAPE))
+    layer.eval().example_weight = alpha
+    statistics(layer).running_mean[-1] = bad
+    x, grad = randn(*SHAPE, seed=1).requires_grad_(), randn(*SHAPE, seed=2)
+    wanted = oracle.evaluate(
+        case.kind, x, in_float64(layer), layer.eps, buffers_of(case, layer), alpha, **groups(case)
+    )
+    (expected,) = torch.autograd.grad(wanted, x, grad)
+    arranged = arrange(x.detach(), layout).requires_grad_()
+    y = layer(arranged)
+    found = gradients(y, arranged, layer, grad)[0]
+    for ours, theirs in ((y.detach(), wanted.detach()), (found, expected)):
+        finite = theirs.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        assert_close(ours[finite], theirs[finite], **TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("mean", [1e8, float("nan")], ids=str)
 @pytest.mark.parametrize("case", TRACKED, ids=str)
 def test_an_example_weight_of_one_ignores_the_running_statistics(case, mean):

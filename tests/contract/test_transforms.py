@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import normkit as nk
 from cases import CASES, COMPOSITES, EVERY, MAIN, TOLERANCE, randn
@@ -241,6 +242,56 @@ def test_fx_records_a_subclass_with_its_own_forward_once():
 def test_fx_cannot_look_inside_a_layer():
     with pytest.raises(nk.TraceError, match=r"trace BatchNorm itself, .*nn.Sequential\(layer\)"):
         torch.fx.symbolic_trace(nk.BatchNorm(6))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_the_old_exporter_to_onnx_agrees(case, tmp_path):
+    """The one that was before ``dynamo=True``, by a trace."""
+    net, x = nn.Sequential(nn.Conv1d(3, 6, 1), case.make()), randn(4, 3, 9, dtype=torch.float32)
+    net(x)
+    net.eval()
+    path = tmp_path / "old.onnx"
+    torch.onnx.export(net, (x,), path, dynamo=False, opset_version=18)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(y), net(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_tensorboard_draws_the_graph(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process: others look at stderr
+    pytest.importorskip("tensorboard", reason="not beside the oldest torch")
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - it may not be there
+
+    net, x = nn.Sequential(nn.Conv1d(3, 6, 1), case.make()), randn(4, 3, 9, dtype=torch.float32)
+    net(x)
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_graph(net.eval(), x)
+    (written,) = tmp_path.iterdir()
+    assert type(net[1]).__name__.encode() in written.read_bytes()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_operations_of_a_network_are_counted(case, training):
+    net = nn.Sequential(nn.Conv1d(3, 6, 1), case.make()).train(training)
+    with FlopCounterMode(display=False) as counter:
+        net(randn(4, 3, 9, dtype=torch.float32).requires_grad_()).sum().backward()
+    convolution = 2 * 4 * 9 * 3 * 6  # and as many for each of two gradients
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.convolution] == convolution
+    assert counter.get_total_flops() >= 3 * convolution
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_jit_cannot_script_a_layer_and_says_what_to_use(case):
+    for model in (case.make(), nn.Sequential(nn.ReLU(), case.make())):
+        with pytest.raises(
+            nk.OptionError, match=r"given to torch\.jit\.script, .*use torch\.export"
+        ):
+            torch.jit.script(model)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated, and notes what it fixes

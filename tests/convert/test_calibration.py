@@ -268,6 +268,8 @@ def test_misuse_is_refused_before_anything_changes(batches):
         nk.convert_norm_(model, "gn:4", forward=lambda m, b: m(b))
     with pytest.raises(DataError, match="gave no batch"):
         nk.convert_norm_(model, "gn:4", calibrate=[])
+    with pytest.raises(DataError, match=r"no value to any of the \d+ norms; its batches are empty"):
+        nk.convert_norm_(model, "gn:4", calibrate=[batches[0][:0]])
     with pytest.raises(DataError, match="Tensor of shape"):
         nk.convert_norm_(model, "gn:4", calibrate=batches[0])
     with pytest.raises(DataError, match=r"entries \['image'\].*takes \['x'\]"):

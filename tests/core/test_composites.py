@@ -54,6 +54,27 @@ def test_a_checkpoint_finds_the_estimates_of_its_own_forward(reentrant, hooked, 
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_a_checkpoint_looks_again_at_a_batch_that_is_not_finite(kernels, hooked, bad):
+    def gradients(run):
+        layer = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True, update_rate=0.5).double()
+        if hooked:
+            layer.batch.register_forward_hook(lambda *_: None)
+        batches = [randn(2, 6, 4, seed=seed) for seed in range(2)]
+        batches[0][1, 5, 0] = bad
+        inputs = [batch.requires_grad_() for batch in batches]
+        sum(run(layer, x).pow(3).sum() for x in inputs).backward()
+        return [x.grad for x in inputs]
+
+    with nk.use_kernels(kernels):
+        expected = gradients(lambda f, x: f(x))
+        found = gradients(lambda f, x: checkpoint(f, x, use_reentrant=False))
+    assert_close(found, expected, equal_nan=True)
+    assert found[0][:, :4].isfinite().all()  # the groups without it
+
+
 def test_a_second_look_at_something_else_is_refused():
     layer = nk.BatchChannelNorm(6, num_groups=3, micro_batch=True)
     seen = iter([randn(2, 6, 4, dtype=torch.float32), randn(2, 6, 4, seed=1, dtype=torch.float32)])

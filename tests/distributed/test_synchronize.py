@@ -89,6 +89,28 @@ def test_a_model_that_is_a_norm_itself():
     assert nk.synchronize_(ours).model is ours
 
 
+class Reader(nn.Module):
+    """Reads a field of its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(x) * self.norm.running_var.mean()
+
+
+def test_what_conversion_warns_of_is_told():
+    model = nn.Sequential(Reader(), nn.BatchNorm2d(6), nn.BatchNorm2d(6))
+    model[1].weight.requires_grad_(False)
+    done = nk.synchronize_(model)
+    assert done.warnings.keys() == {"0.norm", "1"}
+    told = [line for line in str(done).splitlines() if line.startswith(("0.norm:", "1:"))]
+    assert len(told) == 2
+    assert "reads its running_var" in told[0]
+    assert "without a gradient" in told[1]
+
+
 class Own(nn.BatchNorm2d):
     pass
 

@@ -142,7 +142,21 @@ def test_outputs_that_cannot_be_compared():
 
     done = nk.fold(trained(Classes(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)).double()), X)
     assert done.difference is None
-    assert repr(done) == "<Folding: folded 1 of 1 norms; the outputs cannot be compared>"
+    said = "the outputs cannot be compared (nothing finite, or no numbers)"
+    assert repr(done) == f"<Folding: folded 1 of 1 norms; {said}>"
+
+
+@pytest.mark.parametrize("x", [torch.full((2, 6, 7, 7), float("nan")).double(), X[:0]])
+def test_outputs_without_a_finite_value_are_not_said_to_agree(x):
+    done = nk.fold(trained(nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)).double()), x)
+    assert done.difference is None
+
+
+def test_outputs_are_compared_where_they_are_finite():
+    model = trained(nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)).double())
+    x = X.clone()
+    x[0, 0, 0, 0] = float("inf")
+    assert 0 < nk.fold(model, x).difference < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.02), (torch.float32, 1e-6)])

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, nan
+from math import inf
 
 import torch
 
 import normkit as nk
 import oracle
 from fuzz.rounding import Given, Recorded, Rounding
-from fuzz.trial import Trial, gradient_of, layer_of, shape_of, statistics, values_of
+from fuzz.trial import (
+    Trial,
+    gradient_of,
+    layer_of,
+    mask_of,
+    shape_of,
+    statistics,
+    valid_in,
+    values_of,
+)
 
 DRAWS = 4
 MORE_DRAWS = 40  # before anything is called a finding
@@ -53,7 +62,7 @@ def check(trial):
     return None
 
 
-def check_step(trial, layer, step):
+def check_step(trial, layer, step):  # noqa: PLR0911 - one for each thing that may be wrong
     """Call the layer once and compare."""
     put_in_mode(layer, trial, step)
     x = values_of(trial, step).requires_grad_("x" in trial.wants)
@@ -61,7 +70,7 @@ def check_step(trial, layer, step):
     given, grad = x.detach().clone(), gradient_of(trial, step)
     try:
         with nk.use_kernels(trial.kernels), threads(trial.threads):
-            y = layer(x)
+            y = layer(x, mask_of(trial, step)) if step.mask else layer(x)
             leaves = leaves_of(layer, x)
             grads = torch.autograd.grad(y, list(leaves.values()), grad) if leaves else ()
     except nk.PartitionError as error:
@@ -77,8 +86,28 @@ def check_step(trial, layer, step):
         return Finding(trial, "x", "changed: the input is not what it was", before=before)
     results = {"y": y.detach()}
     results |= {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
+    if step.mask and (name := not_zero(trial, step, results)):
+        return Finding(trial, name, "not 0: where nothing is valid", results[name], before=before)
     results |= {n: t.detach() for n, t in layer.named_buffers()}
-    return compare(trial, step, layer, before, results)
+    with masked(trial, step):
+        return compare(trial, step, layer, before, results)
+
+
+@contextmanager
+def masked(trial, step):
+    """Let the definitions see valid positions only, where the step has a mask."""
+    if not step.mask:
+        yield
+        return
+    with oracle.masked(valid_in(trial, step)):
+        yield
+
+
+def not_zero(trial, step, results):
+    """A result that is not 0 where the mask leaves nothing, or None."""
+    outside = ~valid_in(trial, step).expand(shape_of(trial, step))
+    names = [name for name in ("y", "gradient of x") if name in results]
+    return next((name for name in names if not (results[name][outside] == 0).all()), None)
 
 
 @contextmanager
@@ -150,11 +179,13 @@ def must_be_refused(trial, step):
     if 0 in shape or step.mode in ("eval", "off-eval"):
         return False
     found = [oracle.group_ids(kind, shape, **options) for kind, options in parts(trial, step)]
-    return any(int(torch.bincount(ids.flatten()).min()) == 1 for ids in found)
+    valid = valid_in(trial, step).expand(shape)
+    return any((torch.bincount(ids[valid]) == 1).any() for ids in found)
 
 
 def may_be_refused(trial, step):
-    return must_be_refused(trial, step)
+    """Also where the only value of a group is not valid."""
+    return must_be_refused(trial, replace(step, mask="")) or must_be_refused(trial, step)
 
 
 # --- values
@@ -193,16 +224,24 @@ def kind_of(trial):
 
 def expected(trial, step, layer, before, arithmetic, shift=0):
     """Everything that the step gives, in float64, by names as in ``check_step``."""
-    x = (values_of(trial, step).double() + shift).requires_grad_()
+    x = (clean_of(trial, step) + shift).requires_grad_()
     own = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
     with oracle.arithmetic(arithmetic):
         y, buffers = formula(trial, step, (own, x), layer, before, arithmetic)
+        if step.mask:
+            y = torch.where(valid_in(trial, step), y, 0.0)
         wanted = {"x": x} if "x" in trial.wants else {}
         wanted |= own if "parameters" in trial.wants else {}
         grad = gradient_of(trial, step).double()
         found = torch.autograd.grad(y, list(wanted.values()), grad) if wanted else ()
     results = {"y": y.detach()}
     return results | {f"gradient of {n}": g for n, g in zip(wanted, found, strict=True)} | buffers
+
+
+def clean_of(trial, step):
+    """The map in float64, with 0 where it is not valid."""
+    x = values_of(trial, step).double()
+    return torch.where(valid_in(trial, step), x, 0.0) if step.mask else x
 
 
 def formula(trial, step, parameters_and_x, layer, before, arithmetic):
@@ -218,14 +257,26 @@ def formula(trial, step, parameters_and_x, layer, before, arithmetic):
     if step.mode in ("eval", "frozen", "off-eval"):
         alpha = options["example_weight"]
         return oracle.evaluate(kind, x, parameters, eps, running, alpha, **rest), buffers
-    count = buffers[names[2]] + 1
+    seen = has_values(trial, step)
+    count = buffers[names[2]] + seen.any()
     rate = options["update_rate"] if kind == "bcn-micro" else options["momentum"]
     rate = 1 / count.double() if rate is None else rate
     y = oracle.train(kind, x, parameters, eps, running, rate, **rest)
     if step.mode == "off":
         return y, buffers
     moved = oracle.follow(kind, x.detach(), running, parameters, eps, rate, **rest)
+    moved = [torch.where(seen, new, old.double()) for new, old in zip(moved, running, strict=True)]
     return y, dict(zip(names, (*moved, count), strict=True))
+
+
+def has_values(trial, step):
+    """Which running values a batch has something to say of: those with a valid value."""
+    valid = valid_in(trial, step)
+    if trial.kind != "bgn":
+        return valid.any()  # each channel has the same positions
+    shape = shape_of(trial, step)
+    ids = oracle.group_ids("bgn", shape, **grouping(trial))
+    return torch.bincount(ids[valid.expand(shape)], minlength=int(ids.max()) + 1) > 0
 
 
 def as_on_tables(trial, buffer, arithmetic):
@@ -243,22 +294,20 @@ def errors_allowed(trial, step, layer, before, exact_and_recorded, draws):
     exact, recorded = exact_and_recorded
     call = partial(expected, trial, step, layer, before)
     around = trial.kernels == "cpu" and step.mode in ("train", "off") and trial.kind != "gw"
-    around &= trial.dtype != "float64"
+    around &= trial.dtype != "float64" and not step.mask
     unit, fixed = unit_of(wide(trial)), call(Given(recorded))
     largest = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact.items()}
     for seed in range(draws):
         known = recorded if seed % 2 else None
         rounding, shift = Rounding(unit, around, known, seed), 0
         if trial.kind in oracle.COMPOSITES:
-            shift = rounding.error_of_segments(values_of(trial, step))
+            shift = rounding.error_of_segments(clean_of(trial, step))
             raise_to(largest, call(Given(recorded), shift), fixed)
         raise_to(largest, call(rounding, shift), exact)
     if "x" in trial.wants:
         direct = direct_size(fixed["gradient of x"].abs())
         largest["gradient of x"] += direct * (unit + relative(largest["y"], exact["y"]))
         largest["gradient of x"] = levelled(trial, largest["gradient of x"], direct)
-        if trial.kind in oracle.COMPOSITES:  # where no result comes out, any gradient may
-            largest["gradient of x"][~exact["y"].isfinite()] = nan
     largest["y"] = levelled(trial, largest["y"], exact["y"].abs())
     widest = max(
         (float(m.detach().nan_to_num(posinf=0).max()) for m in recorded.means), default=0.0
@@ -337,10 +386,12 @@ def wrong_elements(found, exact, bound):
     if found.shape != exact.shape:
         return torch.ones(())
     limit = torch.finfo(found.dtype).max if found.dtype.is_floating_point else inf
-    fits = exact.abs() < 0.99 * limit  # beyond it what is found may be inf
+    fits = exact.abs() < 0.99 * limit  # beyond it what is found may be inf,
+    surely = exact.abs() + bound < 0.99 * limit  # and where its error may bring it beyond
     apart = (found.double() - exact.double()).abs() > bound
     finite, wanted = found.double().isfinite(), exact.double().isfinite()
-    return torch.where(wanted, fits & (apart | ~finite), finite) & ~bound.isnan()
+    wrong = fits & torch.where(finite, apart, surely)
+    return torch.where(wanted, wrong, finite) & ~bound.isnan()
 
 
 def describe(found, exact, bound):

@@ -15,6 +15,7 @@ from torch.autograd import Function
 import oracle
 
 TABLE = torch.finfo(torch.float64).eps  # of what the C++ kernels keep in float64
+NEARBY = 8  # values whose mean the C++ kernels sum around: one of them may be the farthest
 
 
 class Recorded(oracle.Exact):
@@ -47,7 +48,7 @@ class Rounding(oracle.Exact):
 
     Args:
         unit: Of the dtype that is computed in.
-        around_the_mean: Sums are taken of distances from a value nearby and kept in float64, as
+        around_the_mean: Sums are taken of distances from a mean of a few values, in float64, as
             the C++ kernels do, so that an offset costs nothing.
         recorded: The exact statistics, or None to take those of the values at hand.
         seed: Of the signs.
@@ -62,16 +63,17 @@ class Rounding(oracle.Exact):
         """As many times 1 as -1."""
         return torch.randint(0, 2, shape, generator=self.generator, dtype=torch.float64) * 2 - 1
 
-    def magnitude(self, x, center):
+    def magnitude(self, x, center, ids):
         """Of what is added up in a mean of ``x``."""
         x = x.detach()
         if self.around_the_mean:
-            return (x - center.detach()).abs() + x.abs() * (TABLE / self.unit)
+            apart = (x - center.detach()).abs()
+            return apart + farthest(apart, ids) / NEARBY + x.abs() * (TABLE / self.unit)
         return x.abs()
 
     def mean(self, values, ids):
         exact = self.exact_mean(values, ids)
-        return _Mean.apply(values, ids, self.magnitude(values, exact), exact, self)
+        return _Mean.apply(values, ids, self.magnitude(values, exact, ids), exact, self)
 
     def exact_mean(self, values, ids):
         """Of the values, or as it was recorded."""
@@ -81,7 +83,7 @@ class Rounding(oracle.Exact):
     def mean_square(self, x, center, ids):
         distance = x - center
         apart = distance.detach().abs()
-        sizes = 2 * apart * self.magnitude(x, center) + apart**2
+        sizes = 2 * apart * self.magnitude(x, center, ids) + apart**2
         square = distance**2
         return _Mean.apply(square, ids, sizes, self.exact_mean(square, ids), self)
 
@@ -100,20 +102,36 @@ class Rounding(oracle.Exact):
 
     def error_of_means(self, sizes, ids):
         """At every element, of the mean of its group, where terms of these sizes are added."""
-        where = ids.flatten()
-        counts = torch.bincount(where)
-        sums = torch.zeros(len(counts), dtype=sizes.dtype).index_add(0, where, sizes.flatten())
+        inside = oracle.are_valid(sizes)
+        where = ids[inside]
+        counts = torch.bincount(where, minlength=int(ids.max()) + 1).clamp(min=1)
+        sums = torch.zeros(len(counts), dtype=sizes.dtype).index_add(0, where, sizes[inside])
         return (self.error_of_sums(sums, counts) / counts)[ids]
 
     def error_of_segments(self, x):
-        """Of the means of every example's channels, around which a kernel sums and writes."""
-        x, ids = x.double(), oracle.group_ids("in", x.shape)
-        return self.error_of_means(self.magnitude(x, oracle.Exact().mean(x, ids)), ids)
+        """Of the means of every example's channels, around which a kernel sums and writes.
+
+        In float64 also of their deviations: a running mean moves by units while it is summed.
+        """
+        x, ids, exact = x.double(), oracle.group_ids("in", x.shape), oracle.Exact()
+        apart = x - exact.mean(x, ids)
+        shift = self.error_of_means(self.magnitude(x, x - apart, ids), ids)
+        if self.unit > TABLE:
+            return shift
+        deviation = exact.mean(apart**2, ids).sqrt().clamp(min=1e-300)
+        return shift + apart * self.error_of_means(x.abs(), ids) / deviation
 
     def error_of_sums(self, sums, counts):
         """Of sums of so many terms, whose magnitudes have these sums."""
         growth = counts.clamp(min=16).sqrt()  # a few operations on tables follow every sum
         return self.signs(sums.shape) * self.unit * growth * sums
+
+
+def farthest(apart, ids):
+    """The largest distance in every element's group; of the finite and valid ones."""
+    known = oracle.are_valid(apart) & apart.isfinite()
+    largest = torch.zeros(int(ids.max()) + 1, dtype=apart.dtype)
+    return largest.scatter_reduce_(0, ids[known], apart[known], "amax")[ids]
 
 
 class _Mean(Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fuzz.check import Finding
-from fuzz.trial import LAYERS, gradient_of, values_of
+from fuzz.trial import LAYERS, gradient_of, mask_of, values_of
 
 MODES = {
     "train": "layer.train()",
@@ -19,7 +19,7 @@ def script(finding: Finding) -> str:
     trial, step = finding.trial, finding.trial.steps[-1]
     options = ", ".join(f"{name}={value!r}" for name, value in trial.options)
     name = f"nk.{LAYERS[trial.kind].__name__}"
-    x, grad = values_of(trial, step), gradient_of(trial, step)
+    x, grad, mask = values_of(trial, step), gradient_of(trial, step), mask_of(trial, step)
     lines = [
         f'"""{finding.what} is wrong: {finding.detail}."""',
         "from math import inf, nan",
@@ -31,8 +31,9 @@ def script(finding: Finding) -> str:
         *_mode(trial, step),
         f"x = {_tensor(x)}.requires_grad_()",
         f"grad = {_tensor(grad)}",
+        f"mask = {None if mask is None else _plain(mask)}",
         f"with nk.use_kernels({trial.kernels!r}):",
-        "    y = layer(x)",
+        "    y = layer(x, mask)",
         "    y.backward(grad)",
         'print("y", y)',
         'print("gradient of x", x.grad)',

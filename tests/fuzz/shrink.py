@@ -93,7 +93,7 @@ def simpler_steps(step: Step, per_example: int) -> Iterator[Step]:
             kept = tuple((p % (less * per_example), v) for p, v in step.bad)
             yield replace(step, num_examples=less, bad=kept)
     plain = {"bad": (), "layout": "contiguous", "grad_layout": "contiguous", "pattern": "normal",
-             "offset": 0.0, "channel_offset": 0.0, "scale": 1.0}  # fmt: skip
+             "offset": 0.0, "channel_offset": 0.0, "scale": 1.0, "mask": ""}  # fmt: skip
     for name, value in plain.items():
         if getattr(step, name) != value:
             yield replace(step, **{name: value})

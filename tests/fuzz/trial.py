@@ -53,6 +53,7 @@ LAYOUTS = (
     "windows",
     "unaligned",
 )
+OVERLAPPING = ("expanded", "windows")  # several elements are one
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Step:
         mode: ``"train"``, ``"eval"``, ``"frozen"``: trained with frozen statistics, or
             ``"off"`` and ``"off-eval"``: after ``track_running_stats`` was switched off.
         bad: Positions in the flattened map, and what is put there.
+        mask: ``""``: none; ``"positions"``: of which about half are valid; ``"lengths"`` along the
+            last axis. What is not valid holds values that must not matter.
     """
 
     mode: str
@@ -75,6 +78,7 @@ class Step:
     grad_layout: str
     bad: tuple[tuple[int, float], ...]
     seed: int
+    mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ def draw_step(trial, random):
         grad_layout=random.choice((*LAYOUTS, "one")),
         bad=bad,
         seed=random.randrange(2**31),
+        mask=random.choice(("positions", "lengths")) if random.random() < 0.15 else "",
     )
 
 
@@ -252,7 +257,37 @@ def values_of(trial, step):
     flat = x.flatten()
     for position, value in step.bad:
         flat[position % flat.numel()] = value
-    return arranged(flat.reshape(shape), step.layout)
+    x = flat.reshape(shape)
+    if step.mask and step.layout not in OVERLAPPING:
+        x = torch.where(valid_in(trial, step), x, junk_like(x))
+    return arranged(x, step.layout)
+
+
+def junk_like(x):
+    """What padding may hold."""
+    junk = torch.tensor([nan, inf, -1e4, 3.0], dtype=x.dtype)
+    return junk.repeat(x.numel() // 4 + 1)[: x.numel()].reshape(x.shape)
+
+
+def mask_of(trial, step):
+    """What the layer is given as ``mask``."""
+    if not step.mask:
+        return None
+    shape = (step.num_examples, *trial.spatial)
+    if step.mask == "lengths" and trial.spatial:
+        lengths = noise(shape[:1], step.seed + 3).abs() * trial.spatial[-1]
+        return lengths.ceil().clamp(max=trial.spatial[-1]).long()
+    return noise(shape, step.seed + 3) > 0
+
+
+def valid_in(trial, step):
+    """Which positions have a say, ``(N, 1, *S)``."""
+    mask = mask_of(trial, step)
+    if mask is None:
+        mask = torch.ones(step.num_examples, *trial.spatial, dtype=torch.bool)
+    if mask.dtype != torch.bool:
+        mask = torch.arange(trial.spatial[-1]) < mask.reshape(-1, *(1,) * len(trial.spatial))
+    return mask.expand(step.num_examples, *trial.spatial).unsqueeze(1)
 
 
 def patterned(x, pattern):

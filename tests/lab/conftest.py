@@ -5,8 +5,8 @@ import pytest
 
 from normkit.lab.environment import Environment
 from normkit.lab.models import PlacedNorm
-from normkit.lab.records import Epoch, Outcome, Record
-from normkit.lab.spec import Protocol, RunSpec, SweepSpec
+from normkit.lab.records import Epoch, Outcome, TrainingRecord
+from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 
 TINY = Protocol(model="mlp:depth=2:width=8", limit=40, epochs=1)
 
@@ -42,8 +42,8 @@ def record():
             "norms": (PlacedNorm(name="2", norm=norm, num_features=8, num_positions=1),),
             "peak_bytes": 1000,
         }
-        return Record(
-            spec=RunSpec(protocol=protocol, norm=norm, batch_size=batch_size, seed=seed),
+        return TrainingRecord(
+            spec=TrainingSpec(protocol=protocol, norm=norm, batch_size=batch_size, seed=seed),
             outcome=Outcome(**(given | outcome)),
             step_time_s=0.001,
             duration_s=0.1,

@@ -1,6 +1,7 @@
 import pytest
 
-from normkit.lab.compare import compare, of_sweep
+from normkit.lab.compare import compare
+from normkit.lab.records import latest
 
 
 def test_a_cell_is_the_mean_and_the_sample_deviation_over_seeds(sweep, record):
@@ -49,7 +50,7 @@ def test_cells_without_runs_are_empty_but_there(sweep, record):
 def test_the_latest_record_of_a_run_counts_and_other_sweeps_do_not(sweep, record):
     failed = record(status="failed", accuracy=None)
     foreign = record(batch_size=11)
-    assert of_sweep(sweep, [failed, foreign, record()]) == (record(),)
+    assert latest(sweep.runs(), [failed, foreign, record()]) == (record(),)
 
 
 def test_cost_is_the_median_time_and_the_highest_peak(sweep, record):

@@ -7,7 +7,7 @@ import normkit as nk
 from normkit.kernels.select import use_kernels
 from normkit.lab import environment
 from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.records import Record
+from normkit.lab.records import TrainingRecord
 
 KEPT = Path(__file__).parents[2] / "docs" / "records"
 
@@ -15,7 +15,7 @@ KEPT = Path(__file__).parents[2] / "docs" / "records"
 @pytest.mark.parametrize("name", ["compare-digits.jsonl", "compare-fashion-mnist.jsonl"])
 def test_kept_records_still_load(name):
     for line in (KEPT / name).read_text().splitlines():
-        assert Record.model_validate_json(line).outcome.status == "finished"
+        assert TrainingRecord.model_validate_json(line).outcome.status == "finished"
 
 
 def test_the_environment_names_the_kernels_that_compute_and_the_version():

@@ -1,14 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from normkit import BatchNorm, GroupNorm, InstanceBatchNorm
-from normkit.errors import OptionError, PartitionError, SpecError
+from normkit.errors import ConversionError, OptionError, PartitionError, SpecError
 from normkit.lab.models import ARCHITECTURES, build_model
 from normkit.lab.models.architecture import architecture
 from normkit.lab.models.build import norm_slots
-from normkit.lab.models.zoo import NormThenAct, replace_batch_norms
 
 OURS = ("small-resnet", "small-resnet:width=8:blocks=2", "mlp:depth=3:width=16", "vgg11")
 ZOO = (
@@ -121,8 +122,8 @@ def test_without_a_norm_a_model_keeps_its_own():
 
 def test_timms_norm_keeps_its_activation():
     plain, ours = (build("timm:regnety_002", n, shape=(3, 32, 32)).model for n in (None, "bn"))
-    wrapped = [m for m in ours.modules() if isinstance(m, NormThenAct)]
-    assert wrapped
+    norms = [m for m in ours.modules() if isinstance(m, BatchNorm)]
+    assert any("act" in dict(norm.named_children()) for norm in norms)
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-3, atol=1e-4)
 
@@ -133,20 +134,36 @@ def test_replaced_batch_norms_compute_the_same_as_torchs():
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-3, atol=1e-4)
 
 
-def test_a_shared_batch_norm_stays_shared():
-    shared = nn.BatchNorm1d(4)
-    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
-    replace_batch_norms(model, BatchNorm)
+def of_layers(*layers):
+    """An architecture that is these layers."""
+
+    @dataclasses.dataclass
+    class Given:
+        def build(self, _task):
+            return nn.Sequential(*layers)
+
+    return Given
+
+
+def test_a_shared_batch_norm_stays_shared(monkeypatch):
+    shared = nn.BatchNorm2d(4)
+    layers = (nn.Conv2d(1, 4, 1), shared, nn.Conv2d(4, 4, 1), shared)
+    monkeypatch.setitem(ARCHITECTURES, "given", of_layers(*layers))
+    model = build("given", "bn").model
     assert isinstance(model[1], BatchNorm)
     assert model[1] is model[3]
 
 
-def test_an_unknown_kind_of_batch_norm_is_refused_by_name():
+def test_an_unknown_kind_of_batch_norm_is_refused_by_name(monkeypatch):
     class Strange(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(SpecError, match=r"cannot be replaced: 1 \(Strange\); choose a model whose"):
-        replace_batch_norms(nn.Sequential(nn.Conv2d(1, 2, 1), Strange(2)), BatchNorm)
+    layers = (nn.Conv2d(1, 2, 1), Strange(2))
+    monkeypatch.setitem(ARCHITECTURES, "given", of_layers(*layers))
+    with pytest.raises(ConversionError, match=r"1.*Strange has no rule"):
+        build("given", "bn")
+    with pytest.raises(ConversionError, match=r"1.*Strange has no rule"):
+        norm_slots("given", 10, (1, 8, 8))
 
 
 @pytest.mark.parametrize(

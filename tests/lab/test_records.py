@@ -11,14 +11,14 @@ import pytest
 
 from normkit.errors import DataError
 from normkit.lab.files import usable_folder, whole_file, write_whole
-from normkit.lab.records import append_record, read_records
+from normkit.lab.records import TrainingRecord, append_record, read_records
 
 
 def test_records_come_back_as_they_were_written(tmp_path, record):
     written = (record(), record(norm="ln"), record(status="failed", message="a\nb", epochs=()))
     for item in written:
         append_record(tmp_path, item)
-    contents = read_records(tmp_path)
+    contents = read_records(tmp_path, TrainingRecord)
     assert contents.records == written
     assert contents.corrupt == ()
 
@@ -31,7 +31,7 @@ def test_each_record_is_one_line_of_json(tmp_path, record):
 
 
 def test_without_a_file_there_are_no_records(tmp_path):
-    assert read_records(tmp_path).records == ()
+    assert read_records(tmp_path, TrainingRecord).records == ()
 
 
 CORRUPT = [
@@ -55,7 +55,7 @@ def test_a_corrupt_line_is_told_with_its_number_and_stays_where_it_is(
     append_record(tmp_path, record(seed=2))
     before = path.read_bytes()
     for _ in range(2):
-        contents = read_records(tmp_path)
+        contents = read_records(tmp_path, TrainingRecord)
         assert [r.spec.seed for r in contents.records] == [1, 2]
         assert [line.number for line in contents.corrupt] == [2]
         assert re.search(reason, contents.corrupt[0].reason)
@@ -68,9 +68,11 @@ def test_a_line_that_breaks_off_does_not_swallow_the_next_record(tmp_path, recor
     append_record(tmp_path, record(seed=1))
     append_record(tmp_path, record(seed=2))
     path.write_bytes(path.read_bytes()[:-20])  # as a kill in the middle of a write leaves it
-    assert [line.reason for line in read_records(tmp_path).corrupt] == ["it breaks off"]
+    assert [line.reason for line in read_records(tmp_path, TrainingRecord).corrupt] == [
+        "it breaks off"
+    ]
     append_record(tmp_path, record(seed=3))
-    contents = read_records(tmp_path)
+    contents = read_records(tmp_path, TrainingRecord)
     assert [r.spec.seed for r in contents.records] == [1, 3]
     assert [line.number for line in contents.corrupt] == [2]
 
@@ -144,7 +146,7 @@ def test_a_records_file_that_cannot_be_read_or_written_is_named(tmp_path, record
     (tmp_path / "records.jsonl").mkdir()
     text = r"records.jsonl cannot be read or written \(Is a directory\); make room and permission"
     with pytest.raises(DataError, match=text):
-        read_records(tmp_path)
+        read_records(tmp_path, TrainingRecord)
     with pytest.raises(DataError, match=text):
         append_record(tmp_path, record())
 
@@ -154,7 +156,7 @@ def test_a_record_is_on_the_disk_when_it_counts_as_written(tmp_path, record, mon
 
     def note(descriptor):
         synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
-        assert read_records(tmp_path).records == (record(),)
+        assert read_records(tmp_path, TrainingRecord).records == (record(),)
 
     monkeypatch.setattr(os, "fsync", note)
     append_record(tmp_path, record())
@@ -176,6 +178,18 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         draft.write_text("")
     with pytest.raises(DataError, match="Is a directory"):
         write_whole(tmp_path, "text")
+
+
+def test_a_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = write_whole(tmp_path / "report.html", "old"), []
+
+    def note(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").read_text())
+        assert path.read_text() == "old"
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_whole(path, "new")
+    assert (synced, path.read_text()) == (["new"], "new")
 
 
 def test_a_file_name_that_is_too_long_is_refused_before_anything_is_written(tmp_path):

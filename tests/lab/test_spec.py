@@ -3,41 +3,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normkit.errors import SpecError
-from normkit.lab.spec import Protocol, RunSpec, SweepSpec
+from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 
 
 def test_equal_specs_have_equal_keys_and_different_ones_do_not():
-    spec = RunSpec(norm="gn:8", batch_size=8, seed=1)
-    assert spec.key == RunSpec(norm="gn:8", batch_size=8, seed=1).key
+    spec = TrainingSpec(norm="gn:8", batch_size=8, seed=1)
+    assert spec.key == TrainingSpec(norm="gn:8", batch_size=8, seed=1).key
     others = [
-        RunSpec(norm="gn:4", batch_size=8, seed=1),
-        RunSpec(norm="gn:8", batch_size=4, seed=1),
-        RunSpec(norm="gn:8", batch_size=8, seed=2),
-        RunSpec(norm="gn:8", batch_size=8, seed=1, protocol=Protocol(weight_decay=0.0)),
-        RunSpec(norm="gn:8", batch_size=8, seed=1, protocol=Protocol(threads=2)),
+        TrainingSpec(norm="gn:4", batch_size=8, seed=1),
+        TrainingSpec(norm="gn:8", batch_size=4, seed=1),
+        TrainingSpec(norm="gn:8", batch_size=8, seed=2),
+        TrainingSpec(norm="gn:8", batch_size=8, seed=1, protocol=Protocol(weight_decay=0.0)),
+        TrainingSpec(norm="gn:8", batch_size=8, seed=1, protocol=Protocol(threads=2)),
     ]
     assert len({spec.key, *(other.key for other in others)}) == 6
 
 
 def test_norms_are_written_one_way():
-    spelled = RunSpec(norm="gbgn:2:examples=4", batch_size=8)
-    assert spelled == RunSpec(norm="gbgn:2:examples_per_group=4", batch_size=8)
+    spelled = TrainingSpec(norm="gbgn:2:examples=4", batch_size=8)
+    assert spelled == TrainingSpec(norm="gbgn:2:examples_per_group=4", batch_size=8)
 
 
 @given(batch_size=st.integers(1, 1024), base_lr=st.floats(1e-4, 10))
 def test_learning_rate_is_proportional_to_the_batch_size(batch_size, base_lr):
-    spec = RunSpec(norm="bn", batch_size=batch_size, protocol=Protocol(base_lr=base_lr))
+    spec = TrainingSpec(norm="bn", batch_size=batch_size, protocol=Protocol(base_lr=base_lr))
     assert spec.learning_rate(0) == pytest.approx(base_lr * batch_size / 128)
 
 
 def test_learning_rate_drops_by_ten_after_half_and_three_quarters_of_the_epochs():
-    spec = RunSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=8))
+    spec = TrainingSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=8))
     rates = [spec.learning_rate(epoch) for epoch in range(8)]
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
 
 
 def test_the_papers_164_epochs_have_their_drops_after_81_and_122():
-    spec = RunSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=164))
+    spec = TrainingSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=164))
     rates = [spec.learning_rate(epoch) for epoch in range(164)]
     assert rates == pytest.approx([0.1] * 81 + [0.01] * 41 + [0.001] * 42)
 

@@ -8,8 +8,8 @@ import pytest
 
 from normkit.errors import DataError, SpecError
 from normkit.lab import sweep as sweep_module
-from normkit.lab.records import read_records
-from normkit.lab.sweep import check, missing_runs, num_steps, run_all
+from normkit.lab.records import TrainingRecord, missing_runs, read_records
+from normkit.lab.sweep import check, num_steps, run_all
 
 
 class Notes:
@@ -30,7 +30,7 @@ class Notes:
 def test_records_are_on_the_disk_before_they_are_told_of(sweep, tmp_path):
     class Checking(Notes):
         def on_record(self, record):
-            assert read_records(tmp_path).records[-1] == record
+            assert read_records(tmp_path, TrainingRecord).records[-1] == record
             super().on_record(record)
 
     notes = Checking()
@@ -44,7 +44,7 @@ def test_finished_and_diverged_runs_are_not_missing_but_failed_ones_are(sweep, r
         record(seed=2, status="diverged"),
         record("ln", status="failed"),
     ]
-    missing = missing_runs(sweep, records)
+    missing = missing_runs(sweep.runs(), records)
     assert len(missing) == 6
     assert records[2].spec in missing
 
@@ -55,7 +55,8 @@ def test_workers_give_the_outcomes_that_this_process_gives(sweep, tmp_path):
         folder.mkdir()
         run_all(sweep.runs()[:4], folder, num_workers, Notes())
     outcomes = [
-        {r.spec.key: r.outcome for r in read_records(folder).records} for folder in (here, there)
+        {r.spec.key: r.outcome for r in read_records(folder, TrainingRecord).records}
+        for folder in (here, there)
     ]
     assert len(outcomes[0]) == 4
     assert outcomes[0] == outcomes[1]
@@ -79,16 +80,16 @@ def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(sweep, tmp_path
 
 def test_the_expected_steps_are_the_steps_that_are_done(sweep, tmp_path):
     run_all(sweep.runs()[:1], tmp_path, 1, Notes())
-    done = read_records(tmp_path).records[0].outcome.num_steps
+    done = read_records(tmp_path, TrainingRecord).records[0].outcome.num_steps
     assert num_steps(sweep.runs()[0], len(check(sweep).train)) == done == 4
 
 
 SWEEP_SCRIPT = """
 import sys
 from pathlib import Path
-from normkit.lab.records import read_records
+from normkit.lab.records import TrainingRecord, missing_runs, read_records
 from normkit.lab.spec import Protocol, SweepSpec
-from normkit.lab.sweep import missing_runs, run_all
+from normkit.lab.sweep import run_all
 
 class Silent:
     def on_steps(self, spec, num_steps): pass
@@ -98,7 +99,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     protocol = Protocol(model="mlp:depth=2:width=8", limit=100, epochs=2)
     sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(2,), seeds=tuple(range(6)))
-    missing = missing_runs(sweep, read_records(folder).records)
+    missing = missing_runs(sweep.runs(), read_records(folder, TrainingRecord).records)
     print("missing", len(missing), flush=True)
     run_all(missing, folder, int(sys.argv[2]), Silent())
 """
@@ -138,12 +139,12 @@ def test_a_killed_sweep_loses_only_what_was_in_flight(tmp_path):
     children = children_of(first.pid)
     first.kill()
     first.communicate()
-    kept = len(read_records(tmp_path).records)
+    kept = len(read_records(tmp_path, TrainingRecord).records)
     assert 2 <= kept < 6
     again = start_sweep(tmp_path, 1)
     output, errors = again.communicate()
     assert output.splitlines() == [f"missing {6 - kept}"] + ["record"] * (6 - kept), errors
-    keys = [record.spec.key for record in read_records(tmp_path).records]
+    keys = [record.spec.key for record in read_records(tmp_path, TrainingRecord).records]
     assert len(keys) == len(set(keys)) == 6
     deadline = time.monotonic() + 20
     while any(map(is_alive, children)):  # workers notice that their parent is gone

@@ -10,15 +10,16 @@ from normkit import BatchChannelNorm
 from normkit.errors import SpecError
 from normkit.lab import train
 from normkit.lab.data import Examples
+from normkit.lab.device import parse_device
 from normkit.lab.measure import peak_step_bytes
-from normkit.lab.spec import RunSpec
+from normkit.lab.spec import TrainingSpec
 from normkit.lab.steps import batches, evaluate, num_steps_per_epoch
-from normkit.lab.train import parse_device, run
+from normkit.lab.train import run
 
 
 def spec_of(protocol, norm="bn", batch_size=10, seed=1, **changes):
     changed = protocol.model_copy(update=changes)
-    return RunSpec(protocol=changed, norm=norm, batch_size=batch_size, seed=seed)
+    return TrainingSpec(protocol=changed, norm=norm, batch_size=batch_size, seed=seed)
 
 
 def test_equal_specs_give_equal_outcomes_and_other_seeds_do_not(protocol):

@@ -39,7 +39,13 @@ TOOLS = {
     "standardize_weights_": nk.standardize_weights_,
     "convert_norm_": lambda net: nk.convert_norm_(net, "gn:4"),
     "fold": lambda net: nk.fold(net, X),
+    "guard_statistics_": nk.guard_statistics_,
+    "place_xbn_": nk.place_xbn_,
+    "place_ibn_": lambda net: nk.place_ibn_(net, "a"),
+    "place_gnbn_": nk.place_gnbn_,
+    "sync_update_rates": lambda net: nk.sync_update_rates(net, torch.optim.SGD([X], lr=0.1)),
 }
+TAKE_SHARDS = ("param_groups", "sync_update_rates")
 
 
 def net():
@@ -108,7 +114,7 @@ def sharded():
 
 def test_a_sharded_model_is_refused_but_sorted(sharded):
     for name, tool in TOOLS.items():
-        if name != "param_groups":
+        if name not in TAKE_SHARDS:
             with pytest.raises(
                 nk.OptionError, match=r"is sharded \(FSDPModule\).* first and shard"
             ):

@@ -27,11 +27,11 @@ from normkit.lab.bench import (
     targets_of,
     write_record,
 )
-from normkit.lab.bench.chart import draw
+from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.markdown import markdown
-from normkit.lab.files import usable_folder, write_whole
-from normkit.lab.train import parse_device
+from normkit.lab.device import parse_device
+from normkit.lab.files import usable_folder
 from normkit.spec import parse_specs
 
 
@@ -147,7 +147,7 @@ class Bench:
 
     def _render(self, path: Path) -> int:
         record = read_record(path)
-        write_whole(path.with_suffix(".svg"), draw(record))
+        write_chart(path.with_suffix(".svg"), record)
         if self.json_output:
             print_json(_as_json(record))
         else:
@@ -159,7 +159,7 @@ class Bench:
             return
         chart = self.out.with_suffix(".svg")
         write_record(self.out, record)
-        write_whole(chart, draw(record))
+        write_chart(chart, record)
         sys.stderr.write(f"record: {self.out}\nchart: {chart}\n")
 
 

@@ -8,7 +8,7 @@ from normkit.lab.bench import BenchRecord, cells_of, targets_of
 from normkit.lab.bench.end_to_end import NETWORKS, EndToEndRecord, pairs_of
 from normkit.lab.bench.markdown import slowest_text
 from normkit.lab.bench.records import BATCH_NORM, OURS, Row
-from normkit.lab.bench.summary import TIMED, Cell, Target, Timed, tiny_rows
+from normkit.lab.bench.summary import TIMED, BenchCell, Target, Timed, tiny_rows
 
 SIDES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
@@ -57,7 +57,7 @@ def _ratio_table(record: BenchRecord) -> Table:
     return table
 
 
-def _cell_text(cell: Cell) -> str:
+def _cell_text(cell: BenchCell) -> str:
     lines = []
     for timed in TIMED:
         ratio = getattr(cell, timed)

@@ -20,21 +20,23 @@ from normkit.cli.shared import (
     whole_numbers,
 )
 from normkit.cli.tables import print_tables
-from normkit.lab.compare import Comparison, compare, of_sweep
+from normkit.lab.compare import Comparison, compare
+from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched
 from normkit.lab.lock import only_user
 from normkit.lab.records import (
     RECORDS_NAME,
-    Record,
+    TrainingRecord,
     complete_records,
+    latest,
+    missing_runs,
     of_data,
     read_records,
 )
 from normkit.lab.report import REPORT_NAME, write_report
-from normkit.lab.spec import Protocol, RunSpec, SweepSpec
-from normkit.lab.sweep import Collected, check, default_workers, missing_runs, run_all
-from normkit.lab.train import parse_device
+from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
+from normkit.lab.sweep import Collected, check, default_workers, run_all
 from normkit.spec import parse_specs
 
 EXIT_FAILED_RUNS = 1
@@ -44,7 +46,7 @@ class _Plan(NamedTuple):
     """What is to be done, the same for all processes of a launch."""
 
     sweep: SweepSpec
-    specs: tuple[RunSpec, ...]
+    specs: tuple[TrainingSpec, ...]
     num_examples: int
     num_workers: int
     data_hash: str
@@ -102,8 +104,8 @@ class Compare:
             if not launch.is_first:
                 return 0
             complete_records(folder, [record for share in shares for record in share])
-            found = of_data(read_records(folder).records, plan.data_hash)
-            records = of_sweep(plan.sweep, found)
+            found = of_data(read_records(folder, TrainingRecord).records, plan.data_hash)
+            records = latest(plan.sweep.runs(), found)
             comparison = compare(plan.sweep, records)
             write_report(folder, comparison, records, self.command())
         self._print(comparison, records)
@@ -116,18 +118,18 @@ class Compare:
         dataset = check(sweep)
         folder = usable_folder(self.out, RECORDS_NAME, REPORT_NAME)
         held.enter_context(only_user(folder))
-        contents = read_records(folder)
+        contents = read_records(folder, TrainingRecord)
         tell_of_corrupt_lines(contents, folder / RECORDS_NAME)
         known = of_data(contents.records, dataset.fingerprint)
         return _Plan(
             sweep=sweep,
-            specs=missing_runs(sweep, known),
+            specs=missing_runs(sweep.runs(), known),
             num_examples=len(dataset.train),
             num_workers=num_workers,
             data_hash=dataset.fingerprint,
         )
 
-    def _run_share(self, plan: _Plan, folder: Path, launch: Launch) -> list[Record]:
+    def _run_share(self, plan: _Plan, folder: Path, launch: Launch) -> list[TrainingRecord]:
         """Run what falls to this process."""
         specs = launch.share(plan.specs)
         if not specs:
@@ -183,7 +185,7 @@ class Compare:
         require_counts(self, "workers", at_most=MAX_PROCESSES)
         return self.workers
 
-    def _print(self, comparison: Comparison, records: Sequence[Record]) -> None:
+    def _print(self, comparison: Comparison, records: Sequence[TrainingRecord]) -> None:
         paths = {"records": self.out / RECORDS_NAME, "report": self.out / REPORT_NAME}
         if self.json_output:
             result = comparison.model_dump(mode="json")
@@ -194,7 +196,7 @@ class Compare:
             print_tables(comparison, records, paths)
 
 
-def _exit_code(records: Sequence[Record]) -> int:
+def _exit_code(records: Sequence[TrainingRecord]) -> int:
     """1 if a run failed, or none has a result; that some diverge is a result."""
     ends = {record.outcome.status for record in records}
     if ends == {"diverged"}:
@@ -205,7 +207,7 @@ def _exit_code(records: Sequence[Record]) -> int:
     return EXIT_FAILED_RUNS if "failed" in ends or "finished" not in ends else 0
 
 
-def _trouble(record: Record) -> dict[str, object]:
+def _trouble(record: TrainingRecord) -> dict[str, object]:
     return {
         "norm": record.spec.norm,
         "batch_size": record.spec.batch_size,

@@ -9,15 +9,13 @@ from typing import Annotated
 import tyro
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.shared import print_json, require_counts
+from normkit.cli.shared import print_json, require_counts, require_file_name
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Dataset, load
-from normkit.lab.files import usable_folder
+from normkit.lab.data.files import SUFFIX
 from normkit.text import shortened
-
-SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +72,7 @@ class Convert(ModelOptions):
     def _check(self) -> None:
         require_counts(self, "examples", "batch_size")
         if self.save is not None:
-            if self.save.suffix != SUFFIX:
-                raise SpecError(f"--save was given {str(self.save)!r}; its name ends in {SUFFIX}")
-            usable_folder(self.save.parent, self.save.name, option="--save")
+            require_file_name(self.save, "--save", SUFFIX)
 
     def _about(self, done: Conversion) -> dict[str, str]:
         """What to know for loading the weights."""

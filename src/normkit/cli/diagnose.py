@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.shared import flag, require_counts
+from normkit.cli.shared import batches_of, flag, require_counts
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import earlier_state
@@ -81,13 +81,13 @@ class Diagnose(ModelOptions):
         kept = self.examples
         if kept is not None and kept < len(examples) and kept > self.batch_size:
             kept -= kept % self.batch_size
-        return _batches(examples, kept, self.batch_size)
+        return batches_of(examples, kept, self.batch_size)
 
     def _test_batches(self, examples: Examples) -> list[tuple[Tensor, Tensor]]:
         """Two batches or more."""
         number = min(len(examples), self.examples or len(examples))
         size = min(max(self.batch_size, TEST_BATCH_SIZE), -(-number // 2))
-        return _batches(examples, number, size)
+        return batches_of(examples, number, size)
 
     def dataset(self) -> Dataset:
         """The training and the test examples.
@@ -143,8 +143,3 @@ class Diagnose(ModelOptions):
 
 def _read(name: str, part: str) -> Examples:
     return read_examples(Path(name)) if name.endswith(SUFFIX) else getattr(load(name), part)
-
-
-def _batches(examples: Examples, at_most: int | None, size: int) -> list[tuple[Tensor, Tensor]]:
-    kept = (examples.inputs[:at_most], examples.targets[:at_most])
-    return list(zip(*(values.split(size) for values in kept), strict=True))

@@ -11,13 +11,12 @@ import tyro
 from rich.text import Text
 from torch import nn
 
-from normkit.cli.shared import print_json, require_counts, whole_numbers
+from normkit.cli.shared import print_json, require_counts, require_file_name, whole_numbers
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.explain import Explanation, explain
 from normkit.lab.drawing import panels_of
 from normkit.lab.drawing.terminal import draw_lines
-from normkit.lab.files import usable_folder, whole_file
 from normkit.recipes import MAX_NUMBER, METHODS
 from normkit.spec import NormSpec
 
@@ -61,7 +60,7 @@ class Explain:
         with torch.no_grad():
             layer(x)  # refuses what it refuses in earnest
         if self.out is not None:
-            _check_picture(self.out)
+            require_file_name(self.out, "--out", *PICTURES)
             self._write(layer, self.out)
         if self.json_output:
             print_json(self._as_json(layer, explanation))
@@ -126,8 +125,7 @@ class Explain:
         from normkit.lab.drawing.figure import write_figure  # noqa: PLC0415 - matplotlib is slow
 
         shape = self._shape()
-        with whole_file(path) as draft:
-            write_figure(draft, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
+        write_figure(path, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")
         sys.stderr.write(f"picture: {path}\n")
 
     def _as_json(self, layer: nn.Module, explanation: Explanation) -> dict[str, object]:
@@ -150,9 +148,3 @@ class Explain:
                 for part in explanation.parts
             ],
         }
-
-
-def _check_picture(path: Path) -> None:
-    if path.suffix not in PICTURES:
-        raise SpecError(f"--out was given {str(path)!r}; its name ends in {' or '.join(PICTURES)}")
-    usable_folder(path.parent, path.name)

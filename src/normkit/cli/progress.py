@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.streams import Terminal
-from normkit.lab.records import Record
-from normkit.lab.spec import RunSpec
+from normkit.lab.records import TrainingRecord
+from normkit.lab.spec import TrainingSpec
 from normkit.lab.sweep import num_steps
 
 STEP_OVERHEAD = 32  # a training step costs about as much as that many examples
 
 
 @contextmanager
-def sweep_progress(specs: Sequence[RunSpec], num_examples: int) -> Generator["SweepProgress"]:
+def sweep_progress(specs: Sequence[TrainingSpec], num_examples: int) -> Generator["SweepProgress"]:
     """Show how far the runs are, and how long the rest will take, until the block ends."""
     columns = (
         TextColumn("{task.fields[ended]} of {task.fields[runs]} runs"),
@@ -31,7 +31,7 @@ def sweep_progress(specs: Sequence[RunSpec], num_examples: int) -> Generator["Sw
 
 
 @contextmanager
-def line_by_line(specs: Sequence[RunSpec], num_examples: int) -> Generator["Lines"]:
+def line_by_line(specs: Sequence[TrainingSpec], num_examples: int) -> Generator["Lines"]:
     """Only tell of runs that end: another process has the display."""
     yield Lines()
 
@@ -39,10 +39,10 @@ def line_by_line(specs: Sequence[RunSpec], num_examples: int) -> Generator["Line
 class Lines:
     """Prints a line for each run that ends."""
 
-    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
         """Say nothing."""
 
-    def on_record(self, record: Record) -> None:
+    def on_record(self, record: TrainingRecord) -> None:
         """Say how the run ended."""
         sys.stderr.write(_line(record) + "\n")
 
@@ -50,7 +50,7 @@ class Lines:
 class SweepProgress:
     """Adds up the steps of all runs, and prints a line for each run that ends."""
 
-    def __init__(self, display: Progress, specs: Sequence[RunSpec], num_examples: int) -> None:
+    def __init__(self, display: Progress, specs: Sequence[TrainingSpec], num_examples: int) -> None:
         self._display = display
         self._num_examples = num_examples
         self._done: Counter[str] = Counter()
@@ -59,12 +59,12 @@ class SweepProgress:
             "runs", total=sum(map(self._whole_cost, specs)), ended=0, runs=len(specs)
         )
 
-    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
         """Advance by steps of a run in flight."""
         self._done[spec.key] += num_steps
         self._display.advance(self._task, _cost(spec, num_steps))
 
-    def on_record(self, record: Record) -> None:
+    def on_record(self, record: TrainingRecord) -> None:
         """Advance to the end of a run, however it ended."""
         spec = record.spec
         rest = self._whole_cost(spec) - _cost(spec, self._done[spec.key])
@@ -72,15 +72,15 @@ class SweepProgress:
         self._display.update(self._task, advance=rest, ended=self._num_ended)
         self._display.console.print(_line(record), highlight=False, markup=False, soft_wrap=True)
 
-    def _whole_cost(self, spec: RunSpec) -> int:
+    def _whole_cost(self, spec: TrainingSpec) -> int:
         return _cost(spec, num_steps(spec, self._num_examples))
 
 
-def _cost(spec: RunSpec, steps: int) -> int:
+def _cost(spec: TrainingSpec, steps: int) -> int:
     return steps * (STEP_OVERHEAD + spec.batch_size)
 
 
-def _line(record: Record) -> str:
+def _line(record: TrainingRecord) -> str:
     spec, outcome = record.spec, record.outcome
     name = f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
     if outcome.test_accuracy is None:

@@ -10,9 +10,8 @@ import tyro
 
 from normkit.cli.shared import print_json, tell_of_corrupt_lines
 from normkit.errors import SpecError
-from normkit.lab.files import usable_folder, whole_file
-from normkit.lab.lines import read_lines
-from normkit.lab.records import RECORDS_NAME
+from normkit.lab.files import usable_folder
+from normkit.lab.records import RECORDS_NAME, read_records
 from normkit.lab.reproduce import (
     PRESETS,
     SCALES,
@@ -27,10 +26,9 @@ from normkit.lab.reproduce import (
     read_result,
     results_in,
     run_missing,
-    save_figure,
     write_result,
 )
-from normkit.lab.reproduce.store import RunRecord
+from normkit.lab.reproduce.records import PresetRecord
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")
@@ -99,12 +97,11 @@ class Reproduce:
     def _reproduced(self, preset: Preset) -> Result:
         names = (f"reproduce-{preset.name}{suffix}" for suffix in (".json", f".{self.figure}"))
         folder = usable_folder(self.out, RECORDS_NAME, *names)
-        tell_of_corrupt_lines(read_lines(folder / RECORDS_NAME, RunRecord), folder / RECORDS_NAME)
+        tell_of_corrupt_lines(read_records(folder, PresetRecord), folder / RECORDS_NAME)
         records = run_missing(preset, self.scale, folder, _Lines(preset.name))
         path = write_result(folder, conclude(preset, self.scale, records))
         picture = path.with_suffix(f".{self.figure}")
-        with whole_file(picture) as draft:
-            save_figure(preset, measured(records), draft)
+        preset.write_figure(measured(records), picture)
         sys.stderr.write(f"result: {path}\nfigure: {picture}\n")
         return read_result(path)
 
@@ -134,7 +131,7 @@ class _Lines:
     name: str
     seconds: float = 0.0
 
-    def __call__(self, record: RunRecord, done: int, total: int) -> None:
+    def __call__(self, record: PresetRecord, done: int, total: int) -> None:
         self.seconds += record.cpu_time_s
         rest = self.seconds / done * (total - done)
         sys.stderr.write(

@@ -5,7 +5,11 @@ import math
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from normkit.errors import SpecError
+from normkit.lab.data import Examples
+from normkit.lab.files import usable_folder
 from normkit.lab.lines import Contents
 from normkit.text import printable
 
@@ -31,6 +35,25 @@ def require_counts(command: object, *names: str, at_most: int = MAX_COUNT) -> No
             raise SpecError(
                 f"{flag(name)} was given {given}; give 1 or more, and {at_most} at most"
             )
+
+
+def require_file_name(path: Path, option: str, *suffixes: str) -> None:
+    """Check a file that is to be written, before anything is done.
+
+    Raises:
+        SpecError: If its name ends in something else.
+        DataError: If it cannot be written.
+    """
+    if path.suffix not in suffixes:
+        known = " or ".join(suffixes)
+        raise SpecError(f"{option} was given {str(path)!r}; its name ends in {known}")
+    usable_folder(path.parent, path.name, option=option)
+
+
+def batches_of(examples: Examples, at_most: int | None, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The first examples, all if no number is given, as batches of inputs and targets."""
+    kept = (examples.inputs[:at_most], examples.targets[:at_most])
+    return list(zip(*(values.split(size) for values in kept), strict=True))
 
 
 def whole_numbers(flag: str, text: str) -> tuple[int, ...]:

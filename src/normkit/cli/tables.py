@@ -8,12 +8,12 @@ from rich.text import Text
 
 from normkit.cli.streams import Terminal
 from normkit.lab.compare import Cell, Comparison
-from normkit.lab.records import Record
+from normkit.lab.records import TrainingRecord
 from normkit.lab.report.text import MINUS, MISSING, percent, points, size_text
 
 
 def print_tables(
-    comparison: Comparison, records: Iterable[Record], paths: Mapping[str, Path]
+    comparison: Comparison, records: Iterable[TrainingRecord], paths: Mapping[str, Path]
 ) -> None:
     """Print accuracy, differences and cost, what went wrong, and where the files are."""
     console = Terminal()
@@ -75,7 +75,7 @@ def _cost(cell: Cell) -> str:
     return f"{1000 * cell.step_time_s:.2f} ms\n{size_text(cell.peak_bytes)}"
 
 
-def _trouble(record: Record) -> str:
+def _trouble(record: TrainingRecord) -> str:
     spec, outcome = record.spec, record.outcome
     where = f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
     return f"{where} {outcome.status}: {outcome.message}"

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 import tyro
 
 from normkit.cli.model import ModelOptions
-from normkit.cli.shared import flag, print_json, require_counts
-from normkit.errors import SpecError
+from normkit.cli.shared import batches_of, print_json, require_counts, require_file_name
 from normkit.lab.checkpoints import save_weights
-from normkit.lab.data import Examples, load
-from normkit.lab.files import usable_folder, whole_file
+from normkit.lab.data import load
+from normkit.lab.data.files import SUFFIX
+from normkit.lab.files import whole_file
 from normkit.tune import Gain, Tuning, tune_example_weight
 
-SUFFIX, PICTURES = ".safetensors", (".png", ".svg", ".pdf")
+PICTURES = (".png", ".svg", ".pdf")
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -59,11 +59,11 @@ class Tune(ModelOptions):
         dataset = load(self.data)
         result = tune_example_weight(
             self.build(dataset),
-            self._batches(dataset.validation),
+            batches_of(dataset.validation, self.examples, self.batch_size),
             metric=self.metric,
             per_layer=self.per_layer,
         )
-        test = result.gain_on(self._batches(dataset.test))
+        test = result.gain_on(batches_of(dataset.test, self.examples, self.batch_size))
         self._write(result)
         if self.json_output:
             print_json(as_json(result, test))
@@ -73,19 +73,10 @@ class Tune(ModelOptions):
 
     def _check(self) -> None:
         require_counts(self, "examples", "batch_size")
-        for name, suffixes in (("save", (SUFFIX,)), ("plot", PICTURES)):
-            path = getattr(self, name)
-            if path is None:
-                continue
-            if path.suffix not in suffixes:
-                known = " or ".join(suffixes)
-                raise SpecError(f"--{name} was given {str(path)!r}; its name ends in {known}")
-            usable_folder(path.parent, path.name, option=flag(name))
-
-    def _batches(self, examples: Examples) -> list[object]:
-        inputs = examples.inputs[: self.examples].split(self.batch_size)
-        targets = examples.targets[: self.examples].split(self.batch_size)
-        return list(zip(inputs, targets, strict=True))
+        if self.save is not None:
+            require_file_name(self.save, "--save", SUFFIX)
+        if self.plot is not None:
+            require_file_name(self.plot, "--plot", *PICTURES)
 
     def _write(self, result: Tuning) -> None:
         if self.save is not None:

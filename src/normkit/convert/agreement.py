@@ -94,7 +94,8 @@ def _top1(outputs: Outputs, original: Outputs) -> float | None:
     if any(o.ndim < 2 or o.shape[1] < 2 for _, o in pairs):
         return None
     same = [(y.argmax(1) == o.argmax(1)).flatten() for y, o in pairs]
-    return torch.cat(same).double().mean().item()
+    joined = torch.cat(same)
+    return joined.double().mean().item() if joined.numel() else None
 
 
 def _squares(values: Tensor) -> float:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from normkit.convert.adapters import adapters_of
 from normkit.convert.agreement import Calibration, Outputs, agreement, tensors_of
 from normkit.convert.plan import Step
-from normkit.convert.target import Slot, affine_slots
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import DataError
@@ -29,7 +28,7 @@ from normkit.inference.measure import values_of
 from normkit.inference.population import Population
 from normkit.inference.tracked import feature_map
 from normkit.layers.base import NormLayer, TrackingLayer
-from normkit.layers.batch_channel import BatchChannelNorm
+from normkit.layers.parts import Slot
 from normkit.passes import (
     Forward,
     as_list,
@@ -54,7 +53,7 @@ class Calibrator:
 
     Raises:
         DataError: If there is no batch, one that needs ``forward``, or one whose values overflow or
-            are NaN; or if the model has no values.
+            are NaN; or if the model has no values, or none reaches a norm.
     """
 
     def __init__(
@@ -77,6 +76,11 @@ class Calibrator:
             for new, step in self._steps.items():
                 stack.callback(_watch(step, self._targets[new]))
             self._before = self._outputs(model, "measuring the original")
+        if self._steps and not any(target.count for target in self._targets.values()):
+            raise DataError(
+                f"calibrate= has brought no value to any of the {len(self._steps)} norms; its "
+                f"batches are empty, or go past these layers"
+            )
         for new, step in self._steps.items():
             _require_finite(self._targets[new], step, "original")
         self._again = self._outputs(model, "measuring the original again")
@@ -117,7 +121,7 @@ class Calibrator:
         for layer in new.modules():
             if isinstance(layer, TrackingLayer) and layer.running_mean is not None:
                 self._settle_statistics(place, layer)
-        slots = _last_slots(new)
+        slots = new.last_affine_slots()
         if any(slot.layer.weight is None for slot in slots):
             return "it has no scale"
         carried = [_set_to_one(slot.layer) for slot in slots]
@@ -194,13 +198,6 @@ def _watch(step: Step, population: Population) -> Any:  # noqa: ANN401
     inside = any(module is activation.drop for module in step.old.children())
     after = activation.drop if inside else activation.act
     return after.register_forward_pre_hook(see_input, prepend=True).remove
-
-
-def _last_slots(layer: NormLayer) -> tuple[Slot, ...]:
-    """Find the scale and shift that come last."""
-    if isinstance(layer, BatchChannelNorm):
-        return (Slot(layer.channel, 0, layer.num_features),)
-    return affine_slots(layer)
 
 
 @torch.no_grad()

@@ -10,13 +10,11 @@ from normkit.convert.rules import rule
 from normkit.convert.source import Source, Statistics
 from normkit.convert.target import (
     AFFINE,
-    Slot,
-    affine_slots,
     is_over_batch,
     pools_examples,
-    statistics_slots,
 )
 from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.layers.parts import Slot
 from normkit.spec import METHODS, Recipe, Value
 
 RECIPES = {recipe.layer: recipe for recipe in METHODS.values()}
@@ -27,7 +25,7 @@ def own(layer: NormLayer) -> Source:
     """Everything is carried to a layer of the same class, except what its number decides."""
     recipe = RECIPES[base_of(layer)]
     activation, channels_last = adapters_of(layer)
-    slots = affine_slots(layer)
+    slots = layer.affine_slots()
     weight, bias = (_joined([getattr(s.layer, name) for s in slots]) for name in AFFINE)
     return Source(
         num_features=layer.num_features,
@@ -75,7 +73,7 @@ def _joined(values: list[torch.nn.Parameter | None]) -> Tensor | None:
 
 
 def _statistics(layer: NormLayer) -> Statistics | None:
-    slots = statistics_slots(layer)
+    slots = layer.statistics_slots()
     if sum(end - start for _, start, end in slots) != layer.num_features:
         return None
     found = slots[0].layer

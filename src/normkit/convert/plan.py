@@ -20,18 +20,13 @@ from normkit.convert.source import Source
 from normkit.convert.target import (
     AFFINE,
     LEAST_EPS,
-    affine_slots,
     built,
     describe,
     pools_examples,
-    statistics_slots,
     take_over,
 )
 from normkit.errors import ConversionError, NormError, OptionError, PartitionError
-from normkit.layers.base import NormLayer
-from normkit.layers.instance_batch import InstanceBatchNorm
-from normkit.layers.over_batch import BatchGroupNorm
-from normkit.layers.over_example import GroupNorm, InstanceNorm
+from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.spec import METHODS, NormSpec
 from normkit.tracing import CONVOLUTIONS, trace_feeds
 from normkit.weights.attach import OWN_FORWARD, rules_of
@@ -238,16 +233,16 @@ def _shared(names: list[str]) -> tuple[str, ...]:
 def _warnings(new: NormLayer, source: Source) -> Iterator[str]:
     """Say what the new layer's groups, options and parameters mean for the training."""
     size = source.num_features
-    if isinstance(new, BatchGroupNorm) and size % new.num_groups:
-        yield f"{new.num_groups} groups do not divide {size} channels; the positions must"
-    single = isinstance(new, GroupNorm) and new.num_groups == size
-    if single:
+    groups = new.partition.num_groups if isinstance(new, SegmentLayer) else 1
+    if size % groups:
+        yield f"{groups} groups do not divide {size} channels; the positions must"
+    if new.needs_positions and getattr(new, "num_groups", None) == size:
         yield f"{size} groups of one channel each: this is instance norm"
-    if source.without_positions and (single or isinstance(new, InstanceNorm | InstanceBatchNorm)):
+    if source.without_positions and new.needs_positions:
         yield "inputs (N, C) have one value a group, which training refuses"
     if source.fixed and pools_examples(new):
         yield "its statistics were fixed and now follow the training, unless .eval()"
-    if source.still and pools_examples(new) and not statistics_slots(new):
+    if source.still and pools_examples(new) and not new.statistics_slots():
         yield "its running statistics stood still in training; those of the new layer move"
     if new.eps < LEAST_EPS:
         yield f"eps={new.eps}: a group without variance gives NaN in training"
@@ -256,7 +251,7 @@ def _warnings(new: NormLayer, source: Source) -> Iterator[str]:
 
 def _of_parameters(new: NormLayer, source: Source) -> Iterator[str]:
     """Say which parameters are there that were not, and which do not learn."""
-    slot = affine_slots(new)[0].layer
+    slot = new.affine_slots()[0].layer
     had = source.weight is not None or source.bias is not None
     for name, start in zip(AFFINE, (1, 0), strict=True):
         if had and getattr(source, name) is None and getattr(slot, name) is not None:

@@ -12,10 +12,8 @@ from torch.nn.parameter import is_lazy
 from normkit.convert.adapters import adapt_, base_of
 from normkit.convert.extras import carry_extras, is_compiled
 from normkit.convert.source import Source
-from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer
-from normkit.layers.batch_channel import BatchChannelNorm
-from normkit.layers.group_plus import GroupNormPlus
-from normkit.layers.instance_batch import InstanceBatchNorm
+from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
+from normkit.layers.parts import Slot
 from normkit.spec import METHODS, NormSpec, Recipe, Value
 
 AFFINE = ("weight", "bias")
@@ -28,49 +26,11 @@ LEAST_EPS = 1e-12
 """Below this, the rounding error of a constant group is multiplied by more than 1e6; 0 is NaN."""
 
 
-class Slot(NamedTuple):
-    """A run of channels of a layer, and the layer inside that has their values."""
-
-    layer: NormLayer
-    start: int
-    end: int
-
-
 class Taken(NamedTuple):
     """What came over and what did not, in words."""
 
     carried: tuple[str, ...]
     lost: tuple[str, ...]
-
-
-def affine_slots(layer: NormLayer) -> tuple[Slot, ...]:
-    """Find where a layer of ours has scale and shift of every channel."""
-    if isinstance(layer, InstanceBatchNorm):
-        return _halves(layer)
-    if isinstance(layer, BatchChannelNorm):
-        last = layer.channel_affine == "channel"
-        return (Slot(layer.channel if last else layer.batch, 0, layer.num_features),)
-    return (Slot(layer, 0, layer.num_features),)
-
-
-def statistics_slots(layer: NormLayer) -> tuple[Slot, ...]:
-    """Find where a layer of ours has running statistics of its input, a value a channel."""
-    if isinstance(layer, InstanceBatchNorm):
-        return _halves(layer)[1:]
-    if isinstance(layer, BatchChannelNorm):
-        return (Slot(layer.batch, 0, layer.num_features),)
-    if not isinstance(layer, TrackingLayer) or layer.running_mean is None:
-        return ()
-    if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
-        return ()  # of the group norm's output
-    if layer.running_partition.num_groups != layer.num_features:
-        return ()
-    return (Slot(layer, 0, layer.num_features),)
-
-
-def _halves(layer: InstanceBatchNorm) -> tuple[Slot, Slot]:
-    half = layer.instance.num_features
-    return Slot(layer.instance, 0, half), Slot(layer.batch, half, layer.num_features)
 
 
 class Built(NamedTuple):
@@ -127,7 +87,7 @@ def _breaks(option: str, value: Value, spec: NormSpec, source: Source, layer: No
     """Whether an option that was right for the old layer would make the new one useless."""
     if option == "eps":
         return float(cast(float, value)) < LEAST_EPS and str(spec) != source.twin
-    continues = source.statistics is not None and statistics_slots(layer)
+    continues = source.statistics is not None and layer.statistics_slots()
     return option == "momentum" and value == 0 and not continues
 
 
@@ -135,8 +95,9 @@ def pools_examples(layer: nn.Module) -> bool:
     """Whether a layer of ours, in training, pools or keeps statistics of several examples."""
     if any(isinstance(m, TrackingLayer) and m.running_mean is not None for m in layer.modules()):
         return True
-    own = {"": layer.partition} if isinstance(layer, SegmentLayer) else {}
-    return any(p.examples_per_group != 1 for p in getattr(layer, "partitions", own).values())
+    return isinstance(layer, NormLayer) and any(
+        p.examples_per_group != 1 for p in layer.partitions.values()
+    )
 
 
 def is_over_batch(recipe: Recipe) -> bool:
@@ -179,7 +140,7 @@ def take_over(new: NormLayer, old: nn.Module, source: Source, mode: bool) -> Tak
 
 def _take_affine(new: NormLayer, name: str, value: Tensor | None) -> bool:
     """Take the very parameter where it fits, else a parameter with its values."""
-    slots = affine_slots(new)
+    slots = new.affine_slots()
     if value is None or any(getattr(slot.layer, name) is None for slot in slots):
         return False
     for slot in slots:
@@ -198,7 +159,7 @@ def _part(value: Tensor, slot: Slot) -> nn.Parameter:
 
 @torch.no_grad()
 def _take_statistics(new: NormLayer, source: Source) -> bool:
-    slots = statistics_slots(new)
+    slots = new.statistics_slots()
     if source.statistics is None or not slots:
         return False
     mean, var, count = source.statistics

@@ -130,9 +130,8 @@ class EstimatedStatistics:
         if batch.count is not None:
             rate = rate * (batch.count > 0)  # a channel without valid values moves nothing
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
-        return Moments(
-            old_mean + rate * (batch.mean - old_mean), old_var + rate * (distance - old_var)
-        )
+        mean = old_mean + rate * (batch.mean - old_mean)
+        return Moments(mean, old_var + rate * (distance - old_var), batch.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -215,9 +214,9 @@ def standardize(
 def fixed_tables(
     groups: Moments, partition: Partition, shape: Sequence[int], parameters: Parameters
 ) -> tuple[SegmentTable, SegmentTable, SegmentTable]:
-    """Tables of mean, scale and center that normalise by given group statistics ``(1, G)``."""
+    """Tables of mean, scale and center that normalise by given group statistics ``(B, G)``."""
     num_segments = math.prod(shape[1:]) // partition.segment_size(shape)
-    mean, var = (partition.expand(t, 1, num_segments) for t in (groups.mean, groups.var))
+    mean, var = (partition.expand(t, shape[0], num_segments) for t in (groups.mean, groups.var))
     weight, bias, eps = parameters
     scale = torch.rsqrt(var + eps)
     if weight is not None:

@@ -23,27 +23,11 @@ from normkit.core.running import (
     RunningEstimates,
     RunningStatistics,
     are_still,
-    is_movable,
 )
 from normkit.kernels import nodes
-from normkit.kernels.calls import Batch, BatchSource, Buffers, Composite, Kind, Slots
+from normkit.kernels.calls import Batch, BatchSource, Buffers, Composite, Slots
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import operators_for
 from normkit.typing import FeatureMap
-
-
-def fusing_kernels(x: FeatureMap, composite: Composite, running: Running | None) -> nodes.Kernels:
-    """The set of kernels that computes a composite and can move its estimates, or None.
-
-    The C++ kernels do all composites; Triton's those whose groups a program holds.
-    """
-    kernels = operators_for(x)
-    if running is not None and isinstance(running.example_weight, Tensor):
-        return None
-    if kernels is None or (isinstance(running, RunningEstimates) and not is_movable(running)):
-        return None
-    fits = composite.kind == Kind.HALVES or x.shape[1] <= kernels.MOST_CHANNELS_OF_A_GROUP
-    return kernels if fits else None
 
 
 def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixes
@@ -54,9 +38,10 @@ def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixe
     running: Running | None,
     training: bool,
     parameters: tuple[Tensor | None, ...],
+    kernels_move: bool,
 ) -> FeatureMap:
     """Normalise by one operator; ``running`` follows what the batch stage saw."""
-    statistics = _statistics(running, training)
+    statistics = _statistics(running, training, kernels_move)
     first, second, third, fourth = (*parameters, None)[:4]
     differentiable = _differentiable(composite, algebra, statistics.batch, len(parameters))
     slots, options = (first, second, third, fourth), (composite, statistics.batch)
@@ -85,7 +70,7 @@ class _Statistics(NamedTuple):
     follower: Running | None = None  # of what the operator does not do to the buffers
 
 
-def _statistics(running: Running | None, training: bool) -> _Statistics:
+def _statistics(running: Running | None, training: bool, kernels_move: bool) -> _Statistics:
     if running is None or (training and isinstance(running, RunningStatistics) and are_still()):
         return _Statistics(Batch(BatchSource.OWN))
     given = Buffers(running.mean, running.var)
@@ -98,7 +83,7 @@ def _statistics(running: Running | None, training: bool) -> _Statistics:
             return _Statistics(Batch(BatchSource.GIVEN), given)
         estimates = Batch(BatchSource.ESTIMATES, running.update_rate)
         return _Statistics(estimates, given if is_traced else moved, running)
-    if running.momentum is None or is_traced or not is_movable(running):
+    if running.momentum is None or is_traced or not kernels_move:
         return _Statistics(Batch(BatchSource.OWN), follower=running)
     return _Statistics(Batch(BatchSource.OWN, running.momentum), moved)
 

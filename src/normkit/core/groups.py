@@ -11,9 +11,11 @@ from normkit.core.normalize import apply_tables, normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.pooled import normalize_given, normalize_pooled
+from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
+from normkit.core.traced import normalize_traced
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import operators_for
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
@@ -25,15 +27,32 @@ def normalize_batch(
     valid: Valid | None = None,
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them."""
-    kernels = operators_for(x) if valid is None else None
-    if kernels is not None:
-        return normalize_pooled(kernels, x, partition, running, parameters)
-    segment_size = partition.segment_size(x.shape)
-    algebra = GroupStatistics(partition=partition, eps=parameters.eps)
-    y, table = normalize(x, segment_size, algebra, parameters.weight, parameters.bias, valid=valid)
+    call = batch_route(running, False, valid is not None)
+    way, _, _, operators = decide(x, call)
+    if way == "operator":
+        kernels_move = call.why_torch_moves is None
+        return normalize_pooled(operators, x, partition, running, parameters, kernels_move)
+    weight, bias, eps = parameters
+    if way == "graph":
+        y, table = _normalize_traced(x, partition, parameters)
+    else:
+        segment_size = partition.segment_size(x.shape)
+        algebra = GroupStatistics(partition=partition, eps=eps)
+        y, table = normalize(x, segment_size, algebra, weight, bias, valid=valid)
     if running is not None:
         running.update_(table, x.shape)
     return y
+
+
+def _normalize_traced(
+    x: FeatureMap, partition: Partition, parameters: Parameters
+) -> tuple[FeatureMap, Moments]:
+    """Compute what the pooled operator does in a graph that a compiler looks into."""
+
+    def tables(groups: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        return fixed_tables(groups, partition, x.shape, parameters)
+
+    return normalize_traced(x, partition, tables)
 
 
 def normalize_evaluation(
@@ -54,7 +73,8 @@ def normalize_evaluation(
     weight, bias, eps = parameters
     algebra = WeighedStatistics(partition=own, eps=eps, example_weight=share)
     given = (weight, bias, groups.mean, groups.var)
-    y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid)
+    way = decide(x, evaluation_route(running, valid is not None)).way
+    y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid, way=way)
     return y
 
 
@@ -62,8 +82,8 @@ def _normalize_fixed(
     x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``."""
-    kernels = operators_for(x)
-    if kernels is not None:
-        return normalize_given(kernels, x, partition, groups, parameters)
+    way, _, _, operators = decide(x)
+    if way == "operator":
+        return normalize_given(operators, x, partition, groups, parameters)
     tables = fixed_tables(groups, partition, x.shape, parameters)
     return apply_tables(x, *tables, partition.segment_size(x.shape))

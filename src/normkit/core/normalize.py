@@ -19,10 +19,12 @@ from torch import Tensor
 
 from normkit.core.mask import Valid, masked_moments, on_valid, without_invalid
 from normkit.core.moments import Moments
+from normkit.core.partition import Partition
+from normkit.core.traced import normalize_traced
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import primitives
+from normkit.kernels.select import Way, primitives
 from normkit.typing import FeatureMap, SegmentTable
 
 
@@ -59,6 +61,7 @@ def normalize(
     *parameters: Tensor | None,
     known: Known | None = None,
     valid: Valid | None = None,
+    way: Way = "tables",
 ) -> tuple[FeatureMap, Moments]:
     """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
 
@@ -70,11 +73,14 @@ def normalize(
         known: What the same call returned before: the result then gets a gradient of its own, but
             is not computed again. With None for the result: the moments alone.
         valid: Which positions have a say in the statistics; the others come out 0.
+        way: How the call is computed, if ``"graph"``: what a compiler looks into.
 
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
     """
-    if needs_plain_formula() or valid is not None:
+    if way == "graph":
+        y, table = _traced(x, segment_size, algebra, parameters)
+    elif needs_plain_formula() or valid is not None:
         y, table = plain(x, segment_size, algebra, parameters, valid)
     else:
         y, mean, var = _Normalize.apply(x, segment_size, (algebra, known), *parameters)
@@ -90,16 +96,31 @@ def plain(
     valid: Valid | None = None,
 ) -> tuple[FeatureMap, Moments]:
     """Compute what ``normalize`` does in plain operators: any derivative, vmap, export, masks."""
+    wide = x.to(table_dtype(x.dtype))  # once: the parts of its gradient are added up in this dtype
     if valid is None:
-        table = Moments(*reference.moments(x, segment_size))
+        table = Moments(*reference.moments(wide, segment_size))
     else:
-        table = masked_moments(without_invalid(x, valid), valid, segment_size)
+        table = masked_moments(without_invalid(wide, valid), valid, segment_size)
     scale, center = algebra(table, *parameters)
 
-    def apply(x: FeatureMap) -> FeatureMap:
-        return reference.apply(x, table.mean, scale, center, segment_size)
+    def apply(wide: FeatureMap) -> FeatureMap:
+        return reference.apply(wide, table.mean, scale, center, segment_size).to(x.dtype)
 
-    return on_valid(x, valid, apply), table
+    return on_valid(wide, valid, apply), table
+
+
+def _traced(
+    x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
+) -> tuple[FeatureMap, Moments]:
+    """Compute what ``normalize`` does in a graph that a compiler looks into."""
+
+    def tables(table: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        scale, center = algebra(table, *parameters)
+        return table.mean, scale, center
+
+    num_segments = x.shape[1] * (math.prod(x.shape[2:]) // segment_size)
+    segments = Partition(num_groups=num_segments, examples_per_group=1)
+    return normalize_traced(x, segments, tables)
 
 
 class _Normalize(torch.autograd.Function):

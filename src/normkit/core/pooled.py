@@ -18,7 +18,7 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.core.running import RunningStatistics, is_movable, is_second_look
+from normkit.core.running import RunningStatistics, is_second_look
 from normkit.kernels import nodes, reference
 from normkit.kernels.calls import Gradients, Pooling, Running
 from normkit.typing import FeatureMap
@@ -30,8 +30,13 @@ def normalize_pooled(
     partition: Partition,
     running: RunningStatistics | None,
     parameters: Parameters,
+    kernels_move: bool,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    """Normalise by the statistics of the input's own groups; ``running`` follows them.
+
+    Kernels move the buffers where they can, but not while ``torch.compile`` traces: a traced node
+    must not change its inputs.
+    """
     weight, bias, eps = parameters
     if x.shape[1] % partition.num_groups:
         partition.segment_size(x.shape)  # refuses what does not divide
@@ -50,11 +55,10 @@ def normalize_pooled(
         return differentiable_gradients(formula, bias, *given)
 
     pooling = Pooling(num_groups, run or 0, eps, by_channel)
-    follower = None  # the buffers, where the kernel can move them itself
-    if running is not None and (momentum := running.momentum) is not None and is_movable(running):
-        mean, var, count, _, _ = running
-        # A traced node must not change its inputs.
-        follower = None if torch.compiler.is_compiling() else Running(mean, var, count, momentum)
+    follower = None
+    if running is not None and kernels_move and not torch.compiler.is_compiling():
+        mean, var, count, momentum, _ = running
+        follower = Running(mean, var, count, momentum or 0.0)
     y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, follower, again)
     if running is not None and follower is None:
         mean, var = table[:, -running.mean.numel() :]

@@ -19,12 +19,14 @@ from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.pooled import differentiable_gradients
+from normkit.core.routes import POSITIONAL
+from normkit.core.traced import not_kept
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels import nodes
 from normkit.kernels.calls import Gradients
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import operators_for
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -36,9 +38,11 @@ def normalize_positions(
         return empty_result(x, *parameters[:2])
     if valid is not None:
         return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
-    kernels = operators_for(x)
-    if kernels is not None and x.shape[1] <= kernels.MOST_CHANNELS_OF_A_POSITION:
-        return _by_kernel(kernels, x, parameters)
+    way, _, _, operators = decide(x, POSITIONAL)
+    if way == "operator":
+        return _by_kernel(operators, x, parameters)
+    if way == "graph":
+        return _traced(x, *parameters)
     if needs_plain_formula():
         return _plain(x, *parameters)
     return _NormalizePositions.apply(x, *parameters)
@@ -75,6 +79,23 @@ def _plain(
 ) -> FeatureMap:
     mean, rstd = _statistics(x, eps)
     return _affine((x - mean) * rstd, weight, bias).to(x.dtype)
+
+
+def _traced(
+    x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, eps: float
+) -> FeatureMap:
+    """Compute the formula for a compiler, around a mean that float32 holds.
+
+    It makes one pass of it, with what stands beside it, and in the backward pass another.
+    """
+
+    def centre(wide: Tensor) -> tuple[Tensor, Tensor]:
+        near = wide - wide.mean(dim=1, keepdim=True).detach()
+        mean, rstd = _statistics(near, eps)
+        return near - mean, rstd
+
+    centred, rstd = not_kept(centre, x.to(table_dtype(x.dtype)))
+    return _affine(centred * rstd, weight, bias).to(x.dtype)
 
 
 def _statistics(x: FeatureMap, eps: float) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ class RunningEstimates(NamedTuple):
             return self._replace(update_rate=0.0)
         sums = means.sum(dim=0)
         for seen, moved in reversed(self.recent):
-            if torch.equal(seen, sums):
+            if _is_same(seen, sums):
                 return self._replace(mean=moved.mean, var=moved.var, update_rate=0.0)
         raise InputError(
             f"a layer with moving estimates was called during a backward pass on an input that "
@@ -150,22 +150,19 @@ class RunningEstimates(NamedTuple):
             self.mean.copy_(moved.mean[0])
             self.var.copy_(moved.var[0])
             if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+                counted = 1 if moved.count is None else (moved.count > 0).any()
+                self.num_batches_tracked.add_(counted)
+
+
+def _is_same(seen: Tensor, sums: Tensor) -> bool:
+    """Whether two batches have the same sums; NaN is equal to NaN here."""
+    if seen.shape != sums.shape or seen.dtype != sums.dtype or seen.device != sums.device:
+        return False
+    return torch.allclose(seen, sums, rtol=0, atol=0, equal_nan=True)
 
 
 Running = RunningStatistics | RunningEstimates
 """Buffers of a layer, and how they move."""
-
-
-def is_movable(running: Running) -> bool:
-    """Whether kernels can move these buffers themselves: of wide dtypes, each in one piece."""
-    mean, var = running.mean, running.var
-    return (
-        mean.dtype in _WIDE and var.dtype in _WIDE and mean.is_contiguous() and var.is_contiguous()
-    )
-
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def are_still() -> bool:

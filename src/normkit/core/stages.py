@@ -17,13 +17,14 @@ from normkit.core.algebra import (
     WeighedStatistics,
 )
 from normkit.core.composite import CompositeAlgebra
-from normkit.core.fused import fusing_kernels, normalize_fused
+from normkit.core.fused import normalize_fused
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import measure, normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
 from normkit.core.ranks import gather, merge
+from normkit.core.routes import composite_route, stage_route
 from normkit.core.running import (
     Running,
     RunningEstimates,
@@ -32,8 +33,9 @@ from normkit.core.running import (
     is_second_look,
 )
 from normkit.core.synchronized import follow_all_
-from normkit.kernels.calls import Composite
+from normkit.kernels.calls import Composite, Kind
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
@@ -108,7 +110,9 @@ def normalize_estimated(
     if ranks is not None and training:
         seen = measure(x, positions(x), valid).counted(positions(x))
         stage, _ = synchronized(stage, seen, ranks)
-    y, table = normalize(x, positions(x), stage.rule, weight, bias, *stage.given, valid=valid)
+    given = (weight, bias, *stage.given)
+    way = decide(x, stage_route(ranks is not None and training, valid is not None)).way
+    y, table = normalize(x, positions(x), stage.rule, *given, valid=valid, way=way)
     if training:
         follow_(running, stage, table, x.shape)
     return y
@@ -139,13 +143,19 @@ def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method 
     running = _at_second_look(x, running, training, valid)
     if ranks is not None and training:
         return _normalize_part(x, composite, algebra, running, parameters, ranks, valid)
-    kernels = fusing_kernels(x, composite, running) if valid is None else None
-    if kernels is not None:
-        return normalize_fused(kernels, x, composite, algebra, running, training, parameters)
+    is_halves = composite.kind == Kind.HALVES
+    call = composite_route(running, training, False, valid is not None, is_halves)
+    way, _, _, operators = decide(x, call)
+    if way == "operator":
+        follows = call.why_torch_moves is None
+        return normalize_fused(
+            operators, x, composite, algebra, running, training, parameters, follows
+        )
     num_channels = composite.num_batch_channels(x)
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
     rule = algebra(stage.rule)
-    y, table = normalize(x, positions(x), rule, *parameters, *stage.given, valid=valid)
+    given = (*parameters, *stage.given)
+    y, table = normalize(x, positions(x), rule, *given, valid=valid, way=way)
     if training and running is not None:
         seen = rule.batch_input(table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
@@ -171,8 +181,10 @@ def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixe
     if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):
         shape = (x.shape[0], num_channels, *x.shape[2:])
         require_counted_variance(stage.rule.partition, shape, merged, name)
-    rule, given = algebra(stage.rule), stage.given
-    y, _ = normalize(x, positions(x), rule, *parameters, *given, known=(None, table), valid=valid)
+    rule, given = algebra(stage.rule), (*parameters, *stage.given)
+    call = composite_route(running, True, True, valid is not None, composite.kind == Kind.HALVES)
+    way, known = decide(x, call).way, (None, table)
+    y, _ = normalize(x, positions(x), rule, *given, known=known, valid=valid, way=way)
     if isinstance(running, RunningEstimates):
         follow_(running, stage, seen, x.shape)
     elif running is not None and not are_still():

@@ -15,7 +15,9 @@ from normkit.core.normalize import Algebra, measure, normalize
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
 from normkit.core.ranks import gather, gather_examples, merge
+from normkit.core.routes import batch_route
 from normkit.core.running import RunningStatistics, are_still
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
@@ -56,10 +58,9 @@ def normalize_part(
     found = _exchange(table, partition, followed, parameters.eps, ranks)
     if has_single_values(x):
         require_counted_variance(partition, x.shape, found.groups, "a norm over several processes")
-    weight, bias, _ = parameters
-    y, _ = normalize(
-        x, size, found.algebra, weight, bias, *found.given, known=(None, table), valid=valid
-    )
+    given, known = (*parameters[:2], *found.given), (None, table)
+    way = decide(x, batch_route(running, True, valid is not None)).way
+    y, _ = normalize(x, size, found.algebra, *given, known=known, valid=valid, way=way)
     if running is not None and found.batch is not None and not are_still():
         follow_all_(running, found.batch)
     return y

@@ -79,7 +79,7 @@ def _whitening_matrix(rows: Tensor, count: int | Tensor, num_iterations: int, ep
     step.
     """
     identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    covariance = rows @ rows.mT / count + eps * identity
+    covariance = rows @ rows.transpose(-1, -2) / count + eps * identity
     trace = (covariance * identity).sum(dim=(-2, -1), keepdim=True)
     carried = covariance / trace
     root = identity.expand_as(carried)

@@ -90,6 +90,9 @@ def inactive_channels(
     Every ``relu`` and ``relu6`` is seen, called as a module or as a function, one row for each
     call of a forward. The model runs at evaluation and is left as it was.
 
+    Channels are the second axis, ``(N, C, *S)``: an activation does not say which axis it is. Of
+    tokens ``(N, L, C)`` the rows are therefore positions.
+
     Args:
         model: Any model with ReLUs.
         batches: Inputs, ``(inputs, target)`` or dicts of arguments.

@@ -19,7 +19,7 @@ from normkit.inference.freeze import is_frozen
 from normkit.inference.guard import is_guarded
 from normkit.inference.known import own_forward, takes_input_as_it_is
 from normkit.inference.tracked import feature_map, foreign, tracked, valid_positions, why_still
-from normkit.layers.batch_channel import EstimatedBatchNorm
+from normkit.layers.base import is_estimated
 from normkit.passes import (
     Hooks,
     Temporary,
@@ -244,7 +244,7 @@ def _num_positions(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _why_left(layer: nn.Module) -> str | None:
     if is_frozen(layer):
         return "its statistics are frozen"
-    if isinstance(layer, EstimatedBatchNorm):
+    if is_estimated(layer):
         return "its estimates normalise in training"
     if isinstance(layer, _InstanceNorm):
         return "it is torch's instance norm, which averages examples; convert_norm_ replaces it"

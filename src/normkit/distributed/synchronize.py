@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.convert.report import Change
 from normkit.convert.selection import find_norms
 from normkit.convert.target import pools_examples
 from normkit.convert.verbs import convert_norm_
@@ -33,12 +34,14 @@ class Synchronization:
         names: Norms that use the statistics of all processes now.
         replaced: Those among them that were another library's.
         left: All other norms, with the reason.
+        warnings: What there is to know of those that were replaced, as of any conversion.
     """
 
     model: nn.Module
     names: tuple[str, ...]
     replaced: tuple[str, ...]
     left: dict[str, str]
+    warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"statistics over all processes: {', '.join(map(module_name, self.names))}"]
@@ -49,6 +52,11 @@ class Synchronization:
         for why in dict.fromkeys(self.left.values()):
             names = ", ".join(module_name(name) for name, each in self.left.items() if each == why)
             lines.append(f"left alone, {why}: {names}")
+        for warning in dict.fromkeys(w for each in self.warnings.values() for w in each):
+            names = ", ".join(
+                module_name(n) for n, each in self.warnings.items() if warning in each
+            )
+            lines.append(f"{names}: {warning}")
         return "\n".join(lines)
 
 
@@ -96,14 +104,25 @@ def synchronize_(
     meant = {module: names[0] for module, names in found.items() if names[0] not in left}
     _require_some(model, meant, left)
     foreign = {m: name for m, name in meant.items() if not isinstance(m, NormLayer)}
+    changes: tuple[Change, ...] = ()
     if foreign:
-        model = convert_norm_(model, "bn", where=lambda module, _: module in foreign).model
+        done = convert_norm_(model, "bn", where=lambda module, _: module in foreign)
+        model, changes = done.model, done.changes
     for module, names in find_norms(model).items():
         if names[0] in meant.values():
             module.process_group = group  # type: ignore[assignment]
     return Synchronization(
-        model=model, names=tuple(meant.values()), replaced=tuple(foreign.values()), left=left
+        model=model,
+        names=tuple(meant.values()),
+        replaced=tuple(foreign.values()),
+        left=left,
+        warnings={c.name: told for c in changes if (told := _told(c))},
     )
+
+
+def _told(change: Change) -> tuple[str, ...]:
+    lost = (f"lost: {', '.join(change.lost)}",) if change.lost else ()
+    return (*change.warnings, *lost)
 
 
 def _why_left(module: nn.Module, name: str, where: Where | None) -> str | None:

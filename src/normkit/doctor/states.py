@@ -18,7 +18,7 @@ from normkit.inference import recalibrate, thaw_statistics
 from normkit.inference.patch import PatchedLayer, StatisticsPatch
 from normkit.inference.reaching import ignore, reaching
 from normkit.inference.tracked import tracked
-from normkit.layers.batch_channel import EstimatedBatchNorm
+from normkit.layers.base import is_estimated
 from normkit.passes import Forward, arguments_of, device_of, forward_batch, moved
 
 Rows = Mapping[str, PatchedLayer]
@@ -101,7 +101,7 @@ class Patient:
     @property
     def in_order(self) -> bool:
         """Whether layers have to be measured one after the other."""
-        return any(isinstance(m, EstimatedBatchNorm) for m in self.model.modules())
+        return any(map(is_estimated, self.model.modules()))
 
     def _thawed(self) -> nn.Module:
         """Copy the model, with statistics that can be measured."""

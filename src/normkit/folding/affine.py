@@ -15,7 +15,6 @@ from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import ConversionError
 from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer, is_watched
-from normkit.layers.batch_channel import BatchChannelNorm
 
 OWN_STATISTICS = "it evaluates by each example's own statistics"
 NO_STATISTICS = "it keeps no running statistics: it evaluates by the batch's own"
@@ -55,7 +54,7 @@ class Evaluated:
 
 def evaluated(norm: nn.Module) -> Evaluated | str:
     """Read what a norm does at evaluation, or say why it is not one scale and shift a channel."""
-    if is_watched(norm, *_stages(norm)):
+    if is_watched(norm, _apart(norm)[0]):
         return "hooks look at it"
     if "forward" in vars(norm):
         return "its forward was replaced"
@@ -66,13 +65,15 @@ def evaluated(norm: nn.Module) -> Evaluated | str:
     found = _affine_of_ours(norm) if isinstance(norm, NormLayer) else _affine(norm, source)
     if isinstance(found, str):
         return found
-    if isinstance(norm, BatchChannelNorm) and source.channels_last:
+    if _apart(norm)[1] and source.channels_last:
         return "its channel stage needs the whole layer to find its channels last"
     return Evaluated(found, _rest(norm, source), source.channels_last)
 
 
-def _stages(norm: nn.Module) -> list[nn.Module]:
-    return [norm.batch] if isinstance(norm, BatchChannelNorm) else []
+def _apart(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """What of a norm is folded, itself or a stage of it, and what follows that by name."""
+    found = norm.evaluated_stage() if isinstance(norm, NormLayer) else None
+    return (norm, {}) if found is None else found
 
 
 def _affine(norm: nn.Module, source: Source) -> Affine | str:
@@ -85,12 +86,12 @@ def _affine(norm: nn.Module, source: Source) -> Affine | str:
 
 
 def _affine_of_ours(norm: NormLayer) -> Affine | str:
-    stage = norm.batch if isinstance(norm, BatchChannelNorm) else norm
-    if not isinstance(stage, SegmentLayer) and stage is norm:
+    found = norm.evaluated_stage()
+    if found is None:
         return "parts of it evaluate by each example's own statistics"
-    if not isinstance(stage, TrackingLayer) or stage.running_mean is None:
-        over_batch = isinstance(stage, TrackingLayer) and _is_over_batch(stage)
-        return NO_STATISTICS if over_batch else OWN_STATISTICS
+    stage, _ = found
+    if stage.running_mean is None:
+        return NO_STATISTICS if _is_over_batch(stage) else OWN_STATISTICS
     if stage.example_weight > 0:
         weight = f"example_weight={stage.example_weight:g}"
         return f"{weight} weighs in each example's own statistics"
@@ -134,8 +135,7 @@ def _wide(values: Tensor) -> Tensor:
 def _rest(norm: nn.Module, source: Source) -> nn.Module:
     """What stays of a norm, under the names that it has inside of it."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    if isinstance(norm, BatchChannelNorm):
-        parts["channel"] = norm.channel
+    parts.update(_apart(norm)[1])
     if source.activation is not None:
         parts.update(zip(("drop", "act"), source.activation, strict=True))
     kept = OrderedDict((n, m) for n, m in parts.items() if not isinstance(m, nn.Identity))

@@ -62,7 +62,7 @@ class Folding:
     def _summary(self) -> str:
         count = f"folded {len(self.folded)} of {len(self.folded) + len(self.left)} norms"
         if self.difference is None:
-            return f"{count}; the outputs cannot be compared"
+            return f"{count}; the outputs cannot be compared (nothing finite, or no numbers)"
         return f"{count}; the output differs by {self.difference:.1e} of its largest value"
 
     def _left(self) -> list[str]:

@@ -50,7 +50,8 @@ def difference(before: Any, after: Any) -> float | None:  # noqa: ANN401
 
     .. math::  \max_t \max_i |a_{ti} - b_{ti}| / \max_i |a_{ti}|
 
-    over the floating-point tensors ``t``. None if there are none, or their shapes differ.
+    over the floating-point tensors ``t`` where ``a`` is finite. None if there are none, nothing in
+    them is finite, or their shapes differ.
     """
     (first, one), (second, two) = tree_flatten(before), tree_flatten(after)
     if one != two:
@@ -58,7 +59,8 @@ def difference(before: Any, after: Any) -> float | None:  # noqa: ANN401
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if _is_compared(a)]
     if not pairs or any(a.shape != b.shape for a, b in pairs):
         return None
-    return max(_relative(_wide(a), _wide(b)) for a, b in pairs)
+    found = [_relative(_wide(a), _wide(b)) for a, b in pairs]
+    return max((each for each in found if each is not None), default=None)
 
 
 def tolerance(output: Any) -> float:  # noqa: ANN401
@@ -75,9 +77,11 @@ def _wide(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    unequal = (a != b) & ~(a.isnan() & b.isnan())
-    if not unequal.any():
+def _relative(a: Tensor, b: Tensor) -> float | None:
+    finite = a.isfinite()
+    if not finite.any():
+        return None
+    largest, apart = a.abs()[finite].max(), float((a - b).abs()[finite].max())
+    if apart == 0:
         return 0.0
-    largest = a.abs().max()
-    return float(((a - b).abs()[unequal] / largest).max()) if largest > 0 else float("inf")
+    return apart / float(largest) if largest > 0 else float("inf")

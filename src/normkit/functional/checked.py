@@ -36,12 +36,13 @@ from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition, has_single_values, require_variance
 from normkit.core.positional import normalize_positions, require_channels
+from normkit.core.routes import composite_route
 from normkit.core.running import Running, RunningEstimates, RunningStatistics
 from normkit.core.stages import normalize_composite, own_groups
 from normkit.core.synchronized import normalize_part
 from normkit.core.whitening import whiten_groups
 from normkit.kernels.calls import Composite, Kind
-from normkit.kernels.select import operators_for
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 ORDERS: Mapping[Order, Kind] = MappingProxyType(
@@ -221,13 +222,15 @@ def normalize_halves(  # noqa: PLR0913, PLR0917
             require_variance(own, (examples, num_instance, *positions), name)
         if training[1] and ranks is None:
             require_variance(Partition(num_groups=rest), (examples, rest, *positions), name)
-    by_itself = valid is not None or operators_for(x) is None
-    if by_itself and not training[1] and running is not None:
-        # Each norm by itself: written around the input's own mean, as composites are, one infinite
-        # value of the input would spread over its channel.
-        left = normalize_batch(x[:, :num_instance], own, None, instance, valid)
-        right = normalize_evaluation(x[:, num_instance:], running.partition, running, batch, valid)
-        return torch.cat((left, right), dim=1)
+    if not training[1] and running is not None:
+        call = composite_route(running, False, False, valid is not None, True)
+        if decide(x, call).way in {"formula", "graph"}:
+            # Each norm by itself: written around the input's own mean, as composites are, one
+            # infinite value of the input would spread over its channel.
+            first, rest = x[:, :num_instance], x[:, num_instance:]
+            left = normalize_batch(first, own, None, instance, valid)
+            right = normalize_evaluation(rest, running.partition, running, batch, valid)
+            return torch.cat((left, right), dim=1)
 
     def algebra(rule: Rule) -> CompositeAlgebra:
         return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)

@@ -18,8 +18,7 @@ from normkit.inference.population import Population, Sums
 from normkit.inference.ranks import together
 from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import statistics_of
-from normkit.layers.base import BUFFERS, SegmentLayer
-from normkit.layers.batch_channel import EstimatedBatchNorm
+from normkit.layers.base import BUFFERS, SegmentLayer, is_estimated
 from normkit.passes import Data, first_calls, progress, uncompiled, untouched
 from normkit.passes.inputs import Until, show_inputs
 
@@ -104,7 +103,7 @@ def _by_batch(
 ) -> AbstractContextManager[None]:
     """Let a population see what a layer normalises by each batch."""
     num_groups = statistics_of(layer)[BUFFERS[0]].numel()
-    by_batch = not isinstance(layer, EstimatedBatchNorm)
+    by_batch = not is_estimated(layer)
 
     def see(x: Tensor, valid: Tensor | None = None) -> None:
         x = _checked(name, layer, x)

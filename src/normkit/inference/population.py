@@ -8,15 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normkit.core.groups import normalize_batch
 from normkit.core.moments import Moments
-from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.kernels.cpu import primitives
-from normkit.kernels.select import chosen
-from normkit.layers.base import TrackingLayer
-from normkit.layers.batch_channel import EstimatedBatchNorm
-from normkit.layers.group_plus import GroupNormPlus
+from normkit.kernels.select import decide
+from normkit.layers.base import TrackingLayer, is_estimated
 from normkit.typing import FeatureMap
 
 
@@ -88,7 +84,7 @@ class Population:
             mean, squares = _two_passes(wide.reshape(wide.shape[0], num_groups, -1), (2,))
             var = squares / max(count // wide.shape[0] - 1, 1)
             self.merge(Sums(wide.shape[0], 1, mean.mean(dim=0), var.sum(dim=0)))
-        elif wide.numel() < SMALL or chosen(wide) != "cpu":
+        elif wide.numel() < SMALL or decide(wide).kernels != "cpu":
             cells = wide.reshape(wide.shape[0], num_groups, -1)
             self.merge(Sums(count, 1, *_two_passes(cells, (0, 2))))
         else:
@@ -121,19 +117,15 @@ class Population:
 
         The variance is unbiased, except of the estimates of micro-batch normalization.
         """
-        if self._of_examples or isinstance(self._layer, EstimatedBatchNorm):
+        if self._of_examples or is_estimated(self._layer):
             return self.moments  # of examples: unbiased already
         return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 
     def _grouped(self, x: FeatureMap, valid: Tensor | None) -> tuple[FeatureMap, int]:
         """What the statistics are of, float64, and how many groups each example has."""
         layer, wide = self._layer, x.double()
-        if isinstance(layer, GroupNormPlus) and layer.order == "group-first":
-            groups = Partition(num_groups=layer.num_groups, examples_per_group=1)
-            alone = Parameters(None, None, layer.eps)
-            wide = normalize_batch(wide, groups, None, alone, valid=valid)
         if isinstance(layer, TrackingLayer):
-            return wide, layer.running_partition.num_groups
+            return layer.tracked_input(wide, valid), layer.running_partition.num_groups
         return wide, x.shape[1]
 
 

@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 
 from normkit.inference.tracked import CUT, cuts_positions, statistics_of
 from normkit.layers.base import BUFFERS, NormLayer
-from normkit.layers.batch_channel import EstimatedBatchNorm
 from normkit.passes import forward_of
 from normkit.passes.inputs import See, at_entry
 
@@ -123,7 +122,7 @@ class _Method:
     def __init__(self, layer: NormLayer, see: See, by_batch: bool) -> None:
         self.layer, self.num_seen, self.why_not = layer, 0, ""
         self._see, self._normalize = see, layer._normalize
-        self._by_batch = by_batch and not isinstance(layer, EstimatedBatchNorm)
+        self._by_batch = by_batch and not layer.is_estimated
 
     @contextmanager
     def put_in(self) -> Generator[None]:

@@ -51,7 +51,7 @@ SCHEMAS = {
     f"Tensor? given_var=None, {_MOVED}) -> (Tensor y, Tensor table)",
     "composite_backward": f"(Tensor grad, Tensor x, Tensor table, {_COMPOSITE}, int wanted) "
     "-> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dthird, Tensor dfourth)",
-    "moments": "(Tensor x, int segment_size, bool wide=False) -> (Tensor mean, Tensor var)",
+    "moments": "(Tensor x, SymInt segment_size, bool wide=False) -> (Tensor mean, Tensor var)",
     "apply": "(Tensor x, Tensor mean, Tensor scale, Tensor center) -> Tensor y",
     "reduce_grad": "(Tensor grad, Tensor x, Tensor mean) "
     "-> (Tensor grad_sum, Tensor grad_product_sum)",
@@ -62,9 +62,12 @@ SCHEMAS = {
 
 @cache
 def define() -> None:
-    """Tell torch of the operators; once, before kernels are registered for them."""
+    """Tell torch of the operators; once, before kernels are registered for them.
+
+    They read maps of any strides: inductor must not copy one into those that it had in eager mode.
+    """
     for name, schema in SCHEMAS.items():
-        torch.library.define(f"{NAMESPACE}::{name}", schema)
+        torch.library.define(f"{NAMESPACE}::{name}", schema, tags=torch.Tag.flexible_layout)
         torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(_FAKES[name]))
 
 

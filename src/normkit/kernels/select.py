@@ -84,11 +84,37 @@ _WHY_NOT_CPU = cpu.why_not()  # loads the library: a program that uses its opera
 _asked = _Asked(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
-class Choice(NamedTuple):
-    """The kernels that compute a call, and why these."""
+class Call(NamedTuple):
+    """What of a call, beside its input, decides who computes it; reasons are words, or None.
 
+    Args:
+        why_formula: Why no kernels compute it.
+        why_tables: Why no operator does all of it: the algebra on tables is then torch's.
+        span: ``"position"`` or ``"group"``, whose channels one program of a GPU must hold.
+        why_torch_moves: Why torch's operators move its running statistics, not the kernels.
+    """
+
+    why_formula: str | None = None
+    why_tables: str | None = None
+    span: Literal["position", "group"] | None = None
+    why_torch_moves: str | None = None
+
+
+Way = Literal["operator", "tables", "graph", "formula"]
+"""One operator does all; or the kernels' passes over the map, with torch's operators on tables in
+between; or one operator for statistics in a compiled graph; or the formula in torch's operators."""
+
+
+class Decision(NamedTuple):
+    """Who computes a call, how, and why so."""
+
+    way: Way
     kernels: Kernels
     reason: str
+    operators: Any = None  # the set of kernels whose operator does it, see nodes.Kernels
+
+
+ORDINARY = Call()
 
 
 @contextmanager
@@ -125,65 +151,87 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
         raise
 
 
-def choose(x: Tensor) -> Choice:
-    """The kernels for a call on ``x`` here and now, in words.
+def decide(x: Tensor, call: Call = ORDINARY, *, is_computed: bool = True) -> Decision:
+    """Who computes a call on ``x`` here and now: the one place where that is decided.
+
+    Args:
+        x: The input.
+        call: What is special about the call.
+        is_computed: Whether the call comes next. It warns then, once, where that is slow.
 
     Raises:
         KernelError: If the environment asks for kernels that there are not.
     """
-    candidate = _candidate(x)
-    if candidate.kernels == "reference":
-        return candidate
-    name = NAMES[candidate.kernels]
-    obstacle = _obstacle()
-    if obstacle is not None:
-        return Choice("reference", f"{obstacle}, which the {name} kernels do not compute")
-    missing = _why_not(candidate.kernels, x.device)
-    if missing is not None:
-        return Choice("reference", missing)
-    return Choice(candidate.kernels, f"the {name} kernels compute this{_details(candidate)}")
+    if call.why_formula is not None:
+        return Decision("formula", "reference", call.why_formula)
+    if x.numel() == 0:
+        return _EMPTY
+    best = _BEST.get(x.device.type) if _asked.kernels is None else None
+    kernels, why_formula = _candidate(x) if best is None else (best, None)
+    if why_formula is None:
+        obstacle = transform()
+        if obstacle is not None:
+            why_formula = f"{obstacle}, which the {NAMES[kernels]} kernels do not compute"
+        else:
+            why_formula = _WHY_NOT_CPU if kernels == "cpu" else _why_not_triton(x.device)
+    if why_formula is not None:
+        if why_formula is _WHY_NOT_CPU and is_computed and not torch.compiler.is_compiling():
+            cpu.warn_that_it_is_slow()
+        return Decision("formula", "reference", why_formula)
+    if torch.compiler.is_compiling() and (kernels == "triton" or call.why_tables is not None):
+        return _GRAPH if kernels == "triton" else _TRACED
+    usual = _BY_CPU if kernels == "cpu" else _by_triton()
+    return usual if call is ORDINARY else _special(x, call, usual)
 
 
-def chosen(x: Tensor) -> Kernels:
-    """The kernels for a call on ``x``: ``choose`` without the words."""
-    if _asked.kernels is not None:
-        kernels = _candidate(x).kernels
-    else:
-        kernels = "cpu" if x.is_cpu else "triton" if x.is_cuda else "reference"
-    if kernels == "cpu":
-        if _WHY_NOT_CPU is not None:
-            _tell_of_slow_calls()
-            return "reference"
-        return kernels if _obstacle() is None else "reference"
-    if kernels == "triton" and x.numel() and _obstacle() is None:
-        return kernels if _why_not_triton(x.device) is None else "reference"
-    return "reference"
+def _candidate(x: Tensor) -> tuple[Kernels, str | None]:
+    """What would compute on ``x`` if nothing around the call forbade it; why not, if reference."""
+    wanted = None if _asked.kernels is None else _asked.here()
+    asked = None if wanted is None else require_kernels(wanted)
+    if asked == "reference":
+        return "reference", "the reference kernels were asked for"
+    best = _BEST.get(x.device.type)
+    if best is not None and asked in (None, best, "triton"):
+        return asked or best, None
+    name = NAMES[asked or "cpu"]
+    return "reference", f"the input is on {x.device}, which the {name} kernels do not compute"
 
 
-def _tell_of_slow_calls() -> None:
-    if not torch.compiler.is_compiling():
-        cpu.warn_that_it_is_slow()
+@cache
+def _by_triton() -> Decision:
+    return Decision("operator", "triton", _COMPUTE.format(NAMES["triton"]), _triton().operators)
+
+
+def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
+    """Where one operator would do a call, but for what is special about it."""
+    kernels, operators, name = usual.kernels, usual.operators, NAMES[usual.kernels]
+    why_tables = call.why_tables
+    if call.span is not None:
+        is_position = call.span == "position"
+        most = operators.MOST_CHANNELS_OF_A_POSITION
+        most = most if is_position else operators.MOST_CHANNELS_OF_A_GROUP
+        if x.shape[1] > most:
+            limit = f"there are {x.shape[1]} channels, and a program of the {name} kernels holds "
+            if is_position:
+                return Decision("formula", "reference", f"{limit}{most} of a position")
+            why_tables = why_tables or f"{limit}{most}"
+    if why_tables is not None:
+        said = f"{usual.reason}, with torch's operators on tables, because {why_tables}"
+        return Decision("tables", kernels, said)
+    if call.why_torch_moves is None:
+        return usual
+    said = f"torch's operators move the running statistics, because {call.why_torch_moves}"
+    return usual._replace(reason=f"{usual.reason}; {said}")
 
 
 def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
-    kernels = chosen(x) if x.numel() else "reference"
+    kernels = decide(x).kernels
     if kernels == "triton":
         from normkit.kernels.triton import primitives as triton_primitives  # noqa: PLC0415 - slow
 
         return triton_primitives
     return cpu_primitives if kernels == "cpu" else reference
-
-
-def operators_for(x: Tensor) -> Any:  # noqa: ANN401 - see nodes.Kernels
-    """The set of kernels whose operators take ``x``; None where the formula is computed."""
-    if _asked.kernels is None and x.is_cpu and _WHY_NOT_CPU is None:  # ``chosen`` in fewer calls
-        is_hindered = torch.compiler._is_exporting_flag or transform() is not None
-        return None if is_hindered else cpu.operators
-    kernels = chosen(x)
-    if kernels == "triton":
-        return _triton().operators
-    return cpu.operators if kernels == "cpu" else None
 
 
 def require_kernels(name: str) -> Kernels:
@@ -202,38 +250,9 @@ def require_kernels(name: str) -> Kernels:
     raise KernelError(f"there are no kernels {name!r}; these are known: {', '.join(known)}")
 
 
-def _candidate(x: Tensor) -> Choice:
-    """What would compute a call on ``x`` if nothing about the call forbade it."""
-    wanted = _asked.here()
-    asked = None if wanted is None else require_kernels(wanted)
-    if asked == "reference":
-        return Choice("reference", "the reference kernels were asked for")
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        name = NAMES[asked or "cpu"]
-        return Choice(
-            "reference", f"the input is on {x.device}, which the {name} kernels do not compute"
-        )
-    best: Kernels = "triton" if device == "cuda" else "cpu"
-    if asked in (None, best) or asked == "triton":
-        return Choice(asked or best, "")
-    return Choice("reference", f"the input is on {x.device}, which the C++ kernels do not compute")
-
-
-def _obstacle() -> str | None:
-    """Why neither the C++ nor the Triton kernels can compute a call here, or None."""
-    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
-    if torch.compiler._is_exporting_flag:
-        return "the call is being exported"
-    return transform()
-
-
-def _details(choice: Choice) -> str:
-    return f" (vector code: {cpu.instruction_set()})" if choice.kernels == "cpu" else ""
-
-
-def _why_not(kernels: Kernels, device: torch.device) -> str | None:
-    return _why_not_triton(device) if kernels == "triton" else _WHY_NOT_CPU
+def details(kernels: Kernels) -> str:
+    """What there is to say of the kernels that compute."""
+    return f" (vector code: {cpu.instruction_set()})" if kernels == "cpu" else ""
 
 
 def _why_not_loaded(kernels: Kernels) -> str | None:
@@ -291,6 +310,21 @@ def _triton() -> ModuleType:
     return triton
 
 
+_BEST: dict[str, Kernels] = {"cpu": "cpu", "cuda": "triton"}
+"""The kernels for each type of device; what pretends that there is a GPU changes this."""
+_COMPUTE = "the {} kernels compute this"
+_BY_CPU = Decision("operator", "cpu", _COMPUTE.format(NAMES["cpu"]), cpu.operators)
+_EMPTY = Decision("formula", "reference", "the input is empty")
+_TRACED = Decision(
+    "formula", "reference", "the call is compiled, and no C++ operator does all of it"
+)
+_GRAPH = Decision(
+    "graph",
+    "triton",
+    "the call is compiled for a GPU: the Triton kernels compute the statistics, and torch.compile "
+    "what it can fuse with the layers around",
+)
+
 for _asked_once in (_why_not_triton, _why_not_loaded):
     # what torch.compiler.assume_constant_result does, without importing the compiler: the answers
     # never change, and nothing need be traced through the import of triton
@@ -299,6 +333,9 @@ for _asked_once in (_why_not_triton, _why_not_loaded):
 
 def transform() -> str | None:
     """What looks through the call and wants plain torch operators to look at, or None."""
+    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
+    if torch.compiler._is_exporting_flag:
+        return "the call is being exported"
     if torch._C._are_functorch_transforms_active():
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from normkit.lab.records import Record
+from normkit.lab.records import TrainingRecord, latest
 from normkit.lab.spec import Frozen, SweepSpec
 
 N = TypeVar("N", int, float)
@@ -49,20 +49,14 @@ class Comparison(Frozen):
         return next(c for c in self.cells if (c.norm, c.batch_size) == (norm, batch_size))
 
 
-def of_sweep(sweep: SweepSpec, records: Iterable[Record]) -> tuple[Record, ...]:
-    """The latest record of each of the sweep's runs, in the sweep's order."""
-    latest = {record.spec.key: record for record in records}
-    return tuple(latest[spec.key] for spec in sweep.runs() if spec.key in latest)
-
-
-def compare(sweep: SweepSpec, records: Iterable[Record]) -> Comparison:
+def compare(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
     """Summarise the records of a sweep.
 
     Args:
         sweep: Says which cells there are.
         records: Records of this and any other sweep.
     """
-    ours = of_sweep(sweep, records)
+    ours = latest(sweep.runs(), records)
     return Comparison(
         norms=sweep.norms,
         batch_sizes=sweep.batch_sizes,
@@ -75,7 +69,7 @@ def compare(sweep: SweepSpec, records: Iterable[Record]) -> Comparison:
     )
 
 
-def _cell(norm: str, batch_size: int, records: Sequence[Record], first_norm: str) -> Cell:
+def _cell(norm: str, batch_size: int, records: Sequence[TrainingRecord], first_norm: str) -> Cell:
     mine = select(records, norm, batch_size)
     accuracies = _accuracies(mine)
     baseline = _accuracies(select(records, first_norm, batch_size))
@@ -93,7 +87,7 @@ def _cell(norm: str, batch_size: int, records: Sequence[Record], first_norm: str
     )
 
 
-def select(records: Iterable[Record], norm: str, batch_size: int) -> list[Record]:
+def select(records: Iterable[TrainingRecord], norm: str, batch_size: int) -> list[TrainingRecord]:
     """Records of one norm at one batch size."""
     return [r for r in records if (r.spec.norm, r.spec.batch_size) == (norm, batch_size)]
 
@@ -106,7 +100,7 @@ def summarise(values: Sequence[float]) -> Summary | None:
     return Summary(mean=statistics.fmean(values), spread=spread, num_seeds=len(values))
 
 
-def _accuracies(records: Iterable[Record]) -> Mapping[int, float]:
+def _accuracies(records: Iterable[TrainingRecord]) -> Mapping[int, float]:
     return {
         record.spec.seed: record.outcome.test_accuracy
         for record in records
@@ -119,5 +113,5 @@ def _combined(combine: Callable[[list[N]], N], values: Sequence[N | None]) -> N 
     return combine(known) if known else None
 
 
-def _num_with(records: Iterable[Record], status: str) -> int:
+def _num_with(records: Iterable[TrainingRecord], status: str) -> int:
     return sum(record.outcome.status == status for record in records)

@@ -92,6 +92,8 @@ def whole_file(path: Path, option: str = "--out") -> Generator[Path]:
     with file_errors(path, option):
         try:
             yield draft
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())  # else a power cut may leave it empty
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

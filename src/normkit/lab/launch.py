@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import TypeVar
 
 from torch import cuda, distributed
@@ -90,6 +91,9 @@ def launched() -> Generator[Launch]:
 
 def _join() -> None:
     """Meet the others; a few bytes go between us, on CPUs."""
+    # Its functions hold the group that is there when it is first imported, by their default
+    # arguments: a group that outlives its end has threads that abort the process at exit.
+    import_module("torch.distributed.nn.functional")
     try:
         distributed.init_process_group("gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Records in a file, a line of JSON each, which is only ever appended to."""
+"""Records in a file: a line of JSON each, only ever appended, or one that is the whole file."""
 
 import fcntl
 import os
@@ -8,7 +8,9 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from normkit.lab.files import file_errors
+from normkit.errors import DataError
+from normkit.lab.files import file_errors, require_file
+from normkit.text import printable
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -88,10 +90,36 @@ def _parsed(number: int, line: bytes, kind: type[R]) -> R | CorruptLine:
     try:
         return kind.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return _corrupt(number, line, f"{where}: {first['msg']}" if where else first["msg"])
+        return _corrupt(number, line, first_complaint(error).removeprefix("the whole: "))
 
 
 def _corrupt(number: int, line: bytes, reason: str) -> CorruptLine:
     return CorruptLine(number=number, text=line.decode(errors="replace"), reason=reason)
+
+
+def read_whole(path: Path, kind: type[R], what: str, way_out: str) -> R:
+    """Read the record that is a whole file.
+
+    Args:
+        path: The file.
+        kind: Of the record.
+        what: The file should hold, for the message.
+        way_out: What to do if it does not.
+
+    Raises:
+        DataError: If it cannot be read, or holds something else.
+    """
+    require_file(path)
+    with file_errors(path):
+        text = path.read_bytes()
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        said = f"{printable(path)} holds no {what} ({first_complaint(error)}); {way_out}"
+        raise DataError(said) from error
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Where the first thing is that is wrong, and what it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"

@@ -1,15 +1,37 @@
-"""What is recorded of each run of a sweep, a line of JSON each."""
+"""What is recorded of each run, a line of JSON each, and which runs have no record yet."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from normkit.lab.environment import Environment
 from normkit.lab.lines import Contents, append_line, read_lines
 from normkit.lab.models import PlacedNorm
-from normkit.lab.spec import Frozen, RunSpec
+from normkit.lab.spec import Frozen, RunSpec, TrainingSpec
 
 RECORDS_NAME = "records.jsonl"
+
+S = TypeVar("S", bound=RunSpec)
+
+
+class Record(Frozen, Generic[S]):
+    """One run: what was asked for, where it ran, by which code and on which data.
+
+    ``data_hash`` is the data set's fingerprint; older records do not have it.
+    """
+
+    spec: S
+    environment: Environment
+    code_hash: str
+    data_hash: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the run need not be tried again."""
+        return True
+
+
+R = TypeVar("R", bound=Record)
 
 
 class Epoch(Frozen):
@@ -46,19 +68,17 @@ class Outcome(Frozen):
     peak_bytes: int | None = None
 
 
-class Record(Frozen):
-    """One run: what was asked for, what came out, what it took, where it ran, and on which data.
+class TrainingRecord(Record[TrainingSpec]):
+    """One network that was trained: what came out, and what it took."""
 
-    ``data_hash`` is the data set's fingerprint; older records do not have it.
-    """
-
-    spec: RunSpec
     outcome: Outcome
     step_time_s: float | None
     duration_s: float
-    environment: Environment
-    code_hash: str
-    data_hash: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it finished or diverged; a failed run is tried again."""
+        return self.outcome.status != "failed"
 
 
 def append_record(folder: Path, record: Record) -> None:
@@ -70,27 +90,47 @@ def append_record(folder: Path, record: Record) -> None:
     append_line(folder / RECORDS_NAME, record)
 
 
-def complete_records(folder: Path, records: Iterable[Record]) -> None:
+def complete_records(folder: Path, records: Iterable[TrainingRecord]) -> None:
     """Add those records that are not in the folder: other machines may have written elsewhere.
 
     Raises:
         DataError: If they cannot be read or written.
     """
-    known = {record.model_dump_json() for record in read_records(folder).records}
+    known = {record.model_dump_json() for record in read_records(folder, TrainingRecord).records}
     for record in records:
         if record.model_dump_json() not in known:
             append_record(folder, record)
 
 
-def read_records(folder: Path) -> Contents[Record]:
-    """Read every record; without a file there are none.
+def read_records(folder: Path, kind: type[R]) -> Contents[R]:
+    """Read every record of a kind; without a file there are none.
 
     Raises:
         DataError: If the file cannot be read.
     """
-    return read_lines(folder / RECORDS_NAME, Record)
+    return read_lines(folder / RECORDS_NAME, kind)
 
 
-def of_data(records: Iterable[Record], data_hash: str) -> tuple[Record, ...]:
+def of_data(records: Iterable[R], data_hash: str) -> tuple[R, ...]:
     """Records of runs on data with this fingerprint, and those that do not say theirs."""
     return tuple(record for record in records if record.data_hash in (None, data_hash))
+
+
+def latest(specs: Iterable[RunSpec], records: Iterable[R]) -> tuple[R, ...]:
+    """The latest record of each run that has one, in the order of the specs."""
+    found = {record.spec.key: record for record in records}
+    return tuple(found[spec.key] for spec in specs if spec.key in found)
+
+
+def missing_runs(specs: Iterable[S], records: Iterable[Record]) -> tuple[S, ...]:
+    """Runs that have no record yet, or only one of a failure."""
+    done = {record.spec.key for record in records if record.is_final}
+    return tuple(spec for spec in specs if spec.key not in done)
+
+
+def run_in_turn(specs: Iterable[S], folder: Path, work: Callable[[S], R]) -> Iterator[R]:
+    """Do one run after the other; each record is on the disk before it is given."""
+    for spec in specs:
+        record = work(spec)
+        append_record(folder, record)
+        yield record

@@ -96,6 +96,16 @@ class Protocol(Frozen):
 class RunSpec(Frozen):
     """Everything that decides a run; equal specs on one machine give equal outcomes."""
 
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits that differ wherever the spec differs."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class TrainingSpec(RunSpec):
+    """One network trained with one norm, batch size and seed."""
+
     protocol: Protocol = Protocol()
     norm: str = Field(description="a norm such as bn, gn:8 or bgn:auto")
     batch_size: Count = Field(description="the examples of a training step, 1 or more")
@@ -105,12 +115,6 @@ class RunSpec(Frozen):
     @classmethod
     def _canonical(cls, value: str) -> str:
         return str(NormSpec.parse(value))
-
-    @property
-    def key(self) -> str:
-        """Twelve hexadecimal digits that differ wherever the spec differs."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def has_learning_rate_as_update_rate(self) -> bool:
@@ -156,10 +160,10 @@ class SweepSpec(Frozen):
     def _distinct_numbers(cls, values: tuple[int, ...], about: ValidationInfo) -> tuple[int, ...]:
         return _distinct(str(about.field_name).replace("_", " "), values)
 
-    def runs(self) -> tuple[RunSpec, ...]:
+    def runs(self) -> tuple[TrainingSpec, ...]:
         """All runs, seed by seed, so that every cell has a first result early."""
         return tuple(
-            RunSpec(protocol=self.protocol, norm=norm, batch_size=batch_size, seed=seed)
+            TrainingSpec(protocol=self.protocol, norm=norm, batch_size=batch_size, seed=seed)
             for seed, batch_size, norm in itertools.product(
                 self.seeds, self.batch_sizes, self.norms
             )

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -20,12 +20,13 @@ from normkit import NormSpec
 from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.data import Dataset, load
+from normkit.lab.device import parse_device
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.models.build import build_model, norm_slots
-from normkit.lab.records import Outcome, Record, append_record
-from normkit.lab.spec import RunSpec, SweepSpec
+from normkit.lab.records import Outcome, TrainingRecord, append_record, run_in_turn
+from normkit.lab.spec import SweepSpec, TrainingSpec
 from normkit.lab.steps import batch_lengths, num_steps_per_epoch
-from normkit.lab.train import parse_device, run
+from normkit.lab.train import run
 
 SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -33,11 +34,11 @@ SECONDS_BETWEEN_REPORTS = 0.2
 class Watcher(Protocol):
     """Is told what a sweep is doing."""
 
-    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
         """A run has done so many more steps."""
         ...
 
-    def on_record(self, record: Record) -> None:
+    def on_record(self, record: TrainingRecord) -> None:
         """A run has ended and its record is on the disk."""
         ...
 
@@ -47,13 +48,13 @@ class Collected:
     """A watcher that also keeps the records."""
 
     watcher: Watcher
-    records: list[Record] = field(default_factory=list)
+    records: list[TrainingRecord] = field(default_factory=list)
 
-    def on_steps(self, spec: RunSpec, num_steps: int) -> None:
+    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
         """Pass it on."""
         self.watcher.on_steps(spec, num_steps)
 
-    def on_record(self, record: Record) -> None:
+    def on_record(self, record: TrainingRecord) -> None:
         """Keep it and pass it on."""
         self.records.append(record)
         self.watcher.on_record(record)
@@ -94,7 +95,7 @@ def check(sweep: SweepSpec) -> Dataset:
     return dataset
 
 
-def _check_update_rate(spec: RunSpec) -> None:
+def _check_update_rate(spec: TrainingSpec) -> None:
     """Refuse a learning rate that estimates of micro-batches cannot move by."""
     rate = spec.learning_rate(0)
     if rate > 1 and spec.has_learning_rate_as_update_rate:
@@ -122,13 +123,7 @@ def _check_limit(limit: int | None, dataset: Dataset) -> None:
         )
 
 
-def missing_runs(sweep: SweepSpec, records: Iterable[Record]) -> tuple[RunSpec, ...]:
-    """Runs of the sweep without a finished or diverged record; failed ones are tried again."""
-    done = {record.spec.key for record in records if record.outcome.status != "failed"}
-    return tuple(spec for spec in sweep.runs() if spec.key not in done)
-
-
-def num_steps(spec: RunSpec, num_examples: int) -> int:
+def num_steps(spec: TrainingSpec, num_examples: int) -> int:
     """Training steps of a run that neither diverges nor fails."""
     return spec.protocol.epochs * num_steps_per_epoch(num_examples, spec.batch_size)
 
@@ -140,7 +135,9 @@ def default_workers(sweep: SweepSpec) -> int:
     return max(1, torch.get_num_threads() // sweep.protocol.threads)
 
 
-def run_all(specs: Sequence[RunSpec], folder: Path, num_workers: int, watcher: Watcher) -> None:
+def run_all(
+    specs: Sequence[TrainingSpec], folder: Path, num_workers: int, watcher: Watcher
+) -> None:
     """Run each spec and append its record to the folder's records as soon as it ends.
 
     Args:
@@ -152,14 +149,12 @@ def run_all(specs: Sequence[RunSpec], folder: Path, num_workers: int, watcher: W
     if min(num_workers, len(specs)) > 1:
         _run_in_workers(specs, folder, min(num_workers, len(specs)), watcher)
         return
-    for spec in specs:
-        reporter = _Reporter(lambda count, spec=spec: watcher.on_steps(spec, count))
-        _finish(run(spec, reporter.step), folder, watcher)
 
+    def work(spec: TrainingSpec) -> TrainingRecord:
+        return run(spec, _Reporter(lambda count: watcher.on_steps(spec, count)).step)
 
-def _finish(record: Record, folder: Path, watcher: Watcher) -> None:
-    append_record(folder, record)
-    watcher.on_record(record)
+    for record in run_in_turn(specs, folder, work):
+        watcher.on_record(record)
 
 
 class _Tell(Protocol):
@@ -188,9 +183,9 @@ class _Worker:
 
     process: BaseProcess
     connection: Connection
-    spec: RunSpec | None = None
+    spec: TrainingSpec | None = None
 
-    def begin(self, spec: RunSpec | None) -> None:
+    def begin(self, spec: TrainingSpec | None) -> None:
         """Send the next spec; ``None`` ends the process."""
         self.spec = spec
         with suppress(OSError):  # a dead worker is noticed when it is waited for
@@ -198,7 +193,7 @@ class _Worker:
 
 
 def _run_in_workers(
-    specs: Sequence[RunSpec], folder: Path, num_workers: int, watcher: Watcher
+    specs: Sequence[TrainingSpec], folder: Path, num_workers: int, watcher: Watcher
 ) -> None:
     waiting = list(reversed(specs))
     workers = [_started() for _ in range(num_workers)]
@@ -211,8 +206,9 @@ def _run_in_workers(
                 message = _received(worker)
                 if isinstance(message, int) and worker.spec is not None:
                     watcher.on_steps(worker.spec, message)
-                elif isinstance(message, Record):
-                    _finish(message, folder, watcher)
+                elif isinstance(message, TrainingRecord):
+                    append_record(folder, message)
+                    watcher.on_record(message)
                     if not worker.process.is_alive():
                         workers.remove(worker)
                         workers.append(worker := _started())
@@ -246,7 +242,7 @@ def _interrupts_ignored() -> Generator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _received(worker: _Worker) -> int | Record:
+def _received(worker: _Worker) -> int | TrainingRecord:
     """What a worker sent; the record of a failed run if it is dead."""
     try:
         return worker.connection.recv()
@@ -258,8 +254,8 @@ def _received(worker: _Worker) -> int | Record:
         return _failed(spec, f"the worker process ended with exit code {worker.process.exitcode}")
 
 
-def _failed(spec: RunSpec, message: str) -> Record:
-    return Record(
+def _failed(spec: TrainingSpec, message: str) -> TrainingRecord:
+    return TrainingRecord(
         spec=spec,
         outcome=Outcome(status="failed", message=message),
         step_time_s=None,

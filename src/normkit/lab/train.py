@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from normkit import sync_update_rates
-from normkit.errors import NormError, SpecError
+from normkit.errors import NormError
 from normkit.lab.data import Dataset, load
+from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.models import BuiltModel, build_model
-from normkit.lab.records import Epoch, Outcome, Record
-from normkit.lab.spec import RunSpec
+from normkit.lab.records import Epoch, Outcome, TrainingRecord
+from normkit.lab.spec import TrainingSpec
 from normkit.lab.steps import batches, evaluate, train_step
 
 NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
@@ -30,7 +31,7 @@ class DivergenceError(NormError, ArithmeticError):
     """The training loss is no longer finite."""
 
 
-def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
+def run(spec: TrainingSpec, on_step: OnStep = lambda: None) -> TrainingRecord:
     """Train and test one network; what goes wrong with it is part of the record.
 
     Args:
@@ -45,9 +46,9 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     environment = describe_environment(device, spec.protocol.threads)
     dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
     started, step_times_s = time.perf_counter(), list[float]()
-    with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
+    with threads_of(spec.protocol.threads), seeded(spec.seed, device):
         outcome = _outcome(spec, dataset, _Stopwatch(step_times_s, device, on_step))
-    return Record(
+    return TrainingRecord(
         spec=spec,
         outcome=outcome,
         step_time_s=statistics.median(step_times_s) if step_times_s else None,
@@ -58,7 +59,7 @@ def run(spec: RunSpec, on_step: OnStep = lambda: None) -> Record:
     )
 
 
-def train(spec: RunSpec, on_step: OnStep = lambda: None) -> nn.Module:
+def train(spec: TrainingSpec, on_step: OnStep = lambda: None) -> nn.Module:
     """Train one network and give it, in evaluation mode, on the CPU.
 
     Args:
@@ -71,45 +72,12 @@ def train(spec: RunSpec, on_step: OnStep = lambda: None) -> nn.Module:
     """
     device = parse_device(spec.protocol.device)
     dataset = load(spec.protocol.data, spec.protocol.limit).to(device)
-    with threads_of(spec.protocol.threads), _seeded(spec.seed, device):
+    with threads_of(spec.protocol.threads), seeded(spec.seed, device):
         training = _Training(spec, dataset, _built(spec, dataset), _Stopwatch([], device, on_step))
         outcome = training.outcome()
     if outcome.status == "diverged":
         raise DivergenceError(outcome.message)
     return training.model.eval().cpu()
-
-
-def parse_device(name: str) -> torch.device:
-    """Read a device's name; ``"auto"`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        SpecError: If torch knows no such device, or it is not there.
-    """
-    known = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name == "auto":
-        return torch.device("cuda:0" if len(known) > 1 else "cpu")
-    if name not in [*known, "cuda"] or (name == "cuda" and len(known) == 1):
-        raise SpecError(f"there is no device {name!r} here; choose auto or {', '.join(known)}")
-    return torch.device(name)
-
-
-@contextmanager
-def threads_of(num_threads: int) -> Generator[None]:
-    """Run the block with this many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Give dropout and the like the seed, and the caller its random state back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +98,7 @@ class _Stopwatch:
         self.on_step()
 
 
-def _outcome(spec: RunSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
+def _outcome(spec: TrainingSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
     try:
         return _Training(spec, dataset, _built(spec, dataset), stopwatch).outcome()
     except NormError as error:
@@ -139,7 +107,7 @@ def _outcome(spec: RunSpec, dataset: Dataset, stopwatch: _Stopwatch) -> Outcome:
         return Outcome(status="failed", message=f"{type(error).__name__}: {error}")
 
 
-def _built(spec: RunSpec, dataset: Dataset) -> BuiltModel:
+def _built(spec: TrainingSpec, dataset: Dataset) -> BuiltModel:
     return build_model(
         spec.protocol.model,
         num_classes=dataset.num_classes,
@@ -154,7 +122,7 @@ def _built(spec: RunSpec, dataset: Dataset) -> BuiltModel:
 class _Training:
     """The state of one run in flight."""
 
-    spec: RunSpec
+    spec: TrainingSpec
     dataset: Dataset
     built: BuiltModel
     stopwatch: _Stopwatch
@@ -207,7 +175,7 @@ class _Training:
         batch = self.dataset.train.take(
             torch.arange(min(self.spec.batch_size, len(self.dataset.train)))
         )
-        with _seeded(self.spec.seed, batch.targets.device):
+        with seeded(self.spec.seed, batch.targets.device):
             return peak_step_bytes(lambda: train_step(model, optimizer, batch), model, optimizer)
 
     def _epoch(self) -> Epoch:
@@ -250,7 +218,7 @@ class _Training:
         return total_loss / num_seen, num_right / num_seen
 
 
-def _optimizer(model: nn.Module, spec: RunSpec) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, spec: TrainingSpec) -> torch.optim.SGD:
     return torch.optim.SGD(
         model.parameters(),
         lr=spec.learning_rate(0),

@@ -21,10 +21,12 @@ from normkit.core.ranks import (
     active_group,
     held_group,
 )
+from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
 from normkit.functional.checked import normalize_single
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.select import Call
 from normkit.layers.leaf import record_call
 from normkit.layers.options import (
     ConstructorSignature,
@@ -33,6 +35,7 @@ from normkit.layers.options import (
     require_arguments,
     signature_of,
 )
+from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.typing import FeatureMap
 
 BUFFERS = ("running_mean", "running_var")
@@ -134,9 +137,61 @@ class NormLayer(nn.Module, ABC):
         """Statistics groups that need several values in training."""
         return ()
 
-    def deviation(self) -> str | None:
-        """What of a call kernels do not do in the usual way, and why; or None."""
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Say what to do instead: ``torch.jit.script`` asks each module for what it can compile."""
+        raise OptionError(
+            f"{type(self).__name__} was given to torch.jit.script, which compiles a subset of "
+            f"Python that no layer of normkit keeps to; use torch.export, or torch.jit.trace in "
+            f"evaluation mode"
+        )
+
+    @abstractmethod
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+
+    def why_apart(self) -> str | None:
+        """Why the next call computes each of several norms by itself, or None."""
         return None
+
+    is_estimated = False
+    """Whether it normalises in training by running estimates, which the batch moves first."""
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics in training, in each norm that the layer is made of."""
+        return {}
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the layer normalises in its mode."""
+        return tuple(Part(name=name, partition=p) for name, p in self.partitions.items())
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether an input ``(N, C)`` gives a group a single value, which training refuses."""
+        return False
+
+    def affine_slots(self) -> tuple[Slot, ...]:
+        """Who holds scale and shift of every channel: those of the layer's input."""
+        return (Slot(self, 0, self.num_features),)
+
+    def last_affine_slots(self) -> tuple[Slot, ...]:
+        """Who holds the scale and shift that are applied last."""
+        return self.affine_slots()
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """Who holds running statistics of the layer's input, a value a channel."""
+        return ()
+
+    def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
+        """What evaluates by running statistics alone, and what follows it, by name.
+
+        None where parts of the layer evaluate by each example's own statistics.
+        """
+        return None
+
+    def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
+        """What a norm inside of the layer gets of the layer's input; None if that is not known."""
+        return x
 
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
@@ -208,6 +263,22 @@ class TrackingLayer(NormLayer):
     def running_partition(self) -> Partition:
         """Which elements share one value of the buffers: by default a channel's."""
         return Partition(num_groups=self.num_features)
+
+    def tracked_input(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+        """What the running statistics are of: the input, unless a norm comes before."""
+        return x
+
+    @property
+    def tracks_its_input(self) -> bool:
+        """Whether the running statistics are of the input."""
+        return True
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """Who holds running statistics of the layer's input, a value a channel."""
+        by_channel = self.running_partition.num_groups == self.num_features
+        if self.running_mean is None or not self.tracks_its_input or not by_channel:
+            return ()
+        return (Slot(self, 0, self.num_features),)
 
     @property
     def example_weight(self) -> float:
@@ -330,6 +401,25 @@ class SegmentLayer(TrackingLayer):
     def partition(self) -> Partition:
         """Which elements share statistics in training."""
 
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics in training."""
+        return {"statistics": self.partition}
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether a group is one channel of one example."""
+        groups = self.partition
+        return groups.examples_per_group == 1 and groups.num_groups == self.num_features
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the layer normalises in its mode."""
+        return tracked_parts("statistics", self.partition, self)
+
+    def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
+        """The layer itself, and nothing after it."""
+        return self, {}
+
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         ranks = None if self._process_group is None else self._ranks(x)
         training, name = self.training, type(self).__name__
@@ -337,6 +427,14 @@ class SegmentLayer(TrackingLayer):
         return normalize_single(
             x, self.partition, running, parameters, training, name, ranks, valid
         )
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        running, ranks = self._running(), self._ranks(x)
+        alone = self.partition.examples_per_group == 1 and running is None
+        if self.training or running is None:
+            return (batch_route(running, ranks is not None and not alone, is_masked),)
+        return (evaluation_route(running, is_masked),)
 
     def _groups(self) -> Iterable[Partition]:
         # Those of several processes together are checked where they are pooled.
@@ -361,6 +459,11 @@ class StageOption:
         for stage in self.stages:
             if stage in layer._modules:  # the constructor sets options before there are stages
                 setattr(layer._modules[stage], self.name, value)
+
+
+def is_estimated(module: object) -> bool:
+    """Whether a module normalises in training by running estimates, which the batch moves first."""
+    return isinstance(module, NormLayer) and module.is_estimated
 
 
 def is_watched(*modules: nn.Module) -> bool:

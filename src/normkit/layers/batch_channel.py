@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import nn
+from torch.nn.functional import batch_norm
 from torch.optim import Optimizer
 
 from normkit.core.check import (
@@ -16,17 +18,21 @@ from normkit.core.check import (
     require_choice,
     require_update_rate,
 )
+from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
 from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
-from normkit.core.running import Recent, RunningEstimates, is_movable
+from normkit.core.routes import batch_route, composite_route, stage_route
+from normkit.core.running import Recent, Running, RunningEstimates
 from normkit.core.stages import normalize_estimated
 from normkit.functional.checked import normalize_batch_then_group, normalize_single
+from normkit.kernels.select import Call
 from normkit.layers.base import BUFFERS, NormLayer, StageOption, TrackingLayer, is_watched
 from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
-from normkit.passes import finish
+from normkit.layers.parts import Part, Slot, tracked_parts
+from normkit.passes import finish, require_layers
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
@@ -164,33 +170,72 @@ class BatchChannelNorm(NormLayer):
         batch, channel = self.batch, self.channel
         if is_watched(batch, channel):
             return channel(batch(x, valid), valid)
-        running = batch.estimates() if isinstance(batch, EstimatedBatchNorm) else batch._running()
-        training, parameters = (
-            (batch.training, channel.training),
-            (batch._affine(), channel._affine()),
-        )
+        running, training = self._stage_statistics(), (batch.training, channel.training)
+        parameters = (batch._affine(), channel._affine())
         groups, name, ranks = self.num_groups, type(self).__name__, batch._ranks(x)
         return normalize_batch_then_group(
             x, groups, running, training, *parameters, name, ranks, valid
         )
 
-    def deviation(self) -> str | None:
-        """What of a call kernels do not do in the usual way, and why; or None."""
-        if is_watched(self.batch, self.channel):
-            return "each stage by itself, because hooks watch one of them"
+    def _stage_statistics(self) -> Running | None:
         stage = self.batch
-        if not isinstance(stage, EstimatedBatchNorm) or not stage.training:
-            return None
-        if not is_movable(stage.estimates()):
-            return (
-                "with torch's operators on tables, because the estimates are not contiguous, or "
-                "neither float32 nor float64"
-            )
-        return None
+        return stage.estimates() if isinstance(stage, EstimatedBatchNorm) else stage._running()
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        if self.why_apart() is not None:
+            return (*self.batch.routes(x, is_masked), *self.channel.routes(x, is_masked))
+        running, is_part = self._stage_statistics(), self.batch._ranks(x) is not None
+        return (composite_route(running, self.batch.training, is_part, is_masked, False),)
+
+    def why_apart(self) -> str | None:
+        """Why the next call computes each stage by itself, or None."""
+        return "hooks watch one of them" if is_watched(self.batch, self.channel) else None
 
     def _groups(self) -> Iterable[Partition]:
-        alone = self.process_group is None
-        return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
+        found, alone = self.partitions, self.process_group is None
+        if not self.batch.training or not alone:  # else checked where processes pool them
+            found.pop("batch stage", None)
+        return found.values() if self.channel.training else []
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics each stage normalises in its mode."""
+        stages = {"batch stage": self.batch, "channel stage": self.channel}
+        return tuple(replace(p, name=name) for name, s in stages.items() for p in s.parts())
+
+    def affine_slots(self) -> tuple[Slot, ...]:
+        """Who holds scale and shift of every channel: the last stage that has one a channel."""
+        last = self.channel_affine == "channel"
+        return (Slot(self.channel if last else self.batch, 0, self.num_features),)
+
+    def last_affine_slots(self) -> tuple[Slot, ...]:
+        """The channel stage."""
+        return (Slot(self.channel, 0, self.num_features),)
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """The batch stage."""
+        return (Slot(self.batch, 0, self.num_features),)
+
+    def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
+        """The batch stage, and the channel stage after it."""
+        return self.batch, {"channel": self.channel}
+
+    def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
+        """What a stage gets, in float64; None where more than this input has a say in it."""
+        stage = self.batch
+        if part is stage:
+            return x
+        own = stage.training and not stage.is_estimated
+        weighs = not stage.training and stage.example_weight
+        if (own and stage.process_group is not None) or weighs:
+            return None
+        weight, bias = (None if p is None else p.double() for p in (stage.weight, stage.bias))
+        if own:
+            affine = Parameters(weight, bias, stage.eps)
+            return normalize_batch(x.double(), stage.running_partition, None, affine, valid=valid)
+        # of micro batches: moved before they were used
+        mean, var = (stage.get_buffer(name).double() for name in BUFFERS)
+        return batch_norm(x.double(), mean, var, weight, bias, False, 0.0, stage.eps)
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -203,6 +248,8 @@ class BatchChannelNorm(NormLayer):
 
 class EstimatedBatchNorm(TrackingLayer):
     """Normalise every channel by estimates that first move towards the batch: for micro batches."""
+
+    is_estimated = True
 
     def __init__(
         self,
@@ -238,9 +285,19 @@ class EstimatedBatchNorm(TrackingLayer):
         affine = self._affine()
         return normalize_estimated(x, self.estimates(), self.training, affine, ranks, valid)
 
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the layer normalises in its mode."""
+        if self.training:
+            return (Part(partition=self.running_partition, origin="estimates"),)
+        return tracked_parts("statistics", self.running_partition, self)
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (stage_route(self._ranks(x) is not None, is_masked),)
+
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
-        mean, var = (self.get_buffer(name) for name in BUFFERS)
+        mean, var = map(self.get_buffer, BUFFERS)
         rate = self.update_rate if self.track_running_stats else 0.0
         count, weight = self.num_batches_tracked, self.example_weight
         return RunningEstimates(mean, var, count, rate, weight, self._recent)
@@ -272,6 +329,11 @@ class ChannelStage(NormLayer):
         """One group a run of channels and example."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share statistics."""
+        return {"statistics": self.partition}
+
     def _num_affine_values(self) -> int:
         return self.num_groups if self.channel_affine == "group" else self.num_features
 
@@ -283,6 +345,10 @@ class ChannelStage(NormLayer):
         return normalize_single(
             x, self.partition, None, parameters, self.training, name, valid=valid
         )
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (batch_route(None, False, is_masked),)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)
@@ -299,7 +365,8 @@ def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
             the first group where it has none.
 
     Raises:
-        OptionError: If a learning rate lies outside (0, 1]; then nothing is changed.
+        OptionError: If a learning rate lies outside (0, 1], or the model's layers cannot be looked
+            into (scripted, exported, quantized); then nothing is changed.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
@@ -311,6 +378,7 @@ def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
         >>> norm.update_rate
         0.02
     """
+    require_layers(model, "set the update rates of", sharded=True)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     first = optimizer.param_groups[0]["lr"]
     layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm) and m.micro_batch]

@@ -14,11 +14,16 @@ from normkit.core.check import (
     require_share,
 )
 from normkit.core.composite import Order
+from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
+from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
+from normkit.core.routes import composite_route
 from normkit.functional.checked import normalize_group_and_batch
+from normkit.kernels.select import Call
 from normkit.layers.base import TrackingLayer
 from normkit.layers.options import Device, TrackingOptions
+from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
 
 
@@ -107,9 +112,32 @@ class GroupNormPlus(TrackingLayer):
             x, groups, order, running, training, parameters, logit, name, ranks, valid
         )
 
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        running, is_part = self._running(), self._ranks(x) is not None
+        return (composite_route(running, self.training, is_part, is_masked, False),)
+
     def _groups(self) -> Iterable[Partition]:
         alone = self._process_group is None
         return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics each norm normalises in its mode."""
+        found = self.partitions
+        group = Part(name="group norm", partition=found["group norm"])
+        return (group, *tracked_parts("batch norm", found["batch norm"], self))
+
+    @property
+    def tracks_its_input(self) -> bool:
+        """Whether the batch norm sees the input, not the group norm's output."""
+        return self.order != "group-first"
+
+    def tracked_input(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+        """What the running statistics are of: where the group norm comes first, its output."""
+        if self.tracks_its_input:
+            return x
+        alone = Parameters(None, None, self.eps)
+        return normalize_batch(x, self.partitions["group norm"], None, alone, valid=valid)
 
     @property
     def partitions(self) -> dict[str, Partition]:

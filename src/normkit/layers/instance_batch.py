@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Unpack
 
 import torch
+from torch import nn
 
 from normkit.core.check import require_count
 from normkit.core.mask import Mask, Valid, require_valid_values
 from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import composite_route
 from normkit.errors import OptionError
 from normkit.functional.checked import normalize_halves
+from normkit.kernels.select import Call
 from normkit.layers.base import NormLayer, StageOption, is_watched
 from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
+from normkit.layers.parts import Part, Slot
 from normkit.typing import FeatureMap
 
 
@@ -109,11 +114,18 @@ class InstanceBatchNorm(NormLayer):
         ranks = batch._ranks(x)
         return normalize_halves(x, half, running, training, *parameters, name, ranks, valid)
 
-    def deviation(self) -> str | None:
-        """What of a call kernels do not do in the usual way, and why; or None."""
-        if is_watched(self.instance, self.batch):
-            return "each norm by itself, because hooks watch one of them"
-        return None
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        running, training = self.batch._running(), self.batch.training
+        is_apart = is_masked and not training and running is not None
+        if is_apart or self.why_apart() is not None:
+            return (*self.instance.routes(x, is_masked), *self.batch.routes(x, is_masked))
+        is_part = self.batch._ranks(x) is not None
+        return (composite_route(running, training, is_part, is_masked, True),)
+
+    def why_apart(self) -> str | None:
+        """Why the next call computes each norm by itself, or None."""
+        return "hooks watch one of them" if is_watched(self.instance, self.batch) else None
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
         valid = super()._read_mask(mask, x)
@@ -122,6 +134,34 @@ class InstanceBatchNorm(NormLayer):
                 shape = (x.shape[0], norm.num_features, *x.shape[2:])
                 require_valid_values(norm._groups(), valid, shape, type(self).__name__)
         return valid
+
+    @property
+    def needs_positions(self) -> bool:
+        """As the instance norm does."""
+        return True
+
+    def affine_slots(self) -> tuple[Slot, ...]:
+        """The instance norm for the first channels, the batch norm for the others."""
+        half = self.instance.num_features
+        return Slot(self.instance, 0, half), Slot(self.batch, half, self.num_features)
+
+    def statistics_slots(self) -> tuple[Slot, ...]:
+        """The batch norm, for its channels."""
+        return self.affine_slots()[1:]
+
+    def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
+        """The channels of one of the norms."""
+        half = self.instance.num_features
+        return x[:, :half] if part is self.instance else x[:, half:]
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics each norm normalises in its mode, and which channels."""
+        names = ("instance norm", "batch norm")
+        return tuple(
+            replace(part, name=name, channels=(slot.start, slot.end))
+            for name, slot in zip(names, self.affine_slots(), strict=True)
+            for part in slot.layer.parts()
+        )
 
     @property
     def partitions(self) -> dict[str, Partition]:

@@ -8,9 +8,12 @@ from normkit.core.check import require_channel_groups
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
+from normkit.core.routes import POSITIONAL
 from normkit.functional.checked import normalize_positional
+from normkit.kernels.select import Call
 from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.layers.options import SharedOptions, TrackingOptions
+from normkit.layers.parts import Part
 from normkit.typing import FeatureMap
 
 
@@ -206,6 +209,14 @@ class PositionalNorm(NormLayer):
         super().__init__(num_features, **shared)
         self.reset_parameters()
 
+    def parts(self) -> tuple[Part, ...]:
+        """Statistics of each position of each example."""
+        return (Part(partition=None),)
+
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         name = type(self).__name__
         return normalize_positional(x, self._affine(), self.training, name, valid)
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (POSITIONAL,)

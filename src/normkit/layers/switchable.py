@@ -10,9 +10,12 @@ from torch import nn
 
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
+from normkit.core.routes import composite_route
 from normkit.functional.checked import normalize_switched
+from normkit.kernels.select import Call
 from normkit.layers.base import TrackingLayer
 from normkit.layers.options import Device, TrackingOptions
+from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
 
 
@@ -92,10 +95,23 @@ class SwitchableNorm(TrackingLayer):
             x, running, self.training, parameters, *logits, name, ranks, valid
         )
 
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        running = self._running() if self.use_batch else None
+        is_part = self.use_batch and self._ranks(x) is not None
+        return (composite_route(running, self.training, is_part, is_masked, False),)
+
     def _groups(self) -> Iterable[Partition]:
         if self._process_group is not None:
             return ()
         return (self.partitions["batch norm" if self.use_batch else "layer norm"],)
+
+    def parts(self) -> tuple[Part, ...]:
+        """By which statistics the norms normalise in the layer's mode."""
+        found = self.partitions
+        batch = found.pop("batch norm", None)
+        own = [Part(name=name, partition=partition) for name, partition in found.items()]
+        return (*own, *(tracked_parts("batch norm", batch, self) if batch else ()))
 
     @property
     def partitions(self) -> dict[str, Partition]:

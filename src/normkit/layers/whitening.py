@@ -8,7 +8,9 @@ from typing import Unpack
 from normkit.core.check import require_channel_groups, require_count
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
+from normkit.core.routes import WHITENING
 from normkit.functional.checked import whiten
+from normkit.kernels.select import Call
 from normkit.layers.base import NormLayer
 from normkit.layers.options import SharedOptions
 from normkit.typing import FeatureMap
@@ -76,9 +78,19 @@ class GroupWhitening(NormLayer):
         """The rows that are centred and decorrelated."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """Which elements share means, and which covariances."""
+        example = Partition(num_groups=1, examples_per_group=1)
+        return {"means": self.partition, "covariances": example}
+
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         parameters, training, name = self._affine(), self.training, type(self).__name__
         return whiten(x, self.num_groups, self.iterations, parameters, training, name, valid)
+
+    def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
+        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        return (WHITENING,)
 
     def _groups(self) -> Iterable[Partition]:
         return (self.partition,)

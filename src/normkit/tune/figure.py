@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from normkit.diagnostics.measurement import new_figure
-from normkit.tune.gain import CONFIDENCE
+from normkit.tune.gain import CONFIDENCE, QUANTILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,6 @@ SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.8), 160
 LINE, BAND, MARK, INK = "#1b6ca8", "#a9c9e2", "#c2410c", "#1d2126"
 TICKS, LINEAR_TO = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1), 0.1  # of a scale that spreads small weights
 LOSS_SHOWN, ROOM = 3, 1.5  # how far the picture goes down and up, in largest gains
-QUANTILE = 1.96  # of the interval that the band shows
 
 
 def draw(result: Tuning) -> Figure:

@@ -9,6 +9,7 @@ from statistics import NormalDist
 from torch import Tensor
 
 CONFIDENCE = 0.95
+QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def paired_gain(differences: Tensor, binary: bool) -> Gain:
         error = math.sqrt((squares - center**2) / (n + 2))
     else:
         error = standard_error(differences)
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+    half = QUANTILE * error
     if not differences.any():
         half = 0.0  # the same weight, or one that changes nothing
     return Gain(mean=mean, low=center - half, high=center + half, num_examples=n)

@@ -25,8 +25,8 @@ STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of chann
 ]
 KERNELS = {
     "tile_forward_kernel", "tile_backward_kernel", "measure_groups_kernel",
-    "normalize_groups_kernel", "reduce_groups_kernel", "gradient_groups_kernel",
-    "parameter_sums_kernel",
+    "measure_segments_kernel", "normalize_groups_kernel", "reduce_groups_kernel",
+    "gradient_groups_kernel", "parameter_sums_kernel",
 }  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_a_map_at_another_address_modulo_16_has_its_own_plan(started):
     assert len(plan._PLANS) == 1
     forward(map_of(shape, offset=1))
     assert len(plan._PLANS) == 2
-    aligned, unaligned = (p._launches[0].compiled for p in plan._PLANS.values())
+    aligned, unaligned = (p._launches[0].start.func for p in plan._PLANS.values())
     assert aligned != unaligned  # of two compiled kernels
 
 

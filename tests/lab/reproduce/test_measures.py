@@ -10,9 +10,9 @@ from normkit.lab.data import load
 from normkit.lab.models import build_model
 from normkit.lab.reproduce import PRESETS, channels, disturbed, landscape_claims
 from normkit.lab.reproduce.networks import DrawnNorm, four_layers, seeded_network, vgg11
+from normkit.lab.reproduce.records import rounded
 from normkit.lab.reproduce.stack import readings
 from normkit.lab.reproduce.stack.run import measure_shift
-from normkit.lab.reproduce.store import rounded
 from normkit.lab.reproduce.training import Data, Training, endless
 
 

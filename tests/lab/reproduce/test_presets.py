@@ -11,7 +11,6 @@ from normkit.lab.reproduce import (
     conclude,
     measured,
     run_missing,
-    save_figure,
 )
 from normkit.lab.reproduce.training import SIZES
 
@@ -31,7 +30,7 @@ def test_a_preset_runs_judges_and_draws(preset, folder):
         assert judged.verdict.num_seeds == 3
         assert judged.verdict.mean is not None, judged
     path = folder / f"{preset.name}.svg"
-    save_figure(preset, measured(records), path)
+    preset.write_figure(measured(records), path)
     drawn = path.read_text()
     assert drawn.startswith("<?xml")
     assert "<text" in drawn  # and no outlines of letters
@@ -48,7 +47,7 @@ def test_equal_runs_give_equal_figures(folder):
     runs = measured(run_missing(preset, "tiny", folder))
     paths = [folder / name for name in ("one.svg", "two.svg")]
     for path in paths:
-        save_figure(preset, runs, path)
+        preset.write_figure(runs, path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert b"<dc:date>" not in paths[0].read_bytes()
 

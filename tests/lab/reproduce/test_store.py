@@ -3,8 +3,7 @@
 import pytest
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.lines import read_lines
-from normkit.lab.records import RECORDS_NAME
+from normkit.lab.records import RECORDS_NAME, read_records
 from normkit.lab.reproduce import (
     Result,
     conclude,
@@ -14,7 +13,7 @@ from normkit.lab.reproduce import (
     write_result,
 )
 from normkit.lab.reproduce import run as running
-from normkit.lab.reproduce.store import RunRecord
+from normkit.lab.reproduce.records import PresetRecord
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_an_interrupted_preset_goes_on_where_it_stopped(preset, tmp_path, monkey
         run_missing(preset, "tiny", tmp_path, interrupted)
     path = tmp_path / RECORDS_NAME
     kept = path.read_bytes()
-    assert len(read_lines(path, RunRecord).records) == 2
+    assert len(read_records(tmp_path, PresetRecord).records) == 2
     path.write_bytes(kept[:-40])  # the second line breaks off
     ran = []
     whole = running.run_one
@@ -54,7 +53,7 @@ def test_an_interrupted_preset_goes_on_where_it_stopped(preset, tmp_path, monkey
     records = run_missing(preset, "tiny", tmp_path)
     assert len(records) == 6
     assert len(ran) == 5
-    assert len(read_lines(path, RunRecord).records) == 6
+    assert len(read_records(tmp_path, PresetRecord).records) == 6
 
 
 def test_runs_on_other_data_are_done_anew(preset, tmp_path, monkeypatch):

@@ -6,11 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
 
-from normkit.core.groups import normalize_batch
 from normkit.core.moments import Moments
-from normkit.core.parameters import Parameters
 from normkit.diagnostics.channel_difference import channels_first, pooling_groups, stat_diff
 from normkit.diagnostics.estimation_shift import distances_between, running_moments
 from normkit.inference.known import own_forward, takes_input_as_it_is
@@ -25,8 +22,6 @@ from normkit.inference.tracked import (
     valid_positions,
 )
 from normkit.layers.base import NormLayer
-from normkit.layers.batch_channel import BatchChannelNorm, EstimatedBatchNorm
-from normkit.layers.over_batch import InnerBatchNorm
 from normkit.passes.inputs import first_argument
 
 
@@ -102,10 +97,7 @@ class Norm:
     def _own_part(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
         """What a composite gives to this part of it, worked out."""
         host, x = self._host, feature_map(self._host, x)
-        if isinstance(host, BatchChannelNorm):
-            return x if self._layer is host.batch else _after_batch_stage(host.batch, x, valid)
-        width: Any = self._layer.num_features
-        return x[:, -width:]  # the batch norm beside an instance norm takes the last channels
+        return host.input_of(self._layer, x, valid) if isinstance(host, NormLayer) else x
 
 
 def norms_of(model: nn.Module, where: Where | None) -> list[Norm]:
@@ -127,18 +119,3 @@ def parts_of_composites(model: nn.Module) -> set[nn.Module]:
     """Find norms inside of norms: with a hook in one, a composite computes otherwise."""
     composites = (module for module in model.modules() if isinstance(module, NormLayer))
     return {part for norm in composites for part in norm.children() if isinstance(part, NormLayer)}
-
-
-def _after_batch_stage(
-    stage: InnerBatchNorm | EstimatedBatchNorm, x: Tensor, valid: Tensor | None
-) -> Tensor | None:
-    """Output of the first stage of batch-channel normalization, unless other ranks have a say."""
-    own = stage.training and not isinstance(stage, EstimatedBatchNorm)
-    if (own and stage.process_group is not None) or (not stage.training and stage.example_weight):
-        return None
-    weight, bias = (None if p is None else p.double() for p in (stage.weight, stage.bias))
-    if own:
-        affine = Parameters(weight, bias, stage.eps)
-        return normalize_batch(x.double(), stage.running_partition, None, affine, valid=valid)
-    given = running_moments(stage)  # of micro batches: moved before they were used
-    return batch_norm(x.double(), given.mean, given.var, weight, bias, False, 0.0, stage.eps)

@@ -192,14 +192,14 @@ def _rows_forward(call: Call, known: Known, given: Pair | None, out: Pair) -> No
 def _group_first(call: Call, known: Known, source: Source, out: Pair) -> None:
     """The group norm's statistics, then the batch norm's of what it made, and the mixture."""
     size, grouping = call.group_channels, call.grouping
-    nobody, unmoved = passes.follower_arguments(None)
     launch(
         pool_segments_kernel,
         call.num_groups,
-        (known.mean, known.var, *known.groups, *nobody),
-        (size, size * grouping.L),
-        _warps(size), BR=power_of_two(size), **unmoved,
-    )  # fmt: skip
+        (known.mean, known.var, *known.groups),
+        (size,),
+        _warps(size),
+        BR=power_of_two(size),
+    )
     buffers, flags = passes.follower_arguments(source.follower)
     first, second, logit, _ = call.parameters
     launch(

@@ -11,8 +11,9 @@ from torch import Tensor
 from normkit.kernels.triton.geometry import Layout, Stream
 
 Constants = dict[str, Any]
-ELEMENTS = 2048
-"""Of a block that a program streams at a time."""
+ELEMENTS = 4096
+"""Of two bytes, of a block that a program streams at a time: 64 bytes a thread."""
+VECTOR_BYTES = 16  # that a thread loads at a time, at most
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -24,7 +25,21 @@ def stream_constants(stream: Stream, x: Tensor, layout: Layout) -> Constants:
     """For every streaming kernel."""
     constants = map_constants(layout, x)
     constants["ALIGN"] = min(layout.alignment, stream.BL)  # divides a program's span, too
+    constants["ONCE"] = stream.span <= stream.BL
+    constants["FOLD"] = fold((stream.BK, stream.BL), x, layout)
     return {"BK": stream.BK, "BL": stream.BL, **constants}
+
+
+def fold(block: tuple[int, int], x: Tensor, layout: Layout, num_warps: int = 4) -> int:
+    """Parts of the rows of a block ``(rows, elements)`` that a thread has in its registers.
+
+    Threads are spread over whatever lies side by side in memory, then over the rest of a row.
+    """
+    rows, elements = block
+    if rows > 1 and not layout.by_channel:
+        return 1
+    at_a_time = 32 * num_warps * max(VECTOR_BYTES // x.element_size(), 1)
+    return min(max(rows * elements // at_a_time, 1), elements)
 
 
 def map_constants(layout: Layout, x: Tensor) -> Constants:

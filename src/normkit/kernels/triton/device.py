@@ -39,6 +39,32 @@ def split(value, ACC: tl.constexpr):
 
 
 @triton.jit
+def finite(value):
+    """A value to subtract, or 0 where subtracting it would make everything NaN."""
+    return tl.where(value - value == 0.0, value, 0.0)
+
+
+@triton.jit
+def folded(values, BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr):
+    """Sums of a block's ``FOLD`` parts of each row, which lie in registers of the same thread."""
+    return tl.sum(tl.reshape(values, (BK, FOLD, BL // FOLD)), axis=1)
+
+
+@triton.jit
+def folded_block(
+    values, BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr
+):  # fmt: skip
+    """The same of a block ``(BG, BJ, BL)``."""
+    return tl.sum(tl.reshape(values, (BG, BJ, FOLD, BL // FOLD)), axis=2)
+
+
+@triton.jit
+def sum_block(values, BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr):
+    """Sums over a block's rows and positions: of both at once, so threads meet only once."""
+    return tl.sum(tl.reshape(values, (BG, BJ * BL)), axis=1)
+
+
+@triton.jit
 def reciprocal_root(var, eps_high, eps_low, ACC: tl.constexpr):
     """``1 / sqrt(var + eps)``; few GPUs are fast in float64, so only where ``ACC`` is."""
     if ACC == tl.float32:  # noqa: SIM300 - a constant of the kernel, not of Python

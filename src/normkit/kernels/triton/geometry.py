@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
@@ -190,17 +191,43 @@ class Stream(NamedTuple):
     num_programs: int
 
 
-def stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
-    """Cut a map into programs of blocks of ``elements``; share segments where they are few."""
+_Cut = TypeVar("_Cut", "Stream", "Rows")
+MOST_CHANNELS = 64  # of a block, side by side: 128 bytes and more
+LEAST_ELEMENTS = 1024
+"""Of a block that is made smaller, so that a small map gives every multiprocessor something."""
+
+
+def stream_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Stream:
+    """Cut a map into programs of blocks of at most ``elements``."""
+    cuts = [_stream_blocks(layout, size, wanted_programs) for size in _sizes(elements)]
+    return _enough(cuts, 2 * processors)
+
+
+def _sizes(elements: int) -> Iterator[int]:
+    """Of blocks that may be tried."""
+    yield elements
+    while elements > LEAST_ELEMENTS:
+        elements //= 2
+        yield elements
+
+
+def _enough(cuts: Sequence[_Cut], num_programs: int) -> _Cut:
+    """The first of so many programs; else of the most."""
+    enough = (cut for cut in cuts if cut.num_programs >= num_programs)
+    return next(enough, max(cuts, key=lambda cut: cut.num_programs))
+
+
+def _stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
+    """Blocks of ``elements``; several programs share segments where these are few."""
     grouping = layout.grouping
     if layout.by_channel:
-        rows = min(power_of_two(grouping.K), 64)
+        rows = min(power_of_two(grouping.K), MOST_CHANNELS)
         columns = min(power_of_two(grouping.L), max(elements // rows, 1))
     else:
         columns = min(power_of_two(grouping.L), elements)
         rows = min(power_of_two(grouping.K), max(elements // columns, 1))
     programs = grouping.N * ceil_div(grouping.K, rows)
-    shares = min(ceil_div(grouping.L, columns), max(ceil_div(wanted_programs, programs), 1))
+    shares = min(ceil_div(grouping.L, columns), max(wanted_programs // programs, 1))
     span = ceil_div(ceil_div(grouping.L, shares), columns) * columns
     splits = ceil_div(grouping.L, span)
     return Stream(rows, columns, splits, span, programs * splits)
@@ -210,7 +237,8 @@ class Rows(NamedTuple):
     """Programs that each see a part of some groups: blocks of ``(BG, BJ, BL)`` elements.
 
     An example's positions are cut into ``spans`` stretches of ``span``; a program takes ``items``
-    pairs of an example and a stretch, and leaves one of the ``R`` rows of a run of examples.
+    pairs of an example and a stretch, and leaves one of the ``R`` rows of a run of examples. It
+    takes a group's segments in so many ``turns``.
     """
 
     BG: int
@@ -220,37 +248,61 @@ class Rows(NamedTuple):
     spans: int
     span: int
     R: int
+    turns: int
     num_programs: int
+    num_warps: int
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """What a kernel is told of it."""
-        return self.items, self.spans, self.span, self.R
+        steps = ceil_div(self.span, self.BL)
+        return self.items, self.spans, self.span, self.R, steps, self.turns
 
 
-MOST_ROWS = 64
+MOST_ROWS = 128
 """That the programs of the second launch pool again and again."""
+FEW_ROWS = 16
+"""That they pool at once."""
 
 
-def row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
-    """Cut a map into programs of blocks of ``elements``, of whole groups' segments each."""
+def row_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Rows:
+    """Cut a map into programs of whole groups' segments, and blocks of about ``elements``.
+
+    Programs of twice as many threads where not enough of them are allowed.
+    """
+    rows = _row_blocks(layout, elements, wanted_programs)
+    num_groups = rows.num_programs // rows.R
+    if num_groups * MOST_ROWS < wanted_programs:
+        larger = _row_blocks(layout, 2 * elements, wanted_programs)
+        if 4 * larger.R >= 3 * MOST_ROWS:
+            return larger._replace(num_warps=8)
+    cuts = [_row_blocks(layout, size, wanted_programs) for size in _sizes(elements)]
+    return _enough(cuts, processors)
+
+
+def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
     grouping = layout.grouping
     if layout.by_channel:
-        segments = min(power_of_two(grouping.J), 64)
-        groups = min(power_of_two(grouping.G), 64 // segments)
+        segments = min(power_of_two(grouping.J), MOST_CHANNELS)
+        groups = min(power_of_two(grouping.G), MOST_CHANNELS // segments)
         positions = min(power_of_two(grouping.L), max(elements // (groups * segments), 1))
     else:
         positions = min(power_of_two(grouping.L), elements)
         segments = min(power_of_two(grouping.J), elements // positions)
         groups = min(power_of_two(grouping.G), elements // (positions * segments))
     columns = grouping.B * ceil_div(grouping.G, groups)
-    wanted = min(ceil_div(wanted_programs, columns), MOST_ROWS)
+    # of a small group fewer: else programs would read more of rows than of the map
+    most = min(MOST_ROWS, max(FEW_ROWS, math.isqrt(grouping.group_size // 3)))
+    wanted = min(ceil_div(wanted_programs, columns), most)
     spans = min(max(wanted // grouping.E, 1), ceil_div(grouping.L, positions))
     span = ceil_div(ceil_div(grouping.L, spans), positions) * positions
     spans = ceil_div(grouping.L, span)
     items = ceil_div(grouping.E * spans, max(wanted, 1))
     rows = ceil_div(grouping.E * spans, items)
-    return Rows(groups, segments, positions, items, spans, span, rows, columns * rows)
+    turns = ceil_div(grouping.J, segments)
+    return Rows(
+        groups, segments, positions, items, spans, span, rows, turns, columns * rows, 4
+    )  # fmt: skip
 
 
 class Tile(NamedTuple):

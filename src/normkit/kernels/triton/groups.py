@@ -1,11 +1,11 @@
 # triton declares what kernels call as never returning
 # pyright: reportGeneralTypeIssues=false
-"""Kernels for groups that no program holds: two launches each way.
+"""Kernels for groups that no program holds, forward: two launches.
 
-The first of each way reads the map and leaves, for each group, a few rows of parts: what one
-program has seen of it. Each program of the second pools the rows of the groups that it needs (they
-come from the cache) and writes its part of the map; the first of a group's programs also writes
-what is kept of the group, and moves running statistics.
+The first reads the map and leaves, for each group, a few rows of parts: what one program has seen
+of it. Each program of the second pools the rows of the groups that it needs (they come from the
+cache) and writes its part of the map; the first of a group's programs also writes what is kept of
+the group, and moves running statistics. ``group_gradients`` goes the same way back.
 
 A run of ``E`` examples has ``SPANS`` stretches of positions in each example; ``ITEMS`` of these
 pairs belong to a row. A block is ``(BG, BJ, BL)``: groups, segments of a group, positions.
@@ -19,12 +19,14 @@ import triton.language as tl
 from normkit.kernels.triton.device import (
     columns,
     count_batch,
+    finite,
+    folded_block,
     move,
     reciprocal_root,
     row_starts,
-    split,
+    sum_block,
 )
-from normkit.kernels.triton.streams import place
+from normkit.kernels.triton.streams import load_block, place, write_normalized
 
 
 @triton.jit
@@ -38,6 +40,106 @@ def rows_of(N, G, E, ITEMS, SPANS, R, BG: tl.constexpr):
     examples = tl.minimum(E, N - run * E)
     first = row * ITEMS
     return g, run, row, first, tl.minimum(first + ITEMS, examples * SPANS)
+
+
+@triton.jit
+def segments_of(g, first, G, J, BJ: tl.constexpr, UNIT: tl.constexpr):
+    """Segments ``first`` and on of groups, ``(BG, BJ)``, and which there are.
+
+    ``UNIT`` divides ``J``: said as a product, for then segments side by side are read together.
+    """
+    num_segments = J // UNIT * UNIT
+    j = first + tl.arange(0, BJ)
+    inside = (g < G)[:, None] & (j < num_segments)[None, :]
+    return g[:, None] * num_segments + j[None, :], inside
+
+
+@triton.jit
+def stretch(t, last, SPANS, span, L, STEPS, BL: tl.constexpr, ALIGN: tl.constexpr):
+    """Where block ``t`` of a program begins: example, first position, and where its stretch ends.
+
+    Beyond the last pair nothing is left: its stretch ends at once.
+    """
+    item = t // STEPS
+    start = (item % SPANS) * span
+    stop = tl.where(item < last, tl.minimum(start + span, L), 0) // ALIGN * ALIGN
+    return item // SPANS, start + (t % STEPS) * BL, stop
+
+
+@triton.jit
+def load_groups(
+    x, n, k, inside, top, stop, SN, SC, SP, Q, L,
+    BL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A block ``(BG, BJ, BL)`` of a map, from position ``top`` on; 0 from ``stop`` on."""
+    l = top + tl.arange(0, BL)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+    return tl.load(x + at, mask=inside[:, :, None] & (l < stop)[None, None, :], other=0.0)
+
+
+@triton.jit
+def num_positions(first, last, SPANS, span, L):
+    """Positions of all pairs of a program; the last stretch of an example is shorter."""
+    whole = tl.cast(tl.maximum(last - first, 0), tl.int64) * span
+    shorter = tl.maximum(last // SPANS - first // SPANS, 0)
+    return whole - shorter * (tl.cast(SPANS, tl.int64) * span - L)
+
+
+@triton.jit
+def store_part(parts, plane, at, mask, high, low, square):
+    """Write the three planes of a part: a mean as two summands, squared deviations."""
+    tl.store(parts + at, high, mask=mask)
+    tl.store(parts + plane + at, low, mask=mask)
+    tl.store(parts + 2 * plane + at, square, mask=mask)
+
+
+@triton.jit
+def store_size(pointer, size, g, ACC: tl.constexpr):
+    """Write a row's number of elements, once: by the program of its first group."""
+    tl.store(pointer + g, (0 * g + size).to(ACC), mask=g == 0)
+
+
+@triton.jit
+def measure_groups_kernel(
+    x, parts,
+    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, TURNS, plane,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Rows ``(B, R, G)`` of three planes, a mean as two summands and squared deviations.
+
+    Behind them each row's number of elements, ``(B, R)``. A program takes the ``TURNS`` blocks of
+    its groups' segments at a stretch of positions, then the next stretch. Sums are taken around the
+    mean of the first block, so a mean far from 0 costs no digits.
+    """
+    g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
+    n0 = run * E
+    lane = tl.arange(0, BL)
+    n, top, stop = stretch(first * STEPS, last, SPANS, span, L, STEPS, BL, ALIGN)
+    k, inside = segments_of(g, 0, G, J, BJ, UNIT)
+    value = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
+    cells = tl.maximum(tl.minimum(stop - top, BL) * tl.minimum(J, BJ), 1).to(ACC)
+    shift = finite(sum_block(value.to(ACC) * (1.0 / cells), BG, BJ, BL))
+    total = tl.zeros((BG, BJ, BL // FOLD), ACC)
+    square = tl.zeros((BG, BJ, BL // FOLD), ACC)
+    for t in range(first * STEPS * TURNS, last * STEPS * TURNS):
+        mask = inside[:, :, None] & (top + lane < stop)[None, None, :]
+        n, top, stop = stretch((t + 1) // TURNS, last, SPANS, span, L, STEPS, BL, ALIGN)
+        k, inside = segments_of(g, (t + 1) % TURNS * BJ, G, J, BJ, UNIT)
+        ahead = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
+        apart = tl.where(mask, value.to(ACC) - shift[:, None, None], 0.0)
+        total += folded_block(apart, BG, BJ, BL, FOLD)
+        square += folded_block(apart * apart, BG, BJ, BL, FOLD)
+        value = ahead
+    size = (num_positions(first, last, SPANS, span, L) * J).to(ACC)
+    sums = sum_block(total, BG, BJ, BL // FOLD)
+    center = sums / tl.maximum(size, 1.0)
+    spread = sum_block(square, BG, BJ, BL // FOLD) - sums * center
+    at = run * R + row
+    out = at.to(tl.int64) * G + g
+    store_part(parts, plane, out, g < G, shift, center, tl.where(spread < 0.0, 0.0, spread))
+    store_size(parts + 3 * plane + at, size, g, ACC)
 
 
 @triton.jit
@@ -97,22 +199,13 @@ def pooled_parts(size, level, square, axis: tl.constexpr):
 
 
 @triton.jit
-def store_part(parts, plane, at, mask, high, low, square, size):
-    """Write the four planes of a part: a mean as two summands, squared deviations, a number."""
-    tl.store(parts + at, high, mask=mask)
-    tl.store(parts + plane + at, low, mask=mask)
-    tl.store(parts + 2 * plane + at, square, mask=mask)
-    tl.store(parts + 3 * plane + at, size, mask=mask)
-
-
-@triton.jit
-def measure_groups_kernel(
+def measure_segments_kernel(
     x, parts, segment_parts,
-    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, plane, segment_plane,
-    HAS_SEGMENTS: tl.constexpr, BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, TURNS, plane, segment_plane,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Parts of groups, rows ``(B, R, G)``; ``HAS_SEGMENTS``: of segments ``(B, R, K)``, too."""
+    """Parts of groups as ``measure_groups_kernel`` leaves them, and of segments, ``(B, R, K)``."""
     g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
     n0 = run * E
     corner = first_element(
@@ -133,9 +226,8 @@ def measure_groups_kernel(
             x, high, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
             BG, BJ, BL, ACC, WIDE, ALIGN,
         )  # fmt: skip
-        if HAS_SEGMENTS:
-            at = out * (G * J) + k
-            store_part(segment_parts, segment_plane, at, inside, high, levels, spreads, sizes)
+        at = out * (G * J) + k
+        store_part(segment_parts, segment_plane, at, inside, high, levels, spreads)
         levels += high - corner[:, None]
         more, level, spread = pooled_parts(sizes, levels, spreads, 1)
         both = tl.maximum(size + more, 1.0)
@@ -143,12 +235,15 @@ def measure_groups_kernel(
         square += spread + step * step * (size * more / both)
         center += step * (more / both)
         size += more
-    store_part(parts, plane, out * G + g, g < G, corner, center, square, size)
+    store_part(parts, plane, out * G + g, g < G, corner, center, square)
+    positions = num_positions(first, last, SPANS, span, L)
+    store_size(parts + 3 * plane + out, positions * J, g, ACC)
+    store_size(segment_parts + 3 * segment_plane + out, positions, g, ACC)
 
 
 @triton.jit
 def load_part(parts, plane, at, mask, which: tl.constexpr):
-    """A plane's values of parts."""
+    """A plane's values of rows and groups."""
     return tl.load(parts + which * plane + at, mask=mask, other=0.0)
 
 
@@ -163,32 +258,26 @@ def pooled_moments(
     """
     start = top.to(tl.int64) * width + first_column
     high = load_part(parts, plane, start, inside, 0)
-    low = load_part(parts, plane, start, inside, 1)
-    size = tl.zeros((BR, BK), ACC)
+    low = finite(load_part(parts, plane, start, inside, 1))
+    size = tl.zeros((BR,), ACC)
     total = tl.zeros((BR, BK), ACC)
+    square = tl.zeros((BR, BK), ACC)
     for first in range(0, num_rows * num_columns, BR):
         i = first + tl.arange(0, BR)
-        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
+        there = i < num_rows * num_columns
+        mask = there[:, None] & inside[None, :]
         at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
-        count = load_part(parts, plane, at, mask, 3)
+        count = load_part(parts, 3 * plane, top + i // num_columns, there, 1)
         apart = load_part(parts, plane, at, mask, 0) - high[None, :]
         apart += load_part(parts, plane, at, mask, 1) - low[None, :]
+        weighed = tl.where(mask & (count > 0.0)[:, None], count[:, None] * apart, 0.0)
         size += count
-        total += tl.where(mask & (count > 0.0), count * apart, 0.0)
+        total += weighed
+        square += load_part(parts, plane, at, mask, 2) + weighed * apart
     sizes = tl.maximum(tl.sum(size, axis=0), 1.0)
     center = tl.sum(total, axis=0) / sizes
-    total = tl.zeros((BR, BK), ACC)
-    for first in range(0, num_rows * num_columns, BR):
-        i = first + tl.arange(0, BR)
-        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
-        at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
-        count = load_part(parts, plane, at, mask, 3)
-        apart = load_part(parts, plane, at, mask, 0) - high[None, :]
-        apart += load_part(parts, plane, at, mask, 1) - low[None, :]
-        away = apart - center[None, :]
-        both = load_part(parts, plane, at, mask, 2) + count * away * away
-        total += tl.where(mask & (count > 0.0), both, 0.0)
-    return high, low + center, tl.sum(total, axis=0) / sizes, sizes
+    spread = tl.sum(square, axis=0) / sizes - center * center
+    return high, low + center, tl.where(spread < 0.0, 0.0, spread), sizes
 
 
 @triton.jit
@@ -222,7 +311,8 @@ def normalize_groups_kernel(
     num_cells, eps_high, eps_low,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
     HAS_COUNTER: tl.constexpr, HAS_CHANNELS: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
-    BR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    BR: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Pool, normalise, scale and shift; the table's cells and running statistics on the way.
 
@@ -230,6 +320,11 @@ def normalize_groups_kernel(
     statistics then follow.
     """
     n, part, k, inside = place(K, SPLITS, BK)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     run = n // E
     g = k // J
     high, low, var, sizes = pooled_moments(
@@ -258,163 +353,7 @@ def normalize_groups_kernel(
         factor *= tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
     if HAS_BIAS:
         shift = tl.load(bias + k // Q, mask=inside, other=0.0).to(ACC)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
-        unit = (value.to(ACC) - high[:, None]) - low[:, None]
-        result = unit * factor[:, None] + shift[:, None]
-        at = outs[:, None] + columns(l, YP, WIDE)[None, :]
-        tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def reduce_groups_kernel(
-    g_map, x, weight, mean, var, sums, group_sums,
-    GN, GC, GP, SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, VAR_AT, CELL_ROW,
-    plane, group_plane, eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_GROUPS: tl.constexpr,
-    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
-):  # fmt: skip
-    """``sum(g)`` and ``sum(g * unit)``, ``unit = (x - mean) / std``, of what each program sees.
-
-    Of segments, rows ``(B, R, K)`` of two planes, for the parameters; of groups, weighed by the
-    channels' scale, rows ``(B, R, G)``.
-    """
-    g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
-    n0 = run * E
-    cell = run.to(tl.int64) * CELL_ROW + g
-    high, low = split(tl.load(mean + cell, mask=g < G, other=0.0).to(tl.float64), ACC)
-    wide = tl.load(var + VAR_AT + cell, mask=g < G, other=1.0)
-    rstd = reciprocal_root(wide, eps_high, eps_low, ACC)
-    of_group = tl.zeros((BG,), ACC)
-    of_group_x = tl.zeros((BG,), ACC)
-    out = (run * R + row).to(tl.int64)
-    for j0 in range(0, J, BJ):
-        j = j0 + tl.arange(0, BJ)
-        inside = (g < G)[:, None] & (j < J)[None, :]
-        k = g[:, None] * J + j[None, :]
-        total = tl.zeros((BG, BJ, BL), ACC)
-        total_x = tl.zeros((BG, BJ, BL), ACC)
-        for item in range(first, last):
-            start = (item % SPANS) * span
-            stop = tl.minimum(start + span, L) // ALIGN * ALIGN
-            n = n0 + item // SPANS
-            rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-            grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
-            for top in range(start, stop, BL):
-                l = top + tl.arange(0, BL)
-                mask = inside[:, :, None] & (l < stop)[None, None, :]
-                at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
-                grad_at = grads[:, :, None] + columns(l, GP, WIDE)[None, None, :]
-                value = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-                grad = tl.load(g_map + grad_at, mask=mask, other=0.0).to(ACC)
-                total += grad
-                total_x += grad * ((value - high[:, None, None]) - low[:, None, None])
-        found = tl.sum(total, axis=2)
-        found_x = tl.sum(total_x, axis=2) * rstd[:, None]
-        if HAS_SUMS:
-            at = out * (G * J) + k
-            tl.store(sums + at, found, mask=inside)
-            tl.store(sums + plane + at, found_x, mask=inside)
-        if HAS_GROUPS:
-            if HAS_WEIGHT:
-                scale = tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
-                found *= scale
-                found_x *= scale
-            of_group += tl.sum(tl.where(inside, found, 0.0), axis=1)
-            of_group_x += tl.sum(tl.where(inside, found_x, 0.0), axis=1)
-    if HAS_GROUPS:
-        at = out * G + g
-        tl.store(group_sums + at, of_group, mask=g < G)
-        tl.store(group_sums + group_plane + at, of_group_x, mask=g < G)
-
-
-@triton.jit
-def summed_rows(
-    table, plane, top, num_rows, width, first_column, num_columns, inside,
-    ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """Sums of rows of two planes, in each row of some columns, in a fixed order."""
-    start = top.to(tl.int64) * width + first_column
-    one = tl.zeros((BR, BK), ACC)
-    two = tl.zeros((BR, BK), ACC)
-    for first in range(0, num_rows * num_columns, BR):
-        i = first + tl.arange(0, BR)
-        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
-        at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
-        one += tl.load(table + at, mask=mask, other=0.0)
-        two += tl.load(table + plane + at, mask=mask, other=0.0)
-    return tl.sum(one, axis=0), tl.sum(two, axis=0)
-
-
-@triton.jit
-def gradient_groups_kernel(
-    g_map, x, dx, weight, mean, var, sums, group_sums, dweight, dbias,
-    GN, GC, GP, SN, SC, SP, DN, DC, DP, N, K, Q, L, SPLITS, span, E, J, G, R, RUNS,
-    VAR_AT, CELL_ROW, plane, group_plane, group_size, eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, HAS_GROUPS: tl.constexpr, ADDS: tl.constexpr,
-    CONSTANT: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the map; ``ADDS``: the first programs add up those of weight and bias.
-
-    ``CONSTANT``: the statistics are given, so nothing flows through them, and x is not read.
-    """
-    n, part, k, inside = place(K, SPLITS, BK)
-    run = n // E
-    cell = run.to(tl.int64) * CELL_ROW + k // J
-    wide = tl.load(var + VAR_AT + cell, mask=inside, other=1.0)
-    rstd = reciprocal_root(wide, eps_high, eps_low, ACC)
-    scale = tl.full((BK,), 1.0, ACC)
-    if HAS_WEIGHT:
-        scale = tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
-    if ADDS:  # noqa: SIM102 - the compiler's condition, then the program's
-        if (n == 0) & (part == 0):
-            starts = inside & (k % Q == 0)
-            of_bias, of_weight = summed_rows(
-                sums, plane, 0 * n, RUNS * R, K, k, Q, starts, ACC, BK, BR
-            )  # fmt: skip
-            tl.store(dweight + k // Q, of_weight, mask=starts)
-            tl.store(dbias + k // Q, of_bias, mask=starts)
-    by_unit = tl.zeros((BK,), ACC)
-    level = tl.zeros((BK,), ACC)
-    if not CONSTANT:
-        high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
-        if HAS_GROUPS:
-            of_group, of_group_x = summed_rows(
-                group_sums, group_plane, run * R, R, G, k // J, 1, inside, ACC, BK, BR
-            )  # fmt: skip
-        else:
-            of_group, of_group_x = summed_rows(
-                sums, plane, run * R, R, K, k, 1, inside, ACC, BK, BR
-            )  # fmt: skip
-            of_group *= scale
-            of_group_x *= scale
-        size = (tl.minimum(E, N - run * E) * group_size).to(ACC)
-        by_unit = of_group_x * rstd * rstd / size
-        level = of_group * rstd / size
-    by_grad = scale * rstd
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
-    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        grad = tl.load(g_map + grads[:, None] + columns(l, GP, WIDE)[None, :], mask=mask, other=0.0)
-        result = grad.to(ACC) * by_grad[:, None]
-        if not CONSTANT:
-            at = rows[:, None] + columns(l, SP, WIDE)[None, :]
-            value = tl.load(x + at, mask=mask, other=0.0)
-            unit = (value.to(ACC) - high[:, None]) - low[:, None]
-            result = result - unit * by_unit[:, None] - level[:, None]
-        tl.store(
-            dx + outs[:, None] + columns(l, DP, WIDE)[None, :],
-            result.to(dx.dtype.element_ty),
-            mask=mask,
-        )
+    write_normalized(
+        x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
+        BL, ONCE, ACC, WIDE,
+    )  # fmt: skip

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.triton.constants import ELEMENTS, Constants, accumulator, stream_constants
+from normkit.kernels.triton.constants import (
+    ELEMENTS,
+    Constants,
+    accumulator,
+    stream_constants,
+)
 from normkit.kernels.triton.geometry import (
     Grouping,
     Layout,
@@ -27,8 +32,8 @@ from normkit.kernels.triton.streams import (
 )
 from normkit.kernels.triton.tables import parameter_sums_kernel, pool_rows_kernel, sum_rows_kernel
 
-PROGRAMS_THAT_REDUCE = 8  # a multiprocessor: each leaves a row for the next kernel to add up
-PROGRAMS_THAT_WRITE = 16
+PROGRAMS_THAT_REDUCE = 4  # a multiprocessor: each leaves a row for the next kernel to add up
+PROGRAMS_THAT_WRITE = 8
 
 
 class Table(NamedTuple):
@@ -59,15 +64,21 @@ class Statistics(NamedTuple):
     eps: float
 
 
-def stream_of(layout: Layout, programs: int) -> Stream:
+def block_elements(x: Tensor) -> int:
+    """Of a block of this map."""
+    return max(2 * ELEMENTS // x.element_size(), 1)
+
+
+def stream_of(layout: Layout, x: Tensor, programs: int) -> Stream:
     """Programs that stream, so many a multiprocessor where the map is large enough."""
-    return stream_blocks(layout, ELEMENTS, programs * num_processors())
+    processors = num_processors()
+    return stream_blocks(layout, block_elements(x), programs * processors, processors)
 
 
 def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) -> Parts:
     """Mean and variance of parts of segments, float64; in ``out`` where parts are whole."""
     grouping, tensor = layout.grouping, x.tensor
-    stream = stream_of(layout, PROGRAMS_THAT_REDUCE)
+    stream = stream_of(layout, tensor, PROGRAMS_THAT_REDUCE)
     if out is None or stream.splits > 1:
         out = two_tables(tensor, grouping.N * stream.splits, grouping.K, torch.float64)
     launch(
@@ -75,6 +86,7 @@ def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) ->
         stream.num_programs,
         (tensor, *out),
         (*layout.strides[0], *_cut(grouping, stream)),
+        2 if stream.span <= stream.BL and layout.alignment > 1 else 4,  # few threads meet sooner
         **stream_constants(stream, tensor, layout),
     )
     return Parts(*out, stream)
@@ -156,7 +168,6 @@ def apply_groups(
     indices = (grouping.E, grouping.J, grouping.G, 0, 0, *halves(statistics.eps))
     flags = {
         "POOLED": True,
-        "CENTERED": True,
         "HAS_SCALE": weight is not None,
         "HAS_CENTER": bias is not None,
     }
@@ -168,7 +179,7 @@ def apply_segments(x: Map, y: Map, layout: Layout, tables: tuple[Table, Table, T
     mean, scale, center = tables
     values = (mean.values, None, scale.values, center.values)
     indices = (1, 1, mean.row, scale.row, center.row, 0.0, 0.0)
-    flags = {"POOLED": False, "CENTERED": True, "HAS_SCALE": True, "HAS_CENTER": True}
+    flags = {"POOLED": False, "HAS_SCALE": True, "HAS_CENTER": True}
     _apply((x, y), layout, values, indices, flags)
 
 
@@ -180,7 +191,7 @@ def _apply(
     flags: Constants,
 ) -> None:
     x, y = (m.tensor for m in maps)
-    stream = stream_of(layout, PROGRAMS_THAT_WRITE)
+    stream = stream_of(layout, x, PROGRAMS_THAT_WRITE)
     strides = (*layout.strides[0], *layout.strides[1])
     launch(
         apply_kernel,
@@ -195,17 +206,16 @@ def _apply(
 def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of parts of segments."""
     grouping, tensor = layout.grouping, x.tensor
-    stream = stream_of(layout, PROGRAMS_THAT_REDUCE)
+    stream = stream_of(layout, tensor, PROGRAMS_THAT_REDUCE)
     dtype = table_dtype(tensor.dtype)
     sums, sums_x = two_tables(tensor, grouping.N * stream.splits, grouping.K, dtype)
     launch(
         reduce_grad_kernel,
         stream.num_programs,
         (grad.tensor, tensor, mean.values, sums, sums_x),
-        (*layout.strides[0], *layout.strides[1], *_cut(grouping, stream), grouping.E, grouping.J,
-         mean.row),
+        (*layout.strides[0], *layout.strides[1], *_cut(grouping, stream), mean.row),
         **stream_constants(stream, tensor, layout),
-    )  # fmt: skip
+    )
     return Parts(sums, sums_x, stream)
 
 
@@ -270,26 +280,14 @@ def combine_segments(
     maps: tuple[Map, Map, Map], layout: Layout, mean: Table, factors: tuple[Table, Table, Table]
 ) -> None:
     """``k1 * grad + k2 * (x - mean) + k3`` with tables of segments."""
-    tables = (mean.values, None, None, *(factor.values for factor in factors))
-    indices = (1, 1, mean.row, *(factor.row for factor in factors), 0.0, 0.0)
-    _combine(maps, layout, tables, indices, {"POOLED": False, "HAS_WEIGHT": False})
-
-
-def _combine(
-    maps: tuple[Map, Map, Map],
-    layout: Layout,
-    tables: tuple[Tensor | None, ...],
-    indices: tuple[object, ...],
-    flags: Constants,
-) -> None:
     tensors = [m.tensor for m in maps]
-    stream = stream_of(layout, PROGRAMS_THAT_WRITE)
+    stream = stream_of(layout, tensors[1], PROGRAMS_THAT_WRITE)
     strides = [stride for strides in layout.strides for stride in strides]
+    tables = (mean, *factors)
     launch(
         combine_grad_kernel,
         stream.num_programs,
-        (*tensors, *tables),
-        (*strides, *_cut(layout.grouping, stream), *indices),
-        **flags,
+        (*tensors, *(table.values for table in tables)),
+        (*strides, *_cut(layout.grouping, stream), *(table.row for table in tables)),
         **stream_constants(stream, tensors[1], layout),
     )

@@ -6,6 +6,7 @@ read twice (``groups``), in two.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
 from normkit.kernels.triton.constants import (
-    ELEMENTS,
     Constants,
+    fold,
     map_constants,
     stream_constants,
 )
 from normkit.kernels.triton.geometry import (
+    MOST_CHANNELS,
     Grouping,
     Layout,
     Limits,
@@ -32,11 +34,11 @@ from normkit.kernels.triton.geometry import (
     row_blocks,
     tile_blocks,
 )
+from normkit.kernels.triton.group_gradients import gradient_groups_kernel, reduce_groups_kernel
 from normkit.kernels.triton.groups import (
-    gradient_groups_kernel,
     measure_groups_kernel,
+    measure_segments_kernel,
     normalize_groups_kernel,
-    reduce_groups_kernel,
 )
 from normkit.kernels.triton.passes import Follower, Statistics, follower_arguments
 from normkit.kernels.triton.plan import halves, in_one_piece, launch, num_processors
@@ -45,6 +47,7 @@ from normkit.kernels.triton.tiles import tile_backward_kernel, tile_forward_kern
 FORWARD = Limits(32768, 1024)  # float32: 64 registers of each of at most 512 threads
 BACKWARD = Limits(16384, 512)  # of two maps
 ROWS_AT_ONCE = 1024  # cells of a table of parts that a program pools at a time
+PROGRAMS_OF_ROWS = 3  # a multiprocessor: each leaves a row, and each of the next pools all of them
 
 Affine = tuple[Tensor | None, Tensor | None]
 Results = tuple[Tensor, Tensor, Tensor]
@@ -128,29 +131,30 @@ def _forward_in_two(call: _Forward, table: Tensor, has_channels: bool) -> None:
     whole = layout if has_channels else layout.with_whole_groups()
     rows = _rows(whole, x)
     num_rows = whole.grouping.B * rows.R
-    plane, segment_plane = num_rows * whole.grouping.G, num_rows * whole.grouping.K
-    has_segments = has_channels and whole.grouping.J > 1  # else a group's parts are a segment's
-    parts, segments = (
-        x.new_empty(4 * size, dtype=table_dtype(x.dtype))
-        for size in (plane, segment_plane if has_segments else 0)
-    )
-    launch(
-        measure_groups_kernel,
-        rows.num_programs,
-        (x, parts, segments),
-        (*_strides(whole)[:3], *_cut(whole.grouping), *rows.numbers, plane, segment_plane),
-        HAS_SEGMENTS=has_segments, **_row_constants(rows, whole, x),
-    )  # fmt: skip
+    planes = num_rows * whole.grouping.G, num_rows * whole.grouping.K
+    dtype = table_dtype(x.dtype)
+    parts = segments = x.new_empty(3 * planes[0] + num_rows, dtype=dtype)
+    numbers = (*_strides(whole)[:3], *_cut(whole.grouping), *rows.numbers)
+    constants = _row_constants(rows, whole, x)
+    if has_channels and whole.grouping.J > 1:  # else a group's parts are a segment's
+        segments = x.new_empty(3 * planes[1] + num_rows, dtype=dtype)
+        for unused in ("FOLD", "UNIT"):
+            del constants[unused]
+        tensors = (x, parts, segments)
+        launch(measure_segments_kernel, rows.num_programs, tensors, (*numbers, *planes),
+               rows.num_warps, **constants)  # fmt: skip
+    else:
+        launch(measure_groups_kernel, rows.num_programs, (x, parts), (*numbers, planes[0]),
+               rows.num_warps, **constants)  # fmt: skip
     grouping = layout.grouping
     stream, constants = _stream(layout, x, num_rows * grouping.Q if has_channels else rows.R)
     launch(
         normalize_groups_kernel,
         stream.num_programs,
-        (x, call.y.tensor, *call.affine, parts, segments if has_segments else parts, table,
-         *call.buffers),
+        (x, call.y.tensor, *call.affine, parts, segments, table, *call.buffers),
         (*_strides(layout), grouping.K, grouping.Q, grouping.L, stream.splits, stream.span,
-         grouping.E, grouping.J, grouping.G, rows.R, grouping.B, plane, segment_plane,
-         table.shape[1], *halves(call.eps)),
+         grouping.E, grouping.J, grouping.G, rows.R, grouping.B, *planes, table.shape[1],
+         *halves(call.eps)),
         HAS_CHANNELS=has_channels, **call.flags, **constants,
     )  # fmt: skip
 
@@ -176,19 +180,26 @@ def _tile_constants(tile: Tile, layout: Layout, x: Tensor) -> Constants:
 
 
 def _rows(layout: Layout, x: Tensor) -> Rows:
-    elements = ELEMENTS * 4 // table_dtype(x.dtype).itemsize
-    return row_blocks(layout, elements, passes.PROGRAMS_THAT_REDUCE * num_processors())
+    processors = num_processors()
+    elements = passes.block_elements(x)
+    if layout.by_channel and 1 < layout.grouping.J < MOST_CHANNELS:
+        elements = max(elements // 2, 1)  # threads lie along positions, so nothing is folded
+    return row_blocks(layout, elements, PROGRAMS_OF_ROWS * processors, processors)
 
 
 def _row_constants(rows: Rows, layout: Layout, x: Tensor) -> Constants:
     constants = map_constants(layout, x)
     constants["ALIGN"] = min(layout.alignment, rows.BL)  # divides a stretch, too
+    is_mixed = rows.BG > 1 and rows.BJ > 1
+    block = rows.BG * rows.BJ, rows.BL
+    constants["FOLD"] = 1 if is_mixed else fold(block, x, layout, rows.num_warps)
+    constants["UNIT"] = math.gcd(layout.grouping.J, rows.BJ, 16)
     return {"BG": rows.BG, "BJ": rows.BJ, "BL": rows.BL, **constants}
 
 
 def _stream(layout: Layout, x: Tensor, num_rows: int) -> tuple[Stream, Constants]:
     """Blocks of programs that write, which also pool so many rows."""
-    stream = passes.stream_of(layout, passes.PROGRAMS_THAT_WRITE)
+    stream = passes.stream_of(layout, x, PROGRAMS_OF_ROWS)
     rows = min(power_of_two(num_rows), max(ROWS_AT_ONCE // stream.BK, 1))
     return stream, {"BR": rows, **stream_constants(stream, x, layout)}
 
@@ -344,6 +355,7 @@ def _reduced(call: _Backward) -> _Sums:
             (grad, x, call.weight, call.mean, call.var, sums.of_segments, sums.of_groups),
             (*_strides(layout)[:6], *_cut(grouping), *rows.numbers, call.var_at, call.cell_row,
              *sums.planes, *halves(call.eps)),
+            rows.num_warps,
             HAS_WEIGHT=call.weight is not None, HAS_SUMS=has_sums, HAS_GROUPS=has_groups,
             **_row_constants(rows, layout, x),
         )  # fmt: skip

@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton.device import columns, reciprocal_root, row_starts, split
+from normkit.kernels.triton.device import (
+    columns,
+    finite,
+    folded,
+    reciprocal_root,
+    row_starts,
+    split,
+)
 
 
 @triton.jit
@@ -26,41 +33,81 @@ def place(K, SPLITS, BK: tl.constexpr):
 
 
 @triton.jit
+def load_block(
+    x, rows, first, stop, inside, SP, BL: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Elements ``first`` and on of segments, ``(BK, BL)``; 0 from ``stop`` on."""
+    l = first + tl.arange(0, BL)
+    mask = inside[:, None] & (l < stop)[None, :]
+    return tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_unless(
+    SKIP: tl.constexpr, value, x, rows, first, stop, inside, SP, BL: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The next block of segments; ``SKIP``: ``value``, for nobody reads another."""
+    if not SKIP:
+        value = load_block(x, rows, first, stop, inside, SP, BL, WIDE)
+    return value
+
+
+@triton.jit
+def store_block(
+    y, value, rows, first, stop, inside, SP, BL: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Write elements ``first`` and on of segments, in the dtype of ``y``."""
+    l = first + tl.arange(0, BL)
+    mask = inside[:, None] & (l < stop)[None, :]
+    at = rows[:, None] + columns(l, SP, WIDE)[None, :]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def moments_kernel(
     x, mean, var,
     SN, SC, SP, K, Q, L, SPLITS, span,
-    BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance of every part of a segment, in float64: tables ``(N, SPLITS, K)``.
 
-    Every lane keeps a mean and squared deviations of its own elements (Welford), around the
-    segment's first element; they are merged at the end (Chan). Nothing cancels.
+    A part of one block is read, then measured twice, around its first element and around its mean.
+    Of more blocks, sums are taken around the mean of the first. An offset thus costs no digits, and
+    no value needs a division.
     """
     n, part, k, inside = place(K, SPLITS, BK)
     start = part * span
     stop = tl.minimum(start + span, L) // ALIGN * ALIGN
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    shift = tl.load(x + rows, mask=inside, other=0.0).to(ACC)
-    lane_mean = tl.zeros((BK, BL), ACC)
-    lane_square = tl.zeros((BK, BL), ACC)
-    lane = tl.arange(0, BL)
-    for first in range(start, stop, BL):
-        l = first + lane
-        mask = inside[:, None] & (l < stop)[None, :]
-        value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
-        delta = tl.where(mask, value.to(ACC) - shift[:, None] - lane_mean, 0.0)
-        step = delta * (1.0 / ((first - start) // BL + 1).to(ACC))
-        lane_mean += step
-        lane_square += delta * (delta - step)
-    count = tl.maximum((stop - start - lane + BL - 1) // BL, 0).to(ACC)[None, :]
+    value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     size = (stop - start).to(ACC)
-    center = tl.sum(lane_mean * count, axis=1) / size
-    distance = lane_mean - center[:, None]
-    square = tl.sum(lane_square + distance * distance * count, axis=1)
+    lane = tl.arange(0, BL)
+    if ONCE:
+        corner = tl.load(x + rows + columns(start, SP, WIDE), mask=inside, other=0.0)
+        shift = finite(corner.to(ACC))
+        mask = (lane < stop - start)[None, :]
+        moved = value.to(ACC) - shift[:, None]
+        center = tl.sum(tl.where(mask, moved, 0.0), axis=1) / size
+        apart = tl.where(mask, moved - center[:, None], 0.0)
+        spread = tl.sum(apart * apart, axis=1) / size
+    else:
+        shift = finite(tl.sum(value.to(ACC) * (1.0 / tl.minimum(size, BL)), axis=1))
+        total = tl.zeros((BK, BL // FOLD), ACC)
+        square = tl.zeros((BK, BL // FOLD), ACC)
+        for first in range(start, stop, BL):
+            ahead = load_block(x, rows, first + BL, stop, inside, SP, BL, WIDE)
+            apart = tl.where((first + lane < stop)[None, :], value.to(ACC) - shift[:, None], 0.0)
+            total += folded(apart, BK, BL, FOLD)
+            square += folded(apart * apart, BK, BL, FOLD)
+            value = ahead
+        center = tl.sum(total, axis=1) / size
+        spread = tl.sum(square, axis=1) / size - center * center
+        spread = tl.where(spread < 0.0, 0.0, spread)
     out = (n * SPLITS + part).to(tl.int64) * K + k
     tl.store(mean + out, shift.to(tl.float64) + center.to(tl.float64), mask=inside)
-    tl.store(var + out, square.to(tl.float64) / size.to(tl.float64), mask=inside)
+    tl.store(var + out, spread.to(tl.float64), mask=inside)
 
 
 @triton.jit
@@ -73,24 +120,42 @@ def cells(n, k, E, J, ROW, WIDE: tl.constexpr):
 
 
 @triton.jit
+def write_normalized(
+    x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
+    BL: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``factor * (x - mean) + shift`` of a part of segments, whose first block is ``value``."""
+    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
+        first = start + block * BL
+        ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
+        unit = (value.to(ACC) - high[:, None]) - low[:, None]
+        result = unit * factor[:, None] + shift[:, None]
+        store_block(y, result, outs, first, stop, inside, YP, BL, WIDE)
+        value = ahead
+
+
+@triton.jit
 def apply_kernel(
     x, y, mean, var, scale, center,
     SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span,
     E, J, MEAN_ROW, SCALE_ROW, CENTER_ROW, eps_high, eps_low,
-    POOLED: tl.constexpr, CENTERED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CENTER: tl.constexpr,
-    BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    POOLED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CENTER: tl.constexpr,
+    BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``scale * (x - mean) + center``.
 
     ``POOLED``: the mean and variance are those of groups, scale and center those of channels, and
-    the scale is divided by the standard deviation. Not ``CENTERED``: there is no mean.
+    the scale is divided by the standard deviation.
     """
     n, part, k, inside = place(K, SPLITS, BK)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     cell = cells(n, k, E, J, MEAN_ROW, WIDE)
-    high, low = split(tl.zeros((BK,), tl.float64), ACC)
-    if CENTERED:
-        high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
+    high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
     factor = tl.full((BK,), 1.0, ACC)
     shift = tl.zeros((BK,), ACC)
     if POOLED:
@@ -102,43 +167,44 @@ def apply_kernel(
     if HAS_CENTER:
         center_at = k // Q if POOLED else cells(n, k, 1, 1, CENTER_ROW, WIDE)
         shift = tl.load(center + center_at, mask=inside, other=0.0).to(ACC)
-    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    outs = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
-        unit = (value.to(ACC) - high[:, None]) - low[:, None]
-        result = unit * factor[:, None] + shift[:, None]
-        at = outs[:, None] + columns(l, YP, WIDE)[None, :]
-        tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
+    write_normalized(
+        x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
+        BL, ONCE, ACC, WIDE,
+    )  # fmt: skip
 
 
 @triton.jit
 def reduce_grad_kernel(
     g, x, mean, sums, sums_x,
-    GN, GC, GP, SN, SC, SP, K, Q, L, SPLITS, span, E, J, MEAN_ROW,
-    BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    GN, GC, GP, SN, SC, SP, K, Q, L, SPLITS, span, MEAN_ROW,
+    BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``sum(g)`` and ``sum(g * (x - mean))`` of every part of a segment, ``(N, SPLITS, K)``."""
     n, part, k, inside = place(K, SPLITS, BK)
-    cell = cells(n, k, E, J, MEAN_ROW, WIDE)
-    high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
-    total = tl.zeros((BK, BL), ACC)
-    total_x = tl.zeros((BK, BL), ACC)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
-        grad = tl.load(g + grads[:, None] + columns(l, GP, WIDE)[None, :], mask=mask, other=0.0)
-        grad = grad.to(ACC)
-        total += grad
-        total_x += grad * ((value.to(ACC) - high[:, None]) - low[:, None])
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
+    grad = load_block(g, grads, start, stop, inside, GP, BL, WIDE)
+    cell = cells(n, k, 1, 1, MEAN_ROW, WIDE)
+    high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
+    if ONCE:
+        total = grad.to(ACC)
+        total_x = total * ((value.to(ACC) - high[:, None]) - low[:, None])
+    else:
+        total = tl.zeros((BK, BL // FOLD), ACC)
+        total_x = tl.zeros((BK, BL // FOLD), ACC)
+        for first in range(start, stop, BL):
+            ahead = load_block(x, rows, first + BL, stop, inside, SP, BL, WIDE)
+            grad_ahead = load_block(g, grads, first + BL, stop, inside, GP, BL, WIDE)
+            wide = grad.to(ACC)
+            unit = (value.to(ACC) - high[:, None]) - low[:, None]
+            total += folded(wide, BK, BL, FOLD)
+            total_x += folded(wide * unit, BK, BL, FOLD)
+            value = ahead
+            grad = grad_ahead
     out = (n * SPLITS + part).to(tl.int64) * K + k
     tl.store(sums + out, tl.sum(total, axis=1), mask=inside)
     tl.store(sums_x + out, tl.sum(total_x, axis=1), mask=inside)
@@ -146,47 +212,37 @@ def reduce_grad_kernel(
 
 @triton.jit
 def combine_grad_kernel(
-    g, x, dx, mean, var, weight, k1, k2, k3,
+    g, x, dx, mean, k1, k2, k3,
     GN, GC, GP, SN, SC, SP, DN, DC, DP, K, Q, L, SPLITS, span,
-    E, J, MEAN_ROW, K1_ROW, K2_ROW, K3_ROW, eps_high, eps_low,
-    POOLED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BK: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MEAN_ROW, K1_ROW, K2_ROW, K3_ROW,
+    BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``k1 * g + k2 * (x - mean) + k3``.
-
-    ``POOLED``: mean, variance, ``k2`` and ``k3`` are those of groups, and
-    ``k1 = weight / sqrt(var + eps)``.
-    """
+    """``k1 * g + k2 * (x - mean) + k3``."""
     n, part, k, inside = place(K, SPLITS, BK)
-    cell = cells(n, k, E, J, MEAN_ROW, WIDE)
-    high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
-    if POOLED:
-        wide = tl.load(var + cell, mask=inside, other=1.0)
-        by_grad = reciprocal_root(wide, eps_high, eps_low, ACC)
-        if HAS_WEIGHT:
-            by_grad *= tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
-        at2 = cell
-        at3 = cell
-    else:
-        at1 = cells(n, k, 1, 1, K1_ROW, WIDE)
-        by_grad = tl.load(k1 + at1, mask=inside, other=0.0).to(ACC)
-        at2 = cells(n, k, 1, 1, K2_ROW, WIDE)
-        at3 = cells(n, k, 1, 1, K3_ROW, WIDE)
-    by_unit = tl.load(k2 + at2, mask=inside, other=0.0).to(ACC)
-    shift = tl.load(k3 + at3, mask=inside, other=0.0).to(ACC)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
     outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
-    stop = tl.minimum(part * span + span, L) // ALIGN * ALIGN
-    for first in range(part * span, stop, BL):
-        l = first + tl.arange(0, BL)
-        mask = inside[:, None] & (l < stop)[None, :]
-        value = tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
-        grad = tl.load(g + grads[:, None] + columns(l, GP, WIDE)[None, :], mask=mask, other=0.0)
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
+    grad = load_block(g, grads, start, stop, inside, GP, BL, WIDE)
+    cell = cells(n, k, 1, 1, MEAN_ROW, WIDE)
+    high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
+    at1 = cells(n, k, 1, 1, K1_ROW, WIDE)
+    at2 = cells(n, k, 1, 1, K2_ROW, WIDE)
+    at3 = cells(n, k, 1, 1, K3_ROW, WIDE)
+    by_grad = tl.load(k1 + at1, mask=inside, other=0.0).to(ACC)
+    by_unit = tl.load(k2 + at2, mask=inside, other=0.0).to(ACC)
+    shift = tl.load(k3 + at3, mask=inside, other=0.0).to(ACC)
+    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
+        first = start + block * BL
+        ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
+        grad_ahead = load_unless(ONCE, grad, g, grads, first + BL, stop, inside, GP, BL, WIDE)
         unit = (value.to(ACC) - high[:, None]) - low[:, None]
         # without a slope (given statistics) x may be infinite, and the gradient is finite
         along = tl.where(by_unit[:, None] == 0.0, 0.0, unit * by_unit[:, None])
         result = grad.to(ACC) * by_grad[:, None] + along + shift[:, None]
-        at = outs[:, None] + columns(l, DP, WIDE)[None, :]
-        tl.store(dx + at, result.to(dx.dtype.element_ty), mask=mask)
+        store_block(dx, result, outs, first, stop, inside, DP, BL, WIDE)
+        value = ahead
+        grad = grad_ahead

@@ -71,11 +71,9 @@ def pool_rows_kernel(
 
 @triton.jit
 def pool_segments_kernel(
-    mean, var, out_mean, out_var, running_mean, running_var, counter, rate_high, rate_low,
-    J, group_size,
-    HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, BR: tl.constexpr,
+    mean, var, out_mean, out_var, J, BR: tl.constexpr
 ):  # fmt: skip
-    """Pool runs of ``J`` equal cells of a table, a program each; ``group_size`` in elements."""
+    """Pool runs of ``J`` equal cells of a table, a program each."""
     group = tl.program_id(0)
     top = group.to(tl.int64) * J
     lane = tl.arange(0, BR)
@@ -94,13 +92,6 @@ def pool_segments_kernel(
     one = tl.arange(0, 1)
     tl.store(out_mean + group + one, center, mask=one < 1)
     tl.store(out_var + group + one, spread, mask=one < 1)
-    if HAS_RUNNING:
-        size = tl.cast(group_size, tl.float64)
-        unbiased = spread * (size / tl.maximum(size - 1.0, 1.0))
-        move(running_mean + group + one, center, rate_high, rate_low, one < 1)
-        move(running_var + group + one, unbiased, rate_high, rate_low, one < 1)
-    if HAS_COUNTER:
-        count_batch(counter, group == 0)
 
 
 @triton.jit

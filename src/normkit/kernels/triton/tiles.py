@@ -18,6 +18,7 @@ from normkit.kernels.triton.device import (
     reciprocal_root,
     row_starts,
     split,
+    sum_block,
 )
 
 
@@ -37,12 +38,6 @@ def block(
     size = L // ALIGN * ALIGN  # L, and known to be a multiple: elements are then read together
     inside = rows_inside[:, :, None] & (tl.arange(0, BL) < size)[None, None, :]
     return run, g, n, k, rows_inside, inside, examples * J * L
-
-
-@triton.jit
-def group_sum(values):
-    """Sums over a block's rows and positions."""
-    return tl.sum(tl.sum(values, axis=2), axis=1)
 
 
 @triton.jit
@@ -74,9 +69,9 @@ def tile_forward_kernel(
     corner = row_starts(run * E, g * J, SN, SC, SP, Q, L, WIDE, 1)
     shift = tl.load(x + corner, mask=g < G, other=0.0).to(ACC)
     moved = tl.where(inside, value - shift[:, None, None], 0.0)
-    center = group_sum(moved) / size
+    center = sum_block(moved, BG, BR, BL) / size
     unit = tl.where(inside, moved - center[:, None, None], 0.0)
-    var = (group_sum(unit * unit) / size).to(tl.float64)
+    var = (sum_block(unit * unit, BG, BR, BL) / size).to(tl.float64)
     mean = shift.to(tl.float64) + center.to(tl.float64)
     factor = reciprocal_root(var, eps_high, eps_low, ACC)[:, None]
     if HAS_WEIGHT:
@@ -127,16 +122,16 @@ def tile_backward_kernel(
     grad = tl.load(g_map + grad_at, mask=inside, other=0.0).to(ACC)
     if BY_RUN:
         out = run.to(tl.int64) * K + g
-        tl.store(sums + out, group_sum(grad), mask=g < G)
-        tl.store(sums_x + out, group_sum(grad * unit), mask=g < G)
+        tl.store(sums + out, sum_block(grad, BG, BR, BL), mask=g < G)
+        tl.store(sums_x + out, sum_block(grad * unit, BG, BR, BL), mask=g < G)
     if BY_ROW:
         row_out = n.to(tl.int64)[None, :] * K + k
         tl.store(sums + row_out, tl.sum(grad, axis=2), mask=rows_inside)
         tl.store(sums_x + row_out, tl.sum(grad * unit, axis=2), mask=rows_inside)
     if HAS_WEIGHT:
         grad = grad * of_rows(weight, g, G, k, rows_inside, Q, ACC, SINGLE)[:, :, None]
-    by_unit = group_sum(grad * unit) / size
-    shift = group_sum(grad) / size
+    by_unit = sum_block(grad * unit, BG, BR, BL) / size
+    shift = sum_block(grad, BG, BR, BL) / size
     result = grad - shift[:, None, None] - unit * by_unit[:, None, None]
     result = result * rstd[:, None, None]
     outs = row_starts(n[None, :], k, DN, DC, DP, Q, L, WIDE, ALIGN)

@@ -13,13 +13,14 @@ from pydantic import Field
 from torch import nn
 
 from normkit.lab.bench.errors import BenchError
+from normkit.lab.bench.peers import peers_of
 from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
 from normkit.lab.data import Examples
+from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import Environment, code_hash, describe_environment
 from normkit.lab.models import build_model
 from normkit.lab.spec import Frozen
 from normkit.lab.steps import train_step
-from normkit.lab.train import parse_device, threads_of
 from normkit.layers.over_example import GroupNorm
 
 MOST_LOSS_DIFFERENCE = 1e-3  # of the first losses; fifty norms in a row round differently
@@ -61,7 +62,7 @@ def workloads_for(device: torch.device) -> tuple[Workload, ...]:
     return CUDA_WORKLOADS if device.type == "cuda" else WORKLOADS
 
 
-class Result(Frozen):
+class WorkloadTimes(Frozen):
     """Times of a workload's training step; on a GPU also with group norms, and peaks of memory."""
 
     workload: Workload
@@ -81,7 +82,7 @@ NETWORKS = {"batch": ("torch", "ours"), "group": ("torch_group_norm", "our_group
 """The networks that differ in nothing but whose norm it is, by the norm's name."""
 
 
-def pairs_of(result: Result) -> list[tuple[str, Times, Times]]:
+def pairs_of(result: WorkloadTimes) -> list[tuple[str, Times, Times]]:
     """The norms of a result: their name, times with ours and with torch's."""
     found = [("batch", result.ours, result.torch)]
     if result.our_group_norm is not None and result.torch_group_norm is not None:
@@ -92,7 +93,7 @@ def pairs_of(result: Result) -> list[tuple[str, Times, Times]]:
 class EndToEndRecord(Frozen):
     """Training steps of whole networks: what was found, where and when."""
 
-    results: tuple[Result, ...]
+    results: tuple[WorkloadTimes, ...]
     environment: Environment
     code_hash: str
     load_average: float = Field(description="of the machine's last minute, when it began")
@@ -126,8 +127,7 @@ def run_end_to_end(
     """
     device, load, results = parse_device(setting.device), os.getloadavg()[0], []
     environment = describe_environment(device, setting.threads)
-    with threads_of(setting.threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with threads_of(setting.threads), seeded(0, device):
         for workload in workloads_for(device) if workloads is None else workloads:
             results.append(_measure(workload, setting, device))
             on_workload(workload)
@@ -139,7 +139,7 @@ def run_end_to_end(
     )
 
 
-def _measure(workload: Workload, setting: Setting, device: torch.device) -> Result:
+def _measure(workload: Workload, setting: Setting, device: torch.device) -> WorkloadTimes:
     started = time.perf_counter()
     batch = _batch(workload, device)
     norms = _NORMS | _GROUP_NORMS if device.type == "cuda" else _NORMS
@@ -153,7 +153,7 @@ def _measure(workload: Workload, setting: Setting, device: torch.device) -> Resu
     budget = Budget(seconds=rest_s, repeats=setting.repeats)
     times = time_in_turns({k: Call(run=s) for k, s in steps.items()}, budget, device)
     del steps
-    return Result(workload=workload, **times, peak_bytes=_peaks(workload, norms, batch))
+    return WorkloadTimes(workload=workload, **times, peak_bytes=_peaks(workload, norms, batch))
 
 
 def _batch(workload: Workload, device: torch.device) -> Examples:
@@ -204,12 +204,9 @@ def _stepper(
 
 def _take_torch_group_norms_(model: nn.Module) -> None:
     """Replace every group norm of ours by torch's, with the same parameters."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, GroupNorm):
-                twin = nn.GroupNorm(child.num_groups, child.num_features, child.eps)
-                twin.load_state_dict(child.state_dict())
-                setattr(module, name, twin)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GroupNorm):
+            model.set_submodule(name, peers_of(module, "torch", batch_size=1)[0].module)
 
 
 def _require_equal_losses(workload: Workload, losses: dict[str, float]) -> None:

@@ -3,7 +3,15 @@
 from collections.abc import Iterable, Sequence
 
 from normkit.lab.bench.records import BATCH_NORM, BenchRecord
-from normkit.lab.bench.summary import TIMED, Cell, Ratio, Target, cells_of, targets_of, tiny_rows
+from normkit.lab.bench.summary import (
+    TIMED,
+    BenchCell,
+    Ratio,
+    Target,
+    cells_of,
+    targets_of,
+    tiny_rows,
+)
 
 
 def markdown(record: BenchRecord) -> str:
@@ -23,7 +31,7 @@ def _setting(record: BenchRecord) -> str:
     )
 
 
-def _ratios(cells: Iterable[Cell]) -> str:
+def _ratios(cells: Iterable[BenchCell]) -> str:
     head = (
         "norm", "against", "batch", "forward", "slowest shape", "forward + backward",
         "slowest shape", "of a copy's time", "bytes kept, of the peer's", "peak bytes",

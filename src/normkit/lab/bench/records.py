@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from normkit.errors import DataError
 from normkit.lab.bench.spec import TINY_SHAPE, BenchSpec, Shape
 from normkit.lab.bench.subject import Memory
 from normkit.lab.bench.timing import Times
 from normkit.lab.environment import Environment
-from normkit.lab.files import require_file, usable_folder, write_whole
+from normkit.lab.files import usable_folder, write_whole
+from normkit.lab.lines import read_whole
 from normkit.lab.spec import Frozen
 
 OURS = "ours"
@@ -86,17 +86,5 @@ def read_record(path: Path) -> BenchRecord:
     Raises:
         DataError: If there is none.
     """
-    require_file(path)
-    try:
-        return BenchRecord.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); give a file that normkit bench has written"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise DataError(
-            f"{path} holds no benchmark ({where}: {first['msg']}); give a file that "
-            f"normkit bench has written"
-        ) from error
+    way_out = "give a file that normkit bench has written"
+    return read_whole(path, BenchRecord, "benchmark", way_out)

@@ -25,8 +25,8 @@ from normkit.lab.bench.records import (
 from normkit.lab.bench.spec import TINY_SHAPE, Against, BenchSpec, Shape, build_norm
 from normkit.lab.bench.subject import Subject, Timed, require_agreement
 from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
+from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.train import parse_device, threads_of
 from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.layers.over_batch import BatchNorm
 
@@ -106,8 +106,7 @@ def run_bench(spec: BenchSpec, on_row: OnRow = lambda job: None) -> BenchRecord:
     load, started = os.getloadavg()[0], time.perf_counter()
     environment = describe_environment(device, spec.threads)
     rows = []
-    with threads_of(spec.threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with threads_of(spec.threads), seeded(0, device):
         for job in jobs:
             rows.append(_Measurement(job, spec, device).row())
             on_row(job)

@@ -12,6 +12,7 @@ from normkit import NormSpec, build
 from normkit.errors import SpecError
 from normkit.lab.environment import memory_bytes
 from normkit.lab.files import require_file
+from normkit.lab.lines import first_complaint
 from normkit.lab.spec import Count, Frozen, Threads
 
 Shape = tuple[Count, Count, Count]  # channels, height, width
@@ -110,9 +111,8 @@ def read_shapes(text: str) -> tuple[Shape, ...]:
     try:
         shapes = TypeAdapter(list[Shape]).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise SpecError(f"the shapes file {text}, at {where}: {first['msg']}; {known}") from error
+        said = f"the shapes file {text}, at {first_complaint(error)}; {known}"
+        raise SpecError(said) from error
     if not shapes:
         raise SpecError(f"the shapes file {text} lists no shape; {known}")
     return tuple(shapes)

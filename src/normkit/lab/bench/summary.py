@@ -29,7 +29,7 @@ class Ratio(Frozen):
     slowest_shape: Shape
 
 
-class Cell(Frozen):
+class BenchCell(Frozen):
     """One norm at one batch size against one kind of peer."""
 
     norm: str
@@ -62,7 +62,7 @@ def ratio(rows: Sequence[Row], over: str, timed: Timed) -> Ratio:
     )
 
 
-def cells_of(record: BenchRecord) -> list[Cell]:
+def cells_of(record: BenchRecord) -> list[BenchCell]:
     """A cell for each norm, kind of peer and batch size; the tiny map is not in it."""
     cells = []
     for norm in record.spec.norms:
@@ -82,8 +82,8 @@ def tiny_rows(record: BenchRecord) -> list[Row]:
     return [row for row in record.rows if BATCH_NORM in row.entries]
 
 
-def _cell(rows: Sequence[Row], peer: str) -> Cell:
-    return Cell(
+def _cell(rows: Sequence[Row], peer: str) -> BenchCell:
+    return BenchCell(
         norm=rows[0].norm,
         batch_size=rows[0].batch_size,
         peer=peer,

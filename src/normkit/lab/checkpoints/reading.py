@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from normkit.errors import DataError
+from normkit.lab.data.files import SUFFIX
 from normkit.lab.files import require_file
 from normkit.text import listed, printable, shortened
 
-SUFFIX = ".safetensors"
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
 MAX_WRAPPERS = 4  # a dict in a pickle may hold itself
 

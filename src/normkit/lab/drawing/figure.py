@@ -6,14 +6,13 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from normkit.lab.drawing.panels import Indices, Panel, View, is_dark, shown
+from normkit.lab.figures import INK, figure_file
 
 CELL, SPACE, GAP = 10, 6, 14  # pixels of an element, between blocks, and of what is left out
 MAX_EXAMPLES, MAX_CHANNELS = 8, 12
@@ -22,15 +21,9 @@ MAX_LETTERS = 4  # groups in a block that get a letter
 LEFT, BOTTOM, TOP, LINE = 0.55, 0.5, 0.55, 0.17  # inches around panels, and of a line of a title
 MIN_WIDTH, CHARACTERS = 3.4, 15  # inches of a panel, and characters of a title in an inch
 DOTS_PER_INCH = 160
-PAPER, INK, NOTHING = "#ffffff", "#1d2126", "#e9ecef"
+PAPER, NOTHING = "#ffffff", "#e9ecef"
 Place = tuple[int, int]
 Blocks = defaultdict[Place, defaultdict[int, list[Place]]]
-RC: dict[Any, Any] = {
-    "svg.hashsalt": "normkit",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "text.color": INK,
-}
 
 
 class _Ruler(NamedTuple):
@@ -100,6 +93,9 @@ class _Sheet(NamedTuple):
 def write_figure(path: Path, panels: Sequence[Panel], title: str) -> None:
     """Draw the panels side by side into a file, in the format that its name ends in.
 
+    Raises:
+        DataError: If it cannot be written.
+
     Examples go down, channels to the right; a block has the positions of one channel. The same
     panels give the same file.
     """
@@ -110,8 +106,7 @@ def write_figure(path: Path, panels: Sequence[Panel], title: str) -> None:
     titles = [textwrap.wrap(panel.title, int(width * CHARACTERS)) for panel in panels]
     top = TOP + LINE * max(map(len, titles))
     page = ((LEFT + width) * len(sheets) + 0.15, BOTTOM + height + top)
-    with mpl.rc_context(RC):
-        figure = Figure(figsize=page)
+    with figure_file(path, figsize=page, dpi=DOTS_PER_INCH) as figure:
         figure.text(LEFT / page[0], 1 - 0.3 / page[1], title, weight="bold", fontsize=11)
         for position, (sheet, lines) in enumerate(zip(sheets, titles, strict=True)):
             left = (LEFT + width) * position + LEFT
@@ -119,8 +114,6 @@ def write_figure(path: Path, panels: Sequence[Panel], title: str) -> None:
             axes = figure.add_axes(tuple(np.divide(box, page * 2)))
             axes.set_title("\n".join(lines), loc="left", fontsize=9)
             _draw(axes, sheet)
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
 
 
 def _draw(axes: Axes, sheet: _Sheet) -> None:

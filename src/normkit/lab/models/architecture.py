@@ -1,4 +1,4 @@
-"""What a model is to the lab: something that builds itself around a norm layer."""
+"""What a model is to the lab: options, by which a network is built for a task."""
 
 import dataclasses
 import math
@@ -13,9 +13,6 @@ from normkit.errors import SpecError
 from normkit.lab.data.files import MAX_CLASSES
 from normkit.lab.environment import memory_bytes
 from normkit.recipes import require_size
-
-NormLayer = Callable[[int], nn.Module]  # takes the number of features
-
 
 MAX_CHANNELS, MAX_INPUT = 4096, 2**24  # the second of values of one input
 MAX_OPTION, MAX_NAME = 2048, 400  # layers or channels; characters
@@ -43,10 +40,10 @@ class Task:
 
 
 class Architecture(Protocol):
-    """A frozen set of options that builds a network."""
+    """A frozen set of options that builds a network with its own norms."""
 
-    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
-        """Build the network; ``None`` keeps the model's own norms."""
+    def build(self, task: Task) -> nn.Module:
+        """Build the network for a task."""
         ...
 
 
@@ -101,7 +98,7 @@ def require_room(architecture: Architecture, text: str, task: Task) -> None:
     """
     try:
         with torch.device("meta"):
-            model = architecture.build(task, None)
+            model = architecture.build(task)
     except (RuntimeError, NotImplementedError):
         return  # some of timm's read values while they are built
     needed = sum(p.numel() * p.element_size() for p in model.parameters())

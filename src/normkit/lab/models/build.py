@@ -2,20 +2,21 @@
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit import NormSpec, build, place_ibn_, standardize_weights_
+from normkit import NormSpec, convert_norm_, place_ibn_, standardize_weights_
 from normkit.errors import NormError, SpecError
+from normkit.lab.device import seeded
 from normkit.lab.models.architecture import (
     ARCHITECTURES,
     MAX_NAME,
     Architecture,
-    NormLayer,
     Task,
     parse_options,
     require_room,
@@ -40,7 +41,7 @@ class PlacedNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModel:
-    """A network and its norms, in the order in which they were built.
+    """A network and its norms, in the order of its modules.
 
     Args:
         model: The network.
@@ -82,14 +83,14 @@ def build_model(
         PartitionError: If the norm's groups do not fit one of the layers.
     """
     architecture, task = _admitted(name, num_classes, input_shape)
+    model = _seeded(architecture, task, seed)
     if norm is None:
-        return BuiltModel(model=_seeded(architecture, task, None, seed), norms=())
+        return BuiltModel(model=model, norms=())
     spec = NormSpec.parse(norm) if isinstance(norm, str) else norm
-    slots = _find_slots(name, architecture, task)
-    specs = _by_place(architecture, task, slots, spec)
+    slots = _find_slots(name, model, task)
+    specs = _by_place(model, slots, spec)
     placed = tuple(_placed(at, slot, specs[at], batch_size) for at, slot in slots.items())
-    factory = _InOrder([_builder(place) for place in placed])
-    model = _seeded(architecture, task, factory, seed)
+    convert_norm_(model, {place.name: NormSpec.parse(place.norm).norm_alone for place in placed})
     standardized = _standardized_(model, name, placed, task) if spec.standardize_weights else ()
     return BuiltModel(model=model, norms=placed, standardized=standardized)
 
@@ -113,13 +114,12 @@ def _standardized_(
 
 
 def _by_place(
-    architecture: Architecture, task: Task, slots: "Mapping[str, _Slot]", spec: NormSpec
+    model: nn.Module, slots: "Mapping[str, _Slot]", spec: NormSpec
 ) -> dict[str, NormSpec]:
     """What stands at each place: the norm; ``ibn`` in the blocks of IBN-Net-a, elsewhere ``bn``."""
     if spec.name != IBN:
         return dict.fromkeys(slots, spec)
     elsewhere = replace(NormSpec.parse("bn"), standardize_weights=spec.standardize_weights)
-    model = _seeded(architecture, task, NormSpec.parse("bn").build, seed=0)
     try:
         blocks = {change.name for change in place_ibn_(model, "a", dry_run=True).changes}
     except NormError as error:
@@ -134,8 +134,7 @@ def _by_place(
 class NormSlots:
     """Where a network has norms, and what they would see."""
 
-    _architecture: Architecture
-    _task: Task
+    _model: nn.Module
     _slots: "Mapping[str, _Slot]"
 
     def check(self, norm: NormSpec | str, batch_size: int, num_examples: int) -> None:
@@ -152,7 +151,7 @@ class NormSlots:
             SpecError: If it cannot, naming the norm, the place and the batch size.
         """
         spec = NormSpec.parse(norm) if isinstance(norm, str) else norm
-        specs = _by_place(self._architecture, self._task, self._slots, spec)
+        specs = _by_place(self._model, self._slots, spec)
         for name, slot in self._slots.items():
             try:
                 _try_out(slot, specs[name], batch_size, num_examples)
@@ -169,7 +168,10 @@ def norm_slots(name: str, num_classes: int, input_shape: tuple[int, int, int]) -
         SpecError: If the model is unknown, does not take the inputs or has no norms to replace.
     """
     architecture, task = _admitted(name, num_classes, input_shape)
-    return NormSlots(architecture, task, _find_slots(name, architecture, task))
+    model = _seeded(architecture, task, seed=0)
+    slots = _find_slots(name, model, task)
+    convert_norm_(model, dict.fromkeys(slots, "bn"), dry_run=True)  # refuses what has no rule
+    return NormSlots(model, slots)
 
 
 def _admitted(
@@ -212,49 +214,44 @@ def _suggestion(name: str) -> str:
     return f"; close names are {', '.join(close)}" if close else ""
 
 
-def _seeded(
-    architecture: Architecture, task: Task, norm_layer: NormLayer | None, seed: int
-) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = architecture.build(task, norm_layer)
+def _seeded(architecture: Architecture, task: Task, seed: int) -> nn.Module:
+    with seeded(seed):
+        model = architecture.build(task)
         if type(architecture) in ARCHITECTURES.values():
             initialise(model)
     return model
 
 
-class _Slot(nn.Module):
-    """Stands in for a norm and notes the size of the maps that come by."""
+@dataclass(slots=True)
+class _Slot:
+    """The place of a norm, and the maps that come by."""
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.num_positions = 0
-        self.shapes: set[tuple[int, ...]] = set()
+    num_features: int
+    num_positions: int = 0
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
 
-    def forward(self, x: Float[Tensor, "n c *s"]) -> Float[Tensor, "n c *s"]:
+    def note(self, _norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Take the shape of a map, before the norm's forward."""
+        shape = inputs[0].shape
         # a shared norm may see maps of several sizes: its groups must fit all of them
-        self.num_positions = math.gcd(self.num_positions, math.prod(x.shape[2:]))
-        self.shapes.add(tuple(x.shape))
-        return x
+        self.num_positions = math.gcd(self.num_positions, math.prod(shape[2:]))
+        self.shapes.add(tuple(shape))
 
 
-def _find_slots(name: str, architecture: Architecture, task: Task) -> dict[str, _Slot]:
-    """Build the model once with stand-ins and send zeros through it."""
-    slots: list[_Slot] = []
-
-    def stand_in(num_features: int) -> _Slot:
-        slots.append(_Slot(num_features))
-        return slots[-1]
-
-    model = _seeded(architecture, task, stand_in, seed=0)
+def _find_slots(name: str, model: nn.Module, task: Task) -> dict[str, _Slot]:
+    """Find the batch norms of a model, and send zeros through it."""
+    norms = {at: m for at, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    slots = {at: _Slot(norm.num_features) for at, norm in norms.items()}
+    hooks = [norm.register_forward_pre_hook(slots[at].note) for at, norm in norms.items()]
     _send_zeros(name, model, task)
+    for hook in hooks:
+        hook.remove()
+    model.train()
     if not slots:
         raise SpecError(
             f"model {name!r} has no batch norm to replace; choose one that has, such as resnet18"
         )
-    names = {module: name for name, module in model.named_modules()}
-    return {names[slot]: slot for slot in slots}
+    return slots
 
 
 def _send_zeros(name: str, model: nn.Module, task: Task) -> None:
@@ -287,21 +284,3 @@ def _placed(name: str, slot: _Slot, spec: NormSpec, batch_size: int | None) -> P
         num_features=slot.num_features,
         num_positions=slot.num_positions,
     )
-
-
-def _builder(place: PlacedNorm) -> NormLayer:
-    def built(num_features: int) -> nn.Module:
-        norm = NormSpec.parse(place.norm).norm_alone
-        return build(norm, num_features, num_positions=place.num_positions)
-
-    return built
-
-
-class _InOrder:
-    """A norm layer whose k-th call is answered by the k-th of several."""
-
-    def __init__(self, layers: Sequence[Callable[[int], nn.Module]]) -> None:
-        self._layers = iter(layers)
-
-    def __call__(self, num_features: int) -> nn.Module:
-        return next(self._layers)(num_features)

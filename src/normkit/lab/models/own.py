@@ -1,4 +1,4 @@
-"""Small networks for small pictures, each with a ``norm_layer=`` of its own."""
+"""Small networks for small pictures, with batch norm throughout."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.models.architecture import NormLayer, Task, architecture
+from normkit.lab.models.architecture import Task, architecture
 
 VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
@@ -26,14 +26,13 @@ class SmallResNet:
     width: int = 16
     blocks: int = 1
 
-    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
+    def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        norm = norm_layer or nn.BatchNorm2d
         widths = [2 * self.width] * self.blocks + [4 * self.width] * self.blocks
-        layers = [*_conv_norm_relu(task.input_shape[0], self.width, norm)]
+        layers = [*_conv_norm_relu(task.input_shape[0], self.width)]
         before = self.width
         for width in widths:
-            layers.append(ResidualBlock(before, width, norm))
+            layers.append(ResidualBlock(before, width))
             before = width
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
 
@@ -41,13 +40,13 @@ class SmallResNet:
 class ResidualBlock(nn.Module):
     """Two convolutions around which the input is added back."""
 
-    def __init__(self, num_in: int, num_out: int, norm_layer: NormLayer) -> None:
+    def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
         self.stride = 1 if num_in == num_out else 2
         self.conv1 = nn.Conv2d(num_in, num_out, 3, self.stride, padding=1, bias=False)
-        self.norm1 = norm_layer(num_out)
+        self.norm1 = nn.BatchNorm2d(num_out)
         self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
-        self.norm2 = norm_layer(num_out)
+        self.norm2 = nn.BatchNorm2d(num_out)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
         """Two convolutions, plus the input, sub-sampled and padded with zero channels."""
@@ -70,14 +69,17 @@ class Mlp:
     depth: int = 20
     width: int = 128
 
-    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
+    def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        norm = norm_layer or nn.BatchNorm1d
         channels, height, width = task.input_shape
         sizes = [channels * height * width] + [self.width] * (self.depth - 1)
         layers: list[nn.Module] = [nn.Flatten()]
         for size in sizes:
-            layers += [nn.Linear(size, self.width, bias=False), norm(self.width), nn.ReLU()]
+            layers += [
+                nn.Linear(size, self.width, bias=False),
+                nn.BatchNorm1d(self.width),
+                nn.ReLU(),
+            ]
         return nn.Sequential(*layers, _head(self.width, task))
 
 
@@ -90,14 +92,13 @@ class Vgg11:
         Simonyan & Zisserman 2014, arXiv:1409.1556, configuration A.
     """
 
-    def build(self, task: Task, norm_layer: NormLayer | None) -> nn.Module:
+    def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        norm = norm_layer or nn.BatchNorm2d
         before, height, width = task.input_shape
         layers: list[nn.Module] = []
         for stage in VGG11_WIDTHS:
             for num_channels in stage:
-                layers += _conv_norm_relu(before, num_channels, norm)
+                layers += _conv_norm_relu(before, num_channels)
                 before = num_channels
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
@@ -105,9 +106,9 @@ class Vgg11:
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
 
 
-def _conv_norm_relu(num_in: int, num_out: int, norm_layer: NormLayer) -> tuple[nn.Module, ...]:
+def _conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(num_in, num_out, 3, padding=1, bias=False)
-    return conv, norm_layer(num_out), nn.ReLU()
+    return conv, nn.BatchNorm2d(num_out), nn.ReLU()
 
 
 def _head(num_features: int, task: Task) -> nn.Linear:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from normkit.lab.compare import Cell, Comparison, Summary
-from normkit.lab.records import Epoch, Record
+from normkit.lab.records import Epoch, TrainingRecord
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
 from normkit.lab.report.text import percent
 
@@ -43,14 +43,16 @@ def _accuracy(cell: Cell, accuracy: Summary) -> Value:
     )
 
 
-def loss_chart(comparison: Comparison, records: Iterable[Record], batch_size: int) -> Chart:
+def loss_chart(comparison: Comparison, records: Iterable[TrainingRecord], batch_size: int) -> Chart:
     """Training loss by epoch at one batch size."""
     return _curves(
         comparison, select_size(records, batch_size), lambda e: e.train_loss, "training loss"
     )
 
 
-def validation_chart(comparison: Comparison, records: Iterable[Record], batch_size: int) -> Chart:
+def validation_chart(
+    comparison: Comparison, records: Iterable[TrainingRecord], batch_size: int
+) -> Chart:
     """Validation accuracy by epoch at one batch size."""
     return _curves(
         comparison,
@@ -60,12 +62,14 @@ def validation_chart(comparison: Comparison, records: Iterable[Record], batch_si
     )
 
 
-def select_size(records: Iterable[Record], batch_size: int) -> list[Record]:
+def select_size(records: Iterable[TrainingRecord], batch_size: int) -> list[TrainingRecord]:
     """Records at one batch size."""
     return [record for record in records if record.spec.batch_size == batch_size]
 
 
-def _curves(comparison: Comparison, records: Sequence[Record], figure: Figure, title: str) -> Chart:
+def _curves(
+    comparison: Comparison, records: Sequence[TrainingRecord], figure: Figure, title: str
+) -> Chart:
     num_epochs = max((len(record.outcome.epochs) for record in records), default=1)
     lines = [
         Line(name=norm, style=style, values=_means(_of_norm(records, norm), figure))
@@ -74,7 +78,7 @@ def _curves(comparison: Comparison, records: Sequence[Record], figure: Figure, t
     return line_chart(lines, PANEL, Axis(title="epoch", ticks=_epoch_ticks(num_epochs)), title)
 
 
-def _of_norm(records: Iterable[Record], norm: str) -> list[Record]:
+def _of_norm(records: Iterable[TrainingRecord], norm: str) -> list[TrainingRecord]:
     return [record for record in records if record.spec.norm == norm]
 
 
@@ -86,7 +90,7 @@ def _epoch_ticks(num_epochs: int) -> tuple[Tick, ...]:
     return tuple(Tick(at=epoch, text=str(epoch)) for epoch in epochs)
 
 
-def _means(records: Sequence[Record], figure: Figure) -> tuple[Value, ...]:
+def _means(records: Sequence[TrainingRecord], figure: Figure) -> tuple[Value, ...]:
     """Mean over the runs that reached an epoch, epoch by epoch."""
     values = []
     for index in range(max((len(r.outcome.epochs) for r in records), default=0)):

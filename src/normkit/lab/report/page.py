@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from normkit.lab.compare import Comparison, select
 from normkit.lab.files import write_whole
-from normkit.lab.records import Record
+from normkit.lab.records import TrainingRecord
 from normkit.lab.report import figures
 from normkit.lab.report.text import MISSING, percent, points, size_text
 
@@ -17,7 +17,7 @@ ESCAPED = ("html", "svg", "j2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
+class SizePanel:
     """Learning curves at one batch size."""
 
     batch_size: int
@@ -33,7 +33,7 @@ class Resolution:
 
 
 def write_report(
-    folder: Path, comparison: Comparison, records: Sequence[Record], command: str
+    folder: Path, comparison: Comparison, records: Sequence[TrainingRecord], command: str
 ) -> Path:
     """Write the report of a sweep.
 
@@ -52,7 +52,7 @@ def write_report(
     return write_whole(folder / REPORT_NAME, render(comparison, records, command))
 
 
-def render(comparison: Comparison, records: Sequence[Record], command: str) -> str:
+def render(comparison: Comparison, records: Sequence[TrainingRecord], command: str) -> str:
     """The report as text."""
     return (
         templates()
@@ -99,8 +99,8 @@ def templates() -> Environment:
     return environment
 
 
-def _panel(comparison: Comparison, records: Sequence[Record], batch_size: int) -> Panel:
-    return Panel(
+def _panel(comparison: Comparison, records: Sequence[TrainingRecord], batch_size: int) -> SizePanel:
+    return SizePanel(
         batch_size=batch_size,
         charts=(
             figures.loss_chart(comparison, records, batch_size),
@@ -109,7 +109,7 @@ def _panel(comparison: Comparison, records: Sequence[Record], batch_size: int) -
     )
 
 
-def _distinct_environments(records: Sequence[Record]) -> list[dict[str, object]]:
+def _distinct_environments(records: Sequence[TrainingRecord]) -> list[dict[str, object]]:
     distinct: list[dict[str, object]] = []
     for record in records:
         values = record.environment.model_dump(exclude={"date"})
@@ -118,12 +118,14 @@ def _distinct_environments(records: Sequence[Record]) -> list[dict[str, object]]
     return distinct
 
 
-def _resolutions(comparison: Comparison, records: Sequence[Record]) -> list[Resolution]:
+def _resolutions(comparison: Comparison, records: Sequence[TrainingRecord]) -> list[Resolution]:
     found = [_resolution(comparison, records, norm) for norm in comparison.norms]
     return [item for item in found if item is not None]
 
 
-def _resolution(comparison: Comparison, records: Sequence[Record], norm: str) -> Resolution | None:
+def _resolution(
+    comparison: Comparison, records: Sequence[TrainingRecord], norm: str
+) -> Resolution | None:
     """What a norm became; ``None`` if it is the same everywhere as it was written."""
     columns = []
     for size in comparison.batch_sizes:

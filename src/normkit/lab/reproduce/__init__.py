@@ -1,7 +1,6 @@
 """Figures of the papers at small scale: runs, claims, verdicts by rule, figures."""
 
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
-from normkit.lab.reproduce.drawing import save_figure
 from normkit.lab.reproduce.preset import SCALES, Preset, Scale
 from normkit.lab.reproduce.report import (
     Result,
@@ -28,6 +27,5 @@ __all__ = [
     "read_result",
     "results_in",
     "run_missing",
-    "save_figure",
     "write_result",
 ]

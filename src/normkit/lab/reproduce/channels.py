@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from normkit.lab.reproduce.drawing import STYLES, by_seed, label_axes
+from normkit.lab.figures import STYLES, label_axes
 from normkit.lab.reproduce.networks import four_layers
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -13,11 +13,12 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
+    by_seed,
 )
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
 from normkit.lab.reproduce.verdict import BELOW, Criterion
 from normkit.lab.spec import Count
@@ -157,7 +158,7 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 5",
         title="Channels normalised to drawn means and scales instead of 0 and 1",
-        task=Task(name="drawn-channels", measure=measure_drawn),
+        task=PresetTask(name="drawn-channels", measure=measure_drawn),
         arms=lambda settings: settings.arms,
         claims=CLAIMS,
         draw=draw_accuracies,

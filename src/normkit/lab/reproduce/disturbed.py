@@ -6,8 +6,8 @@ import numpy as np
 from torch import nn
 
 import normkit as nk
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.models.own import ResidualBlock
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
     HUANG,
@@ -16,12 +16,13 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
+    by_seed,
 )
-from normkit.lab.reproduce.store import Values
-from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.records import Values
+from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -132,7 +133,7 @@ CLAIMS = (
 def draw_disturbed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
     """Accuracy by magnitude of the disturbance."""
     lines = [
-        Line(
+        Curve(
             label=label,
             x=[0.0, *runs[min(runs)][arm]["deltas"]],
             values=np.column_stack(
@@ -142,7 +143,7 @@ def draw_disturbed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplo
         for arm, label in LABELS.items()
     ]
     labels = {"title": "test accuracy", "x": "magnitude of the disturbance", "y": "accuracy"}
-    draw_lines(figure.subplots(), lines, labels)
+    draw_curves(figure.subplots(), lines, labels)
 
 
 PRESETS = (
@@ -151,20 +152,15 @@ PRESETS = (
         paper=HUANG,
         figures="Fig. 8",
         title="Accuracy with disturbed statistics in the first norm of the first six blocks",
-        task=Task(name="disturbed", measure=measure_disturbed),
+        task=PresetTask(name="disturbed", measure=measure_disturbed),
         arms=lambda _settings: list(LABELS),
         claims=CLAIMS,
         draw=draw_disturbed,
         scales={
             "tiny": Size(
                 settings=DisturbedSettings(
-                    data="digits",
-                    num_train=64,
-                    num_test=50,
+                    **TINY_RESNET,
                     epochs=1,
-                    learning_rate=0.05,
-                    model="small-resnet:width=4:blocks=1",
-                    groups=2,
                     deltas=(0.5, 1.0),
                     num_draws=2,
                 ),
@@ -172,12 +168,8 @@ PRESETS = (
             ),
             "small": Size(
                 settings=DisturbedSettings(
-                    data="digits",
+                    **SMALL_RESNET,
                     epochs=8,
-                    learning_rate=0.05,
-                    weight_decay=1e-4,
-                    model="small-resnet:blocks=3",
-                    groups=8,
                     deltas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
                 ),
                 num_seeds=5,

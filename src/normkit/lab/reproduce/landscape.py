@@ -10,11 +10,20 @@ from torch.nn import functional
 
 import normkit as nk
 from normkit.lab.data import Examples
-from normkit.lab.reproduce.drawing import Line, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
 from normkit.lab.reproduce.networks import NO_NORM, vgg11
-from normkit.lab.reproduce.preset import CIFAR10, GUNAWAN, NOT_SAID, Preset, Runs, Scale, Size, Task
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.preset import (
+    CIFAR10,
+    GUNAWAN,
+    NOT_SAID,
+    Preset,
+    PresetTask,
+    Runs,
+    Scale,
+    Size,
+)
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Data, endless
 from normkit.lab.spec import Count
 
@@ -155,7 +164,7 @@ def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:  # noqa: ANN40
         width = max(1, len(steps) // 40)  # so many steps make a point
         kept = len(steps) // width * width
         lines = [
-            Line(
+            Curve(
                 label=label,
                 x=[steps[i] for i in range(0, kept, width)],
                 values=[
@@ -165,7 +174,7 @@ def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:  # noqa: ANN40
             )
             for arm, label in arms.items()
         ]
-        draw_lines(axes, lines, {"title": title, "x": "step", "y": f"largest - least {kind}"})
+        draw_curves(axes, lines, {"title": title, "x": "step", "y": f"largest - least {kind}"})
         axes.set_yscale("log")
 
 
@@ -198,7 +207,7 @@ ORIGINAL = {
     "l2": "5e-05",
     "num_seeds": NOT_SAID,
 }
-RATES = Task(name="landscape-rates", measure=measure_rates)
+RATES = PresetTask(name="landscape-rates", measure=measure_rates)
 RATES_SCALES: dict[Scale, Size] = {
     "tiny": Size(settings=LandscapeSettings(**TINY), num_seeds=3),
     "small": Size(settings=LandscapeSettings(**SMALL), num_seeds=3),
@@ -222,7 +231,7 @@ PRESETS = (
         paper=GUNAWAN,
         figures="Figs. 6, 7 and 9 (along the gradient, section 3.1)",
         title="Loss landscape and gradient predictiveness of VGG-11 along the gradient",
-        task=Task(name="landscape-along", measure=measure_along),
+        task=PresetTask(name="landscape-along", measure=measure_along),
         arms=lambda _settings: list(LABELS),
         claims=FIG_6_7_9,
         draw=draw_landscape,

@@ -5,11 +5,21 @@ from typing import Any
 import numpy as np
 
 import normkit as nk
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.networks import seeded_network
-from normkit.lab.reproduce.preset import IMAGENET, QIAO, Arms, Claim, Preset, Runs, Size, Task
-from normkit.lab.reproduce.store import Values
-from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.preset import (
+    IMAGENET,
+    QIAO,
+    Arms,
+    Claim,
+    Preset,
+    PresetTask,
+    Runs,
+    Size,
+    by_seed,
+)
+from normkit.lab.reproduce.records import Values
+from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -126,17 +136,17 @@ def draw_standardized(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of mat
     errors, shares = figure.subplots(1, 2)
     epochs = list(range(1, 1 + len(runs[min(runs)]["gn"]["train_error"])))
     lines = [
-        Line(label=label, x=epochs, values=by_seed(runs, arm, "train_error"))
+        Curve(label=label, x=epochs, values=by_seed(runs, arm, "train_error"))
         for arm, label in LABELS.items()
     ]
-    draw_lines(errors, lines, {"title": "training error", "x": "epoch", "y": "share wrong"})
+    draw_curves(errors, lines, {"title": "training error", "x": "epoch", "y": "share wrong"})
     names = {"mean_share": "along the constant", "weight_share": "along the weight"}
     lines = [
-        Line(label=label, x=epochs, values=by_seed(runs, "ws", name))
+        Curve(label=label, x=epochs, values=by_seed(runs, "ws", name))
         for name, label in names.items()
     ]
     labels = {"title": "share of the squared gradient, WS", "x": "epoch", "y": "share"}
-    draw_lines(shares, lines, labels)
+    draw_curves(shares, lines, labels)
     shares.set_yscale("log")
 
 
@@ -146,33 +156,17 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 4",
         title="What centring and scaling of weights take out of the gradient, and bring",
-        task=Task(name="standardized", measure=measure_standardized),
+        task=PresetTask(name="standardized", measure=measure_standardized),
         arms=lambda _settings: list(PARTS),
         claims=CLAIMS,
         draw=draw_standardized,
         scales={
             "tiny": Size(
-                settings=StandardizedSettings(
-                    data="digits",
-                    num_train=64,
-                    num_test=50,
-                    epochs=2,
-                    learning_rate=0.05,
-                    model="small-resnet:width=4:blocks=1",
-                    groups=2,
-                ),
+                settings=StandardizedSettings(**TINY_RESNET, epochs=2),
                 num_seeds=3,
             ),
             "small": Size(
-                settings=StandardizedSettings(
-                    data="digits",
-                    epochs=6,
-                    learning_rate=0.05,
-                    weight_decay=1e-4,
-                    model="small-resnet:blocks=3",
-                    groups=8,
-                    num_batches=4,
-                ),
+                settings=StandardizedSettings(**SMALL_RESNET, epochs=6, num_batches=4),
                 num_seeds=5,
             ),
         },

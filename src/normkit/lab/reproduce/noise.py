@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import normkit as nk
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.networks import vgg11
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -13,11 +13,12 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
+    by_seed,
 )
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
 from normkit.lab.spec import Count
@@ -154,8 +155,8 @@ def draw_noise(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
         lines = []
         for norm, label in NORMS.items():
             values = by_seed(runs, arm_of(norm, granularity), "accuracy")
-            lines.append(Line(label=label, x=list(range(values.shape[1])), values=values))
-        draw_lines(axes, lines, {"title": title, "x": "epoch", "y": "test accuracy"})
+            lines.append(Curve(label=label, x=list(range(values.shape[1])), values=values))
+        draw_curves(axes, lines, {"title": title, "x": "epoch", "y": "test accuracy"})
         axes.set_ylim(0, 1)
 
 
@@ -165,7 +166,7 @@ PRESETS = (
         paper=GUNAWAN,
         figures="Figs. 5 and 11",
         title="Training VGG-11 with noise on the output of every norm",
-        task=Task(name="noise", measure=measure_noise),
+        task=PresetTask(name="noise", measure=measure_noise),
         arms=lambda _settings: ARMS,
         claims=tuple(claim for granularity in GRANULARITIES for claim in _claims(granularity)),
         draw=draw_noise,

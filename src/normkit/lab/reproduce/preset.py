@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from normkit.errors import SpecError
-from normkit.lab.reproduce.store import RunSpec, Values
+from normkit.lab.figures import figure_file
+from normkit.lab.reproduce.records import PresetSpec, Values
 from normkit.lab.reproduce.training import Data
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
 
@@ -79,7 +83,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class PresetTask:
     """Something that is run for each arm and seed.
 
     Args:
@@ -121,7 +125,7 @@ class Preset:
     paper: Paper
     figures: str
     title: str
-    task: Task
+    task: PresetTask
     arms: Callable[[Any], Sequence[str]]
     claims: tuple[Claim, ...]
     draw: Callable[[Any, Runs], None]
@@ -141,12 +145,21 @@ class Preset:
             )
         return self.scales[scale]
 
-    def specs(self, scale: Scale) -> tuple[RunSpec, ...]:
+    def write_figure(self, runs: Runs, path: Path) -> None:
+        """Draw its figure into a file whose name ends in .svg, .png or .pdf.
+
+        Raises:
+            DataError: If it cannot be written.
+        """
+        with figure_file(path, figsize=self.size, layout="constrained") as figure:
+            self.draw(figure, runs)
+
+    def specs(self, scale: Scale) -> tuple[PresetSpec, ...]:
         """All runs, seed by seed, so that every arm has a first result early."""
         size = self.at(scale)
         settings = size.settings.model_dump(mode="json")
         return tuple(
-            RunSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
+            PresetSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
             for seed in range(1, size.num_seeds + 1)
             for arm in self.arms(size.settings)
         )
@@ -161,6 +174,11 @@ class Preset:
             for name, value, theirs in pairs
             if value != theirs
         )
+
+
+def by_seed(runs: Runs, arm: str, name: str) -> np.ndarray:
+    """Something measured of an arm with every seed, ``(seeds, ...)``."""
+    return np.array([arms[arm][name] for arms in runs.values()], dtype=float)
 
 
 def _said(value: object) -> str:

@@ -4,14 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from normkit.errors import DataError
 from normkit.lab.files import file_errors, write_whole
+from normkit.lab.lines import read_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
+from normkit.lab.reproduce.records import PresetRecord
 from normkit.lab.reproduce.run import measured
-from normkit.lab.reproduce.store import RunRecord
 from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
 from normkit.lab.spec import Frozen
 
@@ -45,10 +44,10 @@ class Result(Frozen):
     scale: Scale
     differences: tuple[str, ...]
     claims: tuple[Judged, ...]
-    runs: tuple[RunRecord, ...]
+    runs: tuple[PresetRecord, ...]
 
 
-def conclude(preset: Preset, scale: Scale, records: Iterable[RunRecord]) -> Result:
+def conclude(preset: Preset, scale: Scale, records: Iterable[PresetRecord]) -> Result:
     """Judge every claim of a preset by its records."""
     records = tuple(records)
     runs = measured(records)
@@ -98,17 +97,8 @@ def read_result(path: Path) -> Result:
     Raises:
         DataError: If the file holds none.
     """
-    with file_errors(path):
-        text = path.read_bytes()
-    try:
-        return Result.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise DataError(
-            f"{path} holds no result of a preset ({where}: {first['msg']}); run "
-            f"normkit reproduce again, which repeats no run that has a record"
-        ) from error
+    way_out = "run normkit reproduce again, which repeats no run that has a record"
+    return read_whole(path, Result, "result of a preset", way_out)
 
 
 def results_in(folder: Path) -> list[Result]:
@@ -181,7 +171,7 @@ def _cited(result: Result) -> str:
     return f"{find_preset(result.preset).paper.authors}, {result.figures}"
 
 
-def _minutes(runs: Iterable[RunRecord]) -> float:
+def _minutes(runs: Iterable[PresetRecord]) -> float:
     return sum(record.cpu_time_s for record in runs) / 60
 
 

@@ -4,25 +4,23 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
+from normkit.lab.device import CPU, seeded, threads_of
 from normkit.lab.environment import code_hash, describe_environment
-from normkit.lab.lines import append_line, read_lines
 from normkit.lab.lock import only_user
-from normkit.lab.records import RECORDS_NAME
+from normkit.lab.records import latest, missing_runs, of_data, read_records, run_in_turn
 from normkit.lab.reproduce.preset import Preset, Scale
-from normkit.lab.reproduce.store import RunRecord, RunSpec, Values, rounded
-from normkit.lab.train import threads_of
+from normkit.lab.reproduce.records import PresetRecord, PresetSpec, Values, rounded
 
 NUM_THREADS = 1
 FOLDER = "lab/reproduce/"  # its code decides these runs and no others
 
-OnRun = Callable[[RunRecord, int, int], object]  # the record, how many are done, how many there are
+# the record, how many are done, how many there are
+OnRun = Callable[[PresetRecord, int, int], object]
 
 
 def run_missing(
     preset: Preset, scale: Scale, folder: Path, on_run: OnRun = lambda *_: None
-) -> tuple[RunRecord, ...]:
+) -> tuple[PresetRecord, ...]:
     """Run what has no record in the folder, and give the records of all runs.
 
     Args:
@@ -40,29 +38,26 @@ def run_missing(
         DataError: If data or records cannot be read or written, or another process works in the
             folder.
     """
-    specs, path = preset.specs(scale), folder / RECORDS_NAME
+    specs = preset.specs(scale)
     with only_user(folder):
         data_hash = preset.at(scale).settings.fingerprint()
-        records = read_lines(path, RunRecord).records
-        known = {r.spec.key: r for r in records if r.data_hash in (None, data_hash)}
-        missing = [spec for spec in specs if spec.key not in known]
-        for number, spec in enumerate(missing, start=1):
-            record = run_one(preset, scale, spec)
-            append_line(path, record)
-            known[spec.key] = record
+        known = [*of_data(read_records(folder, PresetRecord).records, data_hash)]
+        missing = missing_runs(specs, known)
+        done = run_in_turn(missing, folder, lambda spec: run_one(preset, scale, spec))
+        for number, record in enumerate(done, start=1):
+            known.append(record)
             on_run(record, number, len(missing))
-    return tuple(known[spec.key] for spec in specs)
+    return latest(specs, known)
 
 
-def run_one(preset: Preset, scale: Scale, spec: RunSpec) -> RunRecord:
+def run_one(preset: Preset, scale: Scale, spec: PresetSpec) -> PresetRecord:
     """Do one run; torch's random state is given back."""
     settings = preset.at(scale).settings
-    environment = describe_environment(torch.device("cpu"), NUM_THREADS)
+    environment = describe_environment(CPU, NUM_THREADS)
     started = time.process_time()
-    with threads_of(NUM_THREADS), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+    with threads_of(NUM_THREADS), seeded(spec.seed):
         values = preset.task.measure(settings, spec.arm, spec.seed)
-    return RunRecord(
+    return PresetRecord(
         spec=spec,
         values=rounded(values),
         cpu_time_s=round(time.process_time() - started, 2),
@@ -72,7 +67,7 @@ def run_one(preset: Preset, scale: Scale, spec: RunSpec) -> RunRecord:
     )
 
 
-def measured(records: Iterable[RunRecord]) -> dict[int, dict[str, Values]]:
+def measured(records: Iterable[PresetRecord]) -> dict[int, dict[str, Values]]:
     """What was measured, by seed and arm."""
     found: dict[int, dict[str, Values]] = {}
     for record in records:

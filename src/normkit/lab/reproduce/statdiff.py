@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 import normkit as nk
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.networks import seeded_network
 from normkit.lab.reproduce.preset import (
     CIFAR10,
@@ -14,12 +14,13 @@ from normkit.lab.reproduce.preset import (
     Arms,
     Claim,
     Preset,
+    PresetTask,
     Runs,
     Size,
-    Task,
+    by_seed,
 )
-from normkit.lab.reproduce.store import Values
-from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
+from normkit.lab.reproduce.records import Values
+from normkit.lab.reproduce.training import HOW_IT_TRAINS, SMALL_RESNET, TINY_RESNET, Training
 from normkit.lab.reproduce.verdict import ABOVE, BELOW
 from normkit.lab.spec import Count
 from normkit.lab.steps import evaluate
@@ -123,10 +124,10 @@ def draw_statdiff(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplot
     for axes, (name, title) in zip(figure.subplots(1, 2), names.items(), strict=True):
         epochs = range(len(runs[min(runs)]["gn"]["mean"]))
         lines = [
-            Line(label=norm.upper(), x=list(epochs), values=by_seed(runs, norm, name))
+            Curve(label=norm.upper(), x=list(epochs), values=by_seed(runs, norm, name))
             for norm in NORMS
         ]
-        draw_lines(axes, lines, {"title": title, "x": "epoch", "y": "StatDiff"})
+        draw_curves(axes, lines, {"title": title, "x": "epoch", "y": "StatDiff"})
         axes.set_ylim(bottom=0)
 
 
@@ -136,32 +137,17 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 6",
         title="StatDiff of GN and LN, with and without weight standardization",
-        task=Task(name="statdiff", measure=measure_statdiff),
+        task=PresetTask(name="statdiff", measure=measure_statdiff),
         arms=lambda _settings: list(NORMS),
         claims=CLAIMS,
         draw=draw_statdiff,
         scales={
             "tiny": Size(
-                settings=StatDiffSettings(
-                    data="digits",
-                    num_train=64,
-                    num_test=50,
-                    epochs=1,
-                    learning_rate=0.05,
-                    model="small-resnet:width=4:blocks=1",
-                    groups=2,
-                ),
+                settings=StatDiffSettings(**TINY_RESNET, epochs=1),
                 num_seeds=3,
             ),
             "small": Size(
-                settings=StatDiffSettings(
-                    data="digits",
-                    epochs=6,
-                    learning_rate=0.05,
-                    weight_decay=1e-4,
-                    model="small-resnet:blocks=3",
-                    groups=8,
-                ),
+                settings=StatDiffSettings(**SMALL_RESNET, epochs=6),
                 num_seeds=5,
             ),
         },

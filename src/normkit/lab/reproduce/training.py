@@ -1,7 +1,7 @@
 """Data and training that presets share."""
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -26,6 +26,24 @@ class Sizes(NamedTuple):
     test: int
     side: int
     colours: str
+
+
+TINY_RESNET: dict[str, Any] = {
+    "data": "digits",
+    "num_train": 64,
+    "num_test": 50,
+    "learning_rate": 0.05,
+    "model": "small-resnet:width=4:blocks=1",
+    "groups": 2,
+}
+SMALL_RESNET: dict[str, Any] = {
+    "data": "digits",
+    "learning_rate": 0.05,
+    "weight_decay": 1e-4,
+    "model": "small-resnet:blocks=3",
+    "groups": 8,
+}
+"""What several presets train, but for the number of epochs."""
 
 
 SIZES = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pydantic import Field
+from scipy.special import stdtrit  # Student's t
 
 from normkit.lab.spec import Frozen
 
@@ -15,8 +16,7 @@ Side = Literal["above", "below", "within"]
 
 FEWEST_SEEDS = 3
 DECIMALS = 9  # what is smaller is rounding, which would be decided where all seeds agree
-# Student's t, 97.5 %, for 3 to 10 seeds; with more seeds the last one makes the interval too wide
-T_QUANTILES = (4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+UPPER = 0.975  # where a two-sided interval of 95 % ends
 
 
 class Criterion(Frozen):
@@ -93,8 +93,7 @@ def judge(values: Sequence[float], criterion: Criterion) -> Verdict:
         reason = f"fewer than {FEWEST_SEEDS} seeds"
         return Verdict(outcome="not decided", values=kept, reason=reason)
     mean, std = statistics.fmean(values), statistics.stdev(values)
-    quantile = T_QUANTILES[min(len(values) - FEWEST_SEEDS, len(T_QUANTILES) - 1)]
-    half = quantile * std / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, UPPER)) * std / math.sqrt(len(values))
     return Verdict(
         outcome=_outcome(mean - half, mean + half, criterion),
         values=kept,

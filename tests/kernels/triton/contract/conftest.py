@@ -79,8 +79,7 @@ def take_path(path, monkeypatch):
     if path == "stream":
         for limits in ("FORWARD", "BACKWARD"):
             monkeypatch.setattr(pooled, limits, geometry.Limits(0, 1))
-        for module in (passes, pooled):
-            monkeypatch.setattr(module, "ELEMENTS", 8)
+        monkeypatch.setattr(passes, "ELEMENTS", 8)
         monkeypatch.setattr(plan, "_PLANS", {})
 
 

@@ -42,6 +42,26 @@ def test_channels_far_from_each_other_keep_their_digits(name, device):
     assert_close(found[1] / wanted[1], torch.ones_like(wanted[1]), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("path", ["tile", "stream"], indirect=True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["bn", "gn-tracked", "gbgn-whole"])
+def test_a_first_value_far_from_the_others_costs_no_digits(name, layout, path, device):
+    case = CASES[name]
+    layer = case.make().to(device)
+    statistics(layer).running_var.zero_()
+    before = on_cpu(buffers_of(case, layer))
+    x = (randn(3, 6, 5, 7) + 1e4).float()
+    x[0, :, 0, 0] = 1e6
+    x = x.contiguous(memory_format=layout)
+    layer(x.to(device))
+    parameters = {name: p.cpu() for name, p in in_float64(layer).items()}
+    wanted = oracle.follow(case.kind, x.double(), before, parameters, layer.eps, **groups(case))
+    found = on_cpu(buffers_of(case, layer))
+    away = (found[0] - wanted[0]) / wanted[1].sqrt()
+    assert_close(away, torch.zeros_like(away), rtol=0, atol=5e-6)
+    assert_close(found[1] / wanted[1], torch.ones_like(wanted[1]), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["bn", "gn-tracked", "gbgn-whole", "ibn", "bcn"])
 def test_a_nan_stays_in_its_channel(name, device):
     case = CASES[name]
@@ -87,3 +107,17 @@ def test_an_example_weight_of_one_ignores_the_running_statistics(name, device):
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for one, other in zip(*found, strict=True):
         assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bn", "gnplus", "gnplus-parallel", "ibn"])
+def test_the_gradient_at_evaluation_does_not_read_the_running_mean(name, device):
+    layer = CASES[name].make().to(device).eval()
+    layer.example_weight = 0
+    found = []
+    for value in (0.0, float("nan")):
+        statistics(layer).running_mean[-1] = value
+        x = randn(*SHAPE, dtype=torch.float32).to(device).requires_grad_()
+        y = layer(x)
+        assert y.isfinite().all(dim=(0, 2, 3)).tolist() == [True] * 5 + [value == 0]
+        found.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+    assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)

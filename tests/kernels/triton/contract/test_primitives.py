@@ -71,6 +71,46 @@ def test_primitives_are_their_formulas(dtype, layout, path, rows, device):
     near(dx, (k1 * grads + k2 * (cells - m) + k3).reshape(shape))
 
 
+LONG = (2, 3, 21, 9)  # segments of several blocks, the last not whole
+
+
+@pytest.mark.parametrize("path", ["tile", "stream"], indirect=True)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("offset", "first"), [(1e6, 0.0), (0.0, 1e6), (1e4, -1e6), (1e4, 0.0)], ids=str
+)
+def test_moments_keep_their_digits_whatever_comes_first(offset, first, layout, path, device):
+    (x,) = draw(LONG)
+    x += offset
+    x[:, :, 0, 0] += first
+    x = LAYOUTS[layout](x.float().to(device))
+    mean, var = primitives.moments(x, x[0, 0].numel())
+    exact = x.double().flatten(2)
+    spread = exact.var(2, correction=0)
+    digits = 5e-5 if path == "stream" and first else 1e-5  # blocks of one value: the first is all
+    assert_close(var.double() / spread, torch.ones_like(spread), rtol=0, atol=digits)
+    away = (mean.double() - exact.mean(2)) / spread.sqrt()
+    assert_close(away, torch.zeros_like(away), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["tile", "stream"], indirect=True)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", [0, 100], ids=["first", "among others"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_moments_of_what_is_not_finite_are_as_torch_has_them(where, value, layout, path, device):
+    (clean,) = draw(LONG)
+    spoiled = clean.clone()
+    spoiled[1, 2].view(-1)[where] = value
+    found = []
+    for values in (clean, spoiled):
+        x = LAYOUTS[layout](values.float().to(device))
+        found.append(torch.stack(primitives.moments(x, x[0, 0].numel())))
+    wanted = found[0].clone()
+    wanted[0, 1, 2], wanted[1, 1, 2] = value, float("nan")
+    assert_close(found[1], wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_only_maps_without_one_axis_of_positions_are_copied():
     x = torch.empty(3, 4, 5, 6)
     for name, arrange in LAYOUTS.items():

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from normkit.lab.reproduce.drawing import Line, by_seed, draw_lines
+from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.reproduce.networks import NO_NORM
-from normkit.lab.reproduce.preset import Runs
+from normkit.lab.reproduce.preset import Runs, by_seed
 from normkit.lab.reproduce.stack.readings import of_norm
 from normkit.lab.reproduce.stack.run import BLOCKED
 
@@ -15,7 +15,7 @@ from normkit.lab.reproduce.stack.run import BLOCKED
 def _draw_errors(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noqa: ANN401
     first = next(iter(runs.values()))
     lines = [
-        Line(
+        Curve(
             label=f"{label}, {kind}",
             x=first[arm]["iterations"],
             values=by_seed(runs, arm, f"{kind}_error"),
@@ -23,7 +23,7 @@ def _draw_errors(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noq
         for arm, label in arms.items()
         for kind in ("train", "test")
     ]
-    draw_lines(axes, lines, {"title": "errors", "x": "iteration", "y": "share wrong"})
+    draw_curves(axes, lines, {"title": "errors", "x": "iteration", "y": "share wrong"})
 
 
 def _draw_layers(axes: Any, runs: Runs, arm: str, name: str, title: str) -> None:  # noqa: ANN401
@@ -32,10 +32,10 @@ def _draw_layers(axes: Any, runs: Runs, arm: str, name: str, title: str) -> None
     curves, places = by_seed(runs, arm, name), first["norms"]
     shown = sorted({round(i) for i in np.linspace(0, len(places) - 1, 5)})
     lines = [
-        Line(label=f"layer {places[i]}", x=first["iterations"], values=curves[:, :, i])
+        Curve(label=f"layer {places[i]}", x=first["iterations"], values=curves[:, :, i])
         for i in shown
     ]
-    draw_lines(axes, lines, {"title": title, "x": "iteration", "y": "ESM"})
+    draw_curves(axes, lines, {"title": title, "x": "iteration", "y": "ESM"})
     axes.set_yscale("log")
 
 
@@ -67,10 +67,10 @@ def _draw_depth(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noqa
     """The shift of every layer at the end."""
     first = next(iter(runs.values()))
     lines = [
-        Line(label=label, x=first[arm]["norms"], values=by_seed(runs, arm, "esm_std")[:, -1])
+        Curve(label=label, x=first[arm]["norms"], values=by_seed(runs, arm, "esm_std")[:, -1])
         for arm, label in arms.items()
     ]
-    draw_lines(axes, lines, {"title": "ESM (std) at the end", "x": "layer", "y": "ESM"})
+    draw_curves(axes, lines, {"title": "ESM (std) at the end", "x": "layer", "y": "ESM"})
     axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -97,7 +97,7 @@ def draw_blocked_samples(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of 
 
 def _draw_error_by_size(axes: Any, runs: Runs, norms: Mapping[str, str]) -> None:  # noqa: ANN401
     lines = [
-        Line(
+        Curve(
             label=label,
             x=[int(arm.split("-")[1]) for arm in arms],
             values=np.stack([by_seed(runs, arm, "test_error")[:, -1] for arm in arms], axis=1),
@@ -105,5 +105,5 @@ def _draw_error_by_size(axes: Any, runs: Runs, norms: Mapping[str, str]) -> None
         for norm, label in norms.items()
         for arms in [_sizes(runs, norm)]
     ]
-    draw_lines(axes, lines, {"title": "test error", "x": "training examples", "y": "share wrong"})
+    draw_curves(axes, lines, {"title": "test error", "x": "training examples", "y": "share wrong"})
     axes.set_xscale("log", base=2)

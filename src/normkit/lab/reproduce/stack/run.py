@@ -11,8 +11,8 @@ import normkit as nk
 from normkit.lab.data import Examples
 from normkit.lab.data.dataset import stratified_order
 from normkit.lab.reproduce.networks import seeded_network
-from normkit.lab.reproduce.preset import Task
-from normkit.lab.reproduce.store import Values
+from normkit.lab.reproduce.preset import PresetTask
+from normkit.lab.reproduce.records import Values
 from normkit.lab.reproduce.training import Data
 from normkit.lab.spec import Count
 
@@ -127,4 +127,4 @@ def _share_wrong(scores: torch.Tensor, examples: Examples) -> float:
     return (scores.argmax(1) != examples.targets).float().mean().item()
 
 
-STACK = Task(name="stack", measure=measure_shift)
+STACK = PresetTask(name="stack", measure=measure_shift)

@@ -1,20 +1,18 @@
-"""Runs of presets, one line of JSON each, in a file that several presets share."""
+"""What is recorded of each run of a preset, in a file that several presets share."""
 
-import hashlib
-import json
 import math
 from typing import Any
 
-from normkit.lab.environment import Environment
-from normkit.lab.spec import Frozen
+from normkit.lab.records import Record
+from normkit.lab.spec import RunSpec
 
 DIGITS = 4  # significant digits of a recorded measurement
 
 Values = dict[str, Any]
 
 
-class RunSpec(Frozen):
-    """Everything that decides a run; equal specs on one machine give equal values.
+class PresetSpec(RunSpec):
+    """One arm of a preset's task, with one seed.
 
     Args:
         task: What is run.
@@ -28,26 +26,15 @@ class RunSpec(Frozen):
     arm: str
     seed: int
 
-    @property
-    def key(self) -> str:
-        """Twelve hexadecimal digits that differ wherever the spec differs."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
-class RunRecord(Frozen):
-    """One run: what was asked for, what was measured, what it took, where it ran, on which data.
+class PresetRecord(Record[PresetSpec]):
+    """One run of a preset: what was measured, and what it took.
 
     The time is that of the processor, which other work on the machine does not lengthen.
-    ``data_hash`` is the data set's fingerprint; older records do not have it.
     """
 
-    spec: RunSpec
     values: Values
     cpu_time_s: float
-    environment: Environment
-    code_hash: str
-    data_hash: str | None = None
 
 
 def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever a task measures

@@ -1,0 +1,186 @@
+# triton declares what kernels call as never returning
+# pyright: reportGeneralTypeIssues=false
+"""Kernels for groups that no program holds, backward: two launches.
+
+The first leaves rows of sums of what each program has seen, the second adds up those of the groups
+that it needs and writes the gradient of its part of the map. Blocks are those of ``groups``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from normkit.kernels.triton.device import folded_block, reciprocal_root, row_starts, split
+from normkit.kernels.triton.groups import (
+    load_groups,
+    place_in_rows,
+    rows_of,
+    segments_of,
+    stretch,
+)
+from normkit.kernels.triton.streams import load_block, load_unless, place, store_block
+
+
+@triton.jit
+def reduce_groups_kernel(
+    g_map, x, weight, mean, var, sums, group_sums,
+    GN, GC, GP, SN, SC, SP, N, Q, L, E, J, G, ITEMS, SPANS, span, R, STEPS, TURNS, VAR_AT, CELL_ROW,
+    plane, group_plane, eps_high, eps_low,
+    HAS_WEIGHT: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_GROUPS: tl.constexpr,
+    BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """``sum(g)`` and ``sum(g * unit)``, ``unit = (x - mean) / std``, of what each program sees.
+
+    Of segments, rows ``(B, R, K)`` of two planes, for the parameters; of groups, weighed by the
+    channels' scale, rows ``(B, R, G)``.
+    """
+    g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
+    n0 = run * E
+    cell = run.to(tl.int64) * CELL_ROW + g
+    high, low = split(tl.load(mean + cell, mask=g < G, other=0.0).to(tl.float64), ACC)
+    spread = tl.load(var + VAR_AT + cell, mask=g < G, other=1.0)
+    rstd = reciprocal_root(spread, eps_high, eps_low, ACC)
+    of_group = tl.zeros((BG,), ACC)
+    of_group_x = tl.zeros((BG,), ACC)
+    out = (run * R + row).to(tl.int64)
+    for j0 in range(0, J, BJ):
+        k, inside = segments_of(g, j0, G, J, BJ, UNIT)
+        n, top, stop = stretch(first * STEPS, last, SPANS, span, L, STEPS, BL, ALIGN)
+        value = load_groups(x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN)
+        grad = load_groups(g_map, n0 + n, k, inside, top, stop, GN, GC, GP, Q, L, BL, WIDE, ALIGN)
+        total = tl.zeros((BG, BJ, BL // FOLD), ACC)
+        total_x = tl.zeros((BG, BJ, BL // FOLD), ACC)
+        for t in range(first * STEPS, last * STEPS):
+            n, top, stop = stretch(t + 1, last, SPANS, span, L, STEPS, BL, ALIGN)
+            value_ahead = load_groups(
+                x, n0 + n, k, inside, top, stop, SN, SC, SP, Q, L, BL, WIDE, ALIGN
+            )
+            grad_ahead = load_groups(
+                g_map, n0 + n, k, inside, top, stop, GN, GC, GP, Q, L, BL, WIDE, ALIGN
+            )
+            wide = grad.to(ACC)
+            unit = (value.to(ACC) - high[:, None, None]) - low[:, None, None]
+            total += folded_block(wide, BG, BJ, BL, FOLD)
+            total_x += folded_block(wide * unit, BG, BJ, BL, FOLD)
+            value = value_ahead
+            grad = grad_ahead
+        found = tl.sum(total, axis=2)
+        found_x = tl.sum(total_x, axis=2) * rstd[:, None]
+        if HAS_SUMS:
+            at = out * (G * J) + k
+            tl.store(sums + at, found, mask=inside)
+            tl.store(sums + plane + at, found_x, mask=inside)
+        if HAS_GROUPS:
+            if HAS_WEIGHT:
+                scale = tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
+                found *= scale
+                found_x *= scale
+            of_group += tl.sum(tl.where(inside, found, 0.0), axis=1)
+            of_group_x += tl.sum(tl.where(inside, found_x, 0.0), axis=1)
+    if HAS_GROUPS:
+        at = out * G + g
+        tl.store(group_sums + at, of_group, mask=g < G)
+        tl.store(group_sums + group_plane + at, of_group_x, mask=g < G)
+
+
+@triton.jit
+def summed_rows(
+    table, plane, top, num_rows, width, first_column, num_columns, inside,
+    ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Sums of rows of two planes, in each row of some columns, in a fixed order."""
+    start = top.to(tl.int64) * width + first_column
+    one = tl.zeros((BR, BK), ACC)
+    two = tl.zeros((BR, BK), ACC)
+    for first in range(0, num_rows * num_columns, BR):
+        i = first + tl.arange(0, BR)
+        mask = (i < num_rows * num_columns)[:, None] & inside[None, :]
+        at = start[None, :] + place_in_rows(i, width, num_columns)[:, None]
+        one += tl.load(table + at, mask=mask, other=0.0)
+        two += tl.load(table + plane + at, mask=mask, other=0.0)
+    return tl.sum(one, axis=0), tl.sum(two, axis=0)
+
+
+@triton.jit
+def sums_of_groups(
+    sums, group_sums, plane, group_plane, top, num_rows, K, G, k, J, scale, inside,
+    HAS_GROUPS: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Of the groups that segments belong to, weighed by the channels' scale."""
+    if HAS_GROUPS:
+        of_group, of_group_x = summed_rows(
+            group_sums, group_plane, top, num_rows, G, k // J, 1, inside, ACC, BK, BR
+        )
+    else:
+        of_group, of_group_x = summed_rows(
+            sums, plane, top, num_rows, K, k, 1, inside, ACC, BK, BR
+        )  # fmt: skip
+        of_group *= scale
+        of_group_x *= scale
+    return of_group, of_group_x
+
+
+@triton.jit
+def gradient_groups_kernel(
+    g_map, x, dx, weight, mean, var, sums, group_sums, dweight, dbias,
+    GN, GC, GP, SN, SC, SP, DN, DC, DP, N, K, Q, L, SPLITS, span, E, J, G, R, RUNS,
+    VAR_AT, CELL_ROW, plane, group_plane, group_size, eps_high, eps_low,
+    HAS_WEIGHT: tl.constexpr, HAS_GROUPS: tl.constexpr, ADDS: tl.constexpr,
+    CONSTANT: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BR: tl.constexpr,
+    FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the map; ``ADDS``: the first programs add up those of weight and bias.
+
+    ``CONSTANT``: the statistics are given, so nothing flows through them, and x is not read.
+    """
+    n, part, k, inside = place(K, SPLITS, BK)
+    rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
+    start = part * span
+    stop = tl.minimum(start + span, L) // ALIGN * ALIGN
+    grad = load_block(g_map, grads, start, stop, inside, GP, BL, WIDE)
+    value = load_unless(CONSTANT, grad, x, rows, start, stop, inside, SP, BL, WIDE)
+    run = n // E
+    cell = run.to(tl.int64) * CELL_ROW + k // J
+    wide = tl.load(var + VAR_AT + cell, mask=inside, other=1.0)
+    rstd = reciprocal_root(wide, eps_high, eps_low, ACC)
+    scale = tl.full((BK,), 1.0, ACC)
+    if HAS_WEIGHT:
+        scale = tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
+    if ADDS:  # noqa: SIM102 - the compiler's condition, then the program's
+        if (n == 0) & (part == 0):
+            starts = inside & (k % Q == 0)
+            of_bias, of_weight = summed_rows(
+                sums, plane, 0 * n, RUNS * R, K, k, Q, starts, ACC, BK, BR
+            )  # fmt: skip
+            tl.store(dweight + k // Q, of_weight, mask=starts)
+            tl.store(dbias + k // Q, of_bias, mask=starts)
+    by_unit = tl.zeros((BK,), ACC)
+    level = tl.zeros((BK,), ACC)
+    if not CONSTANT:
+        high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
+        of_group, of_group_x = sums_of_groups(
+            sums, group_sums, plane, group_plane, run * R, R, K, G, k, J, scale, inside,
+            HAS_GROUPS, ACC, BK, BR,
+        )  # fmt: skip
+        size = (tl.minimum(E, N - run * E) * group_size).to(ACC)
+        by_unit = of_group_x * rstd * rstd / size
+        level = of_group * rstd / size
+    by_grad = scale * rstd
+    for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
+        first = start + block * BL
+        grad_ahead = load_unless(ONCE, grad, g_map, grads, first + BL, stop, inside, GP, BL, WIDE)
+        ahead = load_unless(
+            ONCE or CONSTANT, value, x, rows, first + BL, stop, inside, SP, BL, WIDE
+        )
+        result = grad.to(ACC) * by_grad[:, None]
+        if not CONSTANT:
+            unit = (value.to(ACC) - high[:, None]) - low[:, None]
+            result = result - unit * by_unit[:, None] - level[:, None]
+        store_block(dx, result, outs, first, stop, inside, DP, BL, WIDE)
+        value = ahead
+        grad = grad_ahead
