@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from normkit.lab.comparison import Summary
 from normkit.lab.report.charts import Axis, Frame, Line, Tick, Value, line_chart, nice_ticks
-from normkit.lab.report.text import percent, points, size_text
+from normkit.lab.text import percent, points, size_text
 
 FRAME = Frame(width=200, height=100, left=20, right=20, top=10, bottom=10)
 AXIS = Axis(title="x", ticks=(Tick(at=0, text="0"), Tick(at=2, text="2")))

@@ -9,7 +9,7 @@ from rich.text import Text
 from normkit.cli.streams import Terminal
 from normkit.lab.comparison import Cell, Comparison
 from normkit.lab.records import TrainingRecord
-from normkit.lab.report.text import MINUS, MISSING, percent, points, size_text
+from normkit.lab.text import MINUS, MISSING, percent, points, size_text
 
 
 def print_tables(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from normkit.lab.comparison import Cell, Comparison, Summary
 from normkit.lab.records import Epoch, TrainingRecord
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
-from normkit.lab.report.text import percent
+from normkit.lab.text import percent
 
 WIDE = Frame(width=820, height=360, right=110)
 NARROW = Frame(width=380, height=300)

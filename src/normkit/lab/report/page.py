@@ -10,7 +10,7 @@ from normkit.lab.comparison import Comparison, select
 from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report import figures
-from normkit.lab.report.text import MISSING, percent, points, size_text
+from normkit.lab.text import MISSING, percent, points, size_text
 
 REPORT_NAME = "report.html"
 ESCAPED = ("html", "svg", "j2")

@@ -1,4 +1,4 @@
-"""How figures are written, in the report and in the terminal."""
+"""How figures are written, in the reports and in the terminal."""
 
 from normkit.lab.comparison import Summary
 
