@@ -1,5 +1,7 @@
 """How figures are written, in the reports and in the terminal."""
 
+from collections.abc import Sequence
+
 from normkit.lab.comparison import Summary
 
 MINUS = "\N{MINUS SIGN}"
@@ -14,9 +16,29 @@ def percent(summary: Summary) -> str:
 
 def points(summary: Summary) -> str:
     """A summary of differences in percentage points, with its sign: ``"+0.31 ± 0.42"``."""
-    sign = MINUS if summary.mean < 0 else "+"
     spread = "" if summary.spread is None else f" ± {100 * summary.spread:.2f}"
-    return f"{sign}{abs(100 * summary.mean):.2f}{spread}"
+    return f"{signed(100 * summary.mean)}{spread}"
+
+
+def signed(value: float, form: str = ".2f") -> str:
+    """A difference with its sign.
+
+    Example:
+        >>> signed(0.305), signed(12.5, ".3g")
+        ('+0.30', '+12.5')
+    """
+    return f"{MINUS if value < 0 else '+'}{abs(value):{form}}"
+
+
+def joined(words: Sequence[object], at_end: str = "and") -> str:
+    """Words with commas between, and a word before the last.
+
+    Example:
+        >>> joined([2, 8, 32])
+        '2, 8 and 32'
+    """
+    *before, last = map(str, words)
+    return f"{', '.join(before)} {at_end} {last}" if before else last
 
 
 def size_text(num_bytes: float) -> str:
