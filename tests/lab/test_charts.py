@@ -48,6 +48,27 @@ def test_values_are_placed_in_proportion():
     assert chart.series[0].path == "M34.0,90.0L100.0,50.0L166.0,10.0"
 
 
+def test_lines_side_by_side_keep_their_order_and_leave_a_gap_between_ticks():
+    lines = [
+        Line(name=str(p), style=0, values=(value_of(0, 1, None), value_of(2, 1, None)), place=p)
+        for p in (-1.0, 0.0, 1.0)
+    ]
+    axis = Axis(title="x", ticks=tuple(Tick(at=at, text="") for at in (0, 1, 2)))
+    marks = [series.marks for series in line_chart(lines, FRAME, axis, "y").series]
+    first, last = ([m[i].x for m in marks] for i in (0, 1))
+    assert first == sorted(set(first))
+    assert FRAME.left <= first[0]
+    assert last[-1] <= FRAME.width - FRAME.right
+    gap = (last[1] - first[1]) / 2
+    assert first[-1] - first[0] < 0.7 * gap
+
+
+def test_dots_are_placed_as_values_are_and_held_by_the_axis():
+    value = Value(x=0, y=50, dots=(0.0, 50.0, 100.0))
+    chart = line_chart([Line(name="a", style=0, values=(value,))], FRAME, AXIS, "y")
+    assert chart.series[0].marks[0].dots == (90, 50, 10)
+
+
 def test_whiskers_stay_inside_the_plot():
     marks = chart_of([(0, 10, 30), (2, 90, 30)]).series[0].marks
     assert all(10 <= m.high < m.y < m.low <= 90 for m in marks)

@@ -34,9 +34,10 @@ from normkit.lab.records import (
     of_data,
     read_records,
 )
-from normkit.lab.report import REPORT_NAME, write_report
+from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Collected, check, default_workers, run_all
+from normkit.lab.verdict import verdict_of
 from normkit.spec import parse_specs
 
 EXIT_FAILED_RUNS = 1
@@ -85,7 +86,7 @@ class Compare:
     workers: int | None = None
     """Runs at once; as many as the machine has room for if not given."""
     out: Path = Path("runs/compare")
-    """Folder for records.jsonl and report.html."""
+    """Folder for records.jsonl, report.html and results.csv."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
@@ -116,7 +117,7 @@ class Compare:
         sweep = self.sweep()
         num_workers = self._num_workers(sweep)
         dataset = check(sweep)
-        folder = usable_folder(self.out, RECORDS_NAME, REPORT_NAME)
+        folder = usable_folder(self.out, RECORDS_NAME, REPORT_NAME, RESULTS_NAME)
         held.enter_context(only_user(folder))
         contents = read_records(folder, TrainingRecord)
         tell_of_corrupt_lines(contents, folder / RECORDS_NAME)
@@ -186,9 +187,12 @@ class Compare:
         return self.workers
 
     def _print(self, comparison: Comparison, records: Sequence[TrainingRecord]) -> None:
-        paths = {"records": self.out / RECORDS_NAME, "report": self.out / REPORT_NAME}
+        names = {"records": RECORDS_NAME, "report": REPORT_NAME, "results": RESULTS_NAME}
+        paths = {kind: self.out / name for kind, name in names.items()}
         if self.json_output:
-            result = comparison.model_dump(mode="json")
+            verdict = verdict_of(comparison)
+            said = {"lines": verdict.lines, **verdict.model_dump(mode="json")}
+            result = {"verdict": said, **comparison.model_dump(mode="json")}
             result |= {name: str(path) for name, path in paths.items()}
             result["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
             print_json(result)

@@ -1,6 +1,7 @@
 """The terminal's tables of a comparison."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -10,14 +11,20 @@ from normkit.cli.streams import Terminal
 from normkit.lab.comparison import Cell, Comparison
 from normkit.lab.records import TrainingRecord
 from normkit.lab.text import MINUS, MISSING, percent, points, size_text
+from normkit.lab.verdict import Verdict, verdict_of
 
 
 def print_tables(
     comparison: Comparison, records: Iterable[TrainingRecord], paths: Mapping[str, Path]
 ) -> None:
-    """Print accuracy, differences and cost, what went wrong, and where the files are."""
+    """Print the verdict, accuracy and cost, what went wrong, and where the files are."""
     console = Terminal()
-    console.print(_accuracy_table(comparison))
+    verdict = verdict_of(comparison)
+    answer, *others = verdict.lines
+    console.print(Text(answer, style="bold"), soft_wrap=True)
+    for line in others:
+        console.print(Text(f"- {line}"), soft_wrap=True)
+    console.print(_accuracy_table(comparison, verdict))
     console.print(_cost_table(comparison))
     for record in records:
         if record.outcome.status != "finished":
@@ -26,14 +33,14 @@ def print_tables(
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _accuracy_table(comparison: Comparison) -> Table:
+def _accuracy_table(comparison: Comparison, verdict: Verdict) -> Table:
     table = _empty_table(comparison, "Test accuracy, %: mean ± standard deviation over seeds")
     for norm in comparison.norms:
         _add_row(table, comparison, norm, norm, _accuracy)
     table.add_section()
     first, *others = comparison.norms
     for norm in others:
-        _add_row(table, comparison, f"{norm} {MINUS} {first}", norm, _difference)
+        _add_row(table, comparison, f"{norm} {MINUS} {first}", norm, partial(_difference, verdict))
     return table
 
 
@@ -65,8 +72,9 @@ def _accuracy(cell: Cell) -> str:
     return "\n".join(lines) or MISSING
 
 
-def _difference(cell: Cell) -> str:
-    return points(cell.difference) if cell.difference else MISSING
+def _difference(verdict: Verdict, cell: Cell) -> str:
+    is_compared = verdict.of(cell.norm, cell.batch_size).mean is not None
+    return points(cell.difference) if cell.difference and is_compared else MISSING
 
 
 def _cost(cell: Cell) -> str:
