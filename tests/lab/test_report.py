@@ -125,10 +125,13 @@ def test_the_chart_has_the_interval_of_every_mean_and_a_dot_for_every_seed(proto
     assert bn.marks[0].x < ln.marks[0].x  # side by side
 
 
-def test_a_mean_of_survivors_has_no_interval_and_says_so(wide_sweep, records):
-    chart = accuracy_chart(compared(wide_sweep, records), records, NARROW)
-    mark = chart.series[0].marks[2]
-    assert (mark.low, mark.title) == (None, "bn, batch size 32: 88.50 %, 1 diverged")
+def test_a_mean_of_survivors_has_no_interval_and_says_so(protocol, record):
+    sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(2,), seeds=(1, 2, 3))
+    records = [record("bn", 2, 1, 0.5), record("bn", 2, 2, 0.6)]
+    records += [record("bn", 2, 3, None, status="diverged", diverged_step=7)]
+    mark = accuracy_chart(compared(sweep, records), records, NARROW).series[0].marks[0]
+    assert (mark.low, mark.title) == (None, "bn, batch size 2: 55.00 %, 1 diverged")
+    assert len(mark.dots) == 2
 
 
 def test_the_verdict_comes_before_the_tables(wide_sweep, records):
