@@ -174,6 +174,12 @@ def test_the_first_line_answers_and_each_norm_has_one_line(sweep_of):
     assert "all 4 hold together" in lines[3]
 
 
+def test_two_comparisons_are_both(sweep_of):
+    lines = verdict_of(sweep_of({"ln": UNCLEAR, "gn:2": UNCLEAR})).lines
+    assert lines[0].startswith("No norm is ahead of bn; both comparisons are undecided; about ")
+    assert "with 95 % confidence both hold together" in lines[-1]
+
+
 def test_many_norms_are_counted_and_the_first_line_stays_short(sweep_of):
     norms = ["ln", "gn:2", "gn:4", "gn:8", "in", "sn", "bgn:2", "ghost:2"]
     far = [d + 0.2 for d in (0.1, 0.101, 0.102)]

@@ -319,7 +319,7 @@ def _counted(rest: Sequence[Judged], num_all: int) -> str:
     """How many comparisons are neither ahead nor behind."""
     open_, diverging = (sum(e.word == word for e in rest) for word in ("undecided", "diverges"))
     if open_ == num_all:
-        return f"all {num_all} comparisons are undecided"
+        return f"{_all(num_all)} comparisons are undecided"
     said = [f"{open_} {'is' if open_ == 1 else 'are'} undecided"] if open_ else []
     said += [f"{diverging} {'has' if diverging == 1 else 'have'} diverged"] if diverging else []
     return f"of {num_all} comparisons {joined(said)}"
@@ -338,6 +338,10 @@ def _method(verdict: Verdict) -> tuple[str, ...]:
     """How the intervals were made, if there are several."""
     if not any(each.low is not None for each in verdict.judged) or verdict.num_comparisons == 1:
         return ()
-    number, first = verdict.num_comparisons, verdict.first
-    which = f"Intervals are of the differences to {first}, seed by seed"
-    return (f"{which}; with 95 % confidence all {number} hold together (Student's t, Bonferroni).",)
+    which = f"Intervals are of the differences to {verdict.first}, seed by seed"
+    together = f"with 95 % confidence {_all(verdict.num_comparisons)} hold together"
+    return (f"{which}; {together} (Student's t, Bonferroni).",)
+
+
+def _all(number: int) -> str:
+    return "both" if number == 2 else f"all {number}"
