@@ -29,7 +29,7 @@ def compare(tmp_path, capsys):
     return run
 
 
-def test_it_prints_the_tables_and_writes_both_files(compare, tmp_path):
+def test_it_prints_the_tables_and_writes_its_files(compare, tmp_path):
     code, output, progress = compare()
     assert code == 0
     for text in ("Test accuracy", "ln \N{MINUS SIGN} bn", "batch 20", " ms", " kB", "±"):
@@ -37,7 +37,18 @@ def test_it_prints_the_tables_and_writes_both_files(compare, tmp_path):
     assert "bn, batch size 10, seed 1: " in progress
     assert "8 of 8 runs" in progress
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["experiment.toml", "records.jsonl", "report.html"]
+    assert files == ["experiment.toml", "records.jsonl", "report.html", "results.csv"]
+
+
+def test_the_verdict_is_the_first_line_of_the_output_and_in_the_json(compare):
+    first_line = compare()[1].splitlines()[0]
+    assert re.match(r"(No norm|ln) is (ahead of|behind|undecided)", first_line)
+    verdict = json.loads(compare("--json")[1])["verdict"]
+    assert verdict["lines"][0] == first_line
+    assert (verdict["first"], verdict["num_comparisons"]) == ("bn", 2)
+    assert [(each["norm"], each["batch_size"]) for each in verdict["judged"]] == [
+        ("ln", 10), ("ln", 20),
+    ]  # fmt: skip
 
 
 def test_json_is_all_that_the_standard_output_gets(compare, tmp_path):
@@ -50,6 +61,7 @@ def test_json_is_all_that_the_standard_output_gets(compare, tmp_path):
     cell = result["cells"][2]
     assert cell["accuracy"]["num_seeds"] == cell["difference"]["num_seeds"] == 2
     assert result["report"] == str(tmp_path / "out" / "report.html")
+    assert result["results"] == str(tmp_path / "out" / "results.csv")
     assert result["troubled"] == []
 
 
@@ -215,7 +227,7 @@ def test_unknown_kernels_in_the_environment_give_exit_code_2(compare, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "report.html"])
+@pytest.mark.parametrize("name", ["records.jsonl", "report.html", "results.csv"])
 def test_a_folder_in_a_files_place_gives_exit_code_2_before_training(
     compare, tmp_path, monkeypatch, name
 ):

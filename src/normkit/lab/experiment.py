@@ -30,11 +30,13 @@ from normkit.lab.records import (
     read_records,
     sources_of,
 )
-from normkit.lab.report import REPORT_NAME, write_report
+from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Watcher, check, default_workers, run_all
+from normkit.lab.text import table_lines
 from normkit.lab.train import Upkeep, run
 from normkit.lab.user_code import name_of
+from normkit.lab.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +147,7 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
 def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], None]) -> Plan:
     """Plan, take the folder, and write down what was asked for."""
     found = plan(sweep, way.out)
-    usable_folder(way.out, RECORDS_NAME, REPORT_NAME)
+    usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
     held.enter_context(only_user(way.out))
     for note in found.notes:
         tell(note)
@@ -204,6 +206,14 @@ class Result:
         comparison = compared(sweep, records)
         write_report(way.out, comparison, records, way.command)
         return cls(comparison, records, way.out)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Which norms are ahead of the first one and where, with 95 % intervals."""
+        return verdict_of(self.comparison)
+
+    def __str__(self) -> str:
+        return "\n".join([*self.verdict.lines, "", *table_lines(self.comparison)])
 
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each norm and batch size: means and spreads over seeds, time and memory."""
