@@ -61,8 +61,8 @@ class Compare(RecipeOptions):
     tune_lr: str | None = None
     """Learning rates in place of --base-lr, with commas between: each norm at each batch size gets
     the one that is best on validation data."""
-    device: str = "auto"
-    """Where to compute: auto, cpu or cuda."""
+    device: str | None = None
+    """Where to compute: auto, cpu or cuda (default: auto)."""
     workers: int | None = None
     """Runs at once; as many as the machine has room for if not given."""
     data_workers: int = 0
@@ -116,7 +116,8 @@ class Compare(RecipeOptions):
                 values[name] = whole_numbers(flag(name), lists[name])
         if self.tune_lr is not None:
             values["learning_rates"] = decimals("--tune-lr", self.tune_lr)
-        values["device"] = str(parse_device(self.device))
+        device = self.device or values.get("device", "auto")
+        values["device"] = str(parse_device(device))
         values["processes"] = num_launched()
         return sweep_of(values, flag)
 
