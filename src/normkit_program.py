@@ -1,20 +1,63 @@
 """What the command `normkit` starts: the program, once its libraries are imported.
 
 It is no part of the package, whose import takes the second in which an interrupt would end in a
-traceback.
+traceback. What needs no library is answered before they are imported.
 """
 
 import signal
+import sys
+
+COMMANDS = {
+    "compare": "Train one network with several norms at several batch sizes, and show which wins.",
+    "recommend": "Rank norms for a batch size, with what the papers measured.",
+    "convert": "Replace the norms of a model by others and save its weights.",
+    "validate": "Find what is wrong with the norms of a model at a batch size.",
+    "diagnose": "Find out why a trained model evaluates badly, by how much, and what helps.",
+    "tune": "Choose how much of its own statistics each example has at evaluation, and test it.",
+    "explain": "Draw a feature map with the elements that share statistics in one colour.",
+    "list": "List the methods, data sets and models that the other commands know.",
+    "bench": "Time our layers and torch's in turns, and show how they compare.",
+    "reproduce": "Repeat figures of the papers at small scale, and judge their claims by what "
+    "comes out.",
+}
+"""The commands, each with the first sentence of its help."""
 
 
 def main() -> int:
-    """Import the program, which takes a while, and run it.
+    """Answer --version and --help; for all else import the program, which takes a while.
 
     Returns:
         Its exit code. An interrupt while it is imported ends the process at once.
     """
+    given = sys.argv[1:]
+    if given == ["--version"]:
+        from importlib.metadata import version  # noqa: PLC0415 - for this alone
+
+        sys.stdout.write(f"normkit {version('normkit')}\n")
+        return 0
+    if given in (["--help"], ["-h"]):
+        sys.stdout.write(help_text())
+        return 0
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from normkit.cli import main as run  # noqa: PLC0415 - after the line before
 
     signal.signal(signal.SIGINT, handler)
     return run()
+
+
+def help_text() -> str:
+    """The commands, and how to go on."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: normkit COMMAND [OPTIONS]",
+            "",
+            "Normalization for PyTorch: compare norms on your model and data.",
+            "",
+            *lines,
+            "",
+            "normkit COMMAND --help has the options of a command; normkit --version the version.",
+            "",
+        ]
+    )

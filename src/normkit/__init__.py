@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from normkit import functional
 from normkit.core.partition import largest_divisor
 from normkit.errors import (
+    ArgumentError,
     CallbackError,
     ConversionError,
     DataError,
@@ -169,6 +170,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Accumulation",
+    "ArgumentError",
     "BatchChannelNorm",
     "BatchGroupNorm",
     "BatchNorm",

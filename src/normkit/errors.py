@@ -25,6 +25,10 @@ class DataError(NormError, OSError):
     """A data set, a record or an output folder is missing or unreadable."""
 
 
+class ArgumentError(NormError, TypeError):
+    """A layer was built with an argument that its constructor does not take."""
+
+
 class OptionError(NormError, ValueError):
     """An option of a layer or a tool has a value that it cannot have."""
 

@@ -70,7 +70,7 @@ def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanat
 
 def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels, str]:
     """Which kernels compute the call, or its first part, and why these."""
-    found = [decide(x, call) for call in layer.routes(x, mask is not None)]
+    found = [decide(x, call, is_computed=False) for call in layer.routes(x, mask is not None)]
     reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
     reason, apart = "; then: ".join(reasons), layer.why_apart()
     if apart is not None:

@@ -2,16 +2,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
 
 from normkit.cli import main
-from normkit.lab.data import READERS, Examples, load
+from normkit.lab.data import READERS
+from normkit.lab.data.opening import forget_data
 from normkit.lab.data.sources import Source
 from normkit.lab.lock import only_user
 from normkit.lab.models import build_model
-from normkit.lab.spec import TrainingSpec
 
 TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
 SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "10,20", "--seeds", "1,2", "--workers", "1"]
@@ -28,7 +29,7 @@ def compare(tmp_path, capsys):
     return run
 
 
-def test_it_prints_the_tables_and_writes_both_files(compare, tmp_path):
+def test_it_prints_the_tables_and_writes_its_files(compare, tmp_path):
     code, output, progress = compare()
     assert code == 0
     for text in ("Test accuracy", "ln \N{MINUS SIGN} bn", "batch 20", " ms", " kB", "±"):
@@ -36,7 +37,18 @@ def test_it_prints_the_tables_and_writes_both_files(compare, tmp_path):
     assert "bn, batch size 10, seed 1: " in progress
     assert "8 of 8 runs" in progress
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["records.jsonl", "report.html"]
+    assert files == ["experiment.toml", "records.jsonl", "report.html", "results.csv"]
+
+
+def test_the_verdict_is_the_first_line_of_the_output_and_in_the_json(compare):
+    first_line = compare()[1].splitlines()[0]
+    assert re.match(r"(No norm|ln) is (ahead of|behind|undecided)", first_line)
+    verdict = json.loads(compare("--json")[1])["verdict"]
+    assert verdict["lines"][0] == first_line
+    assert (verdict["first"], verdict["num_comparisons"]) == ("bn", 2)
+    assert [(each["norm"], each["batch_size"]) for each in verdict["judged"]] == [
+        ("ln", 10), ("ln", 20),
+    ]  # fmt: skip
 
 
 def test_json_is_all_that_the_standard_output_gets(compare, tmp_path):
@@ -49,6 +61,7 @@ def test_json_is_all_that_the_standard_output_gets(compare, tmp_path):
     cell = result["cells"][2]
     assert cell["accuracy"]["num_seeds"] == cell["difference"]["num_seeds"] == 2
     assert result["report"] == str(tmp_path / "out" / "report.html")
+    assert result["results"] == str(tmp_path / "out" / "results.csv")
     assert result["troubled"] == []
 
 
@@ -86,11 +99,9 @@ def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare, monkeypatch)
 
 
 def test_some_diverged_runs_are_a_result_and_no_failure(compare, monkeypatch):
-    rate = TrainingSpec.learning_rate
     monkeypatch.setattr(
-        TrainingSpec,
-        "learning_rate",
-        lambda spec, epoch: rate(spec, epoch) * 10.0 ** (30 * (spec.seed - 1)),
+        "normkit.lab.train._Training._take_rate",
+        lambda training: training.loop.set_rate(10.0 ** (30 * training.spec.seed - 32)),
     )
     code, output, errors = compare("--norms", "ln", "--epochs", "3")
     assert code == 0
@@ -125,12 +136,12 @@ def test_runs_on_data_that_has_changed_are_done_anew(compare, tmp_path, monkeypa
     original = READERS["digits"]
 
     def other():
-        examples, test = original()
-        return Source(Examples(inputs=examples.inputs.flip(3), targets=examples.targets), test)
+        pictures, test = original()
+        return Source(replace(pictures, values=pictures.values.flip(3)), test)
 
     for reader, expected in ((other, 16), (original, 16)):
         monkeypatch.setitem(READERS, "digits", reader)
-        load.cache_clear()
+        forget_data()
         found = json.loads(compare("--json")[1])
         assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == expected
         assert (found["cells"] == first["cells"]) == (reader is original)
@@ -150,8 +161,9 @@ def test_a_second_process_in_the_folder_is_refused(compare, tmp_path):
 def test_the_report_names_the_command_that_makes_it_again(compare, tmp_path):
     compare()
     report = re.sub("</?span>", "", (tmp_path / "out" / "report.html").read_text())
-    assert "normkit compare --data digits --model mlp:depth=2:width=8 --norms bn,ln" in report
-    assert "--limit 40 --base-lr 0.1 --weight-decay 0.0001 --device auto --threads 1" in report
+    assert (
+        "normkit compare --model mlp:depth=2:width=8 --limit 40 --epochs 1 --norms bn,ln" in report
+    )
 
 
 BAD = [
@@ -215,11 +227,11 @@ def test_unknown_kernels_in_the_environment_give_exit_code_2(compare, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "report.html"])
+@pytest.mark.parametrize("name", ["records.jsonl", "report.html", "results.csv"])
 def test_a_folder_in_a_files_place_gives_exit_code_2_before_training(
     compare, tmp_path, monkeypatch, name
 ):
-    monkeypatch.setattr("normkit.cli.compare.run_all", None)
+    monkeypatch.setattr("normkit.lab.experiment.run_all", None)
     (tmp_path / "out" / name).mkdir(parents=True)
     code, output, errors = compare()
     assert (code, output) == (2, "")
@@ -253,7 +265,7 @@ def test_an_interrupt_is_said_to_keep_what_is_finished(compare, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("normkit.cli.compare.run_all", interrupted)
+    monkeypatch.setattr("normkit.lab.experiment.run_all", interrupted)
     code, _, errors = compare()
     assert code == 130
     assert "interrupted; finished runs are kept" in errors

@@ -1,5 +1,6 @@
 """The program as a process: streams, exit codes, starts, interruptions."""
 
+import inspect
 import json
 import math
 import os
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
 import normkit as nk
+import normkit_program
 from normkit.cli import main
 from normkit.cli.app import COMMANDS
 from normkit.cli.shared import print_json
@@ -58,7 +61,7 @@ def test_errors_are_a_sentence_and_with_json_also_json(capsys, command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compare", "--epochs", "two"], "Error parsing --epochs: invalid literal for int() with"),
+        (["compare", "--epochs", "two"], "Error parsing --epochs: no type matching {None}|INT"),
         (["compare", "--colour", "red"], "Unrecognized options: --colour, red"),
         (["tune"], "Missing from normkit tune: --model STR Network: small-resnet, mlp, vgg11"),
         (["nope"], "Unrecognized options: nope"),
@@ -193,7 +196,10 @@ def test_an_interrupt_ends_with_130_and_leaves_no_half_file(tmp_path, command):
     assert "Traceback" not in errors
     said = json.loads(output)
     assert said["error"].startswith("interrupted; ")
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"records.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {
+        "experiment.toml",
+        "records.jsonl",
+    }
 
 
 def test_an_interrupt_while_the_libraries_are_imported_is_no_traceback(tmp_path):
@@ -237,3 +243,29 @@ def test_what_a_launcher_has_set_wrongly_is_said(capsys, monkeypatch, tmp_path):
     assert re.fullmatch(
         r"normkit: the processes that a launcher .* RANK=x, .* by torchrun.*\n", errors
     )
+
+
+@pytest.mark.parametrize("argument", ["--version", "--help", "-h"])
+def test_what_needs_no_library_is_answered_without_torch(argument):
+    program = (
+        "import sys, normkit_program\n"
+        f"sys.argv = ['normkit', {argument!r}]\n"
+        "code = normkit_program.main()\n"
+        "assert not {'torch', 'numpy', 'normkit'} & set(sys.modules), 'imported'\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    expected = f"normkit {version('normkit')}" if argument == "--version" else "usage: normkit"
+    assert done.stdout.startswith(expected)
+    assert done.stderr == ""
+
+
+def test_the_help_says_of_each_command_what_the_command_says_of_itself():
+    first = {
+        name: inspect.getdoc(command).split("\n\n")[0].replace("\n", " ")
+        for name, command in COMMANDS.items()
+    }
+    assert first == normkit_program.COMMANDS
+    assert all(sentence in normkit_program.help_text() for sentence in first.values())

@@ -1,6 +1,8 @@
 """What every layer and function says to input it cannot take."""
 
 import copy
+import inspect
+import pydoc
 import re
 
 import numpy as np
@@ -9,7 +11,9 @@ import torch
 from torch.testing import assert_close
 
 import normkit as nk
-from cases import EVERY, PLAIN, TOLERANCE
+from cases import EVERY, MAIN, PLAIN, TOLERANCE
+from normkit.layers.base import NormLayer, TrackingLayer
+from normkit.layers.options import SharedOptions, TrackingOptions, signature_of
 
 pytestmark = pytest.mark.usefixtures("kernels")
 F = nk.functional
@@ -202,9 +206,62 @@ def test_groups_that_do_not_divide_name_the_nearest_that_do():
         nk.GroupNorm(20)
 
 
-def test_a_misspelt_option_is_refused():
-    with pytest.raises(TypeError, match="num_group"):
+def test_a_misspelt_option_is_refused_with_the_known_ones():
+    text = (
+        r"GroupNorm was given num_group=, .* num_groups, eps, .* dtype; did you mean num_groups\?"
+    )
+    with pytest.raises(nk.ArgumentError, match=text) as error:
         nk.GroupNorm(6, num_group=3)
+    assert isinstance(error.value, TypeError)
+    with pytest.raises(nk.ArgumentError, match=r"PositionalNorm was given momentum=, .* dtype$"):
+        nk.PositionalNorm(6, momentum=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: nk.GroupNorm(8, 64), "GroupNorm(64, num_groups=8)"),
+        (lambda: nk.GroupNorm(64, 8), "GroupNorm(64, num_groups=8)"),
+        (lambda: nk.GroupNorm(8, 64, 1e-6), "GroupNorm(64, num_groups=8, eps=1e-06)"),
+        (lambda: nk.BatchNorm(64, 1e-5, 0.2), "BatchNorm(64, eps=1e-05, momentum=0.2)"),
+        (lambda: nk.SwitchableNorm(64, False), "SwitchableNorm(64, use_batch=False)"),
+    ],
+)
+def test_a_call_in_the_order_of_torch_is_told_what_to_write(make, text):
+    with pytest.raises(nk.ArgumentError, match=f"all others have names: write {re.escape(text)}$"):
+        make()
+
+
+def test_a_constructor_of_a_subclass_may_take_what_it_likes():
+    class Scaled(nk.GroupNorm):
+        def __init__(self, num_features, factor, *, num_groups=2, **shared):
+            super().__init__(num_features, num_groups=num_groups, **shared)
+            self.factor = factor
+
+    assert Scaled(6, 2.0, eps=0.1).eps == 0.1
+    with pytest.raises(TypeError, match="epsilon"):
+        Scaled(6, 2.0, epsilon=0.1)
+    assert list(inspect.signature(Scaled).parameters)[:4] == [
+        "num_features", "factor", "num_groups", "eps"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_the_signature_names_every_option(case):
+    signature = inspect.signature(case.layer)
+    known = signature.parameters
+    assert {"num_features", "eps", "affine", "bias", "device", "dtype"} <= known.keys()
+    assert not any(p.kind is p.VAR_KEYWORD for p in known.values())
+    layer = case.layer(6, **{"num_groups": 3} if "num_groups" in known else {})
+    for name in known.keys() - {"num_features", "device", "dtype"}:
+        assert layer.option(name) == known[name].default or name == "num_groups"
+    assert list(inspect.signature(layer).parameters) == ["args", "kwargs"]  # as of any module
+    assert str(signature)[:40] in pydoc.render_doc(case.layer, renderer=pydoc.plaintext)
+
+
+def test_shared_options_are_those_of_the_base_classes():
+    for options, base in ((SharedOptions, NormLayer), (TrackingOptions, TrackingLayer)):
+        assert list(options.__annotations__) == list(signature_of(base).parameters)[1:]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
@@ -227,6 +284,54 @@ FUNCTIONS = {
     "ghost": "ghost_batch_norm",
     "gbgn": "general_batch_group_norm",
 }
+
+
+def call_with_the_state_of(layer, x, training):
+    """The function of a composite, or of whitening, with what the layer holds."""
+    name, shared = type(layer).__name__, {"training": training}
+    affine = {key: getattr(layer, key, None) for key in ("weight", "bias")}  # or its stages have it
+    if name == "GroupWhitening":
+        return F.group_whitening(x, layer.num_groups, **affine)
+    if name == "InstanceBatchNorm":
+        norms = (layer.instance, layer.batch)
+        affine = {key: torch.cat([getattr(n, key) for n in norms]) for key in affine}
+        return F.instance_batch_norm(x, *buffers_of(layer.batch), **affine, **shared)
+    if name == "BatchChannelNorm":
+        affine = [p for stage in (layer.batch, layer.channel) for p in (stage.weight, stage.bias)]
+        rate = layer.update_rate if layer.micro_batch else None
+        buffers = buffers_of(layer.batch)
+        return F.batch_channel_norm(
+            x, layer.num_groups, *buffers, *affine, update_rate=rate, **shared
+        )
+    if name == "SwitchableNorm":
+        logits = (layer.mean_logits, layer.var_logits)
+        return F.switchable_norm(x, *logits, *buffers_of(layer), **affine, **shared)
+    return F.group_norm_plus(
+        x, layer.num_groups, layer.mix_logit, *buffers_of(layer), **affine, **shared
+    )
+
+
+def buffers_of(layer):
+    return layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", [c for c in MAIN if c not in PLAIN], ids=str)
+def test_the_function_of_a_composite_is_the_layer(case, training):
+    layer = case.make().train(training)
+    x, before = torch.randn(4, 6, 5, 3), copy.deepcopy(layer)
+    y = call_with_the_state_of(layer, x, training)
+    assert_close(y, before(x), **TOLERANCE[torch.float32])
+    counts = [name for name in layer.state_dict() if name.endswith("num_batches_tracked")]
+    for name, value in layer.state_dict().items():  # the buffers moved alike
+        if name not in counts:
+            assert_close(value, before.state_dict()[name], **TOLERANCE[torch.float32])
+
+
+def test_whitening_of_a_single_value_is_refused_by_function_and_layer():
+    for call in (nk.GroupWhitening(4, num_groups=4), lambda x: F.group_whitening(x, 4)):
+        with pytest.raises(nk.PartitionError, match="expected more than 1 value per statistics"):
+            call(torch.ones(2, 4))
 
 
 def test_a_function_updates_and_uses_the_buffers_it_is_given():

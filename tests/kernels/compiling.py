@@ -17,7 +17,7 @@ def as_on_a_gpu():
     The operator of the graph is then the CPU's, or Triton's in the interpreter.
     """
     with (
-        patch.object(select, "_device_type", lambda x: "cuda"),
+        patch.dict(select._BEST, cpu="triton"),
         patch.object(select, "_why_not_triton", lambda device: None),
     ):
         yield

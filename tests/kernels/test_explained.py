@@ -9,12 +9,14 @@ import torch
 
 import normkit as nk
 from cases import EVERY, randn
-from normkit.core import stages
+from normkit.core import groups, positional, stages, synchronized
+from normkit.functional import checked
 from normkit.kernels import cpu, select
 from normkit.kernels.cpu import primitives as cpu_primitives
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 X = randn(4, 6, 5, 3)
+DECIDING = [groups, positional, stages, synchronized, checked, sys.modules["normkit.explain"]]
 
 
 @pytest.fixture
@@ -22,12 +24,12 @@ def decided(monkeypatch):
     """Decisions that are taken, as they are taken."""
     found, decide = [], select.decide
 
-    def note(x, call=select.ORDINARY):
-        found.append(decide(x, call))
+    def note(x, call=select.ORDINARY, **options):
+        found.append(decide(x, call, **options))
         return found[-1]
 
-    monkeypatch.setattr(select, "decide", note)
-    monkeypatch.setattr(sys.modules["normkit.explain"], "decide", note)
+    for module in DECIDING:
+        monkeypatch.setattr(module, "decide", note)
     return found
 
 
@@ -173,5 +175,8 @@ def test_a_weight_for_every_example_is_decided_in_the_same_place(decided):
     assert decided[0].reason.endswith("because every example has a weight of its own")
 
 
-def test_stages_take_their_decisions_from_there():
-    assert stages.route is select.route
+def test_all_take_their_decisions_from_there():
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("normkit.")}
+    deciding = {name for name, module in ours.items() if hasattr(module, "decide")}
+    assert all(ours[name].decide is select.decide for name in deciding)
+    assert {module.__name__ for module in DECIDING} <= deciding

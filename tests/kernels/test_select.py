@@ -152,12 +152,13 @@ except nk.KernelError as error:
 
 def test_gpus_get_the_triton_kernels_or_the_reason_why_not(monkeypatch):
     x = torch.empty(2, 2, device="meta")
-    monkeypatch.setattr(select, "_device_type", lambda x: "cuda")
+    monkeypatch.setitem(select._BEST, "meta", "triton")
     monkeypatch.setattr(select, "_triton_obstacle", lambda device: None)
-    assert select.choose(x) == ("triton", "the Triton kernels compute this")
+    by_triton = select.Decision("operator", "triton", "the Triton kernels compute this")
+    monkeypatch.setattr(select, "_by_triton", lambda: by_triton)
+    assert select.decide(x) is by_triton
     monkeypatch.setattr(select, "_triton_obstacle", lambda device: "the GPU is old")
-    assert select.choose(x) == ("reference", "the GPU is old")
-    assert select.chosen(x) == "reference"
+    assert select.decide(x) == ("formula", "reference", "the GPU is old", None)
 
 
 def test_without_the_library_layers_run_and_say_why():

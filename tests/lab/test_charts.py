@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from normkit.lab.comparison import Summary
 from normkit.lab.report.charts import Axis, Frame, Line, Tick, Value, line_chart, nice_ticks
-from normkit.lab.report.text import percent, points, size_text
+from normkit.lab.text import percent, points, size_text
 
 FRAME = Frame(width=200, height=100, left=20, right=20, top=10, bottom=10)
 AXIS = Axis(title="x", ticks=(Tick(at=0, text="0"), Tick(at=2, text="2")))
@@ -46,6 +46,27 @@ def test_values_are_placed_in_proportion():
     assert marks[1].x == (marks[0].x + marks[2].x) / 2
     assert marks[1].y == 50
     assert chart.series[0].path == "M34.0,90.0L100.0,50.0L166.0,10.0"
+
+
+def test_lines_side_by_side_keep_their_order_and_leave_a_gap_between_ticks():
+    lines = [
+        Line(name=str(p), style=0, values=(value_of(0, 1, None), value_of(2, 1, None)), place=p)
+        for p in (-1.0, 0.0, 1.0)
+    ]
+    axis = Axis(title="x", ticks=tuple(Tick(at=at, text="") for at in (0, 1, 2)))
+    marks = [series.marks for series in line_chart(lines, FRAME, axis, "y").series]
+    first, last = ([m[i].x for m in marks] for i in (0, 1))
+    assert first == sorted(set(first))
+    assert FRAME.left <= first[0]
+    assert last[-1] <= FRAME.width - FRAME.right
+    gap = (last[1] - first[1]) / 2
+    assert first[-1] - first[0] < 0.7 * gap
+
+
+def test_dots_are_placed_as_values_are_and_held_by_the_axis():
+    value = Value(x=0, y=50, dots=(0.0, 50.0, 100.0))
+    chart = line_chart([Line(name="a", style=0, values=(value,))], FRAME, AXIS, "y")
+    assert chart.series[0].marks[0].dots == (90, 50, 10)
 
 
 def test_whiskers_stay_inside_the_plot():

@@ -1,5 +1,6 @@
 import gzip
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data import READERS, Examples, load, read_examples, sources, stratified_order
+from normkit.lab.data import READERS, load, read_examples, sources, stratified_order
 from normkit.lab.data.dataset import fingerprint_of
 from normkit.lab.data.idx import read_idx
+from normkit.lab.data.opening import forget_data
 
 
 @pytest.fixture(autouse=True)
 def fresh_cache():
-    load.cache_clear()
+    forget_data()
     yield
-    load.cache_clear()
+    forget_data()
 
 
 def rows(examples):
@@ -175,12 +177,12 @@ def test_the_fingerprint_follows_the_files_and_not_the_limit():
     assert len(whole) == 12
     source = READERS["digits"]()
     for other in (
-        Examples(inputs=source.examples.inputs, targets=source.examples.targets.flip(0)),
-        Examples(inputs=source.examples.inputs[:-1], targets=source.examples.targets[:-1]),
-        Examples(inputs=source.examples.inputs.roll(1), targets=source.examples.targets),
+        replace(source.pictures, targets=source.pictures.targets.flip(0)),
+        source.pictures.keep(torch.arange(len(source.pictures) - 1)),
+        replace(source.pictures, values=source.pictures.values.roll(1)),
     ):
-        assert fingerprint_of(other) != whole
-    assert fingerprint_of(source.examples) == whole
+        assert fingerprint_of([other]) != whole
+    assert fingerprint_of([source.pictures]) == whole
 
 
 def test_a_cut_gzip_stream_is_an_error_too(tmp_path):

@@ -17,7 +17,13 @@ from normkit.lab.records import TrainingRecord, read_records
 from normkit.lab.spec import Protocol, SweepSpec
 from pictures import fill
 
-FAST = {"norms": ["bn", "ln"], "batch_sizes": [8], "seeds": [1, 2], "recipe": Recipe(epochs=1)}
+FAST = {
+    "norms": ["bn", "ln"],
+    "batch_sizes": [8],
+    "seeds": [1, 2],
+    "recipe": Recipe(epochs=1),
+    "workers": 1,
+}
 
 
 class Net(nn.Module):

@@ -5,6 +5,13 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
+from normkit.lab.comparison import compared
+from normkit.lab.records import TrainingRecord
+from normkit.lab.spec import SweepSpec
+from normkit.lab.verdict import verdict_of
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -29,3 +36,31 @@ def test_the_table_of_the_methods_is_that_of_its_records():
         values = list(by_seed.values())
         shown = rows[norm][2 if batch_size == 2 else 3].strip()
         assert shown == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "page", "norms"),
+    [
+        ("compare-digits", "../README.md", "bn,gn:8,bgn:auto"),
+        ("compare-fashion-mnist", "../README.md", "bn,gn:8,bgn:auto"),
+        (
+            "compare-methods",
+            "compare.md",
+            "bn,gn:8,gn:8+ws,bgn:auto,ghost:4,gnplus:8,bcn:8:micro+ws,sn",
+        ),
+    ],
+)
+def test_the_verdicts_are_those_of_the_records(name, page, norms):
+    lines = (DOCS / "records" / f"{name}.jsonl").read_text().splitlines()
+    records = [TrainingRecord.model_validate_json(line) for line in lines]
+    sweep = SweepSpec(
+        protocol=records[0].spec.protocol,
+        norms=tuple(norms.split(",")),
+        batch_sizes=tuple(sorted({record.spec.batch_size for record in records})),
+        seeds=(1, 2, 3),
+    )
+    said = verdict_of(compared(sweep, records)).lines
+    text = " ".join((DOCS / page).read_text().replace("\n> ", " ").split())
+    assert said[0] in text
+    if page == "compare.md":
+        assert all(line in text for line in said)

@@ -26,20 +26,13 @@ def test_norms_are_written_one_way():
 
 @given(batch_size=st.integers(1, 1024), base_lr=st.floats(1e-4, 10))
 def test_learning_rate_is_proportional_to_the_batch_size(batch_size, base_lr):
-    spec = TrainingSpec(norm="bn", batch_size=batch_size, protocol=Protocol(base_lr=base_lr))
-    assert spec.learning_rate(0) == pytest.approx(base_lr * batch_size / 128)
+    protocol = Protocol(base_lr=base_lr)
+    assert protocol.first_rate(batch_size) == pytest.approx(base_lr * batch_size / 128)
 
 
-def test_learning_rate_drops_by_ten_after_half_and_three_quarters_of_the_epochs():
-    spec = TrainingSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=8))
-    rates = [spec.learning_rate(epoch) for epoch in range(8)]
-    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
-
-
-def test_the_papers_164_epochs_have_their_drops_after_81_and_122():
-    spec = TrainingSpec(norm="bn", batch_size=128, protocol=Protocol(epochs=164))
-    rates = [spec.learning_rate(epoch) for epoch in range(164)]
-    assert rates == pytest.approx([0.1] * 81 + [0.01] * 41 + [0.001] * 42)
+def test_a_step_sees_the_batches_of_all_processes():
+    protocol = Protocol(accumulate=3, processes=2)
+    assert protocol.step_examples(8) == 48
 
 
 def test_a_sweep_runs_every_cell_with_every_seed_once(sweep):

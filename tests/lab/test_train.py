@@ -1,5 +1,6 @@
 import math
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from normkit.errors import SpecError
 from normkit.lab import train
 from normkit.lab.data import Examples
 from normkit.lab.device import parse_device
+from normkit.lab.loop import Loop
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.spec import TrainingSpec
 from normkit.lab.steps import batches, evaluate, num_steps_per_epoch
@@ -112,9 +114,10 @@ def test_an_unexpected_error_is_recorded_with_its_type(protocol, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(train, "train_step", broken)
+    monkeypatch.setattr(Loop, "step", broken)
     outcome = run(spec_of(protocol)).outcome
-    assert (outcome.status, outcome.message) == ("failed", "ZeroDivisionError: by zero")
+    assert outcome.status == "failed"
+    assert re.fullmatch(r"ZeroDivisionError: by zero \(test_train.py, line \d+\)", outcome.message)
 
 
 @pytest.mark.parametrize(
@@ -142,16 +145,16 @@ def test_examples_that_are_left_out_are_counted_in_the_record(protocol):
 
 
 def test_the_order_of_examples_is_the_seeds_and_not_the_norms(protocol, monkeypatch):
-    step = train.train_step
+    step = Loop.step
 
     def order(norm, seed):
         seen = []
 
-        def noting(model, optimizer, batch):
-            seen.append(batch.targets)
-            return step(model, optimizer, batch)
+        def noting(loop, parts):
+            seen.extend(part.targets for part in parts)
+            return step(loop, parts)
 
-        monkeypatch.setattr(train, "train_step", noting)
+        monkeypatch.setattr(Loop, "step", noting)
         run(spec_of(protocol, norm=norm, seed=seed))
         return torch.cat(seen).tolist()
 
@@ -164,12 +167,22 @@ def test_evaluation_matches_its_definition_and_restores_the_mode():
     inputs = torch.randn(703, 3, 1, 1, generator=generator)  # not a multiple of the batch
     examples = Examples(inputs=inputs, targets=torch.arange(703) % 3)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
-    loss, accuracy = evaluate(model, examples)
+    found = evaluate(model, examples)
     assert model.training
     rows = inputs.flatten(1).double().tolist()
     losses = [math.log(sum(map(math.exp, row))) - row[i % 3] for i, row in enumerate(rows)]
-    assert loss == pytest.approx(sum(losses) / 703, rel=1e-5)
-    assert accuracy == sum(max(row) == row[i % 3] for i, row in enumerate(rows)) / 703
+    assert found.loss == pytest.approx(sum(losses) / 703, rel=1e-5)
+    right = sum(max(row) == row[i % 3] for i, row in enumerate(rows))
+    assert found.accuracy == pytest.approx(right / 703, rel=1e-6)
+    assert found.top5_accuracy is None  # of three classes
+
+
+def test_an_example_is_among_the_top_five_if_four_scores_are_higher():
+    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3]] * 7)
+    examples = Examples(inputs=scores.view(7, 7, 1, 1), targets=torch.arange(7))
+    found = evaluate(nn.Flatten(), examples)
+    assert found.accuracy == pytest.approx(1 / 7)
+    assert found.top5_accuracy == pytest.approx(5 / 7)
 
 
 def test_peak_memory_counts_what_a_step_holds_at_once():
@@ -206,23 +219,6 @@ def test_an_unknown_device_lists_those_that_are_there():
         parse_device("tpu")
 
 
-def test_the_optimizer_is_sgd_with_plain_momentum_and_decay(protocol):
-    model = nn.Linear(3, 2).double()
-    spec = spec_of(protocol, base_lr=1.0, weight_decay=0.1)
-    optimizer = train._optimizer(model, spec)
-    rate, momentum, decay = 1.0 * 10 / 128, 0.9, 0.1
-    expected = [p.detach().clone() for p in model.parameters()]
-    velocity = [torch.zeros_like(p) for p in expected]
-    for step in range(3):
-        for p, value, v in zip(model.parameters(), expected, velocity, strict=True):
-            p.grad = torch.full_like(p, step + 1.0)
-            v.mul_(momentum).add_(step + 1.0 + decay * value)
-            value.sub_(rate * v)
-        optimizer.step()
-        for p, value in zip(model.parameters(), expected, strict=True):
-            torch.testing.assert_close(p.detach(), value)
-
-
 @pytest.mark.parametrize(
     ("norm", "expected"),
     [
@@ -234,21 +230,21 @@ def test_estimates_of_micro_batches_move_by_the_learning_rate(
     protocol, monkeypatch, norm, expected
 ):
     rates = []
-    step = train.train_step
+    step = Loop.step
 
-    def noted(model, optimizer, batch):
-        layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
+    def noted(loop, parts):
+        layers = [m for m in loop.network.modules() if isinstance(m, BatchChannelNorm)]
         rates.append({layer.update_rate for layer in layers})
         before = [layer.batch.running_mean.clone() for layer in layers]
         means = []
         hook = layers[0].register_forward_pre_hook(lambda _, x: means.append(x[0].mean(0).detach()))
-        result = step(model, optimizer, batch)
+        result = step(loop, parts)
         hook.remove()
         moved = before[0] + layers[0].update_rate * (means[0] - before[0])
         torch.testing.assert_close(layers[0].batch.running_mean, moved)
         return result
 
-    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(Loop, "step", noted)
     outcome = run(spec_of(protocol, norm, batch_size=16, epochs=2, limit=32)).outcome
     assert outcome.status == "finished", outcome.message
     num_for_memory = 2  # steps on a copy

@@ -24,7 +24,7 @@ def affine_by_default():
 def channels_come_first():
     assert nn.GroupNorm(3, 6).num_channels == 6
     assert nk.GroupNorm(6, num_groups=3).num_features == 6
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="all others have names"):
         nk.GroupNorm(6, 3)
 
 

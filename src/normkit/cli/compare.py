@@ -28,10 +28,11 @@ from normkit.lab.config import sweep_of
 from normkit.lab.device import parse_device
 from normkit.lab.dry_run import estimate
 from normkit.lab.experiment import Result, Way, perform
+from normkit.lab.files import usable_folder
 from normkit.lab.launch import is_spoken_for, num_launched
 from normkit.lab.loggers import require_loggers
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
-from normkit.lab.report import REPORT_NAME
+from normkit.lab.report import REPORT_NAME, RESULTS_NAME
 from normkit.lab.resume import SECONDS
 from normkit.lab.spec import SweepSpec
 from normkit.lab.sweep import check
@@ -60,8 +61,8 @@ class Compare(RecipeOptions):
     tune_lr: str | None = None
     """Learning rates in place of --base-lr, with commas between: each norm at each batch size gets
     the one that is best on validation data."""
-    device: str = "auto"
-    """Where to compute: auto, cpu or cuda."""
+    device: str | None = None
+    """Where to compute: auto, cpu or cuda (default: auto)."""
     workers: int | None = None
     """Runs at once; as many as the machine has room for if not given."""
     data_workers: int = 0
@@ -77,7 +78,7 @@ class Compare(RecipeOptions):
     dry_run: Given = False
     """Train nothing: print runs, steps, estimated time and memory from measured steps."""
     out: Path = Path("runs/compare")
-    """Folder for records.jsonl, report.html and experiment.toml."""
+    """Folder for records.jsonl, results.csv, report.html and experiment.toml."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
@@ -91,6 +92,8 @@ class Compare(RecipeOptions):
             return self._estimate()
         with redirect_stdout(sys.stderr):  # downloads print to the output
             sweep, way = self.sweep(), self._way()
+            if self.out.exists():
+                usable_folder(self.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
             tell_of_corrupt_lines(read_records(self.out, TrainingRecord), self.out / RECORDS_NAME)
             result = perform(sweep, way, sweep_progress, _tell)
         if is_spoken_for():
@@ -113,7 +116,8 @@ class Compare(RecipeOptions):
                 values[name] = whole_numbers(flag(name), lists[name])
         if self.tune_lr is not None:
             values["learning_rates"] = decimals("--tune-lr", self.tune_lr)
-        values["device"] = str(parse_device(self.device))
+        device = self.device or values.get("device", "auto")
+        values["device"] = str(parse_device(device))
         values["processes"] = num_launched()
         return sweep_of(values, flag)
 
@@ -169,9 +173,12 @@ class Compare(RecipeOptions):
 
     def _print(self, result: Result) -> None:
         comparison, records = result.comparison, result.records
-        paths = {"records": self.out / RECORDS_NAME, "report": self.out / REPORT_NAME}
+        names = {"records": RECORDS_NAME, "results": RESULTS_NAME, "report": REPORT_NAME}
+        paths = {name: self.out / file for name, file in names.items()}
         if self.json_output:
             found = comparison.model_dump(mode="json")
+            verdict = result.verdict
+            found["verdict"] = verdict.model_dump(mode="json") | {"lines": verdict.lines}
             found |= {name: str(path) for name, path in paths.items()}
             found["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
             print_json(found)

@@ -32,6 +32,8 @@ class RecipeOptions:
     that makes one (default: small-resnet)."""
     train: str | None = None
     """FILE.py:FUNCTION that trains in place of model, data and recipe."""
+    better: Literal["higher", "lower"] | None = None
+    """Which scores of --train are better (default: higher)."""
     weights: str | None = None
     """File of weights (.safetensors) that every run starts from; new norms are calibrated."""
     image_size: int | None = None

@@ -37,7 +37,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Repeat figures of the papers at small scale, and judge the papers' claims by what comes out.
+    """Repeat figures of the papers at small scale, and judge their claims by what comes out.
 
     A claim held if the 95 % interval of its number over the seeds fulfils it, did not hold if the
     interval breaks it, and is not decided otherwise. Runs that have a record are not repeated.

@@ -1,6 +1,7 @@
 """The terminal's tables of a comparison."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -10,16 +11,23 @@ from normkit.cli.streams import Terminal
 from normkit.lab.comparison import Cell, Comparison
 from normkit.lab.dry_run import Estimate
 from normkit.lab.records import TrainingRecord
-from normkit.lab.report.text import MINUS, MISSING, percent, points, size_text
+from normkit.lab.text import MINUS, MISSING, percent, points, size_text
+from normkit.lab.verdict import Verdict, verdict_of
 
 
 def print_tables(
     comparison: Comparison, records: Iterable[TrainingRecord], paths: Mapping[str, Path]
 ) -> None:
-    """Print accuracy, differences and cost, what went wrong, and where the files are."""
+    """Print the verdict, accuracy and cost, what went wrong, and where the files are."""
     console = Terminal()
-    console.print(_accuracy_table(comparison))
-    console.print(_cost_table(comparison))
+    verdict = verdict_of(comparison)
+    answer, *others = verdict.lines
+    console.print(Text(answer, style="bold"), soft_wrap=True)
+    for line in others:
+        console.print(Text(f"- {line}"), soft_wrap=True)
+    console.print(_accuracy_table(comparison, verdict))
+    if any(cell.step_time_s is not None for cell in comparison.cells):
+        console.print(_cost_table(comparison))
     for record in records:
         if record.outcome.status != "finished":
             console.print(Text(_trouble(record), style="red"), soft_wrap=True)
@@ -66,14 +74,16 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h"
 
 
-def _accuracy_table(comparison: Comparison) -> Table:
-    table = _empty_table(comparison, "Test accuracy, %: mean ± standard deviation over seeds")
+def _accuracy_table(comparison: Comparison, verdict: Verdict) -> Table:
+    what = "Test accuracy, %" if comparison.is_share else comparison.metric
+    table = _empty_table(comparison, f"{what}: mean ± standard deviation over seeds")
+    scored = partial(_accuracy, comparison.is_share)
     for norm in comparison.norms:
-        _add_row(table, comparison, norm, norm, _accuracy)
+        _add_row(table, comparison, norm, norm, scored)
     table.add_section()
     first, *others = comparison.norms
     for norm in others:
-        _add_row(table, comparison, f"{norm} {MINUS} {first}", norm, _difference)
+        _add_row(table, comparison, f"{norm} {MINUS} {first}", norm, partial(_difference, verdict))
     return table
 
 
@@ -98,15 +108,16 @@ def _add_row(
     table.add_row(Text(name), *(Text(text(cell)) for cell in cells))
 
 
-def _accuracy(cell: Cell) -> str:
-    lines = [percent(cell.accuracy)] if cell.accuracy else []
+def _accuracy(is_share: bool, cell: Cell) -> str:
+    lines = [percent(cell.accuracy, is_share)] if cell.accuracy else []
     lines += [f"{cell.num_diverged} diverged"] if cell.num_diverged else []
     lines += [f"{cell.num_failed} failed"] if cell.num_failed else []
     return "\n".join(lines) or MISSING
 
 
-def _difference(cell: Cell) -> str:
-    return points(cell.difference) if cell.difference else MISSING
+def _difference(verdict: Verdict, cell: Cell) -> str:
+    is_compared = verdict.of(cell.norm, cell.batch_size).mean is not None
+    return points(cell.difference, verdict.is_share) if cell.difference and is_compared else MISSING
 
 
 def _cost(cell: Cell) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
@@ -14,10 +13,9 @@ from normkit.core.partition import Partition
 from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
-from normkit.core.synchronized import normalize_part
 from normkit.core.traced import normalize_traced
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import route
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
@@ -26,20 +24,14 @@ def normalize_batch(
     partition: Partition,
     running: RunningStatistics | None,
     parameters: Parameters,
-    ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them.
-
-    With ``ranks`` the input is this process's part of a batch.
-    """
-    if ranks is not None:
-        return normalize_part(x, partition, running, parameters, ranks, valid)
+    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
     call = batch_route(running, False, valid is not None)
-    way, *_, operators = route(x, call)
+    way, _, _, operators = decide(x, call)
     if way == "operator":
-        follows = call.why_torch_moves is None
-        return normalize_pooled(operators, x, partition, running, parameters, follows)
+        kernels_move = call.why_torch_moves is None
+        return normalize_pooled(operators, x, partition, running, parameters, kernels_move)
     weight, bias, eps = parameters
     if way == "graph":
         y, table = _normalize_traced(x, partition, parameters)
@@ -81,7 +73,7 @@ def normalize_evaluation(
     weight, bias, eps = parameters
     algebra = WeighedStatistics(partition=own, eps=eps, example_weight=share)
     given = (weight, bias, groups.mean, groups.var)
-    way = route(x, evaluation_route(running, valid is not None)).way
+    way = decide(x, evaluation_route(running, valid is not None)).way
     y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid, way=way)
     return y
 
@@ -90,7 +82,7 @@ def _normalize_fixed(
     x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``."""
-    way, *_, operators = route(x)
+    way, _, _, operators = decide(x)
     if way == "operator":
         return normalize_given(operators, x, partition, groups, parameters)
     tables = fixed_tables(groups, partition, x.shape, parameters)

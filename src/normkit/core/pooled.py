@@ -8,6 +8,7 @@ with ``fixed_tables``; second derivatives are taken of those.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.core.running import RunningStatistics, are_still
+from normkit.core.running import RunningStatistics, is_second_look
 from normkit.kernels import nodes, reference
-from normkit.kernels.calls import Differentiable, Gradients, Pooling, Running
+from normkit.kernels.calls import Gradients, Pooling, Running
 from normkit.typing import FeatureMap
 
 
@@ -39,23 +40,26 @@ def normalize_pooled(
     weight, bias, eps = parameters
     if x.shape[1] % partition.num_groups:
         partition.segment_size(x.shape)  # refuses what does not divide
-    # before the next line: a checkpoint's second look must keep tables of the same size
-    by_channel = running is not None and running.partition != partition
-    if running is not None and are_still():
+    num_groups, run = partition
+    by_channel = running is not None and (run is not None or running.mean.shape[0] != num_groups)
+    # After by_channel: the table of a checkpoint's second look must have the same size. (Under a
+    # torch.func transform no kernels are chosen.)
+    if running is not None and is_second_look():
         running = None
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         size = partition.segment_size(x.shape)
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
-    pooling = Pooling(partition.num_groups, partition.examples_per_group or 0, eps, by_channel)
+    def again(*given: Any) -> Gradients:  # noqa: ANN401 - see Differentiable
+        return differentiable_gradients(formula, bias, *given)
+
+    pooling = Pooling(num_groups, run or 0, eps, by_channel)
     follower = None
     if running is not None and kernels_move and not torch.compiler.is_compiling():
-        mean, var, count, _, momentum, _ = running
+        mean, var, count, momentum, _ = running
         follower = Running(mean, var, count, momentum or 0.0)
-    y, table = nodes.normalize_pooled(
-        kernels, x, weight, bias, pooling, follower, differentiable(formula, bias)
-    )
+    y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, follower, again)
     if running is not None and follower is None:
         mean, var = table[:, -running.mean.numel() :]
         running.follow_(Moments(mean, var), running.partition.group_sizes(x.shape)[0])
@@ -77,19 +81,21 @@ def normalize_given(
         tables = fixed_tables(groups, partition, x.shape, Parameters(weight, bias, eps))
         return reference.apply(x, *tables, size)
 
+    def again(*given: Any) -> Gradients:  # noqa: ANN401
+        return differentiable_gradients(formula, bias, *given)
+
     statistics, options = (groups.mean[0], groups.var[0]), (partition.num_groups, eps)
-    return nodes.normalize_given(
-        kernels, x, statistics, weight, bias, options, differentiable(formula, bias)
-    )
+    return nodes.normalize_given(kernels, x, statistics, weight, bias, options, again)
 
 
-def differentiable(formula: Callable[..., Tensor], bias: Tensor | None) -> Differentiable:
+def differentiable_gradients(
+    formula: Callable[..., Tensor],
+    bias: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> Gradients:
     """Gradients that can be differentiated again, of the formula in plain operators."""
-
-    def gradients(
-        grad: Tensor, x: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
-    ) -> Gradients:
-        dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
-        return dx, dweight, dbias
-
-    return gradients
+    dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
+    return dx, dweight, dbias

@@ -18,14 +18,15 @@ from torch import Tensor
 from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.pooled import differentiable
+from normkit.core.pooled import differentiable_gradients
 from normkit.core.routes import POSITIONAL
 from normkit.core.traced import not_kept
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels import nodes
+from normkit.kernels.calls import Gradients
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import route
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -37,7 +38,7 @@ def normalize_positions(
         return empty_result(x, *parameters[:2])
     if valid is not None:
         return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
-    way, *_, operators = route(x, POSITIONAL)
+    way, _, _, operators = decide(x, POSITIONAL)
     if way == "operator":
         return _by_kernel(operators, x, parameters)
     if way == "graph":
@@ -54,8 +55,10 @@ def _by_kernel(kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters) ->
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    y, _ = nodes.normalize_positions(kernels, x, weight, bias, eps, differentiable(formula, bias))
-    return y
+    def again(*given: Any) -> Gradients:  # noqa: ANN401
+        return differentiable_gradients(formula, bias, *given)
+
+    return nodes.normalize_positions(kernels, x, weight, bias, eps, again)[0]
 
 
 def require_channels(shape: Sequence[int], name: str) -> None:

@@ -6,9 +6,10 @@ call at hand, by the same functions.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from normkit.core.running import Running, RunningEstimates, RunningStatistics, is_movable
+from normkit.core.running import Running, RunningEstimates, RunningStatistics
 from normkit.kernels.select import ORDINARY, Call
 
 MASKED = Call(why_formula="statistics over a mask are computed in plain torch operators")
@@ -20,12 +21,13 @@ ALONE = Call(why_tables="the batch stage is computed without the other")
 MANY_WEIGHTS = Call(why_tables="every example has a weight of its own")
 NOT_MOVABLE = "not contiguous, or neither float32 nor float64"
 IMMOVABLE_ESTIMATES = Call(why_tables=f"the estimates are {NOT_MOVABLE}")
+_WIDE = (torch.float32, torch.float64)
 _COMPOSITE = Call(span="group")
 _NO_MOMENTUM = Call(why_torch_moves="their momentum is None")
 _IMMOVABLE = Call(why_torch_moves=f"they are {NOT_MOVABLE}")
 
 
-def batch_route(running: RunningStatistics | None, is_part: bool, is_masked: bool) -> Call:
+def batch_route(running: Running | None, is_part: bool, is_masked: bool) -> Call:
     """A single norm by the input's own statistics, which ``running`` follows.
 
     Args:
@@ -35,7 +37,15 @@ def batch_route(running: RunningStatistics | None, is_part: bool, is_masked: boo
     """
     if is_masked:
         return MASKED
-    return SYNCHRONIZED if is_part else _follower_route(running)
+    if is_part:
+        return SYNCHRONIZED
+    if running is None:
+        return ORDINARY
+    mean, var, _, rate, *_ = running
+    if rate is None:
+        return _NO_MOMENTUM
+    are_wide = mean.dtype in _WIDE and var.dtype in _WIDE
+    return ORDINARY if are_wide and mean.is_contiguous() and var.is_contiguous() else _IMMOVABLE
 
 
 def evaluation_route(running: RunningStatistics, is_masked: bool) -> Call:
@@ -65,18 +75,8 @@ def composite_route(
         return SYNCHRONIZED
     if running is not None and isinstance(running.example_weight, Tensor):
         return MANY_WEIGHTS
-    if isinstance(running, RunningEstimates) and not is_movable(running):
+    follower = batch_route(running, False, False)
+    if follower is _IMMOVABLE and isinstance(running, RunningEstimates):
         return IMMOVABLE_ESTIMATES
     call = ORDINARY if is_halves else _COMPOSITE
-    if not training or not isinstance(running, RunningStatistics):
-        return call
-    follower = _follower_route(running)
-    return call if follower is ORDINARY else follower._replace(span=call.span)
-
-
-def _follower_route(running: RunningStatistics | None) -> Call:
-    if running is None:
-        return ORDINARY
-    if running.momentum is None:
-        return _NO_MOMENTUM
-    return ORDINARY if is_movable(running) else _IMMOVABLE
+    return follower._replace(span=call.span) if training and follower is not ORDINARY else call

@@ -20,11 +20,9 @@ class RunningStatistics(NamedTuple):
     """Buffers that follow the statistics of the training batches.
 
     Args:
-        mean: Running mean, one value for each group of ``partition``.
+        mean: Running mean over the whole batch, a value for each channel or each BGN group.
         var: Running unbiased variance, likewise.
         num_batches_tracked: Counts the updates; None counts nothing.
-        partition: Which elements of a batch stand behind one value: all those of a channel, or of
-            a BGN group; the whole batch in either case.
         momentum: Weight of the new value; None averages all batches counted so far equally (without
             a count nothing moves, as in torch).
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1; a tensor
@@ -34,9 +32,13 @@ class RunningStatistics(NamedTuple):
     mean: Tensor
     var: Tensor
     num_batches_tracked: Tensor | None
-    partition: Partition
     momentum: float | None
     example_weight: float | Tensor
+
+    @property
+    def partition(self) -> Partition:
+        """Which elements of a batch stand behind one value of the buffers."""
+        return Partition(num_groups=self.mean.shape[0])
 
     def update_(self, table: Moments, shape: Sequence[int]) -> None:
         """Follow the statistics of a batch of this shape, from its segments' ``(N, K)``."""
@@ -161,17 +163,6 @@ def _is_same(seen: Tensor, sums: Tensor) -> bool:
 
 Running = RunningStatistics | RunningEstimates
 """Buffers of a layer, and how they move."""
-
-
-def is_movable(running: Running) -> bool:
-    """Whether kernels can move these buffers themselves: of wide dtypes, each in one piece."""
-    mean, var = running.mean, running.var
-    return (
-        mean.dtype in _WIDE and var.dtype in _WIDE and mean.is_contiguous() and var.is_contiguous()
-    )
-
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def are_still() -> bool:

@@ -1,4 +1,4 @@
-"""Composite norms, start to end: choose the batch stage's statistics, normalise, follow."""
+"""Composite norms: choose the batch stage's statistics, normalise, let the buffers follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,16 +16,8 @@ from normkit.core.algebra import (
     SynchronizedStatistics,
     WeighedStatistics,
 )
-from normkit.core.composite import (
-    BatchThenGroup,
-    CompositeAlgebra,
-    GroupAndBatch,
-    InstanceBesideBatch,
-    Order,
-    SwitchedStatistics,
-)
+from normkit.core.composite import CompositeAlgebra
 from normkit.core.fused import normalize_fused
-from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import measure, normalize
@@ -44,14 +35,8 @@ from normkit.core.running import (
 from normkit.core.synchronized import follow_all_
 from normkit.kernels.calls import Composite, Kind
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.select import route
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
-
-ORDERS: dict[Order, Kind] = {
-    "group-first": Kind.GROUP_FIRST,
-    "batch-first": Kind.BATCH_FIRST,
-    "parallel": Kind.PARALLEL,
-}
 
 
 class BatchStage(NamedTuple):
@@ -126,118 +111,14 @@ def normalize_estimated(
         seen = measure(x, positions(x), valid).counted(positions(x))
         stage, _ = synchronized(stage, seen, ranks)
     given = (weight, bias, *stage.given)
-    way = route(x, stage_route(ranks is not None and training, valid is not None)).way
+    way = decide(x, stage_route(ranks is not None and training, valid is not None)).way
     y, table = normalize(x, positions(x), stage.rule, *given, valid=valid, way=way)
     if training:
         follow_(running, stage, table, x.shape)
     return y
 
 
-def normalize_batch_then_group(  # noqa: PLR0913, PLR0917 - everything that the method mixes
-    x: FeatureMap,
-    num_groups: int,
-    running: Running | None,
-    training: bool,
-    batch: Parameters,
-    group: Parameters,
-    ranks: dist.ProcessGroup | None = None,
-    valid: Valid | None = None,
-) -> FeatureMap:
-    """A group norm of the batch stage's output; ``running`` follows ``x``."""
-
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        return BatchThenGroup(batch=rule, group=own_groups(num_groups, group.eps))
-
-    composite = Composite(Kind.BATCH_THEN_GROUP, num_groups, batch.eps, group.eps)
-    return _normalize(
-        x, composite, algebra, running, training, (*batch[:2], *group[:2]), ranks, valid
-    )
-
-
-def normalize_group_and_batch(  # noqa: PLR0913, PLR0917 - everything that the method mixes
-    x: FeatureMap,
-    num_groups: int,
-    order: Order,
-    running: Running | None,
-    training: bool,
-    parameters: Parameters,
-    mix_logit: Tensor,
-    ranks: dist.ProcessGroup | None = None,
-    valid: Valid | None = None,
-) -> FeatureMap:
-    """Group norm and batch norm, mixed; ``running`` follows what the batch norm sees."""
-    weight, bias, eps = parameters
-
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        return GroupAndBatch(group=own_groups(num_groups, eps), batch=rule, order=order)
-
-    composite = Composite(ORDERS[order], num_groups, eps, eps)
-    return _normalize(
-        x, composite, algebra, running, training, (weight, bias, mix_logit), ranks, valid
-    )
-
-
-def normalize_switched(  # noqa: PLR0913, PLR0917 - everything that the method mixes
-    x: FeatureMap,
-    running: Running | None,
-    training: bool,
-    parameters: Parameters,
-    mean_logits: Tensor,
-    var_logits: Tensor,
-    ranks: dist.ProcessGroup | None = None,
-    valid: Valid | None = None,
-) -> FeatureMap:
-    """Statistics of instance, layer and, with three logits, batch norm, mixed."""
-    weight, bias, eps = parameters
-    uses_batch = mean_logits.numel() == 3
-
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        batch = rule if uses_batch else None
-        return SwitchedStatistics(layer=own_groups(1, eps), batch=batch, eps=eps)
-
-    kind = Kind.SWITCHED if uses_batch else Kind.SWITCHED_WITHOUT_BATCH
-    slots = (weight, bias, mean_logits, var_logits)
-    followed, ranks = (running, ranks) if uses_batch else (None, None)
-    return _normalize(
-        x, Composite(kind, 1, eps, eps), algebra, followed, training, slots, ranks, valid
-    )
-
-
-def normalize_halves(  # noqa: PLR0913, PLR0917 - everything that the method mixes
-    x: FeatureMap,
-    num_instance: int,
-    running: Running | None,
-    training: bool,
-    instance: Parameters,
-    batch: Parameters,
-    ranks: dist.ProcessGroup | None = None,
-    valid: Valid | None = None,
-) -> FeatureMap:
-    """Instance norm on the first channels, batch norm on the others, which ``running`` follows."""
-    call = composite_route(running, training, ranks is not None, valid is not None, True)
-    if (
-        not training
-        and isinstance(running, RunningStatistics)
-        and route(x, call).way in {"formula", "graph"}
-    ):
-        # Each norm by itself: written around the input's own mean, as composites are, one infinite
-        # value of the input would spread over its channel.
-        first, rest = x[:, :num_instance], x[:, num_instance:]
-        own = own_groups(num_instance, instance.eps).partition
-        left = normalize_batch(first, own, None, instance, valid=valid)
-        right = normalize_evaluation(rest, running.partition, running, batch, valid)
-        return torch.cat((left, right), dim=1)
-
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)
-
-    composite = Composite(Kind.HALVES, num_instance, batch.eps, instance.eps)
-    return _normalize(
-        x, composite, algebra, running, training, (*instance[:2], *batch[:2]), ranks, valid
-    )
-
-
-def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
+def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
     algebra: Callable[[Rule], CompositeAlgebra],
@@ -247,12 +128,24 @@ def _normalize(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     ranks: dist.ProcessGroup | None,
     valid: Valid | None,
 ) -> FeatureMap:
+    """Normalise by a composite; ``running`` follows what its batch stage sees.
+
+    Args:
+        x: Feature map, ``(N, C, *S)``.
+        composite: What is computed, in the operators' words.
+        algebra: The same on tables: from the batch stage's rule to the composite's.
+        running: The batch stage's buffers.
+        training: Whether the batch stage is trained.
+        parameters: Of the composite, in the order of its kind.
+        ranks: The processes that have parts of the batch, if others have.
+        valid: Which positions are valid, if not all are.
+    """
     running = _at_second_look(x, running, training, valid)
     if ranks is not None and training:
         return _normalize_part(x, composite, algebra, running, parameters, ranks, valid)
     is_halves = composite.kind == Kind.HALVES
     call = composite_route(running, training, False, valid is not None, is_halves)
-    way, *_, operators = route(x, call)
+    way, _, _, operators = decide(x, call)
     if way == "operator":
         follows = call.why_torch_moves is None
         return normalize_fused(
@@ -290,7 +183,7 @@ def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixe
         require_counted_variance(stage.rule.partition, shape, merged, name)
     rule, given = algebra(stage.rule), (*parameters, *stage.given)
     call = composite_route(running, True, True, valid is not None, composite.kind == Kind.HALVES)
-    way, known = route(x, call).way, (None, table)
+    way, known = decide(x, call).way, (None, table)
     y, _ = normalize(x, positions(x), rule, *given, known=known, valid=valid, way=way)
     if isinstance(running, RunningEstimates):
         follow_(running, stage, seen, x.shape)

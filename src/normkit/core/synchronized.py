@@ -17,7 +17,7 @@ from normkit.core.partition import Partition, has_single_values, require_counted
 from normkit.core.ranks import gather, gather_examples, merge
 from normkit.core.routes import batch_route
 from normkit.core.running import RunningStatistics, are_still
-from normkit.kernels.select import route
+from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
@@ -59,7 +59,7 @@ def normalize_part(
     if has_single_values(x):
         require_counted_variance(partition, x.shape, found.groups, "a norm over several processes")
     given, known = (*parameters[:2], *found.given), (None, table)
-    way = route(x, batch_route(running, True, valid is not None)).way
+    way = decide(x, batch_route(running, True, valid is not None)).way
     y, _ = normalize(x, size, found.algebra, *given, known=known, valid=valid, way=way)
     if running is not None and found.batch is not None and not are_still():
         follow_all_(running, found.batch)

@@ -94,7 +94,7 @@ class Follower:
         partition = _partition_of(self.layer)
         buffers = [self.layer.get_buffer(name) for name in STATISTICS]
         mean, var, count = (buffer.clone() for buffer in buffers)
-        running = RunningStatistics(mean, var, count, partition, self.layer.momentum, 0.0)
+        running = RunningStatistics(mean, var, count, self.layer.momentum, 0.0)
         for several in self._calls:
             population = Population()
             for sums in _sums(several, self.layer, partition):

@@ -13,23 +13,20 @@ from normkit.core.check import (
     require_update_rate,
 )
 from normkit.core.composite import Order
-from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.parameters import Parameters
 from normkit.core.running import RunningEstimates
-from normkit.core.stages import (
+from normkit.errors import InputError
+from normkit.functional.arguments import (
+    read_parameters,
+    read_statistics,
+    require_values,
+)
+from normkit.functional.checked import (
     normalize_batch_then_group,
     normalize_group_and_batch,
     normalize_halves,
     normalize_switched,
-)
-from normkit.core.whitening import whiten_groups
-from normkit.errors import InputError
-from normkit.functional.arguments import (
-    channels_of,
-    pair_buffers,
-    require_arguments,
-    require_statistics,
-    require_values,
+    whiten,
 )
 from normkit.typing import FeatureMap, PerChannel
 
@@ -84,22 +81,16 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
         torch.Size([4, 6, 5, 7])
     """
     name = "group_norm_plus"
+    parameters = read_parameters(x, weight, bias, eps, name)
     require_choice("order", order, get_args(Order))
-    batch = Partition(num_groups=channels_of(x, name))
     num_groups = require_channel_groups(num_groups, x.shape[1])
-    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
-    parameters = Parameters(weight, bias, eps)
-    require_arguments(x, parameters, name)
+    given, needed_by = (running_mean, running_var), None if training else name
+    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     mix_logit = mix_logit.squeeze() if mix_logit.numel() == 1 else mix_logit
     require_values(mix_logit, (), "mix_logit", name)
-    if x.numel() == 0:
-        return empty_result(x, weight, bias, mix_logit)
-    if training:
-        group = Partition(num_groups=num_groups, examples_per_group=1)
-        _require_variances(x, name, group, batch)
-    else:
-        require_statistics(running, name)
-    return normalize_group_and_batch(x, num_groups, order, running, training, parameters, mix_logit)
+    return normalize_group_and_batch(
+        x, num_groups, order, running, training, parameters, mix_logit, name
+    )
 
 
 def batch_channel_norm(  # noqa: PLR0913, PLR0917
@@ -159,28 +150,19 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
         torch.Size([1, 6, 5, 7])
     """
     name = "batch_channel_norm"
-    batch = Partition(num_groups=channels_of(x, name))
-    group = Partition(
-        num_groups=require_channel_groups(num_groups, x.shape[1]), examples_per_group=1
-    )
-    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
+    first = read_parameters(x, batch_weight, batch_bias, eps, name)
+    num_groups = require_channel_groups(num_groups, x.shape[1])
+    given = (running_mean, running_var)
+    running = read_statistics(given, x.shape[1], momentum, example_weight, name)
     if update_rate is not None:
-        rate, given = require_update_rate(update_rate), require_statistics(running, name)
-        count = given.num_batches_tracked
-        running = RunningEstimates(running_mean, running_var, count, rate, example_weight)
-    require_arguments(x, Parameters(batch_weight, batch_bias, eps), name)
+        rate = require_update_rate(update_rate)
+        running = RunningEstimates(running_mean, running_var, None, rate, example_weight)
     for what, values in (("channel_weight", channel_weight), ("channel_bias", channel_bias)):
         size = num_groups if values is None or values.numel() == num_groups else x.shape[1]
         require_values(values, (size,), what, name)
-    if x.numel() == 0:
-        return empty_result(x, batch_weight, batch_bias, channel_weight, channel_bias)
-    if training:
-        _require_variances(x, name, group, *([batch] if update_rate is None else []))
-    batch_affine = Parameters(batch_weight, batch_bias, eps)
-    channel_affine = Parameters(channel_weight, channel_bias, eps)
-    return normalize_batch_then_group(
-        x, num_groups, running, training, batch_affine, channel_affine
-    )
+    second = Parameters(channel_weight, channel_bias, eps)
+    modes = (training, training)
+    return normalize_batch_then_group(x, num_groups, running, modes, first, second, name)
 
 
 def switchable_norm(  # noqa: PLR0913, PLR0917
@@ -233,21 +215,13 @@ def switchable_norm(  # noqa: PLR0913, PLR0917
         torch.Size([4, 6, 5, 7])
     """
     name = "switchable_norm"
-    batch = Partition(num_groups=channels_of(x, name))
-    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
-    require_arguments(x, Parameters(weight, bias, eps), name)
+    parameters = read_parameters(x, weight, bias, eps, name)
     use_batch = mean_logits.numel() != 2
+    given, needed_by = (running_mean, running_var), name if use_batch and not training else None
+    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     require_values(mean_logits, (3 if use_batch else 2,), "mean_logits", name)
     require_values(var_logits, tuple(mean_logits.shape), "var_logits", name)
-    if x.numel() == 0:
-        return empty_result(x, weight, bias, mean_logits, var_logits)
-    if training:
-        own = Partition(num_groups=1, examples_per_group=1)
-        _require_variances(x, name, batch if use_batch else own)
-    elif use_batch:
-        require_statistics(running, name)
-    parameters = Parameters(weight, bias, eps)
-    return normalize_switched(x, running, training, parameters, mean_logits, var_logits)
+    return normalize_switched(x, running, training, parameters, mean_logits, var_logits, name)
 
 
 def instance_batch_norm(  # noqa: PLR0913
@@ -296,24 +270,20 @@ def instance_batch_norm(  # noqa: PLR0913
         torch.Size([4, 6, 5, 7])
     """
     name = "instance_batch_norm"
-    half = channels_of(x, name) - running_mean.numel()
+    read_parameters(x, weight, bias, eps, name)
+    half = x.shape[1] - running_mean.numel()
     if not 0 < half < x.shape[1]:
         raise InputError(
             f"{name} was given running statistics of {running_mean.numel()} channels for "
             f"{x.shape[1]}; the instance norm takes the others, so pass fewer, but one at least"
         )
-    batch = Partition(num_groups=running_mean.numel())
-    running = pair_buffers(running_mean, running_var, batch, momentum, example_weight)
-    require_arguments(x, Parameters(weight, bias, eps), name)
-    if x.numel() == 0:
-        return empty_result(x, weight, bias)
-    if training:
-        _require_variances(x[:, :half], name, Partition(num_groups=half, examples_per_group=1))
+    given, size = (running_mean, running_var), running_mean.numel()
+    running = read_statistics(given, size, momentum, example_weight, name)
     first, rest = (
         Parameters(_part(weight, part), _part(bias, part), eps)
         for part in (slice(half), slice(half, None))
     )
-    return normalize_halves(x, half, running, training, first, rest)
+    return normalize_halves(x, half, running, (training, training), first, rest, name)
 
 
 def group_whitening(
@@ -343,7 +313,7 @@ def group_whitening(
 
     Raises:
         InputError: If shapes do not match.
-        PartitionError: If ``num_groups`` does not divide ``C``.
+        PartitionError: If ``num_groups`` does not divide ``C``, or a row has a single value.
 
     Source:
         Huang, Zhou, Liu & Shao 2021, arXiv:2009.13333.
@@ -353,19 +323,11 @@ def group_whitening(
         >>> group_whitening(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """
-    channels = channels_of(x, "group_whitening")
-    num_groups = require_channel_groups(num_groups, channels)
-    parameters = Parameters(weight, bias, eps)
-    require_arguments(x, parameters, "group_whitening")
-    if x.numel() == 0:
-        return empty_result(x, weight, bias)
-    return whiten_groups(x, num_groups, require_count("iterations", iterations), parameters)
+    name = "group_whitening"
+    parameters = read_parameters(x, weight, bias, eps, name)
+    num_groups = require_channel_groups(num_groups, x.shape[1])
+    return whiten(x, num_groups, require_count("iterations", iterations), parameters, True, name)
 
 
 def _part(values: PerChannel | None, channels: slice) -> PerChannel | None:
     return None if values is None else values[channels]
-
-
-def _require_variances(x: FeatureMap, name: str, *partitions: Partition) -> None:
-    for partition in partitions:
-        require_variance(partition, x.shape, name)

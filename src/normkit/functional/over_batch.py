@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from normkit.core.check import require_count
-from normkit.core.parameters import Parameters
+from normkit.core.check import require_channel_groups, require_count
 from normkit.core.partition import Partition
-from normkit.functional.arguments import channel_groups, channels_of, pair_buffers
-from normkit.functional.single import normalize_single
+from normkit.functional.arguments import read_parameters, read_statistics
+from normkit.functional.checked import normalize_single
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -54,10 +53,12 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=channels_of(x, "batch_norm"))
-    running = pair_buffers(running_mean, running_var, groups, momentum, example_weight)
-    parameters = Parameters(weight, bias, eps)
-    return normalize_single(x, groups, running, parameters, training, "batch_norm")
+    name = "batch_norm"
+    parameters = read_parameters(x, weight, bias, eps, name)
+    given, needed_by = (running_mean, running_var), None if training else name
+    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    groups = Partition(num_groups=x.shape[1])
+    return normalize_single(x, groups, running, parameters, training, name)
 
 
 def batch_group_norm(  # noqa: PLR0913
@@ -104,10 +105,13 @@ def batch_group_norm(  # noqa: PLR0913
         >>> batch_group_norm(torch.randn(4, 6, 5, 7), 14, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=require_count("num_groups", num_groups))
-    running = pair_buffers(running_mean, running_var, groups, momentum, example_weight)
-    parameters = Parameters(weight, bias, eps)
-    return normalize_single(x, groups, running, parameters, training, "batch_group_norm")
+    name = "batch_group_norm"
+    parameters = read_parameters(x, weight, bias, eps, name)
+    num_groups = require_count("num_groups", num_groups)
+    given, needed_by = (running_mean, running_var), None if training else name
+    running = read_statistics(given, num_groups, momentum, example_weight, needed_by)
+    groups = Partition(num_groups=num_groups)
+    return normalize_single(x, groups, running, parameters, training, name)
 
 
 def ghost_batch_norm(  # noqa: PLR0913
@@ -154,12 +158,13 @@ def ghost_batch_norm(  # noqa: PLR0913
         >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    channels = Partition(num_groups=channels_of(x, "ghost_batch_norm"))
+    name = "ghost_batch_norm"
+    parameters = read_parameters(x, weight, bias, eps, name)
     size = require_count("ghost_batch_size", ghost_batch_size)
-    groups = Partition(num_groups=channels.num_groups, examples_per_group=size)
-    running = pair_buffers(running_mean, running_var, channels, momentum, example_weight)
-    parameters = Parameters(weight, bias, eps)
-    return normalize_single(x, groups, running, parameters, training, "ghost_batch_norm")
+    given, needed_by = (running_mean, running_var), None if training else name
+    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    groups = Partition(num_groups=x.shape[1], examples_per_group=size)
+    return normalize_single(x, groups, running, parameters, training, name)
 
 
 def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
@@ -210,11 +215,12 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
         >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    channels = Partition(num_groups=channels_of(x, "general_batch_group_norm"))
-    size = examples_per_group
+    name, size = "general_batch_group_norm", examples_per_group
+    parameters = read_parameters(x, weight, bias, eps, name)
+    num_groups = require_channel_groups(num_groups, x.shape[1])
     if size is not None:
         size = require_count("examples_per_group", size)
-    groups = Partition(num_groups=channel_groups(num_groups, x), examples_per_group=size)
-    running = pair_buffers(running_mean, running_var, channels, momentum, example_weight)
-    parameters = Parameters(weight, bias, eps)
-    return normalize_single(x, groups, running, parameters, training, "general_batch_group_norm")
+    given, needed_by = (running_mean, running_var), None if training else name
+    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    groups = Partition(num_groups=num_groups, examples_per_group=size)
+    return normalize_single(x, groups, running, parameters, training, name)

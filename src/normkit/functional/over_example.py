@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from normkit.core.parameters import Parameters
+from normkit.core.check import require_channel_groups
 from normkit.core.partition import Partition
-from normkit.core.positional import normalize_positions, require_channels
-from normkit.functional.arguments import channel_groups, channels_of, require_arguments
-from normkit.functional.single import normalize_single
+from normkit.functional.arguments import read_parameters
+from normkit.functional.checked import normalize_positional, normalize_single
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -42,8 +41,9 @@ def instance_norm(
         >>> instance_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
-    groups = Partition(num_groups=channels_of(x, "instance_norm"), examples_per_group=1)
-    return normalize_single(x, groups, None, Parameters(weight, bias, eps), True, "instance_norm")
+    parameters = read_parameters(x, weight, bias, eps, "instance_norm")
+    groups = Partition(num_groups=x.shape[1], examples_per_group=1)
+    return normalize_single(x, groups, None, parameters, True, "instance_norm")
 
 
 def layer_norm(
@@ -78,8 +78,9 @@ def layer_norm(
         >>> layer_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
+    parameters = read_parameters(x, weight, bias, eps, "layer_norm")
     groups = Partition(num_groups=1, examples_per_group=1)
-    return normalize_single(x, groups, None, Parameters(weight, bias, eps), True, "layer_norm")
+    return normalize_single(x, groups, None, parameters, True, "layer_norm")
 
 
 def group_norm(
@@ -116,9 +117,10 @@ def group_norm(
         >>> group_norm(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """
-    channels_of(x, "group_norm")
-    groups = Partition(num_groups=channel_groups(num_groups, x), examples_per_group=1)
-    return normalize_single(x, groups, None, Parameters(weight, bias, eps), True, "group_norm")
+    parameters = read_parameters(x, weight, bias, eps, "group_norm")
+    num_groups = require_channel_groups(num_groups, x.shape[1])
+    groups = Partition(num_groups=num_groups, examples_per_group=1)
+    return normalize_single(x, groups, None, parameters, True, "group_norm")
 
 
 def positional_norm(
@@ -153,7 +155,5 @@ def positional_norm(
         >>> positional_norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
-    parameters = Parameters(weight, bias, eps)
-    require_arguments(x, parameters, "positional_norm")
-    require_channels(x.shape, "positional_norm")
-    return normalize_positions(x, parameters)
+    parameters = read_parameters(x, weight, bias, eps, "positional_norm")
+    return normalize_positional(x, parameters, True, "positional_norm")

@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.kernels.cpu import primitives
-from normkit.kernels.select import chosen
+from normkit.kernels.select import decide
 from normkit.layers.base import TrackingLayer, is_estimated
 from normkit.typing import FeatureMap
 
@@ -84,7 +84,7 @@ class Population:
             mean, squares = _two_passes(wide.reshape(wide.shape[0], num_groups, -1), (2,))
             var = squares / max(count // wide.shape[0] - 1, 1)
             self.merge(Sums(wide.shape[0], 1, mean.mean(dim=0), var.sum(dim=0)))
-        elif wide.numel() < SMALL or chosen(wide) != "cpu":
+        elif wide.numel() < SMALL or decide(wide).kernels != "cpu":
             cells = wide.reshape(wide.shape[0], num_groups, -1)
             self.merge(Sums(count, 1, *_two_passes(cells, (0, 2))))
         else:

@@ -30,18 +30,13 @@ from normkit.typing import FeatureMap, PerChannel
 
 Kernels = Any
 """A set of kernels; None for the registered operators."""
+REGISTERED = torch.ops.normkit
 PLAIN = (Tensor, nn.Parameter)
 
 
 def _direct(kernels: Kernels, x: Tensor) -> Kernels:
     """The set itself where ``x`` has memory of its own and nothing traces."""
     return None if torch.compiler.is_compiling() or type(x) not in PLAIN else kernels
-
-
-def _operator(kernels: Kernels, name: str) -> Callable[..., Any]:
-    if kernels is None:
-        return getattr(torch.ops.normkit, name).default
-    return getattr(kernels, name)
 
 
 def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -58,7 +53,10 @@ def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
         return False
     if x.requires_grad:
         return True
-    return any(t is not None and t.requires_grad for t in parameters)
+    for parameter in parameters:  # noqa: SIM110 - any() takes a call for each
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return False
 
 
 def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments
@@ -87,11 +85,13 @@ def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of statistics, without a gradient.
     """
-    kernels = _direct(kernels, x)
-    if needs_gradient(x, weight, bias):
-        record = _Pooled.apply if torch.compiler.is_compiling() else _RECORD_POOLED
+    # ``_direct`` and the usual answer of ``needs_gradient`` are written out: fewer calls
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+        kernels = None
+    if (x.requires_grad and torch.is_grad_enabled()) or needs_gradient(x, weight, bias):
+        record = _Pooled.apply if kernels is None else _RECORD_POOLED
         return record(x, weight, bias, pooling, running, differentiable, kernels)
-    return _operator(kernels, "pooled_forward")(x, weight, bias, *pooling, *(running or ()))
+    return (kernels or REGISTERED).pooled_forward(x, weight, bias, *pooling, *(running or ()))
 
 
 class _Pooled(torch.autograd.Function):
@@ -102,7 +102,7 @@ class _Pooled(torch.autograd.Function):
         *arguments: Any,  # noqa: ANN401 - of normalize_pooled, in its order
     ) -> tuple[Tensor, Tensor]:
         weight, bias, pooling, running, differentiable, kernels = arguments
-        operator = _operator(kernels, "pooled_forward")
+        operator = (kernels or REGISTERED).pooled_forward
         y, table = operator(x, weight, bias, *pooling, *(running or ()))
         _keep(ctx, (x, weight, bias), table, differentiable)
         ctx.options, ctx.kernels = pooling[:3], kernels
@@ -128,9 +128,9 @@ def normalize_given(  # noqa: PLR0913, PLR0917
     """
     kernels = _direct(kernels, x)
     if needs_gradient(x, weight, bias):
-        record = _Given.apply if torch.compiler.is_compiling() else _RECORD_GIVEN
+        record = _Given.apply if kernels is None else _RECORD_GIVEN
         return record(x, weight, bias, statistics, options, differentiable, kernels)
-    return _operator(kernels, "evaluate_forward")(x, *statistics, weight, bias, *options)
+    return (kernels or REGISTERED).evaluate_forward(x, *statistics, weight, bias, *options)
 
 
 class _Given(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _Given(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *statistics)
         ctx.options, ctx.kernels, ctx.differentiable = options, kernels, differentiable
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _operator(kernels, "evaluate_forward")(x, *statistics, weight, bias, *options)
+        return (kernels or REGISTERED).evaluate_forward(x, *statistics, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
@@ -158,16 +158,16 @@ def normalize_positions(
     """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
     kernels = _direct(kernels, x)
     if needs_gradient(x, weight, bias):
-        record = _Positional.apply if torch.compiler.is_compiling() else _RECORD_POSITIONAL
+        record = _Positional.apply if kernels is None else _RECORD_POSITIONAL
         return record(x, weight, bias, eps, differentiable, kernels)
-    return _operator(kernels, "positional_forward")(x, weight, bias, eps)
+    return (kernels or REGISTERED).positional_forward(x, weight, bias, eps)
 
 
 class _Positional(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         weight, bias, eps, differentiable, kernels = arguments
-        y, table = _operator(kernels, "positional_forward")(x, weight, bias, eps)
+        y, table = (kernels or REGISTERED).positional_forward(x, weight, bias, eps)
         _keep(ctx, (x, weight, bias), table, differentiable)
         ctx.options, ctx.kernels = (eps,), kernels
         return y, table
@@ -200,9 +200,9 @@ def normalize_composite(
     """
     kernels = _direct(kernels, x)
     if needs_gradient(x, *parameters):
-        record = _Composite.apply if torch.compiler.is_compiling() else _RECORD_COMPOSITE
+        record = _Composite.apply if kernels is None else _RECORD_COMPOSITE
         return record(x, *parameters, options, buffers, differentiable, kernels)
-    return _operator(kernels, "composite_forward")(x, *flat(parameters, options), *buffers)
+    return (kernels or REGISTERED).composite_forward(x, *flat(parameters, options), *buffers)
 
 
 class _Composite(torch.autograd.Function):
@@ -211,7 +211,7 @@ class _Composite(torch.autograd.Function):
         *parameters, options, buffers, differentiable, kernels = arguments
         first, second, third, fourth = parameters
         composite = flat((first, second, third, fourth), options)
-        y, table = _operator(kernels, "composite_forward")(x, *composite, *buffers)
+        y, table = (kernels or REGISTERED).composite_forward(x, *composite, *buffers)
         ctx.save_for_backward(x, *parameters, table)
         ctx.options, ctx.differentiable, ctx.kernels = options, differentiable, kernels
         ctx.mark_non_differentiable(table)
@@ -233,7 +233,7 @@ def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa
         return ctx.differentiable(grad, x, table, parameters, wanted)
     _, *wants = wanted
     bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
-    operator = _operator(_direct(ctx.kernels, grad), "composite_backward")
+    operator = (_direct(ctx.kernels, grad) or REGISTERED).composite_backward
     dx, *found = operator(grad, x, table, *flat(parameters, ctx.options), bits)
     gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
     return [dx if wanted[0] else None, *gradients]
@@ -279,7 +279,7 @@ def _three_gradients(ctx: Any, grad: Tensor | None, name: str) -> Gradients:  # 
                 "choose the reference kernels for second derivatives"
             )
         return ctx.differentiable(grad, x, weight, (wants_x, wants_weight, wants_bias))
-    operator = _operator(_direct(ctx.kernels, grad), name)
+    operator = getattr(_direct(ctx.kernels, grad) or REGISTERED, name)
     dx, dweight, dbias = operator(grad, x, *tables, weight, *ctx.options, wants_weight, wants_bias)
     return (
         dx if wants_x else None,

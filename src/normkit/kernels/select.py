@@ -84,13 +84,6 @@ _WHY_NOT_CPU = cpu.why_not()  # loads the library: a program that uses its opera
 _asked = _Asked(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
-class Choice(NamedTuple):
-    """The kernels that compute on a map, and why these."""
-
-    kernels: Kernels
-    reason: str
-
-
 class Call(NamedTuple):
     """What of a call, beside its input, decides who computes it; reasons are words, or None.
 
@@ -158,8 +151,13 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
         raise
 
 
-def decide(x: Tensor, call: Call = ORDINARY) -> Decision:
+def decide(x: Tensor, call: Call = ORDINARY, *, is_computed: bool = True) -> Decision:
     """Who computes a call on ``x`` here and now: the one place where that is decided.
+
+    Args:
+        x: The input.
+        call: What is special about the call.
+        is_computed: Whether the call comes next. It warns then, once, where that is slow.
 
     Raises:
         KernelError: If the environment asks for kernels that there are not.
@@ -168,18 +166,40 @@ def decide(x: Tensor, call: Call = ORDINARY) -> Decision:
         return Decision("formula", "reference", call.why_formula)
     if x.numel() == 0:
         return _EMPTY
-    kernels, reason = choose(x)
-    if kernels == "reference":
-        return Decision("formula", kernels, reason)
+    best = _BEST.get(x.device.type) if _asked.kernels is None else None
+    kernels, why_formula = _candidate(x) if best is None else (best, None)
+    if why_formula is None:
+        obstacle = transform()
+        if obstacle is not None:
+            why_formula = f"{obstacle}, which the {NAMES[kernels]} kernels do not compute"
+        else:
+            why_formula = _WHY_NOT_CPU if kernels == "cpu" else _why_not_triton(x.device)
+    if why_formula is not None:
+        if why_formula is _WHY_NOT_CPU and is_computed and not torch.compiler.is_compiling():
+            cpu.warn_that_it_is_slow()
+        return Decision("formula", "reference", why_formula)
     if torch.compiler.is_compiling() and (kernels == "triton" or call.why_tables is not None):
         return _GRAPH if kernels == "triton" else _TRACED
     usual = _BY_CPU if kernels == "cpu" else _by_triton()
     return usual if call is ORDINARY else _special(x, call, usual)
 
 
+def _candidate(x: Tensor) -> tuple[Kernels, str | None]:
+    """What would compute on ``x`` if nothing around the call forbade it; why not, if reference."""
+    wanted = None if _asked.kernels is None else _asked.here()
+    asked = None if wanted is None else require_kernels(wanted)
+    if asked == "reference":
+        return "reference", "the reference kernels were asked for"
+    best = _BEST.get(x.device.type)
+    if best is not None and asked in (None, best, "triton"):
+        return asked or best, None
+    name = NAMES[asked or "cpu"]
+    return "reference", f"the input is on {x.device}, which the {name} kernels do not compute"
+
+
 @cache
 def _by_triton() -> Decision:
-    return Decision("operator", *_COMPUTE_THIS["triton"], _triton().operators)
+    return Decision("operator", "triton", _COMPUTE.format(NAMES["triton"]), _triton().operators)
 
 
 def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
@@ -204,47 +224,9 @@ def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
     return usual._replace(reason=f"{usual.reason}; {said}")
 
 
-def route(x: Tensor, call: Call = ORDINARY) -> Decision:
-    """``decide`` for a call that is about to be computed: it warns, once, where that is slow."""
-    decision = decide(x, call)
-    if decision.reason is _WHY_NOT_CPU:
-        _tell_of_slow_calls()
-    return decision
-
-
-def choose(x: Tensor) -> Choice:
-    """The kernels for maps like ``x``, whatever is special about the call.
-
-    Raises:
-        KernelError: If the environment asks for kernels that there are not.
-    """
-    candidate = _candidate(x)
-    if candidate.kernels == "reference":
-        return candidate
-    obstacle = _obstacle()
-    if obstacle is not None:
-        name = NAMES[candidate.kernels]
-        return Choice("reference", f"{obstacle}, which the {name} kernels do not compute")
-    missing = _WHY_NOT_CPU if candidate.kernels == "cpu" else _why_not_triton(x.device)
-    return candidate if missing is None else Choice("reference", missing)
-
-
-def chosen(x: Tensor) -> Kernels:
-    """``choose`` without the words, warning once where that is slow."""
-    kernels, reason = choose(x)
-    if reason is _WHY_NOT_CPU:
-        _tell_of_slow_calls()
-    return kernels
-
-
-def _tell_of_slow_calls() -> None:
-    if not torch.compiler.is_compiling():
-        cpu.warn_that_it_is_slow()
-
-
 def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
-    kernels = chosen(x) if x.numel() else "reference"
+    kernels = decide(x).kernels
     if kernels == "triton":
         from normkit.kernels.triton import primitives as triton_primitives  # noqa: PLC0415 - slow
 
@@ -266,37 +248,6 @@ def require_kernels(name: str) -> Kernels:
                 raise KernelError(f"the {name} kernels were asked for; {missing}")
             return kernels
     raise KernelError(f"there are no kernels {name!r}; these are known: {', '.join(known)}")
-
-
-def _candidate(x: Tensor) -> Choice:
-    """What would compute on ``x`` if nothing around the call forbade it."""
-    wanted = None if _asked.kernels is None else _asked.here()
-    asked = None if wanted is None else require_kernels(wanted)
-    if asked == "reference":
-        return Choice("reference", "the reference kernels were asked for")
-    device = _device_type(x)
-    if device not in ("cpu", "cuda"):
-        name = NAMES[asked or "cpu"]
-        return Choice(
-            "reference", f"the input is on {x.device}, which the {name} kernels do not compute"
-        )
-    best: Kernels = "triton" if device == "cuda" else "cpu"
-    if asked in (None, best) or asked == "triton":
-        return _COMPUTE_THIS[asked or best]
-    return Choice("reference", f"the input is on {x.device}, which the C++ kernels do not compute")
-
-
-def _device_type(x: Tensor) -> str:
-    """``"cpu"``, ``"cuda"`` or another; what pretends that there is a GPU replaces this."""
-    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
-
-
-def _obstacle() -> str | None:
-    """Why neither the C++ nor the Triton kernels can compute a call here, or None."""
-    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
-    if torch.compiler._is_exporting_flag:
-        return "the call is being exported"
-    return transform()
 
 
 def details(kernels: Kernels) -> str:
@@ -359,10 +310,10 @@ def _triton() -> ModuleType:
     return triton
 
 
-_COMPUTE_THIS: dict[Kernels, Choice] = {
-    kernels: Choice(kernels, f"the {name} kernels compute this") for kernels, name in NAMES.items()
-}
-_BY_CPU = Decision("operator", *_COMPUTE_THIS["cpu"], cpu.operators)
+_BEST: dict[str, Kernels] = {"cpu": "cpu", "cuda": "triton"}
+"""The kernels for each type of device; what pretends that there is a GPU changes this."""
+_COMPUTE = "the {} kernels compute this"
+_BY_CPU = Decision("operator", "cpu", _COMPUTE.format(NAMES["cpu"]), cpu.operators)
 _EMPTY = Decision("formula", "reference", "the input is empty")
 _TRACED = Decision(
     "formula", "reference", "the call is compiled, and no C++ operator does all of it"
@@ -382,7 +333,10 @@ for _asked_once in (_why_not_triton, _why_not_loaded):
 
 def transform() -> str | None:
     """What looks through the call and wants plain torch operators to look at, or None."""
-    if functorch_is_active():
+    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
+    if torch.compiler._is_exporting_flag:
+        return "the call is being exported"
+    if torch._C._are_functorch_transforms_active():
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"

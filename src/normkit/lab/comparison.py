@@ -9,6 +9,8 @@ from normkit.lab.frozen import Frozen
 from normkit.lab.records import TrainingRecord, latest
 from normkit.lab.spec import SweepSpec
 
+ACCURACY = "accuracy"
+
 N = TypeVar("N", int, float)
 
 
@@ -48,12 +50,28 @@ class Cell(Frozen):
 
 
 class Comparison(Frozen):
-    """All cells of a sweep."""
+    """All cells of a sweep.
+
+    Args:
+        norms: The norms, the one that the others are compared to first.
+        batch_sizes: The batch sizes.
+        seeds: The seeds.
+        cells: One for each norm and batch size.
+        metric: What the scores are: test accuracies, or what a user's own training calls them.
+        higher_is_better: Whether a higher score is ahead.
+    """
 
     norms: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
+    metric: str = ACCURACY
+    higher_is_better: bool = True
+
+    @property
+    def is_share(self) -> bool:
+        """Whether scores are shares from 0 to 1, which are written in percent."""
+        return self.metric == ACCURACY
 
     def cell(self, norm: str, batch_size: int) -> Cell:
         """The cell of a norm and a batch size."""
@@ -65,13 +83,15 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
 
     Args:
         sweep: Says which cells there are.
-        records: Records of this and any other sweep.
+        records: Records of this and any other sweep, of one learning rate in each cell.
     """
-    ours = best_rates(sweep, latest(sweep.runs(), records))
+    ours = latest(sweep.runs(), records)
     return Comparison(
         norms=sweep.norms,
         batch_sizes=sweep.batch_sizes,
         seeds=sweep.seeds,
+        metric=next((next(iter(r.outcome.scores), ACCURACY) for r in ours), ACCURACY),
+        higher_is_better=sweep.protocol.better == "higher",
         cells=tuple(
             _cell(norm, batch_size, ours, sweep.norms[0])
             for norm in sweep.norms

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from normkit.kernels.cpu import instruction_set
-from normkit.kernels.select import choose
+from normkit.kernels.select import decide
 from normkit.lab.frozen import Frozen
 from normkit.version import __version__
 
@@ -58,7 +58,7 @@ def memory_bytes() -> int:
 
 
 def _kernels_name(device: torch.device) -> str:
-    kernels = choose(torch.empty(0, device=device)).kernels
+    kernels = decide(torch.empty(1, device=device), is_computed=False).kernels
     return f"cpu ({instruction_set()})" if kernels == "cpu" else kernels
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from normkit.errors import PackageError, SpecError
 from normkit.lab.arms import Arm
-from normkit.lab.comparison import Comparison, compared
+from normkit.lab.comparison import Comparison, best_rates, compared
 from normkit.lab.config import CONFIG_NAME, write_config
+from normkit.lab.data.opening import forget_data
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched, num_launched
@@ -29,11 +30,13 @@ from normkit.lab.records import (
     read_records,
     sources_of,
 )
-from normkit.lab.report import REPORT_NAME, write_report
+from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Watcher, check, default_workers, run_all
+from normkit.lab.text import table_lines
 from normkit.lab.train import Upkeep, run
 from normkit.lab.user_code import name_of
+from normkit.lab.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +98,7 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
     Raises:
         NormError: If something is wrong; nothing is written.
     """
+    forget_data()  # files may have changed since it was last read
     dataset = check(sweep)
     sources = sources_of(sweep.protocol, None if dataset is None else dataset.fingerprint)
     contents = read_records(out, TrainingRecord)
@@ -150,7 +154,7 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
         from normkit.lab.cluster import joined_cluster  # noqa: PLC0415 - its package is an extra
 
         held.enter_context(joined_cluster())
-    usable_folder(way.out, RECORDS_NAME, REPORT_NAME)
+    usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
     held.enter_context(only_user(way.out))
     for note in found.notes:
         tell(note)
@@ -192,7 +196,7 @@ class Result:
 
     Args:
         comparison: A cell for each norm and batch size.
-        records: One for each run that there is.
+        records: One for each run that there is, by the best learning rates.
         folder: Where the records and the report are.
     """
 
@@ -204,10 +208,19 @@ class Result:
     def of(cls, sweep: SweepSpec, sources: Sources, way: Way) -> Result:
         """Read the records of a sweep and write its report."""
         known = read_records(way.out, TrainingRecord).records
-        records = latest(sweep.runs(), (record for record in known if sources.made(record)))
+        every = latest(sweep.runs(), (record for record in known if sources.made(record)))
+        records = best_rates(sweep, every)
         comparison = compared(sweep, records)
         write_report(way.out, comparison, records, way.command)
         return cls(comparison, records, way.out)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Which norms are ahead of the first one and where, with 95 % intervals."""
+        return verdict_of(self.comparison)
+
+    def __str__(self) -> str:
+        return "\n".join([*self.verdict.lines, "", *table_lines(self.comparison)])
 
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each norm and batch size: means and spreads over seeds, time and memory."""

@@ -155,6 +155,43 @@ class Recipe(Frozen):
                 return 1.0
 
     @property
+    def sentence(self) -> str:
+        """The recipe in words, what is left at nothing left out.
+
+        Example:
+            >>> Recipe(schedule="cosine", clip=1.0).sentence.partition(", momentum")[0]
+            'sgd, learning rate 0.1 x examples of a step / 128, cosine'
+        """
+        scaled = f" x examples of a step / {self.lr_batch_size}" if self.lr_batch_size else ""
+        said = [self.optimizer, f"learning rate {self.base_lr:g}{scaled}", self._schedule_said()]
+        if self.optimizer in ("sgd", "nesterov"):
+            said.append(f"momentum {self.momentum:g}")
+        said.append(f"weight decay {self.weight_decay:g} on every parameter")
+        if self.norm_weight_decay is not None:
+            said[-1] = f"weight decay {self.weight_decay:g}, of norms {self.norm_weight_decay:g}"
+        rest = ("warmup", "clip", "label_smoothing", "mixup", "drop_path")
+        said += [f"{n.replace('_', ' ')} {getattr(self, n):g}" for n in rest if getattr(self, n)]
+        said += [f"gradients of {self.accumulate} batches added"] if self.accumulate > 1 else []
+        said += [f"augmented by {' and '.join(self.augment)}"] if self.augment else []
+        said += [self.precision] if self.precision != "32-true" else []
+        said += [n.replace("_", " ") for n in ("compile", "channels_last") if getattr(self, n)]
+        return ", ".join(said)
+
+    def _schedule_said(self) -> str:
+        match self.schedule:
+            case "list":
+                shares = " and ".join(f"{100 * drop:.0f} %" for drop in self.lr_drops)
+                return f"times {self.lr_factor:g} after {shares} of the training"
+            case "step":
+                return f"times {self.lr_factor:g} every {self.lr_every:g} epochs"
+            case "polynomial":
+                return f"polynomial of power {self.lr_power:g}"
+            case "exponential":
+                return f"exponential to {self.lr_factor:g} of it"
+            case _:
+                return self.schedule
+
+    @property
     def length(self) -> int:
         """Epochs, or steps where the recipe counts those."""
         return self.epochs or self.steps or 1

@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class Checkpoint:
     def remove(self) -> None:
         """The run has ended."""
         self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # others are in the folder, or it never was
+            self.path.parent.rmdir()
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

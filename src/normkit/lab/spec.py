@@ -37,11 +37,22 @@ class Protocol(Recipe):
     train: str | None = Field(
         default=None, description="FILE.py:FUNCTION that trains in place of all this, or none"
     )
+    better: Literal["higher", "lower"] = Field(
+        default="higher", description="higher or lower: which scores of --train are better"
+    )
     device: str = Field(default="cpu", description="a torch device such as cpu or cuda")
     threads: Threads = Field(default=1, description="CPU threads of one run, 1 or more")
     strategy: Strategy = Field(default="auto", description="auto, ddp or fsdp")
     processes: Count = Field(default=1, description="processes that train together, 1 or more")
     synchronize_statistics: bool = Field(default=False, description="yes or no")
+
+    @property
+    def title(self) -> str:
+        """What is trained on what, in few words."""
+        if self.train is not None:
+            return f"{self.train.rpartition('/')[2]}"
+        model, data = (text.rpartition("/")[2] for text in (self.model, self.data))
+        return f"{model} on {data}"
 
     def step_examples(self, batch_size: int) -> int:
         """Examples of a step of the optimizer, over all processes."""

@@ -91,8 +91,8 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
     for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
         for length in _batch_lengths(protocol, len(dataset.train), batch_size):
             slots.check(arm, batch_size, length)
-    for arm in arms:
-        if not arm.is_plain:  # whether a model has what it asks for shows in the model
+    for at, arm in enumerate(arms):
+        if at == 0 or not arm.is_plain:  # whether a model has what it asks for shows in the model
             spec = TrainingSpec(
                 protocol=protocol, norm=str(arm), batch_size=sweep.batch_sizes[0], seed=0
             )

@@ -15,9 +15,9 @@ from torch import nn
 
 from normkit import convert_norm_, recalibrate, sync_update_rates
 from normkit.errors import DataError, NormError
-from normkit.lab.arms import Arm
+from normkit.lab.arms import FROZEN, NONE, Arm
 from normkit.lab.changes import BuiltModel
-from normkit.lab.checkpoints import restored, save_weights
+from normkit.lab.checkpoints import Alterations, restored, save_weights
 from normkit.lab.data import Dataset, Split, open_data, stratified_order
 from normkit.lab.data.dataset import SPLIT_SEED, Pictures
 from normkit.lab.device import parse_device, seeded, threads_of
@@ -38,6 +38,7 @@ from normkit.lab.user_code import told
 NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
 NUM_CALIBRATION_EXAMPLES = 1000  # a pretrained network's new norms are fitted on so many
 CALIBRATION_BATCH_SIZE = 100
+FROZEN_AS = "bn"  # what the layer is whose statistics stand still
 
 OnStep = Callable[[], object]  # called after each training step
 
@@ -169,7 +170,7 @@ class _Keeping:
         folder = self.upkeep.folder or Path()
         return open_loggers(self.upkeep.loggers, folder, self.spec)
 
-    def save(self, loop: Loop) -> None:
+    def save(self, loop: Loop, built: BuiltModel) -> None:
         folder = self.upkeep.folder
         if folder is None or not self.upkeep.save_weights:
             return
@@ -179,7 +180,18 @@ class _Keeping:
         path = folder / "weights" / f"{self.spec.file_name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": self.spec.protocol.model, "norm": self.spec.norm}
-        save_weights(state, path, about)
+        save_weights(state, path, about | alterations_of(built).metadata())
+
+
+def alterations_of(built: BuiltModel) -> Alterations:
+    """What ``--checkpoint`` of the other commands has to do before it loads the weights."""
+    specs = {place.name: place.norm.partition("+")[0] for place in built.norms}
+    changes = {at: FROZEN_AS if spec == FROZEN else spec for at, spec in specs.items()}
+    standardized = built.standardized if all("+ws" in p.norm for p in built.norms) else ()
+    return Alterations(
+        changes={at: spec for at, spec in changes.items() if spec != NONE},
+        standardized=standardized,
+    )
 
 
 def _outcome(
@@ -297,7 +309,7 @@ class _Training:
             outcome = self._summary().model_copy(update=end | untested)
         else:
             outcome = self._summary()
-            self.keeping.save(self.loop)
+            self.keeping.save(self.loop, self.built)
         if checkpoint is not None:
             checkpoint.remove()
         return outcome

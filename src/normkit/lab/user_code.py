@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.errors import NormError, SpecError
+from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable, shortened
 
 SUFFIX = ".py"
@@ -136,6 +137,7 @@ def _imported(path: Path, option: str) -> Any:  # noqa: ANN401 - a module of any
         raise SpecError(f"{option}: {printable(path)} cannot be imported; give a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # what pickles its classes looks there
+    register_missing_operators()  # it may import torchvision or timm
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from typing import Any, NoReturn, Self
 
 import torch
@@ -13,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.core.check import require_count, require_eps, require_feature_map, require_share
-from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.mask import Mask, Valid, read_mask, require_valid_values
-from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.parameters import Parameters
+from normkit.core.partition import Partition
 from normkit.core.ranks import (
     HeldGroup,
     ProcessGroup,
@@ -27,13 +24,20 @@ from normkit.core.ranks import (
 from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
+from normkit.functional.checked import normalize_single
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import Call
 from normkit.layers.leaf import record_call
+from normkit.layers.options import (
+    ConstructorSignature,
+    Device,
+    default_of,
+    require_arguments,
+    signature_of,
+)
 from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.typing import FeatureMap
 
-Device = torch.device | str | None
 BUFFERS = ("running_mean", "running_var")
 
 
@@ -46,16 +50,23 @@ class NormLayer(nn.Module, ABC):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    __signature__ = ConstructorSignature()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - what __init__ takes
+        """Say in words what is wrong with a call that the constructor does not take."""
+        if len(args) > 1 or kwargs:
+            require_arguments(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
         num_features: int,
         *,
-        eps: float,
-        affine: bool,
+        eps: float = 1e-5,
+        affine: bool = True,
         bias: bool = True,
-        device: Device,
-        dtype: torch.dtype | None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         # Not super(): BatchNorm is one of torch's norms too, whose constructor registers the same.
         nn.Module.__init__(self)
@@ -184,7 +195,8 @@ class NormLayer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
-        shown = [f"{o}={self.option(o)!r}" for o in _options(type(self)) if self._is_shown(o)]
+        options = signature_of(type(self)).parameters
+        shown = [f"{o}={self.option(o)!r}" for o in options if self._is_shown(o)]
         return ", ".join([str(self.num_features), *shown])
 
     def _is_shown(self, option: str) -> bool:
@@ -213,19 +225,19 @@ class TrackingLayer(NormLayer):
     _example_weight: float | Tensor  # a tensor, one weight an example, while weights are tuned
     _version = 2  # torch's own norms: since 2 there is num_batches_tracked
 
-    def __init__(  # noqa: PLR0913 - the options of torch's norms
+    def __init__(  # noqa: PLR0913 - TrackingOptions, with their defaults
         self,
         num_features: int,
         *,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
         bias: bool = True,
-        track_running_stats: bool,
-        example_weight: float,
-        process_group: ProcessGroup,
-        device: Device,
-        dtype: torch.dtype | None,
+        track_running_stats: bool = True,
+        example_weight: float = 0.0,
+        process_group: ProcessGroup = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
@@ -329,9 +341,7 @@ class TrackingLayer(NormLayer):
         if self.training and not self.track_running_stats:
             return None
         count = buffers["num_batches_tracked"]
-        return RunningStatistics(
-            mean, var, count, self.running_partition, self.momentum, self._example_weight
-        )
+        return RunningStatistics(mean, var, count, self.momentum, self._example_weight)
 
     def _refuse_half(self) -> NoReturn:
         raise OptionError(
@@ -350,8 +360,7 @@ class TrackingLayer(NormLayer):
         return self
 
     def _default_example_weight(self) -> float:
-        default = _options(type(self), upwards=True)["example_weight"].default
-        return 0.0 if default is inspect.Parameter.empty else default
+        return default_of(type(self), "example_weight")
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -412,18 +421,12 @@ class SegmentLayer(TrackingLayer):
         return self, {}
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        partition, running = self.partition, self._running()
-        parameters, ranks = self._affine(), self._ranks(x)
-        alone = partition.examples_per_group == 1 and running is None
-        if ranks is not None and not alone:
-            return normalize_batch(x, partition, running, parameters, ranks, valid)
-        if x.numel() == 0:
-            return empty_result(x, *parameters[:2])
-        if self.training:
-            require_variance(partition, x.shape, type(self).__name__)
-        if self.training or running is None:
-            return normalize_batch(x, partition, running, parameters, valid=valid)
-        return normalize_evaluation(x, partition, running, parameters, valid)
+        ranks = None if self._process_group is None else self._ranks(x)
+        training, name = self.training, type(self).__name__
+        running, parameters = self._running(), self._affine()
+        return normalize_single(
+            x, self.partition, running, parameters, training, name, ranks, valid
+        )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""
@@ -465,34 +468,14 @@ def is_estimated(module: object) -> bool:
 
 def is_watched(*modules: nn.Module) -> bool:
     """Whether hooks look at what goes in or out of one of these."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return False
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")
 _SHOWN_IF_SET = {"bias": True, "process_group": None}
-
-
-@cache
-def _options(layer: type[nn.Module], upwards: bool = False) -> dict[str, inspect.Parameter]:
-    """Options of a layer's constructor, by name.
-
-    Where a subclass's constructor passes ``**options`` on, those of its base class follow; with
-    ``upwards`` they always do.
-    """
-    found: dict[str, inspect.Parameter] = {}
-    for kind in layer.__mro__:
-        if "__init__" not in vars(kind):
-            continue
-        parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        found = {p.name: p for p in named} | found  # a derived class's default counts
-        if not (passes_on or upwards) or kind is TrackingLayer:
-            break
-    return found
 
 
 def _modernize(

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import nn
@@ -21,13 +21,15 @@ from normkit.core.check import (
 from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
 from normkit.core.routes import batch_route, composite_route, stage_route
 from normkit.core.running import Recent, Running, RunningEstimates
-from normkit.core.stages import normalize_batch_then_group, normalize_estimated
+from normkit.core.stages import normalize_estimated
+from normkit.functional.checked import normalize_batch_then_group, normalize_single
 from normkit.kernels.select import Call
-from normkit.layers.base import BUFFERS, Device, NormLayer, StageOption, TrackingLayer, is_watched
+from normkit.layers.base import BUFFERS, NormLayer, StageOption, TrackingLayer, is_watched
+from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.passes import finish, require_layers
@@ -58,16 +60,13 @@ class BatchChannelNorm(NormLayer):
             the learning rate at every step: ``sync_update_rates``.
         channel_affine: Whether the channel stage learns one scale and shift for each group
             (eq. 42), ``(num_groups,)``, or for each channel, ``(C,)``.
-        eps: Added to the variances; unit of ``x`` squared.
         momentum: Weight of the new value in the batch stage's running statistics, unless
             ``micro_batch``; None averages all batches.
-        affine: Learn scales and shifts in both stages.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
@@ -107,29 +106,22 @@ class BatchChannelNorm(NormLayer):
         micro_batch: bool = False,
         update_rate: float = 0.1,
         channel_affine: ChannelAffine = "group",
-        eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
-        options = {"eps": eps, "affine": affine, "bias": bias, "device": device, "dtype": dtype}
         self._update_rate = require_update_rate(update_rate)
-        stage = {"example_weight": example_weight, "process_group": process_group, **options}
+        stage = {"example_weight": example_weight, "process_group": process_group, **shared}
         if micro_batch:
             self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
         else:
             self.batch = InnerBatchNorm(num_features, momentum=momentum, **stage)
         self.channel = ChannelStage(
-            num_features, num_groups=num_groups, channel_affine=channel_affine, **options
+            num_features, num_groups=num_groups, channel_affine=channel_affine, **shared
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
@@ -175,22 +167,14 @@ class BatchChannelNorm(NormLayer):
         return self.channel.channel_affine
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        name = type(self).__name__
         batch, channel = self.batch, self.channel
-        ranks = batch._ranks(x)
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *self.parameters())
-        if has_single_values(x):
-            if batch.training and not self.micro_batch and ranks is None:
-                require_variance(batch.running_partition, x.shape, name)
-            if channel.training:
-                require_variance(channel.partition, x.shape, name)
         if is_watched(batch, channel):
             return channel(batch(x, valid), valid)
-        running = self._stage_statistics()
+        running, training = self._stage_statistics(), (batch.training, channel.training)
         parameters = (batch._affine(), channel._affine())
+        groups, name, ranks = self.num_groups, type(self).__name__, batch._ranks(x)
         return normalize_batch_then_group(
-            x, self.num_groups, running, batch.training, *parameters, ranks, valid
+            x, groups, running, training, *parameters, name, ranks, valid
         )
 
     def _stage_statistics(self) -> Running | None:
@@ -267,30 +251,21 @@ class EstimatedBatchNorm(TrackingLayer):
 
     is_estimated = True
 
-    def __init__(  # noqa: PLR0913 - torch's options
+    def __init__(
         self,
         num_features: int,
         *,
         update_rate: float = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             num_features,
-            eps=eps,
             momentum=require_update_rate(update_rate),
-            affine=affine,
-            bias=bias,
-            track_running_stats=True,
             example_weight=example_weight,
             process_group=process_group,
-            device=device,
-            dtype=dtype,
+            **shared,
         )
         self._recent: Recent = deque(maxlen=NUM_RECENT)
 
@@ -322,7 +297,7 @@ class EstimatedBatchNorm(TrackingLayer):
 
     def estimates(self) -> RunningEstimates:
         """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
-        mean, var = (self.get_buffer(name) for name in BUFFERS)
+        mean, var = map(self.get_buffer, BUFFERS)
         rate = self.update_rate if self.track_running_stats else 0.0
         count, weight = self.num_batches_tracked, self.example_weight
         return RunningEstimates(mean, var, count, rate, weight, self._recent)
@@ -335,24 +310,18 @@ class EstimatedBatchNorm(TrackingLayer):
 class ChannelStage(NormLayer):
     """A group norm whose scales and shifts may belong to the groups."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int,
         channel_affine: ChannelAffine,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         require_choice("channel_affine", channel_affine, get_args(ChannelAffine))
         self.num_groups = num_groups
         self.channel_affine: ChannelAffine = channel_affine
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.reset_parameters()
 
     @property
@@ -372,8 +341,10 @@ class ChannelStage(NormLayer):
         weight, bias, eps = self._affine()
         repeats = self.num_features // self._num_affine_values()
         scale, shift = (None if p is None else p.repeat_interleave(repeats) for p in (weight, bias))
-        parameters = Parameters(scale, shift, eps)
-        return normalize_batch(x, self.partition, None, parameters, valid=valid)
+        parameters, name = Parameters(scale, shift, eps), type(self).__name__
+        return normalize_single(
+            x, self.partition, None, parameters, self.training, name, valid=valid
+        )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""

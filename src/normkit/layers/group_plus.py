@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import get_args
+from typing import Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from normkit.core.check import (
 from normkit.core.composite import Order
 from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
-from normkit.core.parameters import Parameters, empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import ProcessGroup
+from normkit.core.parameters import Parameters
+from normkit.core.partition import Partition
 from normkit.core.routes import composite_route
-from normkit.core.stages import normalize_group_and_batch
+from normkit.functional.checked import normalize_group_and_batch
 from normkit.kernels.select import Call
-from normkit.layers.base import Device, TrackingLayer
+from normkit.layers.base import TrackingLayer
+from normkit.layers.options import Device, TrackingOptions
 from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
 
@@ -43,7 +43,8 @@ class GroupNormPlus(TrackingLayer):
 
     Both are without affine; BN uses the batch's statistics in training and running ones at
     evaluation, those of GN's output for ``"group-first"``. At first ``mix_logit = 1``, so
-    ``s = 0.731``. Of the three orders two diverged in the paper's experiments.
+    ``s = 0.731``; it is learned with ``affine=False`` too. Of the three orders two diverged in the
+    paper's experiments.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -51,16 +52,9 @@ class GroupNormPlus(TrackingLayer):
         order: Which norm feeds which.
         mix_rate: Factor on the gradient of ``mix_logit``: the paper's remedy against divergence is
             to let it move slowly. 0 freezes it.
-        eps: Added to the variances; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each. ``mix_logit`` is always learned.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
-        example_weight: Share of the example's own statistics in BN at evaluation, from 0 to 1.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
+            ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
+            in ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
@@ -84,38 +78,19 @@ class GroupNormPlus(TrackingLayer):
 
     mix_logit: nn.Parameter
 
-    def __init__(  # noqa: PLR0913 - torch's options and the method's own
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int = 32,
         order: Order = "group-first",
         mix_rate: float = 1.0,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         require_share("mix_rate", mix_rate)
         require_choice("order", order, get_args(Order))
         num_groups = require_channel_groups(num_groups, num_features)
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         self.num_groups, self.mix_rate = num_groups, mix_rate
         self.order: Order = order
 
@@ -130,18 +105,11 @@ class GroupNormPlus(TrackingLayer):
         nn.init.ones_(self.mix_logit)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        name = type(self).__name__
-        parameters, logit = self._affine(), self._paced_logit()
-        ranks = self._ranks(x)
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *parameters[:2], logit)
-        if self.training and has_single_values(x):
-            for partition in self.partitions.values():
-                if ranks is None or partition.examples_per_group == 1:
-                    require_variance(partition, x.shape, name)
-        groups, order, running = self.num_groups, self.order, self._running()
+        groups, order, training = self.num_groups, self.order, self.training
+        running, parameters, logit = self._running(), self._affine(), self._paced_logit()
+        name, ranks = type(self).__name__, self._ranks(x)
         return normalize_group_and_batch(
-            x, groups, order, running, self.training, parameters, logit, ranks, valid
+            x, groups, order, running, training, parameters, logit, name, ranks, valid
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:

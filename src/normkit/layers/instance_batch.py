@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import nn
 
 from normkit.core.check import require_count
 from normkit.core.mask import Mask, Valid, require_valid_values
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
+from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
 from normkit.core.routes import composite_route
-from normkit.core.stages import normalize_halves
 from normkit.errors import OptionError
+from normkit.functional.checked import normalize_halves
 from normkit.kernels.select import Call
-from normkit.layers.base import Device, NormLayer, StageOption, is_watched
+from normkit.layers.base import NormLayer, StageOption, is_watched
+from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
 from normkit.layers.parts import Part, Slot
@@ -35,15 +36,12 @@ class InstanceBatchNorm(NormLayer):
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         ratio: Share of the channels that the instance norm takes; at least one goes to each norm.
-        eps: Added to the variance; unit of ``x`` squared.
         momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias`` in both norms.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel of an example has a single value.
@@ -71,34 +69,26 @@ class InstanceBatchNorm(NormLayer):
     example_weight = StageOption("batch")
     process_group = StageOption("batch")
 
-    def __init__(  # noqa: PLR0913 - torch's options
+    def __init__(
         self,
         num_features: int,
         *,
         ratio: float = 0.5,
-        eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         half = instance_channels(require_count("num_features", num_features), ratio)
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
-        options = {"eps": eps, "momentum": momentum, "affine": affine, "bias": bias}
-        place = {"device": device, "dtype": dtype}
+        super().__init__(num_features, **shared)
         self.ratio = ratio
-        self.instance = InstanceNorm(half, **options, **place)
+        self.instance = InstanceNorm(half, momentum=momentum, **shared)
         self.batch = InnerBatchNorm(
             num_features - half,
-            **options,
+            momentum=momentum,
             example_weight=example_weight,
             process_group=process_group,
-            **place,
+            **shared,
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
@@ -115,22 +105,14 @@ class InstanceBatchNorm(NormLayer):
         self.batch.reset_parameters()
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        name = type(self).__name__
         instance, batch = self.instance, self.batch
-        ranks = batch._ranks(x)
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *self.parameters())
-        half = instance.num_features
-        if has_single_values(x):
-            for norm in (instance, batch):
-                if norm.training and (norm is instance or ranks is None):
-                    shape = (x.shape[0], norm.num_features, *x.shape[2:])
-                    require_variance(norm.partition, shape, name)
+        half, name = instance.num_features, type(self).__name__
         if is_watched(instance, batch):
             return torch.cat((instance(x[:, :half], valid), batch(x[:, half:], valid)), dim=1)
-        running, training = batch._running(), batch.training
-        parameters = (instance._affine(), batch._affine())
-        return normalize_halves(x, half, running, training, *parameters, ranks, valid)
+        training = (instance.training, batch.training)
+        parameters, running = (instance._affine(), batch._affine()), batch._running()
+        ranks = batch._ranks(x)
+        return normalize_halves(x, half, running, training, *parameters, name, ranks, valid)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Unpack
+
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.core.check import require_channel_groups, require_count
 from normkit.core.partition import Partition
-from normkit.core.ranks import ProcessGroup
-from normkit.layers.base import Device, SegmentLayer
+from normkit.layers.base import SegmentLayer
+from normkit.layers.options import TrackingOptions
 
 
 class InnerBatchNorm(SegmentLayer):
@@ -16,33 +17,6 @@ class InnerBatchNorm(SegmentLayer):
 
     It is no ``_BatchNorm``: tools that replace those would take the layer around it apart.
     """
-
-    def __init__(  # noqa: PLR0913 - torch's options
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def partition(self) -> Partition:
@@ -61,16 +35,9 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` (:math:`\gamma`) and ``bias`` (:math:`\beta`), ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
+            ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
+            in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel has a single value.
@@ -86,6 +53,7 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
         Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 3.
 
     Example:
+        >>> import torch
         >>> norm = BatchNorm(6)
         >>> norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
@@ -109,16 +77,9 @@ class BatchGroupNorm(SegmentLayer):
         num_groups: Groups ``G``; divides ``D``. The paper's choice for batches of 128, 64, 32, 16,
             8, 4, 2 and 1 examples is 512, 256, 128, 64, 16, 2, 1 and 1; see ``bgn:auto`` in
             :class:`normkit.NormSpec`. The default suits the smallest batches.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
+            ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
+            in ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``D``; in training, if a group has a
@@ -134,39 +95,21 @@ class BatchGroupNorm(SegmentLayer):
         its own examples) and table 2.
 
     Example:
+        >>> import torch
         >>> norm = BatchGroupNorm(6, num_groups=14)  # does not divide 6, but 6 * 5 * 7
         >>> norm(torch.randn(4, 6, 5, 7)).shape, norm.running_mean.shape
         (torch.Size([4, 6, 5, 7]), torch.Size([14]))
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int = 1,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         self.num_groups = require_count("num_groups", num_groups)
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
 
     @property
     def partition(self) -> Partition:
@@ -191,16 +134,9 @@ class GhostBatchNorm(SegmentLayer):
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         ghost_batch_size: Examples ``B'`` in a ghost batch; a smaller batch is one group.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
+            ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
+            in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel of a ghost batch has a single value.
@@ -216,39 +152,21 @@ class GhostBatchNorm(SegmentLayer):
         Things Everyone Should Know to Improve Batch Normalization, eq. 4.
 
     Example:
+        >>> import torch
         >>> norm = GhostBatchNorm(6, ghost_batch_size=2)
         >>> norm(torch.randn(5, 6, 5, 7))[:2].mean().abs() < 1e-6
         tensor(True)
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         ghost_batch_size: int = 32,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         ghost_batch_size = require_count("ghost_batch_size", ghost_batch_size)
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         self.ghost_batch_size = ghost_batch_size
 
     @property
@@ -271,16 +189,9 @@ class GeneralBatchGroupNorm(SegmentLayer):
         num_groups: Runs of channels; divides ``C``.
         examples_per_group: Examples in a run, the last of which may be smaller; None is the whole
             batch.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
+            ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
+            in ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
@@ -296,42 +207,24 @@ class GeneralBatchGroupNorm(SegmentLayer):
         section 3.4.
 
     Example:
+        >>> import torch
         >>> norm = GeneralBatchGroupNorm(6, num_groups=3, examples_per_group=2)
         >>> norm(torch.randn(4, 6, 5, 7))[:2, :2].mean().abs() < 1e-6
         tensor(True)
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int = 32,
         examples_per_group: int | None = None,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
         if examples_per_group is not None:
             examples_per_group = require_count("examples_per_group", examples_per_group)
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         self.num_groups = num_groups
         self.examples_per_group = examples_per_group
 

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Unpack
 
 from normkit.core.check import require_channel_groups
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
-from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.ranks import ProcessGroup
 from normkit.core.routes import POSITIONAL
+from normkit.functional.checked import normalize_positional
 from normkit.kernels.select import Call
-from normkit.layers.base import Device, NormLayer, SegmentLayer
+from normkit.layers.base import NormLayer, SegmentLayer
+from normkit.layers.options import SharedOptions, TrackingOptions
 from normkit.layers.parts import Part
 from normkit.typing import FeatureMap
 
 
-class InstanceNorm(SegmentLayer):
+class ExampleLayer(SegmentLayer):
+    """A layer that normalises by the example's own statistics unless it is told otherwise."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = False,
+        example_weight: float = 1.0,
+        process_group: ProcessGroup = None,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            num_features,
+            momentum=momentum,
+            track_running_stats=track_running_stats,
+            example_weight=example_weight,
+            process_group=process_group,
+            **shared,
+        )
+
+
+class InstanceNorm(ExampleLayer):
     r"""Normalise every channel of every example over its positions.
 
     .. math::  y = \gamma_c \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta_c
@@ -26,16 +50,10 @@ class InstanceNorm(SegmentLayer):
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
-        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
-            ``"world"`` for all processes', or None for this process's alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
+            ``dtype``: see ``TrackingOptions`` in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel of an example has a single value.
@@ -50,37 +68,11 @@ class InstanceNorm(SegmentLayer):
         Stylization, arXiv:1607.08022.
 
     Example:
+        >>> import torch
         >>> norm = InstanceNorm(6)
         >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=(2, 3)).abs().max() < 1e-6
         tensor(True)
     """
-
-    def __init__(  # noqa: PLR0913
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = False,
-        example_weight: float = 1.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def partition(self) -> Partition:
@@ -88,7 +80,7 @@ class InstanceNorm(SegmentLayer):
         return Partition(num_groups=self.num_features, examples_per_group=1)
 
 
-class LayerNorm(SegmentLayer):
+class LayerNorm(ExampleLayer):
     r"""Normalise every example over all its channels and positions.
 
     .. math::  y = \gamma_c \frac{x - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}} + \beta_c
@@ -98,16 +90,10 @@ class LayerNorm(SegmentLayer):
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
-        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
-            ``"world"`` for all processes', or None for this process's alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
+            ``dtype``: see ``TrackingOptions`` in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if an example has a single value.
@@ -121,37 +107,11 @@ class LayerNorm(SegmentLayer):
         Ba, Kiros & Hinton 2016, Layer Normalization, arXiv:1607.06450.
 
     Example:
+        >>> import torch
         >>> norm = LayerNorm(6)
         >>> norm(torch.randn(1, 6, 5, 7)).mean().abs() < 1e-6
         tensor(True)
     """
-
-    def __init__(  # noqa: PLR0913
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = False,
-        example_weight: float = 1.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
 
     @property
     def partition(self) -> Partition:
@@ -159,7 +119,7 @@ class LayerNorm(SegmentLayer):
         return Partition(num_groups=1, examples_per_group=1)
 
 
-class GroupNorm(SegmentLayer):
+class GroupNorm(ExampleLayer):
     r"""Normalise runs of ``C / num_groups`` channels of every example.
 
     .. math::  y = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta_c
@@ -169,16 +129,10 @@ class GroupNorm(SegmentLayer):
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         num_groups: Runs of channels; divides ``C``.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
-        process_group: Whose batches the running statistics follow: a ``torch.distributed`` group's,
-            ``"world"`` for all processes', or None for this process's alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
+            ``dtype``: see ``TrackingOptions`` in ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a group
@@ -193,39 +147,21 @@ class GroupNorm(SegmentLayer):
         Wu & He 2018, Group Normalization, arXiv:1803.08494, eq. 7.
 
     Example:
+        >>> import torch
         >>> norm = GroupNorm(6, num_groups=3)
         >>> norm(torch.randn(1, 6, 5, 7))[:, :2].mean().abs() < 1e-6
         tensor(True)
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int = 32,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = False,
-        example_weight: float = 1.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         num_groups = require_channel_groups(num_groups, num_features)
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         self.num_groups = num_groups
 
     @property
@@ -243,11 +179,8 @@ class PositionalNorm(NormLayer):
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        eps: Added to the variance; unit of ``x`` squared.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        device: Where the parameters live.
-        dtype: Of the parameters.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if there is a single channel.
@@ -262,6 +195,7 @@ class PositionalNorm(NormLayer):
         re-injection path, as in Zhou et al., Batch Group Normalization.
 
     Example:
+        >>> import torch
         >>> norm = PositionalNorm(6)
         >>> norm(torch.randn(1, 6, 5, 7)).mean(dim=1).abs().max() < 1e-6
         tensor(True)
@@ -270,16 +204,9 @@ class PositionalNorm(NormLayer):
     def __init__(
         self,
         num_features: int,
-        *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.reset_parameters()
 
     def parts(self) -> tuple[Part, ...]:
@@ -287,9 +214,8 @@ class PositionalNorm(NormLayer):
         return (Part(partition=None),)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        if self.training and x.numel():
-            require_channels(x.shape, type(self).__name__)
-        return normalize_positions(x, self._affine(), valid)
+        name = type(self).__name__
+        return normalize_positional(x, self._affine(), self.training, name, valid)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Unpack
 
 import torch
 from torch import nn
 
 from normkit.core.mask import Valid
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, has_single_values, require_variance
-from normkit.core.ranks import ProcessGroup
+from normkit.core.partition import Partition
 from normkit.core.routes import composite_route
-from normkit.core.stages import normalize_switched
+from normkit.functional.checked import normalize_switched
 from normkit.kernels.select import Call
-from normkit.layers.base import Device, TrackingLayer
+from normkit.layers.base import TrackingLayer
+from normkit.layers.options import Device, TrackingOptions
 from normkit.layers.parts import Part, tracked_parts
 from normkit.typing import FeatureMap
 
@@ -26,22 +26,15 @@ class SwitchableNorm(TrackingLayer):
                \quad y = \gamma_c \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta_c
 
     over ``k`` in instance, layer, batch. The logits ``a`` are ``mean_logits``, ``b`` are
-    ``var_logits``, in that order and equal at first.
+    ``var_logits``, in that order and equal at first; they are learned with ``affine=False`` too.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         use_batch: Mix in the batch's statistics. Without, there are two logits and no running
             statistics: for batches of one.
-        eps: Added to the variance; unit of ``x`` squared.
-        momentum: Weight of the new value in the running statistics; None averages all batches.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each. The logits are always learned.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
-        example_weight: Share of the example's own statistics in the batch part at evaluation.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
+            ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
+            in ``normkit.layers.options``.
 
     Raises:
         PartitionError: In training, if a channel, or without ``use_batch`` an example, has a
@@ -66,34 +59,16 @@ class SwitchableNorm(TrackingLayer):
     mean_logits: nn.Parameter
     var_logits: nn.Parameter
 
-    def __init__(  # noqa: PLR0913 - torch's options
+    def __init__(
         self,
         num_features: int,
         *,
         use_batch: bool = True,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
-        example_weight: float = 0.0,
-        process_group: ProcessGroup = None,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[TrackingOptions],
     ) -> None:
         self._num_logits = 3 if use_batch else 2
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            track_running_stats=track_running_stats and use_batch,
-            example_weight=example_weight,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
+        shared["track_running_stats"] = use_batch and shared.get("track_running_stats", True)
+        super().__init__(num_features, **shared)
 
     @property
     def use_batch(self) -> bool:
@@ -113,15 +88,12 @@ class SwitchableNorm(TrackingLayer):
         nn.init.ones_(self.var_logits)
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        parameters, logits = self._affine(), (self.mean_logits, self.var_logits)
+        running, parameters = self._running(), self._affine()
+        logits, name = (self.mean_logits, self.var_logits), type(self).__name__
         ranks = self._ranks(x) if self.use_batch else None
-        if x.numel() == 0 and ranks is None:
-            return empty_result(x, *parameters[:2], *logits)
-        if self.training and ranks is None and has_single_values(x):
-            widest = self.partitions["batch norm" if self.use_batch else "layer norm"]
-            require_variance(widest, x.shape, type(self).__name__)
-        running, training = self._running(), self.training
-        return normalize_switched(x, running, training, parameters, *logits, ranks, valid)
+        return normalize_switched(
+            x, running, self.training, parameters, *logits, name, ranks, valid
+        )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import torch
+from typing import Unpack
 
 from normkit.core.check import require_channel_groups, require_count
 from normkit.core.mask import Valid
-from normkit.core.parameters import empty_result
-from normkit.core.partition import Partition, require_variance
+from normkit.core.partition import Partition
 from normkit.core.routes import WHITENING
-from normkit.core.whitening import whiten_groups
+from normkit.functional.checked import whiten
 from normkit.kernels.select import Call
-from normkit.layers.base import Device, NormLayer
+from normkit.layers.base import NormLayer
+from normkit.layers.options import SharedOptions
 from normkit.typing import FeatureMap
 
 
@@ -36,11 +35,8 @@ class GroupWhitening(NormLayer):
         num_groups: Runs of channels, the rows that are decorrelated; divides ``C``.
         iterations: Newton steps. Five leave 64 groups far from white (by about a half); that is
             the method, not an accident.
-        eps: Added to the variances; unit of ``x`` squared.
-        affine: Learn ``weight`` and ``bias``, ``(C,)`` each.
-        bias: Whether ``affine`` learns a shift; if not, there is a scale alone.
-        device: Where parameters live.
-        dtype: Of the parameters.
+        **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
+            ``normkit.layers.options``.
 
     Raises:
         PartitionError: If ``num_groups`` does not divide ``num_features``; in training, if a row
@@ -58,28 +54,23 @@ class GroupWhitening(NormLayer):
         Delving into the Estimation Shift of Batch Normalization in a Network.
 
     Example:
+        >>> import torch
         >>> norm = GroupWhitening(6, num_groups=3)
         >>> norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         num_features: int,
         *,
         num_groups: int = 32,
         iterations: int = 5,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[SharedOptions],
     ) -> None:
         self.num_groups = require_channel_groups(num_groups, num_features)
         self.iterations = require_count("iterations", iterations)
-        super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
-        )
+        super().__init__(num_features, **shared)
         self.reset_parameters()
 
     @property
@@ -94,12 +85,8 @@ class GroupWhitening(NormLayer):
         return {"means": self.partition, "covariances": example}
 
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        parameters = self._affine()
-        if x.numel() == 0:
-            return empty_result(x, *parameters[:2])
-        if self.training:
-            require_variance(self.partition, x.shape, type(self).__name__)
-        return whiten_groups(x, self.num_groups, self.iterations, parameters, valid)
+        parameters, training, name = self._affine(), self.training, type(self).__name__
+        return whiten(x, self.num_groups, self.iterations, parameters, training, name, valid)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""

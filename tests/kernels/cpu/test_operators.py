@@ -263,6 +263,7 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     with nk.use_kernels("reference"):
         norm(x)
+    nk.explain(norm, x)
     assert not told, told[0]
     for _ in range(3):
         norm(x)

@@ -164,7 +164,13 @@ class _Reading:
         if not self.broken:
             return ()
         names = listed(path.relative_to(self.folder) for path in self.broken)
-        return (f"{len(self.broken)} pictures cannot be read and are left out: {names}",)
+        number = len(self.broken)
+        said = (
+            "1 picture cannot be read and is"
+            if number == 1
+            else f"{number} pictures cannot be read and are"
+        )
+        return (f"{said} left out: {names}",)
 
 
 def decoded(path: Path, content: bytes | None = None) -> Shaped[Tensor, "c h w"]:

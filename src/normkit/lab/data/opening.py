@@ -47,3 +47,9 @@ def load(text: str, limit: int | None = None) -> Dataset[Examples]:
         NormError: As :func:`open_data`.
     """
     return loaded(open_data(text, limit))
+
+
+def forget_data() -> None:
+    """Read a data set anew when it is next asked for."""
+    open_data.cache_clear()
+    load.cache_clear()

@@ -1,22 +1,25 @@
 """Geometry of line charts: from values to positions on a drawing, no drawing yet."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 SMALLEST_RANGE = 1e-6  # values closer together than this are drawn as equal
+SIDE_BY_SIDE = 13.0  # from line to line, in units of the drawing, where there is room
 LABEL_DISTANCE = 15.0  # between two labels at the right edge, in units of the drawing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """One value of a line, its whisker's ends, and what is said when it is pointed at."""
+    """One value of a line, its whisker's ends, the values that it is the mean of, and its title."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
-    title: str = ""
+    dots: tuple[float, ...] = ()
+    title: str = ""  # what is said when it is pointed at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,7 @@ class Line:
 
     name: str
     style: int  # which of the page's colours, markers and dashes
+    place: float = 0.0  # among the lines that stand side by side at each value of x; 0: the middle
     values: tuple[Value, ...]
 
 
@@ -50,12 +54,13 @@ class Tick:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """A drawn value: its position and the ends of its whisker."""
+    """A drawn value: its position, the ends of its whisker and the heights of its dots."""
 
     x: float
     y: float
     low: float | None
     high: float | None
+    dots: tuple[float, ...]
     title: str
 
 
@@ -104,8 +109,10 @@ def line_chart(
     """
     low, high = _extent(lines)
     y_values = nice_ticks(min(low, 0.0), max(high, 0.0)) if from_zero else nice_ticks(low, high)
+    farthest = max((abs(line.place) for line in lines), default=0.0)
+    inset = min(14 + farthest * SIDE_BY_SIDE, frame.width / 6)
     x_of = _scale(
-        [tick.at for tick in x_axis.ticks], frame.left + 14, frame.width - frame.right - 14
+        [tick.at for tick in x_axis.ticks], frame.left + inset, frame.width - frame.right - inset
     )
     y_of = _scale(y_values, frame.height - frame.bottom, frame.top)
     return Chart(
@@ -114,7 +121,7 @@ def line_chart(
         y_title=y_title,
         x_ticks=tuple(Tick(at=x_of(tick.at), text=tick.text) for tick in x_axis.ticks),
         y_ticks=tuple(Tick(at=y_of(value), text=f"{value:g}") for value in y_values),
-        series=_series(lines, x_of, y_of),
+        series=_series(lines, x_of, y_of, _step(lines, x_axis, x_of)),
     )
 
 
@@ -141,7 +148,7 @@ def _num_steps(low: float, high: float, step: float) -> int:
 
 def _extent(lines: Iterable[Line]) -> tuple[float, float]:
     values = [value for line in lines for value in line.values]
-    ends = [end for v in values for end in (v.y, v.low, v.high) if end is not None]
+    ends = [end for v in values for end in (v.y, v.low, v.high, *v.dots) if end is not None]
     return min(ends, default=0.0), max(ends, default=1.0)
 
 
@@ -155,29 +162,39 @@ def _scale(values: Sequence[float], start: float, end: float) -> Callable[[float
 Scale = Callable[[float], float]
 
 
-def _series(lines: Sequence[Line], x_of: Scale, y_of: Scale) -> tuple[Series, ...]:
+def _step(lines: Sequence[Line], x_axis: Axis, x_of: Scale) -> float:
+    """Distance of lines that stand side by side, which leaves a gap to the next tick's."""
+    at = sorted(x_of(tick.at) for tick in x_axis.ticks)
+    gaps = [after - before for before, after in itertools.pairwise(at) if after > before]
+    return min(SIDE_BY_SIDE, 0.7 * min(gaps, default=math.inf) / max(1, len(lines)))
+
+
+def _series(lines: Sequence[Line], x_of: Scale, y_of: Scale, step: float) -> tuple[Series, ...]:
     drawn = [line for line in lines if line.values]
     heights = _apart([y_of(line.values[-1].y) for line in drawn])
+    marks = [tuple(_marks(line, x_of, y_of, step)) for line in drawn]
     return tuple(
         Series(
             name=line.name,
             style=line.style,
-            path="M" + "L".join(f"{x_of(v.x)},{y_of(v.y)}" for v in line.values),
-            marks=tuple(_mark(value, x_of, y_of) for value in line.values),
+            path="M" + "L".join(f"{mark.x},{mark.y}" for mark in placed),
+            marks=placed,
             label_y=height,
         )
-        for line, height in zip(drawn, heights, strict=True)
+        for line, placed, height in zip(drawn, marks, heights, strict=True)
     )
 
 
-def _mark(value: Value, x_of: Scale, y_of: Scale) -> Mark:
-    return Mark(
-        x=x_of(value.x),
-        y=y_of(value.y),
-        low=None if value.low is None else y_of(value.low),
-        high=None if value.high is None else y_of(value.high),
-        title=value.title,
-    )
+def _marks(line: Line, x_of: Scale, y_of: Scale, step: float) -> Iterator[Mark]:
+    for value in line.values:
+        yield Mark(
+            x=round(x_of(value.x) + line.place * step, 2),
+            y=y_of(value.y),
+            low=None if value.low is None else y_of(value.low),
+            high=None if value.high is None else y_of(value.high),
+            dots=tuple(y_of(dot) for dot in value.dots),
+            title=value.title,
+        )
 
 
 def _apart(heights: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ from normkit.lab.files import write_whole
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
 from normkit.lab.report.figures import NARROW
 from normkit.lab.report.page import REPORT_NAME, templates
-from normkit.lab.report.text import MISSING
+from normkit.lab.text import MISSING
 from normkit.text import module_name
 
 DIAGNOSIS_NAME = "diagnosis.json"

@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from normkit.lab.comparison import Cell, Comparison, Summary
+from normkit.lab.comparison import Cell, Comparison, Summary, select
 from normkit.lab.records import Epoch, TrainingRecord
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
-from normkit.lab.report.text import percent
+from normkit.lab.student import half_width, has_spread
 
 WIDE = Frame(width=820, height=360, right=110)
 NARROW = Frame(width=380, height=300)
@@ -16,30 +17,72 @@ PANEL = Frame(width=320, height=220)
 Figure = Callable[[Epoch], float | None]
 
 
-def accuracy_chart(comparison: Comparison, frame: Frame) -> Chart:
-    """Test accuracy by batch size, a line for each norm."""
-    ticks = (Tick(at=math.log2(size), text=str(size)) for size in sorted(comparison.batch_sizes))
+def accuracy_chart(
+    comparison: Comparison, records: Sequence[TrainingRecord], frame: Frame
+) -> Chart:
+    """Test accuracy by batch size: a line for each norm, its 95 % intervals and every seed.
+
+    Norms stand side by side at a batch size, so that no interval covers another.
+    """
+    sizes = sorted(comparison.batch_sizes)
+    ticks = tuple(Tick(at=math.log2(size), text=str(size)) for size in sizes)
     lines = [
-        Line(name=norm, style=style, values=_accuracies(comparison, norm))
+        Line(
+            name=norm,
+            style=style,
+            values=tuple(_accuracies(comparison, records, norm)),
+            place=style - (len(comparison.norms) - 1) / 2,
+        )
         for style, norm in enumerate(comparison.norms)
     ]
-    axis = Axis(title="batch size", ticks=tuple(ticks))
-    return line_chart(lines, frame, axis, "test accuracy, %")
+    title = "test accuracy, %" if comparison.is_share else comparison.metric
+    return line_chart(lines, frame, Axis(title="batch size", ticks=ticks), title)
 
 
-def _accuracies(comparison: Comparison, norm: str) -> tuple[Value, ...]:
-    cells = (comparison.cell(norm, size) for size in sorted(comparison.batch_sizes))
-    return tuple(_accuracy(cell, cell.accuracy) for cell in cells if cell.accuracy is not None)
+def _accuracies(
+    comparison: Comparison, records: Sequence[TrainingRecord], norm: str
+) -> Iterator[Value]:
+    for size in sorted(comparison.batch_sizes):
+        cell = comparison.cell(norm, size)
+        if cell.accuracy is not None:
+            scores = [record.score for record in select(records, norm, size)]
+            yield _score(cell, cell.accuracy, scores, _Scale.of(comparison))
 
 
-def _accuracy(cell: Cell, accuracy: Summary) -> Value:
-    low, high = (accuracy.mean + sign * (accuracy.spread or 0.0) for sign in (-1, 1))
+class _Scale(NamedTuple):
+    """How scores are drawn: shares in percent, which end at 0 and 100, others as they are."""
+
+    factor: float
+    least: float
+    most: float
+    written: str
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> "_Scale":
+        if comparison.is_share:
+            return cls(100, 0.0, 100.0, "{:.2f} %")
+        return cls(1, -math.inf, math.inf, "{:.4g}")
+
+
+def _score(cell: Cell, accuracy: Summary, seeds: Iterable[float | None], scale: _Scale) -> Value:
+    mean = scale.factor * accuracy.mean
+    said = f"{cell.norm}, batch size {cell.batch_size}: {scale.written.format(mean)}"
+    low = high = None
+    if (
+        accuracy.spread and has_spread(accuracy.spread) and not cell.num_diverged
+    ):  # as in the verdict: else nothing to judge by
+        half = scale.factor * half_width(accuracy.spread, accuracy.num_seeds)
+        low, high = max(mean - half, scale.least), min(mean + half, scale.most)
+        ends = (scale.written.format(end).removesuffix(" %") for end in (low, high))
+        said += f", 95 % interval {' to '.join(ends)}"
+    said += f", {cell.num_diverged} diverged" if cell.num_diverged else ""
     return Value(
         x=math.log2(cell.batch_size),
-        y=100 * accuracy.mean,
-        low=100 * max(low, 0.0),
-        high=100 * min(high, 1.0),  # there is nothing above 100 %
-        title=f"{cell.norm}, batch size {cell.batch_size}: {percent(accuracy)} %",
+        y=mean,
+        low=low,
+        high=high,
+        dots=tuple(scale.factor * seed for seed in seeds if seed is not None),
+        title=said,
     )
 
 

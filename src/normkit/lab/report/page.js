@@ -10,6 +10,21 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+for (const box of document.querySelectorAll(".scroll")) {
+  const cue = document.createElement("p");
+  cue.className = "cue";
+  cue.textContent = "more to the right: scroll the table →";
+  box.before(cue);
+  const look = () => {
+    const left = box.scrollWidth - box.clientWidth;
+    cue.hidden = left < 2;
+    cue.style.visibility = box.scrollLeft < left - 1 ? "visible" : "hidden";
+    box.classList.toggle("more", box.scrollLeft < left - 1);
+  };
+  box.addEventListener("scroll", look, { passive: true });
+  new ResizeObserver(look).observe(box);
+}
+
 function sort(table, headings, column) {
   const heading = headings[column];
   const numeric = heading.dataset.sort === "number";

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, not even a network."""
+"""The report: one HTML file that needs nothing else, not even a network, and its runs as CSV."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from normkit.lab.comparison import Comparison, select
 from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report import figures
-from normkit.lab.report.text import MISSING, percent, points, size_text
+from normkit.lab.report.results import RESULTS_NAME, csv_text
+from normkit.lab.text import MISSING, percent, points, size_text
+from normkit.lab.verdict import verdict_of
 
 REPORT_NAME = "report.html"
 ESCAPED = ("html", "svg", "j2")
@@ -35,10 +37,10 @@ class Resolution:
 def write_report(
     folder: Path, comparison: Comparison, records: Sequence[TrainingRecord], command: str
 ) -> Path:
-    """Write the report of a sweep.
+    """Write the report of a sweep, and beside it ``results.csv``, a row for each run.
 
     Args:
-        folder: Where it goes; an older report is replaced at once, never left half written.
+        folder: Where they go; older ones are replaced at once, never left half written.
         comparison: The table.
         records: The sweep's records, one for each run that there is.
         command: What makes this report again.
@@ -47,8 +49,9 @@ def write_report(
         Path of the report.
 
     Raises:
-        DataError: If it cannot be written.
+        DataError: If one of them cannot be written.
     """
+    write_whole(folder / RESULTS_NAME, csv_text(records))
     return write_whole(folder / REPORT_NAME, render(comparison, records, command))
 
 
@@ -59,6 +62,8 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
         .get_template("page.html.j2")
         .render(
             comparison=comparison,
+            verdict=verdict_of(comparison),
+            results_name=RESULTS_NAME,
             records=records,
             command=command,
             protocol=records[0].spec.protocol if records else None,
@@ -66,10 +71,14 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
             kernels=sorted({r.environment.kernels or "not recorded" for r in records}),
             code_hashes=sorted({record.code_hash for record in records}),
             accuracy_charts={
-                "wide": figures.accuracy_chart(comparison, figures.WIDE),
-                "narrow": figures.accuracy_chart(comparison, figures.NARROW),
+                "wide": figures.accuracy_chart(comparison, records, figures.WIDE),
+                "narrow": figures.accuracy_chart(comparison, records, figures.NARROW),
             },
-            panels=[_panel(comparison, records, size) for size in comparison.batch_sizes],
+            panels=[
+                _panel(comparison, records, size)
+                for size in comparison.batch_sizes
+                if any(record.outcome.epochs for record in records)
+            ],
             best={size: best_norms(comparison, size) for size in comparison.batch_sizes},
             resolutions=_resolutions(comparison, records),
             num_parameters=sorted({r.outcome.num_parameters or 0 for r in records} - {0}),
@@ -78,10 +87,11 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
 
 
 def best_norms(comparison: Comparison, batch_size: int) -> list[str]:
-    """The norms with the highest mean test accuracy at a batch size: several if they tie."""
+    """The norms with the best mean score at a batch size: several if they tie."""
     cells = [comparison.cell(norm, batch_size) for norm in comparison.norms]
     means = {cell.norm: cell.accuracy.mean for cell in cells if cell.accuracy is not None}
-    return [norm for norm, mean in means.items() if mean == max(means.values())]
+    best = max if comparison.higher_is_better else min
+    return [norm for norm, mean in means.items() if mean == best(means.values())]
 
 
 def templates() -> Environment:

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pydantic import Field
-from scipy.special import stdtrit  # Student's t
 
 from normkit.lab.frozen import Frozen
+from normkit.lab.student import DECIMALS, half_width
 
 Outcome = Literal["held", "did not hold", "not decided"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Side = Literal["above", "below", "within"]
 
 FEWEST_SEEDS = 3
-DECIMALS = 9  # what is smaller is rounding, which would be decided where all seeds agree
-UPPER = 0.975  # where a two-sided interval of 95 % ends
 
 
 class Criterion(Frozen):
@@ -93,7 +91,7 @@ def judge(values: Sequence[float], criterion: Criterion) -> Verdict:
         reason = f"fewer than {FEWEST_SEEDS} seeds"
         return Verdict(outcome="not decided", values=kept, reason=reason)
     mean, std = statistics.fmean(values), statistics.stdev(values)
-    half = float(stdtrit(len(values) - 1, UPPER)) * std / math.sqrt(len(values))
+    half = half_width(std, len(values))
     return Verdict(
         outcome=_outcome(mean - half, mean + half, criterion),
         values=kept,

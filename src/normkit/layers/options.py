@@ -1,0 +1,148 @@
+"""What constructors take: the options that several layers share, and what a wrong call is told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+
+from normkit.core.ranks import ProcessGroup
+from normkit.errors import ArgumentError
+
+Device = torch.device | str | None
+
+
+class SharedOptions(TypedDict, total=False):
+    """Options of every layer.
+
+    Args:
+        eps: Added to the variance; unit of ``x`` squared. Default 1e-5.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each, in every stage. Default True.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone. Default True.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+    """
+
+    eps: float
+    affine: bool
+    bias: bool
+    device: Device
+    dtype: torch.dtype | None
+
+
+class TrackingOptions(TypedDict, total=False):
+    """Options of every layer that may keep running statistics.
+
+    Args:
+        eps: Added to the variance; unit of ``x`` squared. Default 1e-5.
+        momentum: Weight of the new value in the running statistics; None averages all batches.
+            Default 0.1.
+        affine: Learn ``weight`` and ``bias``, ``(C,)`` each, in every stage. Default True.
+        bias: Whether ``affine`` learns a shift; if not, there is a scale alone. Default True.
+        track_running_stats: Keep running statistics; without them evaluation uses the batch's.
+            Default True.
+        example_weight: Share of the example's own statistics at evaluation, from 0 to 1. Default 0.
+        process_group: Whose batches count as one batch in training: a ``torch.distributed``
+            group, ``"world"`` for all processes, or None for this process alone.
+        device: Where parameters and buffers live.
+        dtype: Of the parameters; buffers are at least float32.
+    """
+
+    eps: float
+    momentum: float | None
+    affine: bool
+    bias: bool
+    track_running_stats: bool
+    example_weight: float
+    process_group: ProcessGroup
+    device: Device
+    dtype: torch.dtype | None
+
+
+_SHARED = {kind.__name__: kind.__annotations__ for kind in (SharedOptions, TrackingOptions)}
+_ORDER = {option: place for place, option in enumerate(TrackingOptions.__annotations__)}
+
+
+class ConstructorSignature:
+    """``__signature__`` of a layer's class: with shared options by name, as ``help`` shows them."""
+
+    def __get__(self, layer: nn.Module | None, owner: type[nn.Module]) -> inspect.Signature:
+        if layer is not None:
+            raise AttributeError("__signature__")  # a layer is called as its forward says
+        return signature_of(owner)
+
+
+@cache
+def signature_of(layer: type[nn.Module]) -> inspect.Signature:
+    """What a layer's constructor takes, with the options that it passes on to its base class.
+
+    ``**shared: Unpack[SharedOptions]`` stands for those options, any other ``**name`` for all that
+    the base class takes.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    known: Mapping[str, Any] | None = None  # names that are passed on; None for all
+    for kind in (kind for kind in layer.__mro__ if "__init__" in vars(kind)):
+        parameters = list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        is_first = not any(p.kind is p.POSITIONAL_OR_KEYWORD for p in found.values())
+        for p in named:
+            is_option = p.kind is p.KEYWORD_ONLY and (known is None or p.name in known)
+            if is_option or (is_first and p.kind is not p.KEYWORD_ONLY):
+                found.setdefault(p.name, p)
+        rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        if rest is None:
+            break
+        named_there = [keys for name, keys in _SHARED.items() if name in str(rest.annotation)]
+        known = named_there[0] if named_there else known
+    ordered = sorted(found.values(), key=lambda p: (p.kind, _ORDER.get(p.name, -1)))
+    return inspect.Signature(ordered, __validate_parameters__=False)
+
+
+def default_of(layer: type[nn.Module], option: str) -> Any:  # noqa: ANN401 - any option
+    """Default of an option, where a constructor of the class or its bases has one; or None."""
+    for kind in (kind for kind in layer.__mro__ if "__init__" in vars(kind)):
+        parameter = inspect.signature(vars(kind)["__init__"]).parameters.get(option)
+        if parameter is not None and parameter.default is not parameter.empty:
+            return parameter.default
+    return None
+
+
+def require_arguments(
+    layer: type[nn.Module], given: tuple[Any, ...], options: Mapping[str, Any]
+) -> None:
+    """Refuse a call of one of our constructors that it does not take, and say what to write.
+
+    Raises:
+        ArgumentError: If several arguments have no name, or one has an unknown name.
+    """
+    if not layer.__init__.__module__.startswith("normkit."):
+        return  # a subclass's own constructor, which may take anything
+    name, known = layer.__name__, list(signature_of(layer).parameters)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        from difflib import get_close_matches  # noqa: PLC0415 - slow import
+
+        close = get_close_matches(unknown[0], known, n=1)
+        raise ArgumentError(
+            f"{name} was given {unknown[0]}=, which is none of its options: {', '.join(known[1:])}"
+            f"{f'; did you mean {close[0]}?' if close else ''}"
+        )
+    if len(given) > 1:
+        raise ArgumentError(
+            f"{name}({', '.join(map(repr, given))}) was written; the first argument is the number "
+            f"of channels, and all others have names: write {_with_names(name, given, known)}"
+        )
+
+
+def _with_names(name: str, given: tuple[Any, ...], known: list[str]) -> str:
+    """The call as it was probably meant, if it was written in torch's order."""
+    names = [option for option in known[1:] if option != "bias"]
+    numbers = [value for value in given[:2] if isinstance(value, int)]
+    if names[0] == "num_groups" and len(numbers) == 2:  # torch's GroupNorm has the groups first
+        given = (max(numbers), min(numbers), *given[2:])
+    texts = [f"{option}={value!r}" for option, value in zip(names, given[1:], strict=False)]
+    return f"{name}({', '.join([repr(given[0]), *texts])})"

@@ -1,0 +1,194 @@
+"""`normkit compare` on a network, pictures and a training of one's own."""
+
+import json
+import re
+import tomllib
+
+import pytest
+from PIL import Image
+
+from normkit.cli import main
+from pictures import fill
+
+MY = '''
+import timm
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """A network of timm's with a head of one's own, whose norm is torch's."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = timm.create_model("test_resnet", num_classes=0)
+        self.norm = nn.BatchNorm1d(self.body.num_features)
+        self.head = nn.Linear(self.body.num_features, num_classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)))
+
+
+def make_model():
+    return Net(2)
+
+
+def no_model():
+    return "a model"
+
+
+def make_datasets():
+    pictures = torch.randint(256, (60, 3, 16, 16), dtype=torch.uint8)
+    dataset = torch.utils.data.TensorDataset(pictures, torch.arange(60) % 3)
+    return {"train": dataset, "test": dataset}
+
+
+def train(apply_norm, batch_size, seed, report):
+    torch.manual_seed(seed)
+    net = apply_norm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+    loss = net(torch.randn(batch_size, 4)).square().mean()
+    report(loss=loss.item())
+    return {"loss": loss.item()}
+'''
+SMALL = ["--norms", "bn,gn:4", "--batch-sizes", "4", "--seeds", "1,2", "--workers", "1"]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a Python file and 200 pictures, which is the working directory."""
+    (tmp_path / "my.py").write_text(MY)
+    fill(tmp_path / "photos", per_class=100, size=(16, 16))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def compare(capsys, *arguments):
+    code = main(["compare", *arguments, "--json"])
+    output, errors = capsys.readouterr()
+    return code, json.loads(output), errors
+
+
+def test_a_network_and_pictures_of_ones_own_with_a_recipe(mine, capsys):
+    arguments = [
+        "--model", "my.py:make_model", "--data", "folder:photos", *SMALL, "--epochs", "1",
+        "--precision", "bf16-mixed", "--accumulate", "2", "--schedule", "cosine",
+        "--warmup", "0.5", "--augment", "crop,flip", "--save-weights", "--out", "out",
+    ]  # fmt: skip
+    code, result, _ = compare(capsys, *arguments)
+    assert code == 0
+    assert [cell["num_finished"] for cell in result["cells"]] == [2, 2]
+    assert result["verdict"]["lines"]
+    lines = (mine / "out" / "records.jsonl").read_text().splitlines()
+    outcomes = [json.loads(line)["outcome"] for line in lines]
+    assert {outcome["num_steps"] for outcome in outcomes} == {18}  # 144 pictures, 8 a step
+    names = {place["name"] for place in outcomes[0]["norms"]}
+    assert {"norm", "body.bn1"} <= names
+    written = tomllib.loads((mine / "out" / "experiment.toml").read_text())
+    assert (written["precision"], written["accumulate"]) == ("bf16-mixed", 2)
+    again = compare(capsys, "--config", "out/experiment.toml", "--out", "out", "--workers", "1")
+    assert again[1]["cells"] == result["cells"]
+    assert (mine / "out" / "records.jsonl").read_text().splitlines() == lines
+    (weights,) = (mine / "out" / "weights").glob("bn-b4-s1-*")
+    for command in (
+        ["tune", "--data", "folder:photos", "--examples", "20"],
+        ["diagnose", "--train-data", "folder:photos", "--test-data", "folder:photos"],
+        ["validate", "--batch-size", "4", "--input-shape", "3,16,16", "--num-classes", "2"],
+        ["convert", "--to", "gn:4", "--calibrate", "folder:photos", "--save", "c.safetensors"],
+    ):
+        given = [*command, "--model", "my.py:make_model", "--checkpoint", str(weights), "--json"]
+        assert main(given) in (0, 1)
+        json.loads(capsys.readouterr().out)
+
+
+def test_a_training_of_ones_own(mine, capsys):
+    code, result, _ = compare(
+        capsys, "--train", "my.py:train", "--better", "lower", *SMALL, "--out", "out"
+    )
+    assert code == 0
+    assert (result["metric"], result["higher_is_better"]) == ("loss", False)
+    assert result["verdict"]["is_share"] is False
+    page = (mine / "out" / "report.html").read_text()
+    assert "Scores: loss" in page
+    assert "my.py:train" in page
+    assert "learning curves" not in page.lower()
+
+
+def test_data_sets_of_ones_own(mine, capsys):
+    code, result, _ = compare(
+        capsys, "--model", "mlp:depth=2:width=8", "--data", "my.py:make_datasets",
+        "--norms", "bn", "--batch-sizes", "4", "--seeds", "1", "--epochs", "1", "--workers", "1",
+        "--out", "out",
+    )  # fmt: skip
+    assert code == 0
+    assert result["cells"][0]["num_finished"] == 1
+
+
+def test_a_dry_run_writes_nothing(mine, capsys):
+    code, cells, _ = compare(
+        capsys, "--model", "my.py:make_model", "--data", "folder:photos", *SMALL, "--dry-run",
+        "--epochs", "3", "--out", "out",
+    )  # fmt: skip
+    assert code == 0
+    assert [cell["num_steps"] for cell in cells] == [108, 108]
+    assert not (mine / "out").exists()
+    assert main(["compare", "--data", "folder:photos", *SMALL, "--dry-run"]) == 0
+    assert "Nothing was trained" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_pictures_that_do_not_decode_are_told_and_the_rest_is_used(mine, capsys):
+    (mine / "photos" / "cat" / "7.png").write_bytes(b"nothing")
+    code, _, errors = compare(
+        capsys, "--model", "mlp:depth=2:width=8", "--data", "folder:photos", "--norms", "bn",
+        "--batch-sizes", "4", "--seeds", "1", "--epochs", "1", "--workers", "1", "--out", "out",
+    )  # fmt: skip
+    assert code == 0
+    assert "1 picture cannot be read and is left out: cat/7.png" in errors
+
+
+def spoil(mine):
+    (mine / "other").mkdir()
+    fill(mine / "other" / "train")
+    fill(mine / "other" / "test", classes=("cat", "cow"))
+    (mine / "empty").mkdir()
+    (mine / "broken.py").write_text("import torch\nmodel = undefined\n")
+    (mine / "plain.py").write_text(
+        "from torch import nn\n\ndef make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(768, 2))\n"
+    )
+    Image.new("RGB", (16, 16)).save(mine / "photos" / "cat" / "new.png")
+
+
+BAD = {
+    "does not import": (
+        ["--model", "broken.py:make"],
+        r"broken.py cannot be imported: NameError: name 'undefined' .*\(broken.py, line 2\)",
+    ),
+    "no module": (["--model", "my.py:no_model"], r"my.py:no_model gave a str; it gives an nn.Mod"),
+    "no function": (["--model", "my.py:nothing"], r"my.py has no such function; it has Net, make_"),
+    "no norm": (["--model", "plain.py:make"], r"norm"),
+    "classes differ": (["--data", "folder:other"], r"cow, dog are in only one of them; give both"),
+    "empty folder": (["--data", "folder:empty"], r"needs a folder of pictures for each class"),
+    "no folder": (["--data", "folder:absent"], r"absent is no folder"),
+    "larger batch": (["--batch-sizes", "400"], r"--batch-sizes was given 400, but photos has 145 "),
+    "precision": (["--precision", "16-mixed"], r"16-mixed needs a GPU; on the CPU give bf16-mixed"),
+    "logger": (["--loggers", "pen"], r"no logger 'pen'; known are tensorboard, csv, wandb, mlflow"),
+    "augmentation": (["--augment", "spin"], r"--augment was given 'spin'; known are crop, flip"),
+    "number": (["--clip", "much"], r"--clip was given 'much'; write numbers"),
+    "both lengths": (["--epochs", "1", "--steps", "5"], r"epochs=1 and steps=5; give one of them"),
+    "config": (["--config", "absent.toml"], r"absent.toml cannot be read"),
+    "weights": (["--weights", "absent.safetensors"], r"absent.safetensors cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_written(mine, capsys, name):
+    spoil(mine)
+    arguments, said = BAD[name]
+    given = ["--model", "my.py:make_model", "--data", "folder:photos", *SMALL, "--out", "out"]
+    code = main(["compare", *given, *arguments])
+    output, errors = capsys.readouterr()
+    assert (code, output) == (2, "")
+    assert re.search(said, errors), errors
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
+    assert not (mine / "out").exists()
