@@ -29,7 +29,7 @@ from normkit.lab.device import parse_device
 from normkit.lab.dry_run import estimate
 from normkit.lab.experiment import Result, Way, perform
 from normkit.lab.files import usable_folder
-from normkit.lab.launch import num_launched
+from normkit.lab.launch import is_spoken_for, num_launched
 from normkit.lab.loggers import require_loggers
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
@@ -96,7 +96,7 @@ class Compare(RecipeOptions):
                 usable_folder(self.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
             tell_of_corrupt_lines(read_records(self.out, TrainingRecord), self.out / RECORDS_NAME)
             result = perform(sweep, way, sweep_progress, _tell)
-        if result is None:
+        if is_spoken_for():
             return 0
         self._print(result)
         return _exit_code(result.records)

@@ -121,9 +121,9 @@ def _difference(verdict: Verdict, cell: Cell) -> str:
 
 
 def _cost(cell: Cell) -> str:
-    if cell.step_time_s is None or cell.peak_bytes is None:
-        return MISSING
-    return f"{1000 * cell.step_time_s:.2f} ms\n{size_text(cell.peak_bytes)}"
+    lines = [] if cell.step_time_s is None else [f"{1000 * cell.step_time_s:.2f} ms"]
+    lines += [] if cell.peak_bytes is None else [size_text(cell.peak_bytes)]
+    return "\n".join(lines) or MISSING
 
 
 def _trouble(record: TrainingRecord) -> str:

@@ -1,6 +1,8 @@
 """Runs on the machines of a Ray cluster."""
 
+import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,11 +12,13 @@ from normkit.errors import DataError, PackageError
 from normkit.lab.environment import code_hash
 from normkit.lab.records import TrainingRecord, append_record
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.sweep import Watcher, failed
+from normkit.lab.sweep import Watcher, failed, own_names
 from normkit.lab.train import Upkeep, run
+from normkit.lab.user_code import PREFIX
 from normkit.text import shortened
 
 ADDRESS = "RAY_ADDRESS"
+CONNECT_S = 10
 TRIES_ELSEWHERE = 5  # of a run whose machine has gone
 
 
@@ -37,7 +41,8 @@ def run_on_ray(specs: Sequence[TrainingSpec], upkeep: Upkeep, watcher: Watcher) 
     folder = upkeep.folder
     if folder is None:
         raise DataError("runs on a cluster need a folder for their records; none was given")
-    with _cluster() as ray:
+    _require_known(specs)
+    with joined_cluster() as ray:
         work = ray.remote(max_retries=TRIES_ELSEWHERE)(_work)
         away = replace(upkeep, folder=None)
         waiting = {
@@ -78,9 +83,31 @@ def _record(ray: Any, task: Any, spec: TrainingSpec) -> TrainingRecord:  # noqa:
         return failed(spec, f"its machine has gone {TRIES_ELSEWHERE} times ({shortened(error)})")
 
 
+def _require_listener(address: str | None) -> None:
+    """Fail at once where nobody listens; Ray itself tries for minutes."""
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+
+
+def _require_known(specs: Sequence[TrainingSpec]) -> None:
+    for spec in specs:
+        held = [n for n in own_names(spec.protocol) if n.startswith(PREFIX)]
+        if held:
+            raise DataError(
+                f"{', '.join(held)} is known only to this process; define the function at the top "
+                f"of a file, or leave the cluster out"
+            )
+
+
 @contextmanager
-def _cluster() -> Iterator[Any]:
-    """Join the cluster that is there, or start one on this machine."""
+def joined_cluster() -> Iterator[Any]:
+    """Join the cluster that is there, or start one on this machine, until the block ends.
+
+    Raises:
+        PackageError: If Ray is not installed.
+        DataError: If the cluster cannot be reached.
+    """
     try:
         import ray  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
@@ -91,8 +118,11 @@ def _cluster() -> Iterator[Any]:
     if not joined:
         address = os.environ.get(ADDRESS)
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            _require_listener(address)
+            ray.init(
+                address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+            )
+        except (OSError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"the Ray cluster at {ADDRESS}={address} cannot be reached "
                 f"({shortened(error)}); start it by ray start --head, or unset {ADDRESS} to use "

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from normkit.errors import PackageError
+from normkit.errors import PackageError, SpecError
 from normkit.lab.arms import Arm
 from normkit.lab.comparison import Comparison, best_rates, compared
 from normkit.lab.config import CONFIG_NAME, write_config
 from normkit.lab.data.opening import forget_data
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
-from normkit.lab.launch import Launch, launched
+from normkit.lab.launch import Launch, launched, num_launched
 from normkit.lab.lock import only_user
 from normkit.lab.recipe import Recipe
 from normkit.lab.records import (
@@ -120,7 +120,7 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
     )
 
 
-def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None]) -> Result | None:
+def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None]) -> Result:
     """Do the runs of a sweep that have no record, and write the report.
 
     Args:
@@ -130,23 +130,30 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
         tell: Gets what the user should know before anything runs.
 
     Returns:
-        The result; None on all processes of a launch but the first.
+        The result, on all processes of a launch.
 
     Raises:
         NormError: If something is wrong with what was asked for; nothing is half written.
     """
     with ExitStack() as held, launched() as launch:
+        if way.cluster is not None and launch.size > 1:
+            raise SpecError(
+                f"{launch.size} processes were started to train each network together, and a "
+                f"cluster gives each run to a machine of its own; leave out torchrun or --cluster"
+            )
         found = launch.first(lambda: _begin(sweep, way, held, tell))
         if found.missing:
             _run(found, way, show if launch.is_first else _silent, launch)
-        if not launch.is_first:
-            return None
-        return Result.of(found.sweep, found.sources, way)
+        return launch.first(lambda: Result.of(found.sweep, found.sources, way))
 
 
 def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], None]) -> Plan:
     """Plan, take the folder, and write down what was asked for."""
     found = plan(sweep, way.out)
+    if way.cluster is not None and found.missing:
+        from normkit.lab.cluster import joined_cluster  # noqa: PLC0415 - its package is an extra
+
+        held.enter_context(joined_cluster())
     usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
     held.enter_context(only_user(way.out))
     for note in found.notes:
@@ -305,6 +312,7 @@ def compare(  # noqa: PLR0913 - all but two by keyword
         "train": train if train is None or isinstance(train, str) else name_of(train, "train"),
         "device": str(parse_device(device)),
         "threads": threads,
+        "processes": num_launched(),
     }
     sweep = SweepSpec.checked(
         {
@@ -318,5 +326,4 @@ def compare(  # noqa: PLR0913 - all but two by keyword
     folder = Path(out)
     upkeep = Upkeep(folder=folder, save_weights=save_weights)
     way = Way(out=folder, num_workers=workers, upkeep=upkeep)
-    result = perform(sweep, way, show or _silent, lambda note: None)
-    return result if result is not None else Result.of(sweep, sources_of(sweep.protocol, None), way)
+    return perform(sweep, way, show or _silent, lambda note: None)

@@ -55,8 +55,8 @@ class Logger:
         about |= {k: v for k, v in spec.protocol.model_dump(mode="json").items() if v is not None}
         self._log, self._end = _OPENED[name](folder, spec.file_name, about)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write values of a step."""
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Write values of a step, as Fabric's loggers do; ``Probe(writer=)`` takes either."""
         self._log(values, step)
 
     def end(self) -> None:

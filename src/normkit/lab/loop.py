@@ -12,10 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit import param_groups, synchronize_
+from normkit.convert.target import pools_examples
 from normkit.errors import DataError, SpecError
 from normkit.lab.data import Examples, Split
+from normkit.lab.launch import require_processes
 from normkit.lab.loading import Loading, loaded_batches
 from normkit.lab.spec import Protocol
 from normkit.lab.steps import Scores, num_steps_per_epoch, scores_of
@@ -52,6 +55,7 @@ def make_fabric(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN40
             the precision.
     """
     require_precision(protocol.precision, device)
+    require_processes(protocol.processes, protocol.strategy, device)
     package = _fabric_package()
     alone = protocol.processes == 1
     devices: Any = 1 if device.type == "cpu" else [device.index or 0]
@@ -59,9 +63,8 @@ def make_fabric(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN40
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", protocol.processes))
     strategy: Any = "auto" if alone else protocol.strategy
     if strategy == "fsdp":
-        strategy = package.strategies.ModelParallelStrategy(
-            _sharded, save_distributed_checkpoint=False
-        )
+        sizes = {"data_parallel_size": protocol.processes, "tensor_parallel_size": 1}
+        strategy = package.strategies.ModelParallelStrategy(_sharded, **sizes)
     elif not alone:
         strategy = "ddp"
     fabric = package.Fabric(
@@ -134,13 +137,15 @@ class Loop:
         protocol = self.protocol
         self.fabric = make_fabric(protocol, self.device)
         self.device = self.fabric.device
-        if protocol.channels_last:
+        if protocol.channels_last and not self._is_sharded:  # FSDP2 takes contiguous weights only
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = self.network.to(self.device)
         if protocol.synchronize_statistics and protocol.processes > 1:
-            synchronize_(self.network)
+            _synchronize_(self.network)
+        if protocol.processes > 1:  # the weights are drawn: from here on masks and the like differ
+            torch.manual_seed(torch.initial_seed() + self.fabric.global_rank)
         model = torch.compile(self.network) if protocol.compile else self.network
-        if protocol.strategy == "fsdp" and protocol.processes > 1:
+        if self._is_sharded:
             self.model = self.fabric.setup_module(model)
             optimizer = make_optimizer(self.model, protocol, self.rate, self.device)
             self.optimizer = self.fabric.setup_optimizers(optimizer)
@@ -149,6 +154,10 @@ class Loop:
             self.model, self.optimizer = self.fabric.setup(model, optimizer)
         if protocol.mixup:
             self._mix = _mixup(protocol.mixup, self.num_classes)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.protocol.strategy == "fsdp"
 
     def set_rate(self, rate: float) -> None:
         """Take a learning rate for the next step."""
@@ -173,7 +182,10 @@ class Loop:
             total += loss.item() * share
             num_right += int((scores.argmax(1) == part.targets).sum())
         if self.protocol.clip is not None:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.protocol.clip)
+            # A loss that is not finite ends the run elsewhere; scaled gradients overflow by design.
+            self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.protocol.clip, error_if_nonfinite=False
+            )
         self.optimizer.step()
         return self._together(Step(total, num_right, num_examples))
 
@@ -211,6 +223,13 @@ class Loop:
         self.model.train(was_training)
         return found
 
+    def state(self) -> dict[str, Tensor]:
+        """Weights and buffers, whole; where processes hold parts of them, all have to call it."""
+        return {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in self.network.state_dict().items()
+        }
+
     def epoch(
         self, split: Split, order: Int[Tensor, " n"], batch_size: int, loading: Loading, skip: int
     ) -> Iterator[list[Examples]]:
@@ -230,6 +249,12 @@ class Loop:
         loaded = loaded_batches(split, [part for step in steps for part in step], loading)
         for step in steps:
             yield [next(loaded).to(self.device) for _ in step]
+
+
+def _synchronize_(network: nn.Module) -> None:
+    """Let norms share their statistics over the processes; a network may have none that could."""
+    if any(isinstance(m, _BatchNorm) or pools_examples(m) for m in network.modules()):
+        synchronize_(network)
 
 
 def own_parts(

@@ -1,6 +1,6 @@
 """One step of training, one pass of evaluation, and how an epoch is cut into batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -69,6 +69,19 @@ def _metrics() -> Any:  # noqa: ANN401 - a module, slow to import
     return torchmetrics
 
 
+def _shared_out(num_examples: int, rank: int, size: int) -> Sequence[Int[Tensor, " b"]]:
+    """Batches of one process; all have equally many, for each forward meets those of the others.
+
+    Fewer examples than processes are evaluated by all of them, which has the same mean.
+    """
+    order = torch.arange(num_examples)
+    if size == 1:
+        return order.split(EVALUATION_BATCH_SIZE)
+    if num_examples < size:
+        return [order]
+    return order[rank::size].tensor_split(-(-num_examples // (size * EVALUATION_BATCH_SIZE)))
+
+
 @torch.no_grad()
 def scores_of(
     model: Callable[[Tensor], Tensor],
@@ -87,8 +100,7 @@ def scores_of(
     """
     metrics = _metrics()
     mean, accuracies = metrics.MeanMetric().to(device), dict[int, Any]()
-    own = torch.arange(len(split))[share[0] :: share[1]]
-    for index in own.split(EVALUATION_BATCH_SIZE):
+    for index in _shared_out(len(split), *share):
         part = split.take(index).to(device)
         scores = model(part.inputs)
         num_classes = scores.shape[1]

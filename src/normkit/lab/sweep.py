@@ -22,6 +22,7 @@ from normkit.lab.arms import Arm
 from normkit.lab.data import Dataset, Split, open_data
 from normkit.lab.device import parse_device
 from normkit.lab.environment import describe_environment
+from normkit.lab.launch import require_processes
 from normkit.lab.loop import num_updates, own_parts, require_precision
 from normkit.lab.models.build import norm_slots
 from normkit.lab.recipe import Timetable
@@ -76,7 +77,9 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
     """
     protocol = sweep.protocol
     _check_kernels()
-    require_precision(protocol.precision, parse_device(protocol.device))
+    device = parse_device(protocol.device)
+    require_precision(protocol.precision, device)
+    require_processes(protocol.processes, protocol.strategy, device)
     if protocol.train is not None:
         load_function(protocol.train, "--train")
         return None
@@ -158,12 +161,12 @@ def default_workers(sweep: SweepSpec) -> int:
     """As many runs at once as torch would use threads; one on CUDA."""
     if parse_device(sweep.protocol.device).type == "cuda":
         return 1
-    if sweep.protocol.processes > 1 or any(text in HELD for text in _names(sweep.protocol)):
+    if sweep.protocol.processes > 1 or any(text in HELD for text in own_names(sweep.protocol)):
         return 1
     return max(1, torch.get_num_threads() // sweep.protocol.threads)
 
 
-def _names(protocol: Training) -> tuple[str, ...]:
+def own_names(protocol: Training) -> tuple[str, ...]:
     """What the protocol names that may be known to this process only."""
     return (protocol.model, protocol.data, protocol.train or "")
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from normkit import convert_norm_, recalibrate, sync_update_rates
-from normkit.errors import NormError
+from normkit.errors import DataError, NormError
 from normkit.lab.arms import FROZEN, NONE, Arm
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints import Alterations, restored, save_weights
@@ -22,6 +22,7 @@ from normkit.lab.data import Dataset, Split, open_data, stratified_order
 from normkit.lab.data.dataset import SPLIT_SEED, Pictures
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import describe_environment
+from normkit.lab.launch import own_device
 from normkit.lab.loading import Loading
 from normkit.lab.loggers import Logger, open_loggers
 from normkit.lab.loop import Loop, num_updates, own_parts
@@ -83,7 +84,7 @@ def run(
         SpecError: If the data set, the model or the device is unknown.
     """
     upkeep = upkeep or Upkeep()
-    device = parse_device(spec.protocol.device)
+    device = own_device(parse_device(spec.protocol.device))
     environment = describe_environment(device, spec.protocol.threads)
     dataset = dataset_of(spec)
     sources = sources_of(spec.protocol, None if dataset is None else dataset.fingerprint)
@@ -169,14 +170,17 @@ class _Keeping:
         folder = self.upkeep.folder or Path()
         return open_loggers(self.upkeep.loggers, folder, self.spec)
 
-    def save(self, model: nn.Module, built: BuiltModel) -> None:
+    def save(self, loop: Loop, built: BuiltModel) -> None:
         folder = self.upkeep.folder
         if folder is None or not self.upkeep.save_weights:
+            return
+        state = loop.state()
+        if not loop.fabric.is_global_zero:
             return
         path = folder / "weights" / f"{self.spec.file_name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": self.spec.protocol.model, "norm": self.spec.norm}
-        save_weights(model, path, about | alterations_of(built).metadata())
+        save_weights(state, path, about | alterations_of(built).metadata())
 
 
 def alterations_of(built: BuiltModel) -> Alterations:
@@ -200,8 +204,14 @@ def _outcome(
     except NormError as error:
         return Outcome(status="failed", message=str(error))
     except Exception as error:
-        if spec.protocol.processes > 1:
-            raise  # the others wait for this process, until its launcher ends them
+        if (
+            spec.protocol.processes > 1
+        ):  # the others wait for this one, until its launcher ends them
+            raise DataError(
+                f"{spec.norm} at batch size {spec.batch_size} failed on one of "
+                f"{spec.protocol.processes} processes: {told(error)}; finished runs are kept, and "
+                f"the same command goes on from there"
+            ) from error
         return Outcome(status="failed", message=told(error))
 
 
@@ -279,7 +289,7 @@ class _Training:
             self.train_split = self.train_split.to(self.loop.device)
 
     def _loop(self, model: nn.Module) -> Loop:
-        device = parse_device(self.spec.protocol.device)
+        device = own_device(parse_device(self.spec.protocol.device))
         return Loop(
             model, self.spec.protocol, self.timetable.rate(0), device, self.dataset.num_classes
         )
@@ -299,8 +309,7 @@ class _Training:
             outcome = self._summary().model_copy(update=end | untested)
         else:
             outcome = self._summary()
-            if self.loop.fabric.is_global_zero:
-                self.keeping.save(self.loop.network, self.built)
+            self.keeping.save(self.loop, self.built)
         if checkpoint is not None:
             checkpoint.remove()
         return outcome
@@ -312,7 +321,7 @@ class _Training:
                 self._epoch(progress, checkpoint)
                 progress = _Progress()
                 for logger in loggers:
-                    logger.log(_figures(self.epochs[-1]), self.num_steps)
+                    logger.log_metrics(_figures(self.epochs[-1]), self.num_steps)
         finally:
             for logger in loggers:
                 logger.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,17 +18,25 @@ class Writer(Protocol):
         ...
 
 
+class Logger(Protocol):
+    """What a record needs of a logger of Fabric, Lightning or the lab."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, /) -> Any:  # noqa: ANN401
+        """Take all numbers of a step."""
+        ...
+
+
 class Outputs:
     """Files that are written to while a probe is open.
 
     Args:
         path: JSON lines are appended to it.
         log_dir: A ``SummaryWriter`` is made for this folder.
-        writer: Somebody else's writer, which stays open.
+        writer: Somebody else's writer or logger, which stays open.
     """
 
     def __init__(
-        self, path: str | Path | None, log_dir: str | Path | None, writer: Writer | None
+        self, path: str | Path | None, log_dir: str | Path | None, writer: Writer | Logger | None
     ) -> None:
         self._own = None if log_dir is None else summary_writer(log_dir)
         self._writer = writer if self._own is None else self._own
@@ -40,8 +48,7 @@ class Outputs:
             self._file.write(record.to_json() + "\n")
             self._file.flush()
         if self._writer is not None:
-            for tag, value in scalars(record):
-                self._writer.add_scalar(tag, value, record.step)
+            _send(self._writer, record)
 
     def close(self) -> None:
         """Close what was opened here."""
@@ -49,8 +56,17 @@ class Outputs:
             self._file.close()
         if self._own is not None:
             self._own.close()
-        elif (flush := getattr(self._writer, "flush", None)) is not None:
-            flush()
+        else:
+            for name in ("flush", "save"):  # a SummaryWriter's, and a logger's
+                getattr(self._writer, name, lambda: None)()
+
+
+def _send(writer: Writer | Logger, record: ProbedStep) -> None:
+    if (log := getattr(writer, "log_metrics", None)) is not None:
+        log(dict(scalars(record)), record.step)
+        return
+    for tag, value in scalars(record):
+        writer.add_scalar(tag, value, record.step)  # type: ignore[union-attr]
 
 
 def scalars(record: ProbedStep) -> Iterator[tuple[str, float]]:

@@ -20,7 +20,7 @@ from normkit.diagnostics.probe.gradients import (
     lengths,
 )
 from normkit.diagnostics.probe.norms import norms_of
-from normkit.diagnostics.probe.outputs import Outputs, Writer, write_lines
+from normkit.diagnostics.probe.outputs import Logger, Outputs, Writer, write_lines
 from normkit.diagnostics.probe.record import ProbedStep, ProbeHistory
 from normkit.diagnostics.probe.rows import (
     notes_of,
@@ -62,7 +62,8 @@ class Probe:
         params: ``params(name, parameter)`` says whose gradients are; by default all.
         path: File to which each record is appended, as a line of JSON.
         log_dir: Folder for TensorBoard.
-        writer: A ``SummaryWriter`` to write to, instead of ``log_dir``; it stays open.
+        writer: A ``SummaryWriter``, or a logger of Fabric or Lightning (TensorBoard, CSV, W&B,
+            MLflow), to write to instead of ``log_dir``; it stays open.
         eager: Run a compiled model uncompiled in recorded steps; otherwise hooks see nothing in
             compiled code, which the record's ``notes`` say. Rounding of these steps may differ.
 
@@ -108,7 +109,7 @@ class Probe:
         params: Params | None = None,
         path: str | Path | None = None,
         log_dir: str | Path | None = None,
-        writer: Writer | None = None,
+        writer: Writer | Logger | None = None,
         eager: bool = False,
     ) -> None:
         self.every = require_count("every", every)

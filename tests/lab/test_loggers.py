@@ -1,0 +1,200 @@
+"""Each epoch's figures in TensorBoard, CSV, W&B and MLflow: what arrives is what the record has."""
+
+import csv
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_fabric.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import normkit as nk
+from normkit.cli.app import run as command
+from normkit.errors import PackageError, SpecError
+from normkit.lab.loggers import Logger, require_loggers
+from normkit.lab.spec import TrainingSpec
+from normkit.lab.train import Upkeep, run
+
+STEPS = [4, 8, 12]  # of the optimizer, at the end of each epoch
+
+
+@pytest.fixture
+def spec(protocol):
+    changed = protocol.model_copy(update={"epochs": 3})
+    return TrainingSpec(protocol=changed, norm="gn:2", batch_size=10, seed=1)
+
+
+@pytest.fixture
+def logged(spec, tmp_path):
+    """Run with a logger; gives what each epoch has in the record, by name."""
+
+    def log(name):
+        record = run(spec, upkeep=Upkeep(folder=tmp_path, loggers=(name,)))
+        epochs = [epoch.model_dump() for epoch in record.outcome.epochs]
+        return [{k: v for k, v in epoch.items() if v is not None} for epoch in epochs]
+
+    return log
+
+
+def test_tensorboard_has_every_epoch(logged, spec, tmp_path):
+    epochs = logged("tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs" / spec.file_name))
+    events.Reload()
+    names = set().union(*epochs)
+    assert set(events.Tags()["scalars"]) == names
+    for name in names:
+        given = [(s, e[name]) for s, e in zip(STEPS, epochs, strict=True) if name in e]
+        expected = [(step, pytest.approx(value)) for step, value in given]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+
+
+def test_a_csv_file_has_every_epoch(logged, spec, tmp_path):
+    epochs = logged("csv")
+    assert rows(tmp_path / "logs" / spec.file_name / "metrics.csv") == [
+        epoch | {"step": step} for step, epoch in zip(STEPS, epochs, strict=True)
+    ]
+
+
+def rows(path):
+    with path.open() as file:
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+class Wandb:
+    """Takes what ``wandb.init`` and its ``Run`` take."""
+
+    def __init__(self):
+        self.begun, self.logged, self.is_finished = None, [], False
+
+    def init(self, *, project, name, dir, config, reinit):
+        self.begun = {"project": project, "name": name, "dir": dir, "config": config}
+        assert reinit == "create_new"
+        return self
+
+    def log(self, data, step=None, commit=None):
+        self.logged.append((step, data))
+
+    def finish(self, exit_code=None):
+        self.is_finished = True
+
+
+def test_wandb_gets_every_epoch(logged, spec, tmp_path, monkeypatch):
+    wandb = Wandb()
+    install(monkeypatch, "wandb", wandb)
+    epochs = logged("wandb")
+    assert wandb.logged == list(zip(STEPS, epochs, strict=True))
+    assert wandb.is_finished
+    assert wandb.begun["project"] == "normkit"
+    assert wandb.begun["name"] == spec.file_name
+    assert wandb.begun["dir"] == str(tmp_path / "logs")
+    assert wandb.begun["config"]["norm"] == "gn:2"
+    assert wandb.begun["config"]["base_lr"] == spec.protocol.base_lr
+
+
+class Mlflow:
+    """Takes what ``mlflow.MlflowClient`` takes; it has no experiment at first."""
+
+    def __init__(self):
+        self.experiments, self.params, self.metrics, self.ended = {}, {}, [], []
+
+    def get_experiment_by_name(self, name):
+        found = self.experiments.get(name)
+        return None if found is None else SimpleNamespace(experiment_id=found)
+
+    def create_experiment(self, name, artifact_location=None, tags=None):
+        return self.experiments.setdefault(name, "7")
+
+    def create_run(self, experiment_id, start_time=None, tags=None, run_name=None):
+        assert experiment_id == "7"
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"run of {run_name}"))
+
+    def log_param(self, run_id, key, value):
+        self.params[run_id, key] = value
+
+    def log_metric(self, run_id, key, value, timestamp=None, step=None):
+        self.metrics.append((run_id, step, key, value))
+
+    def set_terminated(self, run_id, status=None, end_time=None):
+        self.ended.append((run_id, status))
+
+
+def test_mlflow_gets_every_epoch(logged, spec, monkeypatch):
+    client, name = Mlflow(), f"run of {spec.file_name}"
+    install(monkeypatch, "mlflow", SimpleNamespace(MlflowClient=lambda: client))
+    for _ in range(2):  # the second run finds the experiment
+        client.metrics, client.ended = [], []
+        epochs = logged("mlflow")
+        assert client.metrics == [
+            (name, step, key, value)
+            for step, epoch in zip(STEPS, epochs, strict=True)
+            for key, value in epoch.items()
+        ]
+    assert client.params[name, "norm"] == "gn:2"
+    assert client.ended == [(name, None)]
+
+
+def install(monkeypatch, name, module):
+    real = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *rest: module if n == name else real(n, *rest)
+    )
+
+
+def test_unknown_loggers_are_refused_with_those_there_are():
+    with pytest.raises(SpecError, match=r"no logger 'comet'; known are tensorboard, csv, wandb"):
+        require_loggers(["csv", "comet"])
+
+
+def test_a_logger_that_is_not_installed_names_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PackageError, match=r"the logger wandb needs its package: pip install"):
+        require_loggers(["csv", "wandb"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("comet", "there is no logger 'comet'; known are"), ("wandb", "pip install wandb")],
+)
+def test_the_command_says_so_before_anything_is_written(tmp_path, capsys, monkeypatch, name, said):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert command(["compare", "--loggers", name, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def probed(writer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with nk.Probe(model, every=2, writer=writer) as probe:
+        for _ in range(4):
+            loss = model(torch.randn(4, 1, 6, 6)).square().mean()
+            loss.backward()
+            probe.step(loss)
+    return probe.records
+
+
+def test_a_probe_writes_to_the_same_logger(spec, tmp_path):
+    logger = Logger("csv", tmp_path, spec)
+    records = probed(logger)
+    logger.log_metrics({"train_loss": 1.0}, 5)  # it is still open
+    logger.end()
+    path = tmp_path / spec.file_name / "metrics.csv"
+    *of_probe, last = rows(path)
+    assert last == {"train_loss": 1.0, "step": 5}
+    assert [row["normkit/loss"] for row in of_probe] == [record.loss for record in records]
+
+
+def test_a_probe_writes_to_a_logger_of_fabric(tmp_path):
+    records = probed(CSVLogger(str(tmp_path), "run", version=""))
+    found = rows(tmp_path / "run" / "metrics.csv")  # saved when the probe was closed
+    assert [row["step"] for row in found] == [2, 4]
+    assert [row["normkit/loss"] for row in found] == [record.loss for record in records]
+    shifts = [record.layers[1].shift_std for record in records]
+    assert [row["normkit/shift_std/1"] for row in found] == shifts
