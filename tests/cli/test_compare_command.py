@@ -87,7 +87,7 @@ def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare, monkeypatch)
             raise ZeroDivisionError("by zero")
         return build_model(name, norm=norm, **options)
 
-    monkeypatch.setattr("normkit.lab.train.build_model", broken_for_ln)
+    monkeypatch.setattr("normkit.lab.start.build_model", broken_for_ln)
     code, output, errors = compare()
     assert code == 1
     assert "2 failed" in output

@@ -9,7 +9,7 @@ from torch import nn
 
 from normkit import BatchChannelNorm
 from normkit.errors import SpecError
-from normkit.lab import train
+from normkit.lab import start, train
 from normkit.lab.data import Examples
 from normkit.lab.device import parse_device
 from normkit.lab.loop import Loop
@@ -40,14 +40,14 @@ def test_the_global_random_state_neither_matters_nor_changes(protocol):
 
 
 def test_dropout_repeats_with_the_seed(protocol, monkeypatch):
-    build_model = train.build_model
+    build_model = start.build_model
 
     def with_dropout(*arguments, **options):
         built = build_model(*arguments, **options)
         return replace(built, model=nn.Sequential(built.model, nn.Dropout(0.5)))
 
     plain = run(spec_of(protocol)).outcome
-    monkeypatch.setattr(train, "build_model", with_dropout)
+    monkeypatch.setattr(start, "build_model", with_dropout)
     one, other = run(spec_of(protocol)).outcome, run(spec_of(protocol)).outcome
     assert one == other
     assert one.epochs[0].train_loss != plain.epochs[0].train_loss

@@ -13,7 +13,7 @@ from normkit.lab.loop import Loop, num_updates
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.recipe import Timetable
 from normkit.lab.spec import SweepSpec, TrainingSpec
-from normkit.lab.train import built
+from normkit.lab.start import built
 
 NUM_TIMED_STEPS = 3
 

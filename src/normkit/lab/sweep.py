@@ -29,7 +29,8 @@ from normkit.lab.recipe import Timetable
 from normkit.lab.records import Outcome, TrainingRecord, append_record, run_in_turn, sources_of
 from normkit.lab.spec import Protocol as Training
 from normkit.lab.spec import SweepSpec, TrainingSpec
-from normkit.lab.train import Upkeep, built, dataset_of, run
+from normkit.lab.start import built
+from normkit.lab.train import Upkeep, dataset_of, run
 from normkit.lab.user_code import HELD, load_function
 
 SECONDS_BETWEEN_REPORTS = 0.2

@@ -6,20 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from normkit import convert_norm_, recalibrate, sync_update_rates
+from normkit import sync_update_rates
 from normkit.errors import DataError, NormError
-from normkit.lab.arms import FROZEN, NONE, Arm
 from normkit.lab.changes import BuiltModel
-from normkit.lab.checkpoints import Alterations, restored, save_weights
-from normkit.lab.data import Dataset, Split, open_data, stratified_order
-from normkit.lab.data.dataset import SPLIT_SEED, Pictures
+from normkit.lab.checkpoints import save_weights
+from normkit.lab.data import Dataset, Split, open_data
+from normkit.lab.data.dataset import Pictures
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import describe_environment
 from normkit.lab.launch import own_device
@@ -27,18 +25,15 @@ from normkit.lab.loading import Loading
 from normkit.lab.loggers import Logger, open_loggers
 from normkit.lab.loop import Loop, num_updates, own_parts
 from normkit.lab.measure import peak_step_bytes
-from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.own_training import train_by
 from normkit.lab.recipe import Timetable
 from normkit.lab.records import Epoch, Outcome, Sources, TrainingRecord, sources_of
 from normkit.lab.resume import FOLDER, SECONDS, Checkpoint
 from normkit.lab.spec import TrainingSpec
+from normkit.lab.start import alterations_of, built
 from normkit.lab.user_code import told
 
 NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
-NUM_CALIBRATION_EXAMPLES = 1000  # a pretrained network's new norms are fitted on so many
-CALIBRATION_BATCH_SIZE = 100
-FROZEN_AS = "bn"  # what the layer is whose statistics stand still
 
 OnStep = Callable[[], object]  # called after each training step
 
@@ -183,17 +178,6 @@ class _Keeping:
         save_weights(state, path, about | alterations_of(built).metadata())
 
 
-def alterations_of(built: BuiltModel) -> Alterations:
-    """What ``--checkpoint`` of the other commands has to do before it loads the weights."""
-    specs = {place.name: place.norm.partition("+")[0] for place in built.norms}
-    changes = {at: FROZEN_AS if spec == FROZEN else spec for at, spec in specs.items()}
-    standardized = built.standardized if all("+ws" in p.norm for p in built.norms) else ()
-    return Alterations(
-        changes={at: spec for at, spec in changes.items() if spec != NONE},
-        standardized=standardized,
-    )
-
-
 def _outcome(
     spec: TrainingSpec, dataset: Dataset[Split] | None, stopwatch: _Stopwatch, keeping: _Keeping
 ) -> Outcome:
@@ -213,52 +197,6 @@ def _outcome(
                 f"the same command goes on from there"
             ) from error
         return Outcome(status="failed", message=told(error))
-
-
-def built(spec: TrainingSpec, dataset: Dataset[Split]) -> BuiltModel:
-    """The run's network before its first step.
-
-    Pretrained weights are loaded before the norms are replaced, and norms that keep running
-    statistics then take them from training batches.
-
-    Raises:
-        NormError: If it cannot be built.
-    """
-    protocol = spec.protocol
-    options: dict[str, Any] = {
-        "num_classes": dataset.num_classes,
-        "input_shape": dataset.input_shape,
-        "batch_size": spec.batch_size,
-    }
-    if protocol.weights is None:
-        return build_model(
-            protocol.model, norm=spec.norm, seed=spec.seed, drop_path=protocol.drop_path, **options
-        )
-    return pretrained(spec, dataset)
-
-
-def pretrained(spec: TrainingSpec, dataset: Dataset[Split]) -> BuiltModel:
-    """A network with the weights of a file, its norms replaced and calibrated."""
-    protocol, shape = spec.protocol, dataset.input_shape
-    original = build_model(
-        protocol.model,
-        num_classes=dataset.num_classes,
-        input_shape=shape,
-        seed=spec.seed,
-        drop_path=protocol.drop_path,
-    ).model
-    model = restored(original, Path(protocol.weights or ""))
-    order = stratified_order(dataset.train.targets, SPLIT_SEED)
-    parts = order[:NUM_CALIBRATION_EXAMPLES].split(CALIBRATION_BATCH_SIZE)
-    batches = [dataset.train.take(part).inputs for part in parts]
-    options = {"batch_size": spec.batch_size, "input_shape": shape, "name": protocol.model}
-    if not Arm.parse(spec.norm).is_plain:
-        found = apply_arm(model, spec.norm, **options)
-        recalibrate(found.model, batches).apply()
-        return found
-    found = apply_arm(copy.deepcopy(model), spec.norm, **options)  # says what stands where
-    convert_norm_(model, {place.name: place.norm for place in found.norms}, calibrate=batches)
-    return replace(found, model=model)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,76 @@
+"""A run's network before its first step, and what is said of it when it is saved."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from normkit import convert_norm_, recalibrate
+from normkit.lab.arms import FROZEN, NONE, Arm
+from normkit.lab.changes import BuiltModel
+from normkit.lab.checkpoints import Alterations, restored
+from normkit.lab.data import Dataset, Split, stratified_order
+from normkit.lab.data.dataset import SPLIT_SEED
+from normkit.lab.models.build import apply_arm, build_model
+from normkit.lab.spec import TrainingSpec
+
+NUM_CALIBRATION_EXAMPLES = 1000  # a pretrained network's new norms are fitted on so many
+CALIBRATION_BATCH_SIZE = 100
+FROZEN_AS = "bn"  # what the layer is whose statistics stand still
+
+
+def built(spec: TrainingSpec, dataset: Dataset[Split]) -> BuiltModel:
+    """The run's network before its first step.
+
+    Pretrained weights are loaded before the norms are replaced, and norms that keep running
+    statistics then take them from training batches.
+
+    Raises:
+        NormError: If it cannot be built.
+    """
+    protocol = spec.protocol
+    options: dict[str, Any] = {
+        "num_classes": dataset.num_classes,
+        "input_shape": dataset.input_shape,
+        "batch_size": spec.batch_size,
+    }
+    if protocol.weights is None:
+        return build_model(
+            protocol.model, norm=spec.norm, seed=spec.seed, drop_path=protocol.drop_path, **options
+        )
+    return pretrained(spec, dataset)
+
+
+def pretrained(spec: TrainingSpec, dataset: Dataset[Split]) -> BuiltModel:
+    """A network with the weights of a file, its norms replaced and calibrated."""
+    protocol, shape = spec.protocol, dataset.input_shape
+    original = build_model(
+        protocol.model,
+        num_classes=dataset.num_classes,
+        input_shape=shape,
+        seed=spec.seed,
+        drop_path=protocol.drop_path,
+    ).model
+    model = restored(original, Path(protocol.weights or ""))
+    order = stratified_order(dataset.train.targets, SPLIT_SEED)
+    parts = order[:NUM_CALIBRATION_EXAMPLES].split(CALIBRATION_BATCH_SIZE)
+    batches = [dataset.train.take(part).inputs for part in parts]
+    options = {"batch_size": spec.batch_size, "input_shape": shape, "name": protocol.model}
+    if not Arm.parse(spec.norm).is_plain:
+        found = apply_arm(model, spec.norm, **options)
+        recalibrate(found.model, batches).apply()
+        return found
+    found = apply_arm(copy.deepcopy(model), spec.norm, **options)  # says what stands where
+    convert_norm_(model, {place.name: place.norm for place in found.norms}, calibrate=batches)
+    return replace(found, model=model)
+
+
+def alterations_of(built: BuiltModel) -> Alterations:
+    """What ``--checkpoint`` of the other commands has to do before it loads the weights."""
+    specs = {place.name: place.norm.partition("+")[0] for place in built.norms}
+    changes = {at: FROZEN_AS if spec == FROZEN else spec for at, spec in specs.items()}
+    standardized = built.standardized if all("+ws" in p.norm for p in built.norms) else ()
+    return Alterations(
+        changes={at: spec for at, spec in changes.items() if spec != NONE},
+        standardized=standardized,
+    )
