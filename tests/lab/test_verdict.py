@@ -67,7 +67,11 @@ def test_what_one_comparison_decides_many_may_not(sweep_of):
 
 def test_a_lower_score_is_ahead_where_lower_is_better(sweep_of):
     comparison = sweep_of({"ln": FAR_AHEAD})
-    found = verdict_of(comparison.model_copy(update={"metric": "loss", "higher_is_better": False}))
+    found = verdict_of(
+        comparison.model_copy(
+            update={"metric": "loss", "higher_is_better": False, "is_share": False}
+        )
+    )
     assert found.of("ln", 2).word == "behind"
     assert found.lines == (
         "ln is behind bn at batch size 2 (+0.11, 95 % interval +0.08516 to +0.1348, 3 seeds).",

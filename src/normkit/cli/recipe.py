@@ -125,10 +125,17 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in NUMBERS_OR_NONE:
         if name in found:
             text = found[name]
-            found[name] = None if text == NOTHING else decimals(flag(name), text)[0]
+            found[name] = None if text == NOTHING else _single(flag(name), text)
     if isinstance(found.get("lr_batch_size"), float):
         found["lr_batch_size"] = whole_numbers("--lr-batch-size", values["lr_batch_size"])[0]
     return found
+
+
+def _single(option: str, text: str) -> float:
+    numbers = decimals(option, text)
+    if len(numbers) != 1:
+        raise SpecError(f"{option} was given {text!r}; give one number, or {NOTHING}")
+    return numbers[0]
 
 
 def _augmentations(text: str) -> tuple[str, ...]:

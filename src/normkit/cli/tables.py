@@ -65,8 +65,8 @@ def duration_text(seconds: float) -> str:
     """Seconds, minutes or hours, whichever are between 1 and 100.
 
     Example:
-        >>> duration_text(90)
-        '1.5 min'
+        >>> duration_text(240)
+        '4 min'
     """
     for limit, unit, size in ((100, "s", 1), (100 * 60, "min", 60)):
         if seconds < limit:

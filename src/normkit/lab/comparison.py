@@ -59,6 +59,7 @@ class Comparison(Frozen):
         cells: One for each norm and batch size.
         metric: What the scores are: test accuracies, or what a user's own training calls them.
         higher_is_better: Whether a higher score is ahead.
+        is_share: Whether scores are shares from 0 to 1, which are written in percent.
     """
 
     norms: tuple[str, ...]
@@ -67,11 +68,7 @@ class Comparison(Frozen):
     cells: tuple[Cell, ...]
     metric: str = ACCURACY
     higher_is_better: bool = True
-
-    @property
-    def is_share(self) -> bool:
-        """Whether scores are shares from 0 to 1, which are written in percent."""
-        return self.metric == ACCURACY
+    is_share: bool = True
 
     def cell(self, norm: str, batch_size: int) -> Cell:
         """The cell of a norm and a batch size."""
@@ -91,6 +88,7 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
         batch_sizes=sweep.batch_sizes,
         seeds=sweep.seeds,
         metric=next((next(iter(r.outcome.scores), ACCURACY) for r in ours), ACCURACY),
+        is_share=sweep.protocol.train is None,
         higher_is_better=sweep.protocol.better == "higher",
         cells=tuple(
             _cell(norm, batch_size, ours, sweep.norms[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from normkit.errors import DataError, SpecError
+from normkit.lab.arms import parse_arms
 from normkit.lab.files import require_file, write_whole
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.text import listed, printable, shortened
@@ -46,6 +47,11 @@ def read_config(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{printable(path)} is no TOML file: {shortened(error)}") from error
     values = {name.replace("-", "_"): _value(value) for name, value in found.items()}
+    if "tune_lr" in values:
+        values["learning_rates"] = values.pop("tune_lr")
+    augment = values.get("augment")
+    if isinstance(augment, str):
+        values["augment"] = tuple(augment.split(","))
     unknown = sorted(set(values) - set(KNOWN))
     if unknown:
         raise SpecError(
@@ -65,9 +71,15 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:  # noqa: ANN
     Raises:
         SpecError: If one breaks its rule.
     """
-    lists = {name: tuple(values[name]) for name in LISTS if name in values}
+    lists = {name: _listed(values[name]) for name in LISTS if name in values}
+    if "norms" in lists:
+        lists["norms"] = tuple(str(arm) for part in lists["norms"] for arm in parse_arms(part))
     own = {name: value for name, value in values.items() if name not in LISTS}
     return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | lists, spelled)
+
+
+def _listed(value: object) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _toml(value: object) -> str:

@@ -1,8 +1,10 @@
 """Where something computes, on how many threads, and from which random state."""
 
+import random
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from normkit.errors import SpecError
@@ -37,7 +39,14 @@ def threads_of(num_threads: int) -> Generator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Generator[None]:
-    """Give dropout and the like the seed, and the caller its random state back."""
+    """Give torch, Python and NumPy the seed, and the caller their random states back."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - what a user's code draws from
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002 - as above

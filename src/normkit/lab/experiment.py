@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from normkit.errors import PackageError, SpecError
-from normkit.lab.arms import Arm
+from normkit.lab.arms import Arm, parse_arms
 from normkit.lab.comparison import Comparison, best_rates, compared
 from normkit.lab.config import CONFIG_NAME, write_config
 from normkit.lab.data.opening import forget_data
@@ -31,6 +33,8 @@ from normkit.lab.records import (
     sources_of,
 )
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
+from normkit.lab.resume import FOLDER
+from normkit.lab.spec import FOLDER as FOLDER_PREFIX
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Watcher, check, default_workers, run_all
 from normkit.lab.text import table_lines
@@ -144,6 +148,8 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
         found = launch.first(lambda: _begin(sweep, way, held, tell))
         if found.missing:
             _run(found, way, show if launch.is_first else _silent, launch)
+            if launch.is_first:
+                rmtree(way.out / FOLDER, ignore_errors=True)  # also drafts that a kill has left
         return launch.first(lambda: Result.of(found.sweep, found.sources, way))
 
 
@@ -247,16 +253,16 @@ def compare(  # noqa: PLR0913 - all but two by keyword
     model: str | Callable[..., nn.Module] = "small-resnet",
     data: Any = "digits",  # noqa: ANN401 - a name, a folder, or data sets
     *,
-    norms: Iterable[str] = ("bn", "gn:8", "bgn:auto"),
-    batch_sizes: Iterable[int] = (2, 8, 32),
-    seeds: Iterable[int] = (1, 2, 3),
-    recipe: Recipe | None = None,
+    norms: str | Iterable[str] = ("bn", "gn:8", "bgn:auto"),
+    batch_sizes: int | Iterable[int] = (2, 8, 32),
+    seeds: int | Iterable[int] = (1, 2, 3),
+    recipe: Recipe | Mapping[str, Any] | None = None,
     train: str | Callable[..., Any] | None = None,
     out: str | Path = "runs/compare",
     device: str = "auto",
     threads: int = 1,
     workers: int | None = None,
-    tune_lr: Iterable[float] = (),
+    tune_lr: float | Iterable[float] = (),
     save_weights: bool = False,
     show: Show | None = None,
     **protocol: Any,  # noqa: ANN401 - fields of Protocol
@@ -270,7 +276,7 @@ def compare(  # noqa: PLR0913 - all but two by keyword
         model: A name such as ``"timm:resnet18"``, ``"my.py:make_model"``, or a function that makes
             a network. Its norms are replaced.
         data: A name such as ``"digits"``, ``"folder:photos"``, ``"my.py:make_datasets"``, or data
-            sets: ``{"train": ..., "test": ...}`` or a tuple.
+            sets: ``{"train": ..., "test": ...}`` or a tuple; a ``Path`` is a folder.
         norms: Norms or arms; differences are taken to the first.
         batch_sizes: Examples that a norm sees at a time, on each process.
         seeds: Of weights and data order; each cell runs all of them.
@@ -287,6 +293,9 @@ def compare(  # noqa: PLR0913 - all but two by keyword
         save_weights: Whether the trained weights are written to ``out/weights``.
         show: Displays progress; by default nothing does.
         protocol: Further fields of ``normkit.lab.spec.Protocol``, such as ``limit=1000``.
+
+    Warns:
+        UserWarning: If pictures are left out, or records of other data, models or code.
 
     Returns:
         The result: print it, or take ``.rows()``, ``.frame()``, ``.verdict`` and ``.report()``.
@@ -305,10 +314,10 @@ def compare(  # noqa: PLR0913 - all but two by keyword
         >>> [row["norm"] for row in result.rows()]
         ['bn', 'ln']
     """
-    values = (recipe or Recipe()).model_dump() | protocol
+    values = _recipe(recipe).model_dump() | protocol
     given = {
         "model": model if isinstance(model, str) else name_of(model, "model"),
-        "data": data if isinstance(data, str) else name_of(data, "data"),
+        "data": _data_name(data),
         "train": train if train is None or isinstance(train, str) else name_of(train, "train"),
         "device": str(parse_device(device)),
         "threads": threads,
@@ -317,13 +326,30 @@ def compare(  # noqa: PLR0913 - all but two by keyword
     sweep = SweepSpec.checked(
         {
             "protocol": Protocol.checked(values | given),
-            "norms": tuple(str(Arm.parse(norm)) for norm in norms),
-            "batch_sizes": tuple(batch_sizes),
-            "seeds": tuple(seeds),
-            "learning_rates": tuple(tune_lr),
+            "norms": tuple(str(Arm.parse(norm)) for norm in _each(norms)),
+            "batch_sizes": _each(batch_sizes),
+            "seeds": _each(seeds),
+            "learning_rates": _each(tune_lr),
         }
     )
     folder = Path(out)
     upkeep = Upkeep(folder=folder, save_weights=save_weights)
     way = Way(out=folder, num_workers=workers, upkeep=upkeep)
-    return perform(sweep, way, show or _silent, lambda note: None)
+    return perform(sweep, way, show or _silent, lambda note: warnings.warn(note, stacklevel=2))
+
+
+def _recipe(given: Recipe | Mapping[str, Any] | None) -> Recipe:
+    return given if isinstance(given, Recipe) else Recipe.checked(given or {})
+
+
+def _each(given: Any) -> tuple[Any, ...]:  # noqa: ANN401 - one value or several
+    """Several values; one alone is read as the only one."""
+    if isinstance(given, str):
+        return parse_arms(given)
+    return tuple(given) if isinstance(given, Iterable) else (given,)
+
+
+def _data_name(given: Any) -> str:  # noqa: ANN401 - as in compare
+    if isinstance(given, Path):
+        return f"{FOLDER_PREFIX}{given}"
+    return given if isinstance(given, str) else name_of(given, "data")

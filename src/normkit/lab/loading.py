@@ -12,6 +12,7 @@ from normkit.lab.data import Examples, Split
 from normkit.lab.data.dataset import Pictures
 from normkit.lab.data.streamed import Streamed
 from normkit.lab.data.views import Augmentation
+from normkit.lab.device import seeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,7 @@ class _Views:
         return len(self.split)
 
     def __getitem__(self, at: int) -> tuple[Tensor, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + at) % 2**63)
+        with seeded((self.seed * 1_000_003 + at) % 2**63):
             view = self.augmentation(self.split.picture(at))
         return view, self.split.targets[at]
 

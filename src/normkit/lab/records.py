@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 from pydantic import Field
 
 from normkit.lab.environment import Environment, code_hash
+from normkit.lab.files import require_file
 from normkit.lab.frozen import Frozen
 from normkit.lab.lines import Contents, append_line, read_lines
 from normkit.lab.models import PlacedNorm
@@ -25,7 +26,8 @@ class Sources(Frozen):
     Args:
         code_hash: Of normkit's code.
         data_hash: The data set's fingerprint; older records do not have it.
-        model_hash: Of the user's Python files that the spec names, and what they import beside.
+        model_hash: Of the user's Python files that the spec names, and what they import beside;
+            then of the weights that runs start from.
     """
 
     code_hash: str
@@ -48,8 +50,13 @@ class Sources(Frozen):
 
 def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
     """What decides the runs of a sweep besides their specs, as it is now."""
-    files = (protocol.model, protocol.train, protocol.data)
-    return Sources(code_hash=code_hash(), data_hash=data_hash, model_hash=source_hash(*files))
+    found = source_hash(protocol.model, protocol.train, protocol.data)
+    if protocol.weights is not None:
+        require_file(Path(protocol.weights))
+        with Path(protocol.weights).open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        found = f"{found or ''}{content[:12]}"
+    return Sources(code_hash=code_hash(), data_hash=data_hash, model_hash=found)
 
 
 class Record(Frozen, Generic[S]):

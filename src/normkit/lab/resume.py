@@ -1,6 +1,7 @@
 """The state of a run in flight, on the disk: where a run that was killed goes on."""
 
 import json
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -53,7 +54,11 @@ class Checkpoint:
         Raises:
             DataError: If it cannot be written.
         """
-        tensors = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
+        weights = model.state_dict()
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            self.seconds = math.inf  # a state of the model's own, which no such file holds
+            return
+        tensors = {f"{MODEL}{name}": value for name, value in weights.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{OPTIMIZER}{index}.{k}": v for k, v in state.items() if v is not None}
         tensors |= {f"{RANDOM}{name}": value for name, value in _random_states().items()}

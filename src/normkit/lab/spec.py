@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -12,8 +13,10 @@ from normkit.errors import SpecError
 from normkit.lab.arms import Arm
 from normkit.lab.frozen import Count, Frozen, Seed, Threads
 from normkit.lab.recipe import PositiveRate, Recipe
+from normkit.lab.user_code import absolute
 
 T = TypeVar("T")
+FOLDER = "folder:"
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 
@@ -45,6 +48,19 @@ class Protocol(Recipe):
     strategy: Strategy = Field(default="auto", description="auto, ddp or fsdp")
     processes: Count = Field(default=1, description="processes that train together, 1 or more")
     synchronize_statistics: bool = Field(default=False, description="yes or no")
+
+    @field_validator("model", "train", "data")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        """The same file or folder, however it was written and from wherever."""
+        if value is not None and value.startswith(FOLDER):
+            return f"{FOLDER}{Path(value.removeprefix(FOLDER)).expanduser().resolve()}"
+        return None if value is None else absolute(value)
+
+    @field_validator("weights")
+    @classmethod
+    def _absolute_path(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().resolve())
 
     @property
     def title(self) -> str:

@@ -19,11 +19,12 @@ import torch
 from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.arms import Arm
-from normkit.lab.data import Dataset, Split, open_data
+from normkit.lab.changes import BuiltModel
+from normkit.lab.data import READERS, Dataset, Split, open_data
 from normkit.lab.device import parse_device
 from normkit.lab.environment import describe_environment
 from normkit.lab.launch import require_processes
-from normkit.lab.loop import num_updates, own_parts, require_precision
+from normkit.lab.loop import num_updates, own_parts, require_precision, require_scores
 from normkit.lab.models.build import norm_slots
 from normkit.lab.recipe import Timetable
 from normkit.lab.records import Outcome, TrainingRecord, append_record, run_in_turn, sources_of
@@ -31,7 +32,7 @@ from normkit.lab.spec import Protocol as Training
 from normkit.lab.spec import SweepSpec, TrainingSpec
 from normkit.lab.start import built
 from normkit.lab.train import Upkeep, dataset_of, run
-from normkit.lab.user_code import HELD, load_function
+from normkit.lab.user_code import HELD, load_function, users_errors
 
 SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -78,6 +79,7 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
     """
     protocol = sweep.protocol
     _check_kernels()
+    _refuse_useless(sweep)
     device = parse_device(protocol.device)
     require_precision(protocol.precision, device)
     require_processes(protocol.processes, protocol.strategy, device)
@@ -97,8 +99,36 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
             spec = TrainingSpec(
                 protocol=protocol, norm=str(arm), batch_size=sweep.batch_sizes[0], seed=0
             )
-            built(spec, dataset)
+            network = built(spec, dataset)
+            if at == 0:
+                _check_outputs(network, dataset, protocol.model)
     return dataset
+
+
+def _refuse_useless(sweep: SweepSpec) -> None:
+    """Refuse options that would be without effect."""
+    protocol = sweep.protocol
+    if protocol.train is None and protocol.better == "lower":
+        raise SpecError(
+            "--better lower was given without --train, but test accuracies are better when higher; "
+            "leave it out"
+        )
+    if protocol.train is not None and sweep.learning_rates:
+        raise SpecError(
+            "--tune-lr was given with --train, which chooses its own rates; leave one of them out"
+        )
+    if protocol.image_size is not None and protocol.data in READERS:
+        raise SpecError(
+            f"--image-size was given {protocol.image_size}, but {protocol.data} has a size of its "
+            f"own; leave it out, or give a folder"
+        )
+
+
+def _check_outputs(built: BuiltModel, dataset: Dataset[Split], name: str) -> None:
+    """Refuse a network that does not give a row of scores for each example."""
+    zeros = torch.zeros(2, *dataset.input_shape)
+    with torch.no_grad(), users_errors(name):
+        require_scores(built.model.eval()(zeros), 2, dataset.num_classes)
 
 
 def _batch_lengths(protocol: Training, num_examples: int, batch_size: int) -> set[int]:
@@ -267,7 +297,7 @@ def _run_in_workers(
 def _started(upkeep: Upkeep) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a forked torch deadlocks in its threads
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, upkeep), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, upkeep))  # no daemon: it may have some
     with _interrupts_ignored():  # inherited: the worker imports torch before it can ignore them
         process.start()
     theirs.close()

@@ -1,23 +1,23 @@
 """Functions of a user's own: ``my.py:make_model`` on the command line, or what Python was given."""
 
-import ast
 import hashlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from normkit.errors import NormError, SpecError
+from normkit.lab.sources import SUFFIX, files_hash, import_names
 from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable, shortened
 
-SUFFIX = ".py"
 LONGEST_LINE = 160  # characters of an error's last line
 
 
@@ -34,6 +34,7 @@ class Reference:
 
 HELD: dict[str, Any] = {}  # what Python gave and no file names, under names of its own
 PREFIX = "python:"
+_seen: dict[tuple[str, int], str | None] = {}  # the source of a function when it was first given
 
 
 def name_of(given: Any, kind: str) -> str:  # noqa: ANN401 - a function or data sets
@@ -47,20 +48,54 @@ def name_of(given: Any, kind: str) -> str:  # noqa: ANN401 - a function or data 
         kind: What it is, such as ``"model"``.
     """
     reference = reference_of(given) if callable(given) else None
-    if reference is not None:
-        return reference
-    name = f"{PREFIX}{kind}:{getattr(given, '__name__', type(given).__name__)}:{_digest(given)}"
-    HELD[name] = given
-    return name
+    if reference is None:
+        digest = f":{_digest(given)}" if callable(given) else ""  # data have a fingerprint
+        reference = f"{PREFIX}{kind}:{getattr(given, '__name__', type(given).__name__)}{digest}"
+    else:
+        _require_unchanged(reference, given)
+    HELD[reference] = given
+    return reference
 
 
-def _digest(given: Any) -> str:  # noqa: ANN401 - as above
-    """Twelve digits over a function's source; of anything else only this process knows."""
+def _require_unchanged(reference: str, given: Any) -> None:  # noqa: ANN401 - as above
+    """Refuse a function whose file was edited after Python had read it."""
+    now = source_hash(reference)
+    if _seen.setdefault((reference, id(given)), now) != now:
+        raise SpecError(
+            f"{printable(reference)} was edited after it was imported, so the file is not what "
+            f"runs; import it anew, or start Python again"
+        )
+
+
+def _digest(given: Any, seen: frozenset[int] = frozenset()) -> str:  # noqa: ANN401 - as above
+    """Twelve digits over a function: its source, its defaults, and what it uses from around it.
+
+    Functions and classes that it uses count by their source, as deep as they can be read; anything
+    else by its text.
+    """
     try:
-        source = inspect.getsource(given)
+        parts = [inspect.getsource(given)]
     except (OSError, TypeError):
-        source = repr(id(given))
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
+        parts = [repr(given)]
+    if not isinstance(given, type) and hasattr(given, "__code__"):
+        around = inspect.getclosurevars(given)
+        parts.append(repr((given.__defaults__, given.__kwdefaults__)))
+        used = sorted({**around.nonlocals, **around.globals}.items())
+        for name, value in used:
+            known = id(value) in seen or getattr(value, "__module__", None) != given.__module__
+            if callable(value) and not known:
+                parts.append(_digest(value, seen | {id(given)}))
+            elif not callable(value) and not isinstance(value, ModuleType):
+                parts.append(f"{name}={value!r}")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def absolute(text: str) -> str:
+    """A reference with the whole path of its file; any other text as it is."""
+    if not is_reference(text) or text.startswith(PREFIX):
+        return text
+    path, _, name = text.rpartition(":")
+    return f"{Path(path).expanduser().resolve()}:{name}" if path.endswith(SUFFIX) else text
 
 
 def is_reference(text: str) -> bool:
@@ -98,10 +133,10 @@ def load_function(text: str, option: str) -> Callable[..., Any]:
     Raises:
         SpecError: If there is no such file, it cannot be imported, or has no such function.
     """
-    if text.startswith(PREFIX):
+    if text in HELD or text.startswith(PREFIX):
         return held(text, option)
     reference = parse_reference(text, option)
-    module = _imported(reference.path, option)
+    module = _imported(reference.path, files_hash([reference.path]), option)
     function = getattr(module, reference.name, None)
     if not callable(function):
         known = [
@@ -128,25 +163,38 @@ def held(text: str, option: str) -> Any:  # noqa: ANN401 - what a user gave
     return HELD[text]
 
 
-@cache
-def _imported(path: Path, option: str) -> Any:  # noqa: ANN401 - a module of any content
-    """Import a file under a name of its own; its folder is where its imports are looked up."""
-    name = module_name(path)
+_modules: dict[tuple[Path, str], ModuleType] = {}  # by file and what it said when it was read
+
+
+def _imported(path: Path, source: str, option: str) -> ModuleType:
+    """Import a file under a name of its own, anew where it or what it imports has changed.
+
+    Its folder is where its imports are looked up; afterwards it is the last place for others.
+    """
+    if (path, source) in _modules:
+        return _modules[path, source]
+    name, folder = module_name(path), str(path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise SpecError(f"{option}: {printable(path)} cannot be imported; give a Python file")
     module = importlib.util.module_from_spec(spec)
+    for beside in import_names(path):  # of another folder, or as it was before
+        sys.modules.pop(beside, None)
     sys.modules[name] = module  # what pickles its classes looks there
     register_missing_operators()  # it may import torchvision or timm
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         if isinstance(error, KeyboardInterrupt):
             raise
         raise SpecError(f"{option}: {path.name} cannot be imported: {told(error)}") from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    _modules[path, source] = module
     return module
 
 
@@ -169,9 +217,9 @@ def told(error: BaseException) -> str:
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
     ]
-    ours = str(Path(__file__).parents[1])
+    theirs = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"))
     own = [
-        f for f in frames if not f.filename.startswith(ours) and "site-packages" not in f.filename
+        f for f in frames if not f.filename.startswith(theirs) and "site-packages" not in f.filename
     ]
     if not own:
         return said
@@ -197,47 +245,14 @@ def source_hash(*texts: str | None) -> str | None:
     """Twelve hexadecimal digits over the files that references name and what they import beside.
 
     Args:
-        texts: ``FILE.py:NAME``; anything else, such as a model of the lab's, is left out.
+        texts: ``FILE.py:NAME``; anything else, such as a model of the lab's, is left out. The
+            digest of what Python gave and no file names is in its name.
 
     Returns:
         ``None`` if no text names a file.
     """
-    named = [text for text in texts if text and is_reference(text) and text not in HELD]
-    if not named:
-        return None  # the digest of what Python gave is in its name
-    paths = [parse_reference(text, "a run").path for text in named]
-    digest = hashlib.sha256()
-    for file in sorted({beside for path in paths for beside in _with_imports(path)}):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _with_imports(path: Path) -> set[Path]:
-    """The file, and the files in its folder that it imports, and those that they import."""
-    found, waiting = set[Path](), [path]
-    while waiting:
-        file = waiting.pop()
-        if file in found:
-            continue
-        found.add(file)
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # said when it is imported
-        for name in _imported_names(tree):
-            beside = path.parent.joinpath(*name.split("."))
-            candidates = (beside.with_suffix(SUFFIX), beside / "__init__.py")
-            waiting += [candidate for candidate in candidates if candidate.is_file()]
-    return found
-
-
-def _imported_names(tree: ast.AST) -> Generator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    named = [t for t in texts if t and is_reference(t) and not t.startswith(PREFIX)]
+    return files_hash([parse_reference(t, "a run").path for t in named]) if named else None
 
 
 def reference_of(function: Callable[..., Any]) -> str | None:

@@ -252,6 +252,10 @@ def assembled(
         if part not in parts:
             rest, held = hold_out(parts["train"].targets, share)
             parts |= {part: parts["train"].keep(held), "train": parts["train"].keep(rest)}
+    if limit is not None and "validation" in given:  # else holding out has mixed the classes
+        for part in ("train", "validation"):
+            order = stratified_order(parts[part].targets, SPLIT_SEED)
+            parts[part] = parts[part].keep(order)
     train, validation = limited(parts["train"], parts["validation"], limit)
     scaling = train.own_scaling()
     return Dataset(

@@ -19,7 +19,11 @@ from normkit.text import listed, printable, shortened
 
 PREFIX = "folder:"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+PARTS = {
+    "train": ("train", "training"),
+    "validation": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
 DECODED_AT_ONCE = 50_000  # more pictures than these are only looked at when they are needed
 DEFAULT_SIDE = 224  # of pictures that have different sizes
 SHARE_OF_MEMORY = 4  # pictures stay in memory up to a quarter of it
@@ -63,7 +67,10 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
 
 
 def _part(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    """The folder of a part, in capitals or not."""
+    return next(
+        (p for p in sorted(folder.iterdir()) if p.name.lower() in names and p.is_dir()), None
+    )
 
 
 def _classes(roots: Mapping[str, Path]) -> list[str]:
@@ -99,6 +106,12 @@ def _files(root: Path, classes: Sequence[str]) -> list[_File]:
         raise DataError(
             f"{printable(root)} has no pictures in its class folders; known are files that end in "
             f"{', '.join(SUFFIXES)}"
+        )
+    empty = [name for label, name in enumerate(classes) if label not in {f.label for f in files}]
+    if empty:
+        raise DataError(
+            f"{printable(root)} has no pictures in {listed(empty)}; take the folder away, or put "
+            f"pictures there"
         )
     return files
 
@@ -144,6 +157,13 @@ class _Reading:
             raise DataError(
                 f"none of the {len(files)} pictures in {printable(self.folder)} can be read, "
                 f"such as {printable(files[0].path.name)}; give pictures that PIL opens"
+            )
+        known = {file.label for file in kept}
+        empty = {file.path.parent.name for file in files if file.label not in known}
+        if empty:
+            raise DataError(
+                f"no picture of {listed(sorted(empty))} can be read; give pictures that PIL opens, "
+                f"or take the folder away"
             )
         return _Part(kept, values if len(values) == len(kept) else None, shapes)
 
@@ -197,7 +217,7 @@ def _header_shape(path: Path) -> tuple[int, ...]:
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-            return (1 if picture.mode in ("1", "L", "I", "I;16") else 3, height, width)
+            return (1 if picture.mode.startswith(("1", "L", "I")) else 3, height, width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"the picture {printable(path)} cannot be read") from error
 

@@ -1,7 +1,7 @@
 """Data sets of a user's own: PyTorch data sets, from Python or from ``FILE.py:FUNCTION``."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ from normkit.errors import DataError
 from normkit.lab.data.dataset import Dataset, Pictures, Split, assembled
 from normkit.lab.data.files import MAX_CLASSES
 from normkit.lab.data.streamed import Streamed, as_tensor
+from normkit.lab.device import seeded
 from normkit.lab.user_code import users_errors
 from normkit.text import printable, shortened
 
 NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+NUM_FOR_FINGERPRINT = 256  # pictures that tell whether a data set is the same as before
+NUM_TRIED = 32  # pictures whose classes are compared with those that are written
 RULE = (
     'give a dict {"train": ..., "test": ...} of PyTorch data sets, maybe with "validation", or a '
     "tuple (train, test) or (train, validation, test), or one data set, which is split"
@@ -44,17 +47,19 @@ def read_given(
             the training set has not.
     """
     parts = {part: _part(dataset, f"{name} ({part})") for part, dataset in _parts(given).items()}
-    unknown = sorted(set(parts.get("test", parts["train"]).labels()) - set(parts["train"].labels()))
-    if unknown:
-        raise DataError(
-            f"the test set of {name} has the classes {unknown[:5]}, and its training set has not; "
-            f"give both the same classes"
-        )
+    for part, source in parts.items():
+        unknown = sorted(set(source.labels()) - set(parts["train"].labels()))
+        if unknown:
+            raise DataError(
+                f"the {part} set of {name} has the classes {unknown[:5]}, and its training set has "
+                f"not; give both the same classes"
+            )
     shape = _input_shape(parts["train"].picture(0), side)
     digest = hashlib.sha256()
     for part, source in parts.items():
         digest.update(f"{part} {source.targets.tolist()}".encode())
-        digest.update(source.picture(0).contiguous().numpy().tobytes())
+        for picture in source.sample():
+            digest.update(picture.contiguous().numpy().tobytes())
     splits = {part: source.split(shape) for part, source in parts.items()}
     return assembled(name, splits, digest.hexdigest()[:12], limit)
 
@@ -92,6 +97,15 @@ class _Source:
     def picture(self, at: int) -> Shaped[Tensor, "c h w"]:
         return as_tensor(self.dataset[at][0], f"example {at} of {self.name}")
 
+    def sample(self) -> Iterator[Shaped[Tensor, "..."]]:
+        """What the fingerprint looks at: all tensors, else some pictures, drawn by seed 0."""
+        if isinstance(self.dataset, TensorDataset):
+            yield from self.dataset.tensors
+            return
+        for at in _spread(len(self.targets), NUM_FOR_FINGERPRINT):
+            with seeded(0):
+                yield self.picture(at)
+
     def split(self, shape: tuple[int, int, int]) -> Pictures | Streamed:
         if isinstance(self.dataset, TensorDataset):
             values = self.dataset.tensors[0]
@@ -109,7 +123,7 @@ def _part(dataset: Any, name: str) -> _Source:  # noqa: ANN401 - a user's
     """Find the classes: by the attribute that most data sets have, else by looking at each."""
     if len(dataset) == 0:
         raise DataError(f"{name} has no examples; give one or more")
-    with users_errors(name):
+    with users_errors(name), seeded(0):
         first = dataset[0]
     if not isinstance(first, tuple | list) or len(first) != 2:
         raise DataError(
@@ -118,7 +132,11 @@ def _part(dataset: Any, name: str) -> _Source:  # noqa: ANN401 - a user's
     known = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if isinstance(dataset, TensorDataset):
         known = dataset.tensors[1]
-    if known is None or len(known) != len(dataset):
+    if (
+        known is None
+        or len(known) != len(dataset)
+        or (not isinstance(dataset, TensorDataset) and _differs(dataset, known, name))
+    ):
         with users_errors(name):
             known = [dataset[at][1] for at in range(len(dataset))]
     try:
@@ -131,6 +149,18 @@ def _part(dataset: Any, name: str) -> _Source:  # noqa: ANN401 - a user's
             f"counted from 0"
         )
     return _Source(dataset, targets, name)
+
+
+def _differs(dataset: Any, known: Any, name: str) -> bool:  # noqa: ANN401 - a user's
+    """Whether the classes that are given differ from those that are written, as by a transform."""
+    with users_errors(name), seeded(0):
+        return any(int(dataset[at][1]) != int(known[at]) for at in _spread(len(dataset), NUM_TRIED))
+
+
+def _spread(number: int, at_most: int) -> list[int]:
+    """Positions that are evenly spread."""
+    kept = min(number, at_most)
+    return [number * at // kept for at in range(kept)]
 
 
 def _input_shape(first: Shaped[Tensor, "c h w"], side: int | None) -> tuple[int, int, int]:

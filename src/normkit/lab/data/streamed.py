@@ -9,10 +9,13 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from normkit.errors import DataError
-from normkit.lab.data.dataset import Examples, Scaling
+from normkit.lab.data.dataset import SPLIT_SEED, Examples, Scaling, stratified_order
 from normkit.lab.data.views import at_size
 
 NUM_FOR_SCALING = 2_000  # pictures whose values decide the scaling
+
+SIXTEEN_BITS = 2**16 - 1
+GREY = ("1", "L")  # PIL's modes; those of more bits begin with I
 
 ReadPicture = Callable[[int], Shaped[Tensor, "c h w"]]
 
@@ -55,14 +58,31 @@ class Streamed:
         return replace(self, positions=self.positions[index], targets=self.targets[index])
 
     def own_scaling(self) -> Scaling | None:
-        """Of the first pictures; None if they are in floating point, which is taken as it is."""
+        """Of some pictures of all classes; None if they are in floating point, taken as it is."""
         if self.picture(0).is_floating_point():
             return None
-        return Scaling.of(self.take(torch.arange(min(NUM_FOR_SCALING, len(self)))).inputs)
+        sample = stratified_order(self.targets, SPLIT_SEED)[:NUM_FOR_SCALING]
+        return Scaling.of(self.take(sample).inputs)
 
     def scaled(self, scaling: Scaling | None) -> Self:
         """The same examples, scaled so when they are taken."""
         return replace(self, scaling=scaling)
+
+
+def _bytes_of(values: Any, where: str) -> Shaped[Tensor, "1 h w"]:  # noqa: ANN401 - an array
+    """Grey values of 8 or 16 bits as bytes.
+
+    Raises:
+        DataError: If there are others.
+    """
+    whole = bool((values == values.round()).all())
+    if not whole or values.min() < 0 or values.max() > SIXTEEN_BITS:
+        raise DataError(
+            f"{where} has grey values from {values.min():g} to {values.max():g}; save it with 8 or "
+            f"16 bits"
+        )
+    scale = SIXTEEN_BITS / 255 if values.max() > 255 else 1
+    return torch.from_numpy((values / scale).round()).to(torch.uint8)[None]
 
 
 def as_tensor(picture: Any, where: str) -> Shaped[Tensor, "c h w"]:  # noqa: ANN401 - a user's
@@ -78,7 +98,9 @@ def as_tensor(picture: Any, where: str) -> Shaped[Tensor, "c h w"]:  # noqa: ANN
     elif hasattr(picture, "convert"):
         import numpy as np  # noqa: PLC0415 - only where pictures are PIL's
 
-        grey = picture.mode in ("1", "L", "I", "I;16")
+        if picture.mode.startswith(("I", "F")):
+            return _bytes_of(np.array(picture, dtype=np.float64), where)
+        grey = picture.mode in GREY
         values = np.array(picture.convert("L" if grey else "RGB"))
         return torch.from_numpy(values[None] if grey else values.transpose(2, 0, 1).copy())
     else:

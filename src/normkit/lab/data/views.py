@@ -23,14 +23,15 @@ def _transforms() -> Any:  # noqa: ANN401 - a module
 def at_size(picture: Shaped[Tensor, "c h w"], size: tuple[int, int]) -> Shaped[Tensor, "c a b"]:
     """A picture at the size that a network gets at evaluation.
 
-    One of another size is scaled, so that its shorter side is ``1 / 0.875`` of the network's, and
-    its centre is taken, as is usual on ImageNet.
+    One of another size is scaled, so that it is ``1 / 0.875`` of the network's on the side where
+    it is shorter, and its centre is taken, as is usual on ImageNet.
     """
     if tuple(picture.shape[1:]) == size:
         return picture
     transforms = _transforms()
-    scaled = round(max(size) / EVALUATION_SHARE)
-    resized = transforms.functional.resize(picture, [scaled], antialias=True)
+    share = max(side / own for side, own in zip(size, picture.shape[1:], strict=True))
+    scaled = [round(own * share / EVALUATION_SHARE) for own in picture.shape[1:]]
+    resized = transforms.functional.resize(picture, scaled, antialias=True)
     return transforms.functional.center_crop(resized, list(size))
 
 

@@ -25,7 +25,7 @@ from normkit.lab.models.own import initialise
 from normkit.lab.models.user import UserModel
 from normkit.lab.models.zoo import TimmModel, TorchvisionModel, timm_names, torchvision_names
 from normkit.lab.slots import PROBE_SIZE
-from normkit.lab.user_code import is_reference
+from normkit.lab.user_code import is_reference, users_errors
 from normkit.passes import device_of
 
 
@@ -168,7 +168,9 @@ def slots_of(model: nn.Module, *, input_shape: tuple[int, ...], name: str) -> No
         SpecError: If it does not take the inputs or has no norms to replace.
         ConversionError: If one of its norms has no rule.
     """
-    slots = NormSlots(copy.deepcopy(model), name, _example(model, input_shape))
+    with users_errors(f"copying model {name!r}"):
+        copied = copy.deepcopy(model)
+    slots = NormSlots(copied, name, _example(model, input_shape))
     slots.places(Arm.parse("bn"))
     return slots
 

@@ -1,6 +1,7 @@
 """A network that a user's own function makes."""
 
 import inspect
+import weakref
 from dataclasses import dataclass
 
 from torch import nn
@@ -8,6 +9,8 @@ from torch import nn
 from normkit.errors import SpecError
 from normkit.lab.models.architecture import Task
 from normkit.lab.user_code import load_function, users_errors
+
+_made: list[weakref.ref[nn.Module]] = []  # the last network, as long as somebody has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,4 +37,10 @@ class UserModel:
                 f"{self.reference} gave a {type(model).__name__}; it gives an nn.Module, such as "
                 f"def make_model(): return timm.create_model('resnet18', num_classes=10)"
             )
+        if _made and _made[-1]() is model:
+            raise SpecError(
+                f"{self.reference} gave the same network again, trained by the run before; make a "
+                f"new one in each call"
+            )
+        _made[:] = [weakref.ref(model)]
         return model
