@@ -16,6 +16,7 @@ from normkit.errors import PackageError, SpecError
 from normkit.lab.arms import Arm, parse_arms
 from normkit.lab.comparison import Comparison, best_rates, compared
 from normkit.lab.config import CONFIG_NAME, write_config
+from normkit.lab.data.folder import PREFIX
 from normkit.lab.data.opening import forget_data
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
@@ -34,7 +35,6 @@ from normkit.lab.records import (
 )
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.resume import FOLDER
-from normkit.lab.spec import FOLDER as FOLDER_PREFIX
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.sweep import Watcher, check, default_workers, run_all
 from normkit.lab.text import table_lines
@@ -351,5 +351,5 @@ def _each(given: Any) -> tuple[Any, ...]:  # noqa: ANN401 - one value or several
 
 def _data_name(given: Any) -> str:  # noqa: ANN401 - as in compare
     if isinstance(given, Path):
-        return f"{FOLDER_PREFIX}{given}"
+        return f"{PREFIX}{given}"
     return given if isinstance(given, str) else name_of(given, "data")

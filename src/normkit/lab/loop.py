@@ -24,8 +24,6 @@ from normkit.lab.spec import Protocol
 from normkit.lab.steps import Scores, num_steps_per_epoch, scores_of
 from normkit.lab.torchvision_ops import register_missing_operators
 
-MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
 
 @cache
 def _fabric_package() -> Any:  # noqa: ANN401 - a module, slow to import
@@ -85,9 +83,7 @@ def _sharded(model: nn.Module, mesh: Any) -> nn.Module:  # noqa: ANN401 - a Devi
     return fully_shard(model, mesh=mesh["data_parallel"])  # type: ignore[return-value]
 
 
-def make_optimizer(
-    model: nn.Module, protocol: Protocol, rate: float, device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, protocol: Protocol, rate: float) -> torch.optim.Optimizer:
     """The recipe's optimizer; the norms' parameters decay by a rate of their own if it has one."""
     groups: Any = model.parameters()
     if protocol.norm_weight_decay is not None:
@@ -147,10 +143,10 @@ class Loop:
         model = torch.compile(self.network) if protocol.compile else self.network
         if self._is_sharded:
             self.model = self.fabric.setup_module(model)
-            optimizer = make_optimizer(self.model, protocol, self.rate, self.device)
+            optimizer = make_optimizer(self.model, protocol, self.rate)
             self.optimizer = self.fabric.setup_optimizers(optimizer)
         else:
-            optimizer = make_optimizer(self.network, protocol, self.rate, self.device)
+            optimizer = make_optimizer(self.network, protocol, self.rate)
             self.model, self.optimizer = self.fabric.setup(model, optimizer)
         if protocol.mixup:
             self._mix = _mixup(protocol.mixup, self.num_classes)

@@ -11,12 +11,12 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from normkit.errors import SpecError
 from normkit.lab.arms import Arm
+from normkit.lab.data.folder import PREFIX
 from normkit.lab.frozen import Count, Frozen, Seed, Threads
 from normkit.lab.recipe import PositiveRate, Recipe
 from normkit.lab.user_code import absolute
 
 T = TypeVar("T")
-FOLDER = "folder:"
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 
@@ -53,8 +53,8 @@ class Protocol(Recipe):
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         """The same file or folder, however it was written and from wherever."""
-        if value is not None and value.startswith(FOLDER):
-            return f"{FOLDER}{Path(value.removeprefix(FOLDER)).expanduser().resolve()}"
+        if value is not None and value.startswith(PREFIX):
+            return f"{PREFIX}{Path(value.removeprefix(PREFIX)).expanduser().resolve()}"
         return None if value is None else absolute(value)
 
     @field_validator("weights")

@@ -23,13 +23,6 @@ def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return full + (rest > 1 or (rest == 1 and full == 0))
 
 
-def batch_lengths(num_examples: int, batch_size: int) -> tuple[int, ...]:
-    """The different lengths of an epoch's batches, the longest first: one or two."""
-    full, rest = divmod(num_examples, batch_size)
-    lengths = [batch_size] * (full > 0)
-    return (*lengths, rest) if num_steps_per_epoch(num_examples, batch_size) > full else (*lengths,)
-
-
 def batches(order: Int[Tensor, " n"], batch_size: int) -> Iterator[Int[Tensor, " b"]]:
     """Cut an epoch's order into batches; a last batch of one example is left out."""
     num_batches = num_steps_per_epoch(len(order), batch_size)

@@ -49,23 +49,6 @@ class Watcher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """A watcher that also keeps the records."""
-
-    watcher: Watcher
-    records: list[TrainingRecord] = field(default_factory=list)
-
-    def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
-        """Pass it on."""
-        self.watcher.on_steps(spec, num_steps)
-
-    def on_record(self, record: TrainingRecord) -> None:
-        """Keep it and pass it on."""
-        self.records.append(record)
-        self.watcher.on_record(record)
-
-
 def check(sweep: SweepSpec) -> Dataset[Split] | None:
     """Find bad input before the first run; nothing is trained or written.
 
@@ -89,7 +72,7 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
     dataset = open_data(protocol.data, protocol.limit, protocol.image_size)
     _check_sizes(sweep, dataset)
     slots = norm_slots(protocol.model, dataset.num_classes, dataset.input_shape)
-    _check_update_rates(sweep, dataset)
+    _check_update_rates(sweep)
     arms = [Arm.parse(norm) for norm in sweep.norms]
     for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
         for length in _batch_lengths(protocol, len(dataset.train), batch_size):
@@ -158,7 +141,7 @@ def _check_sizes(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
             )
 
 
-def _check_update_rates(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+def _check_update_rates(sweep: SweepSpec) -> None:
     """Refuse a learning rate that estimates of micro-batches cannot move by."""
     for spec in sweep.runs():
         examples = spec.protocol.step_examples(spec.batch_size)
