@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normkit.errors import DataError, NormError, SpecError
-from normkit.lab import Recipe, compare
+from normkit.lab import Recipe, compare, experiment
 from normkit.lab.config import read_config, sweep_of, write_config
 from normkit.lab.data import open_data
 from normkit.lab.dry_run import estimate
@@ -257,3 +257,20 @@ def test_records_say_everything_in_json(tmp_path):
     for line in (tmp_path / "records.jsonl").read_text().splitlines():
         found = json.loads(line)
         assert {"code_hash", "data_hash", "model_hash"} <= found.keys()
+
+
+def test_records_of_who_held_the_folder_before_are_not_made_again(tmp_path, monkeypatch):
+    """Another process ends while this one is checking: its records are seen under the lock."""
+    arguments = ["mlp:depth=2:width=8"]
+    options = {**FAST, "limit": 40, "out": tmp_path / "out"}
+    real = experiment.plan
+
+    def slow(sweep, out):
+        found = real(sweep, out)
+        monkeypatch.setattr(experiment, "plan", real)
+        compare(*arguments, **options)  # the other process
+        return found
+
+    monkeypatch.setattr(experiment, "plan", slow)
+    compare(*arguments, **options)
+    assert len(read_records(tmp_path / "out", TrainingRecord).records) == 4

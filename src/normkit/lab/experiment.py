@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
@@ -162,6 +162,9 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
         held.enter_context(joined_cluster())
     usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
     held.enter_context(only_user(way.out))
+    known = read_records(way.out, TrainingRecord).records  # of who held the folder until now, too
+    ours = [record for record in known if found.sources.made(record)]
+    found = replace(found, missing=missing_runs(found.missing, ours))
     for note in found.notes:
         tell(note)
     write_config(way.out / CONFIG_NAME, sweep)
