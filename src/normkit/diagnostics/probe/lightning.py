@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normkit.diagnostics.probe.probe import Probe
 from normkit.errors import OptionError
+
+if TYPE_CHECKING:
+    from normkit.diagnostics.probe.probe import Probe
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 

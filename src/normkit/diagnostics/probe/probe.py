@@ -19,6 +19,7 @@ from normkit.diagnostics.probe.gradients import (
     kept,
     lengths,
 )
+from normkit.diagnostics.probe.lightning import callback_of
 from normkit.diagnostics.probe.norms import norms_of
 from normkit.diagnostics.probe.outputs import Logger, Outputs, Writer, write_lines
 from normkit.diagnostics.probe.record import ProbedStep, ProbeHistory
@@ -224,8 +225,6 @@ class Probe:
         require_choice("of", of, ("lightning", "transformers"))
         if of == "transformers":
             return TransformersCallback(self)
-        from normkit.diagnostics.probe.lightning import callback_of  # noqa: PLC0415 - needs Probe
-
         return callback_of(self)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
