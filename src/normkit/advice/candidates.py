@@ -1,4 +1,4 @@
-"""The norms that are recommended: what each is, why, and what it does not do."""
+"""The norms that can be recommended, each with its reasons, limits and evidence."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from normkit.advice.evidence import Evidence, by_batch_size, cifar_by_batch_size
 from normkit.spec import recommended_bgn_groups
 
 EvidenceOf = Callable[[str, int], Iterator[Evidence]]
-"""Says what is known for a task at one of the batch sizes of ``evidence.BATCH_SIZES``, or 1."""
+"""Gives the numbers for a task at one of the batch sizes of ``evidence.BATCH_SIZES``, or 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A norm as it may be recommended.
+    """A norm that can be recommended.
 
     Args:
-        spec: Its spec; ``{groups}`` stands for BGN's groups at the batch size.
+        spec: Its spec; ``{groups}`` stands for BGN's number of groups at the batch size.
         apply: The call that puts it into ``model``; ``{spec}`` stands for the spec.
-        why: What speaks for it.
-        limits: What speaks against it, or was not measured.
-        evidence: The numbers, by task and batch size.
+        why: Reasons for the norm.
+        limits: Reasons against it, and gaps in the measurements.
+        evidence: Gives the numbers for a task and a batch size.
         keeps_function: Whether a trained network predicts as before.
     """
 
@@ -39,7 +39,7 @@ class Candidate:
 
 
 def _of_task(name: str, task: str, batch_size: int) -> Iterator[Evidence]:
-    """What the tables of a task other than classification say about a norm."""
+    """Numbers for a norm from the tables of a task other than classification."""
     if task == "detection" and name in known.COCO_BOXES:
         yield _coco("box AP", known.COCO_BOXES, name)
     if task == "detection" and name in known.COCO_FROM_SCRATCH and batch_size >= 2:
@@ -79,7 +79,7 @@ def _bn(task: str, batch_size: int) -> Iterator[Evidence]:
         yield from own_runs("bn", batch_size)
 
 
-def _kept(task: str, batch_size: int) -> Iterator[Evidence]:
+def _pretrained_bn(task: str, batch_size: int) -> Iterator[Evidence]:
     if task == "detection":
         setting = "Faster R-CNN on COCO, fine-tuned, 2fc box head, 2 images a GPU"
         values = {"BN frozen": "36.31", "GN": "36.62", "XBN": "37.17"}
@@ -163,7 +163,7 @@ def _ghost(task: str, batch_size: int) -> Iterator[Evidence]:
 CANDIDATES: Mapping[str, Candidate] = {
     "bn": Candidate(
         spec="bn",
-        why="enough examples for statistics of each channel; every recipe is made for it",
+        why="enough examples for the statistics of each channel; most training recipes assume it",
         limits="evaluation uses other statistics than training: new data and small batches shift "
         "them",
         evidence=_bn,
@@ -172,19 +172,20 @@ CANDIDATES: Mapping[str, Candidate] = {
     "bn kept": Candidate(
         spec="bn",
         why="the network predicts as before; a share of the example's own statistics at "
-        "evaluation, nk.set_example_weight(model, alpha), may add to it without any training",
-        limits="alpha is tuned on held-out data; on other data the statistics move",
-        evidence=_kept,
+        "evaluation, nk.set_example_weight(model, alpha), may improve it without any training",
+        limits="alpha is tuned on held-out data; training on other data changes the statistics",
+        evidence=_pretrained_bn,
         keeps_function=True,
     ),
     "bn frozen": Candidate(
         spec="bn",
         apply="nk.freeze_statistics(model)",
-        why="the network predicts as before, and too few examples move no statistics; a share "
-        "of the example's own at evaluation, nk.set_example_weight(model, alpha), may add to it",
+        why="the network predicts as before, and batches of few examples do not change its "
+        "statistics; a share of the example's own at evaluation, nk.set_example_weight(model, "
+        "alpha), may improve it",
         limits="the statistics stay those of the old data; alpha is tuned on held-out data, and "
         'needs nk.convert_norm_(model, "bn") first',
-        evidence=_kept,
+        evidence=_pretrained_bn,
         keeps_function=True,
     ),
     "bn+ws": Candidate(
@@ -196,15 +197,15 @@ CANDIDATES: Mapping[str, Candidate] = {
     "bn+ws kept": Candidate(
         spec="bn+ws",
         apply="nk.standardize_weights_(model, preserve=True)",
-        why="weight standardization that starts where the network predicts as before",
-        limits="measured only in training from the start; make the optimizer afterwards",
+        why="weight standardization; at first the network predicts as before",
+        limits="measured only in training from the start; make the optimizer after this call",
         evidence=_bn_ws,
         keeps_function=True,
     ),
     "gn": Candidate(
         spec="gn:max=32",
         why="statistics of each example alone: the batch size does not matter, and evaluation "
-        "is what training was",
+        "computes the same as training",
         limits="behind BN with enough examples; channels may die without batch knowledge (Qiao "
         "et al., section 6)",
         evidence=_gn,
@@ -212,8 +213,8 @@ CANDIDATES: Mapping[str, Candidate] = {
     "gn+ws": Candidate(
         spec="gn:max=32+ws",
         why="group norm with standardized weights: with 1 image a GPU ahead of BN with 64",
-        limits="weight standardization only serves convolutions that feed a norm; a little time "
-        "for each training step",
+        limits="weight standardization helps only convolutions that feed a norm, and costs a "
+        "little time in each training step",
         evidence=_gn_ws,
     ),
     "bgn": Candidate(
@@ -237,21 +238,22 @@ CANDIDATES: Mapping[str, Candidate] = {
         why="normalises by running estimates, then each example's groups: batch knowledge "
         "without a batch",
         limits="call nk.sync_update_rates(model, optimizer) before every step; two stages to "
-        "learn; ahead of gn+ws in our runs by 1.4 points, of three seeds and short",
+        "learn; ahead of gn+ws by 1.4 points in our runs, which were short and had three seeds",
         evidence=_micro,
     ),
     "bcn+ws": Candidate(
         spec="bcn:max=32+ws",
-        why="a batch norm and a group norm of its result: less far from dead channels",
+        why="a group norm behind a batch norm: keeps channels farther from dying",
         limits="behind BN with weight standardization on video; one paper",
         evidence=_bcn,
     ),
     "xbn": Candidate(
         spec="gn:max=64",
         apply='nk.place_xbn_(model, norm="{spec}")',
-        why="one norm of each residual block without batch statistics stops shifts of the "
+        why="one norm without batch statistics in each residual block keeps shifts of the "
         "running statistics from adding up",
-        limits="residual networks; the others stay batch norms, so not for batches of 1 or 2",
+        limits="only for residual networks; the other norms stay batch norms, so not for batches "
+        "of 1 or 2",
         evidence=_xbn,
     ),
     "ghost": Candidate(
@@ -263,4 +265,4 @@ CANDIDATES: Mapping[str, Candidate] = {
         keeps_function=True,
     ),
 }
-"""By the names that the ranking uses."""
+"""The candidates by the names that the ranking uses."""

@@ -1,4 +1,4 @@
-"""What the papers' tables, and this project's own runs, say about a norm: numbers as printed."""
+"""Numbers about norms, as printed in the papers' tables and in this project's own runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ACCURACY, ERROR = "accuracy, %", "error, %"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Numbers of one comparison, as printed.
+    """The numbers of one comparison, as printed.
 
     Args:
-        source: Authors and title, or where this project has the numbers from.
-        place: The table, or the section if they stand in the text.
-        setting: Network, data and batch.
-        metric: What was measured, and its unit.
-        values: What was compared, with its number; the recommended one first.
+        source: Authors and title, or "normkit's own runs".
+        place: The table; the section, if the numbers are in the text.
+        setting: Network, data and batch size.
+        metric: The metric and its unit.
+        values: The number of each method; the recommended one first.
     """
 
     source: str
@@ -38,11 +38,11 @@ class Evidence:
 
     @property
     def numbers(self) -> str:
-        """What was compared and how it did."""
+        """The methods with their numbers."""
         return ", ".join(f"{what} {value}" for what, value in self.values.items())
 
     def as_dict(self) -> dict[str, object]:
-        """All of it as plain values, for JSON."""
+        """The fields as plain values, for JSON."""
         return asdict(self)
 
 
@@ -78,11 +78,11 @@ OWN_RUNS = {
         "bcn:8:micro_batch+ws": "69.90 ± 0.62",
     },
 }
-"""Test accuracy of docs/compare.md by batch size, mean and spread of three seeds."""
+"""Test accuracy of docs/compare.md by batch size: mean and standard deviation of three seeds."""
 
 
 def by_batch_size(name: str, batch_size: int, others: tuple[str, ...]) -> Iterator[Evidence]:
-    """Table 2 of Zhou et al. at the nearest batch size; nothing below its smallest."""
+    """Table 2 of Zhou et al. at a batch size; nothing if that is below the table's smallest."""
     if batch_size >= BATCH_SIZES[-1]:
         column = BATCH_SIZES.index(batch_size)
         yield Evidence(
@@ -95,7 +95,7 @@ def by_batch_size(name: str, batch_size: int, others: tuple[str, ...]) -> Iterat
 
 
 def cifar_by_batch_size(batch_size: int) -> Iterator[Evidence]:
-    """Table 2 of Gunawan et al., where it has the batch size."""
+    """Table 2 of Gunawan et al., if it has the batch size."""
     if batch_size in GUNAWAN_TABLE_2["BN"]:
         yield Evidence(
             source=GUNAWAN,
@@ -107,7 +107,7 @@ def cifar_by_batch_size(batch_size: int) -> Iterator[Evidence]:
 
 
 def own_runs(name: str, batch_size: int) -> Iterator[Evidence]:
-    """This project's runs, where it made them at the batch size."""
+    """This project's own runs, if there are some at the batch size."""
     if name in OWN_RUNS.get(batch_size, {}):
         found = OWN_RUNS[batch_size]
         yield Evidence(
