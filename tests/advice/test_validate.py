@@ -265,7 +265,7 @@ def test_a_compiled_model_is_refused():
 
 
 def test_a_check_of_the_same_name_is_refused():
-    with pytest.raises(nk.OptionError, match="check 'few values' is there already: few_values"):
+    with pytest.raises(nk.OptionError, match="check 'few values' exists already: few_values"):
         check("few values")(lambda situation: iter(()))
 
 

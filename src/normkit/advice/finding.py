@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from normkit.text import listed
+
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 """The worst first; ``Finding`` explains them."""
@@ -76,11 +78,7 @@ def _lines(found: list[Finding]) -> Iterator[str]:
     for each in found[:SHOWN]:
         yield f"  {each.name or 'the model itself'}: {each.what}"
     if rest := found[SHOWN:]:
-        yield f"  and {len(rest)} more: {_few([each.name for each in rest])}"
+        yield f"  and {len(rest)} more: {listed((each.name for each in rest), 6)}"
     yield f"  why: {first.why}"
     several = " (the first one's)" if len({each.fix for each in found}) > 1 else ""
     yield f"  fix{several}: {first.fix}"
-
-
-def _few(names: list[str], at_most: int = 6) -> str:
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")

@@ -48,6 +48,7 @@ def groups_that_do_not_fit(situation: Situation) -> Iterator[Finding]:
                 fix=_fix_groups(situation, norm, misfit),
                 severity="error",
             )
+        # Norms ask for "more than 1" value in a group, which ``single_values`` reports.
         elif norm.refusal is not None and "more than 1" not in norm.refusal:
             yield Finding(
                 name=norm.name,
@@ -194,6 +195,7 @@ def _fix_few_examples(situation: Situation, norm: CheckedNorm, pool: Pool) -> st
             f"{freeze_call()}, with which it predicts as before; "
             f"nk.recommend({size}, pretrained=True) names more"
         )
+    # With fewer values an example cannot fill the 32 groups of a group norm.
     enough = pool.num_values_per_example * pool.shape[1] >= FEW_OF_EXAMPLE * 32
     found = conversion_fix(situation, norm, "gn:max=32" if enough else "ln", everywhere=enough)
     more = ", pretrained=True" if situation.trained else ""

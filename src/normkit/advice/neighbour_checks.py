@@ -26,7 +26,7 @@ def repeated_by_checkpointing(situation: Situation) -> Iterator[Finding]:
         if how is not None:
             yield Finding(
                 name=norm.name,
-                what=f"it runs under activation checkpointing ({how})",
+                what=f"it runs under gradient checkpointing ({how})",
                 why="the forward is repeated in the backward pass, and updates the running "
                 "statistics twice a step",
                 fix=_fix_checkpointing(situation, norm),

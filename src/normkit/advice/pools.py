@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import singledispatch
 
 import torch.distributed as dist
 from torch import nn
@@ -97,7 +96,7 @@ def pools(layer: nn.Module, shape: Shape) -> tuple[Pool, ...] | None:
         return None
     if isinstance(layer, nn.LayerNorm):
         return (_of_layer_norm(layer, shape),)
-    if isinstance(layer, NormLayer) and adapters_of(layer)[1]:
+    if isinstance(layer, NormLayer) and adapters_of(layer)[1]:  # The layer takes channels last.
         shape = (shape[0], shape[-1], *shape[1:-1])
     found = _parts(layer)
     return None if found is None else tuple(Pool(part, _part_shape(part, shape)) for part in found)
@@ -131,34 +130,17 @@ def _of_layer_norm(layer: nn.LayerNorm, shape: Shape) -> Pool:
     return Pool(Part(partition=Partition(1, 1)), examples)
 
 
-@singledispatch
 def _parts(layer: nn.Module) -> tuple[Part, ...] | None:
-    return None
-
-
-@_parts.register(NormLayer)
-def _(layer: NormLayer) -> tuple[Part, ...]:
-    return parts(layer)
-
-
-@_parts.register(_BatchNorm)
-def _(layer: _BatchNorm) -> tuple[Part, ...]:
-    return _tracked(Partition(layer.num_features), layer)
-
-
-@_parts.register(_InstanceNorm)
-def _(layer: _InstanceNorm) -> tuple[Part, ...]:
-    return _tracked(Partition(layer.num_features, 1), layer)
-
-
-@_parts.register(nn.GroupNorm)
-def _(layer: nn.GroupNorm) -> tuple[Part, ...]:
-    return (Part(partition=Partition(layer.num_groups, 1)),)
-
-
-def _tracked(partition: Partition, layer: _BatchNorm | _InstanceNorm) -> tuple[Part, ...]:
-    follows = layer.training or layer.running_mean is None
-    return (Part(partition=partition, origin="input" if follows else "running"),)
+    if isinstance(layer, NormLayer):
+        return parts(layer)
+    if isinstance(layer, nn.GroupNorm):
+        return (Part(partition=Partition(layer.num_groups, 1)),)
+    if not isinstance(layer, _BatchNorm | _InstanceNorm):
+        return None
+    examples_per_group = 1 if isinstance(layer, _InstanceNorm) else None
+    partition = Partition(layer.num_features, examples_per_group)
+    from_input = layer.training or layer.running_mean is None
+    return (Part(partition=partition, origin="input" if from_input else "running"),)
 
 
 def num_processes(layer: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from normkit.advice.candidates import CANDIDATES, Candidate
@@ -83,14 +83,8 @@ class Recommendation:
 
     def as_dict(self) -> dict[str, object]:
         """The fields as plain values, for JSON."""
-        return {
-            "spec": str(self.spec),
-            "apply": self.apply,
-            "why": self.why,
-            "evidence": [each.as_dict() for each in self.evidence],
-            "limits": self.limits,
-            "keeps_function": self.keeps_function,
-        }
+        evidence = [each.as_dict() for each in self.evidence]
+        return asdict(self) | {"spec": str(self.spec), "evidence": evidence}
 
 
 class Recommendations(list[Recommendation]):

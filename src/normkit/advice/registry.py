@@ -26,7 +26,9 @@ def check(name: str) -> Callable[[Check], Check]:
 
     def register(function: Check) -> Check:
         if name in CHECKS:
-            raise OptionError(f"check {name!r} is there already: {CHECKS[name].__name__}")
+            raise OptionError(
+                f"check {name!r} exists already: {CHECKS[name].__name__}; choose another name"
+            )
         CHECKS[name] = function
         return function
 

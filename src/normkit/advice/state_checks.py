@@ -225,14 +225,14 @@ def cumulative_average(situation: Situation) -> Iterator[Finding]:
     for norm in situation.norms:
         layers = [layer for _, layer in trackers(norm)]
         if norm.trains and any(getattr(layer, "momentum", 0) is None for layer in layers):
-            ours = isinstance(norm.module, NormLayer)
+            is_torchs = not isinstance(norm.module, NormLayer)
             yield Finding(
                 name=norm.name,
                 what="momentum=None averages all batches since the start",
                 why="batches of the first, untrained weights count as much as the last ones"
-                + ("" if ours else "; torch.compile breaks the graph at torch's layer"),
+                + ("; torch.compile breaks the graph at torch's layer" if is_torchs else ""),
                 fix="set momentum to 0.1; None is for a pass that measures the statistics anew",
-                severity="note" if ours else "warning",
+                severity="warning" if is_torchs else "note",
             )
 
 

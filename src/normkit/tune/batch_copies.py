@@ -94,7 +94,7 @@ def split(output: Any, num_copies: int) -> list[Any]:  # noqa: ANN401
         if leaf is None:
             return None
         if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] % num_copies:
-            raise CopiesError(f"the output holds {type(leaf).__name__}, which is not in copies")
+            raise CopiesError(f"the output holds {type(leaf).__name__}, which cannot be split")
         return leaf.unflatten(0, (num_copies, -1))[index]
 
     return [tree_map(lambda leaf, i=i: part(leaf, i), output) for i in range(num_copies)]

@@ -44,8 +44,8 @@ def descend(sweep: Sweep, start: Weights) -> dict[str, float]:
         grad, cost = gradient(sweep, weights)
         if step == 0 and not grad.any():
             raise DataError(
-                f"the gradient of the metric {sweep.metric.name} is 0 for all example weights; "
-                f"per_layer=True follows it: give a metric that is computed from the output in "
+                f"the gradient of the metric {sweep.metric.name} is 0 for all example weights, and "
+                f"per_layer=True needs it; give a metric that is computed from the output by "
                 f"differentiable operations, or per_layer=False"
             )
         if cost < lowest_cost:

@@ -253,8 +253,8 @@ def _require_others(alphas: tuple[float, ...], before: tuple[float, ...]) -> Non
     """Refuse a grid that holds nothing but the layers' present weight."""
     if not set(alphas) - set(before):
         raise OptionError(
-            f"grid={alphas} was given, and {before[0]:g} is what the layers have; give at least "
-            f"one other weight, such as (0.1, 0.3)"
+            f"grid={alphas} was given, and the layers have the weight {before[0]:g} already; give "
+            f"at least one other weight, such as (0.1, 0.3)"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normkit.errors import DataError
 from normkit.kernels.select import use_kernels
 from normkit.passes import Forward, device_of, moved, progress, untouched
+from normkit.passes.inputs import first_argument
 from normkit.tune.batch_copies import agree, repeated, split, weighed_by_copy
 from normkit.tune.layers import WeighedLayers, Weights
 from normkit.tune.metrics import Metric
@@ -114,6 +115,7 @@ class Sweep:
             return split(self.forward(self.model, given), len(alphas))
 
     def _use_less_memory(self) -> None:
+        """Halve the number of copies; if one copy is too many, use plain forwards."""
         if self.max_copies == 1:
             self.how = WAYS[-1]
         self.max_copies = max(1, (self.max_copies or 1) // 2)
@@ -163,5 +165,5 @@ class LargestInput:
         return stack
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(named.values()))
+        x = first_argument(args, named)
         self.num_bytes, self.on_cpu = max(self.num_bytes, x.nbytes), x.is_cpu
