@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from normkit.convert.adapters import base_of
 from normkit.convert.source import Activation, Source, Statistics
 from normkit.errors import ConversionError
-from normkit.inference import known
+from normkit.inference import norm_classes
 from normkit.inference.freeze import is_frozen
 
 Rule = Callable[[Any], Source]
@@ -84,7 +84,7 @@ def read(module: nn.Module) -> Source:
         raise ConversionError(
             "some of its values are on the meta device and others are not; load all of them first"
         )
-    found = RULES.get(key_of(kind)) or (_frozen if known.is_fixed(module) else None)
+    found = RULES.get(key_of(kind)) or (_frozen if norm_classes.is_fixed(module) else None)
     if found is None:
         raise ConversionError(
             f"{key_of(kind)} has no rule; leave it alone with where= or by mapping its name to "
@@ -161,7 +161,7 @@ def _instance_norm(layer: nn.InstanceNorm2d) -> Source:
     )
 
 
-@rule(nn.GroupNorm, *known.GROUP_NORMS)
+@rule(nn.GroupNorm, *norm_classes.GROUP_NORMS)
 def _group_norm(layer: nn.GroupNorm) -> Source:
     """Everything is carried."""
     return Source(
@@ -173,7 +173,7 @@ def _group_norm(layer: nn.GroupNorm) -> Source:
     )
 
 
-@rule(*known.MAP_NORMS)
+@rule(*norm_classes.MAP_NORMS)
 def _layer_norm_of_maps(layer: nn.LayerNorm) -> Source:
     """The statistics of a position over its channels, in ``(N, C, H, W)``: ``pn`` keeps them."""
     if len(layer.normalized_shape) != 1:
@@ -190,38 +190,38 @@ def _layer_norm_of_maps(layer: nn.LayerNorm) -> Source:
     )
 
 
-@rule(nn.LayerNorm, *known.LAYER_NORMS)
+@rule(nn.LayerNorm, *norm_classes.LAYER_NORMS)
 def _layer_norm(layer: nn.LayerNorm) -> Source:
     """Likewise, with the channels in the last axis, where they stay."""
     return replace(_layer_norm_of_maps(layer), channels_last=True, without_positions=True)
 
 
-@rule(*known.BATCH_NORM_ACTS)
+@rule(*norm_classes.BATCH_NORM_ACTS)
 def _batch_norm_act(layer: Any) -> Source:  # noqa: ANN401 - a class that need not be installed
     return replace(_batch_norm(layer), activation=_activation(layer))
 
 
-@rule(*known.SYNC_BATCH_NORM_ACTS)
+@rule(*norm_classes.SYNC_BATCH_NORM_ACTS)
 def _sync_batch_norm_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_sync_batch_norm(layer), activation=_activation(layer))
 
 
-@rule(*known.GROUP_NORM_ACTS)
+@rule(*norm_classes.GROUP_NORM_ACTS)
 def _group_norm_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_group_norm(layer), activation=_activation(layer))
 
 
-@rule(*known.MAP_NORM_ACTS)
+@rule(*norm_classes.MAP_NORM_ACTS)
 def _layer_norm_act_of_maps(layer: Any) -> Source:  # noqa: ANN401
     return replace(_layer_norm_of_maps(layer), activation=_activation(layer))
 
 
-@rule(*known.LAYER_NORM_ACTS)
+@rule(*norm_classes.LAYER_NORM_ACTS)
 def _layer_norm_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_layer_norm(layer), activation=_activation(layer))
 
 
-@rule(*known.FIXED)
+@rule(*norm_classes.FIXED)
 def _frozen(layer: Any) -> Source:  # noqa: ANN401
     """Values become parameters without a gradient; the statistics follow the training now."""
     return Source(
@@ -236,7 +236,7 @@ def _frozen(layer: Any) -> Source:  # noqa: ANN401
     )
 
 
-@rule(*known.FIXED_ACTS)
+@rule(*norm_classes.FIXED_ACTS)
 def _frozen_act(layer: Any) -> Source:  # noqa: ANN401
     return replace(_frozen(layer), activation=_activation(layer))
 
