@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from normkit.errors import OptionError, TraceError
 from normkit.layers.base import NormLayer
-from normkit.passes import require_layers, surely
+from normkit.passes import call_with_cleanup, require_inspectable
 from normkit.tracing.kinds import is_norm
 from normkit.tracing.trace import trace
 
@@ -75,7 +75,7 @@ def param_groups(
         >>> [(group["name"], group["weight_decay"]) for group in groups]
         [('weights', 0.0001), ('biases', 0.0001), ('norm_weights', 0.0), ('norm_biases', 0.0)]
     """
-    require_layers(model, "sort the parameters of", sharded=True)
+    require_inspectable(model, "sort the parameters of", sharded=True)
     of_norms = weight_decay if norm_weight_decay is None else norm_weight_decay
     of_biases = weight_decay if bias_weight_decay is None else bias_weight_decay
     decays = dict(zip(GROUPS, (weight_decay, of_biases, of_norms, of_norms), strict=True))
@@ -137,7 +137,7 @@ def decay_gamma_to_one(optimizer: Optimizer) -> None:
             distance.take_()
             return step(*given, **options)
 
-        return surely(take_step, distance.undo_)
+        return call_with_cleanup(take_step, distance.undo_)
 
     vars(stepped)["decays_to_one"] = True
     optimizer.step = types.MethodType(stepped, optimizer)  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from normkit.advice.registry import CHECKS
 from normkit.advice.situation import examine, example_of
 from normkit.core.check import require_count
 from normkit.errors import OptionError
-from normkit.passes import changes_nothing, require_layers
+from normkit.passes import changes_nothing, require_inspectable
 
 CHECKED_IN = (on_groups, on_state, on_neighbours)
 """Where the checks are; importing a file registers those in it."""
@@ -89,7 +89,7 @@ def _require_plain(model: nn.Module) -> None:
             f"the model is compiled ({kind}) and cannot be looked into; validate the model that "
             f"it was compiled from"
         )
-    require_layers(model, "validate", sharded=True)
+    require_inspectable(model, "validate", sharded=True)
 
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None, example_input: Any) -> Any:  # noqa: ANN401

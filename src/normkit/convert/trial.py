@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from normkit.convert.plan import Plan
 from normkit.convert.report import Left, called_as_functions
 from normkit.errors import ConversionError, NormError, TraceError
-from normkit.passes import call_with, copied, forward_of, untouched
+from normkit.passes import call_with, copied, replaced_forward, untouched
 from normkit.text import module_name, shortened
 from normkit.tracing.running import trace_by_running
 from normkit.tracing.trace import has_forward, without_forward
@@ -156,7 +156,7 @@ def _run(
         stack.enter_context(untouched(model, training=None if training else False))
         stack.enter_context(torch.no_grad())
         for norm in norms:
-            stack.enter_context(forward_of(norm, _counting(norm, calls, refused)))
+            stack.enter_context(replaced_forward(norm, _counting(norm, calls, refused)))
         call_with(model, copied(example_input))
     return calls
 

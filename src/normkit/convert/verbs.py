@@ -18,7 +18,7 @@ from normkit.convert.selection import SpecMap, Where, choose, find_norms
 from normkit.errors import OptionError
 from normkit.passes import Forward, all_or_nothing, changes_nothing
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
+from normkit.tracing import require_unwrapped
 
 
 @all_or_nothing
@@ -88,7 +88,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
           name  old             new   carried       lost
           1     BatchNorm2d(8)  gn:4  weight, bias  running statistics
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     if forward is not None and calibrate is None:
         raise OptionError("forward= was given without calibrate=, which it is for")
     found = find_norms(model)

@@ -30,11 +30,11 @@ from normkit.layers.base import NormLayer
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
     require_batches,
     untouched,
+    unwrap,
 )
 
 
@@ -137,7 +137,7 @@ def channel_difference(
     """
     if momentum is not None:
         require_share("momentum", momentum)
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     pooling = {name: layer for name, layer in model.named_modules() if pooling_groups(layer)}
     layers = chosen(pooling, where)
     if not layers:

@@ -33,11 +33,11 @@ from normkit.layers.base import BUFFERS
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
     require_batches,
     untouched,
+    unwrap,
 )
 
 Normalize = Literal["sqrt_c"]
@@ -156,7 +156,7 @@ def estimation_shift(
     """
     if normalize is not None:
         require_choice("normalize", normalize, ("sqrt_c",))
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     fixed = {name: layer for name, layer in model.named_modules() if is_fixed(layer)}
     known = chosen(tracked(model) | fixed, where)
     if not known:

@@ -22,14 +22,14 @@ from normkit.inference.tracked import feature_map, foreign, tracked, valid_posit
 from normkit.layers.base import is_estimated
 from normkit.passes import (
     Hooks,
-    Temporary,
+    TemporaryHook,
     all_or_nothing,
-    bare,
-    finish,
-    grad_mode_now,
+    call_with_cleanup,
     require_uncompiled,
-    surely,
+    run_cleanup,
+    save_grad_mode,
     swaps_statistics,
+    unwrap,
 )
 from normkit.passes.inputs import first_argument
 from normkit.text import module_name
@@ -69,7 +69,7 @@ def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
         tensor(1)
     """
     steps = require_count("steps", steps)
-    inner = bare(model, ACCUMULATE)
+    inner = unwrap(model, ACCUMULATE)
     require_uncompiled(model, ACCUMULATE)
     _require_free(inner)
     return Accumulation(inner, steps)
@@ -116,17 +116,17 @@ class Accumulation:
         All of them move or, if that is interrupted, none; nothing is pending then. Over several
         processes, all of them must call it.
         """
-        surely(self._move, self._forget, grad_mode_now())
+        call_with_cleanup(self._move, self._forget, save_grad_mode())
 
     def remove(self) -> None:
         """End it: the model is called as before, and what is pending is dropped."""
         self.is_over = True
         around = [each.remove for each in self._around]
-        finish([self._hooks.remove, *around, self._forget, self._end])
+        run_cleanup([self._hooks.remove, *around, self._forget, self._end])
 
     def _move(self) -> None:
         moved = [pair for follower in self._followers for pair in follower.moved()]
-        finish([partial(buffer.detach().copy_, values) for buffer, values in moved])
+        run_cleanup([partial(buffer.detach().copy_, values) for buffer, values in moved])
 
     def _forget(self) -> None:
         for follower in self._followers:
@@ -154,13 +154,13 @@ class Accumulation:
 
     def _attach(self, model: nn.Module, waiting: Mapping[nn.Module, Follower]) -> None:
         """Put hooks into the model, and stand around its norms: it may be one itself."""
-        self._hooks.before(model, Temporary(self._begin))
+        self._hooks.before(model, TemporaryHook(self._begin))
         for norm in find_norms(model):
             followers = [waiting[part] for part in norm.modules() if part in waiting]
             if followers:
                 self._around.append(_Around(norm, self, followers))
-        self._hooks.after(model, Temporary(self._count))
-        self._hooks.after(model, Temporary(self._end), always_call=True)
+        self._hooks.after(model, TemporaryHook(self._count))
+        self._hooks.after(model, TemporaryHook(self._end), always_call=True)
 
     def _begin(self, *_: object) -> None:
         self.inside = not self.is_over and not are_still()
@@ -203,7 +203,7 @@ class _Around:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
         """Compute the norm's output."""
         end = [follower.put_back for follower in self._followers]
-        return surely(lambda: self._followed(args, kwargs), *end, grad_mode_now())
+        return call_with_cleanup(lambda: self._followed(args, kwargs), *end, save_grad_mode())
 
     def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         now = self._accumulation

@@ -19,7 +19,7 @@ from normkit.inference.freeze import is_frozen
 from normkit.layers.base import NormLayer
 from normkit.passes import all_or_nothing
 from normkit.text import module_name
-from normkit.tracing import require_bare
+from normkit.tracing import require_unwrapped
 
 Where = Callable[[nn.Module, str], bool]
 NOT_OVER_BATCH = "it takes no statistics over a batch"
@@ -98,7 +98,7 @@ def synchronize_(
     """
     group: ProcessGroup = "world" if process_group is None else process_group
     held_group(group)
-    require_bare(model, "synchronise")
+    require_unwrapped(model, "synchronise")
     found = find_norms(model)
     left = {names[0]: why for m, names in found.items() if (why := _why_left(m, names[0], where))}
     meant = {module: names[0] for module, names in found.items() if names[0] not in left}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.passes import call_with, copied, forward_of, untouched
+from normkit.passes import call_with, copied, replaced_forward, untouched
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BASE = 128
@@ -82,7 +82,7 @@ class _Run:
             stack.enter_context(without_hooks(model))
             stack.enter_context(torch.no_grad())
             for layer in self.axes:
-                stack.enter_context(forward_of(layer, partial(self._labelling, layer)))
+                stack.enter_context(replaced_forward(layer, partial(self._labelling, layer)))
             with suppress(Exception):  # the model's own code on values that are none of its own
                 call_with(model, copied(example_input))
 

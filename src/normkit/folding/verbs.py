@@ -22,7 +22,7 @@ from normkit.folding.plan import Plan, Step, plan
 from normkit.folding.report import Folded, Folding
 from normkit.folding.seen import difference, run, tolerance
 from normkit.passes import changes_nothing
-from normkit.tracing import is_producer, require_bare, trace
+from normkit.tracing import is_producer, require_unwrapped, trace
 from normkit.weights import bake_weights_
 
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
@@ -69,7 +69,7 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
         >>> done.model[1], [(row.name, row.into) for row in done.folded]
         (Identity(), [('1', ('0',))])
     """
-    require_bare(model, "fold")
+    require_unwrapped(model, "fold")
     _require_known_sizes(model)
     new = _evaluating(_copied(model))
     norms = find_norms(new)

@@ -20,7 +20,7 @@ from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import statistics_of
 from normkit.layers.base import BUFFERS, SegmentLayer, is_estimated
 from normkit.passes import Data, first_calls, progress, uncompiled, untouched
-from normkit.passes.inputs import Until, show_inputs
+from normkit.passes.inputs import ForwardUntil, show_inputs
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
@@ -169,7 +169,7 @@ def _united(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def _inputs_summed(
     model: nn.Module, layer: nn.Module, name: str, num_calls: int, data: Data
 ) -> Sums:
-    until = Until(num_calls, data.forward, reaching)
+    until = ForwardUntil(num_calls, data.forward, reaching)
 
     def work() -> Sums:
         population = Population(layer)

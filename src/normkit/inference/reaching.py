@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from normkit.inference.tracked import CUT, cuts_positions, statistics_of
 from normkit.layers.base import BUFFERS, NormLayer
-from normkit.passes import forward_of
-from normkit.passes.inputs import See, at_entry
+from normkit.passes import replaced_forward
+from normkit.passes.inputs import OnInput, watch_entry
 
 Missed = dict[nn.Module, str]
 """Layers of which something was not seen, with the reason."""
@@ -70,7 +70,7 @@ def ignore(*_: object) -> None:
 
 @contextmanager
 def reaching(
-    layer: nn.Module, see: See, *, by_batch: bool = False, missed: Missed | None = None
+    layer: nn.Module, see: OnInput, *, by_batch: bool = False, missed: Missed | None = None
 ) -> Generator[None]:
     """Show everything that a layer normalises while the block runs, with the channels second.
 
@@ -88,7 +88,7 @@ def reaching(
     elif isinstance(layer, tuple(ARGUMENTS)):
         watch = _Function(layer, see, by_batch)
     else:
-        with at_entry(layer, see):
+        with watch_entry(layer, see):
             yield
         return
     missed = {} if missed is None else missed
@@ -96,7 +96,7 @@ def reaching(
     def called(forward: Callable[..., Any]) -> Callable[..., Any]:
         return partial(_watched, forward, watch, missed)
 
-    with watch.put_in(), forward_of(layer, called):
+    with watch.put_in(), replaced_forward(layer, called):
         yield
 
 
@@ -119,7 +119,7 @@ def _watched(
 class _Method:
     """Sees what reaches the method by which a layer of ours normalises."""
 
-    def __init__(self, layer: NormLayer, see: See, by_batch: bool) -> None:
+    def __init__(self, layer: NormLayer, see: OnInput, by_batch: bool) -> None:
         self.layer, self.num_seen, self.why_not = layer, 0, ""
         self._see, self._normalize = see, layer._normalize
         self._by_batch = by_batch and not layer.is_estimated
@@ -165,7 +165,7 @@ def _hidden(layer: nn.Module) -> Generator[None]:
 class _Function(TorchFunctionMode):
     """Sees what reaches the functions by which one layer of torch normalises."""
 
-    def __init__(self, layer: nn.Module, see: See, by_batch: bool) -> None:
+    def __init__(self, layer: nn.Module, see: OnInput, by_batch: bool) -> None:
         super().__init__()
         self.layer, self.num_seen, self.why_not = layer, 0, ""
         self._see, self._by_batch = see, by_batch

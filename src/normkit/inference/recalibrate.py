@@ -30,7 +30,7 @@ from normkit.inference.tracked import (
     unmeasured,
     why_still,
 )
-from normkit.passes import Data, Forward, bare, changes_nothing, forward_batch
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, unwrap
 
 
 @changes_nothing
@@ -108,7 +108,7 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
             f"a {type(batches).__name__} was given, which gives its batches once; sequential=True "
             f"reads them for every layer: pass a DataLoader, or list(batches)"
         )
-    model = bare(model, "recalibrate")
+    model = unwrap(model, "recalibrate")
     layers, left = _meant(model, where)
     data = Data(
         batches=batches,

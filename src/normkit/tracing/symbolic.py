@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from normkit.passes import Snapshot, surely
+from normkit.passes import Snapshot, call_with_cleanup
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
     VALUES,
@@ -50,7 +50,9 @@ def traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
         Exception: Whatever the module's code raises on proxies.
     """
     before = Snapshot(module)
-    return surely(lambda: tracer.trace(module, concrete_args=defaults_of(module)), before.put_back)
+    return call_with_cleanup(
+        lambda: tracer.trace(module, concrete_args=defaults_of(module)), before.put_back
+    )
 
 
 def trace_symbolically(model: nn.Module) -> Graph:

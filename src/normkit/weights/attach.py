@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import NormError, TraceError, WeightError
-from normkit.passes import all_or_nothing, require_bare
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.tracing.feeds import Feeds, trace_feeds
 from normkit.tracing.kinds import CONVOLUTIONS, is_producer
 from normkit.weights.algebra import EpsTo
@@ -203,7 +203,7 @@ def attach_(
     example_input: Any,  # noqa: ANN401
 ) -> WeightReport:
     """Reparametrise the chosen layers' weights; everything is checked before anything changes."""
-    require_bare(model, "reparametrise")
+    require_unwrapped(model, "reparametrise")
     layers = {name: module for name, module in model.named_modules() if is_producer(module)}
     feeds = _followed(model, where, example_input)
     why_not = {name: _why_not(name, module, feeds, where) for name, module in layers.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normkit.errors import WeightError
-from normkit.passes import all_or_nothing, require_layers
+from normkit.passes import all_or_nothing, require_inspectable
 from normkit.tracing.kinds import is_producer
 from normkit.weights.attach import rules_of, take_class_of_its_own
 from normkit.weights.report import WeightReport
@@ -42,7 +42,7 @@ def bake_weights_(model: nn.Module) -> WeightReport:
         baked 1 layer
           0
     """
-    require_layers(model, "bake the weights of")
+    require_inspectable(model, "bake the weights of")
     layers = {name: m for name, m in model.named_modules() if is_producer(m) and rules_of(m)}
     for name, module in layers.items():
         _require_ours_alone(name, module)

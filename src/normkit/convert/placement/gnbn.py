@@ -15,7 +15,7 @@ from normkit.convert.selection import Chosen, Found, find_norms
 from normkit.errors import OptionError
 from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
+from normkit.tracing import require_unwrapped
 from normkit.tracing.trace import trace
 
 
@@ -61,7 +61,7 @@ def place_gnbn_(
         >>> [change.name for change in done.changes]
         ['1', '5']
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     spec = batch_free(norm)
     found = find_norms(model)
     called = _called(model, found, example_input)

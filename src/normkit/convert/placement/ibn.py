@@ -18,7 +18,7 @@ from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
 from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
+from normkit.tracing import require_unwrapped
 
 Variant = Literal["a", "b"]
 STAGES = 4
@@ -80,7 +80,7 @@ def place_ibn_(
         >>> [change.name for change in place_ibn_(nn.Sequential(*stages)).changes]
         ['0.0.bn1', '1.0.bn1', '2.0.bn1']
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     if variant not in get_args(Variant):
         raise OptionError(f"variant={variant!r} was given; it is one of {[*get_args(Variant)]}")
     layout = find_layout(model, example_input)

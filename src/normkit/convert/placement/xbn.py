@@ -16,7 +16,7 @@ from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
 from normkit.passes import all_or_nothing
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
+from normkit.tracing import require_unwrapped
 
 
 @all_or_nothing
@@ -80,7 +80,7 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
         >>> [(change.name, change.new) for change in done.changes]
         [('1.bn2', 'gn:32')]
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     spec = batch_free(norm)
     for name, value in (("position", position), ("every", every)):
         _require_ordinal(name, value)

@@ -32,7 +32,7 @@ from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import CallbackError, OptionError
 from normkit.inference.tracked import Where
-from normkit.passes import attempt, bare, finish, grad_mode_now, surely
+from normkit.passes import attempt, call_with_cleanup, run_cleanup, save_grad_mode, unwrap
 from normkit.text import module_name
 
 
@@ -120,7 +120,7 @@ class Probe:
                 "the model runs on several devices in one process (DataParallel), where hooks see "
                 "copies; use DistributedDataParallel, or give the probe one device"
             )
-        self._given, self._model = model, bare(model, "probe")
+        self._given, self._model = model, unwrap(model, "probe")
         _require_something(self._model, where, params)
         self._where, self._params, self._eager = where, params, eager
         self._places = path, log_dir, writer
@@ -148,7 +148,7 @@ class Probe:
 
     def stop(self) -> None:
         """Take all hooks out and close the files; what was recorded stays."""
-        finish([self._let_go, self._close])
+        run_cleanup([self._let_go, self._close])
 
     def _close(self) -> None:
         if self._outputs is not None:
@@ -170,7 +170,7 @@ class Probe:
         outputs = self._require_open()
         _require_number(loss)
         self.num_steps += 1
-        record = surely(lambda: self._record(loss), self._let_go, grad_mode_now())
+        record = call_with_cleanup(lambda: self._record(loss), self._let_go, save_grad_mode())
         if record is not None:
             self.records.append(record)
             outputs.write(record)
