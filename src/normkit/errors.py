@@ -50,7 +50,7 @@ class WeightError(NormError, ValueError):
 
 
 class TraceError(NormError, RuntimeError):
-    """A model cannot be followed from one layer to the next."""
+    """A model cannot be traced from one layer to the next."""
 
 
 class ConversionError(NormError, ValueError):

@@ -49,7 +49,7 @@ def param_groups(
         decay_gamma_to: What the norms' weights decay towards, 0 or 1. For 1 their group has
             ``weight_decay`` 0 and the key ``"decay_to_one"``; pass the optimizer that is made of
             the groups to ``decay_gamma_to_one``, otherwise they do not decay.
-        example_input: Sent through the model once if ``torch.fx`` cannot follow it.
+        example_input: Sent through the model once if ``torch.fx`` cannot trace it.
 
     Returns:
         Four groups for any torch optimizer, named ``weights``, ``biases``, ``norm_weights`` and

@@ -403,7 +403,7 @@ class Twisted(nn.Module):
 
 
 def test_models_that_do_not_trace_need_an_example_or_a_choice():
-    with pytest.raises(nk.TraceError, match=r"cannot follow Twisted .*example_input=.*where="):
+    with pytest.raises(nk.TraceError, match=r"cannot trace Twisted .*example_input=.*where="):
         nk.standardize_weights_(Twisted())
     model = Twisted()
     report = nk.standardize_weights_(model, example_input=torch.ones(1, 3, 4, 4))

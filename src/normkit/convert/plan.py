@@ -301,7 +301,7 @@ def feeding(
 
     Raises:
         OptionError: If there is none.
-        TraceError: If the model cannot be followed.
+        TraceError: If the model cannot be traced.
     """
     norms = {found[module][0] for module, spec in specs.items() if spec.standardize_weights}
     if not norms:

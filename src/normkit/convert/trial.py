@@ -16,8 +16,8 @@ from normkit.convert.report import Left, called_as_functions
 from normkit.errors import ConversionError, NormError, TraceError
 from normkit.passes import call_with, copied, replaced_forward, untouched
 from normkit.text import module_name, shortened
-from normkit.tracing.running import trace_by_running
-from normkit.tracing.trace import has_forward, without_forward
+from normkit.tracing.by_running import trace_by_running
+from normkit.tracing.trace import has_forward, no_forward_advice
 
 REFUSES = "in training it refuses the example input, which the old layer takes: "
 
@@ -46,7 +46,7 @@ class Trial:
     def __init__(self, model: nn.Module, planned: Plan, example_input: Any) -> None:  # noqa: ANN401
         _require_filled(model)
         if not has_forward(model):
-            raise TraceError(f"{type(model).__name__} takes no example: {without_forward(model)}")
+            raise TraceError(f"{type(model).__name__} takes no example: {no_forward_advice(model)}")
         self._steps, self._example_input = planned.steps, example_input
         olds = [step.old for step in planned.steps]
         try:

@@ -16,9 +16,8 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import SpecMap, Where, choose, find_norms
 from normkit.errors import OptionError
-from normkit.passes import Forward, all_or_nothing, changes_nothing
+from normkit.passes import Forward, all_or_nothing, changes_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_unwrapped
 
 
 @all_or_nothing
@@ -62,7 +61,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
         example_input: A tuple of arguments, a dict of named ones, or the only one. It is sent
             through the model before and after, in evaluation mode and in the model's own: what
             fails then, or no longer calls a norm, is refused; without it the report says whose
-            forward was not run. Also for ``+ws``, if ``torch.fx`` cannot follow the model.
+            forward was not run. Also for ``+ws``, if ``torch.fx`` cannot trace the model.
         dry_run: Only report what would be done.
 
     Returns:
@@ -77,7 +76,7 @@ def convert_norm_(  # noqa: PLR0913 - what to convert, what follows, what is onl
         SpecError: If a spec cannot be read, or needs the batch size.
         OptionError: If a pattern or ``where`` matches nothing, the model has no norm, is wrapped or
             compiled, or the optimizer is another model's.
-        TraceError: If ``+ws`` cannot follow the model, or the model does not take the example.
+        TraceError: If ``+ws`` cannot trace the model, or the model does not take the example.
         WeightError: If ``+ws`` meets a filter of a single value.
         DataError: If ``calibrate`` gives no batch, or one that needs ``forward``.
 

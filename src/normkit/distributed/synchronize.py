@@ -17,9 +17,8 @@ from normkit.core.ranks import ProcessGroup, held_group
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.layers.base import NormLayer
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.text import module_name
-from normkit.tracing import require_unwrapped
 
 Where = Callable[[nn.Module, str], bool]
 NOT_OVER_BATCH = "it takes no statistics over a batch"

@@ -45,8 +45,8 @@ from normkit.passes import (
     forward_batch,
     num_examples,
     progress,
+    require_unwrapped,
 )
-from normkit.tracing import require_unwrapped
 from normkit.tune.metrics import Score, read_metric
 
 MIN_EXAMPLES = 4  # of each half of the test data

@@ -116,7 +116,7 @@ class Neighbours:
         """Calls that only ask for a shape, a dtype or a device, or calculate with those."""
         found: set[int] = set()
         for index, call in enumerate(self.graph.calls):
-            if call.kind == "ask" or (call.inputs and found.issuperset(call.inputs)):
+            if call.kind == "query" or (call.inputs and found.issuperset(call.inputs)):
                 found.add(index)
         return found
 

@@ -21,8 +21,8 @@ from normkit.folding.neighbours import Neighbours
 from normkit.folding.plan import Plan, Step, plan
 from normkit.folding.report import Folded, Folding
 from normkit.folding.seen import difference, run, tolerance
-from normkit.passes import changes_nothing
-from normkit.tracing import is_producer, require_unwrapped, trace
+from normkit.passes import changes_nothing, require_unwrapped
+from normkit.tracing import is_producer, trace
 from normkit.weights import bake_weights_
 
 NO_KNOWN_NORM = "it is named like a norm, but none that is known"
@@ -57,7 +57,7 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
             does something else.
         OptionError: If the model is wrapped or compiled.
         WeightError: If a weight is parametrised by something else as well.
-        TraceError: If the model cannot be followed.
+        TraceError: If the model cannot be traced.
 
     Numerics:
         Products are taken in float64 and rounded once, to the dtype of the layer's weight.

@@ -71,7 +71,7 @@ def standardize_weights_(  # noqa: PLR0913 - the variants that published checkpo
         unbiased: Divide the squares by ``fan-in - 1``.
         eps_to: ``"variance"``, or ``"std"`` as in the authors' first release.
         gain: Learn a gain of each filter that starts at 1.
-        example_input: Sent through the model once if ``torch.fx`` cannot follow it: a tuple of
+        example_input: Sent through the model once if ``torch.fx`` cannot trace it: a tuple of
             arguments, a dict of named ones, or the only one.
 
     Returns:
@@ -79,7 +79,7 @@ def standardize_weights_(  # noqa: PLR0913 - the variants that published checkpo
 
     Raises:
         WeightError: If a chosen layer has filters of a single value or no plain weight.
-        TraceError: If the model cannot be followed and there is no ``where``.
+        TraceError: If the model cannot be traced and there is no ``where``.
         OptionError: If the model is wrapped for data-parallel training or compiled.
 
     Source:
@@ -133,7 +133,7 @@ def weight_norm_(
 
     Raises:
         WeightError: If a chosen layer has no plain weight.
-        TraceError: If the model cannot be followed and there is no ``where``.
+        TraceError: If the model cannot be traced and there is no ``where``.
         OptionError: If the model is wrapped for data-parallel training or compiled.
 
     Source:
@@ -175,7 +175,7 @@ def centered_weight_norm_(
 
     Raises:
         WeightError: If a chosen layer has filters of a single value or no plain weight.
-        TraceError: If the model cannot be followed and there is no ``where``.
+        TraceError: If the model cannot be traced and there is no ``where``.
         OptionError: If the model is wrapped for data-parallel training or compiled.
 
     Source:

@@ -13,9 +13,8 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen, Found, find_norms
 from normkit.errors import OptionError
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_unwrapped
 from normkit.tracing.trace import trace
 
 
@@ -38,7 +37,7 @@ def place_gnbn_(
         norm: A batch-free norm.
         optimizer: Follows, as in ``convert_norm_``.
         example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
-            order of the norms if ``torch.fx`` cannot follow the model.
+            order of the norms if ``torch.fx`` cannot trace the model.
         dry_run: Only report what would be done.
 
     Returns:
@@ -49,7 +48,7 @@ def place_gnbn_(
         SpecError: If the norm takes statistics over the batch, or cannot be read.
         PartitionError: If its groups do not divide the channels; all such layers are named.
         ConversionError: If a norm to be replaced has no rule.
-        TraceError: If the model cannot be followed.
+        TraceError: If the model cannot be traced.
 
     Source:
         Huang, Zhou, Wang, Luo & Liu, Delving into the Estimation Shift of Batch Normalization in a

@@ -16,9 +16,8 @@ from normkit.convert.plan import plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_unwrapped
 
 Variant = Literal["a", "b"]
 STAGES = 4
@@ -51,7 +50,7 @@ def place_ibn_(
         optimizer: Follows, as in ``convert_norm_``; parameters of an added norm join the group of
             the block's last norm.
         example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
-            order of the blocks if ``torch.fx`` cannot follow the model.
+            order of the blocks if ``torch.fx`` cannot trace the model.
         dry_run: Only report what would be done.
 
     Returns:

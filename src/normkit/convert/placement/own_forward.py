@@ -17,7 +17,7 @@ from normkit.tracing.kinds import (
     plain_name,
     value_arguments,
 )
-from normkit.tracing.symbolic import traced
+from normkit.tracing.symbolic import fx_graph
 
 
 class _Tracer(fx.Tracer):
@@ -80,7 +80,7 @@ def follow(module: nn.Module) -> OwnForward | None:
     if is_sequence(module) or type(module).forward is nn.Module.forward:
         return None
     try:
-        graph = traced(_Tracer(), module)
+        graph = fx_graph(_Tracer(), module)
     except Exception:  # noqa: BLE001 - the module's own code runs on proxies
         return None
     sums = [node for node in graph.nodes if _kind(node) == "sum" and len(_addends(node)) == 2]
@@ -111,7 +111,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
         at = open_.pop()
         if at not in found:
             found.add(at)
-            open_.extend(() if _kind(at) == "ask" else _values(at))
+            open_.extend(() if _kind(at) == "query" else _values(at))
     return found
 
 

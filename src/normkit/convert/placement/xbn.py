@@ -14,9 +14,8 @@ from normkit.convert.plan import feeding, plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_unwrapped
 
 
 @all_or_nothing
@@ -48,7 +47,7 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
         stem: Also replace the norms before the first block.
         optimizer: Follows, as in ``convert_norm_``.
         example_input: Sent through the model before and after, as in ``convert_norm_``. Shows the
-            order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot follow the model;
+            order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot trace the model;
             without it blocks are then counted in the order of their definition.
         dry_run: Only report what would be done.
 
