@@ -29,7 +29,7 @@ from normkit.errors import ConversionError, NormError, OptionError, PartitionErr
 from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.spec import LIMIT, METHODS, NormSpec
 from normkit.tracing import CONVOLUTIONS, trace_feeds
-from normkit.weights.attach import OWN_FORWARD, rules_of
+from normkit.weights.attach import rules_of, standardizes_itself
 
 OUT_OF_SIGHT = "it is in a Python list or dict, not an nn.ModuleList"
 
@@ -319,7 +319,7 @@ def feeding(
 
 
 def _takes_ws(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVOLUTIONS) and not type(layer).__name__.startswith(OWN_FORWARD)
+    return isinstance(layer, CONVOLUTIONS) and not standardizes_itself(layer)
 
 
 def staying(model: nn.Module, steps: Iterable[Step]) -> set[nn.Parameter]:

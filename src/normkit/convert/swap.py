@@ -14,7 +14,7 @@ from normkit.convert.optimizer import Exchange, OptimizerEdit
 from normkit.convert.selection import find_hidden
 from normkit.errors import OptionError
 from normkit.weights import standardize_weights_
-from normkit.weights.once import OncePerForward
+from normkit.weights.cache import WeightCache
 
 
 class Slot(NamedTuple):
@@ -195,7 +195,7 @@ class Swap:
         hooks = {**self.old._forward_hooks, **self.old._forward_pre_hooks}
         for key, hook in hooks.items():
             owner = getattr(hook, "__self__", None)
-            if key not in self._hooks and isinstance(owner, OncePerForward):
+            if key not in self._hooks and isinstance(owner, WeightCache):
                 owner.remove()
 
 

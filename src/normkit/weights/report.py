@@ -1,4 +1,4 @@
-"""What was done to the weights of a model, and what was not and why."""
+"""Reports of which weights of a model were changed, and why the others were not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
-    """Which layers of a model were touched; prints as a few lines.
+    """Which layers of a model were changed; prints as a few lines.
 
     Args:
-        done: What was done, in words.
-        changed: Names of the layers, each once.
-        skipped: Why each other convolution and linear layer was left alone, by name.
-        how: How the model was followed, in words.
+        done: What was done, such as ``"standardized"``.
+        changed: Names of the changed layers.
+        skipped: For the name of each other convolution and linear layer, why it was not changed.
+        how: How the layers were chosen, such as ``"traced by torch.fx"``; may be empty.
     """
 
     done: str
