@@ -129,9 +129,7 @@ def weight_norm_(
         A report of what was changed, and of what was not changed and why.
 
     Raises:
-        WeightError: If the weight of a chosen layer is not a plain parameter.
-        TraceError: If the model cannot be traced and ``where`` is None.
-        OptionError: If the model is wrapped for data-parallel training or compiled.
+        NormError: As ``standardize_weights_`` does.
 
     Source:
         Salimans & Kingma 2016, arXiv:1602.07868.
@@ -167,10 +165,7 @@ def centered_weight_norm_(
         A report of what was changed, and of what was not changed and why.
 
     Raises:
-        WeightError: If a chosen layer has filters of a single value, or its weight is not a plain
-            parameter.
-        TraceError: If the model cannot be traced and ``where`` is None.
-        OptionError: If the model is wrapped for data-parallel training or compiled.
+        NormError: As ``standardize_weights_`` does.
 
     Source:
         Huang et al. 2017, Centered Weight Normalization in Accelerating Training of Deep Neural

@@ -151,9 +151,7 @@ def centered_weight_norm(
         A weight of the same shape, dtype and memory format.
 
     Raises:
-        WeightError: If a filter has a single value.
-        InputError: If the shapes do not match.
-        InputTypeError: If the weight is not float32, float64, bfloat16 or float16.
+        NormError: As ``standardize`` does.
 
     Source:
         Huang et al. 2017, Centered Weight Normalization in Accelerating Training of Deep Neural
