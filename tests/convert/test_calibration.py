@@ -268,7 +268,7 @@ def test_misuse_is_refused_before_anything_changes(batches):
         nk.convert_norm_(model, "gn:4", forward=lambda m, b: m(b))
     with pytest.raises(DataError, match="gave no batch"):
         nk.convert_norm_(model, "gn:4", calibrate=[])
-    with pytest.raises(DataError, match=r"no value to any of the \d+ norms; its batches are empty"):
+    with pytest.raises(DataError, match=r"no value of the .* any of the \d+ norms; pass batches"):
         nk.convert_norm_(model, "gn:4", calibrate=[batches[0][:0]])
     with pytest.raises(DataError, match="Tensor of shape"):
         nk.convert_norm_(model, "gn:4", calibrate=batches[0])
@@ -289,7 +289,7 @@ def test_values_that_overflow_after_the_swap_alone_are_refused(batches):
     model = nn.Sequential(nn.Conv2d(8, 8, 1).double(), nn.BatchNorm2d(8)).eval()
     model[0].forward = lambda x: x.double().square().float()  # 1e60 is beyond float32
     before = snapshot(model)
-    with pytest.raises(DataError, match="on these batches 1 of the converted model puts out"):
+    with pytest.raises(DataError, match="on these batches 1 of the converted model outputs"):
         nk.convert_norm_(model, "gn:4", calibrate=batches, forward=forward)
     assert_same(snapshot(model), before)
 

@@ -105,7 +105,7 @@ def test_what_looks_like_a_norm_is_not_passed_over_in_silence():
     model = nn.Sequential(nn.BatchNorm2d(8), SimpleNorm())
     (row,) = nk.convert_norm_(model, "gn:2").left
     assert (row.name, row.old) == ("1", "SimpleNorm()")
-    assert row.why == "it is named like a norm, but none that is known"
+    assert row.why == "its class name contains 'norm', but normkit does not know the class"
 
 
 def test_norms_in_a_python_list_are_not_passed_over_in_silence():
@@ -137,7 +137,7 @@ converted 2 of 3 norms
   0     BatchNorm2d(20)  gn:5  weight, bias  running statistics
   1.0   BatchNorm1d(8)   gn:8  weight, bias  running statistics
   1.0: 8 groups of one channel each: this is instance norm
-  1.0: inputs (N, C) have one value a group, which training refuses
+  1.0: inputs (N, C) have one value in each group, which the layer refuses in training
 left alone, '1.1' leaves it alone: 1.1 (BatchNorm1d(8))"""
     )
     assert repr(done) == "<Conversion: converted 2 of 3 norms>"
@@ -227,7 +227,9 @@ def test_wrapped_and_compiled_models_are_refused():
 
 
 def test_a_pattern_that_comes_too_late_is_refused():
-    says = r"pattern 'layer1\.\*' has no effect: '\*' before it names all .* put it first"
+    says = (
+        r"pattern 'layer1\.\*' has no effect: all of its norms match '\*' before it.* put it first"
+    )
     with pytest.raises(nk.OptionError, match=says):
         nk.convert_norm_(Net(), {"*": "gn:4", "layer1.*": "in"})
     nk.convert_norm_(Net(), {"*": "gn:4", "layer1.*": "gn:4"})  # says the same

@@ -307,7 +307,7 @@ def test_what_is_only_named_like_a_norm():
             return x / 2
 
     model = nn.Sequential(OrderedDict(conv=conv(), norm=MyNorm())).double()
-    reasons(model, {"norm": "it is named like a norm, but none that is known"})
+    reasons(model, {"norm": "its class name contains 'norm', but normkit does not know the class"})
 
 
 def test_the_model_itself_may_be_a_norm():

@@ -347,7 +347,7 @@ def test_compiled_and_exported():
             parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)),
             {},
             nk.WeightError,
-            r"'2' \(ParametrizedConv2d\) is not a plain parameter: .* leave the layer out with where=",
+            r"'2' \(ParametrizedConv2d\) is not a plain parameter: .* leave the layer out with",
         ),
         (nn.LazyConv2d(4, 3), {}, nk.WeightError, r"layer '2' .*not initialised yet"),
         (nn.Conv2d(4, 4, 3), {"eps": -1.0}, nk.OptionError, r"layer '0' .*eps=-1.0"),

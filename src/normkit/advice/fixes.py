@@ -61,7 +61,7 @@ def refusal(norm: Norm, why: str) -> str:
 def twin_of(layer: nn.Module) -> str:
     """Spec of the norm of ours that computes what a layer does; "" if there is none."""
     try:
-        return read(layer).twin
+        return read(layer).equivalent_spec
     except ConversionError:
         return ""
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.convert.api import convert_norm_
 from normkit.convert.report import Change
 from normkit.convert.selection import find_norms
 from normkit.convert.target import pools_examples
-from normkit.convert.verbs import convert_norm_
 from normkit.core.ranks import ProcessGroup, held_group
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.convert.code import read_by_forward
+from normkit.convert.bytecode import read_by_forward
 from normkit.convert.rules import key_of
 from normkit.folding.affine import Affine
 from normkit.layers.base import is_watched

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from normkit.convert.selection import Found
+from normkit.convert.selection import NamedNorms
 from normkit.folding.affine import TORCH_INSTANCE_NORMS, Affine, Evaluated, evaluated
 from normkit.folding.labels import Labels, destinations, sources
 from normkit.folding.layers import (
@@ -70,7 +70,7 @@ class Taker(NamedTuple):
 
 
 def plan(
-    neighbours: Neighbours, calls: Mapping[nn.Module, int], norms: Found, follow: Follow
+    neighbours: Neighbours, calls: Mapping[nn.Module, int], norms: NamedNorms, follow: Follow
 ) -> Plan:
     """Find a place for each norm: in the layer before it, else in all layers behind it.
 

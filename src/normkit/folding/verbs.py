@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normkit.convert.report import Left, called_as_functions
-from normkit.convert.selection import Found, find_lookalikes, find_norms
+from normkit.convert.selection import NamedNorms, find_lookalikes, find_norms
 from normkit.convert.target import describe
 from normkit.errors import ConversionError
 from normkit.folding.labels import follow_channels
@@ -139,7 +139,7 @@ def _folded(step: Step) -> Folded:
     )
 
 
-def _left(norms: Found, planned: Plan) -> Iterator[Left]:
+def _left(norms: NamedNorms, planned: Plan) -> Iterator[Left]:
     for norm, names in norms.items():
         if norm in planned.why:
             yield Left(name=names[0], old=describe(norm), why=planned.why[norm])
