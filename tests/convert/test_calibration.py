@@ -274,7 +274,7 @@ def test_misuse_is_refused_before_anything_changes(batches):
         nk.convert_norm_(model, "gn:4", calibrate=batches[0])
     with pytest.raises(DataError, match=r"entries \['image'\].*takes \['x'\]"):
         nk.convert_norm_(model, "gn:4", calibrate=[{"image": batches[0]}])
-    with pytest.raises(DataError, match="of the original model puts out NaN or infinity"):
+    with pytest.raises(DataError, match="of the original model outputs NaN or infinity"):
         nk.convert_norm_(model, "gn:4", calibrate=[batches[0] * float("nan")])
     with pytest.raises(DataError, match="on the meta device and has no values to calibrate"):
         nk.convert_norm_(copy.deepcopy(model).to("meta"), "gn:4", calibrate=batches)

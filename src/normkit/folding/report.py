@@ -1,4 +1,4 @@
-"""What was folded into what, and what was not."""
+"""The report of folding: which norms were folded into which layers, and which were not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from normkit.text import module_name, table_lines
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folded:
-    """A norm that moved into the weights of its neighbours.
+    """A norm that was folded into the weights of other layers.
 
     Args:
-        name: Its name in the model; the first one of a shared layer.
-        old: What it was.
-        into: Names of the layers whose weights have it now.
-        stays: What is in its place now: an identity, its activation, its channel stage.
+        name: Its name in the model; of a shared layer the first of its names.
+        old: The norm, as in ``"BatchNorm2d(64)"``.
+        into: Names of the layers into whose weights it was folded.
+        stays: The modules that are in its place now, such as its activation; ``"-"`` if there is
+            only an identity.
     """
 
     name: str
@@ -30,15 +31,15 @@ class Folded:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Folding:
-    """A folded copy of a model and everything that was done to it; prints as a table.
+    """A folded copy of a model and a report of what was done; prints as a table.
 
     Args:
         model: The copy, in evaluation mode.
-        folded: The norms that are in the weights now, in the order of the forward.
-        left: All other norms, with the reason.
-        baked: Layers whose computed weights were written down first.
-        difference: Largest error of the output on the example input, over its largest value; None
-            if the outputs cannot be compared.
+        folded: The norms that were folded, in the order of the forward.
+        left: The norms that were not folded, each with the reason.
+        baked: Names of the layers whose computed weights were baked first.
+        difference: Largest error of the output on the example input, divided by the largest output
+            value; None if the outputs cannot be compared.
     """
 
     model: nn.Module

@@ -1,9 +1,9 @@
-"""Folding the norms of a trained model."""
+"""The public function that folds the norms of a trained model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -11,56 +11,57 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from normkit.convert.report import Left, called_as_functions
-from normkit.convert.selection import NamedNorms, find_lookalikes, find_norms
+from normkit.convert.plan import left_row, unknown_norms
+from normkit.convert.report import called_as_functions
+from normkit.convert.selection import find_norms
 from normkit.convert.target import describe
 from normkit.errors import ConversionError
 from normkit.folding.labels import follow_channels
 from normkit.folding.layers import Layer
 from normkit.folding.neighbours import Neighbours
-from normkit.folding.plan import Plan, Step, plan
+from normkit.folding.outputs import difference, run, tolerance
+from normkit.folding.plan import FoldedNorm, make_plan
 from normkit.folding.report import Folded, Folding
-from normkit.folding.seen import difference, run, tolerance
 from normkit.passes import changes_nothing, require_unwrapped
 from normkit.tracing import is_producer, trace
 from normkit.weights import bake_weights_
 
-NO_KNOWN_NORM = "it is named like a norm, but none that is known"
-
 
 @changes_nothing
-@torch.inference_mode(False)  # the copy is to run outside of inference mode too
+@torch.inference_mode(False)  # a copy created in inference mode could only run in inference mode
 def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     r"""Multiply the norms of a copy of a trained model into its convolutions and linear layers.
 
-    A norm that evaluates by running statistics is one scale and shift a channel,
+    A norm that evaluates with running statistics is one scale and one shift for each channel,
 
     .. math::  y_c = s_c x_c + t_c, \quad s = \gamma / \sqrt{\sigma^2 + \epsilon}, \quad
                t = \beta - s \mu
 
-    and disappears in the layer before it, :math:`W' = s W, b' = s b + t`, or else in all layers
+    It is folded into the layer before it, :math:`W' = s W, b' = s b + t`, or else into all layers
     behind it, :math:`W' = W s, b' = b + W t`. Its activation, and the channel stage of a
-    ``BatchChannelNorm``, stay in its place; all names of other layers stay. Whatever is not exact
-    is left as it is, with the reason. Reparametrised weights are baked first.
+    ``BatchChannelNorm``, stay in its place. The names of all other layers stay the same. A norm
+    that cannot be folded exactly is not folded, and the report says why. Reparametrised weights are
+    baked first.
 
     Args:
-        model: Any model with norms of torch, torchvision, timm, detectron or normkit; left as it
-            is.
-        example_input: What the model is called with: a tuple of arguments, a dict of named ones,
-            or the only one. The folded model takes other sizes just as well.
+        model: Any model with norms of torch, torchvision, timm, detectron or normkit; it is not
+            changed.
+        example_input: The input with which to trace and check the model: a tuple of arguments, a
+            dict of keyword arguments, or a single argument. The folded model accepts inputs of
+            other sizes too.
 
     Returns:
-        The folded copy in evaluation mode, as ``.model``, and what was done; prints as a table.
+        A report with the folded copy, in evaluation mode, as ``.model``; prints as a table.
 
     Raises:
-        ConversionError: If a lazy layer is empty, torch cannot copy the model, or the folded model
-            does something else.
+        ConversionError: If a lazy layer is not initialised, torch cannot copy the model, or the
+            outputs of the folded model differ by more than rounding.
         OptionError: If the model is wrapped or compiled.
-        WeightError: If a weight is parametrised by something else as well.
+        WeightError: If a weight has parametrizations besides normkit's.
         TraceError: If the model cannot be traced.
 
     Numerics:
-        Products are taken in float64 and rounded once, to the dtype of the layer's weight.
+        Products are computed in float64 and rounded once, to the dtype of the layer's weight.
 
     Example:
         >>> import torch
@@ -76,17 +77,19 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
     before = run(new, example_input, [m for m in new.modules() if m in norms or is_producer(m)])
     baked = bake_weights_(new).changed
     neighbours = Neighbours(trace(new, example_input), dict(new.named_modules()))
-    follow = partial(follow_channels, new, example_input=example_input)
-    planned = plan(neighbours, before.calls, norms, follow)
-    folded = tuple(_folded(step) for step in planned.steps)
-    left = (*_left(norms, planned), *_lookalikes(new), *called_as_functions(neighbours.graph))
+    label = partial(follow_channels, new, example_input=example_input)
+    planned = make_plan(neighbours, before.calls, norms, label)
+    folded = tuple(map(_report_row, planned.norms))
+    stay = {norm: names[0] for norm, names in norms.items() if norm in planned.why}
+    left = [left_row(name, norm, planned.why[norm]) for norm, name in stay.items()]
+    left += [*unknown_norms(new), *called_as_functions(neighbours.graph)]
     for name, weights in planned.weights.items():
         weights.write_(cast(Layer, new.get_submodule(name)))
-    new = _replaced(new, {step.norm: step.rest for step in planned.steps})
+    new = _replaced(new, {each.norm: each.rest for each in planned.norms})
     return Folding(
         model=new,
         folded=folded,
-        left=left,
+        left=tuple(left),
         baked=baked,
         difference=_difference(before.output, new, example_input),
     )
@@ -110,48 +113,32 @@ def _copied(model: nn.Module) -> nn.Module:
     """Copy a model.
 
     Raises:
-        ConversionError: If torch cannot.
+        ConversionError: If torch cannot copy it.
     """
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
         raise ConversionError(
-            f"the model cannot be copied ({error}); if a hook computes weights, as of pruning or "
+            f"the model cannot be copied ({error}); if a hook computes weights, as by pruning or "
             f"torch.nn.utils.weight_norm, remove it, or send a batch through the model under "
             f"torch.no_grad() first"
         ) from error
 
 
 def _evaluating(model: nn.Module) -> nn.Module:
-    """Set the mode of all modules without ``train()``, which some models override."""
+    """Set evaluation mode without calling ``train()``, because some models override that."""
     for module in model.modules():
         module.training = False
     return model
 
 
-def _folded(step: Step) -> Folded:
-    stays = [type(m).__name__ for m in step.rest.children()]
-    return Folded(
-        name=step.name,
-        old=describe(step.norm),
-        into=step.into,
-        stays=" -> ".join(stays) or "-",
-    )
-
-
-def _left(norms: NamedNorms, planned: Plan) -> Iterator[Left]:
-    for norm, names in norms.items():
-        if norm in planned.why:
-            yield Left(name=names[0], old=describe(norm), why=planned.why[norm])
-
-
-def _lookalikes(model: nn.Module) -> Iterator[Left]:
-    for name, module in find_lookalikes(model).items():
-        yield Left(name=name, old=describe(module), why=NO_KNOWN_NORM)
+def _report_row(norm: FoldedNorm) -> Folded:
+    stays = " -> ".join(type(module).__name__ for module in norm.rest.children())
+    return Folded(name=norm.name, old=describe(norm.norm), into=norm.into, stays=stays or "-")
 
 
 def _replaced(model: nn.Module, rest: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put what is left of norms into their places, under all of their names."""
+    """Replace each folded norm, under all of its names, by the modules that stay."""
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is not None and child in rest:
@@ -160,25 +147,26 @@ def _replaced(model: nn.Module, rest: Mapping[nn.Module, nn.Module]) -> nn.Modul
 
 
 def _difference(before: Any, new: nn.Module, example_input: Any) -> float | None:  # noqa: ANN401
-    """Measure what folding changed.
+    """Measure how much folding has changed the output.
 
     Raises:
-        ConversionError: If it is more than rounding.
+        ConversionError: If the folded model fails, or the change is larger than rounding.
     """
     try:
         after = run(new, example_input).output
     except Exception as error:
         raise ConversionError(
-            f"the folded model fails on the example input ({type(error).__name__}: {error}); its "
-            f"forward uses a norm in another way than by calling it; give that norm a hook, and it "
-            f"is left as it is"
+            f"the folded model fails on the example input ({type(error).__name__}: {error}): its "
+            f"forward uses a norm in another way than by calling it; register any forward hook on "
+            f"that norm, and it will not be folded"
         ) from error
     found = difference(before, after)
     limit = tolerance(before)
     if found is not None and not found <= limit:
         raise ConversionError(
             f"the folded model's output differs by {found:.1e} of its largest value on the example "
-            f"input, where up to {limit:.1e} is rounding: its forward uses a norm or a weight in "
-            f"another way than by calling it; give that norm a hook, and it is left as it is"
+            f"input, where up to {limit:.1e} can be rounding: its forward uses a norm or a weight "
+            f"in another way than by calling the layer; register any forward hook on that norm, "
+            f"and it will not be folded"
         )
     return found
