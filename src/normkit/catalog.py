@@ -44,8 +44,8 @@ class Method:
     name: str
     formula: str
     groups: str
-    batch_in_training: bool
-    evaluation: str
+    batch_in_training: bool = False
+    evaluation: str = "the example's own statistics, as in training"
     kept: str = "x and tables"
     num_maps_kept: int = 1
     learned: str = ""
@@ -145,10 +145,24 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], str]] = {
     "iew": (set_example_weight, "normkit.set_example_weight(model, alpha)"),
 }
 """For each method without a layer: the function that defines it, and the call that applies it."""
-FILTER = "a filter: the weights of an output channel"
-FILTER_EVALUATION = "the filter's own statistics, as in training"
-OWN = "the example's own statistics, as in training"
 RUNNING = "running statistics"
+
+
+def _weight_method(
+    spec: str, name: str, formula: str, example: str = "", learned: str = ""
+) -> Method:
+    """Describe a method that normalises the filters of weights."""
+    return Method(
+        spec=spec,
+        example=example,
+        name=name,
+        formula=formula,
+        groups="a filter: the weights of an output channel",
+        evaluation="the filter's own statistics, as in training",
+        kept="the raw weight and two values for each filter",
+        learned=learned,
+    )
+
 
 _METHODS = (
     Method(
@@ -166,8 +180,6 @@ _METHODS = (
         name="Instance Normalization",
         formula=_normalized("nc"),
         groups="a channel of an example",
-        batch_in_training=False,
-        evaluation=OWN,
     ),
     Method(
         spec="ln",
@@ -175,8 +187,6 @@ _METHODS = (
         name="Layer Normalization",
         formula=_normalized("n"),
         groups="an example",
-        batch_in_training=False,
-        evaluation=OWN,
     ),
     Method(
         spec="gn",
@@ -184,8 +194,6 @@ _METHODS = (
         name="Group Normalization",
         formula=_normalized("ng"),
         groups="a run of C/G channels of an example",
-        batch_in_training=False,
-        evaluation=OWN,
     ),
     Method(
         spec="pn",
@@ -193,8 +201,6 @@ _METHODS = (
         name="Positional Normalization",
         formula=_normalized("ns"),
         groups="the channels at a position of an example",
-        batch_in_training=False,
-        evaluation=OWN,
         kept="x, and two values for each position",
     ),
     Method(
@@ -258,8 +264,6 @@ _METHODS = (
         name="Group Whitening",
         formula="Y = P_T X / √(tr Σ), P_k+1 = (3 P_k − P_k³ Σ / tr Σ) / 2, Σ = X Xᵀ / m + ε I",
         groups="means of G runs of channels of an example, and their covariances",
-        batch_in_training=False,
-        evaluation=OWN,
         kept="two maps (x centred, x whitened), and matrices (G, G) of each example",
         num_maps_kept=2,
     ),
@@ -273,36 +277,17 @@ _METHODS = (
         batch_in_training=True,
         evaluation=f"the example's own statistics (IN); {RUNNING} of the channel (BN)",
     ),
-    Method(
-        spec="ws",
-        example="gn:32+ws",
-        name="Weight Standardization",
-        formula="W'_o = (W_o − μ_o) / √(σ²_o + ε)",
-        groups=FILTER,
-        batch_in_training=False,
-        evaluation=FILTER_EVALUATION,
-        kept="the raw weight and two values for each filter",
-    ),
-    Method(
-        spec="wn",
-        example="",
-        name="Weight Normalization",
-        formula="W'_o = g_o W_o / ‖W_o‖",
-        groups=FILTER,
-        batch_in_training=False,
-        evaluation=FILTER_EVALUATION,
-        kept="the raw weight and two values for each filter",
+    _weight_method("ws", "Weight Standardization", "W'_o = (W_o − μ_o) / √(σ²_o + ε)", "gn:32+ws"),
+    _weight_method(
+        "wn",
+        "Weight Normalization",
+        "W'_o = g_o W_o / ‖W_o‖",
         learned="a length g for each filter",
     ),
-    Method(
-        spec="cwn",
-        example="",
-        name="Centred Weight Normalization",
-        formula="W'_o = g_o (W_o − μ_o) / ‖W_o − μ_o‖",
-        groups=FILTER,
-        batch_in_training=False,
-        evaluation=FILTER_EVALUATION,
-        kept="the raw weight and two values for each filter",
+    _weight_method(
+        "cwn",
+        "Centred Weight Normalization",
+        "W'_o = g_o (W_o − μ_o) / ‖W_o − μ_o‖",
         learned="a length g for each filter",
     ),
     Method(

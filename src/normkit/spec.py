@@ -299,7 +299,8 @@ def _sort_key(argument: tuple[str, Value]) -> tuple[int, str]:
 
 def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     option = recipe.short.get(argument, argument)
-    if _is_flag(option, recipe):
+    known = recipe.options().get(option)
+    if known is not None and str(known.annotation) == "bool":
         return option, True
     if recipe.argument is None:
         raise SpecError(
@@ -315,12 +316,6 @@ def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]
             )
         return "", "auto"
     return "", _whole_number(argument, argument, text)
-
-
-def _is_flag(option: str, recipe: Recipe) -> bool:
-    """Whether an option is either true or false."""
-    known = recipe.options().get(option)
-    return known is not None and str(known.annotation) == "bool"
 
 
 def _whole_number(value: str, argument: str, text: str) -> int:
@@ -339,7 +334,12 @@ def _value(value: str, annotation: str, argument: str, text: str) -> Value:
     if value in constants and (constants[value] is None) == ("None" in annotation):
         return constants[value]
     if annotation in WORDS:
-        return _word(value, WORDS[annotation], argument, text)
+        if value in WORDS[annotation]:
+            return value
+        raise SpecError(
+            f"spec {text!r} has argument {argument!r}; the value must be one of: "
+            f"{', '.join(WORDS[annotation])}"
+        )
     kind = annotation.split(" ", maxsplit=1)[0]
     if kind == "int":
         return _whole_number(value, argument, text)
@@ -350,14 +350,6 @@ def _value(value: str, annotation: str, argument: str, text: str) -> Value:
     raise SpecError(
         f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"
     )
-
-
-def _word(value: str, known: tuple[str, ...], argument: str, text: str) -> str:
-    if value not in known:
-        raise SpecError(
-            f"spec {text!r} has argument {argument!r}; the value must be one of: {', '.join(known)}"
-        )
-    return value
 
 
 def _argument_text(key: str, value: Value) -> str:

@@ -65,6 +65,19 @@ def printable(name: object, at_most: int = 300) -> str:
     return shown if len(shown) <= at_most else f"{shown[:at_most]}..."
 
 
+def by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Group ``(name, reason)`` pairs by reason: each reason once, with its names joined by commas.
+
+    Example:
+        >>> by_reason([("bn1", "frozen"), ("gn", "no buffers"), ("bn2", "frozen")])
+        {'frozen': 'bn1, bn2', 'no buffers': 'gn'}
+    """
+    found: dict[str, str] = {}
+    for name, reason in pairs:
+        found[reason] = f"{found[reason]}, {name}" if reason in found else name
+    return found
+
+
 def listed(names: Iterable[object], at_most: int = 5) -> str:
     """Join the first few names, and say how many more there are.
 

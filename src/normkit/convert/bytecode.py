@@ -103,7 +103,8 @@ class _Reader:
         """Process one instruction; yield the paths that it mentions."""
         before, self._path = self._path, None
         if name.startswith(LOADS):
-            self._path = self.known.get(_last(value))
+            # LOAD_FAST_LOAD_FAST has two names, of which the second ends up on top.
+            self._path = self.known.get(value[-1] if isinstance(value, tuple) else value)
         elif name.startswith("STORE_FAST") or name == "STORE_DEREF":
             self._store(before, value)
         elif name == "LOAD_GLOBAL" or name.startswith("CALL"):
@@ -139,10 +140,6 @@ class _Reader:
         else:
             self.known[stored] = before
         self._path = self.known.get(after) if after is not None else None
-
-
-def _last(value: Any) -> str:  # noqa: ANN401
-    return value[-1] if isinstance(value, tuple) else value
 
 
 def _identifiers(constant: object) -> Iterator[str]:

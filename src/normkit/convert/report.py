@@ -10,7 +10,7 @@ from torch import nn
 from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
 from normkit.passes import attempt
-from normkit.text import listed, module_name, table_lines
+from normkit.text import by_reason, listed, module_name, table_lines
 from normkit.tracing.graph import Graph
 
 
@@ -128,9 +128,9 @@ class Conversion:
 
 def _warnings(changes: Sequence[Change]) -> Iterator[str]:
     """List each warning once, with the names of all its norms."""
-    for warning in dict.fromkeys(each for change in changes for each in change.warnings):
-        names = [module_name(c.name) for c in changes if warning in c.warnings]
-        yield f"  {', '.join(names)}: {warning}"
+    pairs = ((module_name(c.name), warning) for c in changes for warning in c.warnings)
+    for warning, names in by_reason(pairs).items():
+        yield f"  {names}: {warning}"
 
 
 def _not_run(classes: Sequence[str]) -> Iterator[str]:
@@ -141,9 +141,9 @@ def _not_run(classes: Sequence[str]) -> Iterator[str]:
 
 def _left_alone(left: Sequence[Left]) -> Iterator[str]:
     """List each reason once, with the names of all its norms."""
-    for why in dict.fromkeys(each.why for each in left):
-        names = [f"{module_name(each.name)} ({each.old})" for each in left if each.why == why]
-        yield f"left alone, {why}: {', '.join(names)}"
+    rows = ((f"{module_name(each.name)} ({each.old})", each.why) for each in left)
+    for why, names in by_reason(rows).items():
+        yield f"left alone, {why}: {names}"
 
 
 def _calibrated(done: Calibration) -> list[str]:

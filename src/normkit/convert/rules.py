@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def read(module: nn.Module) -> Source:
         )
     _require_unmodified(module)
     values = [*module._parameters.values(), *module._buffers.values()]
-    if any(is_lazy(value) for value in values if value is not None):
+    if any(map(is_lazy, values)):
         raise ConversionError(
             f"{kind.__name__} does not know its number of channels yet; send one batch through "
             f"the model first"
@@ -201,31 +202,6 @@ def _layer_norm(layer: nn.LayerNorm) -> Source:
     return replace(_layer_norm_of_maps(layer), channels_last=True, without_positions=True)
 
 
-@rule(*known.BATCH_NORM_ACTS)
-def _batch_norm_act(layer: Any) -> Source:  # noqa: ANN401 - a class that need not be installed
-    return replace(_batch_norm(layer), activation=_activation(layer))
-
-
-@rule(*known.SYNC_BATCH_NORM_ACTS)
-def _sync_batch_norm_act(layer: Any) -> Source:  # noqa: ANN401
-    return replace(_sync_batch_norm(layer), activation=_activation(layer))
-
-
-@rule(*known.GROUP_NORM_ACTS)
-def _group_norm_act(layer: Any) -> Source:  # noqa: ANN401
-    return replace(_group_norm(layer), activation=_activation(layer))
-
-
-@rule(*known.MAP_NORM_ACTS)
-def _layer_norm_act_of_maps(layer: Any) -> Source:  # noqa: ANN401
-    return replace(_layer_norm_of_maps(layer), activation=_activation(layer))
-
-
-@rule(*known.LAYER_NORM_ACTS)
-def _layer_norm_act(layer: Any) -> Source:  # noqa: ANN401
-    return replace(_layer_norm(layer), activation=_activation(layer))
-
-
 @rule(*known.FIXED)
 def _frozen(layer: Any) -> Source:  # noqa: ANN401
     """Read a batch norm with fixed values, which become parameters without a gradient.
@@ -245,9 +221,27 @@ def _frozen(layer: Any) -> Source:  # noqa: ANN401
     )
 
 
-@rule(*known.FIXED_ACTS)
-def _frozen_act(layer: Any) -> Source:  # noqa: ANN401
-    return replace(_frozen(layer), activation=_activation(layer))
+def _with_activation(read_norm: Rule) -> Rule:
+    """Extend a rule to layers that apply dropout and an activation after the norm."""
+
+    @wraps(read_norm)
+    def read_both(layer: nn.Module) -> Source:
+        modules = dict(layer.named_children())
+        drop, act = (modules.get(name, nn.Identity()) for name in ("drop", "act"))
+        return replace(read_norm(layer), activation=Activation(drop, act))
+
+    return read_both
+
+
+for _names, _rule in (
+    (known.BATCH_NORM_ACTS, _batch_norm),
+    (known.SYNC_BATCH_NORM_ACTS, _sync_batch_norm),
+    (known.GROUP_NORM_ACTS, _group_norm),
+    (known.MAP_NORM_ACTS, _layer_norm_of_maps),
+    (known.LAYER_NORM_ACTS, _layer_norm),
+    (known.FIXED_ACTS, _frozen),
+):
+    rule(*_names)(_with_activation(_rule))
 
 
 def _options(layer: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -266,8 +260,3 @@ def _statistics(layer: nn.BatchNorm2d | nn.InstanceNorm2d) -> Statistics | None:
     if layer.running_mean is None or layer.running_var is None:
         return None
     return Statistics(layer.running_mean, layer.running_var, layer.num_batches_tracked)
-
-
-def _activation(layer: nn.Module) -> Activation:
-    modules = dict(layer.named_children())
-    return Activation(modules.get("drop", nn.Identity()), modules.get("act", nn.Identity()))

@@ -112,7 +112,10 @@ class Swap:
         self._locations = list(_locations(model, replacements))
         self._pairs = [LayerPair(o, n, _placement(n, model)) for o, n in replacements.items()]
         self._standardize = frozenset(standardize)
-        self._convolutions = [_saved(model.get_submodule(name)) for name in standardize]
+        self._convolutions = [
+            SavedConvolution(layer, type(layer), dict(layer._parameters), dict(layer._modules))
+            for layer in map(model.get_submodule, standardize)
+        ]
         self._hooks = frozenset((*model._forward_hooks, *model._forward_pre_hooks))
         self._example_input = example_input
         self._edit, self._weights_edit = edit, None
@@ -220,10 +223,6 @@ def _placement(layer: nn.Module, model: nn.Module) -> Placement:
     found = next(chain(layer.parameters(), model.parameters()), None)
     device, dtype = (None, None) if found is None else (found.device, found.dtype)
     return Placement(layer.training, device, dtype)
-
-
-def _saved(layer: nn.Module) -> SavedConvolution:
-    return SavedConvolution(layer, type(layer), dict(layer._parameters), dict(layer._modules))
 
 
 def _restore(saved: SavedConvolution) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -96,17 +97,17 @@ def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
 
 
 def _require_known_sizes(model: nn.Module) -> None:
-    empty = [name for name, module in model.named_modules() if _is_empty(module)]
+    held = (
+        (name, value)
+        for name, module in model.named_modules()
+        for value in chain(module._parameters.values(), module._buffers.values())
+    )
+    empty = dict.fromkeys(name for name, value in held if value is not None and is_lazy(value))
     if empty:
         raise ConversionError(
             f"layers {', '.join(map(repr, empty))} do not know their sizes yet; send one batch "
             f"through the model first"
         )
-
-
-def _is_empty(module: nn.Module) -> bool:
-    values = (*module._parameters.values(), *module._buffers.values())
-    return any(is_lazy(value) for value in values if value is not None)
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
 
 from normkit.convert.report import Left
-from normkit.text import module_name, table_lines
+from normkit.text import by_reason, module_name, table_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,5 @@ class Folding:
         return f"{count}; the output differs by {self.difference:.1e} of its largest value"
 
     def _left(self) -> list[str]:
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for left in self.left:
-            by_reason[left.why].append(f"{module_name(left.name)} ({left.old})")
-        return [f"left: {', '.join(names)}: {why}" for why, names in by_reason.items()]
+        rows = ((f"{module_name(left.name)} ({left.old})", left.why) for left in self.left)
+        return [f"left: {names}: {why}" for why, names in by_reason(rows).items()]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normkit.passes import call_with, changes_nothing, untouched
@@ -41,7 +42,8 @@ def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: AN
         stack.enter_context(torch.no_grad())
         for name, module in model.named_modules():
             if module is not model and _is_leaf(module):
-                stack.enter_context(recorder.watched(name, module))
+                for handle in recorder.register_hooks(name, module):
+                    stack.callback(handle.remove)
         stack.enter_context(recorder)
         output = call_with(model, example_input)
     recorder.record("the output", "output", tree_leaves(output), ())
@@ -88,9 +90,8 @@ class _Recorder(TorchFunctionMode):
             self.record(name, kind_of_operation(name) if made else "query", inputs, made)
         return output
 
-    @contextmanager
-    def watched(self, name: str, module: nn.Module) -> Generator[None]:
-        """Record each call of a leaf module as one call while the block runs."""
+    def register_hooks(self, name: str, module: nn.Module) -> tuple[RemovableHandle, ...]:
+        """Record each call of a leaf module as one call; return the handles of the hooks."""
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
             self._depth += 1
@@ -101,12 +102,7 @@ class _Recorder(TorchFunctionMode):
                 inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(output)
                 self.record(name, kind_of_module(module), inputs, outputs)
 
-        handles = (
+        return (
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave, with_kwargs=True),
         )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from normkit.text import by_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +28,11 @@ class WeightReport:
         how = f" ({self.how})" if self.how else ""
         lines = [f"{self.done} {_counted(self.changed)}{how}"]
         lines += [f"  {name}" for name in self.changed]
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for name, reason in self.skipped.items():
-            by_reason[reason].append(name)
-        if by_reason:
+        if self.skipped:
             lines.append(f"left alone {_counted(tuple(self.skipped))}")
-        lines += [f"  {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+        lines += [
+            f"  {reason}: {names}" for reason, names in by_reason(self.skipped.items()).items()
+        ]
         return "\n".join(lines)
 
 

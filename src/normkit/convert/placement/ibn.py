@@ -115,7 +115,10 @@ def _stages(layout: Layout, variant: str) -> list[list[Block]]:
     Raises:
         OptionError: If there are too few stages for the variant.
     """
-    holders = [[*blocks] for _, blocks in groupby(layout.blocks, _holder)]
+    holders = [
+        [*blocks]
+        for _, blocks in groupby(layout.blocks, lambda block: block.name.rpartition(".")[0])
+    ]
     stages = holders if len(holders) == STAGES else _by_stride(layout.blocks)
     least = {"a": 2, "b": 3}[variant]
     if len(stages) < least:
@@ -125,10 +128,6 @@ def _stages(layout: Layout, variant: str) -> list[list[Block]]:
             f"convert_norm_(model, {{'layer1.*.bn1': 'ibn'}})"
         )
     return stages
-
-
-def _holder(block: Block) -> str:
-    return block.name.rpartition(".")[0]
 
 
 def _by_stride(blocks: Sequence[Block]) -> list[list[Block]]:
