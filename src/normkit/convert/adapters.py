@@ -7,7 +7,6 @@ dict do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -88,5 +87,4 @@ def _class(base: type[NormLayer], kinds: tuple[str, ...]) -> type[NormLayer]:
 
 def _empty(base: type[NormLayer], kinds: tuple[str, ...]) -> NormLayer:
     """Create a layer without state, for copying and unpickling."""
-    new: Callable[[type[NormLayer]], NormLayer] = object.__new__
-    return new(_class(base, kinds))
+    return object.__new__(_class(base, kinds))

@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normkit.errors import InputTypeError, OptionError
 
-HOLDERS = ("DataParallel", "DistributedDataParallel")
+WRAPPERS = ("DataParallel", "DistributedDataParallel")
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 SCRIPTED = ("ScriptModule",)
 QUANTIZED = tuple(
@@ -57,7 +57,7 @@ def require_unwrapped(model: nn.Module, verb: str) -> None:
     """
     require_inspectable(model, verb)
     for name, module in model.named_modules():
-        for kind in _kinds(module).intersection(HOLDERS):
+        for kind in _kinds(module).intersection(WRAPPERS):
             raise OptionError(
                 f"{_place(name)} is inside {kind}, which keeps references to its parameters; "
                 f"{verb} the model first and wrap it afterwards"

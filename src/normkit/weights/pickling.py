@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -26,8 +26,7 @@ def _reduced(layer: nn.Module, protocol: object) -> tuple[Any, ...]:
 
 def _empty(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
     """Create a parametrised layer without state, for copying and unpickling."""
-    new: Callable[[type[nn.Module]], nn.Module] = object.__new__
-    layer = new(base)
+    layer = object.__new__(base)
     parametrize._inject_new_class(layer)
     for name in names:
         parametrize._inject_property(layer, name)

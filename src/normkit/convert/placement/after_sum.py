@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -172,5 +171,4 @@ def _class(mixin: type[_NormedBlock], base: type[nn.Module]) -> type[_NormedBloc
 
 def _empty(mixin: type[_NormedBlock], base: type[nn.Module]) -> _NormedBlock:
     """Create a block without state, for copying and unpickling."""
-    new: Callable[[type[_NormedBlock]], _NormedBlock] = object.__new__
-    return new(_class(mixin, base))
+    return object.__new__(_class(mixin, base))
