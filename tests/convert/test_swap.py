@@ -198,7 +198,7 @@ class Interrupter:
         "convert/swap.py",
         "convert/optimizer.py",
         "weights/attach.py",
-        "convert/carry_out.py",
+        "convert/execute.py",
         "passes/rollback.py",
     )
 
