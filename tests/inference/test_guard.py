@@ -257,7 +257,7 @@ def test_compiled_code_is_guarded_without_a_break(backend):
     for name, value in statistics(other).items():
         torch.testing.assert_close(statistics(model)[name], value, rtol=1e-6, atol=1e-6)
     assert counts(guard) == {(3, 1, 0)}
-    with pytest.raises(nk.OptionError, match="is compiled, which does not see hooks that come"):
+    with pytest.raises(nk.OptionError, match="is compiled, and compiled code does not run hooks"):
         nk.guard_statistics_(torch.compile(net(), backend=backend))
 
 

@@ -55,7 +55,7 @@ def equivalent_call(situation: Situation, norm: CheckedNorm, options: str = "") 
         The call; None if normkit has no such norm, or conversion refuses it.
     """
     try:
-        spec = read(norm.module).twin
+        spec = read(norm.module).equivalent_spec
     except ConversionError:
         return None
     if not spec or norm.module in situation.refusals(spec + options):

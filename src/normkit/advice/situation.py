@@ -20,7 +20,7 @@ from normkit.convert.plan import refusals
 from normkit.convert.selection import find_norms
 from normkit.errors import InputError
 from normkit.inference.freeze import is_frozen
-from normkit.passes import call_with, device_of, forward_of, untouched
+from normkit.passes import call_with, device_of, replaced_forward, untouched
 from normkit.spec import NormSpec
 from normkit.text import shortened
 from normkit.tracing import Feeds, trace_feeds
@@ -204,7 +204,7 @@ def _watch(
     # Some models checkpoint only if gradients are computed.
     with ExitStack() as stack, torch.set_grad_enabled(bool(list(switches(model)))):
         for norm in norms:
-            stack.enter_context(forward_of(norm, _observe(observed[norm], alone)))
+            stack.enter_context(replaced_forward(norm, _observe(observed[norm], alone)))
         try:
             call_with(model, example_input)
         except Exception as error:

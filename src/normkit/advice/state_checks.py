@@ -12,7 +12,7 @@ from normkit.advice.fixes import COUNT, RECALIBRATE, equivalent_call, freeze_cal
 from normkit.advice.registry import check
 from normkit.advice.situation import CheckedNorm, Situation
 from normkit.convert.selection import find_lookalikes
-from normkit.convert.target import LEAST_EPS
+from normkit.convert.target import MIN_SAFE_EPS
 from normkit.inference.freeze import is_frozen
 from normkit.layers.base import BUFFERS, NormLayer
 
@@ -203,7 +203,7 @@ def eps_near_zero(situation: Situation) -> Iterator[Finding]:
     """Find an eps that is too small to normalise a group without variance to 0."""
     for norm in situation.norms:
         eps = getattr(norm.module, "eps", None)
-        small = isinstance(eps, float | int) and eps < LEAST_EPS
+        small = isinstance(eps, float | int) and eps < MIN_SAFE_EPS
         if small and any(pool.of_input for pool in norm.usable):
             yield Finding(
                 name=norm.name,

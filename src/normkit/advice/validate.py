@@ -14,7 +14,7 @@ from normkit.advice.registry import CHECKS
 from normkit.advice.situation import examine, example_of
 from normkit.core.check import require_count
 from normkit.errors import OptionError
-from normkit.passes import changes_nothing, require_layers
+from normkit.passes import changes_nothing, require_inspectable
 
 CHECKED_IN = (group_checks, state_checks, neighbour_checks)
 """The modules with the checks, which are registered when these modules are imported."""
@@ -90,7 +90,7 @@ def _require_plain(model: nn.Module) -> None:
             f"the model is compiled ({kind}), and its layers are not accessible; validate the "
             f"model that it was compiled from"
         )
-    require_layers(model, "validate", sharded=True)
+    require_inspectable(model, "validate", sharded=True)
 
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None, example_input: Any) -> Any:  # noqa: ANN401

@@ -28,9 +28,9 @@ from normkit.layers.base import NormLayer
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
+    unwrap,
 )
 
 
@@ -134,7 +134,7 @@ def channel_difference(
     """
     if momentum is not None:
         require_share("momentum", momentum)
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     pooling = {name: layer for name, layer in model.named_modules() if pooling_groups(layer)}
     layers = select_layers(pooling, where)
     if not layers:

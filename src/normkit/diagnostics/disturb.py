@@ -12,7 +12,7 @@ from normkit.core.check import require_share
 from normkit.errors import OptionError
 from normkit.inference.tracked import Where, select_layers, statistics_of, tracked
 from normkit.layers.base import BUFFERS
-from normkit.passes import bare, between
+from normkit.passes import block_with_cleanup, unwrap
 
 
 def disturb_statistics(
@@ -54,7 +54,7 @@ def disturb_statistics(
         True
     """
     require_share("delta", delta)
-    layers = select_layers(tracked(bare(model, "disturb")), where)
+    layers = select_layers(tracked(unwrap(model, "disturb")), where)
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
@@ -73,7 +73,7 @@ def disturb_statistics(
         for buffer, values in before.items():
             buffer.detach().copy_(values)
 
-    return between(begin, put_back)
+    return block_with_cleanup(begin, put_back)
 
 
 def _disturb_(layer: nn.Module, delta: float, generator: torch.Generator) -> None:

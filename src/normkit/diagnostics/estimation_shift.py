@@ -31,9 +31,9 @@ from normkit.layers.base import BUFFERS
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
+    unwrap,
 )
 
 Normalize = Literal["sqrt_c"]
@@ -155,7 +155,7 @@ def estimation_shift(
     """
     if normalize is not None:
         require_choice("normalize", normalize, ("sqrt_c",))
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     fixed = {name: layer for name, layer in model.named_modules() if is_fixed(layer)}
     known = select_layers(tracked(model) | fixed, where)
     if not known:

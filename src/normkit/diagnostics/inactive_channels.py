@@ -17,12 +17,12 @@ from normkit.errors import DataError
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
     require_batches,
     uncompiled,
     untouched,
+    unwrap,
 )
 from normkit.text import module_name
 
@@ -115,7 +115,7 @@ def inactive_channels(
         >>> found.layers[0].name, found.layers[0].num_channels
         ('1', 8)
     """
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     data = Data(batches=batches, forward=forward or forward_batch)
     recorder, num_batches = Recorder(), 0
     with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as stack:

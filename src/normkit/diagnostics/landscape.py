@@ -20,13 +20,13 @@ from normkit.passes import (
     Forward,
     as_list,
     attempt,
-    bare,
     changes_nothing,
     device_of,
     forward_batch,
     moved,
     progress,
     untouched,
+    unwrap,
 )
 
 Protocol = Literal["along_gradient", "multi_lr"]
@@ -160,7 +160,7 @@ def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied 
     rates = tuple(rates or RATES[protocol])
     if min(rates) <= 0:
         raise OptionError(f"rates={rates} was given; every rate must be above 0")
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     chosen = [n for n, p in model.named_parameters() if params is None or params(n, p)]
     if not chosen:
         raise OptionError("params= chooses none of the model's parameters")

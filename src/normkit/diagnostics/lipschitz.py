@@ -18,12 +18,12 @@ from normkit.errors import DataError, OptionError
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
     require_batches,
     uncompiled,
     untouched,
+    unwrap,
 )
 from normkit.weights.attach import rules_of
 from normkit.weights.parametrizations import WeightStandardization
@@ -143,7 +143,7 @@ def lipschitz_terms(
         >>> [row.name for row in lipschitz_terms(model, [pair]).layers]
         ['0']
     """
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     rules = _standardised(model)
     data = Data(batches=batches, forward=forward or forward_batch)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}

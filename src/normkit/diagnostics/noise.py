@@ -15,7 +15,7 @@ from normkit.diagnostics.channel_difference import channels_first
 from normkit.errors import OptionError
 from normkit.inference.norm_classes import describe_own_forward, normalizes_its_input
 from normkit.inference.tracked import Where, reasons, select_layers, valid_positions
-from normkit.passes import Hooks, Temporary, bare, between, require_uncompiled
+from normkit.passes import Hooks, TemporaryHook, block_with_cleanup, require_uncompiled, unwrap
 from normkit.tracing import is_norm
 from normkit.tracing.kinds import NORMS
 
@@ -69,7 +69,7 @@ def add_output_noise(
     require_choice("granularity", granularity, get_args(Granularity))
     if std < 0:
         raise OptionError(f"std={std} was given; give a standard deviation of 0 or more")
-    modules = bare(model, "disturb").named_modules()
+    modules = unwrap(model, "disturb").named_modules()
     require_uncompiled(model, "disturb")
     norms = {name: module for name, module in modules if is_norm(module)}
     inner = tuple(f"{name}." for name in norms if name)
@@ -87,7 +87,7 @@ def add_output_noise(
             noise.put_into(layer, hooks)
         return tuple(layers)
 
-    return between(begin, hooks.remove)
+    return block_with_cleanup(begin, hooks.remove)
 
 
 class _Noise(NamedTuple):
@@ -103,9 +103,9 @@ class _Noise(NamedTuple):
         # These are the names in timm's norms with an activation; dropout comes before it.
         inside = children.get("drop", children.get("act"))
         if inside is not None:
-            hooks.before(inside, Temporary(partial(self._before, layer)))
+            hooks.before(inside, TemporaryHook(partial(self._before, layer)))
         else:
-            hooks.after(layer, Temporary(self._after), with_kwargs=True)
+            hooks.after(layer, TemporaryHook(self._after), with_kwargs=True)
 
     def _before(
         self, layer: nn.Module, _inner: nn.Module, args: tuple[Tensor, ...]

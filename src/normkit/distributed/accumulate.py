@@ -28,14 +28,14 @@ from normkit.inference.tracked import (
 from normkit.layers.base import is_estimated
 from normkit.passes import (
     Hooks,
-    Temporary,
+    TemporaryHook,
     all_or_nothing,
-    bare,
-    finish,
-    grad_mode_now,
+    call_with_cleanup,
     require_uncompiled,
-    surely,
+    run_cleanup,
+    save_grad_mode,
     swaps_statistics,
+    unwrap,
 )
 from normkit.passes.inputs import first_argument
 from normkit.text import module_name
@@ -75,7 +75,7 @@ def accumulate_statistics(model: nn.Module, steps: int) -> Accumulation:
         tensor(1)
     """
     steps = require_count("steps", steps)
-    inner = bare(model, ACCUMULATE)
+    inner = unwrap(model, ACCUMULATE)
     require_uncompiled(model, ACCUMULATE)
     _require_free(inner)
     return Accumulation(inner, steps)
@@ -125,18 +125,18 @@ class Accumulation:
         An interruption leaves either all layers updated or none; in both cases nothing is pending
         afterwards. With several processes, all of them must call this.
         """
-        surely(self._update, self._discard, grad_mode_now())
+        call_with_cleanup(self._update, self._discard, save_grad_mode())
 
     def remove(self) -> None:
         """End the accumulation: restore the model's forwards, and discard pending forwards."""
         self.is_over = True
         wrappers = [wrapper.remove for wrapper in self._wrappers]
-        finish([self._hooks.remove, *wrappers, self._discard, self._end])
+        run_cleanup([self._hooks.remove, *wrappers, self._discard, self._end])
 
     def _update(self) -> None:
         # All new values are computed first; only then does ``finish`` write them, in full.
         updates = [pair for delayed in self._delayed for pair in delayed.updates()]
-        finish([partial(buffer.detach().copy_, values) for buffer, values in updates])
+        run_cleanup([partial(buffer.detach().copy_, values) for buffer, values in updates])
 
     def _discard(self) -> None:
         for delayed in self._delayed:
@@ -160,13 +160,13 @@ class Accumulation:
 
     def _attach(self, model: nn.Module, delayed: Mapping[nn.Module, DelayedStatistics]) -> None:
         """Put hooks on the model, and wrap the forwards of its norms; it may be a norm itself."""
-        self._hooks.before(model, Temporary(self._begin))
+        self._hooks.before(model, TemporaryHook(self._begin))
         for norm in find_norms(model):
             parts = [delayed[part] for part in norm.modules() if part in delayed]
             if parts:
                 self._wrappers.append(_ForwardWrapper(norm, self, parts))
-        self._hooks.after(model, Temporary(self._count))
-        self._hooks.after(model, Temporary(self._end), always_call=True)
+        self._hooks.after(model, TemporaryHook(self._count))
+        self._hooks.after(model, TemporaryHook(self._end), always_call=True)
 
     def _begin(self, *_: object) -> None:
         self.inside = not self.is_over and not are_still()
@@ -209,7 +209,9 @@ class _ForwardWrapper:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
         """Compute the norm's output."""
         end = [delayed.restore_buffers for delayed in self._delayed]
-        return surely(lambda: self._call_and_record(args, kwargs), *end, grad_mode_now())
+        return call_with_cleanup(
+            lambda: self._call_and_record(args, kwargs), *end, save_grad_mode()
+        )
 
     def _call_and_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         accumulation = self._accumulation

@@ -9,17 +9,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from normkit.convert.api import convert_norm_
 from normkit.convert.report import Change
 from normkit.convert.selection import find_norms
 from normkit.convert.target import pools_examples
-from normkit.convert.verbs import convert_norm_
 from normkit.core.ranks import ProcessGroup, held_group
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
 from normkit.layers.base import NormLayer
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.text import module_name
-from normkit.tracing import require_bare
 
 Where = Callable[[nn.Module, str], bool]
 NOT_OVER_BATCH = "it takes no statistics over a batch"
@@ -99,7 +98,7 @@ def synchronize_(
     """
     group: ProcessGroup = "world" if process_group is None else process_group
     held_group(group)
-    require_bare(model, "synchronise")
+    require_unwrapped(model, "synchronise")
     found = find_norms(model)
     left = {names[0]: why for m, names in found.items() if (why := _why_left(m, names[0], where))}
     chosen = {module: names[0] for module, names in found.items() if names[0] not in left}

@@ -39,13 +39,13 @@ from normkit.passes import (
     Forward,
     Snapshot,
     as_list,
+    call_with_cleanup,
     changes_nothing,
     forward_batch,
     num_examples,
     progress,
-    surely,
+    require_unwrapped,
 )
-from normkit.tracing import require_bare
 from normkit.tune.metrics import Score, read_metric
 
 MIN_EXAMPLES = 4  # in each half of the test data
@@ -113,7 +113,7 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and facts that only the user
         >>> diagnose(model, data, data).causes[0].name
         'statistics never set'
     """
-    require_bare(model, "diagnose")
+    require_unwrapped(model, "diagnose")
     patient = _admit(model, train_batches, test_batches, loss, batch_size, checkpoints, forward)
     notes = list[str]()
     case, scores = _examine(patient, notes)
@@ -266,7 +266,7 @@ def _measure_with_dropout(patient: Patient) -> Rows:
         return rows_of(patient.measure(patient.train, with_dropout(patient.forward)))
 
     # The snapshot restores the random state that the seed changed.
-    return surely(measured, Snapshot(patient.model).put_back)
+    return call_with_cleanup(measured, Snapshot(patient.model).put_back)
 
 
 def _broken(scores: Mapping[str, Scores]) -> Iterator[str]:

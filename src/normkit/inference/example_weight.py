@@ -8,7 +8,7 @@ from normkit.core.check import require_share
 from normkit.errors import OptionError
 from normkit.inference.tracked import tracked
 from normkit.layers.base import TrackingLayer
-from normkit.passes import all_or_nothing, bare
+from normkit.passes import all_or_nothing, unwrap
 
 
 @all_or_nothing
@@ -45,7 +45,7 @@ def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     require_share("example_weight", alpha)
     layers = {
         name: layer
-        for name, layer in tracked(bare(model, "weigh")).items()
+        for name, layer in tracked(unwrap(model, "weigh")).items()
         if isinstance(layer, TrackingLayer)
     }
     if not layers:

@@ -10,7 +10,7 @@ from torch import nn
 
 from normkit.errors import OptionError
 from normkit.inference.tracked import Where, select_layers, tracked
-from normkit.passes import all_or_nothing, bare
+from normkit.passes import all_or_nothing, unwrap
 
 SUFFIX = "Frozen"
 ORIGINAL_CLASS = "frozen_from"
@@ -64,7 +64,7 @@ def freeze_statistics(model: nn.Module, where: Where | None = None) -> tuple[str
         >>> model[1].training
         False
     """
-    layers = tracked(bare(model, "freeze"))
+    layers = tracked(unwrap(model, "freeze"))
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
@@ -102,7 +102,7 @@ def thaw_statistics(model: nn.Module, where: Where | None = None) -> tuple[str, 
         >>> model[0].training
         True
     """
-    frozen = {name: m for name, m in bare(model, "thaw").named_modules() if is_frozen(m)}
+    frozen = {name: m for name, m in unwrap(model, "thaw").named_modules() if is_frozen(m)}
     found = select_layers(frozen, where) if frozen else {}
     for layer in found.values():
         layer.__class__ = vars(type(layer))[ORIGINAL_CLASS]

@@ -19,12 +19,12 @@ from normkit.layers.base import BUFFERS
 from normkit.passes import (
     all_or_nothing,
     attempt,
-    bare,
-    finish,
     require_uncompiled,
+    run_cleanup,
     swaps_statistics,
+    unwrap,
 )
-from normkit.passes.finish import Step
+from normkit.passes.cleanup import CleanupStep
 from normkit.text import module_name, table_lines
 
 
@@ -68,7 +68,7 @@ def guard_statistics_(model: nn.Module) -> Guard:
         >>> bool(model[1].running_mean.isfinite().all()), model[1].num_batches_tracked
         (True, tensor(1))
     """
-    inner = bare(model, "guard")
+    inner = unwrap(model, "guard")
     require_uncompiled(model, "guard")
     modules = dict(inner.named_modules())
     others = {name: modules[name] for name in unknown_layers(inner) if not is_fixed(modules[name])}
@@ -148,7 +148,7 @@ class Guard:
         before = scaler.get_scale()
         scaler.update()
         skipped = scaler.get_scale() < before
-        finish(
+        run_cleanup(
             step
             for layer, counts in self._counted()
             for step in counts.next_step(layer, take_back=skipped)
@@ -273,7 +273,7 @@ class _Counts:
             self.seen.add_(1)
             self.accepted.add_(is_fine)
 
-    def next_step(self, layer: nn.Module, *, take_back: bool) -> list[Step]:
+    def next_step(self, layer: nn.Module, *, take_back: bool) -> list[CleanupStep]:
         """Actions that begin a new optimizer step; ``take_back`` undoes the step that ends.
 
         They are returned, not done, because ``finish`` must do those of all layers or none.

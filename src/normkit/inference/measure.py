@@ -20,7 +20,7 @@ from normkit.inference.ranks import run_on_all_ranks
 from normkit.inference.tracked import statistics_of
 from normkit.layers.base import BUFFERS, SegmentLayer, is_estimated
 from normkit.passes import Data, first_calls, progress, uncompiled, untouched
-from normkit.passes.inputs import Until, show_inputs
+from normkit.passes.inputs import ForwardUntil, show_inputs
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
@@ -172,7 +172,7 @@ def _join(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def _inputs_summed(
     model: nn.Module, layer: nn.Module, name: str, num_calls: int, data: Data
 ) -> Sums:
-    until = Until(num_calls, data.forward, watch_inputs)
+    until = ForwardUntil(num_calls, data.forward, watch_inputs)
 
     def work() -> Sums:
         population = Population(layer)

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from normkit.inference.tracked import CUT, cuts_positions, statistics_of
 from normkit.layers.base import BUFFERS, NormLayer
-from normkit.passes import Data, forward_of, require_batches, untouched
-from normkit.passes.inputs import See, at_entry
+from normkit.passes import Data, replaced_forward, require_batches, untouched
+from normkit.passes.inputs import OnInput, watch_entry
 
 Missed = dict[nn.Module, str]
 """Layers with an input that was not seen, with the reason."""
@@ -72,7 +72,7 @@ def ignore(*_: object) -> None:
 
 @contextmanager
 def watch_inputs(
-    layer: nn.Module, see: See, *, by_batch: bool = False, missed: Missed | None = None
+    layer: nn.Module, see: OnInput, *, by_batch: bool = False, missed: Missed | None = None
 ) -> Generator[None]:
     """Pass every tensor that a layer normalises to ``see`` while the block runs.
 
@@ -90,7 +90,7 @@ def watch_inputs(
     elif isinstance(layer, tuple(ARGUMENTS)):
         watch = _Function(layer, see, by_batch)
     else:
-        with at_entry(layer, see):
+        with watch_entry(layer, see):
             yield
         return
     missed = {} if missed is None else missed
@@ -98,12 +98,12 @@ def watch_inputs(
     def called(forward: Callable[..., Any]) -> Callable[..., Any]:
         return partial(_watched, forward, watch, missed)
 
-    with watch.put_in(), forward_of(layer, called):
+    with watch.put_in(), replaced_forward(layer, called):
         yield
 
 
 def observe_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], see: See, data: Data, what: str
+    model: nn.Module, layers: Mapping[str, nn.Module], see: OnInput, data: Data, what: str
 ) -> tuple[Missed, int]:
     """Send data through a model in evaluation mode, and pass the inputs of some layers to ``see``.
 
@@ -150,7 +150,7 @@ class _Method:
 
     during = staticmethod(nullcontext)  # nothing has to be done around a single call
 
-    def __init__(self, layer: NormLayer, see: See, by_batch: bool) -> None:
+    def __init__(self, layer: NormLayer, see: OnInput, by_batch: bool) -> None:
         self.layer, self.num_seen, self.why_not = layer, 0, ""
         self._see, self._normalize = see, layer._normalize
         self._by_batch = by_batch and not layer.is_estimated
@@ -195,7 +195,7 @@ class _Function(TorchFunctionMode):
 
     put_in = staticmethod(nullcontext)  # nothing has to be done around the block
 
-    def __init__(self, layer: nn.Module, see: See, by_batch: bool) -> None:
+    def __init__(self, layer: nn.Module, see: OnInput, by_batch: bool) -> None:
         super().__init__()
         self.layer, self.num_seen, self.why_not = layer, 0, ""
         self._see, self._by_batch = see, by_batch

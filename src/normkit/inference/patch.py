@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normkit.errors import DataError, OptionError
 from normkit.inference.tracked import Unmeasured, statistics_of
 from normkit.layers.base import BUFFERS
-from normkit.passes import attempt, bare
+from normkit.passes import attempt, unwrap
 from normkit.text import listed, module_name, table_lines
 
 MEAN, VAR = BUFFERS
@@ -166,7 +166,7 @@ class StatisticsPatch:
         read = _read(Path(path))
         rows = tuple(PatchedLayer(**row) for row in read.pop("layers"))
         left = tuple(Unmeasured(name=n, kind=k, why=w) for n, k, w in read.pop("left"))
-        patch = cls(model=bare(model, "patch"), layers=rows, left=left, **read)
+        patch = cls(model=unwrap(model, "patch"), layers=rows, left=left, **read)
         targets = patch._targets()
         patch.applied = all(_has(targets[row.name], row.new) for row in rows)
         return patch

@@ -34,7 +34,7 @@ from normkit.inference.tracked import (
     unmeasured,
     why_not_updated,
 )
-from normkit.passes import Data, Forward, bare, changes_nothing, forward_batch
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, unwrap
 
 
 @changes_nothing
@@ -118,7 +118,7 @@ def recalibrate(  # noqa: PLR0913 - model, data and method have independent opti
             f"a {type(batches).__name__} was given, which yields its batches only once; "
             f"sequential=True reads them for every layer: pass a DataLoader, or list(batches)"
         )
-    model = bare(model, "recalibrate")
+    model = unwrap(model, "recalibrate")
     layers, left = _layers_to_measure(model, where)
     data = Data(
         batches=batches,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normkit.core.check import require_share
-from normkit.passes import Snapshot, as_list, surely
+from normkit.passes import Snapshot, as_list, call_with_cleanup
 from normkit.tune.gain import Gain, paired_gain
 from normkit.tune.layers import Weights, common_weight
 from normkit.tune.metrics import Metric
@@ -86,7 +86,9 @@ class Tuning:
             OptionError: If ``alpha`` is no weight from 0 to 1, or the tuning was undone.
             DataError: For the reasons that ``tune_example_weight`` names.
         """
-        return surely(lambda: self._gain_on(batches, alpha), Snapshot(self.model).put_back)
+        return call_with_cleanup(
+            lambda: self._gain_on(batches, alpha), Snapshot(self.model).put_back
+        )
 
     def _gain_on(self, batches: Iterable[Any], alpha: Weights | None) -> Gain:
         weights = self.alpha if alpha is None else alpha

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import DataError, OptionError
-from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_bare
+from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_unwrapped
 from normkit.tune.gain import Gain, paired_gain, standard_error
 from normkit.tune.gradient import descend
 from normkit.tune.layers import WeighedLayers, Weights, common_weight
@@ -107,7 +107,7 @@ def tune_example_weight(  # noqa: PLR0913 - model, data, metric and search have 
             "per_layer=True was given with metric='accuracy', which has no gradient to follow; "
             "tune for metric='loss', or with per_layer=False"
         )
-    require_bare(model, "tune")
+    require_unwrapped(model, "tune")
     layers = WeighedLayers(model)
     sweep = Sweep(layers, measured, forward or forward_batch, as_list(batches))
     layers.convert_()

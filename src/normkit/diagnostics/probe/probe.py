@@ -31,7 +31,7 @@ from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import CallbackError, OptionError
 from normkit.inference.tracked import Where
-from normkit.passes import attempt, bare, finish, grad_mode_now, surely
+from normkit.passes import attempt, call_with_cleanup, run_cleanup, save_grad_mode, unwrap
 from normkit.text import module_name
 
 
@@ -122,7 +122,7 @@ class Probe:
                 "the model runs on several devices in one process (DataParallel), where hooks see "
                 "copies; use DistributedDataParallel, or give the probe one device"
             )
-        self._given, self._model = model, bare(model, "probe")
+        self._given, self._model = model, unwrap(model, "probe")
         _require_something(self._model, where, params)
         self._where, self._params, self._eager = where, params, eager
         self._places = path, log_dir, writer
@@ -150,7 +150,7 @@ class Probe:
 
     def stop(self) -> None:
         """Remove all hooks and close the files; the records stay."""
-        finish([self._remove_hooks, self._close])
+        run_cleanup([self._remove_hooks, self._close])
 
     def _close(self) -> None:
         if self._outputs is not None:
@@ -172,7 +172,7 @@ class Probe:
         outputs = self._require_open()
         _require_number(loss)
         self.num_steps += 1
-        record = surely(lambda: self._record(loss), self._remove_hooks, grad_mode_now())
+        record = call_with_cleanup(lambda: self._record(loss), self._remove_hooks, save_grad_mode())
         if record is not None:
             self.records.append(record)
             outputs.write(record)

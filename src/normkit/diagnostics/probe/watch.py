@@ -17,14 +17,14 @@ from normkit.diagnostics.probe.norms import ObservedNorm, norms_of, parts_of_com
 from normkit.inference.tracked import Where
 from normkit.passes import (
     Hooks,
-    Inert,
-    finish,
-    grad_mode_now,
-    stance_now,
-    surely,
+    InertHook,
+    call_with_cleanup,
+    run_cleanup,
+    save_grad_mode,
+    save_stance,
     uncompiled,
 )
-from normkit.passes.finish import Step
+from normkit.passes.cleanup import CleanupStep
 
 
 class Watch:
@@ -45,8 +45,8 @@ class Watch:
         self._eager = eager
         self._recorder = Recorder()
         self._hooks = Hooks()
-        self._ends: list[Step] = []
-        self._ends_of_forward: list[Step] = []
+        self._ends: list[CleanupStep] = []
+        self._ends_of_forward: list[CleanupStep] = []
         self._counts = self.is_blind = False
         self.num_forwards = 0
         self.norms = {norm.name: norm for norm in norms_of(model, where)}
@@ -56,7 +56,7 @@ class Watch:
 
     def open(self) -> None:
         """Put hooks into all modules except compiled ones and parts of composites."""
-        self._ends = [self._hooks.remove, *stance_now()]
+        self._ends = [self._hooks.remove, *save_stance()]
         parts = parts_of_composites(self._model)
         for name, module in self._model.named_modules():
             if module not in self._compiled and module not in parts:
@@ -68,7 +68,7 @@ class Watch:
 
     def close(self) -> None:
         """Remove the hooks, also after an interrupted forward."""
-        finish([*self._ends_of_forward, *self._ends])
+        run_cleanup([*self._ends_of_forward, *self._ends])
 
     @property
     def activities(self) -> list[LayerActivity]:
@@ -98,7 +98,7 @@ class Watch:
         self._recorder.leave()
         if self._counts and not failed:
             for norm in self._by_host[name]:
-                surely(partial(norm.add, args, named), grad_mode_now())
+                call_with_cleanup(partial(norm.add, args, named), save_grad_mode())
         if not self._recorder.is_inside:
             self._stop_recording_functions()
             if failed and self._counts:
@@ -117,7 +117,7 @@ class Watch:
         self.num_forwards += 1
         self.is_blind |= not self._eager and (bool(self._compiled) or _runs_compiled())
         if not self.is_blind:
-            self._ends_of_forward = [partial(_remove_mode, self._recorder), *stance_now()]
+            self._ends_of_forward = [partial(_remove_mode, self._recorder), *save_stance()]
             # The recorder changes what a compiled function is guarded on. A function that the
             # forward calls must then run uncompiled, rather than be compiled anew.
             if "torch._dynamo" in sys.modules:
@@ -125,7 +125,7 @@ class Watch:
             self._recorder.__enter__()
 
     def _stop_recording_functions(self) -> None:
-        finish(self._ends_of_forward)
+        run_cleanup(self._ends_of_forward)
         self._ends_of_forward = []
 
     def _discard_all(self) -> None:
@@ -140,8 +140,8 @@ class _Hook:
     def __init__(self, watch: Watch, name: str, module: nn.Module) -> None:
         self._watch, self._name, self._module = watch, name, module
 
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()
 
 
 class _Before(_Hook):
