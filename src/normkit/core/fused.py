@@ -13,19 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normkit.core.algebra import GroupStatistics, Rule, WeighedStatistics
-from normkit.core.composite import CompositeAlgebra
+from normkit.core.composite import Composite
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
-from normkit.core.partition import Partition
 from normkit.core.running import (
     Running,
     RunningEstimates,
     RunningStatistics,
     are_still,
 )
+from normkit.core.trace import Source, batch_rule, followed
 from normkit.kernels import nodes
-from normkit.kernels.calls import Batch, BatchSource, Buffers, Composite, Slots
+from normkit.kernels.calls import Buffers, Slots
 from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap
 
@@ -34,7 +33,6 @@ def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixe
     kernels: nodes.Kernels,
     x: FeatureMap,
     composite: Composite,
-    algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     training: bool,
     parameters: tuple[Tensor | None, ...],
@@ -42,15 +40,17 @@ def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixe
 ) -> FeatureMap:
     """Normalise by one operator; ``running`` follows what the batch stage saw."""
     statistics = _statistics(running, training, kernels_move)
+    source, share, buffers, follower = statistics
     first, second, third, fourth = (*parameters, None)[:4]
-    differentiable = _differentiable(composite, algebra, statistics.batch, len(parameters))
-    slots, options = (first, second, third, fourth), (composite, statistics.batch)
+    sizes = tuple([None if p is None else p.numel() for p in parameters])
+    programs = followed(composite, x.shape[1], sizes, source)
+    differentiable = _differentiable(composite, source, share, len(parameters))
+    slots = first, second, third, fourth
     y, table = nodes.normalize_composite(
-        kernels, x, slots, options, statistics.buffers, differentiable
+        kernels, x, slots, (programs, share), buffers, differentiable
     )
-    follower = statistics.follower
     if follower is not None:
-        size, num_cells = composite.num_batch_channels(x), x.shape[0] * x.shape[1]
+        size, num_cells = programs.kept_columns, x.shape[0] * x.shape[1]
         batch = Moments(table[:1, -size:], table[1:, -size:])
         if isinstance(follower, RunningStatistics):
             num_values = x.shape[0] * math.prod(x.shape[2:])
@@ -65,44 +65,49 @@ def normalize_fused(  # noqa: PLR0913, PLR0917 - everything that the method mixe
 class _Statistics(NamedTuple):
     """Where the batch stage's statistics come from, and what follows them."""
 
-    batch: Batch
+    source: Source
+    share: float = 0.0  # of what the input says, in what is moved or mixed
     buffers: Buffers = Buffers()
     follower: Running | None = None  # of what the operator does not do to the buffers
 
 
 def _statistics(running: Running | None, training: bool, kernels_move: bool) -> _Statistics:
     if running is None or (training and isinstance(running, RunningStatistics) and are_still()):
-        return _Statistics(Batch(BatchSource.OWN))
+        return _Statistics("own")
     given = Buffers(running.mean, running.var)
     if not training:
-        return _Statistics(Batch(BatchSource.GIVEN, float(running.example_weight)), given)
+        return _given(float(running.example_weight), given)
     moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
     is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
     if isinstance(running, RunningEstimates):
         if running.update_rate == 0:  # during checkpoint recomputation, or not tracking
-            return _Statistics(Batch(BatchSource.GIVEN), given)
-        estimates = Batch(BatchSource.ESTIMATES, running.update_rate)
-        return _Statistics(estimates, given if is_traced else moved, running)
+            return _Statistics("given", buffers=given)
+        buffers = given if is_traced else moved
+        return _Statistics("estimates", running.update_rate, buffers, running)
     if running.momentum is None or is_traced or not kernels_move:
-        return _Statistics(Batch(BatchSource.OWN), follower=running)
-    return _Statistics(Batch(BatchSource.OWN, running.momentum), moved)
+        return _Statistics("own", follower=running)
+    return _Statistics("own", running.momentum, moved)
+
+
+def _given(example_weight: float, given: Buffers) -> _Statistics:
+    if example_weight in (0.0, 1.0):
+        return _Statistics("given" if example_weight == 0 else "example", buffers=given)
+    return _Statistics("mixed", example_weight, given)
 
 
 def _differentiable(
-    composite: Composite,
-    algebra: Callable[[Rule], CompositeAlgebra],
-    batch: Batch,
-    num_parameters: int,
+    composite: Composite, source: Source, share: float, num_parameters: int
 ) -> Callable[..., list[Tensor | None]]:
     """Gradients that can be differentiated again, of the algebra in plain operators."""
 
     def gradients(
         grad: Tensor, x: Tensor, table: Tensor, slots: Slots, wanted: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        size = composite.num_batch_channels(x)
+        size = composite.num_batch_channels(x.shape[1])
         kept = table[:, None, table.shape[1] - size :].to(table_dtype(x.dtype))
-        rule, given = _kept_rule(batch, composite.batch_eps, kept)
-        formula = algebra(rule)
+        given = () if source == "own" else (kept[0], kept[1])
+        rule = batch_rule("given" if source == "estimates" else source, composite, size, share)
+        formula = composite.algebra(rule)
 
         def call(x: Tensor, *parameters: Tensor | None) -> Tensor:
             used = (*parameters[:num_parameters], *given)
@@ -111,13 +116,3 @@ def _differentiable(
         return differentiable_gradient(call, (x, *slots), wanted, grad)
 
     return gradients
-
-
-def _kept_rule(batch: Batch, eps: float, kept: Tensor) -> tuple[Rule, tuple[Tensor, ...]]:
-    """The batch stage as it was: its own statistics, or those that it kept ``(2, 1, C)``."""
-    if batch.source == BatchSource.OWN:
-        return GroupStatistics(partition=Partition(num_groups=kept.shape[2]), eps=eps), ()
-    own = Partition(num_groups=kept.shape[2], examples_per_group=1)
-    share = batch.rate if batch.source == BatchSource.GIVEN else 0.0
-    mean, var = kept
-    return WeighedStatistics(partition=own, eps=eps, example_weight=share), (mean, var)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from normkit.core.algebra import (
     SynchronizedStatistics,
     WeighedStatistics,
 )
-from normkit.core.composite import CompositeAlgebra
+from normkit.core.composite import Composite
 from normkit.core.fused import normalize_fused
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
@@ -33,7 +33,6 @@ from normkit.core.running import (
     is_second_look,
 )
 from normkit.core.synchronized import follow_all_
-from normkit.kernels.calls import Composite, Kind
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
@@ -121,7 +120,6 @@ def normalize_estimated(
 def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
-    algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     training: bool,
     parameters: tuple[Tensor | None, ...],
@@ -132,28 +130,27 @@ def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method 
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        composite: What is computed, in the operators' words.
-        algebra: The same on tables: from the batch stage's rule to the composite's.
+        composite: What is computed.
         running: The batch stage's buffers.
         training: Whether the batch stage is trained.
-        parameters: Of the composite, in the order of its kind.
+        parameters: Of the composite, in the order of its formula.
         ranks: The processes that have parts of the batch, if others have.
         valid: Which positions are valid, if not all are.
     """
     running = _at_second_look(x, running, training, valid)
     if ranks is not None and training:
-        return _normalize_part(x, composite, algebra, running, parameters, ranks, valid)
-    is_halves = composite.kind == Kind.HALVES
-    call = composite_route(running, training, False, valid is not None, is_halves)
+        return _normalize_part(x, composite, running, parameters, ranks, valid)
+    is_beside = composite.num_beside > 0
+    call = composite_route(running, training, False, valid is not None, is_beside)
     way, _, _, operators = decide(x, call)
     if way == "operator":
         follows = call.why_torch_moves is None
         return normalize_fused(
-            operators, x, composite, algebra, running, training, parameters, follows
+            operators, x, composite, running, training, parameters, follows
         )
-    num_channels = composite.num_batch_channels(x)
+    num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
-    rule = algebra(stage.rule)
+    rule = composite.algebra(stage.rule)
     given = (*parameters, *stage.given)
     y, table = normalize(x, positions(x), rule, *given, valid=valid, way=way)
     if training and running is not None:
@@ -165,7 +162,6 @@ def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method 
 def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
-    algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     parameters: tuple[Tensor | None, ...],
     ranks: dist.ProcessGroup,
@@ -173,16 +169,16 @@ def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixe
 ) -> FeatureMap:
     """Train on this process's part of a batch that several have parts of."""
     table = measure(x, positions(x), valid).counted(positions(x))
-    num_channels = composite.num_batch_channels(x)
+    num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, True, composite.batch_eps)
-    seen = algebra(stage.rule).batch_input(table)
+    seen = composite.algebra(stage.rule).batch_input(table)
     stage, rows = synchronized(stage, seen, ranks)
     merged, name = merge(rows), "a norm over several processes"
     if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):
         shape = (x.shape[0], num_channels, *x.shape[2:])
         require_counted_variance(stage.rule.partition, shape, merged, name)
-    rule, given = algebra(stage.rule), (*parameters, *stage.given)
-    call = composite_route(running, True, True, valid is not None, composite.kind == Kind.HALVES)
+    rule, given = composite.algebra(stage.rule), (*parameters, *stage.given)
+    call = composite_route(running, True, True, valid is not None, composite.num_beside > 0)
     way, known = decide(x, call).way, (None, table)
     y, _ = normalize(x, positions(x), rule, *given, known=known, valid=valid, way=way)
     if isinstance(running, RunningEstimates):
@@ -200,13 +196,6 @@ def _at_second_look(
         return running
     # Without a gradient: a checkpoint counts the tensors that are saved for backward.
     return running.as_they_were(measure(x, positions(x), valid).mean)
-
-
-def own_groups(num_groups: int, eps: float) -> GroupStatistics:
-    """Statistics of runs of each example's channels."""
-    return GroupStatistics(
-        partition=Partition(num_groups=num_groups, examples_per_group=1), eps=eps
-    )
 
 
 def positions(x: FeatureMap) -> int:

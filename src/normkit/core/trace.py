@@ -1,0 +1,117 @@
+"""A composite's formula, followed once, as programs on tables that kernels run.
+
+The formula is called with a ``Symbol`` in the place of each tensor, which notes what is done with it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal
+
+from normkit.core.algebra import (
+    EstimatedStatistics,
+    GroupStatistics,
+    Rule,
+    WeighedStatistics,
+    standardize,
+)
+from normkit.core.composite import Composite
+from normkit.core.moments import Moments
+from normkit.core.normalize import Affine
+from normkit.core.partition import Partition
+from normkit.core.symbol import Symbol
+from normkit.kernels.calls import Programs
+from normkit.kernels.program import Steps, finished
+from normkit.kernels.transpose import transposed
+
+Source = Literal["own", "estimates", "given", "mixed", "example"]
+"""Where a batch stage's statistics come from: the batch; estimates that it moves first; somebody
+gives them; a mixture of the example's own with given ones; the example alone."""
+Sizes = tuple[int | None, ...]
+_MOVES = {"own": "average", "estimates": "estimates"}
+
+
+def batch_rule(
+    source: Source, composite: Composite, num_channels: int, share: float | Symbol = 0.0
+) -> Rule:
+    """The rule of a batch stage that sees so many channels."""
+    eps = composite.batch_eps
+    whole = Partition(num_groups=num_channels)
+    if source == "own":
+        return GroupStatistics(partition=whole, eps=eps)
+    if source == "estimates":
+        return EstimatedStatistics(partition=whole, eps=eps)
+    example = Partition(num_groups=num_channels, examples_per_group=1)
+    weight = {"given": 0.0, "example": 1.0}.get(source, share)
+    return WeighedStatistics(partition=example, eps=eps, example_weight=weight)
+
+
+class _Noted:
+    """A batch stage's rule, and what it took for the batch's statistics."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.partition, self.eps = rule, rule.partition, rule.eps
+        self.seen: Moments | None = None
+
+    def __call__(
+        self, table: Moments, weight: Symbol | None, bias: Symbol | None, *given: Symbol
+    ) -> Affine:
+        return standardize(table, self.groups(table, *given), self.rule, weight, bias)
+
+    def groups(self, table: Moments, *given: Symbol) -> Moments:
+        self.seen = self.rule.groups(table, *given)
+        return self.seen
+
+
+def followed(
+    composite: Composite, num_channels: int, sizes: Sizes, source: Source
+) -> Programs:
+    """A composite's programs, for parameters of these sizes."""
+    # field by field, because torch.compile loses those of a named tuple that have their default
+    formula, options, eps = composite.formula, composite.options, composite.batch_eps
+    beside, has_batch = composite.num_beside, composite.has_batch
+    return _programs(formula, options, eps, beside, has_batch, num_channels, sizes, source)
+
+
+def _programs(*key: Any) -> Programs:  # noqa: ANN401
+    """A constant of a compiled graph: ``key`` decides all of it."""
+    return _followed(Composite(*key[:5]), *key[5:])
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+_programs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@lru_cache(maxsize=1024)
+def _followed(
+    composite: Composite, num_channels: int, sizes: Sizes, source: Source
+) -> Programs:
+    steps = Steps(num_channels)
+
+    def table(name: str) -> Symbol:
+        return Symbol(steps, steps.add(name, columns=num_channels))
+
+    def row(name: str, index: int, columns: int) -> Symbol:
+        return Symbol(steps, steps.add(name, numbers=(index,), columns=columns))
+
+    size = composite.num_batch_channels(num_channels)
+    share = Symbol(steps, steps.add("share", columns=1))
+    noted = _Noted(batch_rule(source, composite, size, share))
+    given = () if source == "own" or size == 0 else (row("given", 0, size), row("given", 1, size))
+    extra = (share,) if source == "estimates" else ()
+    parameters = [None if n is None else row("parameter", i, n) for i, n in enumerate(sizes)]
+    moments = Moments(table("mean"), table("var"))
+    affine = composite.algebra(noted)(moments, *parameters, *given, *extra)
+    results = {"scale": affine.scale, "center": affine.center}
+    if size > 0:
+        kept = noted.seen if source in _MOVES else Moments(*given)
+        results |= {"kept_mean": kept.mean, "kept_var": kept.var}
+    is_alone = source == "given" and composite.num_beside > 0
+    forward = finished(
+        steps,
+        {name: symbol.line for name, symbol in results.items()},
+        moves=_MOVES.get(source, "nothing"),
+        given_from=composite.num_beside if is_alone else num_channels,
+        kept_columns=size,
+    )
+    return Programs(str(forward), str(transposed(forward, len(sizes))), size)
