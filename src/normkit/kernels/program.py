@@ -127,14 +127,14 @@ class Program(NamedTuple):
         results = (f"= {name} {line}" for name, line in self.results.items())
         return "\n".join((head, *map(str, self.steps), *results))
 
-    def needed(self, lines: Iterable[int], known: Iterable[int] = ()) -> list[int]:
-        """The lines that these are computed from and themselves, in order, less ``known``."""
-        found, waiting, known = set[int](), list(lines), set(known)
+    def needed(self, lines: Iterable[int], leaves: Iterable[int] = ()) -> list[int]:
+        """These lines and what they are computed from, in order; not what ``leaves`` are."""
+        found, waiting, leaves = set[int](), list(lines), set(leaves)
         while waiting:
             line = waiting.pop()
-            if line not in found and line not in known:
+            if line not in found:
                 found.add(line)
-                waiting += self.steps[line].tables
+                waiting += self.steps[line].tables if line not in leaves else ()
         return sorted(found)
 
 
