@@ -51,9 +51,7 @@ class Symbol:
         """Each column ``width`` times."""
         return self._resized("repeat", self.shape[1] * width, width) if width > 1 else self
 
-    def pooled(
-        self, var: Symbol, num_groups: int, over_examples: bool
-    ) -> tuple[Symbol, Symbol]:
+    def pooled(self, var: Symbol, num_groups: int, over_examples: bool) -> tuple[Symbol, Symbol]:
         """Mean and variance of equal runs of columns, of each example or of all together.
 
         These are the means of what is pooled, ``var`` its variances.

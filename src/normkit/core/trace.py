@@ -1,12 +1,14 @@
 """A composite's formula, followed once, as programs on tables that kernels run.
 
-The formula is called with a ``Symbol`` in the place of each tensor, which notes what is done with it.
+The formula is called with ``Symbol`` in the place of tensors, which note what is done with them.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any, Literal
+
+import torch
 
 from normkit.core.algebra import (
     EstimatedStatistics,
@@ -20,6 +22,7 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import Affine
 from normkit.core.partition import Partition
 from normkit.core.symbol import Symbol
+from normkit.core.transforms import known_number, known_size
 from normkit.kernels.calls import Programs
 from normkit.kernels.program import Steps, finished
 from normkit.kernels.transpose import transposed
@@ -63,14 +66,17 @@ class _Noted:
         return self.seen
 
 
-def followed(
-    composite: Composite, num_channels: int, sizes: Sizes, source: Source
-) -> Programs:
+def followed(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Programs:
     """A composite's programs, for parameters of these sizes."""
-    # field by field, because torch.compile loses those of a named tuple that have their default
+    if not torch.compiler.is_compiling():
+        return _followed(composite, num_channels, sizes, source)
     formula, options, eps = composite.formula, composite.options, composite.batch_eps
     beside, has_batch = composite.num_beside, composite.has_batch
-    return _programs(formula, options, eps, beside, has_batch, num_channels, sizes, source)
+    # field by field, because torch.compile loses those of a named tuple that have their default
+    options = tuple([o if isinstance(o, str) else known_number(o) for o in options])
+    numbers = known_number(eps), known_size(beside), known_number(has_batch)
+    known = tuple([None if size is None else known_size(size) for size in sizes])
+    return _programs(formula, options, *numbers, known_size(num_channels), known, source)
 
 
 def _programs(*key: Any) -> Programs:  # noqa: ANN401
@@ -83,9 +89,7 @@ _programs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMember
 
 
 @lru_cache(maxsize=1024)
-def _followed(
-    composite: Composite, num_channels: int, sizes: Sizes, source: Source
-) -> Programs:
+def _followed(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Programs:
     steps = Steps(num_channels)
 
     def table(name: str) -> Symbol:

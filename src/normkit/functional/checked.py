@@ -40,6 +40,7 @@ from normkit.core.whitening import whiten_groups
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
+
 def normalize_single(  # noqa: PLR0913, PLR0917 - see the top of this file
     x: FeatureMap,
     partition: Partition,

@@ -5,9 +5,9 @@ C++ computes them on the CPU (``csrc/library.cpp``), Triton on a GPU (``triton/o
 
 ``x`` and ``grad`` are feature maps ``(N, C, *S)``, ``weight`` and ``bias`` have a value for each
 channel. Statistics groups are ``num_groups`` equal runs of the flat ``(C, *S)`` axis times runs
-of ``examples_per_group`` consecutive examples (0: all). Composites are programs on tables
-(``kernels.program``). Results share the strides of ``x``. Tables are float64, means above biased variances. Running statistics move inside of the operator, which
-saves calls on tiny maps.
+of ``examples_per_group`` consecutive examples (0: all). Composites are programs on tables, see
+``kernels.program``. Results share the strides of ``x``. Tables are float64, means above biased
+variances. Running statistics move inside of the operator, which saves calls on tiny maps.
 """
 
 from __future__ import annotations

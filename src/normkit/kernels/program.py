@@ -75,7 +75,9 @@ class Steps:
     made: list[Step] = field(default_factory=list)
     _known: dict[Step, int] = field(default_factory=dict)
 
-    def add(self, name: str, *tables: int, numbers: tuple[float, ...] = (), columns: int = 0) -> int:
+    def add(
+        self, name: str, *tables: int, numbers: tuple[float, ...] = (), columns: int = 0
+    ) -> int:
         """Add a step and return its number; ``columns`` where they are not those of its tables."""
         if name in ("multiply", "add") and tables[0] > tables[1]:
             tables = tables[1], tables[0]  # the same step, however it is written
@@ -166,9 +168,7 @@ def parsed(text: str) -> Program:
             results[words[0]] = int(words[1])
         else:
             steps.append(_step(rows, *words))
-    return Program(
-        int(channels), moves, int(given_from), int(kept_columns), tuple(steps), results
-    )
+    return Program(int(channels), moves, int(given_from), int(kept_columns), tuple(steps), results)
 
 
 def _step(rows: str, columns: str, name: str, *words: str) -> Step:

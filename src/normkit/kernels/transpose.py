@@ -12,8 +12,8 @@ Parts = list[tuple[int, int]]  # of a gradient: signs, and lines of the new prog
 def transposed(forward: Program, num_parameters: int) -> Program:
     """From gradients of scale and center to the factors of a map's gradient, and parameters'.
 
-    The map's gradient is ``k1 * grad + k2 * (x - mean) + k3``. What the forward program has computed
-    is computed again, up to what it kept: the batch stage's statistics.
+    The map's gradient is ``k1 * grad + k2 * (x - mean) + k3``. What the forward program has
+    computed is computed again, but for what it kept: the batch stage's statistics.
     """
     return _Transpose(forward).run(num_parameters)
 
@@ -43,9 +43,7 @@ class _Transpose:
 
     def run(self, num_parameters: int) -> Program:
         steps, forward = self.steps, self.forward
-        sums = [
-            steps.add(name, columns=forward.channels) for name in ("grad_scale", "grad_center")
-        ]
+        sums = [steps.add(name, columns=forward.channels) for name in ("grad_scale", "grad_center")]
         for name, line in zip(("scale", "center"), sums, strict=True):
             self.parts[forward.results[name]].append((1, line))
         found: dict[str, int] = {}
@@ -163,9 +161,7 @@ def _softmax(t: _Transpose, line: int, step: Step, grad: int) -> None:
     steps, shares = t.steps, t.value(line)
     weighed = steps.add("multiply", shares, grad)
     total = steps.add("sum_runs", weighed, numbers=(step.columns,), columns=1)
-    t.give(
-        step.tables[0], steps.add("subtract", weighed, steps.add("multiply", shares, total))
-    )
+    t.give(step.tables[0], steps.add("subtract", weighed, steps.add("multiply", shares, total)))
 
 
 def _repeat(t: _Transpose, line: int, step: Step, grad: int) -> None:

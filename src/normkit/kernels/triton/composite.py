@@ -6,7 +6,6 @@ its parts. The program is one launch, or two where groups of channels are wide: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +16,14 @@ from normkit.kernels.calls import Buffers, Slots
 from normkit.kernels.program import Program, parsed
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import generated, passes
-from normkit.kernels.triton.geometry import Grouping, Layout, Map, ceil_div, power_of_two, result_like
+from normkit.kernels.triton.geometry import (
+    Grouping,
+    Layout,
+    Map,
+    ceil_div,
+    power_of_two,
+    result_like,
+)
 from normkit.kernels.triton.passes import Table
 from normkit.kernels.triton.plan import RATE, Part, count_change, in_one_piece, launch, planned
 from normkit.kernels.triton.shapes import shapes_of, width_of
@@ -84,7 +90,7 @@ def _rows(table: Tensor) -> Table:
     return Table(table, table.shape[1])
 
 
-def backward(
+def backward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
     grad: Tensor, x: Tensor, table: Tensor, text: str, parameters: Slots, share: float, wanted: int
 ) -> tuple[Tensor, ...]:
     """Gradient of x, and those of the parameters that are wanted, flat."""

@@ -27,6 +27,15 @@ BUFFERS = "running_mean", "running_var", "counter", "rate_high", "rate_low"
 CONSTANTS = "HAS_RUNNING", "HAS_COUNTER", "BR", "BG", "BJ"
 INPUTS = ("mean", "var", "grad_scale", "grad_center")
 _ROWS = ("parameter", "given", "kept")
+_TEXTS = {
+    "add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}",
+    "rsqrt": "on_tables.root({})", "sigmoid": "on_tables.logistic({})",
+    "softmax": "on_tables.shares({}, lanes, {columns})",
+    "repeat": "{}", "detach": "{}", "each_example": "{}",
+    "share": "device.join(rate_high, rate_low)",
+    "inverse_examples": "1.0 / tl.cast(N, tl.float64)",
+    "inverse_size": "1.0 / tl.cast(L, tl.float64)",
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -100,20 +109,25 @@ def _alternating(program: Program, first: tuple[str, ...]) -> tuple[Part, ...]:
 def kernel_of(text: str, is_wide: bool, index: int) -> Kernel:
     """The kernel of a part of a program."""
     parts = parts_of(text, is_wide)
-    known = [line for part in parts[:index] for line in part.stored]
-    writer = _Writer(parsed(text), parts[index], known)
+    program = parsed(text)
+    known: dict[int, str] = {}
+    for part in parts[:index]:
+        kept = (name for name in part.results if name.startswith("kept"))
+        known |= {program.results[name]: name for name in kept}  # buffers have moved meanwhile
+        known |= {line: f"stored{line}" for line in part.stored}
+    writer = _Writer(program, parts[index], known)
     source = writer.write()
     file = f"<normkit program {hash((text, is_wide, index)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {"__name__": __name__, "tl": tl, "device": device, "on_tables": on_tables}
-    exec(compile(source, file, "exec"), scope)  # noqa: S102 - our own text
+    exec(compile(source, file, "exec"), scope)
     return Kernel(triton.jit(scope["tables_kernel"]), tuple(writer.names))
 
 
 class _Writer:
     """The text of a part's kernel."""
 
-    def __init__(self, program: Program, part: Part, known: list[int]) -> None:
+    def __init__(self, program: Program, part: Part, known: dict[int, str]) -> None:
         self.program, self.part, self.known = program, part, known
         self.shapes = shapes_of(program)
         self.width = width_of(program)
@@ -174,7 +188,8 @@ class _Writer:
         if self.part.axes == "columns":
             self._put("n = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None, None]")
             self._at()
-        sizes = (s.columns for s, t in zip(self.program.steps, self.shapes) if t.kind == "vector")
+        pairs = zip(self.program.steps, self.shapes, strict=True)
+        sizes = (step.columns for step, shape in pairs if shape.kind == "vector")
         self._put(f"lanes = tl.arange(0, {power_of_two(max(sizes, default=1))})")
 
     def _loop(self) -> None:
@@ -289,7 +304,7 @@ class _Writer:
 
     def _load_stored(self, line: int) -> str:
         step, shape = self.program.steps[line], self.shapes[line]
-        name = self._name(f"stored{line}")
+        name = self._name(self.known[line])
         if not step.per_example:
             return self._load_row(line, name)
         groups = step.columns
@@ -301,23 +316,12 @@ class _Writer:
     def _formula(self, line: int, shape: Shape) -> str:
         step = self.program.steps[line]
         v = [f"v{t}" for t in step.tables]
-        simple = {
-            "add": "{} + {}", "subtract": "{} - {}", "multiply": "{} * {}",
-            "rsqrt": "on_tables.root({})", "sigmoid": "on_tables.logistic({})",
-            "repeat": "{}", "detach": "{}", "each_example": "{}",
-        }  # fmt: skip
-        if step.name in simple:
-            return simple[step.name].format(*v)
+        if step.name in _TEXTS:
+            return _TEXTS[step.name].format(*v, columns=step.columns)
         if step.name in OVER_COLUMNS:
             return self._over_columns(line, v)
         if step.name == "number":
             return _literal(step.numbers[0])
-        if step.name == "share":
-            return "device.join(rate_high, rate_low)"
-        if step.name == "softmax":
-            return f"on_tables.shares({v[0]}, lanes, {step.columns})"
-        if step.name in ("inverse_examples", "inverse_size"):
-            return f"1.0 / tl.cast({'N' if step.name == 'inverse_examples' else 'L'}, tl.float64)"
         return self._in_columns(line, shape, v)
 
     def _over_columns(self, line: int, v: list[str]) -> str:
@@ -354,7 +358,7 @@ class _Writer:
         return f"tl.where((c >= {start}) & (c < {start + source.columns}), {v[0]}, 0.0)"
 
     def _store(self, name: str, line: int) -> None:
-        step, shape = self.program.steps[line], self.shapes[line]
+        step = self.program.steps[line]
         out = self._name(name)
         value, at, mask = f"v{line}", "at", "inside"
         if name.startswith("stored"):
@@ -405,9 +409,7 @@ class _Writer:
         self._put("    size = tl.cast(N, tl.float64) * L")
         unbiased = f"{var} * (size / tl.maximum(size - 1.0, 1.0))"
         for buffer, value in (("running_mean", mean), ("running_var", unbiased)):
-            self._put(
-                f"    device.move({buffer} + {at}, {value}, rate_high, rate_low, {mask})"
-            )
+            self._put(f"    device.move({buffer} + {at}, {value}, rate_high, rate_low, {mask})")
 
 
 def _literal(value: float) -> str:

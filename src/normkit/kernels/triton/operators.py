@@ -6,7 +6,6 @@ Called directly they cost less than by way of torch; ``register`` lets torch cal
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor

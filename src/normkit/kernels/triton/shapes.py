@@ -104,7 +104,9 @@ class _Shapes:
         elif step.name == "softmax" or (step.name == "pad" and self._is_scalar(step.tables[0])):
             self.kinds[own] = "vector"
         elif step.name == "repeat" or self._is_grouped(step):
-            cells, groups = (line, step.tables[0]) if step.name == "repeat" else (step.tables[0], line)
+            cells, groups = (
+                (line, step.tables[0]) if step.name == "repeat" else (step.tables[0], line)
+            )
             self.starts[self._root(cells)] = 0
             if not self._is_scalar(groups):
                 self.kinds[self._root(groups)] = "group"
