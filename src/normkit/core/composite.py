@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +26,10 @@ from normkit.typing import PerChannel
 Order = Literal["group-first", "batch-first", "parallel"]
 
 
-class CompositeAlgebra(Protocol):
-    """What a composite does on tables."""
-
-    def __call__(self, table: Moments, /, *parameters: Tensor | None) -> Affine:
-        """Scale and center of every segment, from its moments."""
-        ...
-
-    def batch_input(self, table: Moments) -> Moments:
-        """Moments of what the batch stage sees, which running statistics follow."""
-        ...
+Algebra = Callable[..., Affine]
+"""What a composite does on tables: from the moments of the segments, the parameters, and what the
+batch stage's rule is given, to scale and center. Where the batch stage sees something else than the
+map, it has a method ``batch_input``."""
 
 
 class Composite(NamedTuple):
@@ -53,7 +47,7 @@ class Composite(NamedTuple):
         has_batch: Whether there is a batch stage.
     """
 
-    formula: Callable[..., CompositeAlgebra]
+    formula: Callable[..., Algebra]
     options: tuple[float | str, ...]
     batch_eps: float
     num_beside: int = 0
@@ -63,9 +57,15 @@ class Composite(NamedTuple):
         """Channels that the batch stage sees."""
         return num_channels - self.num_beside if self.has_batch else 0
 
-    def algebra(self, batch: Rule) -> CompositeAlgebra:
+    def algebra(self, batch: Rule) -> Algebra:
         """What is done on tables, where the batch stage has this rule."""
         return self.formula(batch, *self.options)
+
+
+def batch_input(algebra: Algebra, table: Moments) -> Moments:
+    """Moments of what the batch stage sees, which running statistics follow."""
+    own = getattr(algebra, "batch_input", None)
+    return table if own is None else own(table)
 
 
 def own_groups(num_groups: int, eps: float) -> GroupStatistics:
@@ -116,11 +116,6 @@ class BatchThenGroup:
         """Scale and center of every segment."""
         first = self.batch(table, batch_weight, batch_bias, *given)
         return chain(first, self.group(table.transform(*first), group_weight, group_bias))
-
-    @staticmethod
-    def batch_input(table: Moments) -> Moments:
-        """Moments of what the batch norm sees."""
-        return table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -193,11 +188,6 @@ class SwitchedStatistics:
         mean = _mixture(mean_logits, [source.mean for source in sources])
         scale = torch.rsqrt(_mixture(var_logits, [source.var for source in sources]) + self.eps)
         return rescale(Affine(scale, (table.mean - mean) * scale), weight, bias)
-
-    @staticmethod
-    def batch_input(table: Moments) -> Moments:
-        """Moments of what the batch norm sees."""
-        return table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

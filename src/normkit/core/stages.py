@@ -17,7 +17,7 @@ from normkit.core.algebra import (
     SynchronizedStatistics,
     WeighedStatistics,
 )
-from normkit.core.composite import Composite
+from normkit.core.composite import Composite, batch_input
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, measure, normalize, plain
@@ -35,7 +35,7 @@ from normkit.core.running import (
 from normkit.core.synchronized import follow_all_
 from normkit.core.trace import Source, batch_rule, followed
 from normkit.kernels import nodes
-from normkit.kernels.calls import Buffers, Slots
+from normkit.kernels.calls import Buffers, Programs, Slots
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
@@ -145,40 +145,39 @@ def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method 
         return _normalize_part(x, composite, running, parameters, ranks, valid)
     is_beside = composite.num_beside > 0
     call = composite_route(running, training, False, valid is not None, is_beside)
-    way, _, _, operators = decide(x, call)
+    way, kernels, _, operators = decide(x, call)
     if way == "operator":
-        follows = call.why_torch_moves is None
-        return _normalize_by_operator(
-            operators, x, composite, running, training, parameters, follows
-        )
+        statistics = _statistics(running, training, call.why_torch_moves is None)
+        sizes = tuple([None if p is None else p.numel() for p in parameters])
+        programs = followed(composite, x.shape[1], sizes, statistics.source)
+        if programs.run_on(kernels):
+            given = (composite, parameters, statistics)
+            return _normalize_by_operator(operators, x, programs, *given)
+        way = "tables"
     num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
     rule = composite.algebra(stage.rule)
     given = (*parameters, *stage.given)
     y, table = normalize(x, positions(x), rule, *given, valid=valid, way=way)
     if training and running is not None:
-        seen = rule.batch_input(table)
+        seen = batch_input(rule, table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
     return y
 
 
-def _normalize_by_operator(  # noqa: PLR0913, PLR0917 - everything that the method mixes
+def _normalize_by_operator(
     kernels: nodes.Kernels,
     x: FeatureMap,
+    programs: Programs,
     composite: Composite,
-    running: Running | None,
-    training: bool,
     parameters: tuple[Tensor | None, ...],
-    kernels_move: bool,
+    statistics: _Statistics,
 ) -> FeatureMap:
     """Normalise by one operator, in place of dozens of operations on tables."""
-    statistics = _statistics(running, training, kernels_move)
     source, share, buffers, follower = statistics
-    first, second, third, fourth = (*parameters, None)[:4]
-    sizes = tuple([None if p is None else p.numel() for p in parameters])
-    programs = followed(composite, x.shape[1], sizes, source)
-    differentiable = _differentiable(composite, source, share, len(parameters))
+    first, second, third, fourth = (*parameters, None, None, None, None)[:4]
     slots = first, second, third, fourth
+    differentiable = _differentiable(composite, source, share, len(parameters))
     y, table = nodes.normalize_composite(
         kernels, x, slots, (programs, share), buffers, differentiable
     )
@@ -263,7 +262,7 @@ def _normalize_part(
     table = measure(x, positions(x), valid).counted(positions(x))
     num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, True, composite.batch_eps)
-    seen = composite.algebra(stage.rule).batch_input(table)
+    seen = batch_input(composite.algebra(stage.rule), table)
     stage, rows = synchronized(stage, seen, ranks)
     merged, name = merge(rows), "a norm over several processes"
     if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):

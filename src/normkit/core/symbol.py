@@ -13,6 +13,10 @@ EXAMPLES = None
 """How many rows a table with a row for each example has: not known, and not needed."""
 
 
+class NotFollowedError(AttributeError):
+    """A formula does what no program has a step for."""
+
+
 class Symbol:
     """A table in a program that is being made; does what formulas do with a tensor ``(N, K)``.
 
@@ -77,6 +81,17 @@ class Symbol:
     def __mul__(self, other: Symbol | float) -> Symbol:
         return self._with("multiply", self, other)
 
+    def __neg__(self) -> Symbol:
+        return self * -1.0
+
+    def __truediv__(self, other: Symbol | float) -> Symbol:
+        if isinstance(other, Symbol):
+            raise NotFollowedError("no program divides tables: multiply by a torch.rsqrt")
+        return self * (1.0 / other)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - never returns
+        raise NotFollowedError(f"no program has a step for a tensor's {name}")
+
     __radd__, __rmul__ = __add__, __mul__
 
     def __getitem__(self, index: tuple[slice, slice]) -> Symbol:
@@ -98,12 +113,8 @@ class Symbol:
     ) -> Symbol:
         """Note a function of torch."""
         if func not in _FUNCTIONS:
-            known = ", ".join(sorted(f.__name__ for f in _FUNCTIONS))
-            raise TypeError(
-                f"a composite's formula called torch.{func.__name__}, which no program has a step "
-                f"for; there are {known}, +, -, *, square(), and what partitions do"
-            )
-        return _FUNCTIONS[func](*args)
+            raise NotFollowedError(f"no program has a step for torch's {func.__name__}")
+        return _FUNCTIONS[func](*args, **(kwargs or {}))
 
     def _with(self, name: str, *pair: Symbol | float) -> Symbol:
         """Value by value; one value an example is used with every column of the other."""
@@ -128,7 +139,11 @@ def _lerp(start: Symbol, end: Symbol, weight: Symbol | float) -> Symbol:
     return start + weight * (end - start)
 
 
-def _join(tables: list[Symbol], *_: int) -> Symbol:
+def _softmax(values: Symbol, dim: int) -> Symbol:
+    return values._new("softmax", values)
+
+
+def _join(tables: list[Symbol], dim: int) -> Symbol:
     first, *rest = tables
     for table in rest:
         first = first._new("join", first, table, columns=first.shape[1] + table.shape[1])
@@ -138,7 +153,7 @@ def _join(tables: list[Symbol], *_: int) -> Symbol:
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Symbol]] = {
     torch.rsqrt: lambda t: t._new("rsqrt", t),
     torch.sigmoid: lambda t: t._new("sigmoid", t),
-    torch.softmax: lambda t, *_: t._new("softmax", t),
+    torch.softmax: _softmax,
     torch.lerp: _lerp,
     torch.cat: _join,
 }

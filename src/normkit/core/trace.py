@@ -21,16 +21,18 @@ from normkit.core.composite import Composite
 from normkit.core.moments import Moments
 from normkit.core.normalize import Affine
 from normkit.core.partition import Partition
-from normkit.core.symbol import Symbol
+from normkit.core.symbol import NotFollowedError, Symbol
 from normkit.core.transforms import known_number, known_size
 from normkit.kernels.calls import Programs
-from normkit.kernels.program import Steps, finished
+from normkit.kernels.program import Program, Steps, finished
+from normkit.kernels.shapes import why_no_kernel
 from normkit.kernels.transpose import transposed
 
 Source = Literal["own", "estimates", "given", "mixed", "example"]
 """Where a batch stage's statistics come from: the batch; estimates that it moves first; somebody
 gives them; a mixture of the example's own with given ones; the example alone."""
 Sizes = tuple[int | None, ...]
+MOST_PARAMETERS = 4
 _MOVES = {"own": "average", "estimates": "estimates"}
 
 
@@ -54,6 +56,7 @@ class _Noted:
 
     def __init__(self, rule: Rule) -> None:
         self.rule, self.partition, self.eps = rule, rule.partition, rule.eps
+        self.input: Moments | None = None
         self.seen: Moments | None = None
 
     def __call__(
@@ -62,6 +65,7 @@ class _Noted:
         return standardize(table, self.groups(table, *given), self.rule, weight, bias)
 
     def groups(self, table: Moments, *given: Symbol) -> Moments:
+        self.input = table
         self.seen = self.rule.groups(table, *given)
         return self.seen
 
@@ -90,6 +94,19 @@ _programs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMember
 
 @lru_cache(maxsize=1024)
 def _followed(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Programs:
+    if len(sizes) > MOST_PARAMETERS:
+        return Programs("", "", 0, f"a program takes at most {MOST_PARAMETERS} parameters")
+    try:
+        forward = _forward(composite, num_channels, sizes, source)
+    except NotFollowedError as error:
+        return Programs("", "", 0, str(error))
+    backward = transposed(forward, len(sizes))
+    obstacle = why_no_kernel(forward) or why_no_kernel(backward)
+    kept = forward.kept_columns
+    return Programs(str(forward), str(backward), kept, why_not_triton=obstacle)
+
+
+def _forward(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Program:
     steps = Steps(num_channels)
 
     def table(name: str) -> Symbol:
@@ -105,17 +122,25 @@ def _followed(composite: Composite, num_channels: int, sizes: Sizes, source: Sou
     extra = (share,) if source == "estimates" else ()
     parameters = [None if n is None else row("parameter", i, n) for i, n in enumerate(sizes)]
     moments = Moments(table("mean"), table("var"))
-    affine = composite.algebra(noted)(moments, *parameters, *given, *extra)
+    algebra = composite.algebra(noted)
+    affine = algebra(moments, *parameters, *given, *extra)
+    if noted.input not in (None, moments) and not hasattr(algebra, "batch_input"):
+        raise TypeError(
+            f"the batch stage of {composite.formula.__name__} sees something else than the map, "
+            f"and running statistics must follow that on all paths: return an object with "
+            f"__call__ and batch_input(table), as normkit.core.composite.GroupAndBatch is one"
+        )
     results = {"scale": affine.scale, "center": affine.center}
     if size > 0:
         kept = noted.seen if source in _MOVES else Moments(*given)
+        if kept is None:
+            raise NotFollowedError("the formula does not call the batch stage's rule")
         results |= {"kept_mean": kept.mean, "kept_var": kept.var}
     is_alone = source == "given" and composite.num_beside > 0
-    forward = finished(
+    return finished(
         steps,
         {name: symbol.line for name, symbol in results.items()},
         moves=_MOVES.get(source, "nothing"),
         given_from=composite.num_beside if is_alone else num_channels,
         kept_columns=size,
     )
-    return Programs(str(forward), str(transposed(forward, len(sizes))), size)

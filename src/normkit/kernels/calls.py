@@ -77,11 +77,19 @@ class Programs(NamedTuple):
         forward: From the moments of the map's channels to scale and center.
         backward: Its gradient.
         kept_columns: Channels whose statistics over the batch the table keeps.
+        why_not: Why there are none, if so: then torch's operators work on tables.
+        why_not_triton: Why no Triton kernels can be written for them, if so.
     """
 
     forward: str
     backward: str
     kept_columns: int
+    why_not: str | None = None
+    why_not_triton: str | None = None
+
+    def run_on(self, kernels: str) -> bool:
+        """Whether these kernels can run them."""
+        return self.why_not is None and (kernels != "triton" or self.why_not_triton is None)
 
 
 class Buffers(NamedTuple):

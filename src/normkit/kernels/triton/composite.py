@@ -15,6 +15,7 @@ from torch import Tensor
 from normkit.kernels.calls import Buffers, Slots
 from normkit.kernels.program import Program, parsed
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.shapes import shapes_of, width_of
 from normkit.kernels.triton import generated, passes
 from normkit.kernels.triton.geometry import (
     Grouping,
@@ -26,7 +27,6 @@ from normkit.kernels.triton.geometry import (
 )
 from normkit.kernels.triton.passes import Table
 from normkit.kernels.triton.plan import RATE, Part, count_change, in_one_piece, launch, planned
-from normkit.kernels.triton.shapes import shapes_of, width_of
 
 MOST_CHANNELS = 4096  # of a group, which one program holds
 MOST_CELLS = 16384

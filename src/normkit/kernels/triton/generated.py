@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, Program, parsed
+from normkit.kernels.shapes import Shape, shapes_of, width_of
 from normkit.kernels.triton import device, on_tables
 from normkit.kernels.triton.geometry import power_of_two
 from normkit.kernels.triton.plan import halves
-from normkit.kernels.triton.shapes import Shape, shapes_of, width_of
 
 BUFFERS = "running_mean", "running_var", "counter", "rate_high", "rate_low"
 CONSTANTS = "HAS_RUNNING", "HAS_COUNTER", "BR", "BG", "BJ"

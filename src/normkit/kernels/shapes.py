@@ -1,4 +1,4 @@
-"""What the tables of a program are to a Triton program that holds a strip of channels."""
+"""What a program's tables are to a Triton program, which holds some channels of some examples."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def width_of(program: Program) -> int:
     if len(widths) > 1:
         raise ValueError(f"groups of channels have several widths: {sorted(widths)}")
     return widths.pop() if widths else 1
+
+
+def why_no_kernel(program: Program) -> str | None:
+    """Why no Triton kernel can be written for a program, or None."""
+    try:
+        shapes_of(program)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def shapes_of(program: Program) -> list[Shape]:
