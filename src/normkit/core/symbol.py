@@ -51,11 +51,11 @@ class Symbol:
         """Each value times itself."""
         return self * self
 
-    def repeat_columns(self, width: int) -> Symbol:
+    def repeat_columns(self, width: int) -> Any:  # noqa: ANN401 - a Symbol that passes for a Tensor
         """Each column ``width`` times."""
         return self._resized("repeat", self.shape[1] * width, width) if width > 1 else self
 
-    def pooled(self, var: Symbol, num_groups: int, over_examples: bool) -> tuple[Symbol, Symbol]:
+    def pooled(self, var: Any, num_groups: int, over_examples: bool) -> tuple[Any, Any]:  # noqa: ANN401
         """Mean and variance of equal runs of columns, of each example or of all together.
 
         These are the means of what is pooled, ``var`` its variances.

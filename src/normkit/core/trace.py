@@ -6,9 +6,10 @@ The formula is called with ``Symbol`` in the place of tensors, which note what i
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from normkit.core.algebra import (
     EstimatedStatistics,
@@ -37,7 +38,7 @@ _MOVES = {"own": "average", "estimates": "estimates"}
 
 
 def batch_rule(
-    source: Source, composite: Composite, num_channels: int, share: float | Symbol = 0.0
+    source: Source, composite: Composite, num_channels: int, share: float | Tensor = 0.0
 ) -> Rule:
     """The rule of a batch stage that sees so many channels."""
     eps = composite.batch_eps
@@ -60,11 +61,11 @@ class _Noted:
         self.seen: Moments | None = None
 
     def __call__(
-        self, table: Moments, weight: Symbol | None, bias: Symbol | None, *given: Symbol
+        self, table: Moments, weight: Tensor | None, bias: Tensor | None, *given: Tensor
     ) -> Affine:
         return standardize(table, self.groups(table, *given), self.rule, weight, bias)
 
-    def groups(self, table: Moments, *given: Symbol) -> Moments:
+    def groups(self, table: Moments, *given: Tensor) -> Moments:
         self.input = table
         self.seen = self.rule.groups(table, *given)
         return self.seen
@@ -109,20 +110,20 @@ def _followed(composite: Composite, num_channels: int, sizes: Sizes, source: Sou
 def _forward(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Program:
     steps = Steps(num_channels)
 
-    def table(name: str) -> Symbol:
-        return Symbol(steps, steps.add(name, columns=num_channels))
+    def table(name: str, columns: int = num_channels) -> Tensor:
+        return cast("Tensor", Symbol(steps, steps.add(name, columns=columns)))
 
-    def row(name: str, index: int, columns: int) -> Symbol:
-        return Symbol(steps, steps.add(name, numbers=(index,), columns=columns))
+    def row(name: str, index: int, columns: int) -> Tensor:
+        return cast("Tensor", Symbol(steps, steps.add(name, numbers=(index,), columns=columns)))
 
     size = composite.num_batch_channels(num_channels)
-    share = Symbol(steps, steps.add("share", columns=1))
+    share = table("share", 1)
     noted = _Noted(batch_rule(source, composite, size, share))
     given = () if source == "own" or size == 0 else (row("given", 0, size), row("given", 1, size))
     extra = (share,) if source == "estimates" else ()
     parameters = [None if n is None else row("parameter", i, n) for i, n in enumerate(sizes)]
     moments = Moments(table("mean"), table("var"))
-    algebra = composite.algebra(noted)
+    algebra = composite.algebra(cast("Rule", noted))
     affine = algebra(moments, *parameters, *given, *extra)
     if noted.input not in (None, moments) and not hasattr(algebra, "batch_input"):
         raise TypeError(
@@ -139,7 +140,7 @@ def _forward(composite: Composite, num_channels: int, sizes: Sizes, source: Sour
     is_alone = source == "given" and composite.num_beside > 0
     return finished(
         steps,
-        {name: symbol.line for name, symbol in results.items()},
+        {name: cast("Symbol", symbol).line for name, symbol in results.items()},
         moves=_MOVES.get(source, "nothing"),
         given_from=composite.num_beside if is_alone else num_channels,
         kept_columns=size,
