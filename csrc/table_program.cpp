@@ -12,6 +12,7 @@ namespace normkit {
 namespace {
 
 constexpr int64_t kBlock = 512;  // values of a table that are worked on at a time
+constexpr int64_t kMostKept = 1 << 17;  // values that a thread keeps memory for
 
 const std::map<std::string, Op>& ops() {
   static const std::map<std::string, Op> known = {
@@ -232,11 +233,21 @@ TableRun::TableRun(const TableProgram& program, const TableInputs& inputs)
     num_threads_ = int(std::min({num_threads(), ceil_div(cells, kTableGrain), rows}));
   }
   const int64_t for_threads = num_threads_ * (program.block_size_ + program.partial_size_);
-  memory_.reset(new double[program.row_size_ + rows * program.whole_columns_ + for_threads + 1]);
-  rows_ = memory_.get();
+  rows_ = memory(program.row_size_ + rows * program.whole_columns_ + for_threads + 1);
   whole_ = rows_ + program.row_size_;
   blocks_ = whole_ + rows * program.whole_columns_;
   partials_ = blocks_ + num_threads_ * program.block_size_;
+}
+
+// Memory of this thread's last run, where that is enough and not much.
+double* TableRun::memory(int64_t size) {
+  static thread_local std::vector<double> kept;
+  if (size > kMostKept) {
+    own_.reset(new double[size]);
+    return own_.get();
+  }
+  if (int64_t(kept.size()) < size) kept.resize(size);
+  return kept.data();
 }
 
 void TableRun::run() {

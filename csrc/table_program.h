@@ -86,7 +86,7 @@ class TableProgram {
   int64_t block_rows_ = 1, row_size_ = 0, whole_columns_ = 0, block_size_ = 0, partial_size_ = 0;
 };
 
-// One run of a program.
+// One run of a program; a thread has one at a time, which its results are read from.
 class TableRun {
  public:
   TableRun(const TableProgram& program, const TableInputs& inputs);
@@ -103,6 +103,7 @@ class TableRun {
     bool is_scalar;
   };
 
+  double* memory(int64_t size);
   void load_inputs();
   void pass(int phase, int thread, int64_t begin, int64_t end);
   void merge(int phase);
@@ -115,7 +116,7 @@ class TableRun {
   const TableProgram& program_;
   const TableInputs& inputs_;
   int num_threads_;
-  std::unique_ptr<double[]> memory_;
+  std::unique_ptr<double[]> own_;
   double *rows_, *whole_, *blocks_, *partials_;
 };
 

@@ -33,7 +33,7 @@ from normkit.core.running import (
     is_second_look,
 )
 from normkit.core.synchronized import follow_all_
-from normkit.core.trace import Source, batch_rule, followed
+from normkit.core.trace import Source, batch_rule, followed, followed_in_graph
 from normkit.kernels import nodes
 from normkit.kernels.calls import Buffers, Programs, Slots
 from normkit.kernels.reference import table_dtype
@@ -149,8 +149,10 @@ def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method 
     if way == "operator":
         statistics = _statistics(running, training, call.why_torch_moves is None)
         sizes = tuple([None if p is None else p.numel() for p in parameters])
-        programs = followed(composite, x.shape[1], sizes, statistics.source)
-        if programs.run_on(kernels):
+        look_up = followed_in_graph if torch.compiler.is_compiling() else followed
+        programs = look_up(composite, x.shape[1], sizes, statistics.source)
+        is_on_triton = kernels == "triton"
+        if programs.why_not is None and not (is_on_triton and programs.why_not_triton):
             given = (composite, parameters, statistics)
             return _normalize_by_operator(operators, x, programs, *given)
         way = "tables"

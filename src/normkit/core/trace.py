@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 
 from normkit.core.algebra import (
@@ -71,10 +70,10 @@ class _Noted:
         return self.seen
 
 
-def followed(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Programs:
-    """A composite's programs, for parameters of these sizes."""
-    if not torch.compiler.is_compiling():
-        return _followed(composite, num_channels, sizes, source)
+def followed_in_graph(
+    composite: Composite, num_channels: int, sizes: Sizes, source: Source
+) -> Programs:
+    """What ``followed`` returns, while ``torch.compile`` traces."""
     formula, options, eps = composite.formula, composite.options, composite.batch_eps
     beside, has_batch = composite.num_beside, composite.has_batch
     # field by field, because torch.compile loses those of a named tuple that have their default
@@ -86,7 +85,7 @@ def followed(composite: Composite, num_channels: int, sizes: Sizes, source: Sour
 
 def _programs(*key: Any) -> Programs:  # noqa: ANN401
     """A constant of a compiled graph: ``key`` decides all of it."""
-    return _followed(Composite(*key[:5]), *key[5:])
+    return followed(Composite(*key[:5]), *key[5:])
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler.
@@ -94,7 +93,8 @@ _programs._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMember
 
 
 @lru_cache(maxsize=1024)
-def _followed(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Programs:
+def followed(composite: Composite, num_channels: int, sizes: Sizes, source: Source) -> Programs:
+    """A composite's programs, for parameters of these sizes."""
     if len(sizes) > MOST_PARAMETERS:
         return Programs("", "", 0, f"a program takes at most {MOST_PARAMETERS} parameters")
     try:

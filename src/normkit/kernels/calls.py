@@ -87,10 +87,6 @@ class Programs(NamedTuple):
     why_not: str | None = None
     why_not_triton: str | None = None
 
-    def run_on(self, kernels: str) -> bool:
-        """Whether these kernels can run them."""
-        return self.why_not is None and (kernels != "triton" or self.why_not_triton is None)
-
 
 class Buffers(NamedTuple):
     """Statistics ``(C,)`` that the batch stage reads (given) or moves (running).
