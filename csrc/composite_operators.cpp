@@ -4,7 +4,7 @@
 
 #include "operators.h"
 #include "segments.h"
-#include "table_program.h"
+#include "table_run.h"
 
 namespace normkit {
 namespace {

@@ -6,13 +6,12 @@
 #include <sstream>
 #include <unordered_map>
 
-#include "table_rows.h"
+#include "tensors.h"
 
 namespace normkit {
 namespace {
 
 constexpr int64_t kBlock = 512;  // values of a table that are worked on at a time
-constexpr int64_t kMostKept = 1 << 17;  // values that a thread keeps memory for
 
 const std::map<std::string, Op>& ops() {
   static const std::map<std::string, Op> known = {
@@ -40,11 +39,6 @@ int num_tables(Op op) {
   }
 }
 
-const Tensor& there(const OptionalTensor& tensor) {
-  STD_TORCH_CHECK(tensor.has_value(), "a program on tables asks for a tensor that was not given");
-  return *tensor;
-}
-
 }  // namespace
 
 const TableProgram& TableProgram::of(const std::string& text) {
@@ -62,7 +56,10 @@ TableProgram::TableProgram(const std::string& text) {
   std::getline(lines, line);
   std::istringstream head(line);
   head >> channels >> moves >> given_from >> kept_columns;
-  STD_TORCH_CHECK(head && channels > 0, "a program on tables begins with its channels, not with '",
+  STD_TORCH_CHECK(head && channels > 0 && given_from >= 0 && kept_columns >= 0 &&
+                      kept_columns <= channels && (given_from == channels ||
+                      kept_columns == channels - given_from),
+                  "a program on tables begins with its channels, not with '",
                   line, "'");
   while (std::getline(lines, line)) read(line);
   copy_results();
@@ -77,6 +74,8 @@ void TableProgram::read(const std::string& line) {
   if (rows == "=") {
     int made;
     words >> name >> made;
+    STD_TORCH_CHECK(words && made >= 0 && made < int(steps_.size()),
+                    "a result of a program on tables is one of its steps: '", line, "'");
     results_.emplace_back(name, made);
     return;
   }
@@ -93,7 +92,49 @@ void TableProgram::read(const std::string& line) {
                     "a step takes tables that are there: '", line, "'");
   }
   words >> step.number;
+  STD_TORCH_CHECK(fits(step), "the tables of a step do not fit it: '", line, "'");
   steps_.push_back(step);
+}
+
+// Whether a step's table and those that it takes have columns as they must: nothing else keeps a run
+// within its memory.
+bool TableProgram::fits(const Step& step) const {
+  const auto columns_of = [&](int i) { return steps_[step.tables[i]].columns; };
+  const auto is_alike = [&](int i) {
+    return columns_of(i) == step.columns || steps_[step.tables[i]].is_scalar();
+  };
+  const int64_t first = step.num_tables > 0 ? columns_of(0) : 0, width = step.width();
+  switch (step.op) {
+    case Op::mean: case Op::var: case Op::grad_scale: case Op::grad_center:
+      return step.per_example && step.columns == channels;
+    case Op::kept:
+      return (width == 0 || width == 1) && step.columns == kept_columns;
+    case Op::given:
+      return width == 0 || width == 1;
+    case Op::parameter:
+      return width >= 0 && width < 4;
+    case Op::share: case Op::inverse_examples: case Op::inverse_size: case Op::number:
+      return step.columns == 1;
+    case Op::repeat:
+      return width > 0 && step.columns == first * width;
+    case Op::sum_runs: case Op::mean_runs:
+      return width > 0 && first == step.columns * width;
+    case Op::spread_runs:
+      return width > 0 && first == step.columns * width && columns_of(1) == first &&
+             columns_of(2) == step.columns;
+    case Op::slice:
+      return width >= 0 && width + step.columns <= first;
+    case Op::pad:
+      return width >= 0 && width + first <= step.columns;
+    case Op::join:
+      return first + columns_of(1) == step.columns;
+    case Op::add: case Op::subtract: case Op::multiply:
+      return is_alike(0) && is_alike(1);
+    case Op::spread_examples:
+      return first == step.columns && columns_of(1) == step.columns;
+    default:
+      return first == step.columns;
+  }
 }
 
 int TableProgram::line_of(const std::string& result) const {
@@ -107,6 +148,13 @@ int TableProgram::line_of(const std::string& result) const {
 void TableProgram::copy_results() {
   static const char* tables[] = {"scale", "center", "k1", "k2", "k3"};
   for (auto& [name, line] : results_) {
+    const bool is_kept = name == "kept_mean" || name == "kept_var";
+    const bool is_row = is_kept || name.rfind("gradient", 0) == 0;
+    STD_TORCH_CHECK(is_row ? !steps_[line].per_example : steps_[line].columns == channels ||
+                                                             steps_[line].is_scalar(),
+                    "a program's result ", name, " has ", steps_[line].columns, " columns");
+    STD_TORCH_CHECK(!is_kept || steps_[line].columns == kept_columns, "a program keeps ",
+                    kept_columns, " columns, and ", name, " has ", steps_[line].columns);
     if (std::find(std::begin(tables), std::end(tables), name) == std::end(tables)) continue;
     const Step& made = steps_[line];
     if (made.per_example && !made.is_view() && made.op >= Op::add) continue;
@@ -223,263 +271,6 @@ void TableProgram::plan_blocks() {
     }
     block_size_ = std::max(block_size_, size);
   }
-}
-
-TableRun::TableRun(const TableProgram& program, const TableInputs& inputs)
-    : program_(program), inputs_(inputs) {
-  const int64_t rows = inputs.num_examples, cells = rows * program.channels;
-  num_threads_ = 1;
-  if (cells > kTableGrain) {
-    num_threads_ = int(std::min({num_threads(), ceil_div(cells, kTableGrain), rows}));
-  }
-  const int64_t for_threads = num_threads_ * (program.block_size_ + program.partial_size_);
-  rows_ = memory(program.row_size_ + rows * program.whole_columns_ + for_threads + 1);
-  whole_ = rows_ + program.row_size_;
-  blocks_ = whole_ + rows * program.whole_columns_;
-  partials_ = blocks_ + num_threads_ * program.block_size_;
-}
-
-// Memory of this thread's last run, where that is enough and not much.
-double* TableRun::memory(int64_t size) {
-  static thread_local std::vector<double> kept;
-  if (size > kMostKept) {
-    own_.reset(new double[size]);
-    return own_.get();
-  }
-  if (int64_t(kept.size()) < size) kept.resize(size);
-  return kept.data();
-}
-
-void TableRun::run() {
-  load_inputs();
-  const int64_t rows = inputs_.num_examples, share = ceil_div(rows, num_threads_);
-  for (int phase = 0; phase < program_.num_phases_; ++phase) {
-    for (const int line : program_.rows_before_[phase]) make(line, 0, 0, 1);
-    if (program_.in_pass_[phase].empty()) continue;
-    parallel(num_threads_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        pass(phase, int(i), std::min(i * share, rows), std::min((i + 1) * share, rows));
-      }
-    });
-    merge(phase);
-  }
-}
-
-void TableRun::load_inputs() {
-  for (size_t line = 0; line < program_.steps_.size(); ++line) {
-    const Step& step = program_.steps_[line];
-    if (step.op >= Op::add || step.per_example) continue;
-    double* to = rows_ + step.offset;
-    const int which = step.op == Op::number ? 0 : int(step.number);
-    switch (step.op) {
-      case Op::parameter:
-        read_doubles(there(*inputs_.parameters[which]), step.columns, to);
-        break;
-      case Op::given:
-        read_doubles(there(*inputs_.given[which]), step.columns, to);
-        break;
-      case Op::kept:
-        std::copy_n(inputs_.kept[which], step.columns, to);
-        break;
-      case Op::share:
-        *to = inputs_.share;
-        break;
-      case Op::inverse_examples:
-        *to = 1.0 / double(inputs_.num_examples);
-        break;
-      case Op::inverse_size:
-        *to = 1.0 / double(inputs_.segment_size);
-        break;
-      default:
-        *to = step.number;
-    }
-  }
-}
-
-double* TableRun::place(int line, int thread, int64_t row) const {
-  const Step& step = program_.steps_[line];
-  switch (step.place) {
-    case TableProgram::Place::row:
-      return rows_ + step.offset;
-    case TableProgram::Place::block:
-      return blocks_ + thread * program_.block_size_ + step.offset;
-    case TableProgram::Place::whole:
-      return whole_ + inputs_.num_examples * step.offset + row * step.columns;
-    default: {
-      const double* given = step.op == Op::mean          ? inputs_.mean
-                            : step.op == Op::var         ? inputs_.var
-                            : step.op == Op::grad_scale  ? inputs_.grad_scale
-                                                         : inputs_.grad_center;
-      return const_cast<double*>(given) + row * step.columns;  // read only
-    }
-  }
-}
-
-TableRun::View TableRun::view(int line, int thread, int64_t row) const {
-  const Step& step = program_.steps_[line];
-  const Step& root = program_.steps_[step.root];
-  return {place(step.root, thread, row) + step.shift, root.per_example ? root.columns : 0,
-          step.is_scalar()};
-}
-
-void TableRun::pass(int phase, int thread, int64_t begin, int64_t end) {
-  std::fill_n(partial(thread), program_.partial_size_, 0.0);
-  for (int64_t row = begin; row < end; row += program_.block_rows_) {
-    const int64_t count = std::min(program_.block_rows_, end - row);
-    for (const int line : program_.in_pass_[phase]) {
-      const Step& step = program_.steps_[line];
-      if (step.is_sum()) {
-        accumulate(step, thread, row, count, begin);
-      } else {
-        make(line, thread, row, count);
-      }
-    }
-  }
-}
-
-void TableRun::accumulate(const Step& step, int thread, int64_t row, int64_t count,
-                          int64_t begin) {
-  double* to = partial(thread) + step.partial;
-  const View a = view(step.tables[0], thread, row);
-  if (step.op != Op::spread_examples) {
-    for (int64_t i = 0; i < count; ++i) row_accumulate(step.columns, a.values + i * a.stride, to);
-    return;
-  }
-  const View m = view(step.tables[1], thread, row);
-  for (int64_t i = 0; i < count; ++i) {
-    const double share = 1.0 / double(row + i - begin + 1);
-    row_accumulate_spread(step.columns, a.values + i * a.stride, m.values + i * m.stride, share,
-                          to, to + step.columns);
-  }
-}
-
-// Adds up what the threads have summed, in their order.
-void TableRun::merge(int phase) {
-  const int64_t rows = inputs_.num_examples, share = ceil_div(rows, num_threads_);
-  for (const int line : program_.in_pass_[phase]) {
-    const Step& step = program_.steps_[line];
-    if (!step.is_sum()) continue;
-    double *to = rows_ + step.offset, *first = partial(0) + step.partial;
-    const bool is_spread = step.op == Op::spread_examples;
-    const int64_t columns = step.columns;
-    for (int i = 1; i < num_threads_; ++i) {
-      const double* other = partial(i) + step.partial;
-      const double before = double(std::min(i * share, rows));
-      const double more = double(std::min((i + 1) * share, rows)) - before;
-      if (more <= 0) continue;
-      for (int64_t c = 0; c < columns; ++c) {
-        if (is_spread) {
-          const double apart = other[c] - first[c];
-          first[c] += apart * more / (before + more);
-          first[columns + c] += other[columns + c] + apart * apart * before * more / (before + more);
-        } else {
-          first[c] += other[c];
-        }
-      }
-    }
-    const double factor = step.op == Op::sum_examples ? 1.0 : 1.0 / double(rows);
-    row_multiply(columns, first + (is_spread ? columns : 0), factor, to);
-  }
-}
-
-void TableRun::make(int line, int thread, int64_t row, int64_t count) const {
-  const Step& step = program_.steps_[line];
-  double* out = place(line, thread, row);
-  const int64_t columns = step.columns;
-  View a = view(step.tables[0], thread, row);
-  View b = step.num_tables > 1 ? view(step.tables[1], thread, row) : a;
-  switch (step.op) {
-    case Op::add: case Op::subtract: case Op::multiply: case Op::rsqrt: case Op::sigmoid:
-    case Op::copy:
-      break;
-    case Op::repeat:
-      for (int64_t i = 0; i < count; ++i) {
-        runs_repeat(columns / step.width(), step.width(), a.values + i * a.stride,
-                    out + i * columns);
-      }
-      return;
-    case Op::sum_runs: case Op::mean_runs: {
-      const double factor = step.op == Op::sum_runs ? 1.0 : 1.0 / step.number;
-      for (int64_t i = 0; i < count; ++i) {
-        runs_sum(columns, step.width(), a.values + i * a.stride, factor, out + i * columns);
-      }
-      return;
-    }
-    case Op::spread_runs: {
-      const View center = view(step.tables[2], thread, row);
-      for (int64_t i = 0; i < count; ++i) {
-        runs_spread(columns, step.width(), a.values + i * a.stride, b.values + i * b.stride,
-                    center.values + i * center.stride, out + i * columns);
-      }
-      return;
-    }
-    case Op::softmax:
-      return row_softmax(columns, a.values, out);
-    case Op::pad: {
-      const int64_t size = program_.steps_[step.tables[0]].columns, first = step.width();
-      for (int64_t i = 0; i < count; ++i) {
-        double* to = out + i * columns;
-        std::fill_n(to, first, 0.0);
-        std::copy_n(a.values + i * a.stride, size, to + first);
-        std::fill_n(to + first + size, columns - first - size, 0.0);
-      }
-      return;
-    }
-    default: {  // join
-      const int64_t size = program_.steps_[step.tables[0]].columns;
-      for (int64_t i = 0; i < count; ++i) {
-        std::copy_n(a.values + i * a.stride, size, out + i * columns);
-        std::copy_n(b.values + i * b.stride, columns - size, out + i * columns + size);
-      }
-      return;
-    }
-  }
-  int64_t rows = count, n = columns;
-  const auto is_dense = [&](const View& v) { return v.is_scalar || v.stride == columns; };
-  if (rows > 1 && is_dense(a) && is_dense(b)) {
-    n *= rows;
-    rows = 1;
-  }
-  const bool one = n == 1;
-  for (int64_t i = 0; i < rows; ++i) {
-    const double *x = a.values + i * a.stride, *y = b.values + i * b.stride;
-    double* to = out + i * columns;
-    switch (step.op) {
-      case Op::add:
-        if (b.is_scalar && !one) row_add(n, x, *y, to);
-        else if (a.is_scalar && !one) row_add(n, y, *x, to);
-        else row_add(n, x, y, to);
-        break;
-      case Op::multiply:
-        if (b.is_scalar && !one) row_multiply(n, x, *y, to);
-        else if (a.is_scalar && !one) row_multiply(n, y, *x, to);
-        else row_multiply(n, x, y, to);
-        break;
-      case Op::subtract:
-        if (b.is_scalar && !one) row_add(n, x, -*y, to);
-        else if (a.is_scalar && !one) row_subtract(n, *x, y, to);
-        else row_subtract(n, x, y, to);
-        break;
-      case Op::rsqrt:
-        row_rsqrt(n, x, to);
-        break;
-      case Op::sigmoid:
-        row_sigmoid(n, x, to);
-        break;
-      default:
-        if (a.is_scalar) std::fill_n(to, n, *x);
-        else std::copy_n(x, n, to);
-    }
-  }
-}
-
-double* TableRun::result(const std::string& name) const {
-  const int line = program_.line_of(name);
-  return line < 0 ? nullptr : const_cast<double*>(view(line, 0, 0).values);
-}
-
-int64_t TableRun::columns_of(const std::string& name) const {
-  return program_.steps_[program_.line_of(name)].columns;
 }
 
 }  // namespace normkit

@@ -1,31 +1,17 @@
-// Runs programs on tables: what a composite of norms does to the moments of a map's channels.
+// Programs on tables: what a composite of norms does to the moments of a map's channels.
 //
-// kernels/program.py says what a program's text is and makes it from the composite's formula. Here it
-// is read once, laid out in memory, and then run for each call: a few rows of all tables at a time,
-// which stay in the nearest cache, on all threads. What sums over examples ends a pass over the rows.
+// kernels/program.py says what a program's text is, which is made from the composite's formula. Here
+// it is read once, and it is planned what is computed when, and where in memory. A run works on a few
+// rows of all tables at a time, so that they stay in the nearest cache; what sums over examples ends
+// such a pass over the rows, and what a later pass needs is kept in whole tables.
 #pragma once
 
-#include <array>
-#include <memory>
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "tensors.h"
-
 namespace normkit {
-
-using ParameterTensors = std::array<const OptionalTensor*, 4>;
-
-// What a program is given; tables (N, C) of double.
-struct TableInputs {
-  int64_t num_examples;
-  int64_t segment_size;
-  double share;  // of what the input says, beside what was there before
-  const double *mean, *var, *grad_scale, *grad_center;
-  const double* kept[2];
-  const OptionalTensor* given[2];
-  ParameterTensors parameters;
-};
 
 enum class Op {
   mean, var, grad_scale, grad_center, parameter, given, kept, share, inverse_examples, inverse_size,
@@ -73,6 +59,7 @@ class TableProgram {
 
   int line_of(const std::string& result) const;
   void read(const std::string& line);
+  bool fits(const Step& step) const;
   void copy_results();
   void plan_phases();
   void plan_memory();
@@ -84,40 +71,6 @@ class TableProgram {
   int num_phases_ = 0;
   std::vector<std::vector<int>> rows_before_, in_pass_;  // lines, by phase
   int64_t block_rows_ = 1, row_size_ = 0, whole_columns_ = 0, block_size_ = 0, partial_size_ = 0;
-};
-
-// One run of a program; a thread has one at a time, which its results are read from.
-class TableRun {
- public:
-  TableRun(const TableProgram& program, const TableInputs& inputs);
-  void run();
-  // After run: a table (N, C), or a row.
-  double* result(const std::string& name) const;
-  int64_t columns_of(const std::string& name) const;
-
- private:
-  using Step = TableProgram::Step;
-  struct View {
-    const double* values;
-    int64_t stride;
-    bool is_scalar;
-  };
-
-  double* memory(int64_t size);
-  void load_inputs();
-  void pass(int phase, int thread, int64_t begin, int64_t end);
-  void merge(int phase);
-  void accumulate(const Step& step, int thread, int64_t row, int64_t count, int64_t begin);
-  View view(int line, int thread, int64_t row) const;
-  double* place(int line, int thread, int64_t row) const;
-  void make(int line, int thread, int64_t row, int64_t count) const;
-  double* partial(int thread) const { return partials_ + thread * program_.partial_size_; }
-
-  const TableProgram& program_;
-  const TableInputs& inputs_;
-  int num_threads_;
-  std::unique_ptr<double[]> own_;
-  double *rows_, *whole_, *blocks_, *partials_;
 };
 
 }  // namespace normkit

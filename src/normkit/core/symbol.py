@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from normkit.errors import InputError, PartitionError
 from normkit.kernels.program import Steps
 
 EXAMPLES = None
@@ -60,6 +61,8 @@ class Symbol:
 
         These are the means of what is pooled, ``var`` its variances.
         """
+        if self.shape[1] % num_groups:
+            raise PartitionError(f"{num_groups} groups do not divide {self.shape[1]} channels")
         mean, width = self, self.shape[1] // num_groups
         if width > 1:
             mean = self._resized("mean_runs", num_groups, width)
@@ -118,7 +121,11 @@ class Symbol:
 
     def _with(self, name: str, *pair: Symbol | float) -> Symbol:
         """Value by value; one value an example is used with every column of the other."""
-        columns = max(t.shape[1] for t in pair if isinstance(t, Symbol))
+        sizes = {t.shape[1] for t in pair if isinstance(t, Symbol)}
+        columns = max(sizes)
+        if sizes - {1, columns}:
+            text = " and ".join(str(size) for size in sorted(sizes))
+            raise InputError(f"tables or parameters of {text} channels do not fit each other")
         given = [
             t.repeat_columns(columns) if isinstance(t, Symbol) and t.shape == (EXAMPLES, 1) else t
             for t in pair

@@ -97,12 +97,14 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
     dx, *found = planned(_backward, (grad, x, table, *parameters), (text,), share)
     names = [name for name in parsed(text).results if name.startswith("gradient")]
     sums = dict(zip(names, found, strict=True))
-    none = x.new_empty(0, dtype=table_dtype(x.dtype))
-    gradients = [none.clone() for _ in parameters]
+    dtype = table_dtype(x.dtype)
+    gradients = list[Tensor]()
     for i in range(len(parameters)):
-        rows = sums.get(f"gradient{i}")
-        if wanted >> i & 1 and rows is not None:
-            gradients[i] = rows if rows.ndim == 1 else rows.sum(0)
+        rows = sums.get(f"gradient{i}") if wanted >> i & 1 else None
+        if rows is None:
+            gradients.append(x.new_empty(0, dtype=dtype))
+        else:  # of a parameter of all channels each Triton program has its part
+            gradients.append(rows if rows.ndim == 1 else rows.sum(0))
     return dx, *gradients
 
 

@@ -1,10 +1,8 @@
 """Kernels written from programs on tables, see ``kernels.program``.
 
 A Triton program holds a block ``(BR, BG, BJ)``: so many examples, groups, and channels of a group.
-Mostly it takes some groups of all examples and goes over the examples in a loop for each sum over
-them; the steps before the sum are computed anew each time, so that nothing is stored in between.
-Where groups are too wide for that, one launch takes strips of channels and sums over examples, the
-next takes examples and sums over channels: what is summed lies in memory between them.
+It goes over the examples in a loop for each sum over them; the steps before the sum are computed
+anew each time, so that nothing is stored in between.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Iterable
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import triton
@@ -21,6 +20,7 @@ from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, Program, parsed
 from normkit.kernels.shapes import Shape, shapes_of, width_of
 from normkit.kernels.triton import device, on_tables
 from normkit.kernels.triton.geometry import power_of_two
+from normkit.kernels.triton.parts import Part, parts_of
 from normkit.kernels.triton.plan import halves
 
 BUFFERS = "running_mean", "running_var", "counter", "rate_high", "rate_low"
@@ -38,71 +38,11 @@ _TEXTS = {
 }  # fmt: skip
 
 
-class Part(NamedTuple):
-    """A launch of a program on tables.
-
-    Args:
-        axes: What a Triton program sums over: ``"both"``, ``"examples"`` or ``"columns"``.
-        sums: Lines of the sums that it computes.
-        results: What it stores of the program's results.
-        stored: Lines that it stores for later parts.
-    """
-
-    axes: str
-    sums: tuple[int, ...]
-    results: tuple[str, ...]
-    stored: tuple[int, ...]
-
-
 class Kernel(NamedTuple):
     """A kernel, and the names of the tensors that it takes before its numbers N and L."""
 
     function: Any
     names: tuple[str, ...]
-
-
-@lru_cache(maxsize=1024)
-def parts_of(text: str, is_wide: bool) -> tuple[Part, ...]:
-    """The launches of a program: one, or where groups are too wide as few as there may be."""
-    program = parsed(text)
-    if not is_wide:
-        everything = range(len(program.steps))
-        return (Part("both", tuple(_sums(program, everything)), tuple(program.results), ()),)
-    ways = [_alternating(program, axes) for axes in (OVER_EXAMPLES, OVER_COLUMNS)]
-    return min(ways, key=len)
-
-
-def _sums(program: Program, lines: Iterable[int]) -> list[int]:
-    return [i for i in lines if _is_sum(program, i)]
-
-
-def _is_sum(program: Program, line: int) -> bool:
-    step = program.steps[line]
-    is_vector = step.name in OVER_COLUMNS and shapes_of(program)[step.tables[0]].kind == "vector"
-    return step.name in OVER_EXAMPLES + OVER_COLUMNS and not is_vector
-
-
-def _alternating(program: Program, first: tuple[str, ...]) -> tuple[Part, ...]:
-    """Launches that sum over one axis, then over the other, and so on."""
-    place: list[int] = []
-    for line, step in enumerate(program.steps):
-        at = max((place[t] for t in step.tables), default=0)
-        if _is_sum(program, line):
-            at += (at % 2 == 0) != (step.name in first)
-        place.append(at)
-    last = max(place)
-    found = list[Part]()
-    for i in range(last + 1):
-        sums = tuple(line for line in _sums(program, range(len(place))) if place[line] == i)
-        results = tuple(
-            name
-            for name, line in program.results.items()
-            if (last if program.steps[line].per_example else place[line]) == i
-        )
-        is_first = i % 2 == 0
-        axes = "examples" if (first == OVER_EXAMPLES) == is_first else "columns"
-        found.append(Part(axes, sums, results, sums if i < last else ()))
-    return tuple(part for part in found if part.sums or part.results)
 
 
 @lru_cache(maxsize=1024)
@@ -117,7 +57,7 @@ def kernel_of(text: str, is_wide: bool, index: int) -> Kernel:
         known |= {line: f"stored{line}" for line in part.stored}
     writer = _Writer(program, parts[index], known)
     source = writer.write()
-    file = f"<normkit program {hash((text, is_wide, index)):x}>"
+    file = f"<normkit program {sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {"__name__": __name__, "tl": tl, "device": device, "on_tables": on_tables}
     exec(compile(source, file, "exec"), scope)
