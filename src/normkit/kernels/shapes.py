@@ -65,6 +65,7 @@ def shapes_of(program: Program) -> list[Shape]:
 class _Shapes:
     def __init__(self, program: Program) -> None:
         self.steps, self.width = program.steps, width_of(program)
+        self.channels = program.channels
         self.holds_all = self.width == program.channels
         self.like = list(range(len(self.steps)))  # a line of the same shape, that of a class
         for line, step in enumerate(self.steps):
@@ -116,6 +117,8 @@ class _Shapes:
             cells, groups = (
                 (line, step.tables[0]) if step.name == "repeat" else (step.tables[0], line)
             )
+            if self.steps[cells].columns != self.channels:
+                raise ValueError("groups of channels are of some channels alone")
             self.starts[self._root(cells)] = 0
             if not self._is_scalar(groups):
                 self.kinds[self._root(groups)] = "group"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, Program, parsed
+from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, TABLES, Program, parsed
 from normkit.kernels.shapes import Shape, shapes_of, width_of
 from normkit.kernels.triton import device, on_tables
 from normkit.kernels.triton.geometry import power_of_two
@@ -84,8 +84,8 @@ class _Writer:
             self._sum_examples(ready)
             waiting = [i for i in waiting if i not in ready]
         results = self.program.results
-        rows = [n for n in self.part.results if not self.program.steps[results[n]].per_example]
-        tables = [n for n in self.part.results if n not in rows]
+        rows = [name for name in self.part.results if name not in TABLES]
+        tables = [name for name in self.part.results if name in TABLES]
         stored = [i for i in self.part.stored if self.program.steps[i].per_example]
         lines = [*(results[name] for name in tables), *stored]
         if lines:
@@ -300,7 +300,8 @@ class _Writer:
     def _store(self, name: str, line: int) -> None:
         step = self.program.steps[line]
         out = self._name(name)
-        value, at, mask = f"v{line}", "at", "inside"
+        # zeros make a table of what may be a row, or a number
+        value, at, mask = f"tl.zeros((1, 1, 1), tl.float64) + v{line}", "at", "inside"
         if name.startswith("stored"):
             is_one = step.columns == 1
             at = "n" if is_one else f"n * {step.columns} + g"

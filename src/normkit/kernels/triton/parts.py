@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, Program, parsed
+from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, TABLES, Program, parsed
 from normkit.kernels.shapes import shapes_of
 
 
@@ -68,7 +68,7 @@ def _alternating(program: Program, first: tuple[str, ...]) -> tuple[Part, ...]:
         results = tuple(
             name
             for name, line in program.results.items()
-            if (last if program.steps[line].per_example else place[line]) == i
+            if (last if name in TABLES else place[line]) == i
         )
         is_first = i % 2 == 0
         axes = "examples" if (first == OVER_EXAMPLES) == is_first else "columns"

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import normkit as nk
 import oracle
 from cases import EVERY, SHAPES, TOLERANCE, groups, randn, statistics
+from formulas import FORMULAS, results
 
 THOROUGH = os.environ.get("TRITON_INTERPRET") != "1" and "NORMKIT_CONTRACT" not in os.environ
 CASES = {case.name: case for case in EVERY if case.kind != "gw"}
@@ -340,6 +341,18 @@ def test_composites_take_three_launches_each_way(name, training, device, monkeyp
     torch.autograd.grad(y.square().sum(), x)
     assert forward == ["moments", "tables", "apply"]
     assert seen[3:] == ["reduce_grad", "tables", "combine_grad"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_that_no_layer_has(name, training, device):
+    x, grad = randn(5, 12, 6, mean=1.0), randn(5, 12, 6, seed=1)
+    if device.type != "cpu":
+        pytest.skip("these formulas' parameters are on the CPU")
+    expected, found = (
+        results(name, x, grad, kernels, training) for kernels in ("reference", "triton")
+    )
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", COMPOSITES)
