@@ -42,7 +42,7 @@ STEPS = {
 OVER_EXAMPLES = ("sum_examples", "mean_examples", "spread_examples")
 OVER_COLUMNS = ("sum_runs", "mean_runs", "spread_runs")
 TABLES = ("scale", "center", "k1", "k2", "k3")
-"""Results that come out for each channel of each example, be it that the rows are all the same."""
+"""Results for each channel of each example, also where all examples have the same."""
 PER_EXAMPLE = ("mean", "var", "grad_scale", "grad_center", "each_example")
 
 

@@ -69,9 +69,8 @@ class _Transpose:
         none = steps.number(0.0)
         direct = steps.add("multiply", scale, grad_center)
         rest = steps.add("subtract", found.get("mean", none), direct)
-        slope = steps.scaled(found.get("var", none), 2.0)
-        factors = {"k1": scale, "k2": steps.add("multiply", slope, inverse_size)}
-        return {**factors, "k3": steps.add("multiply", rest, inverse_size)}
+        slope = steps.add("multiply", found.get("var", none), steps.scaled(inverse_size, 2.0))
+        return {"k1": scale, "k2": slope, "k3": steps.add("multiply", rest, inverse_size)}
 
     def value(self, line: int) -> int:
         """What the forward program's line has made."""
