@@ -1,6 +1,7 @@
 // The operators as torch sees them; library.cpp registers them and says what each argument is.
 #pragma once
 
+#include <string>
 #include <tuple>
 
 #include "tensors.h"
@@ -38,17 +39,15 @@ std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const
                                                        bool need_weight, bool need_bias);
 
 std::tuple<Tensor, Tensor> composite_forward(
-    const Tensor& x, int64_t kind, const OptionalTensor& first, const OptionalTensor& second,
-    const OptionalTensor& third, const OptionalTensor& fourth, int64_t num_groups,
-    double batch_eps, double group_eps, int64_t batch_source, double rate,
-    const OptionalTensor& given_mean, const OptionalTensor& given_var,
+    const Tensor& x, const std::string& program, const OptionalTensor& first,
+    const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& fourth,
+    double share, const OptionalTensor& given_mean, const OptionalTensor& given_var,
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& table, int64_t kind,
+    const Tensor& grad, const Tensor& x, const Tensor& table, const std::string& program,
     const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
-    const OptionalTensor& fourth, int64_t num_groups, double batch_eps, double group_eps,
-    int64_t batch_source, double rate, int64_t wanted);
+    const OptionalTensor& fourth, double share, int64_t wanted);
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t segment_size, bool wide);
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& center);

@@ -168,10 +168,16 @@ Parameter::Parameter(const OptionalTensor& parameter, const FeatureMap& x, int64
 }
 
 std::vector<double> as_doubles(const Tensor& table) {
-  const Tensor values = torch::stable::contiguous(table);
-  std::vector<double> result(at_least_one(values.numel()));
-  widen(values.data_ptr(), 1, values.numel(), 1, result.data(), dtype_of(values));
+  std::vector<double> result(at_least_one(table.numel()));
+  read_doubles(table, table.numel(), result.data());
   return result;
+}
+
+void read_doubles(const Tensor& table, int64_t count, double* to) {
+  STD_TORCH_CHECK(table.numel() == count, "a parameter or statistic has ", table.numel(),
+                  " values where ", count, " are needed");
+  const Tensor values = table.is_contiguous() ? table : torch::stable::contiguous(table);
+  widen(values.data_ptr(), 1, count, 1, to, dtype_of(values));
 }
 
 void copy_doubles(const double* values, int64_t count, const Tensor& table) {

@@ -55,6 +55,8 @@ inline double* doubles(const Tensor& table) { return static_cast<double*>(table.
 
 // The values of a contiguous floating-point tensor.
 std::vector<double> as_doubles(const Tensor& table);
+// The same into memory that is there; the tensor has `count` values.
+void read_doubles(const Tensor& table, int64_t count, double* to);
 // The way back: writes `count` values into a float32 or float64 table.
 void copy_doubles(const double* values, int64_t count, const Tensor& table);
 

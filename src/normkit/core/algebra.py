@@ -19,6 +19,7 @@ from normkit.core.normalize import Affine
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.ranks import merge, merge_with_own, sum_gradients
+from normkit.core.symbol import Symbol
 from normkit.typing import GroupTable, PerChannel, SegmentTable
 
 
@@ -226,5 +227,7 @@ def fixed_tables(
 
 def per_segment(values: PerChannel, like: SegmentTable) -> SegmentTable:
     """Repeat one value a channel, ``(C,)``, over the channel's segments: ``(1, K)``."""
+    if isinstance(values, Symbol):
+        return values.repeat_columns(like.shape[1] // values.shape[1])
     repeats = like.shape[1] // values.shape[0]
     return values.to(like.dtype)[:, None].expand(-1, repeats).reshape(1, -1)

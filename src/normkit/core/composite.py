@@ -10,8 +10,9 @@ variance ``(1, C)`` where the rule looks at them, and nothing in training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,81 @@ from torch import Tensor
 from normkit.core.algebra import GroupStatistics, Rule, per_segment
 from normkit.core.moments import Moments
 from normkit.core.normalize import Affine
+from normkit.core.partition import Partition
 from normkit.typing import PerChannel
 
 Order = Literal["group-first", "batch-first", "parallel"]
+
+
+Algebra = Callable[..., Affine]
+"""What a composite does on tables: from the moments of the segments, the parameters, and what the
+batch stage's rule is given, to scale and center. Where the batch stage sees something else than the
+map, it has a method ``batch_input``."""
+
+
+class Composite(NamedTuple):
+    """Which composite: its formula, apart from where the batch stage takes its statistics.
+
+    The formula is followed once for all calls with the same composite, so that everything here is
+    compared and nothing of it is a tensor.
+
+    Args:
+        formula: From the batch stage's rule, and the options, to what is done on tables.
+        options: Numbers of groups, ``eps`` of other norms, an order.
+        batch_eps: Added to the batch stage's variances.
+        num_beside: First channels that the batch stage does not see, and whose norm does not see
+            the others.
+        has_batch: Whether there is a batch stage.
+    """
+
+    formula: Callable[..., Algebra]
+    options: tuple[float | str, ...]
+    batch_eps: float
+    num_beside: int = 0
+    has_batch: bool = True
+
+    def num_batch_channels(self, num_channels: int) -> int:
+        """Channels that the batch stage sees."""
+        return num_channels - self.num_beside if self.has_batch else 0
+
+    def algebra(self, batch: Rule) -> Algebra:
+        """What is done on tables, where the batch stage has this rule."""
+        return self.formula(batch, *self.options)
+
+
+def batch_input(algebra: Algebra, table: Moments) -> Moments:
+    """Moments of what the batch stage sees, which running statistics follow."""
+    own = getattr(algebra, "batch_input", None)
+    return table if own is None else own(table)
+
+
+def own_groups(num_groups: int, eps: float) -> GroupStatistics:
+    """Statistics of runs of each example's channels."""
+    return GroupStatistics(
+        partition=Partition(num_groups=num_groups, examples_per_group=1), eps=eps
+    )
+
+
+def batch_then_group(batch: Rule, num_groups: int, eps: float) -> BatchThenGroup:
+    """Batch-channel normalization."""
+    return BatchThenGroup(batch=batch, group=own_groups(num_groups, eps))
+
+
+def group_and_batch(batch: Rule, num_groups: int, eps: float, order: Order) -> GroupAndBatch:
+    """GNPlus."""
+    return GroupAndBatch(group=own_groups(num_groups, eps), batch=batch, order=order)
+
+
+def switched(batch: Rule, eps: float, uses_batch: bool) -> SwitchedStatistics:
+    """Switchable normalization."""
+    return SwitchedStatistics(
+        layer=own_groups(1, eps), batch=batch if uses_batch else None, eps=eps
+    )
+
+
+def instance_beside_batch(batch: Rule, num_instance: int, eps: float) -> InstanceBesideBatch:
+    """IBN-a."""
+    return InstanceBesideBatch(instance=own_groups(num_instance, eps), batch=batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,11 +116,6 @@ class BatchThenGroup:
         """Scale and center of every segment."""
         first = self.batch(table, batch_weight, batch_bias, *given)
         return chain(first, self.group(table.transform(*first), group_weight, group_bias))
-
-    @staticmethod
-    def batch_input(table: Moments) -> Moments:
-        """Moments of what the batch norm sees."""
-        return table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,11 +189,6 @@ class SwitchedStatistics:
         scale = torch.rsqrt(_mixture(var_logits, [source.var for source in sources]) + self.eps)
         return rescale(Affine(scale, (table.mean - mean) * scale), weight, bias)
 
-    @staticmethod
-    def batch_input(table: Moments) -> Moments:
-        """Moments of what the batch norm sees."""
-        return table
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InstanceBesideBatch:
@@ -158,10 +221,6 @@ class InstanceBesideBatch:
         """Moments of the instance norm's channels, and of the batch norm's."""
         half = self.instance.partition.num_groups
         return table.map(lambda t: t[:, :half]), table.map(lambda t: t[:, half:])
-
-
-CompositeAlgebra = BatchThenGroup | GroupAndBatch | SwitchedStatistics | InstanceBesideBatch
-"""What a composite does on tables; ``batch_input`` is what its batch norm sees."""
 
 
 def chain(first: Affine, second: Affine) -> Affine:

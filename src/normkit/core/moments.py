@@ -33,7 +33,7 @@ class Moments:
 
     def detach(self) -> Moments:
         """Return the same numbers without a gradient."""
-        return self.map(Tensor.detach)
+        return self.map(lambda t: t.detach())  # of whatever stands for a table, too
 
     def transform(self, scale: Tensor, center: Tensor) -> Moments:
         r"""Moments of :math:`y = scale \cdot (x - mean) + center`, without a look at ``x``."""

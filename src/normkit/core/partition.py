@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normkit.core.moments import Moments
+from normkit.core.symbol import Symbol
 from normkit.core.transforms import known_size
 from normkit.errors import PartitionError
 from normkit.typing import FeatureMap, GroupTable, SegmentTable
@@ -79,6 +80,9 @@ class Partition(NamedTuple):
         The variance is a sum of squares, so it is never negative and nothing cancels. A group
         without any value has mean 0 and variance 1.
         """
+        if isinstance(table.mean, Symbol):
+            over_examples = self.examples_per_group is None
+            return Moments(*table.mean.pooled(table.var, self.num_groups, over_examples))
         num_examples = table.mean.shape[0]
         if self.examples_per_group is None:
             return self._pool_runs(table, 1, num_examples)
@@ -89,6 +93,8 @@ class Partition(NamedTuple):
     def expand(self, groups: GroupTable, num_examples: int, num_segments: int) -> SegmentTable:
         """Give every segment its group's value: ``(B, G)`` to ``(N, K)``; B = 1 to ``(1, K)``."""
         rows, columns = groups.shape[0], num_segments // self.num_groups
+        if isinstance(groups, Symbol):
+            return groups.repeat_columns(columns)
         table = groups.unsqueeze(-1).expand(-1, -1, columns).reshape(rows, num_segments)
         if rows == 1 or self.examples_per_group == 1:
             return table

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,11 +17,10 @@ from normkit.core.algebra import (
     SynchronizedStatistics,
     WeighedStatistics,
 )
-from normkit.core.composite import CompositeAlgebra
-from normkit.core.fused import normalize_fused
+from normkit.core.composite import Composite, batch_input
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
-from normkit.core.normalize import measure, normalize
+from normkit.core.normalize import differentiable_gradient, measure, normalize, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
 from normkit.core.ranks import gather, merge
@@ -33,7 +33,9 @@ from normkit.core.running import (
     is_second_look,
 )
 from normkit.core.synchronized import follow_all_
-from normkit.kernels.calls import Composite, Kind
+from normkit.core.trace import Source, batch_rule, followed, followed_in_graph
+from normkit.kernels import nodes
+from normkit.kernels.calls import Buffers, Programs, Slots
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
@@ -121,7 +123,6 @@ def normalize_estimated(
 def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
-    algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     training: bool,
     parameters: tuple[Tensor | None, ...],
@@ -132,40 +133,128 @@ def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method 
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        composite: What is computed, in the operators' words.
-        algebra: The same on tables: from the batch stage's rule to the composite's.
+        composite: What is computed.
         running: The batch stage's buffers.
         training: Whether the batch stage is trained.
-        parameters: Of the composite, in the order of its kind.
+        parameters: Of the composite, in the order of its formula.
         ranks: The processes that have parts of the batch, if others have.
         valid: Which positions are valid, if not all are.
     """
     running = _at_second_look(x, running, training, valid)
     if ranks is not None and training:
-        return _normalize_part(x, composite, algebra, running, parameters, ranks, valid)
-    is_halves = composite.kind == Kind.HALVES
-    call = composite_route(running, training, False, valid is not None, is_halves)
-    way, _, _, operators = decide(x, call)
+        return _normalize_part(x, composite, running, parameters, ranks, valid)
+    is_beside = composite.num_beside > 0
+    call = composite_route(running, training, False, valid is not None, is_beside)
+    way, kernels, _, operators = decide(x, call)
     if way == "operator":
-        follows = call.why_torch_moves is None
-        return normalize_fused(
-            operators, x, composite, algebra, running, training, parameters, follows
-        )
-    num_channels = composite.num_batch_channels(x)
+        statistics = _statistics(running, training, call.why_torch_moves is None)
+        sizes = tuple([None if p is None else p.numel() for p in parameters])
+        look_up = followed_in_graph if torch.compiler.is_compiling() else followed
+        programs = look_up(composite, x.shape[1], sizes, statistics.source)
+        is_on_triton = kernels == "triton"
+        if programs.why_not is None and not (is_on_triton and programs.why_not_triton):
+            given = (composite, parameters, statistics)
+            return _normalize_by_operator(operators, x, programs, *given)
+        way = "tables"
+    num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
-    rule = algebra(stage.rule)
+    rule = composite.algebra(stage.rule)
     given = (*parameters, *stage.given)
     y, table = normalize(x, positions(x), rule, *given, valid=valid, way=way)
     if training and running is not None:
-        seen = rule.batch_input(table)
+        seen = batch_input(rule, table)
         follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
     return y
 
 
-def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixes
+def _normalize_by_operator(
+    kernels: nodes.Kernels,
+    x: FeatureMap,
+    programs: Programs,
+    composite: Composite,
+    parameters: tuple[Tensor | None, ...],
+    statistics: _Statistics,
+) -> FeatureMap:
+    """Normalise by one operator, in place of dozens of operations on tables."""
+    source, share, buffers, follower = statistics
+    first, second, third, fourth = (*parameters, None, None, None, None)[:4]
+    slots = first, second, third, fourth
+    differentiable = _differentiable(composite, source, share, len(parameters))
+    y, table = nodes.normalize_composite(
+        kernels, x, slots, (programs, share), buffers, differentiable
+    )
+    if follower is not None:
+        size, num_cells = programs.kept_columns, x.shape[0] * x.shape[1]
+        batch = Moments(table[:1, -size:], table[1:, -size:])
+        if isinstance(follower, RunningStatistics):
+            num_values = x.shape[0] * math.prod(x.shape[2:])
+            follower.follow_(Moments(batch.mean[0], batch.var[0]), num_values)
+        else:
+            follower.remember(table[0, :num_cells].view(x.shape[0], -1), batch)
+            if torch.compiler.is_compiling():
+                follower.follow_(batch)
+    return y
+
+
+class _Statistics(NamedTuple):
+    """Where the batch stage's statistics come from, and what follows them."""
+
+    source: Source
+    share: float = 0.0  # of what the input says, in what is moved or mixed
+    buffers: Buffers = Buffers()
+    follower: Running | None = None  # of what the operator does not do to the buffers
+
+
+def _statistics(running: Running | None, training: bool, kernels_move: bool) -> _Statistics:
+    if running is None or (training and isinstance(running, RunningStatistics) and are_still()):
+        return _Statistics("own")
+    given = Buffers(running.mean, running.var)
+    if not training:
+        return _given(float(running.example_weight), given)
+    moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
+    is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
+    if isinstance(running, RunningEstimates):
+        if running.update_rate == 0:  # during checkpoint recomputation, or not tracking
+            return _Statistics("given", buffers=given)
+        buffers = given if is_traced else moved
+        return _Statistics("estimates", running.update_rate, buffers, running)
+    if running.momentum is None or is_traced or not kernels_move:
+        return _Statistics("own", follower=running)
+    return _Statistics("own", running.momentum, moved)
+
+
+def _given(example_weight: float, given: Buffers) -> _Statistics:
+    if example_weight in (0.0, 1.0):
+        return _Statistics("given" if example_weight == 0 else "example", buffers=given)
+    return _Statistics("mixed", example_weight, given)
+
+
+def _differentiable(
+    composite: Composite, source: Source, share: float, num_parameters: int
+) -> Callable[..., list[Tensor | None]]:
+    """Gradients that can be differentiated again, of the algebra in plain operators."""
+
+    def gradients(
+        grad: Tensor, x: Tensor, table: Tensor, slots: Slots, wanted: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        size = composite.num_batch_channels(x.shape[1])
+        kept = table[:, None, table.shape[1] - size :].to(table_dtype(x.dtype))
+        given = () if source == "own" else (kept[0], kept[1])
+        rule = batch_rule("given" if source == "estimates" else source, composite, size, share)
+        formula = composite.algebra(rule)
+
+        def call(x: Tensor, *parameters: Tensor | None) -> Tensor:
+            used = (*parameters[:num_parameters], *given)
+            return plain(x, math.prod(x.shape[2:]), formula, used)[0]
+
+        return differentiable_gradient(call, (x, *slots), wanted, grad)
+
+    return gradients
+
+
+def _normalize_part(
     x: FeatureMap,
     composite: Composite,
-    algebra: Callable[[Rule], CompositeAlgebra],
     running: Running | None,
     parameters: tuple[Tensor | None, ...],
     ranks: dist.ProcessGroup,
@@ -173,16 +262,16 @@ def _normalize_part(  # noqa: PLR0913, PLR0917 - everything that the method mixe
 ) -> FeatureMap:
     """Train on this process's part of a batch that several have parts of."""
     table = measure(x, positions(x), valid).counted(positions(x))
-    num_channels = composite.num_batch_channels(x)
+    num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, True, composite.batch_eps)
-    seen = algebra(stage.rule).batch_input(table)
+    seen = batch_input(composite.algebra(stage.rule), table)
     stage, rows = synchronized(stage, seen, ranks)
     merged, name = merge(rows), "a norm over several processes"
     if has_single_values(x) and isinstance(stage.rule, SynchronizedStatistics):
         shape = (x.shape[0], num_channels, *x.shape[2:])
         require_counted_variance(stage.rule.partition, shape, merged, name)
-    rule, given = algebra(stage.rule), (*parameters, *stage.given)
-    call = composite_route(running, True, True, valid is not None, composite.kind == Kind.HALVES)
+    rule, given = composite.algebra(stage.rule), (*parameters, *stage.given)
+    call = composite_route(running, True, True, valid is not None, composite.num_beside > 0)
     way, known = decide(x, call).way, (None, table)
     y, _ = normalize(x, positions(x), rule, *given, known=known, valid=valid, way=way)
     if isinstance(running, RunningEstimates):
@@ -200,13 +289,6 @@ def _at_second_look(
         return running
     # Without a gradient: a checkpoint counts the tensors that are saved for backward.
     return running.as_they_were(measure(x, positions(x), valid).mean)
-
-
-def own_groups(num_groups: int, eps: float) -> GroupStatistics:
-    """Statistics of runs of each example's channels."""
-    return GroupStatistics(
-        partition=Partition(num_groups=num_groups, examples_per_group=1), eps=eps
-    )
 
 
 def positions(x: FeatureMap) -> int:

@@ -15,8 +15,11 @@ def known_size(size: int) -> int:
 
     Divisions of sizes then need not be proved; with symbols a trace took ten times as long.
     """
-    if not torch.compiler.is_compiling():
-        return size
+    return int(known_number(size)) if torch.compiler.is_compiling() else size
+
+
+def known_number(number: float) -> float:
+    """The number that a symbol stands for while ``torch.compile`` traces."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # noqa: PLC0415 - slow import
 
-    return int(guard_scalar(size))
+    return guard_scalar(number)

@@ -15,21 +15,17 @@ A composite without examples is still computed where ``ranks`` are given: all pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normkit.core.algebra import Rule
 from normkit.core.composite import (
-    BatchThenGroup,
-    CompositeAlgebra,
-    GroupAndBatch,
-    InstanceBesideBatch,
+    Composite,
     Order,
-    SwitchedStatistics,
+    batch_then_group,
+    group_and_batch,
+    instance_beside_batch,
+    switched,
 )
 from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.mask import Valid
@@ -38,20 +34,11 @@ from normkit.core.partition import Partition, has_single_values, require_varianc
 from normkit.core.positional import normalize_positions, require_channels
 from normkit.core.routes import composite_route
 from normkit.core.running import Running, RunningEstimates, RunningStatistics
-from normkit.core.stages import normalize_composite, own_groups
+from normkit.core.stages import normalize_composite
 from normkit.core.synchronized import normalize_part
 from normkit.core.whitening import whiten_groups
-from normkit.kernels.calls import Composite, Kind
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
-
-ORDERS: Mapping[Order, Kind] = MappingProxyType(
-    {
-        "group-first": Kind.GROUP_FIRST,
-        "batch-first": Kind.BATCH_FIRST,
-        "parallel": Kind.PARALLEL,
-    }
-)
 
 
 def normalize_single(  # noqa: PLR0913, PLR0917 - see the top of this file
@@ -127,12 +114,9 @@ def normalize_batch_then_group(  # noqa: PLR0913, PLR0917
         if training[1]:
             require_variance(_each_example(num_groups), x.shape, name)
 
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        return BatchThenGroup(batch=rule, group=own_groups(num_groups, group.eps))
-
-    composite = Composite(Kind.BATCH_THEN_GROUP, num_groups, batch.eps, group.eps)
+    composite = Composite(batch_then_group, (num_groups, group.eps), batch.eps)
     slots = (*batch[:2], *group[:2])
-    return normalize_composite(x, composite, algebra, running, training[0], slots, ranks, valid)
+    return normalize_composite(x, composite, running, training[0], slots, ranks, valid)
 
 
 def normalize_group_and_batch(  # noqa: PLR0913, PLR0917
@@ -157,11 +141,8 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917
         if ranks is None:
             require_variance(Partition(num_groups=x.shape[1]), x.shape, name)
 
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        return GroupAndBatch(group=own_groups(num_groups, eps), batch=rule, order=order)
-
-    composite = Composite(ORDERS[order], num_groups, eps, eps)
-    return normalize_composite(x, composite, algebra, running, training, slots, ranks, valid)
+    composite = Composite(group_and_batch, (num_groups, eps, order), eps)
+    return normalize_composite(x, composite, running, training, slots, ranks, valid)
 
 
 def normalize_switched(  # noqa: PLR0913, PLR0917
@@ -185,15 +166,9 @@ def normalize_switched(  # noqa: PLR0913, PLR0917
         widest = Partition(num_groups=x.shape[1]) if uses_batch else _each_example(1)
         require_variance(widest, x.shape, name)
 
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        batch = rule if uses_batch else None
-        return SwitchedStatistics(layer=own_groups(1, eps), batch=batch, eps=eps)
-
-    kind = Kind.SWITCHED if uses_batch else Kind.SWITCHED_WITHOUT_BATCH
+    composite = Composite(switched, (eps, uses_batch), eps, has_batch=uses_batch)
     followed = running if uses_batch else None
-    return normalize_composite(
-        x, Composite(kind, 1, eps, eps), algebra, followed, training, slots, ranks, valid
-    )
+    return normalize_composite(x, composite, followed, training, slots, ranks, valid)
 
 
 def normalize_halves(  # noqa: PLR0913, PLR0917
@@ -232,11 +207,9 @@ def normalize_halves(  # noqa: PLR0913, PLR0917
             right = normalize_evaluation(rest, running.partition, running, batch, valid)
             return torch.cat((left, right), dim=1)
 
-    def algebra(rule: Rule) -> CompositeAlgebra:
-        return InstanceBesideBatch(instance=own_groups(num_instance, instance.eps), batch=rule)
-
-    composite = Composite(Kind.HALVES, num_instance, batch.eps, instance.eps)
-    return normalize_composite(x, composite, algebra, running, training[1], slots, ranks, valid)
+    options = (num_instance, instance.eps)
+    composite = Composite(instance_beside_batch, options, batch.eps, num_beside=num_instance)
+    return normalize_composite(x, composite, running, training[1], slots, ranks, valid)
 
 
 def _each_example(num_groups: int) -> Partition:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -21,7 +20,7 @@ Differentiable = Callable[[Tensor, Tensor, Tensor | None, tuple[bool, bool, bool
 """``(grad, x, weight, (wants_x, wants_weight, wants_bias))`` to three gradients, in operations that
 autograd can differentiate again."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""A composite's parameters, in the order that csrc/composites.h gives for its kind."""
+"""A composite's parameters, in the order of its formula."""
 DifferentiableComposite = Callable[
     [Tensor, Tensor, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]
 ]
@@ -71,58 +70,22 @@ def split_table(table: CellTable, num_channels: int, pooling: Pooling) -> Tables
     return Tables(groups[0], groups[1], channels[0], channels[1])
 
 
-class Kind(IntEnum):
-    """Which composite; the numbers are those of csrc/composites.h."""
-
-    BATCH_THEN_GROUP = 0
-    GROUP_FIRST = 1
-    BATCH_FIRST = 2
-    PARALLEL = 3
-    SWITCHED = 4
-    SWITCHED_WITHOUT_BATCH = 5
-    HALVES = 6
-
-
-class BatchSource(IntEnum):
-    """Where a batch stage's statistics come from; as in csrc/composite_operators.cpp."""
-
-    OWN = 0
-    ESTIMATES = 1
-    GIVEN = 2
-
-
-class Composite(NamedTuple):
-    """What is computed, apart from where the batch stage takes its statistics.
+class Programs(NamedTuple):
+    """A composite of norms, as programs on tables: see ``kernels.program``.
 
     Args:
-        kind: Which composite.
-        num_groups: Runs of channels in its group norm; the instance norm's channels of halves.
-        batch_eps: Added to the batch stage's variances.
-        group_eps: Added to the other norm's.
+        forward: From the moments of the map's channels to scale and center.
+        backward: Its gradient.
+        kept_columns: Channels whose statistics over the batch the table keeps.
+        why_not: Why there are none, if so: then torch's operators work on tables.
+        why_not_triton: Why no Triton kernels can be written for them, if so.
     """
 
-    kind: Kind
-    num_groups: int
-    batch_eps: float
-    group_eps: float
-
-    def num_batch_channels(self, x: Tensor) -> int:
-        """Channels that the batch stage sees."""
-        unseen = {Kind.HALVES: self.num_groups, Kind.SWITCHED_WITHOUT_BATCH: x.shape[1]}
-        return x.shape[1] - unseen.get(self.kind, 0)
-
-
-class Batch(NamedTuple):
-    """Where the batch stage's statistics come from.
-
-    Args:
-        source: From the input, from estimates that move first, or given.
-        rate: Weight of the batch in running statistics, of the step in estimates, or of the
-            example's own statistics beside given ones.
-    """
-
-    source: BatchSource
-    rate: float = 0.0
+    forward: str
+    backward: str
+    kept_columns: int
+    why_not: str | None = None
+    why_not_triton: str | None = None
 
 
 class Buffers(NamedTuple):
@@ -136,12 +99,3 @@ class Buffers(NamedTuple):
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
-
-
-Options = tuple[Composite, Batch]
-
-
-def flat(parameters: Slots, options: Options) -> tuple[object, ...]:
-    """A composite as the operators take it."""
-    (kind, *composite), batch = options
-    return (kind, *parameters, *composite, *batch)

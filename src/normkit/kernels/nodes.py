@@ -20,11 +20,10 @@ from normkit.kernels.calls import (
     DifferentiableComposite,
     Gradients,
     MomentTable,
-    Options,
     Pooling,
+    Programs,
     Running,
     Slots,
-    flat,
 )
 from normkit.typing import FeatureMap, PerChannel
 
@@ -181,7 +180,7 @@ def normalize_composite(
     kernels: Kernels,
     x: FeatureMap,
     parameters: Slots,
-    options: Options,
+    options: tuple[Programs, float],
     buffers: Buffers,
     differentiable: DifferentiableComposite,
 ) -> tuple[FeatureMap, MomentTable]:
@@ -190,8 +189,9 @@ def normalize_composite(
     Args:
         kernels: The set of kernels.
         x: Feature map ``(N, C, *S)``, not empty.
-        parameters: In the order of the composite's kind.
-        options: What is computed, and where the batch stage's statistics come from.
+        parameters: In the order of the composite's formula.
+        options: What is computed, and the share of what the input says: in running statistics, in
+            estimates, or beside given statistics.
         buffers: The batch stage's. None are running while ``torch.compile`` traces.
         differentiable: Makes the gradients when a backward pass is itself differentiated.
 
@@ -202,16 +202,18 @@ def normalize_composite(
     if needs_gradient(x, *parameters):
         record = _Composite.apply if kernels is None else _RECORD_COMPOSITE
         return record(x, *parameters, options, buffers, differentiable, kernels)
-    return (kernels or REGISTERED).composite_forward(x, *flat(parameters, options), *buffers)
+    programs, share = options
+    operator = (kernels or REGISTERED).composite_forward
+    return operator(x, programs.forward, *parameters, share, *buffers)
 
 
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
         *parameters, options, buffers, differentiable, kernels = arguments
-        first, second, third, fourth = parameters
-        composite = flat((first, second, third, fourth), options)
-        y, table = (kernels or REGISTERED).composite_forward(x, *composite, *buffers)
+        programs, share = options
+        operator = (kernels or REGISTERED).composite_forward
+        y, table = operator(x, programs.forward, *parameters, share, *buffers)
         ctx.save_for_backward(x, *parameters, table)
         ctx.options, ctx.differentiable, ctx.kernels = options, differentiable, kernels
         ctx.mark_non_differentiable(table)
@@ -233,8 +235,9 @@ def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa
         return ctx.differentiable(grad, x, table, parameters, wanted)
     _, *wants = wanted
     bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
+    programs, share = ctx.options
     operator = (_direct(ctx.kernels, grad) or REGISTERED).composite_backward
-    dx, *found = operator(grad, x, table, *flat(parameters, ctx.options), bits)
+    dx, *found = operator(grad, x, table, programs.backward, *parameters, share, bits)
     gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
     return [dx if wanted[0] else None, *gradients]
 

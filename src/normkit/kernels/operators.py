@@ -5,9 +5,9 @@ C++ computes them on the CPU (``csrc/library.cpp``), Triton on a GPU (``triton/o
 
 ``x`` and ``grad`` are feature maps ``(N, C, *S)``, ``weight`` and ``bias`` have a value for each
 channel. Statistics groups are ``num_groups`` equal runs of the flat ``(C, *S)`` axis times runs
-of ``examples_per_group`` consecutive examples (0: all). Results share the strides of ``x``. Tables
-are float64, means above biased variances. Running statistics move inside of the operator, which
-saves calls on tiny maps.
+of ``examples_per_group`` consecutive examples (0: all). Composites are programs on tables, see
+``kernels.program``. Results share the strides of ``x``. Tables are float64, means above biased
+variances. Running statistics move inside of the operator, which saves calls on tiny maps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normkit.kernels.calls import Kind
+from normkit.kernels.program import parsed
 
 NAMESPACE = "normkit"
 
@@ -31,8 +31,7 @@ _MOVED = (
     "Tensor(c!)? num_batches_tracked=None"
 )
 _COMPOSITE = (
-    "int kind, Tensor? first, Tensor? second, Tensor? third, Tensor? fourth, int num_groups, "
-    "float batch_eps, float group_eps, int batch_source, float rate"
+    "str program, Tensor? first, Tensor? second, Tensor? third, Tensor? fourth, float share"
 )
 SCHEMAS = {
     "pooled_forward": f"(Tensor x, Tensor? weight, Tensor? bias, {_POOLING}, "
@@ -121,21 +120,16 @@ def _three(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # n
     return _result(x), dweight, dbias
 
 
-def _composite_forward(x: Tensor, kind: int, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _composite_forward(x: Tensor, program: str, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     num_examples, num_channels = x.shape[:2]
-    num_groups = arguments[4]
-    unseen = {Kind.HALVES: num_groups, Kind.SWITCHED_WITHOUT_BATCH: num_channels}
-    num_cells = num_examples * num_channels + num_channels - unseen.get(Kind(kind), 0)
-    if kind == Kind.GROUP_FIRST:
-        num_cells += num_examples * num_groups
-    return _result(x), _table(x, 2, num_cells)
+    return _result(x), _table(x, 2, num_examples * num_channels + parsed(program).kept_columns)
 
 
 def _composite_backward(
     grad: Tensor,
     x: Tensor,
     table: Tensor,
-    kind: int,
+    program: str,
     *arguments: Any,  # noqa: ANN401
 ) -> tuple[Tensor, ...]:
     wanted = arguments[-1]

@@ -7,6 +7,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 import normkit as nk
+from normkit.core.composite import (
+    Composite,
+    batch_then_group,
+    group_and_batch,
+    instance_beside_batch,
+    switched,
+)
+from normkit.core.trace import followed
 
 LAYERS = {
     "batch then group": lambda c, **k: nk.BatchChannelNorm(c, num_groups=4, **k),
@@ -182,52 +190,87 @@ def test_16_bit_estimates_of_the_functional_form_are_moved_by_the_algebra():
         assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", range(7))
-def test_fake_kernels_tell_the_truth(kind):
+FORMULAS = {  # what is computed, and how many values each parameter has
+    "batch then group": (Composite(batch_then_group, (3, 1e-4), 1e-5), (6, None, 3, 3)),
+    "group first": (Composite(group_and_batch, (3, 1e-4, "group-first"), 1e-5), (6, None, 1)),
+    "batch first": (Composite(group_and_batch, (3, 1e-4, "batch-first"), 1e-5), (6, None, 1)),
+    "parallel": (Composite(group_and_batch, (3, 1e-4, "parallel"), 1e-5), (6, None, 1)),
+    "switched": (Composite(switched, (1e-5, True), 1e-5), (6, None, 3, 3)),
+    "switched, two": (Composite(switched, (1e-5, False), 1e-5, has_batch=False), (6, 6, 2, 2)),
+    "halves": (Composite(instance_beside_batch, (3, 1e-4), 1e-5, num_beside=3), (3, 3, 3, None)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_fake_kernels_tell_the_truth(name):
     operators = torch.ops.normkit
+    composite, sizes = FORMULAS[name]
     x, grad = draw((4, 6, 3, 5), torch.float32)
-    logits = torch.rand(2 if kind == 5 else 3)
-    third, fourth = {1: (torch.rand(()), None), 4: (logits, logits)}.get(
-        {2: 1, 3: 1, 5: 4}.get(kind, kind), (torch.rand(3), torch.rand(3))
-    )
-    parameters = (torch.rand(6), None, third, fourth)
-    if kind == 6:
-        parameters = (torch.rand(3), torch.rand(3), torch.rand(3), None)
-    num_batch = {5: 0, 6: 3}.get(kind, 6)
+    parameters = [None if n is None else torch.rand(n) for n in (*sizes, None)[:4]]
+    num_batch = composite.num_batch_channels(6)
     running = (torch.zeros(num_batch), torch.ones(num_batch), torch.tensor(0))
-    options = (3, 1e-5, 1e-4, 0, 0.1)
-    given = (x, kind, *parameters, *options, None, None, *running)
+    programs = followed(composite, 6, sizes, "own")
+    given = (x, programs.forward, *parameters, 0.1, None, None, *running)
     _, table = operators.composite_forward(*given)
     torch.library.opcheck(operators.composite_forward.default, given)
     torch.library.opcheck(
         operators.composite_backward.default,
-        (grad, x, table, kind, *parameters, *options, 0b0101),
+        (grad, x, table, programs.backward, *parameters, 0.1, 0b0101),
     )
+
+
+def test_parameters_and_groups_that_do_not_fit_are_refused():
+    composite, sizes = FORMULAS["batch then group"]
+    with pytest.raises(nk.PartitionError, match="4 groups do not divide 6 channels"):
+        followed(composite._replace(options=(4, 1e-5)), 6, sizes, "own")
+    with pytest.raises(nk.InputError, match="4 and 6 channels do not fit"):
+        followed(composite, 6, (4, None, 3, 3), "own")
+    beside, _ = FORMULAS["halves"]
+    with pytest.raises(nk.InputError, match="2 and 3 channels do not fit"):
+        followed(beside, 6, (2, None, 3, None), "own")
 
 
 def test_what_does_not_fit_is_refused():
     x, _ = draw((4, 6, 3), torch.float32)
     forward = torch.ops.normkit.composite_forward
-    nothing = (None, None, None, None)
-    with pytest.raises(RuntimeError, match="4 groups do not divide 6 channels"):
-        forward(x, 0, *nothing, 4, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(RuntimeError, match="a parameter of 4 values does not fit 6 channels"):
-        forward(x, 0, torch.ones(4), None, None, None, 3, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(RuntimeError, match="the batch stage's statistics have 6 values"):
-        forward(x, 0, *nothing, 3, 1e-5, 1e-5, 2, 0.0, torch.zeros(5), torch.ones(5))
+    composite, sizes = FORMULAS["batch then group"]
+    parameters = [None if n is None else torch.ones(n) for n in sizes]
+    text = followed(composite, 6, sizes, "own").forward
+    with pytest.raises(RuntimeError, match="5 values where 6 are needed"):
+        forward(x, text, torch.ones(5), *parameters[1:], 0.1)
+    given = followed(composite, 6, sizes, "given").forward
+    with pytest.raises(RuntimeError, match="5 values where 6 are needed"):
+        forward(x, given, *parameters, 0.0, torch.zeros(5), torch.ones(5))
     mean, var = torch.zeros(6), torch.ones(6)
-    with pytest.raises(RuntimeError, match="a parameter of 2 values"):
-        forward(x, 0, *nothing[:3], torch.ones(2), 3, 1e-5, 1e-5, 1, 0.5, None, None, mean, var)
+    estimates = followed(composite, 6, sizes, "estimates").forward
+    with pytest.raises(RuntimeError, match="2 values where 3 are needed"):
+        forward(x, estimates, *parameters[:3], torch.ones(2), 0.5, None, None, mean, var)
     assert torch.equal(mean, torch.zeros(6))  # nothing has moved
-    with pytest.raises(RuntimeError, match="a mixture needs its logit"):
-        forward(x, 1, *nothing, 3, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(RuntimeError, match="there are 3 logits"):
-        forward(x, 4, *nothing, 1, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(RuntimeError, match="there are 3 logits"):
-        forward(x, 4, None, None, torch.ones(2), torch.ones(3), 1, 1e-5, 1e-5, 0, 0.1)
-    with pytest.raises(
-        RuntimeError, match="halves leave both norms a channel of 6; the first has 6"
-    ):
-        forward(x, 6, *nothing, 6, 1e-5, 1e-5, 0, 0.1)
+    with pytest.raises(RuntimeError, match="asks for a tensor that was not given"):
+        forward(x, text, None, *parameters[1:], 0.1)
     with pytest.raises(RuntimeError, match="composites take no empty maps"):
-        forward(x[:0], 0, *nothing, 3, 1e-5, 1e-5, 0, 0.1)
+        forward(x[:0], text, *parameters, 0.1)
+    with pytest.raises(RuntimeError, match="for 6 channels, and the map has 5"):
+        forward(x[:, :5], text, *parameters, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "begins with its channels"),
+        ("6 nothing 6 7", "begins with its channels"),
+        ("6 nothing 6 0\nN 6 median", "no program on tables has a step"),
+        ("6 nothing 6 0\nN 6 mean\nN 6 add 0 1", "take tables that are there|takes tables"),
+        ("6 nothing 6 0\nN 5 mean", "do not fit"),
+        ("6 nothing 6 0\nN 6 mean\n1 4 parameter 0\nN 6 add 0 1", "do not fit"),
+        ("6 nothing 6 0\nN 6 mean\nN 4 slice 0 3", "do not fit"),
+        ("6 nothing 6 0\nN 6 mean\n= scale 2", "one of its steps"),
+        ("6 nothing 6 0\nN 6 mean\nN 4 slice 0 2\n= scale 1", "result scale has 4 columns"),
+        ("6 nothing 6 0\nN 6 mean\n= scale 0", "to have a result center"),
+        ("6 nothing 6 6\nN 6 mean\n1 3 parameter 0\n= kept_mean 1", "keeps 6 columns"),
+    ],
+)
+def test_a_text_that_is_no_program_is_refused(text, message):
+    x, _ = draw((4, 6, 3), torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.normkit.composite_forward(x, text, torch.ones(3), None, None, None, 0.1)

@@ -1,7 +1,6 @@
 """Every kernel becomes machine code of a GPU that is not there: what an interpreter cannot see."""
 
 import collections
-import itertools
 
 import pytest
 import torch
@@ -13,8 +12,15 @@ if torch.cuda.is_available():
     pytest.skip("kernels are compiled for the GPU that is there", allow_module_level=True)
 
 from kernels.triton.without_gpu import compiled_for
-from normkit.kernels.calls import BatchSource, Kind
-from normkit.kernels.triton import operators, primitives
+from normkit.core.composite import (
+    Composite,
+    batch_then_group,
+    group_and_batch,
+    instance_beside_batch,
+    switched,
+)
+from normkit.core.trace import followed
+from normkit.kernels.triton import composite, operators, plan, primitives
 
 HOPPER = 90
 STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of channels
@@ -49,35 +55,49 @@ def test_every_kernel_of_the_layers_compiles():
     assert all(kernel.asm["cubin"] for _, kernel in found)
 
 
-COMPOSITE_KERNELS = {
-    "rows_forward_kernel", "rows_backward_kernel", "columns_forward_kernel",
-    "columns_backward_kernel", "columns_first_backward_kernel", "rows_first_backward_kernel",
-    "switched_forward_kernel", "switched_backward_kernel", "halves_forward_kernel",
-    "halves_backward_kernel", "moments_kernel", "apply_kernel", "reduce_grad_kernel",
-    "combine_grad_kernel", "pool_rows_kernel", "pool_segments_kernel",
-}  # fmt: skip
+COMPOSITES = {  # what is computed, and how many values each parameter has
+    "batch then group": (Composite(batch_then_group, (8, 1e-5), 1e-5), (64, 64, 8, 8)),
+    "group first": (Composite(group_and_batch, (8, 1e-5, "group-first"), 1e-5), (64, 64, 1)),
+    "batch first": (Composite(group_and_batch, (8, 1e-5, "batch-first"), 1e-5), (64, 64, 1)),
+    "parallel": (Composite(group_and_batch, (8, 1e-5, "parallel"), 1e-5), (64, 64, 1)),
+    "switched": (Composite(switched, (1e-5, True), 1e-5), (64, 64, 3, 3)),
+    "switched, two": (Composite(switched, (1e-5, False), 1e-5, has_batch=False), (64, 64, 2, 2)),
+    "halves": (Composite(instance_beside_batch, (8, 1e-5), 1e-5, num_beside=8), (8, 8, 56, 56)),
+}
 
 
-def test_every_kernel_of_the_composites_compiles():
-    found = []
+@pytest.mark.parametrize("is_wide", [False, True], ids=["one launch", "wide groups"])
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
+    if is_wide:
+        monkeypatch.setattr(composite, "COLUMNS", 4)
+        monkeypatch.setattr(composite, "MOST_CELLS", 16)
+    monkeypatch.setattr(plan, "_PLANS", {})
+    formula, sizes = COMPOSITES[name]
     x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
-    sources = (calls.Batch(BatchSource.OWN, 0.1), calls.Batch(BatchSource.GIVEN, 0.1))
-    pairs = list(itertools.product(Kind, sources))
-    pairs.append((Kind.BATCH_THEN_GROUP, calls.Batch(BatchSource.ESTIMATES, 0.1)))
-    for kind, batch in pairs:
-        shapes = {Kind.BATCH_THEN_GROUP: (8, 8), Kind.SWITCHED: (3, 3)}.get(kind, (1, None))
-        if kind == Kind.SWITCHED_WITHOUT_BATCH:
-            shapes = (2, 2)
-        sizes = (8, 8, 56, 56) if kind == Kind.HALVES else (64, 64, *shapes)
-        slots = [None if n is None else torch.zeros(n, requires_grad=True) for n in sizes]
+    sources = ("own", "given", "mixed", "example", "estimates") if name == "halves" else (
+        ("own", "mixed", "estimates"))  # fmt: skip
+    found = []
+    for source in sources:
+        programs = followed(formula, 64, sizes, source)
+        slots = [torch.zeros(size, requires_grad=True) for size in sizes]
+        slots += [None] * (4 - len(sizes))
         moments = torch.zeros(64), torch.ones(64)  # as many as there are channels, or more
-        buffers = calls.Buffers(*moments, *moments, torch.tensor(0))
-        options = (calls.Composite(kind, 8, 1e-5, 1e-5), batch)
+        moved = (*moments, torch.tensor(0)) if source in {"own", "estimates"} else (None,) * 3
+        buffers = calls.Buffers(*(moments if moved[0] is None else (None, None)), *moved)
         with compiled_for(HOPPER) as kernels:
-            y, _ = nodes.normalize_composite(operators, x, tuple(slots), options, buffers, None)
+            y, _ = nodes.normalize_composite(
+                operators, x, tuple(slots), (programs, 0.1), buffers, None
+            )
             y.backward(torch.zeros_like(y))
         found += kernels
-    assert {name for name, _ in found} >= COMPOSITE_KERNELS
+    names = collections.Counter(name for name, _ in found)
+    assert set(names) == {
+        "moments_kernel", "tables_kernel", "apply_kernel", "reduce_grad_kernel",
+        "combine_grad_kernel",
+    }  # fmt: skip
+    per_way = names["tables_kernel"] / len(plan._PLANS)  # of those that differ
+    assert per_way == 1 if not is_wide else 1 <= per_way <= 3
     assert all(kernel.asm["cubin"] for _, kernel in found)
 
 

@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed, so there are no Triton kernels")
 
 from kernels.triton.without_gpu import started_on
-from normkit.kernels.calls import Batch, BatchSource, Composite, Kind
+from normkit.core.composite import Composite, batch_then_group
+from normkit.core.trace import followed
 from normkit.kernels.triton import composite, operators, plan
 
 HOPPER = 90
@@ -109,13 +110,12 @@ def test_options_and_absent_tensors_have_their_own_plans(started):
 
 def test_a_rate_that_changes_with_every_step_needs_no_new_plan(started):
     x, mean, var = map_of((4, 16, 3, 3)), torch.zeros(16), torch.ones(16)
-    options = Composite(Kind.BATCH_THEN_GROUP, 4, 1e-5, 1e-5)
+    programs = followed(Composite(batch_then_group, (4, 1e-5), 1e-5), 16, (16,) * 4, "estimates")
     for step in range(1, 4):
         forward(x, (mean, var, None, 1 / step))
-        batch = Batch(BatchSource.ESTIMATES, 1 / step)
         slots, buffers = (mean, var, mean, var), (None, None, mean, var, None)
-        _, table = composite.forward(x, slots, (options, batch), buffers)
-        composite.backward(x, x, table, slots, (options, batch), 15)
+        _, table = composite.forward(x, programs.forward, slots, 1 / step, buffers)
+        composite.backward(x, x, table, programs.backward, slots, 1 / step, 15)
     assert len(plan._PLANS) == 3
 
 

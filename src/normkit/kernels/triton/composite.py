@@ -1,117 +1,212 @@
-"""Composites: two passes over the map each way, and between them two launches on tables.
+"""Composites: two passes over the map each way, and between them a program on tables.
 
-Where a segment is shared by several programs, as on few and large channels, one more adds up its
-parts. What is computed is ``core.composite``.
+Where a segment is shared by several programs, as on few and large channels, one launch more adds up
+its parts. The program is one launch, or two where groups of channels are wide: see ``generated``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normkit.kernels.calls import BatchSource, Buffers, Options, Slots
+from normkit.kernels.calls import Buffers, Slots
+from normkit.kernels.program import Program, parsed
 from normkit.kernels.reference import table_dtype
-from normkit.kernels.triton import composite_tables, passes
-from normkit.kernels.triton.composite_tables import Call, Known, Source
-from normkit.kernels.triton.geometry import Grouping, Layout, Map, result_like
-from normkit.kernels.triton.passes import Follower, Parts, Table
-from normkit.kernels.triton.plan import count_change, in_one_piece, planned
+from normkit.kernels.shapes import shapes_of, width_of
+from normkit.kernels.triton import generated, passes
+from normkit.kernels.triton.geometry import (
+    Grouping,
+    Layout,
+    Map,
+    ceil_div,
+    power_of_two,
+    result_like,
+)
+from normkit.kernels.triton.passes import Table
+from normkit.kernels.triton.plan import RATE, Part, count_change, in_one_piece, launch, planned
 
 MOST_CHANNELS = 4096  # of a group, which one program holds
+MOST_CELLS = 16384
+"""Of a table that one program goes over by itself."""
+COLUMNS = 16  # of a strip of channels
+BLOCK = 512  # cells that a program takes at a time, where channels are not more
+Pair = tuple[Tensor, Tensor]
 
 
 def forward(
-    x: Tensor, parameters: Slots, options: Options, buffers: Buffers
+    x: Tensor, text: str, parameters: Slots, share: float, buffers: Buffers
 ) -> tuple[Tensor, Tensor]:
-    """``y`` and the table of moments; running statistics move in the kernels.
-
-    Estimates that are given, not followed, are moved in copies.
-    """
-    composite, batch = options
-    given_mean, given_var, *running = buffers
-    if batch.source == BatchSource.GIVEN:
-        return planned(_forward, (x, *parameters, given_mean, given_var, None, None, None), options)
-    if given_mean is not None and given_var is not None:
-        running = given_mean.clone(), given_var.clone(), None
-    kind = composite, batch._replace(rate=0.0)
-    result = planned(_forward, (x, *parameters, None, None, *running), kind, batch.rate)
-    count_change(running)
+    """``y`` and the table of moments; running statistics move in the kernels."""
+    result = planned(_forward, (x, *parameters, *buffers), (text,), share)
+    count_change(buffers[2:])
     return result
 
 
 def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    first, second, third, fourth, mean, var, *running, composite, batch = given
-    running_mean, running_var, counter = running
-    grouping = Grouping.of(x, x.shape[1], 1)
+    *parameters, given_mean, given_var, mean, var, counter, text = given
+    program = parsed(text)
     source = Map.of(x)
     target = Map.of(result_like(source.tensor))
+    grouping = Grouping.of(x, x.shape[1], 1)
+    table = x.new_empty((2, grouping.N * grouping.C + program.kept_columns), dtype=torch.float64)
+    kept = _Kept.of(table, grouping)
+    passes.measure_whole(source, Layout.of(grouping, source), (kept.mean, kept.var))
+    scale, center = kept.mean.new_empty((2, *kept.mean.shape)).unbind()
+    tensors = {
+        "mean": kept.mean, "var": kept.var, "scale": scale, "center": center,
+        "kept_mean": kept.batch[0], "kept_var": kept.batch[1],
+        "given0": mean if given_mean is None else given_mean,
+        "given1": var if given_var is None else given_var,
+    }  # fmt: skip
+    _run(text, grouping, {**tensors, **_named(parameters)}, (mean, var, counter))
     layout = Layout.of(grouping, source, target)
-    known = Known.of(composite, x)
-    parts = _measure(source, known)
-    statistics = None if mean is None else (in_one_piece(mean), in_one_piece(var))
-    follower = None
-    if running_mean is not None:
-        is_estimate = batch.source != BatchSource.OWN
-        follower = Follower(running_mean, running_var, counter, is_estimate)
-    scale, center = known.mean.new_empty((2, *known.mean.shape)).unbind()
-    call = Call.of(composite, batch, grouping, (first, second, third, fourth))
-    composite_tables.forward(call, known, Source(*parts, statistics, follower), (scale, center))
-    passes.apply_segments(source, target, layout, (_rows(known.mean), _rows(scale), _rows(center)))
-    return target.tensor, known.table
+    passes.apply_segments(source, target, layout, (_rows(kept.mean), _rows(scale), _rows(center)))
+    return target.tensor, table
 
 
-def _measure(x: Map, known: Known) -> tuple[Parts, Layout]:
-    """Moments of channels, as ``primitives.moments`` finds them to the bit: a checkpoint asks."""
-    grouping = Grouping.of(x.tensor, x.tensor.shape[1], 1)
-    layout = Layout.of(grouping, x)
-    return passes.measure_whole(x, layout, (known.mean, known.var)), layout
+class _Kept(NamedTuple):
+    """The parts of a table: moments of channels ``(N, C)``, and of what the batch stage took."""
+
+    mean: Tensor
+    var: Tensor
+    batch: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, grouping: Grouping) -> _Kept:
+        size = grouping.N * grouping.C
+        cells, batch = table.split((size, table.shape[1] - size), dim=1)
+        mean, var = cells.unflatten(1, (grouping.N, grouping.C)).unbind()
+        return cls(mean, var, batch)
+
+
+def _named(parameters: list[Tensor | None]) -> dict[str, Tensor]:
+    return {f"parameter{i}": in_one_piece(p) for i, p in enumerate(parameters) if p is not None}
 
 
 def _rows(table: Tensor) -> Table:
     return Table(table, table.shape[1])
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    table: Tensor,
-    parameters: Slots,
-    options: Options,
-    wanted: int,
+def backward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+    grad: Tensor, x: Tensor, table: Tensor, text: str, parameters: Slots, share: float, wanted: int
 ) -> tuple[Tensor, ...]:
     """Gradient of x, and those of the parameters that are wanted, flat."""
-    composite, batch = options
-    if batch.source != BatchSource.GIVEN:  # then the rate is no example weight
-        options = composite, batch._replace(rate=0.0)
-    dx, *sums = planned(_backward, (grad, x, table, *parameters), options)
-    found = composite_tables.parameter_gradients(composite, parameters, sums)
+    dx, *found = planned(_backward, (grad, x, table, *parameters), (text,), share)
+    names = [name for name in parsed(text).results if name.startswith("gradient")]
+    sums = dict(zip(names, found, strict=True))
     dtype = table_dtype(x.dtype)
-    return dx, *(
-        _as_parameter(gradient, parameter, dtype)
-        if wanted >> i & 1 and gradient is not None and parameter is not None
-        else x.new_empty(0, dtype=dtype)
-        for i, (gradient, parameter) in enumerate(zip(found, parameters, strict=True))
-    )
+    gradients = list[Tensor]()
+    for i in range(len(parameters)):
+        rows = sums.get(f"gradient{i}") if wanted >> i & 1 else None
+        if rows is None:
+            gradients.append(x.new_empty(0, dtype=dtype))
+        else:  # of a parameter of all channels each Triton program has its part
+            gradients.append(rows if rows.ndim == 1 else rows.sum(0))
+    return dx, *gradients
 
 
 def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    first, second, third, fourth, composite, batch = given
+    *parameters, text = given
+    program = parsed(text)
     source = Map.of(x)
     maps = Map.of(grad), source, Map.of(result_like(source.tensor))
     grouping = Grouping.of(x, x.shape[1], 1)
     layout = Layout.of(grouping, *maps)
-    known = Known.of(composite, x, in_one_piece(table))
-    sums = passes.reduce_whole(maps[0], source, layout, _rows(known.mean))
-    call = Call.of(composite, batch, grouping, (first, second, third, fourth))
-    factors, found = composite_tables.backward(call, known, sums)
+    kept = _Kept.of(in_one_piece(table), grouping)
+    sums = passes.reduce_whole(maps[0], source, layout, _rows(kept.mean))
+    factors = kept.mean.new_empty((3, *kept.mean.shape)).unbind()
+    tensors = {
+        "mean": kept.mean, "var": kept.var, "grad_center": sums[0], "grad_scale": sums[1],
+        "kept0": kept.batch[0], "kept1": kept.batch[1],
+    }  # fmt: skip
+    tensors |= zip(("k1", "k2", "k3"), factors, strict=True)
+    found = _gradients(program, grouping, x)
+    _run(text, grouping, {**tensors, **found, **_named(parameters)}, (None, None, None))
     k1, k2, k3 = (_rows(factor) for factor in factors)
-    passes.combine_segments(maps, layout, _rows(known.mean), (k1, k2, k3))
-    return maps[2].tensor, *found
+    passes.combine_segments(maps, layout, _rows(kept.mean), (k1, k2, k3))
+    return maps[2].tensor, *found.values()
 
 
-def _as_parameter(gradient: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    if gradient.numel() != parameter.numel():  # a value for each group of channels
-        gradient = gradient.view(parameter.numel(), -1).sum(1)
-    return gradient.flatten().to(dtype, copy=True)  # an operator's results share no memory
+def _gradients(program: Program, grouping: Grouping, x: Tensor) -> dict[str, Tensor]:
+    """Memory for parameters' gradients; a row for each Triton program where each has a part."""
+    dtype = table_dtype(x.dtype)
+    cut = _Cut.of(program, grouping)
+    shapes = shapes_of(program)
+    found: dict[str, Tensor] = {}
+    for name, line in program.results.items():
+        columns = program.steps[line].columns
+        if name.startswith("gradient"):
+            has_parts = shapes[line].is_part and not cut.is_wide and cut.num_programs("both") > 1
+            rows = (cut.num_programs("both"),) if has_parts else ()
+            found[name] = x.new_empty((*rows, columns), dtype=dtype)
+    return found
+
+
+class _Cut(NamedTuple):
+    """How a table is shared among Triton programs: groups of channels, of a width, in examples."""
+
+    num_examples: int
+    channels: int
+    width: int
+
+    @classmethod
+    def of(cls, program: Program, grouping: Grouping) -> _Cut:
+        return cls(grouping.N, grouping.C, width_of(program))
+
+    @property
+    def is_wide(self) -> bool:
+        return self.width > COLUMNS and self.num_examples * self.width > MOST_CELLS
+
+    def block(self, axes: str) -> tuple[int, int, int]:
+        """Examples, groups and channels of a group that a Triton program takes at a time."""
+        if axes == "examples":
+            groups, channels = 1, COLUMNS
+        else:
+            channels = power_of_two(self.width)
+            groups = power_of_two(self.channels // self.width)
+            if axes == "both":
+                groups = min(groups, max(COLUMNS // channels, 1))
+        rows = max(BLOCK // (groups * channels), 1)
+        return min(power_of_two(self.num_examples), rows), groups, channels
+
+    def num_programs(self, axes: str) -> int:
+        rows, groups, channels = self.block(axes)
+        if axes == "columns":
+            return ceil_div(self.num_examples, rows)
+        if axes == "examples":
+            return ceil_div(self.channels, channels)
+        return ceil_div(self.channels // self.width, groups)
+
+
+def _run(
+    text: str,
+    grouping: Grouping,
+    tensors: Mapping[str, Tensor],
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Start the kernels of a program; what one stores for the next is new memory."""
+    program = parsed(text)
+    cut = _Cut.of(program, grouping)
+    known = dict(tensors)
+    parts = generated.parts_of(text, cut.is_wide)
+    for index, part in enumerate(parts):
+        for line in part.stored:
+            step = program.steps[line]
+            rows = grouping.N if step.per_example else 1
+            known[f"stored{line}"] = known["mean"].new_empty((rows, step.columns))
+        kernel = generated.kernel_of(text, cut.is_wide, index)
+        moved = buffers if "kept_mean" in part.results else (None, None, None)
+        given: list[Tensor | Part | None] = [known[name] for name in kernel.names]
+        rows, groups, channels = cut.block(part.axes)
+        launch(
+            kernel.function,
+            cut.num_programs(part.axes),
+            (*given, *moved, *RATE),
+            (grouping.N, grouping.L),
+            min(max(rows * groups * channels // 128, 1), 8),
+            HAS_RUNNING=moved[0] is not None, HAS_COUNTER=moved[2] is not None,
+            BR=rows, BG=groups, BJ=channels,
+        )  # fmt: skip

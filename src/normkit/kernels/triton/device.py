@@ -90,21 +90,6 @@ def move(pointer, value, rate_high, rate_low, mask):
 
 
 @triton.jit
-def estimate(center, spread, old_mean, old_var, rate_high, rate_low, mask):
-    """Move estimates towards a batch, the variance about the old mean; what they are now."""
-    rate = join(rate_high, rate_low)
-    mean = tl.load(old_mean, mask=mask, other=0.0)
-    var = tl.load(old_var, mask=mask, other=0.0)
-    step = center - mean.to(tl.float64)
-    new_mean = mean.to(tl.float64) + rate * step
-    new_var = var.to(tl.float64)
-    new_var += rate * (step * step + spread - new_var)
-    tl.store(old_mean, new_mean.to(mean.dtype), mask=mask)
-    tl.store(old_var, new_var.to(var.dtype), mask=mask)
-    return new_mean, new_var
-
-
-@triton.jit
 def count_batch(counter, is_first):
     """Count a batch, once: by the first program."""
     pointer = counter + tl.arange(0, 1)

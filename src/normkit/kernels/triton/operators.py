@@ -6,20 +6,11 @@ Called directly they cost less than by way of torch; ``register`` lets torch cal
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from normkit.kernels.calls import (
-    Batch,
-    BatchSource,
-    Buffers,
-    Composite,
-    Kind,
-    Options,
-    Slots,
-)
+from normkit.kernels.calls import Buffers
 from normkit.kernels.operators import NAMESPACE, SCHEMAS, define
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import composite as composites
@@ -118,28 +109,36 @@ def positional_backward(  # noqa: PLR0913, PLR0917
     return planned(positional.backward, (grad, x, weight), (eps, need_weight, need_bias))
 
 
-def composite_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def composite_forward(  # noqa: PLR0913, PLR0917
+    x: Tensor,
+    program: str,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    share: float,
+    *buffers: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Normalise by a composite: ``y`` and the statistics."""
-    composite, buffers = arguments[:10], Buffers(*arguments[10:])
-    return composites.forward(x, *_composite(*composite), buffers)
+    parameters = first, second, third, fourth
+    return composites.forward(x, program, parameters, share, Buffers(*buffers))
 
 
-def composite_backward(
+def composite_backward(  # noqa: PLR0913, PLR0917
     grad: Tensor,
     x: Tensor,
     table: Tensor,
-    *arguments: Any,  # noqa: ANN401
+    program: str,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    share: float,
+    wanted: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of x and of the parameters that are wanted."""
-    *composite, wanted = arguments
-    return composites.backward(grad, x, table, *_composite(*composite), wanted)
-
-
-def _composite(kind: int, *arguments: Any) -> tuple[Slots, Options]:  # noqa: ANN401
-    """Read what ``calls.flat`` has written."""
-    first, second, third, fourth, num_groups, batch_eps, group_eps, source, rate = arguments
-    composite = Composite(Kind(kind), num_groups, batch_eps, group_eps)
-    return (first, second, third, fourth), (composite, Batch(BatchSource(source), rate))
+    parameters = first, second, third, fourth
+    return composites.backward(grad, x, table, program, parameters, share, wanted)
 
 
 def moments(x: Tensor, segment_size: int, wide: bool = False) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def measure_whole(x: Map, layout: Layout, out: tuple[Tensor, Tensor]) -> Parts:
     """Mean and variance of segments, float64, in ``out``; returns those of their parts."""
     parts = measure(x, layout, out)
     if parts.stream.splits > 1:
-        pool_rows(parts, layout, 1, out)
+        pool_rows(parts, layout, out)
     return parts
 
 
@@ -114,15 +114,13 @@ class Follower(NamedTuple):
 
     Args:
         mean: Running mean.
-        var: Running variance, unbiased; of estimates biased.
+        var: Running variance, unbiased.
         counter: Counts batches.
-        are_estimates: Whether they are what the kernel writes, once moved.
     """
 
     mean: Tensor
     var: Tensor
     counter: Tensor | None
-    are_estimates: bool = False
 
 
 def follower_arguments(
@@ -136,25 +134,16 @@ def follower_arguments(
     return (follower.mean, follower.var, counter, *RATE), flags
 
 
-def pool_rows(
-    parts: Parts,
-    layout: Layout,
-    num_examples: int,
-    out: tuple[Tensor, Tensor],
-    follower: Follower | None = None,
-) -> None:
-    """Pool parts of segments over runs of examples into two rows of ``B * K`` cells."""
+def pool_rows(parts: Parts, layout: Layout, out: tuple[Tensor, Tensor]) -> None:
+    """Pool the parts of segments: ``(N, K)``."""
     grouping, stream = layout.grouping, parts.stream
-    buffers, flags = follower_arguments(follower)
     columns = min(power_of_two(grouping.K), 32)
-    rows = min(power_of_two(num_examples * stream.splits), 32)
     launch(
         pool_rows_kernel,
-        ceil_div(grouping.N, num_examples) * ceil_div(grouping.K, columns),
-        (parts.first, parts.second, *out, *buffers),
-        (grouping.N, stream.splits, stream.span, grouping.L, grouping.K, num_examples),
-        ESTIMATED=follower is not None and follower.are_estimates,
-        BK=columns, BR=rows, **flags,
+        grouping.N * ceil_div(grouping.K, columns),
+        (parts.first, parts.second, *out),
+        (stream.splits, stream.span, grouping.L, grouping.K),
+        BK=columns, BR=min(power_of_two(stream.splits), 32),
     )  # fmt: skip
 
 

@@ -1,15 +1,12 @@
 """Kernels on tables: what lies between the passes over a map.
 
-All tables of moments are float64. A program takes ``BK`` columns (or groups) and ``BR`` rows (or
-segments of a group) at a time.
+All tables of moments are float64. A program takes ``BK`` columns and ``BR`` rows at a time.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from normkit.kernels.triton.device import count_batch, estimate, move
 
 
 @triton.jit
@@ -20,78 +17,33 @@ def part_size(i, SPLITS, span, L):
 
 @triton.jit
 def pool_rows_kernel(
-    mean, var, out_mean, out_var, running_mean, running_var, counter, rate_high, rate_low,
-    N, SPLITS, span, L, K, E,
-    HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr, ESTIMATED: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr,
+    mean, var, out_mean, out_var, SPLITS, span, L, K, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Pool parts of segments ``(N, SPLITS, K)`` over runs of ``E`` examples: ``(B, K)``.
-
-    ``ESTIMATED``: what comes out, and is kept, are running estimates moved towards that.
-    """
+    """Pool the parts of segments ``(N, SPLITS, K)``: ``(N, K)``."""
     tiles = tl.cdiv(K, BK)
-    run = tl.program_id(0) // tiles
+    example = tl.program_id(0) // tiles
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
-    examples = tl.minimum(E, N - run * E)
-    num_rows = examples * SPLITS
-    top = (run * E).to(tl.int64) * SPLITS
-    size = examples.to(tl.float64) * L
+    top = example.to(tl.int64) * SPLITS
     lane = tl.arange(0, BR)
     total = tl.zeros((BR, BK), tl.float64)
-    for first in range(0, num_rows, BR):
+    for first in range(0, SPLITS, BR):
         i = first + lane
-        mask = (i < num_rows)[:, None] & (k < K)[None, :]
+        mask = (i < SPLITS)[:, None] & (k < K)[None, :]
         at = (top + i)[:, None] * K + k[None, :]
         total += tl.load(mean + at, mask=mask, other=0.0) * part_size(i, SPLITS, span, L)[:, None]
-    center = tl.sum(total, axis=0) / size
+    center = tl.sum(total, axis=0) / L
     total = tl.zeros((BR, BK), tl.float64)
-    for first in range(0, num_rows, BR):
+    for first in range(0, SPLITS, BR):
         i = first + lane
-        mask = (i < num_rows)[:, None] & (k < K)[None, :]
+        mask = (i < SPLITS)[:, None] & (k < K)[None, :]
         at = (top + i)[:, None] * K + k[None, :]
         apart = tl.load(mean + at, mask=mask, other=0.0) - center[None, :]
         within = tl.load(var + at, mask=mask, other=0.0)
         both = (within + apart * apart) * part_size(i, SPLITS, span, L)[:, None]
         total += tl.where(mask, both, 0.0)
-    spread = tl.sum(total, axis=0) / size
-    if ESTIMATED:
-        center, spread = estimate(
-            center, spread, running_mean + k, running_var + k, rate_high, rate_low, k < K
-        )
-    out = run.to(tl.int64) * K + k
+    out = example.to(tl.int64) * K + k
     tl.store(out_mean + out, center, mask=k < K)
-    tl.store(out_var + out, spread, mask=k < K)
-    if HAS_RUNNING and not ESTIMATED:
-        unbiased = spread * (size / tl.maximum(size - 1.0, 1.0))
-        move(running_mean + k, center, rate_high, rate_low, k < K)
-        move(running_var + k, unbiased, rate_high, rate_low, k < K)
-    if HAS_COUNTER:
-        count_batch(counter, tl.program_id(0) == 0)
-
-
-@triton.jit
-def pool_segments_kernel(
-    mean, var, out_mean, out_var, J, BR: tl.constexpr
-):  # fmt: skip
-    """Pool runs of ``J`` equal cells of a table, a program each."""
-    group = tl.program_id(0)
-    top = group.to(tl.int64) * J
-    lane = tl.arange(0, BR)
-    total = tl.zeros((BR,), tl.float64)
-    for first in range(0, J, BR):
-        j = first + lane
-        total += tl.load(mean + top + j, mask=j < J, other=0.0)
-    center = tl.sum(total, axis=0) / J
-    total = tl.zeros((BR,), tl.float64)
-    for first in range(0, J, BR):
-        j = first + lane
-        apart = tl.load(mean + top + j, mask=j < J, other=0.0) - center
-        within = tl.load(var + top + j, mask=j < J, other=0.0)
-        total += tl.where(j < J, within + apart * apart, 0.0)
-    spread = tl.sum(total, axis=0) / J
-    one = tl.arange(0, 1)
-    tl.store(out_mean + group + one, center, mask=one < 1)
-    tl.store(out_var + group + one, spread, mask=one < 1)
+    tl.store(out_var + out, tl.sum(total, axis=0) / L, mask=k < K)
 
 
 @triton.jit

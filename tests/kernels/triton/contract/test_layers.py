@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import normkit as nk
 import oracle
 from cases import EVERY, SHAPES, TOLERANCE, groups, randn, statistics
+from formulas import FORMULAS, results
 
 THOROUGH = os.environ.get("TRITON_INTERPRET") != "1" and "NORMKIT_CONTRACT" not in os.environ
 CASES = {case.name: case for case in EVERY if case.kind != "gw"}
@@ -319,22 +320,15 @@ def test_a_plan_is_carried_out_on_the_values_of_each_call(spec, offset, device):
             assert_close(one, other, atol=2e-5, rtol=2e-5)
 
 
-LAUNCHES = {  # on tables, forward and backward, of a map whose segments are not shared
-    "bcn": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
-    "bcn-micro": (["pool_rows", "rows_forward"], ["rows_backward", "columns_backward"]),
-    "gnplus": (
-        ["pool_segments", "columns_forward"], ["columns_first_backward", "rows_first_backward"],
-    ),
-    "ibn": (["halves_forward"], ["halves_backward"]),
-    "sn": (["pool_rows", "switched_forward"], ["switched_backward", "columns_backward"]),
-}  # fmt: skip
+COMPOSITES = ["bcn", "bcn-micro", "gnplus", "ibn", "sn"]
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_composites_take_two_launches_on_tables(name, training, device, monkeypatch):
-    from normkit.kernels.triton import composite_tables, passes  # noqa: PLC0415 - needs triton
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composites_take_three_launches_each_way(name, training, device, monkeypatch):
+    from normkit.kernels.triton import composite, passes, plan  # noqa: PLC0415 - needs triton
 
+    monkeypatch.setattr(plan, "_PLANS", {})
     seen = []
     launch = passes.launch
 
@@ -342,19 +336,43 @@ def test_composites_take_two_launches_on_tables(name, training, device, monkeypa
         seen.append(kernel.fn.__name__.removesuffix("_kernel"))
         launch(kernel, *arguments, **options)
 
-    monkeypatch.setattr(composite_tables, "launch", note)
+    monkeypatch.setattr(composite, "launch", note)
     monkeypatch.setattr(passes, "launch", note)
     x = randn(2, 6, 4, dtype=torch.float32).to(device).requires_grad_()
     y = on(device, CASES[name], torch.float32).train(training)(x)
     forward = list(seen)
     torch.autograd.grad(y.square().sum(), x)
-    on_map = ({"moments", "apply"}, {"reduce_grad", "combine_grad"})
-    if training:
-        on_tables = LAUNCHES[name]
-    else:  # the batch's statistics are there
-        on_tables = [[k for k in way if k != "pool_rows"] for way in LAUNCHES[name]]
-    for found, expected, passes_over in zip(
-        (forward, seen[len(forward) :]), on_tables, on_map, strict=True
-    ):
-        assert [kernel for kernel in found if kernel not in passes_over] == expected
-        assert set(found) - set(expected) == passes_over
+    assert forward == ["moments", "tables", "apply"]
+    assert seen[3:] == ["reduce_grad", "tables", "combine_grad"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_that_no_layer_has(name, training, device):
+    x, grad = randn(5, 12, 6, mean=1.0), randn(5, 12, 6, seed=1)
+    if device.type != "cpu":
+        pytest.skip("these formulas' parameters are on the CPU")
+    expected, found = (
+        results(name, x, grad, kernels, training) for kernels in ("reference", "triton")
+    )
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_groups_too_wide_for_one_launch_give_the_same(name, device, monkeypatch):
+    from normkit.kernels.triton import composite, plan  # noqa: PLC0415 - needs triton
+
+    x = randn(5, 6, 4, dtype=torch.float64).to(device).requires_grad_()
+
+    def results():
+        layer = on(device, CASES[name], torch.float64)
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.pow(3).sum(), (x, *layer.parameters()))]
+
+    with nk.use_kernels("triton"):
+        expected = results()
+        monkeypatch.setattr(composite, "COLUMNS", 1)
+        monkeypatch.setattr(composite, "MOST_CELLS", 1)
+        monkeypatch.setattr(plan, "_PLANS", {})
+        found = results()
+    assert_close(found, expected)

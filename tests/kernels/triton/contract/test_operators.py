@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
+from normkit.core.composite import Composite, group_and_batch
+from normkit.core.trace import followed
 from normkit.kernels.operators import NAMESPACE, SCHEMAS
 
 THOROUGH = os.environ.get("TRITON_INTERPRET") != "1"
@@ -25,8 +27,10 @@ def test_operators_tell_the_truth_to_tracers(device):
     _, table = namespace.pooled_forward(x, weight, None, 2, 0, 1e-5, True)
     _, positions = namespace.positional_forward(x, weight, None, 1e-5)
     parameters = (weight, None, torch.zeros((), device=device), None)
-    group_first = (1, *parameters, 1, 1e-5, 1e-4, 0, 0.1)
-    _, kept = namespace.composite_forward(x, *group_first, None, None)
+    formula = Composite(group_and_batch, (1, 1e-4, "group-first"), 1e-5)
+    programs = followed(formula, 2, (2, None, 1), "own")
+    forward, backward = ((text, *parameters, 0.1) for text in programs[:2])
+    _, kept = namespace.composite_forward(x, *forward, None, None)
     segments = torch.zeros(2, 2, device=device)
     calls = {
         "pooled_forward": (x, weight, None, 2, 0, 1e-5, True),
@@ -35,8 +39,8 @@ def test_operators_tell_the_truth_to_tracers(device):
         "evaluate_backward": (grad, x, mean, weight, weight, 2, 1e-5, True, True),
         "positional_forward": (x, weight, None, 1e-5),
         "positional_backward": (grad, x, positions, weight, 1e-5, True, False),
-        "composite_forward": (x, *group_first, None, None),
-        "composite_backward": (grad, x, kept, *group_first, 0b0101),
+        "composite_forward": (x, *forward, None, None),
+        "composite_backward": (grad, x, kept, *backward, 0b0101),
         "moments": (x, 3),
         "apply": (x, segments, segments, segments),
         "reduce_grad": (grad, x, segments),
