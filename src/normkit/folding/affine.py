@@ -14,6 +14,7 @@ from normkit.convert.source import Source
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import ConversionError
+from normkit.kernels.activations import ActivationName
 from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer, is_watched
 
 OWN_STATISTICS = "it evaluates by each example's own statistics"
@@ -132,11 +133,22 @@ def _wide(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
+def activation_module(name: ActivationName, negative_slope: float) -> nn.Module:
+    """The activation of a layer as a module of torch's."""
+    kinds: dict[str, type[nn.Module]] = {
+        "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
+        "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu6": nn.ReLU6,
+    }  # fmt: skip
+    return nn.LeakyReLU(negative_slope) if name == "leaky_relu" else kinds[name]()
+
+
 def _rest(norm: nn.Module, source: Source) -> nn.Module:
     """What stays of a norm, under the names that it has inside of it."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     parts.update(_apart(norm)[1])
     if source.activation is not None:
         parts.update(zip(("drop", "act"), source.activation, strict=True))
+    if isinstance(norm, NormLayer) and norm.activation is not None:
+        parts["activation"] = activation_module(norm.activation, norm.negative_slope)
     kept = OrderedDict((n, m) for n, m in parts.items() if not isinstance(m, nn.Identity))
     return nn.Sequential(kept) if kept else nn.Identity()

@@ -87,7 +87,8 @@ def plan(
     places = []
     for at in neighbours.graph.of_kind("norm"):
         norm = by_name[neighbours.graph.calls[at].name]
-        does = why[norm] or evaluated(norm)
+        adds = "" if len(neighbours.graph.calls[at].inputs) < 2 else "a residual is added in it"
+        does = why[norm] or adds or evaluated(norm)
         if isinstance(does, str):
             why[norm] = does
         else:

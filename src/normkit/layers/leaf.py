@@ -10,7 +10,9 @@ from torch.fx import Proxy, Tracer
 from normkit.errors import InputTypeError, TraceError
 
 
-def record_call(layer: nn.Module, x: object, mask: object, overridden: bool) -> Proxy:
+def record_call(
+    layer: nn.Module, x: object, mask: object, residual: object, overridden: bool
+) -> Proxy:
     """Record a call on a ``torch.fx.Proxy`` as one node, and refuse anything else.
 
     The tracer cannot look inside: what a layer computes depends on the values of the shape. So the
@@ -20,6 +22,7 @@ def record_call(layer: nn.Module, x: object, mask: object, overridden: bool) -> 
         layer: The layer that is called.
         x: What it is called with; not a tensor.
         mask: Likewise, or None.
+        residual: Likewise, or None.
         overridden: Whether a subclass has a ``forward`` of its own, which called this one. The node
             then stands for the part below it alone: ``normalize_below``.
 
@@ -37,14 +40,17 @@ def record_call(layer: nn.Module, x: object, mask: object, overridden: bool) -> 
             f"model that holds it, for instance nn.Sequential(layer)"
         )
     given: tuple[Any, ...] = (x,) if mask is None else (x, mask)
+    named = {} if residual is None else {"residual": residual}
     if not overridden:
-        return x.tracer.create_proxy("call_module", path, given, {})
+        return x.tracer.create_proxy("call_module", path, given, named)
     itself = x.tracer.create_proxy("get_attr", path, (), {})
-    return x.tracer.create_proxy("call_function", normalize_below, (itself, *given), {})
+    return x.tracer.create_proxy("call_function", normalize_below, (itself, *given), named)
 
 
-def normalize_below(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def normalize_below(
+    layer: nn.Module, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Do what ``super().forward(x)`` does in a subclass of a layer that has its own ``forward``."""
     from normkit.layers.base import NormLayer  # noqa: PLC0415 - it imports this module
 
-    return NormLayer.forward(layer, x, mask)  # type: ignore[arg-type]
+    return NormLayer.forward(layer, x, mask, residual)  # type: ignore[arg-type]
