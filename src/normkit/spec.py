@@ -15,6 +15,7 @@ from normkit.core.check import require_count
 from normkit.core.composite import Order
 from normkit.core.partition import divisors, largest_divisor
 from normkit.errors import PartitionError, SpecError
+from normkit.kernels.activations import ActivationName
 from normkit.layers.batch_channel import ChannelAffine
 from normkit.recipes import (
     MAX_NUMBER,
@@ -34,7 +35,11 @@ T = TypeVar("T")
 MAX_LENGTH = 400  # characters of a spec
 
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"Order": get_args(Order), "ChannelAffine": get_args(ChannelAffine)}
+    {
+        "Order": get_args(Order),
+        "ChannelAffine": get_args(ChannelAffine),
+        "ActivationName | None": get_args(ActivationName),
+    }
 )
 """Options that are one of a few words, by the name of their annotation."""
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import normkit as nk
 import oracle
 from cases import CASES, EVERY, MAIN, SHAPES, TOLERANCE, Case, groups, randn
-from normkit.errors import InputError, InputTypeError, OptionError
+from normkit.errors import InputError, InputTypeError, OptionError, SpecError
 from values import arrange, buffers_of, in_float64, parameters_for, scaled
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh", "relu6")
@@ -263,6 +263,14 @@ def test_without_it_nothing_changes_and_state_dicts_are_the_same(case):
         other.load_state_dict(ending.state_dict())
         x = randn(3, 6, 5, 7, dtype=torch.float32)
         assert torch.equal(other(x), ending(x))
+
+
+def test_specs_name_it():
+    built = nk.build("gn:3:activation=leaky_relu:negative_slope=0.2", 6)
+    assert (built.activation, built.negative_slope) == ("leaky_relu", 0.2)
+    assert nk.build("bn:activation=none", 6).activation is None
+    with pytest.raises(SpecError, match="it is one of: relu, leaky_relu, silu"):
+        nk.build("bn:activation=swish", 6)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)

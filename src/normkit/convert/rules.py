@@ -21,6 +21,7 @@ Rule = Callable[[Any], Source]
 RULES: dict[str, Rule] = {}
 """The rule of each class, by its module and name: other libraries are never imported."""
 
+UNBATCHED = "inputs without a batch axis"
 STATISTICS_OF_EXAMPLES = "the average over examples' own statistics (ours follow the whole batch's)"
 
 
@@ -147,7 +148,7 @@ def _sync_batch_norm(layer: nn.SyncBatchNorm) -> Source:
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _instance_norm(layer: nn.InstanceNorm2d) -> Source:
     tracked = layer.track_running_stats
-    lost = ("inputs without a batch axis", *([STATISTICS_OF_EXAMPLES] if tracked else []))
+    lost = (UNBATCHED, *([STATISTICS_OF_EXAMPLES] if tracked else []))
     own = {"example_weight": 0.0} if tracked else {}  # evaluates by its running statistics
     momentum = {"momentum": layer.momentum, "track_running_stats": tracked}
     return Source(
