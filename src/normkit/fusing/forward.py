@@ -78,7 +78,8 @@ def rewritten(own: Own, norms: Collection[str]) -> type[nn.Module]:
         for key, value in made.globals.items()
     )
     kind = type(own.module)
-    return _class(getattr(kind, "base", kind), Code(made.src, names))
+    base = kind.base if issubclass(kind, _Rewritten) else kind
+    return _class(base, Code(made.src, names))
 
 
 def _join(graph: fx.Graph, site: Site) -> None:
