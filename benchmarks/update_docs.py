@@ -1,11 +1,12 @@
-"""Put the measured results into docs/kernels.md, docs/triton.md and README.md, between markers.
+"""Put the measured results into the pages of docs/ and README.md that have markers.
 
     python benchmarks/update_docs.py
 
 Each marker ``<!-- begin FILE -->`` names a file of ``benchmarks/results``: a record of
 ``normkit bench`` (JSON), whose chart is drawn anew, a record of ``normkit bench --end-to-end``
 (``end-to-end*.json``), or Markdown; ``<!-- begin gpu-RECORD.json#TABLE -->`` a table of a record of
-``benchmarks/gpu.py``; ``<!-- begin host.json -->`` the record of ``benchmarks/host.py``.
+``benchmarks/gpu.py``; ``<!-- begin fused.json -->`` that of ``benchmarks/fused.py``,
+``<!-- begin host.json -->`` the record of ``benchmarks/host.py``.
 """
 
 import json
@@ -19,11 +20,17 @@ import gpu_report
 from normkit.lab.bench import read_record
 from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import EndToEndRecord
+from normkit.lab.bench.fused import FusedRecord
 from normkit.lab.bench.markdown import markdown, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "kernels.md", ROOT / "docs" / "triton.md", ROOT / "README.md")
+PAGES = (
+    ROOT / "docs" / "fusing.md",
+    ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "triton.md",
+    ROOT / "README.md",
+)
 MARKED = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -44,6 +51,8 @@ def _content(name: str, part: str = "") -> str:
         return path.read_text(encoding="utf-8")
     if name.startswith("gpu-"):
         return gpu_report.TABLES[part](gpu_report.read(path)) + "\n"
+    if name == "fused.json":
+        return _fused(FusedRecord.model_validate_json(path.read_bytes()), part)
     if name == "host.json":
         return _host_times(json.loads(path.read_text(encoding="utf-8")))
     if name.startswith("end-to-end"):
@@ -52,6 +61,31 @@ def _content(name: str, part: str = "") -> str:
     chart = path.with_suffix(".svg")
     write_chart(chart, record)
     return f"![Ratios of every shape](../benchmarks/results/{chart.name})\n\n{markdown(record)}"
+
+
+def _fused(record: FusedRecord, part: str) -> str:
+    """Norm and activation together: how many times as long the others take, and memory."""
+    machine = record.environment
+    rows = []
+    for residual in (False, True):
+        name = "norm, sum and ReLU" if residual else "norm and ReLU"
+        ratios = (record.mean_ratio(side, residual) for side in ("torch", "separate"))
+        rows.append((f"{name}, both ways, mean of shapes", *(f"**{r:.2f}**" for r in ratios), ""))
+    for row in record.networks:
+        size = "x".join(map(str, (row.workload.batch_size, *row.workload.input_shape)))
+        ratios = (f"**{row.ratio(side):.2f}**" for side in ("torch", "separate"))
+        peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in row.peak_bytes.values())
+        rows.append((f"step of {row.workload.model}, {size}", *ratios, peaks))
+    head = ("in one pass", "torch's / ours", "ours one by one / ours", "memory of a step, MiB")
+    said = table(head, rows)
+    if part == "ratios":
+        return f"{said}\n"
+    setting = (
+        f"{machine.device}, {machine.threads} threads, torch {machine.torch}, "
+        f"{machine.date[:10]}, code `{record.code_hash}`, load {record.load_average:.1f}. Memory "
+        f"is of torch's layers, ours one by one, and ours in one pass."
+    )
+    return f"{setting}\n\n{said}\n"
 
 
 def _host_times(record: dict[str, Any]) -> str:

@@ -18,46 +18,55 @@ struct GroupGradient {
   }
 };
 
-template <class T>
-void combine_elementwise(const Pooled& a, const Group<T>& group, const GroupGradient<T>& k,
-                         int64_t start, int64_t low, int64_t high) {
+template <class T, class G>
+void combine_elementwise(const Pooled& a, const G& source, const Group<T>& group,
+                         const GroupGradient<T>& k, int64_t start, int64_t low, int64_t high) {
   using A = acc_t<T>;
-  const T* g = static_cast<const T*>(a.grad) + start;
   const T* x = static_cast<const T*>(a.x) + start;
   T* dx = static_cast<T*>(a.out) + start;
-  const A* weight = a.weight ? static_cast<const A*>(a.weight) + low : nullptr;
+  const ElementwiseLine<T> line(a, group, low);
   const vec<T> pivot = splat<T>(group.pivot), scale = splat<T>(A(k.scale));
   const vec<T> slope = splat<T>(A(k.slope)), center = splat<T>(A(k.center));
-  const bool reads_x = A(k.slope) != 0;  // as in row_gradient
+  const bool has_slope = A(k.slope) != 0;  // as in row_gradient
+  const bool reads_x = has_slope || G::reads_u;
   each_vector<T>(high - low, [&](int, int64_t i, int n) NORMKIT_INLINE {
-    vec<T> gradient = scale * load_some(g + i, n, vec<T>{});
-    if (weight) gradient *= load_some(weight + i, n, vec<T>{});
-    const vec<T> rest =
-        reads_x ? slope * (load_some(x + i, n, pivot) - pivot) + center : center;
-    store_some(dx + i, n, gradient + rest);
+    const vec<T> d = reads_x ? load_some(x + i, n, pivot) - pivot : vec<T>{};
+    vec<T> gradient = scale * source(start + i, n, line(i, n, d));
+    if (line.weight) gradient *= load_some(line.weight + i, n, vec<T>{});
+    store_some(dx + i, n, gradient + (has_slope ? slope * d + center : center));
+  });
+}
+
+template <class T, class G>
+void combine_pieces(const Pooled& a, const G& source, const Group<T>& group,
+                    const GroupGradient<T>& k, int64_t origin, int64_t low, int64_t high) {
+  using A = acc_t<T>;
+  const T* x = static_cast<const T*>(a.x);
+  T* dx = static_cast<T*>(a.out);
+  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
+    row_gradient(source, x, dx, origin + start, length, line_of<T>(a, group, channel),
+                 A(weight_at<T>(a, channel) * k.scale), A(k.slope), A(k.center));
   });
 }
 
 template <class T>
 void combine_run(const Pooled& a, const Group<T>& group, const GroupGradient<T>& k,
                  int64_t example, int64_t low, int64_t high) {
-  using A = acc_t<T>;
   const int64_t origin = example * a.partition.example_size;
-  if (a.affine_plane == 1) return combine_elementwise<T>(a, group, k, origin + low, low, high);
-  const T* g = static_cast<const T*>(a.grad) + origin;
-  const T* x = static_cast<const T*>(a.x) + origin;
-  T* dx = static_cast<T*>(a.out) + origin;
-  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
-    row_gradient(g + start, x + start, dx + start, length, group.pivot,
-                 A(weight_at<T>(a, channel) * k.scale), A(k.slope), A(k.center));
+  with_gradient<T>(a.grad, a.ending, [&](const auto& source) {
+    if (a.affine_plane == 1) {
+      combine_elementwise<T>(a, source, group, k, origin + low, low, high);
+    } else {
+      combine_pieces<T>(a, source, group, k, origin, low, high);
+    }
   });
 }
 
 // Sums of the pieces of one group; adds to sums, stores what dbias and dweight need.
-template <class T>
-void group_gradient_sums(const Pooled& a, const Group<T>& group, const Place& at, double* sums) {
+template <class T, class G>
+void group_gradient_sums(const Pooled& a, const G& source, const Group<T>& group, const Place& at,
+                         double* sums) {
   const Partition& p = a.partition;
-  const T* g = static_cast<const T*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
   const auto take = [&](int64_t channel, int64_t piece, double* part) NORMKIT_INLINE {
     part[1] += group.pivot_offset * part[0];
@@ -71,9 +80,9 @@ void group_gradient_sums(const Pooled& a, const Group<T>& group, const Place& at
   };
   int64_t piece = a.piece_first ? at.batch * a.num_pieces + piece_index(p, at.low) : 0;
   if (has_short_channels(a, at)) {
-    each_stretch<T>(a, at, group.pivot, [&](const Span& span, int64_t units, const acc_t<T>* pivot,
-                                            double* parts) NORMKIT_INLINE {
-      unit_grad_sums(g, x, span, units, pivot, parts);
+    each_stretch<T>(a, at, group, [&](const Span& span, int64_t units, const Line<T>* lines,
+                                      double* parts) NORMKIT_INLINE {
+      unit_grad_sums(source, x, span, units, lines, parts);
       int64_t channel = divide(span.offset - at.origin, p.plane);
       for (int64_t unit = 0; unit < units; ++unit) take(channel++, piece++, parts + 2 * unit);
     });
@@ -82,21 +91,25 @@ void group_gradient_sums(const Pooled& a, const Group<T>& group, const Place& at
   each_piece(at.low, at.low + p.run, a.affine_plane,
              [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
     double part[2];
-    span_grad_sums(g, x, {at.origin + start, length, at.count, p.example_size}, group.pivot, part);
+    span_grad_sums(source, x, {at.origin + start, length, at.count, p.example_size},
+                   line_of<T>(a, group, channel), part);
     take(channel, piece++, part);
   });
 }
 
-template <class T>
-void backward_units(const Pooled& a, const Place& at, int64_t units) {
+template <class T, class G>
+void backward_units(const Pooled& a, const G& source, const Place& at, int64_t units) {
   using A = acc_t<T>;
   const Partition& p = a.partition;
-  A pivot[kUnits], scale[kUnits], slope[kUnits], center[kUnits];
+  Line<T> lines[kUnits];
+  A scale[kUnits], slope[kUnits], center[kUnits];
   double sums[2 * kUnits];
-  const T* g = static_cast<const T*>(a.grad);
   const T* x = static_cast<const T*>(a.x);
-  for (int64_t unit = 0; unit < units; ++unit) pivot[unit] = A(a.mean[at.group + unit]);
-  unit_grad_sums(g, x, {at.origin + at.low, p.run, at.count, p.example_size}, units, pivot, sums);
+  const auto channel_of = [&](int64_t unit) { return divide(at.low + unit * p.run, a.affine_plane); };
+  for (int64_t unit = 0; unit < units; ++unit) {
+    lines[unit] = line_of<T>(a, group_of<T>(a, at.group + unit), channel_of(unit));
+  }
+  unit_grad_sums(source, x, {at.origin + at.low, p.run, at.count, p.example_size}, units, lines, sums);
   for (int64_t unit = 0; unit < units; ++unit) {
     const Group<T> group = group_of<T>(a, at.group + unit);
     double* pair = sums + 2 * unit;
@@ -105,7 +118,7 @@ void backward_units(const Pooled& a, const Place& at, int64_t units) {
       a.piece_first[at.group + unit] = pair[0];
       a.piece_second[at.group + unit] = pair[1] * group.rstd;
     }
-    const double weight = weight_at<T>(a, divide(at.low + unit * p.run, a.affine_plane));
+    const double weight = weight_at<T>(a, channel_of(unit));
     double weighted[2] = {weight * pair[0], weight * pair[1]};
     if (a.constant) weighted[0] = weighted[1] = 0;  // not times 0: they may be NaN
     const GroupGradient<T> k(group, weighted, double(at.count) * double(p.run));
@@ -113,57 +126,64 @@ void backward_units(const Pooled& a, const Place& at, int64_t units) {
     slope[unit] = A(k.slope);
     center[unit] = A(k.center);
   }
+  const Pooled second = second_pass(a);
+  const typename G::Second gradient(second.grad, second.ending);
   for (int64_t example = 0; example < at.count; ++example) {
     const int64_t start = at.origin + example * p.example_size + at.low;
     for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t row = start + unit * p.run;
-      row_gradient(g + row, x + row, static_cast<T*>(a.out) + row, p.run, pivot[unit], scale[unit],
-                   slope[unit], center[unit]);
+      row_gradient(gradient, x, static_cast<T*>(a.out), start + unit * p.run, p.run, lines[unit],
+                   scale[unit], slope[unit], center[unit]);
+    }
+  }
+}
+
+template <class T, class G>
+void backward_groups_by(const Pooled& a, const G& source, int64_t begin, int64_t end) {
+  const Partition& p = a.partition;
+  if (has_short_rows(a)) {
+    for (Place at(p, begin); at.group < end;) {
+      const int64_t units = count_units(a, at, end);
+      backward_units<T>(a, source, at, units);
+      for (int64_t unit = 0; unit < units; ++unit) at.next(p);
+    }
+    return;
+  }
+  const Pooled second = second_pass(a);
+  for (Place at(p, begin); at.group < end; at.next(p)) {
+    const Group<T> group = group_of<T>(a, at.group);
+    double sums[2] = {0, 0};
+    group_gradient_sums<T>(a, source, group, at, sums);
+    if (a.constant) sums[0] = sums[1] = 0;
+    const GroupGradient<T> gradient(group, sums, double(at.count) * double(p.run));
+    for (int64_t example = at.first; example < at.first + at.count; ++example) {
+      combine_run<T>(second, group, gradient, example, at.low, at.low + p.run);
     }
   }
 }
 
 template <class T>
 void backward_groups(const Pooled& a, int64_t begin, int64_t end) {
-  const Partition& p = a.partition;
-  if (has_short_rows(a)) {
-    for (Place at(p, begin); at.group < end;) {
-      const int64_t units = count_units(a, at, end);
-      backward_units<T>(a, at, units);
-      for (int64_t unit = 0; unit < units; ++unit) at.next(p);
-    }
-    return;
-  }
-  for (Place at(p, begin); at.group < end; at.next(p)) {
-    const Group<T> group = group_of<T>(a, at.group);
-    double sums[2] = {0, 0};
-    group_gradient_sums<T>(a, group, at, sums);
-    if (a.constant) sums[0] = sums[1] = 0;
-    const GroupGradient<T> gradient(group, sums, double(at.count) * double(p.run));
-    for (int64_t example = at.first; example < at.first + at.count; ++example) {
-      combine_run<T>(a, group, gradient, example, at.low, at.low + p.run);
-    }
-  }
+  with_gradient<T>(a.grad, a.ending, [&](const auto& source) {
+    backward_groups_by<T>(a, source, begin, end);
+  });
 }
 
 // sum(w g) and sum(w g xhat) of one run; adds g to dbias and g xhat to dweight, element by element.
-template <class T>
-void elementwise_grad_run(const Pooled& a, const Group<T>& group, int64_t start, int64_t low,
-                          acc_t<T>* dbias, acc_t<T>* dweight, double* sums) {
-  using A = acc_t<T>;
-  const T* g = static_cast<const T*>(a.grad) + start;
+template <class T, class G>
+void elementwise_grad_run(const Pooled& a, const G& source, const Group<T>& group, int64_t start,
+                          int64_t low, acc_t<T>* dbias, acc_t<T>* dweight, double* sums) {
   const T* x = static_cast<const T*>(a.x) + start;
-  const A* weight = a.weight ? static_cast<const A*>(a.weight) + low : nullptr;
-  const vec<T> pivot = splat<T>(group.pivot), rstd = splat<T>(A(group.rstd));
-  const vec<T> center = splat<T>(A(group.pivot_offset * group.rstd));
+  const ElementwiseLine<T> line(a, group, low);
+  const vec<T> pivot = splat<T>(group.pivot);
   double parts[2];
   sum_span<T>({0, a.partition.run, 1, 0}, parts,
               [&](int64_t i, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
-                vec<T> gradient = load_some(g + i, n, vec<T>{});
-                const vec<T> x_hat = rstd * (load_some(x + i, n, pivot) - pivot) + center;
+                const vec<T> d = load_some(x + i, n, pivot) - pivot;
+                vec<T> gradient = source(start + i, n, line(i, n, d));
+                const vec<T> x_hat = line.rstd * d + line.center;
                 store_some(dbias + i, n, load_some(dbias + i, n, vec<T>{}) + gradient);
                 store_some(dweight + i, n, load_some(dweight + i, n, vec<T>{}) + gradient * x_hat);
-                if (weight) gradient *= load_some(weight + i, n, vec<T>{});
+                if (line.weight) gradient *= load_some(line.weight + i, n, vec<T>{});
                 one += gradient;
                 two += gradient * x_hat;
               });
@@ -176,20 +196,23 @@ void backward_elementwise(const Pooled& a, int64_t index, int64_t begin, int64_t
                           void* dweight) {
   using A = acc_t<T>;
   const Partition& p = a.partition;
+  const Pooled second = second_pass(a);
   const int64_t low = index * p.run;
   for (int64_t batch = begin; batch < end; ++batch) {
     const Group<T> group = group_of<T>(a, batch * p.num_groups + index);
     const int64_t first = p.batch_begin(batch), count = p.batch_size(batch);
     double sums[2] = {0, 0};
-    for (int64_t n = first; n < first + count; ++n) {
-      elementwise_grad_run<T>(a, group, n * p.example_size + low, low, static_cast<A*>(dbias) + low,
-                              static_cast<A*>(dweight) + low, sums);
-    }
+    with_gradient<T>(a.grad, a.ending, [&](const auto& source) {
+      for (int64_t n = first; n < first + count; ++n) {
+        elementwise_grad_run<T>(a, source, group, n * p.example_size + low, low,
+                                static_cast<A*>(dbias) + low, static_cast<A*>(dweight) + low, sums);
+      }
+    });
     sums[1] /= group.rstd;  // GroupGradient takes sums of (x - mean)
     if (a.constant) sums[0] = sums[1] = 0;
     const GroupGradient<T> gradient(group, sums, double(count) * double(p.run));
     for (int64_t n = first; n < first + count; ++n) {
-      combine_run<T>(a, group, gradient, n, low, low + p.run);
+      combine_run<T>(second, group, gradient, n, low, low + p.run);
     }
   }
 }
@@ -197,16 +220,22 @@ void backward_elementwise(const Pooled& a, int64_t index, int64_t begin, int64_t
 // The same steps on a part of a group, for groups that several threads share.
 
 // Pairs {sum(g), sum(g (x - mean))} for each piece of [low, high).
+template <class T, class G>
+void grad_pieces(const Pooled& a, const G& source, const Group<T>& group, int64_t origin,
+                 int64_t low, int64_t high, double* pieces) {
+  const T* x = static_cast<const T*>(a.x);
+  each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
+    span_grad_sums(source, x, {origin + start, length, 1, 0}, line_of<T>(a, group, channel), pieces);
+    pieces[1] += group.pivot_offset * pieces[0];
+    pieces += 2;
+  });
+}
 template <class T>
 void grad_part(const Pooled& a, int64_t k, int64_t example, int64_t low, int64_t high,
                double* pieces) {
-  const Group<T> group = group_of<T>(a, k);
   const int64_t origin = example * a.partition.example_size;
-  each_piece(low, high, a.affine_plane, [&](int64_t, int64_t start, int64_t length) NORMKIT_INLINE {
-    span_grad_sums(static_cast<const T*>(a.grad), static_cast<const T*>(a.x),
-                   {origin + start, length, 1, 0}, group.pivot, pieces);
-    pieces[1] += group.pivot_offset * pieces[0];
-    pieces += 2;
+  with_gradient<T>(a.grad, a.ending, [&](const auto& source) {
+    grad_pieces<T>(a, source, group_of<T>(a, k), origin, low, high, pieces);
   });
 }
 
@@ -216,7 +245,7 @@ void combine_part(const Pooled& a, int64_t k, int64_t example, int64_t low, int6
   const Partition& p = a.partition;
   const Group<T> group = group_of<T>(a, k);
   const double count = double(p.batch_size(k / p.num_groups)) * double(p.run);
-  combine_run<T>(a, group, GroupGradient<T>(group, sums, count), example, low, high);
+  combine_run<T>(second_pass(a), group, GroupGradient<T>(group, sums, count), example, low, high);
 }
 
 }  // namespace normkit::NORMKIT_ISA

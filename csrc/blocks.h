@@ -15,13 +15,14 @@ struct Block {
   using A = acc_t<T>;
   int64_t rows = 0, first_group = 0, group_width;
   Columns columns{};
-  std::vector<A> pivot, scale, slope, center;
+  std::vector<A> pivot, scale, slope, center, y_scale, y_center;
   std::vector<double> first, second;
 
   explicit Block(const Pooled& a)
       : group_width(a.partition.num_channels / a.partition.num_groups),
         pivot(a.partition.num_channels), scale(pivot.size()), slope(pivot.size()),
-        center(pivot.size()), first(pivot.size()), second(pivot.size()) {}
+        center(pivot.size()), y_scale(a.ending.follows() ? pivot.size() : 0),
+        y_center(y_scale.size()), first(pivot.size()), second(pivot.size()) {}
 
   void move_to(const Pooled& a, int64_t batch) {
     const Partition& p = a.partition;
@@ -30,7 +31,8 @@ struct Block {
     first_group = batch * p.num_groups;
     columns = {p.num_channels, p.num_channels, static_cast<const T*>(a.x) + start,
                a.grad ? static_cast<const T*>(a.grad) + start : nullptr, static_cast<T*>(a.out) + start,
-               pivot.data(), scale.data(), slope.data(), center.data()};
+               pivot.data(), scale.data(), slope.data(), center.data(), y_scale.data(),
+               y_center.data(), later<T>(a.ending, start)};
     for (size_t i = 0; i < first.size(); ++i) first[i] = second[i] = 0;
   }
 
@@ -72,17 +74,16 @@ void block_statistics(const Pooled& a, Block<T>& block, int64_t batch) {
 
 template <class T>
 void forward_blocks(const Pooled& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
   Block<T> block(a);
   for (int64_t batch = begin; batch < end; ++batch) {
     block.move_to(a, batch);
     if (!a.constant) block_statistics<T>(a, block, batch);
     block.each_group(a, [&](const Group<T>& group, int64_t low, int64_t high) {
       for (int64_t c = low; c < high; ++c) {
-        const double factor = weight_at<T>(a, c) * group.rstd;
-        block.pivot[c] = group.pivot;
-        block.scale[c] = A(factor);
-        block.center[c] = A(bias_at<T>(a, c) + group.pivot_offset * factor);
+        const Line<T> line = line_of<T>(a, group, c);
+        block.pivot[c] = line.pivot;
+        block.scale[c] = line.scale;
+        block.center[c] = line.center;
       }
     });
     block.finish(column_apply<T>);
@@ -118,7 +119,13 @@ void backward_blocks(const Pooled& a, int64_t begin, int64_t end) {
   for (int64_t batch = begin; batch < end; ++batch) {
     block.move_to(a, batch);
     block.each_group(a, [&](const Group<T>& group, int64_t low, int64_t high) {
-      for (int64_t c = low; c < high; ++c) block.pivot[c] = group.pivot;
+      for (int64_t c = low; c < high; ++c) {
+        block.pivot[c] = group.pivot;
+        if (!a.ending.follows()) continue;
+        const Line<T> line = line_of<T>(a, group, c);
+        block.y_scale[c] = line.scale;
+        block.y_center[c] = line.center;
+      }
     });
     column_grad_sums<T>(block.columns, 0, block.rows, block.first.data(), block.second.data());
     block.each_group(a, [&](const Group<T>& group, int64_t low, int64_t high) {

@@ -146,6 +146,7 @@ struct Cells {
         part_first(plan.chunks.size() * plan.cols), part_second(plan.chunks.size() * plan.cols) {}
 
   std::vector<A> pivot, scale, slope, center;
+  std::vector<A> y_scale, y_center;             // empty without an ending
   std::vector<double> first, second;            // (num_blocks, cols)
   std::vector<double> part_first, part_second;  // (chunks, cols)
 
@@ -170,8 +171,13 @@ inline int64_t chunk_grain(const Plan& plan) {
 template <class A>
 Columns columns_of(const Plan& plan, const FeatureMap& x, const Cells<A>& cells, int64_t block) {
   const int64_t at = block * plan.cols;
-  return {plan.cols,       plan.cols,       x.data(),        nullptr,         nullptr,
-          &cells.pivot[at], &cells.scale[at], &cells.slope[at], &cells.center[at]};
+  Columns columns{plan.cols,        plan.cols,        x.data(),         nullptr, nullptr,
+                  &cells.pivot[at], &cells.scale[at], &cells.slope[at], &cells.center[at]};
+  if (!cells.y_scale.empty()) {
+    columns.y_scale = &cells.y_scale[at];
+    columns.y_center = &cells.y_center[at];
+  }
+  return columns;
 }
 
 template <class A>
@@ -208,7 +214,7 @@ void cell_moments(const Plan& plan, const FeatureMap& x, const Kernels& kernels,
 // Sums over each cell of g and g (x - mean), mean being the group's; pivots stay behind.
 template <class A>
 void cell_gradients(const Plan& plan, const FeatureMap& x, const Tensor& g, const Kernels& kernels,
-                    const Statistics& given, Cells<A>& cells) {
+                    const Statistics& given, Cells<A>& cells, const Ending& ending = {}) {
   plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
     const Plan::Groups groups = plan.groups_of(block);
     for (int64_t col = begin; col < end; ++col) {
@@ -220,6 +226,7 @@ void cell_gradients(const Plan& plan, const FeatureMap& x, const Tensor& g, cons
       const Chunk& chunk = plan.chunks[i];
       Columns columns = columns_of(plan, x, cells, chunk.block);
       columns.grad = g.data_ptr();
+      columns.ending = ending;
       kernels.column_grad_sums(columns, chunk.begin, chunk.end, &cells.part_first[i * plan.cols],
                                &cells.part_second[i * plan.cols]);
     }

@@ -2,7 +2,7 @@
 // side by side, and dense inputs.
 #pragma once
 
-#include "rows.h"
+#include "endings.h"
 
 namespace normkit::NORMKIT_ISA {
 
@@ -72,25 +72,44 @@ void column_sums(const Columns& a, int64_t begin, int64_t end, double* first, do
                      });
 }
 
-template <class T>
-void column_grad_sums(const Columns& a, int64_t begin, int64_t end, double* first,
-                      double* second) {
+// The gradient of u in a row's columns from `col` on, where d = x - pivot.
+template <class T, class G>
+[[gnu::always_inline]] inline vec<T> column_gradient(const Columns& a, const G& source, int64_t at,
+                                                     int64_t col, int n, vec<T> d) {
+  if constexpr (!G::reads_u) return source(at, n, d);
+  using A = acc_t<T>;
+  const vec<T> scale = load_some(static_cast<const A*>(a.y_scale) + col, n, vec<T>{});
+  return source(at, n, scale * d + load_some(static_cast<const A*>(a.y_center) + col, n, vec<T>{}));
+}
+
+template <class T, class G>
+void column_grad_sums_by(const Columns& a, const G& source, int64_t begin, int64_t end,
+                         double* first, double* second) {
   const T* x = static_cast<const T*>(a.x);
-  const T* g = static_cast<const T*>(a.grad);
   const int64_t stride = a.stride;
   const acc_t<T>* pivot = static_cast<const acc_t<T>*>(a.pivot);
   sum_columns<T>(a, begin, end, first, second,
-                 [=](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
+                 [=, &a, &source](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
                      NORMKIT_INLINE {
+                       const int64_t at = row * stride + col;
                        const vec<T> p = load_some(pivot + col, n, vec<T>{});
-                       const vec<T> gradient = load_some(g + row * stride + col, n, vec<T>{});
+                       const vec<T> d = load_some(x + at, n, p) - p;
+                       const vec<T> gradient = column_gradient<T>(a, source, at, col, n, d);
                        one += gradient;
-                       two += gradient * (load_some(x + row * stride + col, n, p) - p);
+                       two += gradient * d;
                      });
 }
 
 template <class T>
-void column_apply(const Columns& a, int64_t begin, int64_t end) {
+void column_grad_sums(const Columns& a, int64_t begin, int64_t end, double* first,
+                      double* second) {
+  with_gradient<T>(a.grad, a.ending, [&](const auto& source) {
+    column_grad_sums_by<T>(a, source, begin, end, first, second);
+  });
+}
+
+template <class T, class E>
+void column_results(const Columns& a, const E& finish, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.out);
@@ -101,18 +120,22 @@ void column_apply(const Columns& a, int64_t begin, int64_t end) {
     const int64_t start = row * a.stride;
     each_vector<T>(a.cols, [&](int, int64_t i, int n) NORMKIT_INLINE {
       const vec<T> p = load_some(pivot + i, n, vec<T>{});
-      store_some(y + start + i, n,
-                 load_some(scale + i, n, vec<T>{}) * (load_some(x + start + i, n, p) - p) +
-                     load_some(center + i, n, vec<T>{}));
+      const vec<T> u = load_some(scale + i, n, vec<T>{}) * (load_some(x + start + i, n, p) - p) +
+                       load_some(center + i, n, vec<T>{});
+      store_some(y + start + i, n, finish(start + i, n, u));
     });
   }
 }
 
 template <class T>
-void column_combine(const Columns& a, int64_t begin, int64_t end) {
+void column_apply(const Columns& a, int64_t begin, int64_t end) {
+  with_ending<T>(a.ending, [&](const auto& finish) { column_results<T>(a, finish, begin, end); });
+}
+
+template <class T, class G>
+void column_combine_by(const Columns& a, const G& source, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(a.x);
-  const T* g = static_cast<const T*>(a.grad);
   T* dx = static_cast<T*>(a.out);
   const A* pivot = static_cast<const A*>(a.pivot);
   const A* scale = static_cast<const A*>(a.scale);
@@ -123,7 +146,7 @@ void column_combine(const Columns& a, int64_t begin, int64_t end) {
     each_vector<T>(a.cols, [&](int, int64_t i, int n) NORMKIT_INLINE {
       const vec<T> p = load_some(pivot + i, n, vec<T>{});
       const vec<T> d = load_some(x + start + i, n, p) - p;
-      const vec<T> gradient = load_some(g + start + i, n, vec<T>{});
+      const vec<T> gradient = column_gradient<T>(a, source, start + i, i, n, d);
       const vec<T> k = load_some(slope + i, n, vec<T>{});
       const vec<T> along = k == vec<T>{} ? vec<T>{} : k * d;  // as in row_gradient
       store_some(dx + start + i, n,
@@ -131,6 +154,15 @@ void column_combine(const Columns& a, int64_t begin, int64_t end) {
                      (along + load_some(center + i, n, vec<T>{})));
     });
   }
+}
+
+// After column_grad_sums, which may have written the gradient that is read here.
+template <class T>
+void column_combine(const Columns& given, int64_t begin, int64_t end) {
+  const Columns a = second_pass(given);
+  with_gradient<T>(a.grad, a.ending, [&](const auto& source) {
+    column_combine_by<T>(a, source, begin, end);
+  });
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -51,12 +51,12 @@ void group_statistics(const Pooled& a, const Place& at) {
 
 template <class T>
 void forward_units(const Pooled& a, const Place& at, int64_t units) {
-  using A = acc_t<T>;
   const Partition& p = a.partition;
-  A pivot[kUnits], scale[kUnits], center[kUnits];
+  Line<T> lines[kUnits];
   const T* x = static_cast<const T*>(a.x);
   if (!a.constant) {
     double sums[2 * kUnits];
+    acc_t<T> pivot[kUnits];
     for (int64_t unit = 0; unit < units; ++unit) {
       pivot[unit] = first_mean(x + at.origin + at.low + unit * p.run, p.run);
     }
@@ -67,18 +67,13 @@ void forward_units(const Pooled& a, const Place& at, int64_t units) {
     }
   }
   for (int64_t unit = 0; unit < units; ++unit) {
-    const Group<T> group = group_of<T>(a, at.group + unit);
     const int64_t channel = divide(at.low + unit * p.run, a.affine_plane);
-    const double factor = weight_at<T>(a, channel) * group.rstd;
-    pivot[unit] = group.pivot;
-    scale[unit] = A(factor);
-    center[unit] = A(bias_at<T>(a, channel) + group.pivot_offset * factor);
+    lines[unit] = line_of<T>(a, group_of<T>(a, at.group + unit), channel);
   }
   for (int64_t example = 0; example < at.count; ++example) {
     const int64_t start = at.origin + example * p.example_size + at.low;
     for (int64_t unit = 0; unit < units; ++unit) {
-      row_affine(x + start + unit * p.run, static_cast<T*>(a.out) + start + unit * p.run, p.run,
-                 pivot[unit], scale[unit], center[unit]);
+      row_result(x, static_cast<T*>(a.out), start + unit * p.run, p.run, lines[unit], a.ending);
     }
   }
 }

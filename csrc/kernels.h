@@ -10,6 +10,19 @@ namespace normkit {
 
 enum class Element { float32, float64, bfloat16, float16 };
 
+// As in kernels/activations.py.
+enum class Activation : int64_t { none, relu, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, relu6 };
+
+// What follows a norm, y = act(norm(x) + residual), and what its gradient needs: maps of x's layout.
+struct Ending {
+  Activation activation;
+  double slope;          // of a leaky ReLU below 0
+  const void* residual;  // what is added, or null
+  const void* result;    // backward of ReLU and leaky ReLU with a residual: y, which has u's sign
+  void* passed;          // backward: where g act'(u) is written, or null
+  bool follows() const { return activation != Activation::none || residual; }
+};
+
 // A feature map (num_examples, num_channels, plane) whose statistics groups are runs of
 // `examples_per_group` examples times runs of `run` elements of one example.
 struct Partition {
@@ -46,6 +59,7 @@ struct Pooled {
   double* piece_first;
   double* piece_second;
   int64_t num_pieces;
+  Ending ending;
 };
 
 // A row-major matrix with one statistic for each column, and the tables that go with its columns.
@@ -58,6 +72,9 @@ struct Columns {
   const void* scale;
   const void* slope;
   const void* center;
+  const void* y_scale;  // backward through an ending: the factors of forward
+  const void* y_center;
+  Ending ending;
 };
 
 // PositionalNorm on contiguous memory: examples of (num_channels, plane), statistics per position.

@@ -7,6 +7,10 @@ STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
   m.impl("pooled_backward", TORCH_BOX(&normkit::pooled_backward));
   m.impl("evaluate_forward", TORCH_BOX(&normkit::evaluate_forward));
   m.impl("evaluate_backward", TORCH_BOX(&normkit::evaluate_backward));
+  m.impl("ended_forward", TORCH_BOX(&normkit::ended_forward));
+  m.impl("ended_backward", TORCH_BOX(&normkit::ended_backward));
+  m.impl("ended_evaluate_forward", TORCH_BOX(&normkit::ended_evaluate_forward));
+  m.impl("ended_evaluate_backward", TORCH_BOX(&normkit::ended_evaluate_backward));
   m.impl("positional_forward", TORCH_BOX(&normkit::positional_forward));
   m.impl("positional_backward", TORCH_BOX(&normkit::positional_backward));
   m.impl("composite_forward", TORCH_BOX(&normkit::composite_forward));

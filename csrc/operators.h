@@ -31,6 +31,27 @@ std::tuple<Tensor, Tensor, Tensor> evaluate_backward(const Tensor& grad, const T
                                                      int64_t num_groups, double eps,
                                                      bool need_weight, bool need_bias);
 
+// The same with an ending, y = act(norm(x) + residual).
+std::tuple<Tensor, Tensor> ended_forward(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, int64_t num_groups, int64_t examples_per_group, double eps,
+    bool channel_statistics, int64_t activation, double slope, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, double momentum);
+std::tuple<Tensor, Tensor, Tensor, Tensor> ended_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& table, const OptionalTensor& residual,
+    const OptionalTensor& result, const OptionalTensor& weight, const OptionalTensor& bias,
+    int64_t num_groups, int64_t examples_per_group, double eps, int64_t activation, double slope,
+    bool need_residual, bool need_weight, bool need_bias);
+Tensor ended_evaluate_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& mean,
+                              const Tensor& var, const OptionalTensor& weight,
+                              const OptionalTensor& bias, int64_t num_groups, double eps,
+                              int64_t activation, double slope);
+std::tuple<Tensor, Tensor, Tensor, Tensor> ended_evaluate_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& residual, const OptionalTensor& result, const OptionalTensor& weight,
+    const OptionalTensor& bias, int64_t num_groups, double eps, int64_t activation, double slope,
+    bool need_residual, bool need_weight, bool need_bias);
+
 std::tuple<Tensor, Tensor> positional_forward(const Tensor& x, const OptionalTensor& weight,
                                               const OptionalTensor& bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const Tensor& x,

@@ -70,18 +70,28 @@ Statistics parts_of(const Tensor& table, int64_t num_cells, bool channels) {
           channels ? vars + num_cells : nullptr};
 }
 
-}  // namespace
+// Buffers that follow the batch: of the channels where the table has them, else of the groups.
+struct Running {
+  const OptionalTensor& mean;
+  const OptionalTensor& var;
+  const OptionalTensor& num_batches_tracked;
+  double momentum;
 
-std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTensor& weight,
-                                          const OptionalTensor& bias, int64_t num_groups,
-                                          int64_t examples_per_group, double eps,
-                                          bool channel_statistics,
-                                          const OptionalTensor& running_mean,
-                                          const OptionalTensor& running_var,
-                                          const OptionalTensor& num_batches_tracked,
-                                          double momentum) {
-  const FeatureMap x(input);
-  const Partition p = make_partition(x, num_groups, examples_per_group);
+  void follow(const FeatureMap& x, const Partition& p, const Statistics& result) const {
+    if (mean && var) {
+      const bool channels = result.channel_mean != nullptr;
+      STD_TORCH_CHECK(channels || p.num_batches == 1,
+                      "several runs of examples have running statistics only by channel");
+      const int64_t size = channels ? p.num_channels : p.num_groups;
+      blend_running(*mean, *var, channels ? result.channel_mean : result.mean,
+                    channels ? result.channel_var : result.var, size, x.numel() / size, momentum);
+    }
+    if (num_batches_tracked) ++*static_cast<int64_t*>(num_batches_tracked->data_ptr());
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const FeatureMap& x, const Finish& finish, const Partition& p,
+                                   bool channel_statistics, const Running& running) {
   STD_TORCH_CHECK(!channel_statistics || p.run == 0 || p.run % p.plane == 0 ||
                       p.plane % p.run == 0,
                   "channel statistics need groups that lie inside a channel or cover whole ones");
@@ -94,24 +104,121 @@ std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTen
     return {y, table};
   }
   const Statistics result = parts_of(table, num_cells, channel_statistics);
-  forward_of(x, p)(x, y, weight, bias, p, eps, result);
-  if (running_mean && running_var) {
-    STD_TORCH_CHECK(channel_statistics || p.num_batches == 1,
-                    "several runs of examples have running statistics only by channel");
-    const double* means = channel_statistics ? result.channel_mean : result.mean;
-    const double* vars = channel_statistics ? result.channel_var : result.var;
-    const int64_t size = channel_statistics ? p.num_channels : p.num_groups;
-    blend_running(*running_mean, *running_var, means, vars, size, x.numel() / size, momentum);
-  }
-  if (num_batches_tracked) ++*static_cast<int64_t*>(num_batches_tracked->data_ptr());
+  forward_of(x, p)(x, y, finish, p, result);
+  running.follow(x, p, result);
   return {y, table};
 }
+
+// Statistics of a table that forward has filled.
+Statistics read_table(const Tensor& table, const Partition& p) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == 2 && table.is_contiguous() &&
+                      table.size(1) >= p.num_batches * p.num_groups,
+                  "the table has shape (2, ", p.num_batches * p.num_groups, " or more)");
+  return parts_of(table, 0, false);
+}
+
+// Whole-batch statistics that someone else computed, as the kernels read them.
+class Given {
+ public:
+  Given(const Tensor& mean, const Tensor& var, const Partition& p)
+      : mean_(values_of(mean, p)), var_(values_of(var, p)) {}
+  Statistics statistics() { return {mean_.data(), var_.data(), nullptr, nullptr, true}; }
+
+ private:
+  static std::vector<double> values_of(const Tensor& table, const Partition& p) {
+    STD_TORCH_CHECK(table.numel() == p.num_groups, "mean and var have one value for each of the ",
+                    p.num_groups, " groups");
+    return as_doubles(table);
+  }
+  std::vector<double> mean_, var_;
+};
+
+struct Needs {
+  bool weight, bias;
+};
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const FeatureMap& x,
+                                            const Tensor& dx, const Statistics& given,
+                                            const Finish& finish, const Partition& p,
+                                            const Needs& need) {
+  ParameterGradients gradients(need.weight || need.bias ? x.num_channels : 0);
+  if (x.numel() > 0) {
+    backward_of(x, p)(x.matching(grad), x, dx, given, finish, p, gradients);
+  }
+  return {dx, gradient_tensor(gradients.dweight, need.weight, x.wide()),
+          gradient_tensor(gradients.dbias, need.bias, x.wide())};
+}
+
+// A map beside x in the memory of x, or nothing.
+OptionalTensor beside(const FeatureMap& x, const OptionalTensor& other) {
+  if (!other) return std::nullopt;
+  STD_TORCH_CHECK(other->numel() == x.numel(), "residual and result have the shape of x");
+  return x.matching(*other);
+}
+
+Ending ending_of(int64_t activation, double slope, const OptionalTensor& residual) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::relu6),
+                  "there is no activation ", activation);
+  return {Activation(activation), slope, residual ? residual->data_ptr() : nullptr, nullptr, nullptr};
+}
+
+// The gradients of x, residual, weight and bias through y = act(norm(x) + residual). The gradient
+// of the norm's result is written where that of the residual belongs, else where dx will be; of
+// ReLU and leaky ReLU alone, nowhere.
+class ThroughEnding {
+ public:
+  ThroughEnding(const FeatureMap& x, const OptionalTensor& residual, const OptionalTensor& result,
+                int64_t activation, double slope, bool need_residual)
+      : dx(x.fresh()), dresidual(need_residual ? x.fresh() : fresh_table({0}, x.wide())),
+        residual_(beside(x, residual)), result_(beside(x, result)),
+        ending(ending_of(activation, slope, residual_)) {
+    STD_TORCH_CHECK(ending.activation != Activation::none, "the gradient is that of the norm alone");
+    if (result_) ending.result = result_->data_ptr();
+    const bool is_signed = ending.activation == Activation::relu ||
+                           ending.activation == Activation::leaky_relu;
+    const bool is_alone = !ending.residual && !ending.result;
+    if (need_residual) {
+      ending.passed = dresidual.data_ptr();
+    } else if (!is_signed || !is_alone) {
+      ending.passed = dx.data_ptr();
+    }
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> with(
+      const std::tuple<Tensor, Tensor, Tensor>& found) const {
+    const auto& [dx_, dweight, dbias] = found;
+    return {dx_, dresidual, dweight, dbias};
+  }
+
+  Tensor dx, dresidual;
+
+ private:
+  OptionalTensor residual_, result_;
+
+ public:
+  Ending ending;
+};
+
+}  // namespace
 
 Tensor gradient_tensor(const std::vector<double>& sums, bool wanted, bool wide) {
   const int64_t size = wanted ? int64_t(sums.size()) : 0;
   const Tensor result = fresh_table({size}, wide);
   copy_doubles(sums.data(), size, result);
   return result;
+}
+
+std::tuple<Tensor, Tensor> pooled_forward(const Tensor& input, const OptionalTensor& weight,
+                                          const OptionalTensor& bias, int64_t num_groups,
+                                          int64_t examples_per_group, double eps,
+                                          bool channel_statistics,
+                                          const OptionalTensor& running_mean,
+                                          const OptionalTensor& running_var,
+                                          const OptionalTensor& num_batches_tracked,
+                                          double momentum) {
+  const FeatureMap x(input);
+  const Partition p = make_partition(x, num_groups, examples_per_group);
+  return forward(x, {weight, bias, eps, {}}, p, channel_statistics,
+                 {running_mean, running_var, num_batches_tracked, momentum});
 }
 
 std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Tensor& input,
@@ -121,41 +228,14 @@ std::tuple<Tensor, Tensor, Tensor> pooled_backward(const Tensor& grad, const Ten
                                                    double eps, bool need_weight, bool need_bias) {
   const FeatureMap x(input);
   const Partition p = make_partition(x, num_groups, examples_per_group);
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == 2 && table.is_contiguous() &&
-                      table.size(1) >= p.num_batches * p.num_groups,
-                  "the table has shape (2, ", p.num_batches * p.num_groups, " or more)");
-  const Tensor g = x.matching(grad);
-  const Tensor dx = x.fresh();
-  ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
-  if (x.numel() > 0) {
-    const Statistics given = parts_of(table, 0, false);
-    backward_of(x, p)(g, x, dx, given, weight, p, eps, gradients);
-  }
-  return {dx, gradient_tensor(gradients.dweight, need_weight, x.wide()),
-          gradient_tensor(gradients.dbias, need_bias, x.wide())};
+  return backward(grad, x, x.fresh(), read_table(table, p), {weight, std::nullopt, eps, {}}, p,
+                  {need_weight, need_bias});
 }
-
-namespace {
-
-// Whole-batch statistics that someone else computed, as the kernels read them.
-std::vector<double> given_table(const Tensor& table, const Partition& p) {
-  STD_TORCH_CHECK(table.numel() == p.num_groups, "mean and var have one value for each of the ",
-                  p.num_groups, " groups");
-  return as_doubles(table);
-}
-
-}  // namespace
 
 Tensor evaluate_forward(const Tensor& input, const Tensor& mean, const Tensor& var,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         int64_t num_groups, double eps) {
-  const FeatureMap x(input);
-  const Partition p = make_partition(x, num_groups, 0);
-  const Tensor y = x.fresh();
-  if (x.numel() == 0) return y;
-  std::vector<double> means = given_table(mean, p), vars = given_table(var, p);
-  forward_of(x, p)(x, y, weight, bias, p, eps, {means.data(), vars.data(), nullptr, nullptr, true});
-  return y;
+  return ended_evaluate_forward(input, std::nullopt, mean, var, weight, bias, num_groups, eps, 0, 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor> evaluate_backward(const Tensor& grad, const Tensor& input,
@@ -165,16 +245,61 @@ std::tuple<Tensor, Tensor, Tensor> evaluate_backward(const Tensor& grad, const T
                                                      bool need_weight, bool need_bias) {
   const FeatureMap x(input);
   const Partition p = make_partition(x, num_groups, 0);
-  const Tensor g = x.matching(grad);
-  const Tensor dx = x.fresh();
-  ParameterGradients gradients(need_weight || need_bias ? x.num_channels : 0);
-  if (x.numel() > 0) {
-    std::vector<double> means = given_table(mean, p), vars = given_table(var, p);
-    backward_of(x, p)(g, x, dx, {means.data(), vars.data(), nullptr, nullptr, true}, weight, p,
-                      eps, gradients);
-  }
-  return {dx, gradient_tensor(gradients.dweight, need_weight, x.wide()),
-          gradient_tensor(gradients.dbias, need_bias, x.wide())};
+  Given given(mean, var, p);
+  return backward(grad, x, x.fresh(), given.statistics(), {weight, std::nullopt, eps, {}}, p,
+                  {need_weight, need_bias});
+}
+
+std::tuple<Tensor, Tensor> ended_forward(
+    const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, int64_t num_groups, int64_t examples_per_group, double eps,
+    bool channel_statistics, int64_t activation, double slope, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, double momentum) {
+  const FeatureMap x(input);
+  const Partition p = make_partition(x, num_groups, examples_per_group);
+  const OptionalTensor added = beside(x, residual);
+  return forward(x, {weight, bias, eps, ending_of(activation, slope, added)}, p, channel_statistics,
+                 {running_mean, running_var, num_batches_tracked, momentum});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ended_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& table, const OptionalTensor& residual,
+    const OptionalTensor& result, const OptionalTensor& weight, const OptionalTensor& bias,
+    int64_t num_groups, int64_t examples_per_group, double eps, int64_t activation, double slope,
+    bool need_residual, bool need_weight, bool need_bias) {
+  const FeatureMap x(input);
+  const Partition p = make_partition(x, num_groups, examples_per_group);
+  const ThroughEnding through(x, residual, result, activation, slope, need_residual);
+  return through.with(backward(grad, x, through.dx, read_table(table, p),
+                               {weight, bias, eps, through.ending}, p, {need_weight, need_bias}));
+}
+
+Tensor ended_evaluate_forward(const Tensor& input, const OptionalTensor& residual,
+                              const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+                              const OptionalTensor& bias, int64_t num_groups, double eps,
+                              int64_t activation, double slope) {
+  const FeatureMap x(input);
+  const Partition p = make_partition(x, num_groups, 0);
+  const Tensor y = x.fresh();
+  if (x.numel() == 0) return y;
+  Given given(mean, var, p);
+  const OptionalTensor added = beside(x, residual);
+  forward_of(x, p)(x, y, {weight, bias, eps, ending_of(activation, slope, added)}, p,
+                   given.statistics());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ended_evaluate_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& residual, const OptionalTensor& result, const OptionalTensor& weight,
+    const OptionalTensor& bias, int64_t num_groups, double eps, int64_t activation, double slope,
+    bool need_residual, bool need_weight, bool need_bias) {
+  const FeatureMap x(input);
+  const Partition p = make_partition(x, num_groups, 0);
+  Given given(mean, var, p);
+  const ThroughEnding through(x, residual, result, activation, slope, need_residual);
+  return through.with(backward(grad, x, through.dx, given.statistics(),
+                               {weight, bias, eps, through.ending}, p, {need_weight, need_bias}));
 }
 
 }  // namespace normkit

@@ -20,6 +20,13 @@ struct Statistics {
   double* channel_var;
   bool constant = false;  // mean and var are given and do not depend on x: evaluation
 };
+// What is done with the statistics of groups: y = act(weight * xhat + bias + residual).
+struct Finish {
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  double eps;
+  Ending ending;
+};
 struct ParameterGradients {
   std::vector<double> dbias, dweight;  // (C,), empty when not wanted
   explicit ParameterGradients(int64_t size) : dbias(size, 0.0), dweight(size, 0.0) {}
@@ -29,26 +36,23 @@ struct ParameterGradients {
 // A parameter's gradient as the tensor an operator returns, empty when not wanted.
 Tensor gradient_tensor(const std::vector<double>& sums, bool wanted, bool wide);
 
-void forward_by_rows(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
-                     const OptionalTensor& bias, const Partition& p, double eps,
-                     const Statistics& result);
+void forward_by_rows(const FeatureMap& x, const Tensor& y, const Finish& finish,
+                     const Partition& p, const Statistics& result);
 void backward_by_rows(const Tensor& g, const FeatureMap& x, const Tensor& dx,
-                      const Statistics& given, const OptionalTensor& weight, const Partition& p,
-                      double eps, ParameterGradients& gradients);
+                      const Statistics& given, const Finish& finish, const Partition& p,
+                      ParameterGradients& gradients);
 // Whether whole runs of examples, one for each thread, are the way through a channels_last map.
 bool by_blocks(const FeatureMap& x, const Partition& p);
-void forward_by_blocks(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
-                       const OptionalTensor& bias, const Partition& p, double eps,
-                       const Statistics& result);
+void forward_by_blocks(const FeatureMap& x, const Tensor& y, const Finish& finish,
+                       const Partition& p, const Statistics& result);
 void backward_by_blocks(const Tensor& g, const FeatureMap& x, const Tensor& dx,
-                        const Statistics& given, const OptionalTensor& weight, const Partition& p,
-                        double eps, ParameterGradients& gradients);
-void forward_by_columns(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Partition& p, double eps,
-                        const Statistics& result);
+                        const Statistics& given, const Finish& finish, const Partition& p,
+                        ParameterGradients& gradients);
+void forward_by_columns(const FeatureMap& x, const Tensor& y, const Finish& finish,
+                        const Partition& p, const Statistics& result);
 void backward_by_columns(const Tensor& g, const FeatureMap& x, const Tensor& dx,
-                         const Statistics& given, const OptionalTensor& weight,
-                         const Partition& p, double eps, ParameterGradients& gradients);
+                         const Statistics& given, const Finish& finish, const Partition& p,
+                         ParameterGradients& gradients);
 
 // Whole-batch statistics of each channel from those of `cells_per_channel` cells in each batch:
 // mean, var are (num_batches, num_channels * cells_per_channel).

@@ -5,13 +5,14 @@
 namespace normkit {
 namespace {
 
-Pooled describe(const FeatureMap& x, const Tensor& out, const Partition& p, double eps,
+Pooled describe(const FeatureMap& x, const Tensor& out, const Partition& p, const Finish& finish,
                 const Statistics& tables) {
   Pooled a{};
   a.partition = p;
   a.x = x.data();
   a.out = out.data_ptr();
-  a.eps = eps;
+  a.eps = finish.eps;
+  a.ending = finish.ending;
   a.mean = tables.mean;
   a.var = tables.var;
   a.constant = tables.constant;
@@ -40,12 +41,11 @@ bool by_blocks(const FeatureMap& x, const Partition& p) {
   return x.numel() < 2 * kGrain || ceil_div(p.num_batches, threads) * threads * 4 <= p.num_batches * 5;
 }
 
-void forward_by_blocks(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
-                       const OptionalTensor& bias, const Partition& p, double eps,
-                       const Statistics& result) {
+void forward_by_blocks(const FeatureMap& x, const Tensor& y, const Finish& finish,
+                       const Partition& p, const Statistics& result) {
   const Kernels& kernels = best_kernels(x.element);
-  const Parameter weights(weight, x), biases(bias, x);
-  Pooled a = describe(x, y, p, eps, result);
+  const Parameter weights(finish.weight, x), biases(finish.bias, x);
+  Pooled a = describe(x, y, p, finish, result);
   a.weight = weights.data();
   a.bias = biases.data();
   std::vector<double> pieces;
@@ -56,13 +56,14 @@ void forward_by_blocks(const FeatureMap& x, const Tensor& y, const OptionalTenso
 }
 
 void backward_by_blocks(const Tensor& g, const FeatureMap& x, const Tensor& dx,
-                        const Statistics& given, const OptionalTensor& weight, const Partition& p,
-                        double eps, ParameterGradients& gradients) {
+                        const Statistics& given, const Finish& finish, const Partition& p,
+                        ParameterGradients& gradients) {
   const Kernels& kernels = best_kernels(x.element);
-  const Parameter weights(weight, x);
-  Pooled a = describe(x, dx, p, eps, given);
+  const Parameter weights(finish.weight, x), biases(finish.bias, x);
+  Pooled a = describe(x, dx, p, finish, given);
   a.grad = g.data_ptr();
   a.weight = weights.data();
+  a.bias = biases.data();
   std::vector<double> pieces;
   if (gradients.wanted()) pieces = pieces_of(a);
   parallel(p.num_batches, grain(p),

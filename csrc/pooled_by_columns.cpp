@@ -42,9 +42,27 @@ std::vector<double> reciprocal_deviations(const Partition& p, const Statistics& 
   return rstd;
 }
 
+// Calls line(cell, pivot, scale, center) for all cells: u = scale * (x - pivot) + center.
+template <class A, class F>
+void each_line(const Plan& plan, const Statistics& statistics, const Parameter& weight,
+               const Parameter& bias, const std::vector<double>& rstd, const F& line) {
+  plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    const Plan::Groups groups = plan.groups_of(block);
+    for (int64_t col = begin; col < end; ++col) {
+      const int64_t group = groups[col], channel = plan.channel_of(col);
+      const double mean = statistics.mean[group];
+      const double scale = weight ? weight.at(channel) * rstd[group] : rstd[group];
+      const A pivot = A(mean);
+      const double center = (bias ? bias.at(channel) : 0.0) + (double(pivot) - mean) * scale;
+      line(block * plan.cols + col, pivot, scale, center);
+    }
+  });
+}
+
 template <class A>
-void forward(const FeatureMap& x, const Tensor& y, const Parameter& weight, const Parameter& bias,
-             const Partition& p, double eps, const Statistics& result) {
+void forward(const FeatureMap& x, const Tensor& y, const Finish& finish, const Partition& p,
+             const Statistics& result) {
+  const Parameter weight(finish.weight, x), bias(finish.bias, x);
   const Kernels& kernels = best_kernels(x.element);
   const Plan plan(x, p);
   Cells<A> cells(plan);
@@ -52,23 +70,16 @@ void forward(const FeatureMap& x, const Tensor& y, const Parameter& weight, cons
     cell_moments(plan, x, kernels, cells);
     pool_groups(plan, cells, result);
   }
-  const std::vector<double> rstd = reciprocal_deviations(p, result, eps);
-  plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
-    const Plan::Groups groups = plan.groups_of(block);
-    for (int64_t col = begin; col < end; ++col) {
-      const int64_t cell = block * plan.cols + col, group = groups[col];
-      const int64_t channel = plan.channel_of(col);
-      const double mean = result.mean[group];
-      const double scale = weight ? weight.at(channel) * rstd[group] : rstd[group];
-      cells.pivot[cell] = A(mean);
-      cells.scale[cell] = A(scale);
-      cells.center[cell] =
-          A((bias ? bias.at(channel) : 0.0) + (double(cells.pivot[cell]) - mean) * scale);
-    }
+  const std::vector<double> rstd = reciprocal_deviations(p, result, finish.eps);
+  each_line<A>(plan, result, weight, bias, rstd, [&](int64_t cell, A pivot, double scale, double center) {
+    cells.pivot[cell] = pivot;
+    cells.scale[cell] = A(scale);
+    cells.center[cell] = A(center);
   });
   each_chunk_backwards(plan, [&](const Chunk& chunk) {
     Columns columns = columns_of(plan, x, cells, chunk.block);
     columns.out = y.data_ptr();
+    columns.ending = finish.ending;
     kernels.column_apply(columns, chunk.begin, chunk.end);
   });
   if (!result.channel_mean) return;
@@ -81,15 +92,22 @@ void forward(const FeatureMap& x, const Tensor& y, const Parameter& weight, cons
 
 template <class A>
 void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Statistics& given,
-              const Parameter& weight, const Partition& p, double eps,
-              ParameterGradients& gradients) {
+              const Finish& finish, const Partition& p, ParameterGradients& gradients) {
   const Kernels& kernels = best_kernels(x.element);
+  const Parameter weight(finish.weight, x), bias(finish.bias, x);
   const Plan plan(x, p);
   Cells<A> cells(plan);
-  cell_gradients(plan, x, g, kernels, given, cells);
-
   const int64_t num_groups = p.num_batches * p.num_groups;
-  const std::vector<double> rstd = reciprocal_deviations(p, given, eps);
+  const std::vector<double> rstd = reciprocal_deviations(p, given, finish.eps);
+  if (finish.ending.follows()) {
+    cells.y_scale.resize(plan.num_cells());
+    cells.y_center.resize(plan.num_cells());
+    each_line<A>(plan, given, weight, bias, rstd, [&](int64_t cell, A, double scale, double center) {
+      cells.y_scale[cell] = A(scale);
+      cells.y_center[cell] = A(center);
+    });
+  }
+  cell_gradients(plan, x, g, kernels, given, cells, finish.ending);
   std::vector<double> slope(num_groups), center(num_groups);
   const int64_t grain = at_least_one(4096 / at_least_one(plan.cells_per_group));
   parallel(num_groups, grain, [&](int64_t begin, int64_t end) {
@@ -121,6 +139,7 @@ void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Stat
     Columns columns = columns_of(plan, x, cells, chunk.block);
     columns.grad = g.data_ptr();
     columns.out = dx.data_ptr();
+    columns.ending = finish.ending;
     kernels.column_combine(columns, chunk.begin, chunk.end);
   });
   if (!gradients.wanted()) return;
@@ -136,20 +155,15 @@ void backward(const Tensor& g, const FeatureMap& x, const Tensor& dx, const Stat
 
 }  // namespace
 
-void forward_by_columns(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Partition& p, double eps,
-                        const Statistics& result) {
-  const Parameter weights(weight, x), biases(bias, x);
-  const auto run = x.wide() ? forward<double> : forward<float>;
-  run(x, y, weights, biases, p, eps, result);
+void forward_by_columns(const FeatureMap& x, const Tensor& y, const Finish& finish,
+                        const Partition& p, const Statistics& result) {
+  (x.wide() ? forward<double> : forward<float>)(x, y, finish, p, result);
 }
 
 void backward_by_columns(const Tensor& g, const FeatureMap& x, const Tensor& dx,
-                         const Statistics& given, const OptionalTensor& weight, const Partition& p,
-                         double eps, ParameterGradients& gradients) {
-  const Parameter weights(weight, x);
-  const auto run = x.wide() ? backward<double> : backward<float>;
-  run(g, x, dx, given, weights, p, eps, gradients);
+                         const Statistics& given, const Finish& finish, const Partition& p,
+                         ParameterGradients& gradients) {
+  (x.wide() ? backward<double> : backward<float>)(g, x, dx, given, finish, p, gradients);
 }
 
 }  // namespace normkit

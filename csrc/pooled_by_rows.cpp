@@ -31,14 +31,15 @@ int64_t count_pieces(const Partition& p) {
   return p.num_channels + p.num_groups - p.example_size / (p.run / a * p.plane);
 }
 
-Pooled describe(const FeatureMap& x, const Tensor& out, const Partition& p, double eps,
+Pooled describe(const FeatureMap& x, const Tensor& out, const Partition& p, const Finish& finish,
                 const Statistics& tables) {
   Pooled a{};
   a.partition = p;
   a.x = x.data();
   a.out = out.data_ptr();
   a.affine_plane = p.plane;
-  a.eps = eps;
+  a.eps = finish.eps;
+  a.ending = finish.ending;
   a.mean = tables.mean;
   a.var = tables.var;
   a.constant = tables.constant;
@@ -96,14 +97,13 @@ void shared_forward(const Kernels& kernels, const Pooled& a) {
 
 }  // namespace
 
-void forward_by_rows(const FeatureMap& x, const Tensor& y, const OptionalTensor& weight,
-                     const OptionalTensor& bias, const Partition& p, double eps,
-                     const Statistics& result) {
+void forward_by_rows(const FeatureMap& x, const Tensor& y, const Finish& finish,
+                     const Partition& p, const Statistics& result) {
   const Kernels& kernels = best_kernels(x.element);
-  Pooled a = describe(x, y, p, eps, result);
-  const bool affine = weight || bias, expanded = expands(p, affine);
+  Pooled a = describe(x, y, p, finish, result);
+  const bool affine = finish.weight || finish.bias, expanded = expands(p, affine);
   const int64_t repeat = expanded ? p.plane : 1;
-  const Parameter weights(weight, x, repeat), biases(bias, x, repeat);
+  const Parameter weights(finish.weight, x, repeat), biases(finish.bias, x, repeat);
   a.weight = weights.data();
   a.bias = biases.data();
   a.affine_plane = !affine ? p.run : expanded ? 1 : p.plane;
@@ -228,14 +228,17 @@ void add_pieces(const Pooled& a, ParameterGradients& gradients) {
 }  // namespace
 
 void backward_by_rows(const Tensor& g, const FeatureMap& x, const Tensor& dx,
-                      const Statistics& given, const OptionalTensor& weight, const Partition& p,
-                      double eps, ParameterGradients& gradients) {
+                      const Statistics& given, const Finish& finish, const Partition& p,
+                      ParameterGradients& gradients) {
   const Kernels& kernels = best_kernels(x.element);
-  Pooled a = describe(x, dx, p, eps, given);
+  Pooled a = describe(x, dx, p, finish, given);
   a.grad = g.data_ptr();
-  const bool affine = weight || gradients.wanted(), expanded = expands(p, affine);
-  const Parameter weights(weight, x, expanded ? p.plane : 1);
+  const bool affine = finish.weight || finish.bias || gradients.wanted();
+  const bool expanded = expands(p, affine);
+  const int64_t repeat = expanded ? p.plane : 1;
+  const Parameter weights(finish.weight, x, repeat), biases(finish.bias, x, repeat);
   a.weight = weights.data();
+  a.bias = biases.data();
   a.affine_plane = !affine ? p.run : expanded ? 1 : p.plane;
   if (expanded) return elementwise_backward(kernels, x, a, gradients);
   if (shares_groups(p)) return shared_backward(kernels, a, weights, gradients);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "rows.h"
+#include "endings.h"
 
 namespace normkit::NORMKIT_ISA {
 
@@ -75,21 +75,41 @@ inline acc_t<T> bias_at(const Pooled& a, int64_t channel) {
   return a.bias ? static_cast<const acc_t<T>*>(a.bias)[channel] : acc_t<T>(0);
 }
 
+// How u = weight * xhat + bias is computed in one channel of a group.
 template <class T>
-void apply_elementwise(const Pooled& a, const Group<T>& group, int64_t start, int64_t low,
-                       int64_t high) {
+inline Line<T> line_of(const Pooled& a, const Group<T>& group, int64_t channel) {
+  const double scale = weight_at<T>(a, channel) * group.rstd;
+  return {group.pivot, acc_t<T>(scale), acc_t<T>(bias_at<T>(a, channel) + group.pivot_offset * scale)};
+}
+
+// u of elements [low, high) of an example whose affine is given by element: u(i, n, x - pivot).
+template <class T>
+struct ElementwiseLine {
   using A = acc_t<T>;
+  const A *weight, *bias;
+  vec<T> rstd, center;
+  ElementwiseLine(const Pooled& a, const Group<T>& group, int64_t low)
+      : weight(a.weight ? static_cast<const A*>(a.weight) + low : nullptr),
+        bias(a.bias ? static_cast<const A*>(a.bias) + low : nullptr),
+        rstd(splat<T>(A(group.rstd))), center(splat<T>(A(group.pivot_offset * group.rstd))) {}
+  [[gnu::always_inline]] vec<T> operator()(int64_t i, int n, vec<T> d) const {
+    vec<T> u = rstd * d + center;
+    if (weight) u *= load_some(weight + i, n, vec<T>{});
+    if (bias) u += load_some(bias + i, n, vec<T>{});
+    return u;
+  }
+};
+
+template <class T, class E>
+void apply_elementwise(const Pooled& a, const E& end, const Group<T>& group, int64_t start,
+                       int64_t low, int64_t high) {
   const T* x = static_cast<const T*>(a.x) + start;
   T* y = static_cast<T*>(a.out) + start;
-  const A* weight = a.weight ? static_cast<const A*>(a.weight) + low : nullptr;
-  const A* bias = a.bias ? static_cast<const A*>(a.bias) + low : nullptr;
-  const vec<T> pivot = splat<T>(group.pivot), rstd = splat<T>(A(group.rstd));
-  const vec<T> center = splat<T>(A(group.pivot_offset * group.rstd));
+  const ElementwiseLine<T> line(a, group, low);
+  const vec<T> pivot = splat<T>(group.pivot);
   each_vector<T>(high - low, [&](int, int64_t i, int n) NORMKIT_INLINE {
-    vec<T> y_hat = rstd * (load_some(x + i, n, pivot) - pivot) + center;
-    if (weight) y_hat *= load_some(weight + i, n, vec<T>{});
-    if (bias) y_hat += load_some(bias + i, n, vec<T>{});
-    store_some(y + i, n, y_hat);
+    const vec<T> u = line(i, n, load_some(x + i, n, pivot) - pivot);
+    store_some(y + i, n, end(start + i, n, u));
   });
 }
 
@@ -97,15 +117,16 @@ void apply_elementwise(const Pooled& a, const Group<T>& group, int64_t start, in
 template <class T>
 void apply_run(const Pooled& a, const Group<T>& group, int64_t example, int64_t low,
                int64_t high) {
-  using A = acc_t<T>;
   const int64_t origin = example * a.partition.example_size;
-  if (a.affine_plane == 1) return apply_elementwise<T>(a, group, origin + low, low, high);
-  const T* x = static_cast<const T*>(a.x) + origin;
-  T* y = static_cast<T*>(a.out) + origin;
+  if (a.affine_plane == 1) {
+    return with_ending<T>(a.ending, [&](const auto& end) {
+      apply_elementwise<T>(a, end, group, origin + low, low, high);
+    });
+  }
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.out);
   each_piece(low, high, a.affine_plane, [&](int64_t channel, int64_t start, int64_t length) NORMKIT_INLINE {
-    const double scale = weight_at<T>(a, channel) * group.rstd;
-    row_affine(x + start, y + start, length, group.pivot, A(scale),
-               A(bias_at<T>(a, channel) + group.pivot_offset * scale));
+    row_result(x, y, origin + start, length, line_of<T>(a, group, channel), a.ending);
   });
 }
 
@@ -149,16 +170,17 @@ inline bool has_short_channels(const Pooled& a, const Place& at) {
          a.affine_plane == p.plane;
 }
 
-// Calls stretch(span, units, pivots, parts) for up to kUnits channels of such a group at a time.
+// Calls stretch(span, units, lines, parts) for up to kUnits channels of such a group at a time.
 template <class T, class F>
-void each_stretch(const Pooled& a, const Place& at, acc_t<T> pivot, const F& stretch) {
+void each_stretch(const Pooled& a, const Place& at, const Group<T>& group, const F& stretch) {
   const Partition& p = a.partition;
-  acc_t<T> pivots[kUnits];
-  for (acc_t<T>& entry : pivots) entry = pivot;
+  Line<T> lines[kUnits];
   double parts[2 * kUnits];
   for (int64_t start = at.low; start < at.low + p.run; start += kUnits * p.plane) {
     const int64_t units = least(kUnits, divide(at.low + p.run - start, p.plane));
-    stretch(Span{at.origin + start, p.plane, at.count, p.example_size}, units, pivots, parts);
+    const int64_t channel = divide(start, p.plane);
+    for (int64_t unit = 0; unit < units; ++unit) lines[unit] = line_of<T>(a, group, channel + unit);
+    stretch(Span{at.origin + start, p.plane, at.count, p.example_size}, units, lines, parts);
   }
 }
 

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> positional_forward(const Tensor& input, const Optiona
   }
   if (positions_are_rows(x)) {
     const FeatureMap rows = as_rows(x);
-    forward_by_rows(rows, y, weight, bias, make_partition(rows, 1, 1), eps,
+    forward_by_rows(rows, y, {weight, bias, eps, {}}, make_partition(rows, 1, 1),
                     {doubles(table), doubles(table) + table.size(1), nullptr, nullptr});
     return {y, table};
   }
@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const
   if (x.numel() > 0 && positions_are_rows(x)) {
     const FeatureMap rows = as_rows(x);
     backward_by_rows(g, rows, dx,
-                     {doubles(table), doubles(table) + table.size(1), nullptr, nullptr}, weight,
-                     make_partition(rows, 1, 1), eps, gradients);
+                     {doubles(table), doubles(table) + table.size(1), nullptr, nullptr},
+                     {weight, std::nullopt, eps, {}}, make_partition(rows, 1, 1), gradients);
   } else if (x.numel() > 0) {
     const Kernels& kernels = best_kernels(x.element);
     const Parameter weights(weight, x);

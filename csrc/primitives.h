@@ -64,7 +64,8 @@ void row_grad_sums(const Rows& a, int64_t begin, int64_t end) {
     if (a.length <= kFewVectors<T>) {
       few_grad_sums(g, x, row * a.length, a.length, pivot, sums);
     } else {
-      span_grad_sums(g, x, {row * a.length, a.length, 1, 0}, pivot, sums);
+      span_grad_sums(PlainGradient<T>(g, {}), x, {row * a.length, a.length, 1, 0},
+                     Line<T>{pivot}, sums);
     }
     write_table(a, 1, row, sums[0]);
     write_table(a, 2, row, sums[1] + (double(pivot) - mean) * sums[0]);
@@ -80,9 +81,9 @@ void row_combine(const Rows& a, int64_t begin, int64_t end) {
     const int64_t start = row * a.length;
     const double mean = read_table(a, 0, entry), slope = read_table(a, 2, entry);
     const A pivot = A(mean);
-    row_gradient(static_cast<const T*>(a.grad) + start, static_cast<const T*>(a.x) + start,
-                 static_cast<T*>(a.out) + start, a.length, pivot, A(read_table(a, 1, entry)),
-                 A(slope), A(read_table(a, 3, entry) + (double(pivot) - mean) * slope));
+    row_gradient(PlainGradient<T>(a.grad, {}), static_cast<const T*>(a.x), static_cast<T*>(a.out),
+                 start, a.length, Line<T>{pivot}, A(read_table(a, 1, entry)), A(slope),
+                 A(read_table(a, 3, entry) + (double(pivot) - mean) * slope));
     if (++entry == a.table_size) entry = 0;
   }
 }

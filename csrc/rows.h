@@ -136,17 +136,6 @@ inline void span_sums(const T* x, const Span& span, acc_t<T> shift, double* sums
   });
 }
 
-// sums = {sum(g), sum(g * (x - pivot))}
-template <class T>
-inline void span_grad_sums(const T* g, const T* x, const Span& span, acc_t<T> pivot, double* sums) {
-  const vec<T> pivots = splat<T>(pivot);
-  sum_span<T>(span, sums, [&](int64_t at, int n, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
-    const vec<T> gradient = load_some(g + at, n, vec<T>{});
-    one += gradient;
-    two += gradient * (load_some(x + at, n, pivots) - pivots);
-  });
-}
-
 // Short rows below each other: taking one channel at a time would touch a new page for each row, so
 // the sums of neighbouring channels grow together while whole stretches of an example pass by.
 constexpr int64_t kShortRow = 256;  // elements
@@ -195,18 +184,6 @@ inline void unit_sums(const T* x, const Span& span, int64_t units, const acc_t<T
                });
 }
 
-template <class T>
-inline void unit_grad_sums(const T* g, const T* x, const Span& span, int64_t units,
-                           const acc_t<T>* pivot, double* sums) {
-  sum_units<T>(span, units, sums,
-               [&](int64_t at, int n, int64_t unit, vec<T>& one, vec<T>& two) NORMKIT_INLINE {
-                 const vec<T> pivots = splat<T>(pivot[unit]);
-                 const vec<T> gradient = load_some(g + at, n, vec<T>{});
-                 one += gradient;
-                 two += gradient * (load_some(x + at, n, pivots) - pivots);
-               });
-}
-
 // y = scale * (x - pivot) + center
 template <class T>
 inline void row_affine(const T* x, T* y, int64_t length, acc_t<T> pivot, acc_t<T> scale,
@@ -214,24 +191,6 @@ inline void row_affine(const T* x, T* y, int64_t length, acc_t<T> pivot, acc_t<T
   const vec<T> p = splat<T>(pivot), s = splat<T>(scale), c = splat<T>(center);
   each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
     store_some(y + i, n, s * (load_some(x + i, n, p) - p) + c);
-  });
-}
-
-// dx = scale * g + slope * (x - pivot) + center. Without a slope (given statistics) x is not read:
-// it may be infinite, and the gradient is finite all the same.
-template <class T>
-inline void row_gradient(const T* g, const T* x, T* dx, int64_t length, acc_t<T> pivot,
-                         acc_t<T> scale, acc_t<T> slope, acc_t<T> center) {
-  const vec<T> p = splat<T>(pivot), s = splat<T>(scale), k = splat<T>(slope), c = splat<T>(center);
-  if (slope == 0) {
-    each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
-      store_some(dx + i, n, s * load_some(g + i, n, vec<T>{}) + c);
-    });
-    return;
-  }
-  each_vector<T>(length, [&](int, int64_t i, int n) NORMKIT_INLINE {
-    const vec<T> gradient = load_some(g + i, n, vec<T>{});
-    store_some(dx + i, n, s * gradient + (k * (load_some(x + i, n, p) - p) + c));
   });
 }
 

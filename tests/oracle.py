@@ -298,6 +298,26 @@ def gw(x, p, eps, moments, num_groups, iterations=5, **_):
 COMPOSITES = {"gnplus": gnplus, "bcn": bcn, "bcn-micro": bcn, "sn": sn, "ibn": ibn, "gw": gw}
 
 
+ACTIVATIONS = {
+    None: lambda u: u,
+    "relu": lambda u: torch.where(u > 0, u, 0.0 * u.detach()),
+    "silu": lambda u: u / (1 + torch.exp(-u)),
+    "gelu": lambda u: u * (1 + torch.erf(u / 2**0.5)) / 2,
+    "hardswish": lambda u: u * torch.clamp(u + 3, 0, 6) / 6,
+    "relu6": lambda u: torch.where((u > 0) & (u < 6), u, torch.where(u > 0, 6.0, 0.0)),
+    "sigmoid": lambda u: 1 / (1 + torch.exp(-u)),
+    "tanh": lambda u: 1 - 2 / (torch.exp(2 * u.clamp(max=300)) + 1),
+}
+
+
+def ended(u, activation, slope, residual=None):
+    """What follows a norm: a sum with ``residual``, then an activation by its definition."""
+    u = u if residual is None else u + residual
+    if activation == "leaky_relu":
+        return torch.where(u > 0, u, slope * u)
+    return ACTIVATIONS[activation](u)
+
+
 def own_example(kind):
     """Options that keep an example's groups to itself, where the kind has runs of examples."""
     return {"ghost": {"ghost_batch_size": 1}, "gbgn": {"examples_per_group": 1}}.get(kind, {})

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     )
     from normkit.doctor import Diagnosis, diagnose
     from normkit.folding import Folding, fold
+    from normkit.fusing import Fusion, fuse_activations_
     from normkit.inference import (
         Guard,
         StatisticsPatch,
@@ -119,6 +120,7 @@ LAZY_IMPORTS = {
     ),
     "normkit.doctor": ("Diagnosis", "diagnose"),
     "normkit.folding": ("Folding", "fold"),
+    "normkit.fusing": ("Fusion", "fuse_activations_"),
     "normkit.inference": (
         "Guard",
         "StatisticsPatch",
@@ -167,6 +169,7 @@ __all__ = [
     "Explanation",
     "Finding",
     "Folding",
+    "Fusion",
     "GeneralBatchGroupNorm",
     "GhostBatchNorm",
     "GradientLandscape",
@@ -213,6 +216,7 @@ __all__ = [
     "fold",
     "freeze_statistics",
     "functional",
+    "fuse_activations_",
     "gradient_landscape",
     "guard_statistics_",
     "inactive_channels",

@@ -16,6 +16,7 @@ from normkit.core.check import require_count
 from normkit.core.composite import Order
 from normkit.core.partition import divisors, largest_divisor
 from normkit.errors import PartitionError, SpecError
+from normkit.kernels.activations import ActivationName
 from normkit.layers.batch_channel import ChannelAffine
 from normkit.recipes import (
     MAX_NUMBER,
@@ -35,7 +36,11 @@ T = TypeVar("T")
 MAX_LENGTH = 400  # in characters
 
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"Order": get_args(Order), "ChannelAffine": get_args(ChannelAffine)}
+    {
+        "Order": get_args(Order),
+        "ChannelAffine": get_args(ChannelAffine),
+        "ActivationName | None": get_args(ActivationName),
+    }
 )
 """Allowed values of the options that take a word, by the name of the option's annotation."""
 

@@ -105,3 +105,17 @@ def test_networks_are_timed_end_to_end(monkeypatch, capsys, tmp_path):
     result = json.loads(capsys.readouterr().out)
     assert result.keys() == json.loads(path.read_text()).keys()
     assert result["results"][0]["workload"]["batch_size"] == 8
+
+
+def test_fused_layers_and_networks_are_timed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("normkit.lab.bench.fused.WORKLOADS", ())
+    shapes, path = tmp_path / "shapes.json", tmp_path / "fused.json"
+    shapes.write_text("[[6, 5, 7]]")
+    arguments = ["bench", "--fused", "--repeats", "1", "--shapes", str(shapes)]
+    arguments += ["--batch-sizes", "2", "--out", str(path)]
+    assert main(arguments) == 0
+    assert "norm, sum and ReLU" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == json.loads(path.read_text()).keys()
+    assert [row["residual"] for row in result["layers"]] == [False, True]

@@ -111,6 +111,20 @@ def gnbn(bench):
     return lambda: nk.place_gnbn_(bench.model, "gn:2", optimizer=bench.optimizer)
 
 
+@tool("fuse_activations_")
+def fuse(bench):
+    return lambda: nk.fuse_activations_(bench.model)
+
+
+@tool("Fusion.revert")
+def undo_fusing(bench):
+    done = nk.fuse_activations_(bench.model)
+    bench.train()
+    bench.model.eval().double()
+    bench.watched.append(done)
+    return done.revert
+
+
 @tool("standardize_weights_")
 def standardize(bench):
     return lambda: nk.standardize_weights_(bench.model, bench.where, preserve=True)

@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from normkit.cli.bench_tables import print_bench, print_end_to_end
+from normkit.cli.bench_tables import print_bench, print_end_to_end, print_fused
 from normkit.cli.shared import MAX_PROCESSES, flag, print_json, require_counts, whole_numbers
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
@@ -29,6 +29,9 @@ from normkit.lab.bench import (
 )
 from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
+from normkit.lab.bench.fused import WORKLOADS as FUSED_WORKLOADS
+from normkit.lab.bench.fused import run_fused
+from normkit.lab.bench.fused import write as write_fused
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
@@ -64,6 +67,8 @@ class Bench:
     """Seconds after which a call is not repeated, five times at least."""
     end_to_end: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Time training steps of whole networks instead of layers."""
+    fused: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Time batch norm and ReLU in one pass, beside one after the other, and whole networks so."""
     out: Path | None = None
     """File for the record (JSON); a chart is written beside it."""
     render: Path | None = None
@@ -85,6 +90,8 @@ class Bench:
             if self.out.suffix != ".json":
                 raise SpecError(f"--out was given {str(self.out)!r}; its name ends in .json")
             usable_folder(self.out.parent, self.out.name, self.out.with_suffix(".svg").name)
+        if self.fused:
+            return self._run_fused()
         return self._run_end_to_end() if self.end_to_end else self._run_layers()
 
     def spec(self) -> BenchSpec:
@@ -143,6 +150,25 @@ class Bench:
             print_json(record.model_dump(mode="json"))
         else:
             print_end_to_end(record)
+        return 0
+
+    def _run_fused(self) -> int:
+        setting = Setting(device=self.device, threads=self._threads(), repeats=self.repeats)
+        shapes, sizes = read_shapes(self.shapes), whole_numbers("--batch-sizes", self.batch_sizes)
+        total = len(shapes) * len(sizes) + len(FUSED_WORKLOADS)
+        with redirect_stdout(sys.stderr), _progress(total) as display:
+            record = run_fused(
+                setting,
+                shapes=shapes,
+                batch_sizes=sizes,
+                on_row=lambda _: display.advance(display.task_ids[0]),
+            )
+        if self.out is not None:
+            write_fused(self.out, record)
+        if self.json_output:
+            print_json(record.model_dump(mode="json"))
+        else:
+            print_fused(record)
         return 0
 
     def _render(self, path: Path) -> int:

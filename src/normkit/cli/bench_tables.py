@@ -6,6 +6,7 @@ from rich.text import Text
 from normkit.cli.streams import Terminal
 from normkit.lab.bench import BenchRecord, cells_of, targets_of
 from normkit.lab.bench.end_to_end import NETWORKS, EndToEndRecord, pairs_of
+from normkit.lab.bench.fused import FusedRecord
 from normkit.lab.bench.markdown import slowest_text
 from normkit.lab.bench.records import BATCH_NORM, OURS, Row
 from normkit.lab.bench.summary import TIMED, BenchCell, Target, Timed, tiny_rows
@@ -41,6 +42,22 @@ def print_end_to_end(record: EndToEndRecord) -> None:
                 f"{1e3 * theirs.median_s:.2f}", f"{1e3 * ours.median_s:.2f}",
                 f"{theirs.median_s / ours.median_s:.2f}", peaks,
             )  # fmt: skip
+    Terminal().print(table)
+
+
+def print_fused(record: FusedRecord) -> None:
+    """Print how many times as long torch's layers and our separate ones take as the fused ones."""
+    table = _table("Forward and backward, time of the others in times of one pass", "what")
+    for name in ("torch's", "ours, one by one"):
+        table.add_column(name, justify="right")
+    for residual in (False, True):
+        ratios = (f"{record.mean_ratio(side, residual):.2f}" for side in ("torch", "separate"))
+        name = "norm, sum and ReLU" if residual else "norm and ReLU"
+        table.add_row(f"{name}, geometric mean", *ratios)
+    for row in record.networks:
+        size = "x".join(map(str, (row.workload.batch_size, *row.workload.input_shape)))
+        ratios = (f"{row.ratio(side):.2f}" for side in ("torch", "separate"))
+        table.add_row(f"step of {row.workload.model}, {size}", *ratios)
     Terminal().print(table)
 
 

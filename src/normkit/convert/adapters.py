@@ -35,9 +35,11 @@ class _Activated(_Adapted):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Mask | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """Normalise, apply dropout, apply the activation."""
-        return self.act(self.drop(super().forward(x, mask)))
+        return self.act(self.drop(super().forward(x, mask, residual)))
 
     def __repr__(self) -> str:
         after = Activation(self.drop, self.act).described()
@@ -47,9 +49,12 @@ class _Activated(_Adapted):
 class _ChannelsLast(_Adapted):
     """Takes and returns maps of shape ``(N, *S, C)``."""
 
-    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Mask | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """Normalise with the last axis as the channels."""
-        return super().forward(x.movedim(-1, 1), mask).movedim(1, -1)
+        residual = residual.movedim(-1, 1) if isinstance(residual, Tensor) else residual
+        return super().forward(x.movedim(-1, 1), mask, residual).movedim(1, -1)
 
 
 _KINDS: dict[str, type[_Adapted]] = {CHANNELS_LAST: _ChannelsLast, ACTIVATED: _Activated}

@@ -22,6 +22,7 @@ Rule = Callable[[Any], Source]
 RULES: dict[str, Rule] = {}
 """The rule of each class, by the class's module and name, so that no other library is imported."""
 
+UNBATCHED = "inputs without a batch axis"
 STATISTICS_OF_EXAMPLES = "the average over examples' own statistics (ours follow the whole batch's)"
 
 
@@ -153,7 +154,7 @@ def _sync_batch_norm(layer: nn.SyncBatchNorm) -> Source:
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _instance_norm(layer: nn.InstanceNorm2d) -> Source:
     tracked = layer.track_running_stats
-    lost = ("inputs without a batch axis", *([STATISTICS_OF_EXAMPLES] if tracked else []))
+    lost = (UNBATCHED, *([STATISTICS_OF_EXAMPLES] if tracked else []))
     # With tracked statistics torch's instance norm evaluates by these, not by the example's own.
     own = {"example_weight": 0.0} if tracked else {}
     momentum = {"momentum": layer.momentum, "track_running_stats": tracked}

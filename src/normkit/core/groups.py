@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
+from normkit.core.ending import Ending, ended
 from normkit.core.mask import Valid, on_valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import apply_tables, normalize
@@ -18,6 +19,9 @@ from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
+ENDED = "ended_forward"
+"""The operator of kernels that add and activate in the norm's pass; others do it afterwards."""
+
 
 def normalize_batch(
     x: FeatureMap,
@@ -25,13 +29,16 @@ def normalize_batch(
     running: RunningStatistics | None,
     parameters: Parameters,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them."""
     call = batch_route(running, False, valid is not None)
     way, _, _, operators = decide(x, call)
     if way == "operator":
         kernels_move = call.why_torch_moves is None
-        return normalize_pooled(operators, x, partition, running, parameters, kernels_move)
+        at_once = ending if ending is None or hasattr(operators, ENDED) else None
+        y = normalize_pooled(operators, x, partition, running, parameters, kernels_move, at_once)
+        return y if at_once is ending else ended(y, ending)
     weight, bias, eps = parameters
     if way == "graph":
         y, table = _normalize_traced(x, partition, parameters)
@@ -41,7 +48,7 @@ def normalize_batch(
         y, table = normalize(x, segment_size, algebra, weight, bias, valid=valid)
     if running is not None:
         running.update_(table, x.shape)
-    return y
+    return ended(y, ending, valid)
 
 
 def _normalize_traced(
@@ -61,29 +68,39 @@ def normalize_evaluation(
     running: RunningStatistics,
     parameters: Parameters,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by running statistics and ``example_weight`` parts of the example's own."""
     own = Partition(num_groups=partition.num_groups, examples_per_group=1)
     share = running.example_weight
     if not isinstance(share, Tensor) and share == 1:
-        return normalize_batch(x, own, None, parameters, valid=valid)
+        return normalize_batch(x, own, None, parameters, valid, ending)
     groups = running.groups(partition, table_dtype(x.dtype))
     if not isinstance(share, Tensor) and share == 0:
-        return on_valid(x, valid, lambda x: _normalize_fixed(x, partition, groups, parameters))
+        if valid is None:
+            return _normalize_fixed(x, partition, groups, parameters, ending)
+        y = on_valid(x, valid, lambda x: _normalize_fixed(x, partition, groups, parameters))
+        return ended(y, ending, valid)
     weight, bias, eps = parameters
     algebra = WeighedStatistics(partition=own, eps=eps, example_weight=share)
     given = (weight, bias, groups.mean, groups.var)
     way = decide(x, evaluation_route(running, valid is not None)).way
     y, _ = normalize(x, own.segment_size(x.shape), algebra, *given, valid=valid, way=way)
-    return y
+    return ended(y, ending, valid)
 
 
 def _normalize_fixed(
-    x: FeatureMap, partition: Partition, groups: Moments, parameters: Parameters
+    x: FeatureMap,
+    partition: Partition,
+    groups: Moments,
+    parameters: Parameters,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``."""
     way, _, _, operators = decide(x)
     if way == "operator":
-        return normalize_given(operators, x, partition, groups, parameters)
+        at_once = ending if ending is None or hasattr(operators, ENDED) else None
+        y = normalize_given(operators, x, partition, groups, parameters, at_once)
+        return y if at_once is ending else ended(y, ending)
     tables = fixed_tables(groups, partition, x.shape, parameters)
-    return apply_tables(x, *tables, partition.segment_size(x.shape))
+    return ended(apply_tables(x, *tables, partition.segment_size(x.shape)), ending)

@@ -14,23 +14,26 @@ import torch
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, fixed_tables
+from normkit.core.ending import Ending, ended
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.running import RunningStatistics, is_second_look
 from normkit.kernels import nodes, reference
-from normkit.kernels.calls import Gradients, Pooling, Running
+from normkit.kernels.activations import pass_back
+from normkit.kernels.calls import EndedGradients, Gradients, Pooling, Running
 from normkit.typing import FeatureMap
 
 
-def normalize_pooled(
+def normalize_pooled(  # noqa: PLR0913, PLR0917 - what one operator needs
     kernels: nodes.Kernels,
     x: FeatureMap,
     partition: Partition,
     running: RunningStatistics | None,
     parameters: Parameters,
     kernels_move: bool,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups; ``running`` follows them.
 
@@ -59,7 +62,11 @@ def normalize_pooled(
     if running is not None and kernels_move and not torch.compiler.is_compiling():
         mean, var, count, momentum, _ = running
         follower = Running(mean, var, count, momentum or 0.0)
-    y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, follower, again)
+    if ending is None:
+        y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, follower, again)
+    else:
+        call = nodes.Ended(ending.activation, (), pooling, follower)
+        y, table = _normalize_ended(kernels, x, parameters, ending, call, formula)
     if running is not None and follower is None:
         mean, var = table[:, -running.mean.numel() :]
         running.follow_(Moments(mean, var), running.partition.group_sizes(x.shape)[0])
@@ -72,6 +79,7 @@ def normalize_given(
     partition: Partition,
     groups: Moments,
     parameters: Parameters,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``, which get no gradient."""
     weight, bias, eps = parameters
@@ -85,7 +93,46 @@ def normalize_given(
         return differentiable_gradients(formula, bias, *given)
 
     statistics, options = (groups.mean[0], groups.var[0]), (partition.num_groups, eps)
+    if ending is not None:
+        call = nodes.Ended(ending.activation, statistics, options)
+        return _normalize_ended(kernels, x, parameters, ending, call, formula)[0]
     return nodes.normalize_given(kernels, x, statistics, weight, bias, options, again)
+
+
+def _normalize_ended(
+    kernels: nodes.Kernels,
+    x: FeatureMap,
+    parameters: Parameters,
+    ending: Ending,
+    call: nodes.Ended,
+    formula: Callable[..., Tensor],
+) -> tuple[FeatureMap, Any]:
+    """Go on to ``act(norm(x) + residual)``, ``formula`` being the norm."""
+    weight, bias, _ = parameters
+    activation, has_residual = ending.activation, ending.residual is not None
+
+    def again(  # no reference to the residual, which would keep it
+        grad: Tensor,
+        inputs: tuple[Tensor, Tensor | None, Tensor | None],
+        kept: Tensor | None,
+        wanted: tuple[bool, ...],
+    ) -> EndedGradients:
+        x, *affine = inputs
+        if has_residual and (activation.is_signed or not activation.kind):
+            passed = grad if kept is None else pass_back(grad, kept, activation)
+            own = (wanted[0], *wanted[2:])
+            dx, dweight, dbias = differentiable_gradient(formula, (x, *affine), own, passed)
+            return dx, passed if wanted[1] else None, dweight, dbias
+
+        def whole(x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> Tensor:
+            return ended(formula(x, *affine), Ending(activation, residual))
+
+        dx, dresidual, dweight, dbias = differentiable_gradient(
+            whole, (x, kept, *affine), wanted, grad
+        )
+        return dx, dresidual, dweight, dbias
+
+    return nodes.normalize_ended(kernels, x, ending.residual, weight, bias, call, again)
 
 
 def differentiable_gradients(

@@ -14,6 +14,7 @@ from normkit.convert.source import Source
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import ConversionError
+from normkit.kernels.activations import ActivationName
 from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer, is_watched
 
 OWN_STATISTICS = "it evaluates by each example's own statistics"
@@ -69,7 +70,7 @@ def evaluated_norm(norm: nn.Module) -> EvaluatedNorm | str:
         return found
     if following and source.channels_last:
         return "its channel stage expects the channels on axis 1, but they are on the last axis"
-    return EvaluatedNorm(found, _rest(following, source), source.channels_last)
+    return EvaluatedNorm(found, _rest(norm, following, source), source.channels_last)
 
 
 def _split(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -136,9 +137,20 @@ def to_float64(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
-def _rest(following: dict[str, nn.Module], source: Source) -> nn.Module:
+def activation_module(name: ActivationName, negative_slope: float) -> nn.Module:
+    """The activation of a layer as a module of torch."""
+    kinds: dict[str, type[nn.Module]] = {
+        "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
+        "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu6": nn.ReLU6,
+    }  # fmt: skip
+    return nn.LeakyReLU(negative_slope) if name == "leaky_relu" else kinds[name]()
+
+
+def _rest(norm: nn.Module, following: dict[str, nn.Module], source: Source) -> nn.Module:
     """Return the modules that stay in a norm's place, under the names they have in the norm."""
     activation = () if source.activation is None else source.activation
     parts = following | dict(zip(("drop", "act"), activation, strict=False))
+    if isinstance(norm, NormLayer) and norm.activation is not None:
+        parts["activation"] = activation_module(norm.activation, norm.negative_slope)
     kept = OrderedDict((n, m) for n, m in parts.items() if not isinstance(m, nn.Identity))
     return nn.Sequential(kept) if kept else nn.Identity()

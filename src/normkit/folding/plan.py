@@ -91,7 +91,8 @@ def make_plan(
     norm_calls = []
     for at in neighbours.graph.of_kind("norm"):
         norm = by_name[neighbours.graph.calls[at].name]
-        evaluated = why[norm] or evaluated_norm(norm)
+        adds = "" if len(neighbours.graph.calls[at].inputs) < 2 else "a residual is added in it"
+        evaluated = why[norm] or adds or evaluated_norm(norm)
         if isinstance(evaluated, str):
             why[norm] = evaluated
         else:

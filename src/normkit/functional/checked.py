@@ -8,7 +8,9 @@ All of these take
 - ``parameters``: scale and shift of each channel, and ``eps``;
 - ``name``: who was called, for the errors;
 - ``ranks``: the processes that have parts of the batch, if others have;
-- ``valid``: which positions are valid, if not all are.
+- ``valid``: which positions are valid, if not all are;
+- ``ending``: an activation and a residual that follow in the same pass, of the methods that have
+  one; the others' callers do it afterwards.
 
 A composite without examples is still computed where ``ranks`` are given: all processes must talk.
 """
@@ -27,6 +29,7 @@ from normkit.core.composite import (
     instance_beside_batch,
     switched,
 )
+from normkit.core.ending import Ending, ended
 from normkit.core.groups import normalize_batch, normalize_evaluation
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
@@ -50,18 +53,20 @@ def normalize_single(  # noqa: PLR0913, PLR0917 - see the top of this file
     name: str,
     ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by the statistics of one partition: the eight methods that are one."""
     if ranks is not None and (running is not None or partition.examples_per_group != 1):
-        return normalize_part(x, partition, running, parameters, ranks, valid)
+        y = normalize_part(x, partition, running, parameters, ranks, valid)
+        return ended(y, ending, valid)
     num_values = x.numel()
     if num_values == 0:
-        return empty_result(x, *parameters[:2])
+        return ended(empty_result(x, *parameters[:2]), ending)
     if training and num_values == x.shape[0] * partition.num_groups:
         require_variance(partition, x.shape, name)
     if training or running is None:
-        return normalize_batch(x, partition, running, parameters, valid)
-    return normalize_evaluation(x, partition, running, parameters, valid)
+        return normalize_batch(x, partition, running, parameters, valid, ending)
+    return normalize_evaluation(x, partition, running, parameters, valid, ending)
 
 
 def normalize_positional(

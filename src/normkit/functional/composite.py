@@ -13,6 +13,7 @@ from normkit.core.check import (
     require_update_rate,
 )
 from normkit.core.composite import Order
+from normkit.core.ending import ended, read_ending
 from normkit.core.parameters import Parameters
 from normkit.core.running import RunningEstimates
 from normkit.errors import InputError
@@ -28,6 +29,7 @@ from normkit.functional.checked import (
     normalize_switched,
     whiten,
 )
+from normkit.kernels.activations import ActivationName
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -45,6 +47,9 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Mix group norm and batch norm; see :class:`normkit.GroupNormPlus`.
 
@@ -63,6 +68,9 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variances; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in BN at evaluation.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
@@ -70,7 +78,7 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
     Raises:
         InputError: If shapes do not match, or evaluation has no running statistics.
         PartitionError: If groups do not divide, or one has a single value in training.
-        OptionError: If there is no such order.
+        OptionError: If there is no such order, or there is no such activation.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, section 4.
@@ -88,8 +96,12 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
     running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     mix_logit = mix_logit.squeeze() if mix_logit.numel() == 1 else mix_logit
     require_values(mix_logit, (), "mix_logit", name)
-    return normalize_group_and_batch(
-        x, num_groups, order, running, training, parameters, mix_logit, name
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return ended(
+        normalize_group_and_batch(
+            x, num_groups, order, running, training, parameters, mix_logit, name
+        ),
+        ending,
     )
 
 
@@ -108,6 +120,9 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Batch norm, or running estimates, then group norm; see :class:`normkit.BatchChannelNorm`.
 
@@ -129,6 +144,9 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
         momentum: Weight of the new value in the running statistics without ``update_rate``.
         eps: Added to the variances; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
@@ -136,7 +154,7 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
     Raises:
         InputError: If shapes do not match.
         PartitionError: If groups do not divide, or one has a single value in training.
-        OptionError: If ``update_rate`` lies outside (0, 1].
+        OptionError: If ``update_rate`` lies outside (0, 1], or there is no such activation.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
@@ -162,7 +180,10 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
         require_values(values, (size,), what, name)
     second = Parameters(channel_weight, channel_bias, eps)
     modes = (training, training)
-    return normalize_batch_then_group(x, num_groups, running, modes, first, second, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return ended(
+        normalize_batch_then_group(x, num_groups, running, modes, first, second, name), ending
+    )
 
 
 def switchable_norm(  # noqa: PLR0913, PLR0917
@@ -178,6 +199,9 @@ def switchable_norm(  # noqa: PLR0913, PLR0917
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise by a mixture of three statistics; see :class:`normkit.SwitchableNorm`.
 
@@ -197,11 +221,15 @@ def switchable_norm(  # noqa: PLR0913, PLR0917
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in the batch part at evaluation.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match, or evaluation has no running statistics.
         PartitionError: If a channel has a single value in training.
 
@@ -221,7 +249,10 @@ def switchable_norm(  # noqa: PLR0913, PLR0917
     running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     require_values(mean_logits, (3 if use_batch else 2,), "mean_logits", name)
     require_values(var_logits, tuple(mean_logits.shape), "var_logits", name)
-    return normalize_switched(x, running, training, parameters, mean_logits, var_logits, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return ended(
+        normalize_switched(x, running, training, parameters, mean_logits, var_logits, name), ending
+    )
 
 
 def instance_batch_norm(  # noqa: PLR0913
@@ -235,6 +266,9 @@ def instance_batch_norm(  # noqa: PLR0913
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Instance norm on the first channels, batch norm on as many as have running statistics.
 
@@ -252,11 +286,15 @@ def instance_batch_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match.
         PartitionError: If a channel of an example has a single value in training.
 
@@ -283,10 +321,13 @@ def instance_batch_norm(  # noqa: PLR0913
         Parameters(_part(weight, part), _part(bias, part), eps)
         for part in (slice(half), slice(half, None))
     )
-    return normalize_halves(x, half, running, (training, training), first, rest, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return ended(
+        normalize_halves(x, half, running, (training, training), first, rest, name), ending
+    )
 
 
-def group_whitening(
+def group_whitening(  # noqa: PLR0913
     x: FeatureMap,
     num_groups: int,
     weight: PerChannel | None = None,
@@ -294,6 +335,9 @@ def group_whitening(
     *,
     iterations: int = 5,
     eps: float = 1e-5,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Whiten the groups of channels of every example; see :class:`normkit.GroupWhitening`.
 
@@ -307,11 +351,15 @@ def group_whitening(
         bias: Shift of each channel, ``(C,)``; None is 0.
         iterations: Newton steps.
         eps: Added to the variances; unit of ``x`` squared.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The whitened map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match.
         PartitionError: If ``num_groups`` does not divide ``C``, or a row has a single value.
 
@@ -326,7 +374,11 @@ def group_whitening(
     name = "group_whitening"
     parameters = read_parameters(x, weight, bias, eps, name)
     num_groups = require_channel_groups(num_groups, x.shape[1])
-    return whiten(x, num_groups, require_count("iterations", iterations), parameters, True, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return ended(
+        whiten(x, num_groups, require_count("iterations", iterations), parameters, True, name),
+        ending,
+    )
 
 
 def _part(values: PerChannel | None, channels: slice) -> PerChannel | None:

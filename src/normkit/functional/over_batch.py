@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from normkit.core.check import require_channel_groups, require_count
+from normkit.core.ending import read_ending
 from normkit.core.partition import Partition
 from normkit.functional.arguments import read_parameters, read_statistics
 from normkit.functional.checked import normalize_single
+from normkit.kernels.activations import ActivationName
 from normkit.typing import FeatureMap, PerChannel
 
 
@@ -22,6 +24,9 @@ def batch_norm(  # noqa: PLR0913 - torch's options
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise every channel over the whole batch; see :class:`normkit.BatchNorm`.
 
@@ -37,11 +42,15 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match, or evaluation has no running statistics.
         PartitionError: If a channel has a single value in training.
 
@@ -58,7 +67,8 @@ def batch_norm(  # noqa: PLR0913 - torch's options
     given, needed_by = (running_mean, running_var), None if training else name
     running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     groups = Partition(num_groups=x.shape[1])
-    return normalize_single(x, groups, running, parameters, training, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
 
 
 def batch_group_norm(  # noqa: PLR0913
@@ -73,6 +83,9 @@ def batch_group_norm(  # noqa: PLR0913
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise runs of the flattened ``(C, *S)`` axis; see :class:`normkit.BatchGroupNorm`.
 
@@ -89,11 +102,15 @@ def batch_group_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match, or evaluation has no running statistics.
         PartitionError: If the groups do not divide, or one has a single value in training.
 
@@ -111,7 +128,8 @@ def batch_group_norm(  # noqa: PLR0913
     given, needed_by = (running_mean, running_var), None if training else name
     running = read_statistics(given, num_groups, momentum, example_weight, needed_by)
     groups = Partition(num_groups=num_groups)
-    return normalize_single(x, groups, running, parameters, training, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
 
 
 def ghost_batch_norm(  # noqa: PLR0913
@@ -126,6 +144,9 @@ def ghost_batch_norm(  # noqa: PLR0913
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise every channel over runs of examples; see :class:`normkit.GhostBatchNorm`.
 
@@ -142,11 +163,15 @@ def ghost_batch_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match, or evaluation has no running statistics.
         PartitionError: If a group has a single value in training.
 
@@ -164,7 +189,8 @@ def ghost_batch_norm(  # noqa: PLR0913
     given, needed_by = (running_mean, running_var), None if training else name
     running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     groups = Partition(num_groups=x.shape[1], examples_per_group=size)
-    return normalize_single(x, groups, running, parameters, training, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
 
 
 def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
@@ -180,6 +206,9 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
     momentum: float = 0.1,
     eps: float = 1e-5,
     example_weight: float = 0.0,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise runs of channels over runs of examples.
 
@@ -199,11 +228,15 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match, or evaluation has no running statistics.
         PartitionError: If the groups do not divide, or one has a single value in training.
 
@@ -223,4 +256,5 @@ def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
     given, needed_by = (running_mean, running_var), None if training else name
     running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
     groups = Partition(num_groups=num_groups, examples_per_group=size)
-    return normalize_single(x, groups, running, parameters, training, name)
+    ending = read_ending(x, activation, negative_slope, residual, name)
+    return normalize_single(x, groups, running, parameters, training, name, ending=ending)

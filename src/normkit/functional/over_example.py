@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from normkit.core.check import require_channel_groups
+from normkit.core.ending import ended, read_ending
 from normkit.core.partition import Partition
 from normkit.functional.arguments import read_parameters
 from normkit.functional.checked import normalize_positional, normalize_single
+from normkit.kernels.activations import ActivationName
 from normkit.typing import FeatureMap, PerChannel
 
 
-def instance_norm(
+def instance_norm(  # noqa: PLR0913 - torch's options
     x: FeatureMap,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
     *,
     eps: float = 1e-5,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise every channel of every example; see :class:`normkit.InstanceNorm`.
 
@@ -25,11 +30,15 @@ def instance_norm(
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match.
         PartitionError: If a channel of an example has a single value.
 
@@ -43,15 +52,19 @@ def instance_norm(
     """
     parameters = read_parameters(x, weight, bias, eps, "instance_norm")
     groups = Partition(num_groups=x.shape[1], examples_per_group=1)
-    return normalize_single(x, groups, None, parameters, True, "instance_norm")
+    ending = read_ending(x, activation, negative_slope, residual, "instance_norm")
+    return normalize_single(x, groups, None, parameters, True, "instance_norm", ending=ending)
 
 
-def layer_norm(
+def layer_norm(  # noqa: PLR0913 - torch's options
     x: FeatureMap,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
     *,
     eps: float = 1e-5,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise every example over channels and positions; see :class:`normkit.LayerNorm`.
 
@@ -62,11 +75,15 @@ def layer_norm(
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match.
         PartitionError: If an example has a single value.
 
@@ -80,16 +97,20 @@ def layer_norm(
     """
     parameters = read_parameters(x, weight, bias, eps, "layer_norm")
     groups = Partition(num_groups=1, examples_per_group=1)
-    return normalize_single(x, groups, None, parameters, True, "layer_norm")
+    ending = read_ending(x, activation, negative_slope, residual, "layer_norm")
+    return normalize_single(x, groups, None, parameters, True, "layer_norm", ending=ending)
 
 
-def group_norm(
+def group_norm(  # noqa: PLR0913 - torch's options
     x: FeatureMap,
     num_groups: int,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
     *,
     eps: float = 1e-5,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise runs of channels of every example; see :class:`normkit.GroupNorm`.
 
@@ -101,11 +122,15 @@ def group_norm(
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match.
         PartitionError: If the groups do not divide the channels, or one has a single value.
 
@@ -120,15 +145,19 @@ def group_norm(
     parameters = read_parameters(x, weight, bias, eps, "group_norm")
     num_groups = require_channel_groups(num_groups, x.shape[1])
     groups = Partition(num_groups=num_groups, examples_per_group=1)
-    return normalize_single(x, groups, None, parameters, True, "group_norm")
+    ending = read_ending(x, activation, negative_slope, residual, "group_norm")
+    return normalize_single(x, groups, None, parameters, True, "group_norm", ending=ending)
 
 
-def positional_norm(
+def positional_norm(  # noqa: PLR0913 - torch's options
     x: FeatureMap,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
     *,
     eps: float = 1e-5,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
+    residual: FeatureMap | None = None,
 ) -> FeatureMap:
     r"""Normalise every position over its channels; see :class:`normkit.PositionalNorm`.
 
@@ -139,11 +168,15 @@ def positional_norm(
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
+        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; in the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        OptionError: If there is no such activation.
         InputError: If shapes do not match.
         PartitionError: If there is a single channel.
 
@@ -156,4 +189,5 @@ def positional_norm(
         torch.Size([4, 6, 5, 7])
     """
     parameters = read_parameters(x, weight, bias, eps, "positional_norm")
-    return normalize_positional(x, parameters, True, "positional_norm")
+    ending = read_ending(x, activation, negative_slope, residual, "positional_norm")
+    return ended(normalize_positional(x, parameters, True, "positional_norm"), ending)

@@ -167,7 +167,7 @@ class _Method:
             del vars(self.layer)["_normalize"]
             handle.remove()
 
-    def _shown(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _shown(self, x: Tensor, valid: Tensor | None, *ending: Any) -> Tensor:  # noqa: ANN401
         self.num_seen += 1
         if valid is None:
             self._see(x)
@@ -176,7 +176,7 @@ class _Method:
         else:
             self._see(x, valid)
         with _hidden(self.layer) if self._by_batch else nullcontext():
-            return self._normalize(x, valid)
+            return self._normalize(x, valid, *ending)
 
 
 @contextmanager

@@ -19,6 +19,13 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Differentiable = Callable[[Tensor, Tensor, Tensor | None, tuple[bool, bool, bool]], Gradients]
 """``(grad, x, weight, (wants_x, wants_weight, wants_bias))`` to three gradients, in operations that
 autograd can differentiate again."""
+EndedGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+DifferentiableEnded = Callable[
+    [Tensor, tuple[Tensor, Tensor | None, Tensor | None], Tensor | None, tuple[bool, ...]],
+    EndedGradients,
+]
+"""``(grad, (x, weight, bias), kept, wanted)`` to the gradients of x, residual, weight and bias, in
+operations that autograd can differentiate again; ``kept`` is what ``nodes.Ended.keeps`` says."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """A composite's parameters, in the order of its formula."""
 DifferentiableComposite = Callable[

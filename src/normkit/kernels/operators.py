@@ -8,6 +8,9 @@ channel. Statistics groups are ``num_groups`` equal runs of the flat ``(C, *S)``
 of ``examples_per_group`` consecutive examples (0: all). Composites are programs on tables, see
 ``kernels.program``. Results share the strides of ``x``. Tables are float64, means above biased
 variances. Running statistics move inside of the operator, which saves calls on tiny maps.
+
+What is ``ended_`` goes on to ``act(y + residual)``; its backward takes ``residual``, or the
+``result`` where its sign is enough.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ NAMESPACE = "normkit"
 _POOLING = "int num_groups, int examples_per_group, float eps"
 _NEEDS = "bool need_weight, bool need_bias"
 _THREE = "(Tensor dx, Tensor dweight, Tensor dbias)"
+_FOUR = "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+_ENDING = "int activation, float slope"
 _MOVED = (
     "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, "
     "Tensor(c!)? num_batches_tracked=None"
@@ -42,6 +47,17 @@ SCHEMAS = {
     "int num_groups, float eps) -> Tensor y",
     "evaluate_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
     f"int num_groups, float eps, {_NEEDS}) -> {_THREE}",
+    "ended_forward": f"(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_POOLING}, "
+    f"bool channel_statistics, {_ENDING}, {_MOVED}, float momentum=0.0) "
+    "-> (Tensor y, Tensor table)",
+    "ended_backward": "(Tensor grad, Tensor x, Tensor table, Tensor? residual, Tensor? result, "
+    f"Tensor? weight, Tensor? bias, {_POOLING}, {_ENDING}, bool need_residual, {_NEEDS}) "
+    f"-> {_FOUR}",
+    "ended_evaluate_forward": "(Tensor x, Tensor? residual, Tensor mean, Tensor var, "
+    f"Tensor? weight, Tensor? bias, int num_groups, float eps, {_ENDING}) -> Tensor y",
+    "ended_evaluate_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, "
+    "Tensor? residual, Tensor? result, Tensor? weight, Tensor? bias, int num_groups, float eps, "
+    f"{_ENDING}, bool need_residual, {_NEEDS}) -> {_FOUR}",
     "positional_forward": "(Tensor x, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor y, Tensor table)",
     "positional_backward": "(Tensor grad, Tensor x, Tensor table, Tensor? weight, float eps, "
@@ -120,6 +136,20 @@ def _three(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # n
     return _result(x), dweight, dbias
 
 
+def _ended_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    *arguments: Any,  # noqa: ANN401
+) -> tuple[Tensor, Tensor]:
+    return _pooled_forward(x, *arguments)
+
+
+def _four(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    dx, dweight, dbias = _three(grad, x, *arguments)
+    need_residual = arguments[-3]
+    return dx, _result(x) if need_residual else _table(x, 0, wide=False), dweight, dbias
+
+
 def _composite_forward(x: Tensor, program: str, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     num_examples, num_channels = x.shape[:2]
     return _result(x), _table(x, 2, num_examples * num_channels + parsed(program).kept_columns)
@@ -173,6 +203,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "pooled_backward": _three,
     "evaluate_forward": _like_x,
     "evaluate_backward": _three,
+    "ended_forward": _ended_forward,
+    "ended_backward": _four,
+    "ended_evaluate_forward": _like_x,
+    "ended_evaluate_backward": _four,
     "positional_forward": _positional_forward,
     "positional_backward": _three,
     "composite_forward": _composite_forward,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normkit.core.check import require_count, require_eps, require_feature_map, require_share
+from normkit.core.ending import Ending, ended, read_activation, require_residual
 from normkit.core.mask import Mask, Valid, read_mask, require_valid_values
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
@@ -25,6 +26,7 @@ from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
 from normkit.errors import OptionError
 from normkit.functional.checked import normalize_single
+from normkit.kernels.activations import NO_ACTIVATION, ActivationName
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import Call
 from normkit.layers.leaf import record_call
@@ -51,6 +53,10 @@ class NormLayer(nn.Module, ABC):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     __signature__ = ConstructorSignature()
+    # of a layer that an earlier version has pickled
+    _activation = NO_ACTIVATION
+    _activation_name: ActivationName | None = None
+    _negative_slope = 0.01
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - what __init__ takes
         """Say in words what is wrong with a call that the constructor does not take."""
@@ -58,13 +64,15 @@ class NormLayer(nn.Module, ABC):
             require_arguments(cls, args, kwargs)
         return super().__new__(cls)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - SharedOptions, with their defaults
         self,
         num_features: int,
         *,
         eps: float = 1e-5,
         affine: bool = True,
         bias: bool = True,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,6 +83,29 @@ class NormLayer(nn.Module, ABC):
         self.eps = eps
         self.affine = affine
         self._register_parameters(bias, device, dtype)
+        self._activate_by(activation, negative_slope)
+
+    def _activate_by(self, name: ActivationName | None, negative_slope: float) -> None:
+        found = read_activation(name, negative_slope)
+        self._activation, self._activation_name, self._negative_slope = found, name, negative_slope
+
+    @property
+    def activation(self) -> ActivationName | None:
+        """What is applied last."""
+        return self._activation_name
+
+    @activation.setter
+    def activation(self, name: ActivationName | None) -> None:
+        self._activate_by(name, self._negative_slope)
+
+    @property
+    def negative_slope(self) -> float:
+        """What a leaky ReLU multiplies values below 0 by."""
+        return self._negative_slope
+
+    @negative_slope.setter
+    def negative_slope(self, value: float) -> None:
+        self._activate_by(self._activation_name, value)
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
         for name, wanted in (("weight", self.affine), ("bias", self.affine and bias)):
@@ -103,25 +134,42 @@ class NormLayer(nn.Module, ABC):
             return Parameters(own["weight"], own["bias"], self.eps)
         return Parameters(self.weight, self.bias, self.eps)  # parametrised: computed anew
 
-    def forward(self, x: FeatureMap, mask: Mask | None = None) -> FeatureMap:
+    def forward(
+        self, x: FeatureMap, mask: Mask | None = None, residual: FeatureMap | None = None
+    ) -> FeatureMap:
         """Normalise ``(N, C, *S)``; same shape, dtype and memory format.
+
+        With ``residual`` and ``activation`` it is ``act(norm(x) + residual)``.
 
         Args:
             x: Feature map.
             mask: For padded inputs: booleans ``(N, *S)``, True where a position is valid, or whole
                 numbers ``(N,)``, how many positions along the last axis are. Statistics are over
                 valid positions only; the others come out 0.
+            residual: Added to the normalised map, before the activation; in the shape, dtype and
+                device of ``x``.
 
         Raises:
             PartitionError: In training, if a statistics group has a single (valid) value.
-            InputError: If the input or the mask has a wrong shape.
-            InputTypeError: If either has a wrong dtype.
+            InputError: If the input, the mask or the residual has a wrong shape.
+            InputTypeError: If one of them has a wrong dtype.
         """
         if not isinstance(x, Tensor):
             is_overridden = type(self).forward is not NormLayer.forward
-            return record_call(self, x, mask, forward_of_base if is_overridden else None)
+            return record_call(
+                self, (x, mask, residual), forward_of_base if is_overridden else None
+            )
         require_feature_map(x, self.num_features, type(self).__name__)
-        return self._normalize(x, None if mask is None else self._read_mask(mask, x))
+        valid = None if mask is None else self._read_mask(mask, x)
+        if residual is None and not self._activation.kind:
+            return self._normalize(x, valid)
+        if residual is not None:
+            require_residual(residual, x, type(self).__name__)
+        return self._normalize_to_end(x, valid, Ending(self._activation, residual))
+
+    def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
+        """Normalise, add and activate: one after the other, unless a layer does it at once."""
+        return ended(self._normalize(x, valid), ending, valid)
 
     @abstractmethod
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
@@ -237,11 +285,20 @@ class TrackingLayer(NormLayer):
         track_running_stats: bool = True,
         example_weight: float = 0.0,
         process_group: ProcessGroup = None,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps=eps, affine=affine, bias=bias, device=device, dtype=dtype
+            num_features,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            activation=activation,
+            negative_slope=negative_slope,
+            device=device,
+            dtype=dtype,
         )
         if momentum is not None:
             require_share("momentum", momentum)
@@ -421,13 +478,18 @@ class SegmentLayer(TrackingLayer):
         """The layer itself, and nothing after it."""
         return self, {}
 
-    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+    def _normalize(
+        self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
+    ) -> FeatureMap:
         ranks = None if self._process_group is None else self._ranks(x)
         training, name = self.training, type(self).__name__
         running, parameters = self._running(), self._affine()
         return normalize_single(
-            x, self.partition, running, parameters, training, name, ranks, valid
+            x, self.partition, running, parameters, training, name, ranks, valid, ending
         )
+
+    def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
+        return self._normalize(x, valid, ending)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""
@@ -467,9 +529,14 @@ def is_estimated(module: object) -> bool:
     return isinstance(module, NormLayer) and module.is_estimated
 
 
-def forward_of_base(layer: NormLayer, x: FeatureMap, mask: Mask | None = None) -> FeatureMap:
+def forward_of_base(
+    layer: NormLayer,
+    x: FeatureMap,
+    mask: Mask | None = None,
+    residual: FeatureMap | None = None,
+) -> FeatureMap:
     """Call ``NormLayer.forward`` of a layer whose subclass overrides it: a node of ``torch.fx``."""
-    return NormLayer.forward(layer, x, mask)
+    return NormLayer.forward(layer, x, mask, residual)
 
 
 def is_watched(*modules: nn.Module) -> bool:
@@ -481,7 +548,7 @@ def is_watched(*modules: nn.Module) -> bool:
 
 
 _NOT_SHOWN = ("num_features", "device", "dtype")
-_SHOWN_IF_SET = {"bias": True, "process_group": None}
+_SHOWN_IF_SET = {"bias": True, "process_group": None, "activation": None, "negative_slope": 0.01}
 
 
 def _modernize(

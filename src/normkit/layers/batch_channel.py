@@ -29,7 +29,7 @@ from normkit.core.stages import normalize_estimated
 from normkit.functional.checked import normalize_batch_then_group, normalize_single
 from normkit.kernels.select import Call
 from normkit.layers.base import BUFFERS, NormLayer, StageOption, TrackingLayer, is_watched
-from normkit.layers.options import Device, SharedOptions
+from normkit.layers.options import Device, SharedOptions, of_stages
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.passes import require_inspectable, run_cleanup
@@ -115,13 +115,14 @@ class BatchChannelNorm(NormLayer):
         super().__init__(num_features, **shared)
         self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
         self._update_rate = require_update_rate(update_rate)
-        stage = {"example_weight": example_weight, "process_group": process_group, **shared}
+        stage = {"example_weight": example_weight, "process_group": process_group}
+        stage |= of_stages(shared)
         if micro_batch:
             self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
         else:
             self.batch = InnerBatchNorm(num_features, momentum=momentum, **stage)
         self.channel = ChannelStage(
-            num_features, num_groups=num_groups, channel_affine=channel_affine, **shared
+            num_features, num_groups=num_groups, channel_affine=channel_affine, **of_stages(shared)
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:

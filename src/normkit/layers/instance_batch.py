@@ -17,7 +17,7 @@ from normkit.errors import OptionError
 from normkit.functional.checked import normalize_halves
 from normkit.kernels.select import Call
 from normkit.layers.base import NormLayer, StageOption, is_watched
-from normkit.layers.options import Device, SharedOptions
+from normkit.layers.options import Device, SharedOptions, of_stages
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
 from normkit.layers.parts import Part, Slot
@@ -82,6 +82,7 @@ class InstanceBatchNorm(NormLayer):
         half = instance_channels(require_count("num_features", num_features), ratio)
         super().__init__(num_features, **shared)
         self.ratio = ratio
+        shared = of_stages(shared)
         self.instance = InstanceNorm(half, momentum=momentum, **shared)
         self.batch = InnerBatchNorm(
             num_features - half,

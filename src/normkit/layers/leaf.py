@@ -12,7 +12,7 @@ from normkit.errors import InputTypeError, TraceError
 
 
 def record_call(
-    layer: nn.Module, x: object, mask: object, base_forward: Callable[..., Tensor] | None
+    layer: nn.Module, inputs: tuple[object, ...], base_forward: Callable[..., Tensor] | None
 ) -> Proxy:
     """Record a call on a ``torch.fx.Proxy`` as one node, and refuse anything else.
 
@@ -21,8 +21,7 @@ def record_call(
 
     Args:
         layer: The layer that is called.
-        x: What it is called with; not a tensor.
-        mask: Likewise, or None.
+        inputs: The input, which is no tensor, the mask and the residual, or None for either.
         base_forward: None records a call of the whole layer. A subclass with a ``forward`` of its
             own has already run the code above ``super().forward(x)``; the node then calls this
             function of the layer and the inputs, which does what ``super().forward`` does.
@@ -31,7 +30,7 @@ def record_call(
         InputTypeError: If ``x`` is not a proxy.
         TraceError: If the layer is the whole model.
     """
-    name = type(layer).__name__
+    name, (x, mask, residual) = type(layer).__name__, inputs
     if not isinstance(x, Proxy):
         raise InputTypeError(f"{name} was given a {type(x).__name__}; it takes a torch.Tensor")
     path = x.tracer.path_of_module(layer) if isinstance(x.tracer, Tracer) else ""
@@ -41,7 +40,8 @@ def record_call(
             f"model that holds it, for instance nn.Sequential(layer)"
         )
     given: tuple[Any, ...] = (x,) if mask is None else (x, mask)
+    named = {} if residual is None else {"residual": residual}
     if base_forward is None:
-        return x.tracer.create_proxy("call_module", path, given, {})
+        return x.tracer.create_proxy("call_module", path, given, named)
     itself = x.tracer.create_proxy("get_attr", path, (), {})
-    return x.tracer.create_proxy("call_function", base_forward, (itself, *given), {})
+    return x.tracer.create_proxy("call_function", base_forward, (itself, *given), named)

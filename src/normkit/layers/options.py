@@ -12,6 +12,7 @@ from torch import nn
 
 from normkit.core.ranks import ProcessGroup
 from normkit.errors import ArgumentError
+from normkit.kernels.activations import ActivationName
 
 Device = torch.device | str | None
 
@@ -23,6 +24,10 @@ class SharedOptions(TypedDict, total=False):
         eps: Added to the variance; unit of ``x`` squared. Default 1e-5.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each, in every stage. Default True.
         bias: Whether ``affine`` learns a shift; if not, there is a scale alone. Default True.
+        activation: What is applied last: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` (by
+            the error function), ``"hardswish"``, ``"sigmoid"``, ``"tanh"`` or ``"relu6"``. Default
+            None: nothing.
+        negative_slope: Of ``"leaky_relu"`` below 0. Default 0.01.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
     """
@@ -30,6 +35,8 @@ class SharedOptions(TypedDict, total=False):
     eps: float
     affine: bool
     bias: bool
+    activation: ActivationName | None
+    negative_slope: float
     device: Device
     dtype: torch.dtype | None
 
@@ -48,6 +55,8 @@ class TrackingOptions(TypedDict, total=False):
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1. Default 0.
         process_group: Whose batches count as one batch in training: a ``torch.distributed``
             group, ``"world"`` for all processes, or None for this process alone.
+        activation: What is applied last, as in ``SharedOptions``. Default None.
+        negative_slope: Of ``"leaky_relu"`` below 0. Default 0.01.
         device: Where parameters and buffers live.
         dtype: Of the parameters; buffers are at least float32.
     """
@@ -59,8 +68,18 @@ class TrackingOptions(TypedDict, total=False):
     track_running_stats: bool
     example_weight: float
     process_group: ProcessGroup
+    activation: ActivationName | None
+    negative_slope: float
     device: Device
     dtype: torch.dtype | None
+
+
+def of_stages(shared: SharedOptions) -> SharedOptions:
+    """Those of a composite's options that its stages have too: not what comes after all of them."""
+    kept = shared.copy()
+    kept.pop("activation", None)
+    kept.pop("negative_slope", None)
+    return kept
 
 
 _SHARED = {kind.__name__: kind.__annotations__ for kind in (SharedOptions, TrackingOptions)}

@@ -28,6 +28,7 @@ from normkit.lab.bench.end_to_end import (
     run_end_to_end,
     workloads_for,
 )
+from normkit.lab.bench.fused import FusedRecord, run_fused
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.bench.peers import Peer, peers_of
 from normkit.lab.bench.run import SCREENING
@@ -353,3 +354,12 @@ def test_records_of_a_gpu_have_targets_of_their_own(record):
     assert wanted["gn:2 against torch, forward + backward"] == "at least 1.3 times as fast"
     assert wanted["bgn:2 against composition, forward + backward"] == "at least 1.3 times as fast"
     assert sum(target.name.endswith("kept for backward") for target in found) == 8
+
+
+def test_steps_of_networks_are_timed_before_and_after_fusing():
+    found = run_fused(
+        Setting(repeats=1, budget_s=0.0), shapes=[(6, 5, 7)], batch_sizes=[2], workloads=[SMALL]
+    )
+    assert found.mean_ratio("torch", residual=True) > 0
+    assert found.networks[0].times.keys() == {"torch", "separate", "fused"}
+    assert FusedRecord.model_validate_json(found.model_dump_json()) == found

@@ -20,10 +20,11 @@ from normkit.tracing.kinds import (
 from normkit.tracing.symbolic import fx_graph
 
 
-class _Tracer(fx.Tracer):
+class WholeChildren(fx.Tracer):
     """Records each child as one call, without the calls inside it."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child is one."""
         return True
 
 
@@ -80,7 +81,7 @@ def trace_own_forward(module: nn.Module) -> OwnForward | None:
     if is_sequence(module) or type(module).forward is nn.Module.forward:
         return None
     try:
-        graph = fx_graph(_Tracer(), module)
+        graph = fx_graph(WholeChildren(), module)
     except Exception:  # noqa: BLE001 - the module's own code runs on proxies
         return None
     sums = [node for node in graph.nodes if _kind(node) == "sum" and len(_addends(node)) == 2]

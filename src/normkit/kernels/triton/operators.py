@@ -173,6 +173,6 @@ def _segment_size(x: Tensor, table: Tensor) -> int:
 def register() -> None:
     """Let torch call these kernels for tensors on a GPU; once."""
     define()
-    for name in SCHEMAS:
+    for name in SCHEMAS.keys() & globals().keys():
         device = "cpu" if INTERPRETED else "cuda"
         torch.library.impl(f"{NAMESPACE}::{name}", device, globals()[name])

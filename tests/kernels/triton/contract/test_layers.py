@@ -376,3 +376,23 @@ def test_groups_too_wide_for_one_launch_give_the_same(name, device, monkeypatch)
         monkeypatch.setattr(plan, "_PLANS", {})
         found = results()
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["bn", "gn"])
+def test_an_activation_and_a_residual_come_after_the_kernels(name, training, device):
+    plain = CASES[name].make().to(device).train(training)
+    ending = CASES[name].make(activation="silu").to(device).train(training)
+    x, residual = (
+        randn(3, 6, 5, seed=s, dtype=float32).to(device).requires_grad_() for s in (0, 1)
+    )
+    y, expected = ending(x, residual=residual), plain(x) + residual
+    expected = expected * torch.sigmoid(expected)
+    assert_close(y, expected)
+    grad = randn(3, 6, 5, seed=2, dtype=float32).to(device)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, (x, residual), grad),
+        torch.autograd.grad(expected, (x, residual), grad),
+        strict=True,
+    ):
+        assert_close(ours, theirs)

@@ -1,0 +1,231 @@
+"""Putting activations and sums into the norms of a model, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from normkit.convert import Conversion, convert_norm_
+from normkit.errors import ConversionError
+from normkit.fusing.forward import rewritten
+from normkit.fusing.plan import Plan, Step, plan
+from normkit.passes import all_or_nothing, attempt, call_with, copied, require_unwrapped, untouched
+from normkit.text import module_name, table_lines
+
+TOLERANCE = 1e-3  # of outputs beside their largest value, in evaluation mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """A norm that goes on to an activation.
+
+    Args:
+        name: Its name in the model.
+        activation: What it applies.
+        residual: Whether something is added before.
+        how: What became of the activation: ``"nn.Identity"`` in its place, or ``"rewritten"``: the
+            forward around it calls the norm with what was added.
+        converted: What the norm was before, where it was none of ours.
+    """
+
+    name: str
+    activation: str
+    residual: bool
+    how: str
+    converted: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotFused:
+    """A norm that is followed by an activation, and was left as it was.
+
+    Args:
+        name: Its name in the model.
+        why: Why it was left.
+    """
+
+    name: str
+    why: str
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Fusion:
+    """What was put together; prints as a table.
+
+    Args:
+        model: The model.
+        fused: Norms that go on to an activation.
+        left: Norms that are followed by one and stay as they were.
+    """
+
+    model: nn.Module
+    fused: tuple[Fused, ...]
+    left: tuple[NotFused, ...]
+    _undo: list[tuple[Any, ...]] = field(kw_only=True)
+    _conversion: Conversion | None = field(kw_only=True, default=None)
+
+    def revert(self) -> nn.Module:
+        """Put everything back as it was, and return the model; a second time changes nothing.
+
+        Norms of other libraries come back too. Parameters have the values that they have now.
+        """
+        converted = [] if self._conversion is None else [self._conversion]
+        return attempt(self._revert, self, self.model, *converted)
+
+    def _revert(self) -> nn.Module:
+        for what, owner, key, value in reversed(self._undo):
+            _put(what, owner, key, value)
+        self._undo = []
+        if self._conversion is not None:
+            self._conversion.revert()
+        return self.model
+
+    def __repr__(self) -> str:
+        return f"<Fusion: {self._summary()}>"
+
+    def __str__(self) -> str:
+        head = ("name", "goes on to", "by", "was")
+        rows = [(module_name(f.name), _ending(f), f.how, f.converted or "-") for f in self.fused]
+        lines = [self._summary(), *(table_lines([head, *rows]) if rows else [])]
+        return "\n".join([*lines, *self._left_alone()])
+
+    def _summary(self) -> str:
+        return f"fused {len(self.fused)} of {len(self.fused) + len(self.left)} norms"
+
+    def _left_alone(self) -> Iterator[str]:
+        for why in dict.fromkeys(each.why for each in self.left):
+            names = [module_name(each.name) for each in self.left if each.why == why]
+            yield f"left alone, {why}: {', '.join(names)}"
+
+
+def _ending(fused: Fused) -> str:
+    return f"sum, {fused.activation}" if fused.residual else fused.activation
+
+
+@all_or_nothing
+def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:  # noqa: ANN401
+    """Let the norms of a model add and activate in their own pass, in place.
+
+    Where a norm's result goes to an activation, or to a sum and then an activation, and nowhere
+    else, the norm gets the option ``activation=`` and, in the forward around it, ``residual=``. The
+    activation's module becomes ``nn.Identity``; where the forward calls it several times, calls a
+    function instead, or adds, that forward is rewritten: the module gets a class of its own, made
+    from its old one. The state dict stays the same. Batch, group and instance norms of torch and
+    timm (``BatchNormAct2d`` with its activation too) become ours first, with their very parameters.
+
+    A rewritten forward does what the old one does now: what it asks of its module's own attributes
+    is asked once. It is left alone where it differs between training and evaluation.
+
+    Args:
+        model: Any model.
+        example_input: A tuple of arguments, a dict of named ones, or the only one. It is sent
+            through the model before and after, in evaluation mode, and the outputs must agree.
+
+    Returns:
+        What was done and what was not, with the reasons; ``.revert()`` puts all of it back.
+
+    Raises:
+        OptionError: If the model is wrapped, compiled, or cannot be looked into.
+        ConversionError: If a norm cannot become ours, or the outputs on the example differ.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> print(fuse_activations_(model))
+        fused 1 of 1 norms
+          name  goes on to  by           was
+          1     relu        nn.Identity  BatchNorm2d
+        >>> model[1].activation, model[2]
+        ('relu', Identity())
+    """
+    require_unwrapped(model, "fuse the activations of")
+    planned = plan(model)
+    before = None if example_input is None else _outputs(model, example_input)
+    kinds = {name: type(model.get_submodule(name)).__name__ for name in planned.twins}
+    conversion = convert_norm_(model, dict(planned.twins)) if planned.twins else None
+    undo = list(_carry_out(model, planned))
+    if before is not None:
+        _require_same(before, _outputs(model, example_input))
+    return Fusion(
+        model=model,
+        fused=tuple(_said(step, kinds) for step in planned.steps),
+        left=tuple(NotFused(name=name, why=why) for name, why in planned.left.items()),
+        _undo=undo,
+        _conversion=conversion,
+    )
+
+
+def _said(step: Step, kinds: dict[str, str]) -> Fused:
+    how = "rewritten" if step.own is not None and step.place is None else "nn.Identity"
+    return Fused(
+        name=step.name,
+        activation=step.activation.name,
+        residual=step.residual,
+        how=how,
+        converted=kinds.get(step.name, ""),
+    )
+
+
+def _carry_out(model: nn.Module, planned: Plan) -> Iterator[tuple[Any, ...]]:
+    """Change the model; give what ``_put`` takes to put each change back."""
+    steps = planned.steps
+    for own in dict.fromkeys(step.own for step in steps if step.own and step.place is None):
+        norms = {step.target for step in steps if step.own is own}
+        yield "class", own.module, None, type(own.module)
+        own.module.__class__ = rewritten(own, norms)
+    for step in steps:
+        norm = model.get_submodule(step.name)
+        if step.own is not None and step.place is not None:
+            yield _replace(step.own.module, step.place)
+        elif step.own is None:
+            yield _replace(norm, "act")
+        yield "activation", norm, None, (norm.activation, norm.negative_slope)
+        _put("activation", norm, None, step.activation)
+
+
+def _replace(owner: nn.Module, name: str) -> tuple[Any, ...]:
+    """Put ``nn.Identity`` in the place of an activation."""
+    path, _, key = name.rpartition(".")
+    holder = owner.get_submodule(path)
+    old = holder._modules[key]
+    identity = nn.Identity()
+    identity.training = old.training if old is not None else True
+    holder._modules[key] = identity
+    return "module", holder, key, old
+
+
+def _put(what: str, owner: Any, key: Any, value: Any) -> None:  # noqa: ANN401
+    if what == "class":
+        owner.__class__ = value
+    elif what == "module":
+        owner._modules[key] = value
+    else:
+        owner.activation, owner.negative_slope = value
+
+
+def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:  # noqa: ANN401
+    with untouched(model, training=False), torch.no_grad():
+        outputs = call_with(model, copied(example_input))
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _require_same(before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
+    """Refuse a change that moves the outputs.
+
+    Raises:
+        ConversionError: With the largest difference.
+    """
+    for old, new in zip(before, after, strict=True):
+        finite = old.isfinite()
+        distance = (old.double() - new.double())[finite].abs()
+        far = distance.max().item() if distance.numel() else 0.0
+        largest = max(1.0, old[finite].double().abs().max().item()) if distance.numel() else 1.0
+        if not far <= TOLERANCE * largest or not torch.equal(finite, new.isfinite()):
+            raise ConversionError(
+                f"the outputs on the example input differ by {far:.2g} beside {largest:.2g} once "
+                f"the activations are fused; nothing was changed"
+            )

@@ -1,0 +1,242 @@
+"""Norm, activation and residual in one pass, and one after the other, in turns."""
+
+import copy
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.fusing import fuse_activations_
+from normkit.lab.bench.end_to_end import MOST_LOSS_DIFFERENCE, Setting, Workload
+from normkit.lab.bench.errors import BenchError
+from normkit.lab.bench.spec import RESNET50, Shape
+from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
+from normkit.lab.data import Examples
+from normkit.lab.device import parse_device, seeded, threads_of
+from normkit.lab.environment import Environment, code_hash, describe_environment
+from normkit.lab.frozen import Frozen
+from normkit.lab.models import build_model
+from normkit.lab.steps import train_step
+from normkit.layers.over_batch import BatchNorm
+
+Side = Literal["torch", "separate", "fused"]
+SIDES: tuple[Side, ...] = ("torch", "separate", "fused")
+"""Torch's batch norm and activation; ours and torch's activation; ours in one pass."""
+BATCH_SIZES = (2, 32)
+MOST_DIFFERENCE = 1e-3  # of gradients, in the mean, beside their mean
+WORKLOADS = (
+    Workload(model="torchvision:resnet50", input_shape=(3, 64, 64), num_classes=1000, batch_size=2),
+    Workload(
+        model="torchvision:resnet50", input_shape=(3, 224, 224), num_classes=1000, batch_size=8
+    ),
+    Workload(
+        model="torchvision:mobilenet_v2", input_shape=(3, 224, 224), num_classes=1000, batch_size=8
+    ),
+)
+
+
+class LayerTimes(Frozen):
+    """Forward and backward of one map, by side; ``residual`` is added before the activation."""
+
+    shape: Shape
+    batch_size: int
+    residual: bool
+    times: dict[Side, Times]
+
+    def ratio(self, side: Side) -> float:
+        """Time of a side in times of the fused one."""
+        return self.times[side].median_s / self.times["fused"].median_s
+
+
+class StepTimes(Frozen):
+    """Training steps of a network, by side, and the most memory that a process has taken."""
+
+    workload: Workload
+    times: dict[Side, Times]
+    peak_bytes: dict[Side, int] = Field(
+        default={}, description="the most that a step adds to a process, by side"
+    )
+
+    def ratio(self, side: Side) -> float:
+        """Time of a side in times of the fused one."""
+        return self.times[side].median_s / self.times["fused"].median_s
+
+
+class FusedRecord(Frozen):
+    """What was found, where and when."""
+
+    layers: tuple[LayerTimes, ...]
+    networks: tuple[StepTimes, ...]
+    environment: Environment
+    code_hash: str
+    load_average: float = Field(description="of the machine's last minute, when it began")
+
+    def mean_ratio(self, side: Side, residual: bool) -> float:
+        """Geometric mean over all maps."""
+        found = [math.log(row.ratio(side)) for row in self.layers if row.residual == residual]
+        return math.exp(sum(found) / len(found)) if found else math.nan
+
+
+def run_fused(
+    setting: Setting,
+    *,
+    shapes: Iterable[Shape] = RESNET50,
+    batch_sizes: Iterable[int] = BATCH_SIZES,
+    workloads: Iterable[Workload] | None = None,
+    on_row: Callable[[str], object] = lambda _: None,
+) -> FusedRecord:
+    """Time batch norm and ReLU, alone and after a sum, and training steps of networks.
+
+    Args:
+        setting: Where, and for how many seconds each network at most; a map takes a twentieth.
+        shapes: Of the maps.
+        batch_sizes: Of the maps.
+        workloads: The networks; if not given, those of ``WORKLOADS``.
+        on_row: Called with the name of each row before it is measured.
+
+    Raises:
+        BenchError: If the sides do not compute the same.
+    """
+    device, load = parse_device(setting.device), os.getloadavg()[0]
+    layers, networks = [], []
+    with threads_of(setting.threads), seeded(0, device):
+        for batch_size in batch_sizes:
+            for shape in shapes:
+                on_row(f"{batch_size}x{'x'.join(map(str, shape))}")
+                layers += [_layer(shape, batch_size, r, setting, device) for r in (False, True)]
+        for workload in WORKLOADS if workloads is None else workloads:
+            on_row(workload.model)
+            networks.append(_network(workload, setting, device))
+    return FusedRecord(
+        layers=tuple(layers),
+        networks=tuple(networks),
+        environment=describe_environment(device, setting.threads),
+        code_hash=code_hash("lab/bench/"),
+        load_average=load,
+    )
+
+
+def _layer(
+    shape: Shape, batch_size: int, residual: bool, setting: Setting, device: torch.device
+) -> LayerTimes:
+    x, added, grad = (torch.randn(batch_size, *shape, device=device) for _ in range(3))
+    norms = {
+        "torch": nn.BatchNorm2d(shape[0], device=device),
+        "separate": BatchNorm(shape[0], device=device),
+        "fused": BatchNorm(shape[0], activation="relu", device=device),
+    }
+    inputs = [t.requires_grad_() for t in ((x, added) if residual else (x,))]
+    steps = {side: _both_ways(side, norm, inputs, grad) for side, norm in norms.items()}
+    values = {side: step() for side, step in steps.items()}
+    for side in ("torch", "separate"):
+        for theirs, ours in zip(values[side], values["fused"], strict=True):
+            # the mean: where a value lies at 0, rounding decides whether its gradient passes
+            far = (theirs - ours).abs().mean() / theirs.abs().mean()
+            if not far <= MOST_DIFFERENCE:
+                raise BenchError(f"{side} and fused layers give other values on {shape}")
+    budget = Budget(seconds=setting.budget_s / 20, repeats=setting.repeats)
+    times = time_in_turns({side: Call(run=step) for side, step in steps.items()}, budget, device)
+    return LayerTimes(shape=shape, batch_size=batch_size, residual=residual, times=times)  # type: ignore[arg-type]
+
+
+def _both_ways(
+    side: str, norm: nn.Module, inputs: list[Tensor], grad: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    def forward() -> Tensor:
+        if side == "fused":
+            return norm(inputs[0], residual=inputs[1] if len(inputs) > 1 else None)
+        y = norm(inputs[0])
+        y = y.add_(inputs[1]) if len(inputs) > 1 else y
+        return functional.relu(y, inplace=True)
+
+    parameters = [*norm.parameters()]
+    return lambda: torch.autograd.grad(forward(), [*inputs, *parameters], grad)
+
+
+def _network(workload: Workload, setting: Setting, device: torch.device) -> StepTimes:
+    inputs = torch.randn(workload.batch_size, *workload.input_shape, device=device)
+    targets = torch.arange(workload.batch_size, device=device) % workload.num_classes
+    batch = Examples(inputs=inputs, targets=targets)
+    torchs = _model(workload, None).to(device)
+    models = {"torch": torchs, "separate": _ours(copy.deepcopy(torchs))}
+    models["fused"] = copy.deepcopy(models["separate"])
+    fuse_activations_(models["fused"])
+    steps = {side: stepper(model, batch) for side, model in models.items()}
+    losses = {side: _first_loss(step) for side, step in steps.items()}
+    for side in ("separate", "fused"):
+        far = abs(losses[side] - losses["torch"]) / max(abs(losses["torch"]), 1e-12)
+        if not far <= MOST_LOSS_DIFFERENCE:
+            raise BenchError(f"{workload.model}: the first losses differ: {losses}")
+    budget = Budget(seconds=setting.budget_s, repeats=setting.repeats)
+    times = time_in_turns({side: Call(run=step) for side, step in steps.items()}, budget, device)
+    return StepTimes(workload=workload, times=times)  # type: ignore[arg-type]
+
+
+def _first_loss(step: Callable[[], float]) -> float:
+    torch.manual_seed(0)  # dropout
+    return step()
+
+
+def _model(workload: Workload, norm: str | None) -> nn.Module:
+    options = {"num_classes": workload.num_classes, "input_shape": workload.input_shape}
+    return build_model(workload.model, **options, norm=norm).model.train()
+
+
+def _ours(model: nn.Module) -> nn.Module:
+    from normkit.convert import convert_norm_  # noqa: PLC0415 - slow
+
+    return convert_norm_(model, "bn").model
+
+
+def stepper(model: nn.Module, batch: Examples) -> Callable[[], float]:
+    """A training step that gives its loss."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    return lambda: train_step(model, optimizer, batch)[0]
+
+
+def measure_peaks(workload: Workload, threads: int) -> dict[Side, int]:
+    """The most memory that a step takes beyond what the process had before it, each in a process.
+
+    ``ru_maxrss`` after two steps, less what there was with the model and the optimizer's state.
+    """
+    found: dict[Side, int] = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, side, workload.model_dump_json(), str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[side] = int(done.stdout.split()[-1])
+    return found
+
+
+def _peak(side: str, workload: Workload) -> int:
+    model = _model(workload, None)
+    model = model if side == "torch" else _ours(model)
+    if side == "fused":
+        fuse_activations_(model)
+    small = Workload(**workload.model_dump() | {"input_shape": (3, 64, 64), "batch_size": 2})
+    sizes = [(small.batch_size, *small.input_shape), (workload.batch_size, *workload.input_shape)]
+    peaks = []
+    for size in sizes:
+        batch = Examples(inputs=torch.randn(size), targets=torch.zeros(size[0], dtype=torch.long))
+        stepper(model, batch)()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return peaks[1] - peaks[0]
+
+
+def write(path: Path, record: FusedRecord) -> None:
+    """Write a record as JSON."""
+    path.write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with threads_of(int(sys.argv[3])), seeded(0, torch.device("cpu")):
+        sys.stdout.write(f"{_peak(sys.argv[1], Workload.model_validate_json(sys.argv[2]))}\n")
