@@ -269,7 +269,7 @@ def test_specs_name_it():
     built = nk.build("gn:3:activation=leaky_relu:negative_slope=0.2", 6)
     assert (built.activation, built.negative_slope) == ("leaky_relu", 0.2)
     assert nk.build("bn:activation=none", 6).activation is None
-    with pytest.raises(SpecError, match="it is one of: relu, leaky_relu, silu"):
+    with pytest.raises(SpecError, match="must be one of: relu, leaky_relu, silu"):
         nk.build("bn:activation=swish", 6)
 
 
