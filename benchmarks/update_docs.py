@@ -81,7 +81,7 @@ def _fused(record: FusedRecord, part: str) -> str:
     if part == "ratios":
         return f"{said}\n"
     setting = (
-        f"{machine.device}, {machine.threads} threads, torch {machine.torch}, "
+        f"{machine.device}, processor time of {machine.threads} thread, torch {machine.torch}, "
         f"{machine.date[:10]}, code `{record.code_hash}`, load {record.load_average:.1f}. Memory "
         f"is of torch's layers, ours one by one, and ours in one pass."
     )

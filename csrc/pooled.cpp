@@ -165,21 +165,24 @@ Ending ending_of(int64_t activation, double slope, const OptionalTensor& residua
 // The gradients of x, residual, weight and bias through y = act(norm(x) + residual). The gradient
 // of the norm's result is written where that of the residual belongs, else where dx will be; of
 // ReLU and leaky ReLU alone, nowhere.
-class ThroughEnding {
- public:
-  ThroughEnding(const FeatureMap& x, const OptionalTensor& residual, const OptionalTensor& result,
-                int64_t activation, double slope, bool need_residual)
-      : dx(x.fresh()), dresidual(need_residual ? x.fresh() : fresh_table({0}, x.wide())),
-        residual_(beside(x, residual)), result_(beside(x, result)),
-        ending(ending_of(activation, slope, residual_)) {
+struct ThroughEnding {
+  OptionalTensor residual, result;  // hold the memory that the ending points to
+  Ending ending;
+  Tensor dx, dresidual;
+
+  ThroughEnding(const FeatureMap& x, const OptionalTensor& given_residual,
+                const OptionalTensor& given_result, int64_t activation, double slope,
+                bool need_residual)
+      : residual(beside(x, given_residual)), result(beside(x, given_result)),
+        ending(ending_of(activation, slope, residual)), dx(x.fresh()),
+        dresidual(need_residual ? x.fresh() : fresh_table({0}, x.wide())) {
     STD_TORCH_CHECK(ending.activation != Activation::none, "the gradient is that of the norm alone");
-    if (result_) ending.result = result_->data_ptr();
+    if (result) ending.result = result->data_ptr();
     const bool is_signed = ending.activation == Activation::relu ||
                            ending.activation == Activation::leaky_relu;
-    const bool is_alone = !ending.residual && !ending.result;
     if (need_residual) {
       ending.passed = dresidual.data_ptr();
-    } else if (!is_signed || !is_alone) {
+    } else if (!is_signed || residual || result) {
       ending.passed = dx.data_ptr();
     }
   }
@@ -188,14 +191,6 @@ class ThroughEnding {
     const auto& [dx_, dweight, dbias] = found;
     return {dx_, dresidual, dweight, dbias};
   }
-
-  Tensor dx, dresidual;
-
- private:
-  OptionalTensor residual_, result_;
-
- public:
-  Ending ending;
 };
 
 }  // namespace

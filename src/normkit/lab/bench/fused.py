@@ -4,9 +4,9 @@ import copy
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -94,6 +94,7 @@ def run_fused(
     batch_sizes: Iterable[int] = BATCH_SIZES,
     workloads: Iterable[Workload] | None = None,
     on_row: Callable[[str], object] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> FusedRecord:
     """Time batch norm and ReLU, alone and after a sum, and training steps of networks.
 
@@ -103,6 +104,7 @@ def run_fused(
         batch_sizes: Of the maps.
         workloads: The networks; if not given, those of ``WORKLOADS``.
         on_row: Called with the name of each row before it is measured.
+        clock: See ``Budget``.
 
     Raises:
         BenchError: If the sides do not compute the same.
@@ -113,10 +115,12 @@ def run_fused(
         for batch_size in batch_sizes:
             for shape in shapes:
                 on_row(f"{batch_size}x{'x'.join(map(str, shape))}")
-                layers += [_layer(shape, batch_size, r, setting, device) for r in (False, True)]
+                layers += [
+                    _layer(shape, batch_size, r, setting, device, clock) for r in (False, True)
+                ]
         for workload in WORKLOADS if workloads is None else workloads:
             on_row(workload.model)
-            networks.append(_network(workload, setting, device))
+            networks.append(_network(workload, setting, device, clock))
     return FusedRecord(
         layers=tuple(layers),
         networks=tuple(networks),
@@ -127,7 +131,12 @@ def run_fused(
 
 
 def _layer(
-    shape: Shape, batch_size: int, residual: bool, setting: Setting, device: torch.device
+    shape: Shape,
+    batch_size: int,
+    residual: bool,
+    setting: Setting,
+    device: torch.device,
+    clock: Callable[[], float],
 ) -> LayerTimes:
     x, added, grad = (torch.randn(batch_size, *shape, device=device) for _ in range(3))
     norms = {
@@ -144,7 +153,7 @@ def _layer(
             far = (theirs - ours).abs().mean() / theirs.abs().mean()
             if not far <= MOST_DIFFERENCE:
                 raise BenchError(f"{side} and fused layers give other values on {shape}")
-    budget = Budget(seconds=setting.budget_s / 20, repeats=setting.repeats)
+    budget = Budget(seconds=setting.budget_s / 20, repeats=setting.repeats, clock=clock)
     times = time_in_turns({side: Call(run=step) for side, step in steps.items()}, budget, device)
     return LayerTimes(shape=shape, batch_size=batch_size, residual=residual, times=times)  # type: ignore[arg-type]
 
@@ -163,7 +172,9 @@ def _both_ways(
     return lambda: torch.autograd.grad(forward(), [*inputs, *parameters], grad)
 
 
-def _network(workload: Workload, setting: Setting, device: torch.device) -> StepTimes:
+def _network(
+    workload: Workload, setting: Setting, device: torch.device, clock: Callable[[], float]
+) -> StepTimes:
     inputs = torch.randn(workload.batch_size, *workload.input_shape, device=device)
     targets = torch.arange(workload.batch_size, device=device) % workload.num_classes
     batch = Examples(inputs=inputs, targets=targets)
@@ -177,7 +188,7 @@ def _network(workload: Workload, setting: Setting, device: torch.device) -> Step
         far = abs(losses[side] - losses["torch"]) / max(abs(losses["torch"]), 1e-12)
         if not far <= MOST_LOSS_DIFFERENCE:
             raise BenchError(f"{workload.model}: the first losses differ: {losses}")
-    budget = Budget(seconds=setting.budget_s, repeats=setting.repeats)
+    budget = Budget(seconds=setting.budget_s, repeats=setting.repeats, clock=clock)
     times = time_in_turns({side: Call(run=step) for side, step in steps.items()}, budget, device)
     return StepTimes(workload=workload, times=times)  # type: ignore[arg-type]
 
@@ -207,7 +218,7 @@ def stepper(model: nn.Module, batch: Examples) -> Callable[[], float]:
 def measure_peaks(workload: Workload, threads: int) -> dict[Side, int]:
     """The most memory that a step takes beyond what the process had before it, each in a process.
 
-    ``ru_maxrss`` after two steps, less what there was with the model and the optimizer's state.
+    The high-water mark after the step, less that after a step on two small images.
     """
     found: dict[Side, int] = {}
     for side in SIDES:
@@ -228,8 +239,14 @@ def _peak(side: str, workload: Workload) -> int:
     for size in sizes:
         batch = Examples(inputs=torch.randn(size), targets=torch.zeros(size[0], dtype=torch.long))
         stepper(model, batch)()
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peaks.append(_most_bytes())
     return peaks[1] - peaks[0]
+
+
+def _most_bytes() -> int:
+    """The most memory that this process has had; ``ru_maxrss`` would be its parent's at first."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def write(path: Path, record: FusedRecord) -> None:
