@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 WORKERS ?= 2
+# Python keeps what it has compiled: tests start some hundred processes, which would compile it anew.
+export PYTHONDONTWRITEBYTECODE :=
 SECONDS ?= 600
 
 .PHONY: demo test test-oldest test-newest fuzz lint format types clean

@@ -25,13 +25,13 @@ def test_what_comes_later_is_what_type_checkers_see():
         for node in block.body
         if isinstance(node, ast.ImportFrom) and node.module != "normkit"
     }
-    assert seen == nk.LATER
+    assert seen == nk.LAZY_IMPORTS
 
 
 def test_importing_it_does_not_import_what_comes_later():
     code = f"""
 import sys, normkit
-early = [m for m in {list(nk.LATER)} if m in sys.modules]
+early = [m for m in {list(nk.LAZY_IMPORTS)} if m in sys.modules]
 assert not early, early
 normkit.convert_norm
 assert "normkit.convert" in sys.modules and "normkit.tune" not in sys.modules

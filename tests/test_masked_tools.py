@@ -168,7 +168,7 @@ def test_a_probe_looks_at_valid_positions(batches):
     normed = ((values - mean) / (std.square() + 1e-5).sqrt()).movedim(1, 0).view(2, 3, -1)
     expected = normed.mean(2).std(1, correction=0) / normed.std(2, correction=0).mean(1)
     assert rows["bcn.channel"].stat_diff == pytest.approx(float(expected.mean()), abs=1e-6)
-    assert "cut normalises is not known: its groups cut through positions" in "".join(record.notes)
+    assert "what cut normalises: its groups cut through positions" in "".join(record.notes)
 
 
 def test_noise_leaves_padding_zero(batches):

@@ -48,7 +48,9 @@ def test_a_flag_is_an_option_that_is_true():
 
 @pytest.mark.parametrize("given", [None, 3])
 def test_only_texts_are_read(given):
-    with pytest.raises(nk.SpecError, match=f"a text or a NormSpec; {given} was given"):
+    with pytest.raises(
+        nk.SpecError, match=f"{given} was given as a spec; it must be a string or a NormSpec"
+    ):
         nk.build(given, 6)
 
 
@@ -141,8 +143,8 @@ def test_channels_of_a_group(text, channels, groups):
 def test_channels_of_a_group_must_make_up_the_layer():
     with pytest.raises(
         nk.PartitionError,
-        match=r"gn:channels=4 was given for a layer of 30 channels, which groups of 4 do not make "
-        r"up; choose one of \[1, 2, 3, 5, 6, 10, 15, 30\], or say .*: gn:max=32:channels=4$",
+        match=r"gn:channels=4 was given for a layer of 30 channels, which 4 does not divide; "
+        r"choose one of \[1, 2, 3, 5, 6, 10, 15, 30\], or also .*: gn:max=32:channels=4$",
     ):
         nk.build("gn:channels=4", 30)
 
@@ -167,14 +169,17 @@ def test_a_resolved_spec_is_left_alone():
         ("gn:x", r"argument 'x'; it must be a whole number of at least 1"),
         ("gn:0", r"argument '0'; it must be a whole number"),
         ("gn:-3", r"argument '-3'; it must be a whole number"),
-        ("gn:auto", r"'gn:auto' has no rule for auto; these have: bgn$"),
+        ("gn:auto", r"'gn:auto' uses auto, but only these norms have a rule for it: bgn; "),
         ("gn:2:eps", r"argument 'eps'; it must be a whole number"),
         ("bn:8", r"argument '8', but this norm takes no number; its options are: .*momentum="),
         ("gn:groups=8", "sets 'groups'; its options are: .*num_groups"),
         ("ghost:max=8", "sets 'max'; its options are"),
         ("gn:8:4", "sets an option twice"),
         ("gn:8:max=4", "sets an option twice"),
-        ("gn:8:channels=4", "gives the number of groups and the channels of a group; give one"),
+        (
+            "gn:8:channels=4",
+            "sets both the number of groups and the channels of a group; set only one",
+        ),
         ("gn:channels=4:channels=2", "sets an option twice"),
         ("gn:channels=0", "argument 'channels=0'; it must be a whole number of at least 1"),
         ("bgn:channels=4", "sets 'channels'; its options are: .*num_groups"),
@@ -198,7 +203,7 @@ def test_auto_needs_a_batch_size():
 
 def test_weights_cannot_be_standardised_by_one_layer():
     with pytest.raises(
-        nk.SpecError, match=r"gn:8\+ws asks for weight .* the norm alone, 'gn:8', and call"
+        nk.SpecError, match=r"gn:8\+ws asks for weight .* build the norm with 'gn:8', and call"
     ):
         nk.build("gn:8+ws", 64)
 
@@ -340,6 +345,7 @@ def test_a_spec_made_by_hand_is_checked_when_it_is_built():
 
 def test_lists_of_specs_are_texts():
     with pytest.raises(
-        nk.SpecError, match=r"a list of specs is a text such as 'bn,gn:8'; \['bn'\]"
+        nk.SpecError,
+        match=r"\['bn'\] was given; a list of specs must be a string such as 'bn,gn:8'",
     ):
         nk.parse_specs(["bn"])

@@ -8,7 +8,7 @@ from torch.nn import functional
 import normkit as nk
 from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.tracing import Pair, is_norm, trace_feeds
-from normkit.tracing.running import trace_by_running
+from normkit.tracing.by_running import trace_by_running
 from normkit.tracing.symbolic import trace_symbolically
 
 register_missing_operators()
@@ -62,7 +62,7 @@ def test_all_ways_from_a_convolution_to_a_norm(monkeypatch):
         assert found.pairs == EXPECTED
         assert found.destinations["both"] == ("norms.2", "add")
         assert found.destinations["summed"] == ("add",)
-        assert found.unseen == ("unused",)
+        assert found.uncalled == ("unused",)
         assert found.calls["direct"] == found.calls["norms.3"] == 1
 
 
@@ -106,7 +106,7 @@ def test_hooks_of_the_user_do_not_meet_proxies():
 def test_a_network_that_torch_fx_cannot_follow_is_followed_by_running():
     model = timm.create_model("mobilevit_xxs")
     with pytest.raises(
-        nk.TraceError, match=r"torch.fx cannot follow ByobNet \(.*pass example_input="
+        nk.TraceError, match=r"torch.fx cannot trace ByobNet \(.*pass example_input="
     ):
         trace_feeds(model)
     found = trace_feeds(model, torch.zeros(1, 3, 64, 64))
@@ -150,6 +150,6 @@ def test_running_puts_everything_back():
 def test_a_failing_example_says_both_reasons():
     model = timm.create_model("mobilevit_xxs")
     with pytest.raises(
-        nk.TraceError, match=r"(?s)ByobNet cannot be followed: torch.fx says .*and the ex"
+        nk.TraceError, match=r"(?s)ByobNet cannot be traced: torch.fx raised .*the ex"
     ):
         trace_feeds(model, torch.zeros(1, 7, 64, 64))

@@ -86,13 +86,8 @@ if TYPE_CHECKING:
     from normkit.tune import Tuning, tune_example_weight
     from normkit.weights import bake_weights_, standardize_weights_
 
-LATER = {
-    "normkit.advice": (
-        "Finding",
-        "Recommendation",
-        "recommend",
-        "validate",
-    ),
+LAZY_IMPORTS = {
+    "normkit.advice": ("Finding", "Recommendation", "recommend", "validate"),
     "normkit.convert": (
         "Conversion",
         "convert_norm",
@@ -122,14 +117,8 @@ LATER = {
         "accumulate_statistics",
         "synchronize_",
     ),
-    "normkit.doctor": (
-        "Diagnosis",
-        "diagnose",
-    ),
-    "normkit.folding": (
-        "Folding",
-        "fold",
-    ),
+    "normkit.doctor": ("Diagnosis", "diagnose"),
+    "normkit.folding": ("Folding", "fold"),
     "normkit.inference": (
         "Guard",
         "StatisticsPatch",
@@ -139,24 +128,18 @@ LATER = {
         "set_example_weight",
         "thaw_statistics",
     ),
-    "normkit.tune": (
-        "Tuning",
-        "tune_example_weight",
-    ),
-    "normkit.weights": (
-        "bake_weights_",
-        "standardize_weights_",
-    ),
+    "normkit.tune": ("Tuning", "tune_example_weight"),
+    "normkit.weights": ("bake_weights_", "standardize_weights_"),
 }
-"""What is imported when it is first asked for: models are built without it."""
+"""Names that are imported at their first use, by module: building a model does not need them."""
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever has the name
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
     import importlib  # noqa: PLC0415 - only needed here
 
     if name == "weights":
         return importlib.import_module("normkit.weights")
-    for module, names in LATER.items():
+    for module, names in LAZY_IMPORTS.items():
         if name in names:
             found = getattr(importlib.import_module(module), name)
             globals()[name] = found

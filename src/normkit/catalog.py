@@ -1,4 +1,4 @@
-"""The methods: what each computes, from which statistics, what it learns, keeps and comes from."""
+"""The catalog of methods: formula, statistics, parameters, memory and source of each."""
 # ruff: noqa: RUF001 - formulas have the letters and the minus sign of formulas
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from normkit.inference.example_weight import set_example_weight
 from normkit.recipes import METHODS
 from normkit.spec import Value
 
-NUM_CHANNELS, NUM_GROUPS = 24, 4  # of the layer whose shapes are read: C, C/2 and G all differ
+# Sizes of the layers whose shapes are read. C, C/2 and G differ, so that each size has one name.
+NUM_CHANNELS, NUM_GROUPS = 24, 4
 SYMBOLS = {NUM_CHANNELS: "C", NUM_CHANNELS // 2: "C/2", NUM_GROUPS: "G"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """What there is to know about a method, with its default options.
+    """The facts about a method with its default options.
 
-    What the layer itself can tell is read from it: its docstring, parameters, buffers, options.
+    Summary, source, parameters, buffers and options are read from the layer.
 
     Args:
-        spec: Its name in a spec; of ``ws`` the suffix; else what it is known by.
-        example: A spec that shows how it is written; empty where none names it.
+        spec: Its name in specs (``ws`` is a suffix), or an abbreviation if specs cannot name it.
+        example: An example of a spec; empty if specs cannot name it.
         name: Its full name.
         formula: One line of plain text.
-        groups: What the statistics are taken over in training.
-        batch_in_training: Whether the other examples of a batch have a say in training.
-        evaluation: Where the statistics come from at evaluation: never from the other examples.
-        kept: What is kept for backward, beside parameters.
-        num_maps_kept: How many tensors as large as the input that makes.
+        groups: The elements over which statistics are taken in training.
+        batch_in_training: Whether outputs in training depend on the other examples of the batch.
+        evaluation: The statistics used at evaluation, which never depend on the other examples.
+        kept: The tensors that are kept for backward, besides parameters.
+        num_maps_kept: How many of these are as large as the input.
         learned: What a method without a layer learns.
     """
 
@@ -43,46 +44,46 @@ class Method:
     name: str
     formula: str
     groups: str
-    batch_in_training: bool
-    evaluation: str
+    batch_in_training: bool = False
+    evaluation: str = "the example's own statistics, as in training"
     kept: str = "x and tables"
     num_maps_kept: int = 1
     learned: str = ""
 
     @property
     def definition(self) -> Callable[..., object]:
-        """The layer's class; the function of a method without a layer."""
+        """The class of the layer, or the function of a method without a layer."""
         return METHODS[self.spec].layer if self.spec in METHODS else FUNCTIONS[self.spec][0]
 
     @property
     def summary(self) -> str:
-        """What it does, in a sentence: the first of its docstring."""
+        """What it does: the first line of its docstring."""
         return self._docstring().partition("\n")[0]
 
     @property
     def source(self) -> str:
-        """Where it comes from: the docstring's *Source*."""
+        """The paper it comes from: the *Source* section of its docstring."""
         after = self._docstring().partition("\nSource:\n")[2]
         return " ".join(after.partition("\n\n")[0].split())
 
     @property
     def parameters(self) -> Mapping[str, str]:
-        """What is learned: names, and shapes in terms of the channels C and the groups G."""
+        """Names of the parameters, and their shapes in terms of the channels C and the groups G."""
         return _shapes(layer.named_parameters() if (layer := self._layer()) else ())
 
     @property
     def buffers(self) -> Mapping[str, str]:
-        """What is tracked in training, likewise."""
+        """Names of the buffers, and their shapes in terms of C and G."""
         return _shapes(layer.named_buffers() if (layer := self._layer()) else ())
 
     @property
     def options(self) -> Mapping[str, Value]:
-        """Options of the layer, with their defaults."""
+        """Names of the layer's options, and their default values."""
         parameters = METHODS[self.spec].options() if self.spec in METHODS else {}
         return {name: parameter.default for name, parameter in parameters.items()}
 
     def facts(self) -> dict[str, str]:
-        """All of it as texts, by what they answer."""
+        """Return all facts as texts, under their headings."""
         return {
             "spec": self.example or "none",
             "layer": f"normkit.{self.definition.__name__}" if self.options else self._call(),
@@ -97,7 +98,7 @@ class Method:
         }
 
     def as_dict(self) -> dict[str, object]:
-        """All of it as plain values, for JSON."""
+        """Return all facts as plain values, for JSON."""
         return asdict(self) | {
             "layer": self.definition.__name__,
             "summary": self.summary,
@@ -143,11 +144,25 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], str]] = {
     "cwn": (weights.centered_weight_norm, "normkit.weights.centered_weight_norm_(model)"),
     "iew": (set_example_weight, "normkit.set_example_weight(model, alpha)"),
 }
-"""The methods without a layer: where each is defined, and how a model gets it."""
-FILTER = "a filter: the weights of an output channel"
-FILTER_EVALUATION = "the filter's own statistics, as in training"
-OWN = "the example's own statistics, as in training"
+"""For each method without a layer: the function that defines it, and the call that applies it."""
 RUNNING = "running statistics"
+
+
+def _weight_method(
+    spec: str, name: str, formula: str, example: str = "", learned: str = ""
+) -> Method:
+    """Describe a method that normalises the filters of weights."""
+    return Method(
+        spec=spec,
+        example=example,
+        name=name,
+        formula=formula,
+        groups="a filter: the weights of an output channel",
+        evaluation="the filter's own statistics, as in training",
+        kept="the raw weight and two values for each filter",
+        learned=learned,
+    )
+
 
 _METHODS = (
     Method(
@@ -165,8 +180,6 @@ _METHODS = (
         name="Instance Normalization",
         formula=_normalized("nc"),
         groups="a channel of an example",
-        batch_in_training=False,
-        evaluation=OWN,
     ),
     Method(
         spec="ln",
@@ -174,8 +187,6 @@ _METHODS = (
         name="Layer Normalization",
         formula=_normalized("n"),
         groups="an example",
-        batch_in_training=False,
-        evaluation=OWN,
     ),
     Method(
         spec="gn",
@@ -183,8 +194,6 @@ _METHODS = (
         name="Group Normalization",
         formula=_normalized("ng"),
         groups="a run of C/G channels of an example",
-        batch_in_training=False,
-        evaluation=OWN,
     ),
     Method(
         spec="pn",
@@ -192,8 +201,6 @@ _METHODS = (
         name="Positional Normalization",
         formula=_normalized("ns"),
         groups="the channels at a position of an example",
-        batch_in_training=False,
-        evaluation=OWN,
         kept="x, and two values for each position",
     ),
     Method(
@@ -257,8 +264,6 @@ _METHODS = (
         name="Group Whitening",
         formula="Y = P_T X / √(tr Σ), P_k+1 = (3 P_k − P_k³ Σ / tr Σ) / 2, Σ = X Xᵀ / m + ε I",
         groups="means of G runs of channels of an example, and their covariances",
-        batch_in_training=False,
-        evaluation=OWN,
         kept="two maps (x centred, x whitened), and matrices (G, G) of each example",
         num_maps_kept=2,
     ),
@@ -272,36 +277,17 @@ _METHODS = (
         batch_in_training=True,
         evaluation=f"the example's own statistics (IN); {RUNNING} of the channel (BN)",
     ),
-    Method(
-        spec="ws",
-        example="gn:32+ws",
-        name="Weight Standardization",
-        formula="W'_o = (W_o − μ_o) / √(σ²_o + ε)",
-        groups=FILTER,
-        batch_in_training=False,
-        evaluation=FILTER_EVALUATION,
-        kept="the raw weight and two values for each filter",
-    ),
-    Method(
-        spec="wn",
-        example="",
-        name="Weight Normalization",
-        formula="W'_o = g_o W_o / ‖W_o‖",
-        groups=FILTER,
-        batch_in_training=False,
-        evaluation=FILTER_EVALUATION,
-        kept="the raw weight and two values for each filter",
+    _weight_method("ws", "Weight Standardization", "W'_o = (W_o − μ_o) / √(σ²_o + ε)", "gn:32+ws"),
+    _weight_method(
+        "wn",
+        "Weight Normalization",
+        "W'_o = g_o W_o / ‖W_o‖",
         learned="a length g for each filter",
     ),
-    Method(
-        spec="cwn",
-        example="",
-        name="Centred Weight Normalization",
-        formula="W'_o = g_o (W_o − μ_o) / ‖W_o − μ_o‖",
-        groups=FILTER,
-        batch_in_training=False,
-        evaluation=FILTER_EVALUATION,
-        kept="the raw weight and two values for each filter",
+    _weight_method(
+        "cwn",
+        "Centred Weight Normalization",
+        "W'_o = g_o (W_o − μ_o) / ‖W_o − μ_o‖",
         learned="a length g for each filter",
     ),
     Method(
@@ -316,4 +302,4 @@ _METHODS = (
 )
 
 CATALOG: Mapping[str, Method] = MappingProxyType({method.spec: method for method in _METHODS})
-"""Every method: the norms of ``normkit.recipes.METHODS``, then those without a layer."""
+"""Every method: the norms of ``normkit.recipes.METHODS``, then the methods without a layer."""

@@ -34,23 +34,23 @@ class OptionError(NormError, ValueError):
 
 
 class PackageError(NormError, ImportError):
-    """A package that is not installed is needed for what was asked."""
+    """A function needs a package that is not installed."""
 
 
 class CallbackError(NormError, AttributeError):
-    """Something was given as a callback to a trainer that does not know it."""
+    """A trainer was given a callback object that it does not support."""
 
 
 class KernelError(NormError, RuntimeError):
-    """Kernels were asked for that do not exist or were not built."""
+    """The kernels that were asked for do not exist or were not built."""
 
 
 class WeightError(NormError, ValueError):
-    """A weight cannot be reparametrised as it was asked."""
+    """A weight cannot be reparametrised in the way that was asked for."""
 
 
 class TraceError(NormError, RuntimeError):
-    """A model cannot be followed from one layer to the next."""
+    """The forward of a model cannot be traced from layer to layer."""
 
 
 class ConversionError(NormError, ValueError):

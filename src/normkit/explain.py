@@ -1,4 +1,4 @@
-"""What a layer does with an input: the groups it cuts and the kernels that compute it."""
+"""Explaining what a layer does with an input: its statistics groups and its kernels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from normkit.sharing import Part, parts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """How a layer computes a call.
+    """How a layer computes the output for an input.
 
     Args:
-        layer: The layer's class.
-        kernels: Which kernels compute it.
-        reason: Why these.
-        groups: What a statistics group of the input is made of, in the layer's mode.
-        parts: The same as objects, whose ``index`` numbers the groups.
+        layer: Name of the layer's class.
+        kernels: The kernels that compute it.
+        reason: Why these kernels are used.
+        groups: The elements of one statistics group, in the layer's current mode, in words.
+        parts: The statistics groups as objects; ``index`` gives the group of each element.
     """
 
     layer: str
@@ -41,14 +41,14 @@ def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanat
     Args:
         layer: One of normkit's layers.
         x: An input for it, ``(N, C, *S)``.
-        mask: Which positions are valid, as the layer takes it.
+        mask: Which positions are valid, in a form that the layer takes.
 
     Returns:
-        The facts, printable.
+        The explanation, which can be printed.
 
     Raises:
         InputTypeError: If the layer is not one of normkit's.
-        InputError: If the input does not fit it.
+        InputError: If the input does not fit the layer.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def explain(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Explanat
 
 
 def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels, str]:
-    """Which kernels compute the call, or its first part, and why these."""
+    """Return the kernels of the call, or of its first part, and the reasons for all parts."""
     found = [decide(x, call, is_computed=False) for call in layer.routes(x, mask is not None)]
     reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
     reason, apart = "; then: ".join(reasons), layer.why_apart()

@@ -1,4 +1,4 @@
-"""Which norms a spec can name, and how a name becomes a layer."""
+"""The norms that a spec can name, and the layer of each."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from normkit.layers.instance_batch import InstanceBatchNorm
 from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 
-MAX_NUMBER = 2**24  # groups, examples and channels: buffers of that many values are still small
-MAX_BITS = 300  # of a number in a message: Python does not write out thousands of digits
+MAX_NUMBER = 2**24
+"""Largest number of groups, examples or channels; buffers of this size still fit in memory."""
+MAX_BITS = 300
+"""Largest size of a number that error texts print; Python refuses to print thousands of digits."""
 
 RECOMMENDED_BGN_GROUPS: Mapping[int, int] = MappingProxyType(
     {128: 512, 64: 256, 32: 128, 16: 64, 8: 16, 4: 2, 2: 1, 1: 1}
 )
-"""Groups of BGN by examples per worker: Zhou et al., Batch Group Normalization, table 2."""
+"""Groups for BGN by examples per worker: Zhou et al., Batch Group Normalization, table 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a name becomes a layer.
+    """How to build the layer of one name.
 
     Args:
-        layer: Class that is built.
-        argument: Option that the first, unnamed argument of a spec sets.
-        short: Other names of options.
-        over_positions: Whether that argument divides ``C * positions`` rather than ``C``.
-        automatic: What ``auto`` is at most, by batch size.
+        layer: The layer's class.
+        argument: The option that an unnamed number in a spec sets; None if there is none.
+        short: Short names of options.
+        over_positions: Whether the number of groups divides ``C * positions`` rather than ``C``.
+        automatic: Returns the largest number of groups that ``auto`` allows for a batch size.
     """
 
     layer: Callable[..., nn.Module]
@@ -48,34 +50,38 @@ class Recipe:
     automatic: Callable[[int], int] | None = None
 
     def options(self) -> Mapping[str, inspect.Parameter]:
-        """Keyword options of the layer, by name."""
+        """Return the options of the layer's constructor that a spec can set, by name."""
         parameters = inspect.signature(self.layer).parameters
         hidden = ("num_features", "process_group", "device", "dtype")
         return {name: p for name, p in parameters.items() if name not in hidden}
 
 
 def require_size(name: str, value: int, at_most: int = MAX_NUMBER) -> int:
-    """Refuse what is no whole number from 1 to a bound.
+    """Refuse a value that is not a whole number from 1 to ``at_most``.
 
     Raises:
-        OptionError: If it is none, or below 1.
-        SpecError: If it is beyond the bound.
+        OptionError: If it is not a whole number, or below 1.
+        SpecError: If it is above ``at_most``.
     """
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise SpecError(
-            f"a number of {value.bit_length()} bits was given as {name}; {at_most} at most"
+            f"a number of {value.bit_length()} bits was given as {name}; it must be at most "
+            f"{at_most}"
         )
     if require_count(name, value) > at_most:
-        raise SpecError(f"{name}={value} was given; it is {at_most} at most")
+        raise SpecError(f"{name}={value} was given; it must be at most {at_most}")
     return int(value)
 
 
 def recommended_bgn_groups(batch_size: int) -> int:
-    """Groups of BGN for this many examples per worker: the paper's nearest in log2.
+    """Return the paper's number of groups for BGN, at the batch size that is nearest in log2.
+
+    Args:
+        batch_size: Examples per worker.
 
     Raises:
-        OptionError: If it is no whole number of at least 1.
-        SpecError: If it is larger than any batch.
+        OptionError: If the batch size is not a whole number of at least 1.
+        SpecError: If the batch size is 2**63 or more.
     """
     size = require_size("batch_size", batch_size, at_most=2**63 - 1)
     nearest = min(RECOMMENDED_BGN_GROUPS, key=lambda known: abs(math.log2(size / known)))
@@ -116,20 +122,25 @@ METHODS: Mapping[str, Recipe] = MappingProxyType(
 
 
 def recipe_of(name: str, text: str) -> Recipe:
-    """Look a name up; an unknown one is refused with the known ones.
+    """Return the recipe of a name.
+
+    Args:
+        name: The name in a spec.
+        text: The whole spec, for the error text.
 
     Raises:
-        SpecError: If there is no such norm.
+        SpecError: If there is no such norm; the error lists all names and suggests one.
     """
     if name not in METHODS:
         raise SpecError(
-            f"spec {text!r} names norm {name!r}; the norms are: {', '.join(METHODS)}{_meant(name)}"
+            f"spec {text!r} names norm {name!r}; the norms are: "
+            f"{', '.join(METHODS)}{_suggestion(name)}"
         )
     return METHODS[name]
 
 
-def _meant(name: str) -> str:
-    """What a name such as ``gn8``, ``GN-8`` or ``GroupNorm`` probably means."""
+def _suggestion(name: str) -> str:
+    """Suggest the spec that a name such as ``gn8``, ``GN-8`` or ``GroupNorm`` probably means."""
     from difflib import get_close_matches  # noqa: PLC0415 - slow import
 
     read = re.fullmatch(r"([a-z_ ]+)[^a-z0-9]*(\d{0,9})d?", name.lower())

@@ -1,4 +1,4 @@
-"""Which elements of a feature map share statistics, for every layer in its mode."""
+"""Which elements of a feature map share statistics in a layer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Origin", "Part", "parts"]
 
 
 def parts(layer: nn.Module) -> tuple[Part, ...]:
-    """Say by which statistics a layer normalises, in its mode, and which elements share them.
+    """Return the statistics with which a layer normalises in its current mode.
 
     Args:
-        layer: One of normkit's layers, or a class of yours that is made from one.
+        layer: One of normkit's layers, or of a subclass.
 
     Returns:
-        One part for each norm that the layer is made of; two where running statistics are averaged
-        with the example's own.
+        One part for each norm that the layer consists of, or two if it averages running statistics
+        with the example's own. A part says which elements share statistics.
 
     Raises:
         InputTypeError: If the layer is not one of normkit's.
@@ -31,6 +31,7 @@ def parts(layer: nn.Module) -> tuple[Part, ...]:
     """
     if not isinstance(layer, NormLayer):
         raise InputTypeError(
-            f"explain was given a {type(layer).__name__}; it explains normkit's own layers"
+            f"explain was given a {type(layer).__name__}; it explains normkit's own layers only: "
+            f"convert the layer first with convert_norm"
         )
     return layer.parts()

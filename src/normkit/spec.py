@@ -1,10 +1,11 @@
-"""Norms by name: ``"gn:32"`` and what it means."""
+"""Specs: norms as short texts such as ``"gn:32"``."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar, get_args
@@ -31,35 +32,46 @@ __all__ = ["METHODS", "NormSpec", "Value", "build", "parse_specs", "recommended_
 Value = int | float | bool | str | None
 T = TypeVar("T")
 
-MAX_LENGTH = 400  # characters of a spec
+MAX_LENGTH = 400  # in characters
 
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"Order": get_args(Order), "ChannelAffine": get_args(ChannelAffine)}
 )
-"""Options that are one of a few words, by the name of their annotation."""
+"""Allowed values of the options that take a word, by the name of the option's annotation."""
 
 LIMIT, CHANNELS = "max", "channels"
 SIZES = ("", LIMIT, CHANNELS)
-"""Arguments that decide the number of groups, in the order in which they are written."""
+"""Keys of the arguments that decide the number of groups, in the order of the canonical text.
+
+The empty key is the method's own number, which is written without a name.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
     """A norm and its options, before the number of channels is known.
 
-    Grammar: ``name(:argument)*(+ws)``. An argument is a number (the method's own: groups, or the
-    ghost batch size), ``auto`` (by batch size), ``max=K`` (the largest divisor of the size at hand
-    that is at most K), ``channels=M`` (groups of M channels each; with ``max=K`` at most K groups
-    of at least M channels, which is one group where there are fewer channels), a flag, or
-    ``option=value``; there is never a comma, so that lists of specs are comma-separated.
+    The grammar is ``name(:argument)*(+ws)?``. An argument is one of:
+
+    - a number: the number of groups, or of ``ghost`` the ghost batch size;
+    - ``auto``: like ``max=K``, where K is what the paper recommends for the batch size;
+    - ``max=K``: as many groups as possible, but at most K, that divide the layer's size;
+    - ``channels=M``: groups of M channels each. With ``max=K``: at most K groups of at least M
+      channels, or a single group if the layer has fewer than M channels;
+    - a flag, such as ``micro``;
+    - ``option=value``.
+
+    A spec never contains a comma, so that commas can separate the specs of a list.
 
     Args:
         name: One of the names in ``METHODS``.
-        arguments: Texts between the colons, in canonical order: unnamed first, then by name.
-        standardize_weights: Whether ``+ws`` asks for weight standardization before the norm.
+        arguments: Keys and values in canonical order: those that decide the number of groups first,
+            then options by name. The key of an unnamed number is empty.
+        standardize_weights: Whether the spec ends in ``+ws``, which asks for weight standardization
+            of the convolution before the norm.
 
     Raises:
-        SpecError: From ``parse``, with the known names or options.
+        SpecError: If the name is unknown.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -83,15 +95,19 @@ class NormSpec:
 
     @classmethod
     def parse(cls, text: str | NormSpec) -> NormSpec:
-        """Read a spec; one that is read already is returned as it is."""
+        """Parse a spec; a ``NormSpec`` is returned unchanged.
+
+        Raises:
+            SpecError: If the text cannot be parsed; the error lists the known names or options.
+        """
         if isinstance(text, NormSpec):
             return text
         if not isinstance(text, str):
-            raise SpecError(f"a spec is a text or a NormSpec; {text!r} was given")
+            raise SpecError(f"{text!r} was given as a spec; it must be a string or a NormSpec")
         if len(text) > MAX_LENGTH:
             raise SpecError(
-                f"a spec of {len(text)} characters was given, {text[:20]!r}...; it has at most "
-                f"{MAX_LENGTH}"
+                f"a spec of {len(text)} characters was given, {text[:20]!r}...; it must have at "
+                f"most {MAX_LENGTH}"
             )
         body, *suffixes = text.strip().split("+")
         if suffixes not in ([], ["ws"]):
@@ -103,12 +119,13 @@ class NormSpec:
             raise SpecError(f"spec {text!r} sets an option twice; name each option once")
         if {"", CHANNELS} <= read.keys():
             raise SpecError(
-                f"spec {text!r} gives the number of groups and the channels of a group; give one"
+                f"spec {text!r} sets both the number of groups and the channels of a group; set "
+                f"only one of them"
             )
-        return cls(name, tuple(sorted(read.items(), key=_place)), bool(suffixes))
+        return cls(name, tuple(sorted(read.items(), key=_sort_key)), bool(suffixes))
 
     def __str__(self) -> str:
-        texts = [_print(key, value) for key, value in self.arguments]
+        texts = [_argument_text(key, value) for key, value in self.arguments]
         return ":".join([self.name, *texts]) + ("+ws" if self.standardize_weights else "")
 
     def __repr__(self) -> str:
@@ -116,24 +133,24 @@ class NormSpec:
 
     @property
     def norm_alone(self) -> NormSpec:
-        """The spec without ``+ws``: what stands at the place of the norm itself."""
+        """The spec without ``+ws``, which is the spec of the norm layer itself."""
         return replace(self, standardize_weights=False)
 
     def resolve(
         self, num_features: int, *, batch_size: int | None = None, num_positions: int | None = None
     ) -> NormSpec:
-        """Replace ``auto``, ``max=K`` and ``channels=M`` by the number they mean for a layer.
+        """Replace ``auto``, ``max=K`` and ``channels=M`` by a layer's number of groups.
 
         Args:
             num_features: Channels of the layer.
             batch_size: Examples per worker; ``auto`` needs it.
-            num_positions: Product of the spatial sizes at the layer; without it BGN's groups are
-                chosen among the divisors of ``num_features``, which always fit.
+            num_positions: Product of the spatial sizes at the layer. Without it, the number of
+                groups of ``bgn`` is a divisor of ``num_features``, which fits every spatial size.
 
         Raises:
-            SpecError: If ``auto`` is asked for without a batch size, or a size is too large.
-            OptionError: If a size is no whole number of at least 1.
-            PartitionError: If groups of M channels do not make up the layer's.
+            SpecError: If ``auto`` is given without a batch size, or a size is too large.
+            OptionError: If a size is not a whole number of at least 1.
+            PartitionError: If M does not divide the number of channels.
         """
         require_size("num_features", num_features)
         positions = 1 if num_positions is None else require_size("num_positions", num_positions)
@@ -156,8 +173,8 @@ class NormSpec:
         """Build the layer for ``num_features`` channels; see ``normkit.build``."""
         if self.standardize_weights:
             raise SpecError(
-                f"{self} asks for weight standardization, which concerns the layer before the "
-                f"norm; build the norm alone, {str(self.norm_alone)!r}, and call "
+                f"{self} asks for weight standardization, which changes the layer before the norm, "
+                f"not the norm; build the norm with {str(self.norm_alone)!r}, and call "
                 f"standardize_weights_ on the model"
             )
         found = self.resolve(num_features, batch_size=batch_size, num_positions=num_positions)
@@ -172,17 +189,18 @@ class NormSpec:
         return recipe.layer(num_features, **options)
 
     def _num_groups(self, num_features: int, channels: Value, exact: bool) -> int:
-        """How many groups of so many channels there are, or of at least so many."""
+        """Return the number of groups of exactly, or else at least, so many channels."""
         size = _checked(CHANNELS, channels)
         if exact and num_features % size:
             raise PartitionError(
-                f"{self} was given for a layer of {num_features} channels, which groups of {size} "
-                f"do not make up; choose one of {divisors(num_features)}, or say the most groups "
-                f"as well: {replace(self, arguments=((LIMIT, 32), *self.arguments))}"
+                f"{self} was given for a layer of {num_features} channels, which {size} does not "
+                f"divide; choose one of {divisors(num_features)}, or also limit the number of "
+                f"groups: {replace(self, arguments=((LIMIT, 32), *self.arguments))}"
             )
         return max(1, num_features // size)
 
     def _automatic(self, batch_size: int | None) -> int:
+        """Return the largest number of groups that ``auto`` allows for a batch size."""
         rule = METHODS[self.name].automatic
         if rule is None or batch_size is None:
             raise SpecError(f"{self} depends on the batch size; pass batch_size= (per worker)")
@@ -190,10 +208,10 @@ class NormSpec:
 
 
 def parse_specs(text: str) -> tuple[NormSpec, ...]:
-    """Read a comma-separated list of specs, each once.
+    """Parse a comma-separated list of specs.
 
     Raises:
-        SpecError: If one cannot be read, is there twice, or the list is empty.
+        SpecError: If a spec cannot be parsed or is repeated, or if the list is empty.
 
     Example:
         >>> parse_specs("bn,gn:8,bgn:auto")
@@ -203,13 +221,13 @@ def parse_specs(text: str) -> tuple[NormSpec, ...]:
 
 
 def parse_list(text: str, parse: Callable[[str], T]) -> tuple[T, ...]:
-    """Read what has commas between, each by ``parse`` and each once.
+    """Parse a comma-separated list, each element with ``parse``.
 
     Raises:
-        SpecError: If one cannot be read, is there twice, or the list is empty.
+        SpecError: If an element cannot be parsed or is repeated, or if the list is empty.
     """
     if not isinstance(text, str):
-        raise SpecError(f"a list of specs is a text such as 'bn,gn:8'; {text!r} was given")
+        raise SpecError(f"{text!r} was given; a list of specs must be a string such as 'bn,gn:8'")
     specs = tuple(parse(part) for part in text.split(",") if part.strip())
     if not specs:
         raise SpecError(f"{text!r} names no norm; the norms are: {', '.join(METHODS)}")
@@ -229,16 +247,16 @@ def build(
     """Build the layer that a spec names.
 
     Args:
-        spec: A text such as ``"gn:32"`` or ``"bgn:auto"``, or a ``NormSpec``.
+        spec: A string such as ``"gn:32"`` or ``"bgn:auto"``, or a ``NormSpec``.
         num_features: Channels of the input.
-        batch_size: Examples per worker in training; needed by ``auto``.
+        batch_size: Examples per worker in training; ``auto`` needs it.
         num_positions: Product of the spatial sizes at the layer, for ``auto`` and ``max=K``.
 
     Returns:
-        The layer, ready to use.
+        The layer.
 
     Raises:
-        SpecError: If the spec cannot be read, or needs the batch size.
+        SpecError: If the spec cannot be parsed, or needs the batch size.
         PartitionError: If its groups do not divide the channels.
 
     Example:
@@ -252,7 +270,7 @@ track_running_stats=True, example_weight=0.0)
 
 
 def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
-    """Read one argument as (option, value); the option is empty for the method's own number."""
+    """Parse one argument into a key and a value; the key of the method's own number is empty."""
     key, equals, value = argument.partition("=")
     if not equals:
         return _read_unnamed(argument, recipe, text)
@@ -270,18 +288,19 @@ def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
 
 
 def _checked(name: str, value: Value) -> int:
-    return require_count(name, value)  # type: ignore[arg-type] - which is what it checks
+    return require_count(name, value)  # type: ignore[arg-type] - it checks the type itself
 
 
-def _place(argument: tuple[str, Value]) -> tuple[int, str]:
-    """Where an argument is written: what decides the groups first, then options by name."""
+def _sort_key(argument: tuple[str, Value]) -> tuple[int, str]:
+    """Sort arguments that decide the number of groups first, then options by name."""
     key, _ = argument
     return (SIZES.index(key) if key in SIZES else len(SIZES)), key
 
 
 def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     option = recipe.short.get(argument, argument)
-    if _is_flag(option, recipe):
+    known = recipe.options().get(option)
+    if known is not None and str(known.annotation) == "bool":
         return option, True
     if recipe.argument is None:
         raise SpecError(
@@ -291,15 +310,12 @@ def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]
     if argument == "auto":
         if recipe.automatic is None:
             known = [name for name, other in METHODS.items() if other.automatic]
-            raise SpecError(f"spec {text!r} has no rule for auto; these have: {', '.join(known)}")
+            raise SpecError(
+                f"spec {text!r} uses auto, but only these norms have a rule for it: "
+                f"{', '.join(known)}; give a number instead"
+            )
         return "", "auto"
     return "", _whole_number(argument, argument, text)
-
-
-def _is_flag(option: str, recipe: Recipe) -> bool:
-    """Whether this names an option that is true or false."""
-    known = recipe.options().get(option)
-    return known is not None and str(known.annotation) == "bool"
 
 
 def _whole_number(value: str, argument: str, text: str) -> int:
@@ -308,37 +324,35 @@ def _whole_number(value: str, argument: str, text: str) -> int:
         return number
     raise SpecError(
         f"spec {text!r} has argument {argument!r}; it must be a whole number of at least 1 and at "
-        f"most {MAX_NUMBER}, an option=value, or an option that is true or false"
+        f"most {MAX_NUMBER}, an option=value, or a flag"
     )
 
 
 def _value(value: str, annotation: str, argument: str, text: str) -> Value:
-    """Read a value by the annotation of its option."""
+    """Parse a value as the annotation of its option says."""
     constants: dict[str, Value] = {"true": True, "false": False, "none": None}
     if value in constants and (constants[value] is None) == ("None" in annotation):
         return constants[value]
     if annotation in WORDS:
-        return _word(value, WORDS[annotation], argument, text)
+        if value in WORDS[annotation]:
+            return value
+        raise SpecError(
+            f"spec {text!r} has argument {argument!r}; the value must be one of: "
+            f"{', '.join(WORDS[annotation])}"
+        )
     kind = annotation.split(" ", maxsplit=1)[0]
     if kind == "int":
         return _whole_number(value, argument, text)
-    try:
-        return {"float": float}[kind](value if value.isascii() and "_" not in value else "")
-    except (KeyError, ValueError):
-        raise SpecError(
-            f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"
-        ) from None
+    # float() also accepts underscores and other alphabets' digits, which a spec must not have.
+    if kind == "float" and value.isascii() and "_" not in value:
+        with suppress(ValueError):
+            return float(value)
+    raise SpecError(
+        f"spec {text!r} has argument {argument!r}; the value must be of type {annotation}"
+    )
 
 
-def _word(value: str, known: tuple[str, ...], argument: str, text: str) -> str:
-    if value not in known:
-        raise SpecError(
-            f"spec {text!r} has argument {argument!r}; it is one of: {', '.join(known)}"
-        )
-    return value
-
-
-def _print(key: str, value: Value) -> str:
+def _argument_text(key: str, value: Value) -> str:
     if value is True:
         return key
     shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""How reports say things: tables of plain text, names of modules."""
+"""Formatting of texts in reports and errors: tables, names and lists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table_lines(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Lines of a table, its columns aligned to the left.
+    """Return the lines of a table with left-aligned columns.
 
     Example:
         >>> table_lines([("name", "spec"), ("bn1", "gn:32")])
@@ -18,7 +18,7 @@ def table_lines(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
 
 
 def shortened(said: object, at_most: int = 240) -> str:
-    r"""What an error says, or any text, in one line.
+    r"""Return the text of an error or another object in one line, cut off after ``at_most``.
 
     Example:
         >>> shortened(ValueError("first line,\n  second"), at_most=12)
@@ -29,7 +29,7 @@ def shortened(said: object, at_most: int = 240) -> str:
 
 
 def module_name(name: str) -> str:
-    """Name of a module in a report; the model's own is empty.
+    """Return the name of a module for a report; the name of the model itself is empty.
 
     Example:
         >>> module_name("")
@@ -39,9 +39,9 @@ def module_name(name: str) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""A text in which control characters are written out, so that none reaches a terminal.
+    r"""Escape the control characters of a text, so that none reaches a terminal.
 
-    Lines stay lines.
+    Line breaks stay.
 
     Example:
         >>> print(escaped("first\x1b[2J\nsecond"))
@@ -55,7 +55,7 @@ def escaped(text: str) -> str:
 
 
 def printable(name: object, at_most: int = 300) -> str:
-    r"""A name that came from outside, such as a file's, for a sentence: in one line, and cut.
+    r"""Escape and cut off a name from outside, such as a file name, so that it fits a sentence.
 
     Example:
         >>> printable("a\nb"), printable("weight" * 100, at_most=6)
@@ -65,8 +65,21 @@ def printable(name: object, at_most: int = 300) -> str:
     return shown if len(shown) <= at_most else f"{shown[:at_most]}..."
 
 
+def by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Group ``(name, reason)`` pairs by reason: each reason once, with its names joined by commas.
+
+    Example:
+        >>> by_reason([("bn1", "frozen"), ("gn", "no buffers"), ("bn2", "frozen")])
+        {'frozen': 'bn1, bn2', 'no buffers': 'gn'}
+    """
+    found: dict[str, str] = {}
+    for name, reason in pairs:
+        found[reason] = f"{found[reason]}, {name}" if reason in found else name
+    return found
+
+
 def listed(names: Iterable[object], at_most: int = 5) -> str:
-    """The first few names, and how many there are more.
+    """Join the first few names, and say how many more there are.
 
     Example:
         >>> listed("abcdefg", at_most=2)

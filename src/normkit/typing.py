@@ -1,7 +1,8 @@
-"""Names for the tensors that pass between the layers of the code.
+"""Shapes of the tensors that functions of normkit pass to each other.
 
-``N`` examples, ``C`` channels, ``S`` spatial axes; ``K`` segments of an example, ``B`` runs of
-examples, ``G`` groups of an example. A segment table has a row of 1 when every example shares it.
+``N`` is the number of examples, ``C`` of channels, ``K`` of segments in an example, ``B`` of runs
+of examples, and ``G`` of groups in an example; ``S`` stands for the spatial axes. A segment table
+has a single row if all examples share its values.
 """
 
 from jaxtyping import Float

@@ -13,7 +13,7 @@ import normkit as nk
 from advice.defects import BN, DEFECTS, conv, dense, trained
 from normkit.advice.registry import CHECKS
 
-COST = "training on: it changes what the trained network computes"
+COST = "further training: it changes what the trained network computes"
 
 
 def calls_in(text):
@@ -146,7 +146,7 @@ def test_a_class_with_a_forward_of_its_own_is_not_taken_for_its_base():
     found = nk.validate(model, batch_size=12, input_shape=(4,))
     [finding] = [each for each in found if each.name == "1"]
     assert finding.check == "not looked at"
-    assert "GraphInstanceNorm: which values share its statistics is not known" in finding.what
+    assert "GraphInstanceNorm: it is unknown which values share its statistics" in finding.what
 
 
 class Plain(nn.BatchNorm2d):

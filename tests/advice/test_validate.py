@@ -206,9 +206,9 @@ def test_a_frozen_layer_is_not_asked_for_examples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "pass one of input_shape=, the shape of one example"),
-        ({"input_shape": (3, 8, 8), "example_input": 1}, "pass one of input_shape="),
-        ({"input_shape": 224}, r"input_shape=224 was given; it is a sequence of sizes"),
+        ({}, "pass exactly one of input_shape=, the shape of one example"),
+        ({"input_shape": (3, 8, 8), "example_input": 1}, "pass exactly one of input_shape="),
+        ({"input_shape": 224}, r"input_shape=224 was given; pass a sequence of sizes"),
         ({"input_shape": (3, 0, 8)}, r"input_shape=0 was given; it counts something"),
     ],
 )
@@ -260,12 +260,12 @@ def test_a_compiled_model_is_refused():
     class OptimizedModule(nn.Module):
         """Stands for ``torch.compile``'s, which takes seconds to import."""
 
-    with pytest.raises(nk.OptionError, match=r"compiled \(OptimizedModule\) and cannot be looked"):
+    with pytest.raises(nk.OptionError, match=r"compiled \(OptimizedModule\), and its layers"):
         at_64(OptimizedModule())
 
 
 def test_a_check_of_the_same_name_is_refused():
-    with pytest.raises(nk.OptionError, match="check 'few values' is there already: few_values"):
+    with pytest.raises(nk.OptionError, match="check 'few values' exists already: few_values"):
         check("few values")(lambda situation: iter(()))
 
 

@@ -253,7 +253,7 @@ def test_ones_own_error_stays_and_a_lost_process_is_named(monkeypatch):
     def lost(work):
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr("normkit.lab.launch.together", lost)
+    monkeypatch.setattr("normkit.lab.launch.run_on_all_ranks", lost)
     with pytest.raises(DataError, match=r"process 0 of 2 has lost the others \(Connection closed"):
         Launch(0, 2).first(lambda: 1)
 

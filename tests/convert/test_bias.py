@@ -81,7 +81,7 @@ def test_the_same_norm_computes_the_same(name):
 def test_a_spec_may_ask_for_a_bias():
     done = nk.convert_norm(without_bias(nn.BatchNorm2d(8)), "gn:2:bias=true")
     assert done.model.bias is not None
-    assert done.changes[0].warnings == ("it had no bias and gains one, 0 at first",)
+    assert done.changes[0].warnings == ("it had no bias and gets one, initialised to 0",)
     assert nk.convert_norm(nn.BatchNorm2d(8), "gn:2:bias=false").changes[0].lost == (
         "bias", "running statistics",
     )  # fmt: skip

@@ -72,7 +72,7 @@ def test_statistics_that_start_anew_are_not_still():
     old = moved(nn.BatchNorm2d(8))
     old.track_running_stats = False
     (change,) = nk.convert_norm(old, "bgn:2").changes
-    said = "its running statistics stood still in training; those of the new layer move"
+    said = "training did not update its running statistics, but updates the new layer's"
     assert change.warnings == (said,)
 
 
@@ -102,7 +102,7 @@ def test_parameters_that_were_taken_away_are_not_put_back_in_silence(names):
     x = data(4, 8, 3, 3)
     assert_close(done.model.eval()(x), old.eval()(x))
     gained = [n for n in names if getattr(done.model, n) is not None]
-    told = [w for w in done.changes[0].warnings if "gains one" in w]
+    told = [w for w in done.changes[0].warnings if "gets one" in w]
     assert len(told) == len(gained)
     if len(names) == 2:
         assert gained == []
@@ -149,7 +149,7 @@ def test_a_flag_that_means_something_stays(make):
 
 def test_frozen_statistics_are_said_to_move_only_where_there_are_some():
     old = FrozenBatchNorm2d(8)
-    said = "its statistics were fixed and now follow the training, unless .eval()"
+    said = "its statistics were fixed; training updates those of the new layer, unless .eval()"
     assert said in nk.convert_norm(old, "bn").changes[0].warnings
     assert said not in nk.convert_norm(old, "gn:2").changes[0].warnings
 

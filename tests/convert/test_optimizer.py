@@ -158,14 +158,14 @@ class Outer(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (torch.optim.LBFGS, "LBFGS keeps one history of all parameters together"),
-        (Outer, "Outer has an optimizer inside with parameters of its own"),
+        (torch.optim.LBFGS, "LBFGS keeps one history for all parameters together"),
+        (Outer, "Outer contains another optimizer with its own parameter groups"),
     ],
 )
 def test_an_optimizer_that_cannot_follow_is_refused_before_anything_changes(make, why):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     optimizer = make(model.parameters())
-    with pytest.raises(nk.OptionError, match=f"{why}, and cannot follow this change; nothing was"):
+    with pytest.raises(nk.OptionError, match=f"{why}, so it cannot be edited; nothing was"):
         nk.convert_norm_(model, "bcn:2", optimizer=optimizer)
     assert isinstance(model[1], nn.BatchNorm2d)
 
@@ -174,7 +174,7 @@ def test_an_optimizer_of_matrices_takes_no_gains():
     layer = nn.Linear(6, 8)
     optimizer = torch.optim.Muon([layer.weight])
     exchange = edits.Exchange([("weight", layer.weight)], [("gain", nn.Parameter(torch.ones(8)))])
-    with pytest.raises(nk.OptionError, match="Muon takes matrices only, and cannot follow"):
+    with pytest.raises(nk.OptionError, match="Muon takes matrices only, so it cannot be edited"):
         edits.OptimizerEdit(optimizer, [exchange], layer.parameters())
 
 

@@ -9,7 +9,7 @@ from torch.ao import quantization
 
 import normkit as nk
 from convert.networks import WITH_BATCH_NORM, build, images
-from normkit.convert.reads import find_reads
+from normkit.convert.forward_reads import find_reads
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -140,7 +140,7 @@ def test_reading_what_the_new_norm_has_is_told():
 
 def test_asking_for_the_class_is_told():
     done = nk.convert_norm_(ByClass(), "gn:3")
-    assert "the forward of the model (ByClass) asks for its class" in done.changes[0].warnings
+    assert "the forward of the model (ByClass) checks its class" in done.changes[0].warnings
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*reduce_range", "ignore:.*quant")
@@ -171,11 +171,11 @@ def test_networks_that_call_their_norms_are_not_suspected(name):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Elsewhere, r"fails on the example input \(\w+: .*\), and the original does not"),
-        (ByClass, "bn was called 1 times on the example input and is called 0 times after"),
+        (Elsewhere, r"fails on the example input \(\w+: .*\), but the original does not"),
+        (ByClass, "bn was called 1 times on the example input, but is called 0 times after"),
         (
             ByClassElsewhere,
-            "bn was called 1 times on the example input and is called 0 times after",
+            "bn was called 1 times on the example input, but is called 0 times after",
         ),
     ],
 )
@@ -212,8 +212,8 @@ def test_an_example_leaves_the_model_as_it_was():
 def test_what_was_not_run_is_said():
     done = nk.convert_norm(build("torchvision:resnet18"), "gn:8")
     assert done.unchecked == ("ResNet", "BasicBlock")
-    last = "not run: the forward of ResNet, BasicBlock; with example_input= it is, before and after"
-    assert str(done).splitlines()[-1] == last
+    last = "not checked: the forward of ResNet, BasicBlock; with example_input= it is run before"
+    assert str(done).splitlines()[-1] == f"{last} and after"
     plain = nk.convert_norm(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3))), "gn:3")
     assert plain.unchecked == ()
 
@@ -223,7 +223,9 @@ def test_a_norm_that_refuses_what_the_old_one_took_is_told():
     x = torch.randn(4, 8, 1, 1)
     model(x)
     (change,) = nk.convert_norm_(model, "gn:8", example_input=x).changes
-    told = "in training it refuses the example input, which the old layer takes: GroupNorm expected"
+    told = (
+        "in training it refuses the example input, which the old layer accepts: GroupNorm expected"
+    )
     assert any(warning.startswith(told) for warning in change.warnings)
     with pytest.raises(nk.PartitionError, match="more than 1 value"):
         model(x)
@@ -238,7 +240,7 @@ def test_a_batch_that_training_refuses_anyway_is_tried_at_evaluation():
 def test_an_example_that_the_model_does_not_take_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     with pytest.raises(
-        nk.TraceError, match="Sequential itself does not take the example input: Ru"
+        nk.TraceError, match="Sequential itself does not accept the example input: Ru"
     ):
         nk.convert_norm_(model, "gn:4", example_input=torch.randn(2, 5, 8, 8))
     assert isinstance(model[1], nn.BatchNorm2d)
@@ -281,6 +283,6 @@ class Functional(nn.Sequential):
 def test_norms_that_are_functions_are_said():
     model = Functional(nn.BatchNorm2d(3), nn.GroupNorm(1, 3))
     done = nk.convert_norm_(model, {"0": "gn:3"}, example_input=X)
-    why = "the forward calls it as a function, and holds no module of it"
+    why = "the forward calls it as a function, so there is no module to replace"
     assert [(left.name, left.why) for left in done.left][1:] == [("layer_norm", why)]
     assert "layer_norm (a function)" in str(done)

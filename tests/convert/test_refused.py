@@ -11,14 +11,17 @@ from convert.networks import timm
 REFUSED = {
     "a subclass": (type("MyNorm", (nn.BatchNorm2d,), {})(6), "MyNorm has no rule"),
     "a subclass of ours": (type("PairNorm", (nk.BatchNorm,), {})(6), "PairNorm has no rule"),
-    "RMSNorm": (nn.RMSNorm(6), "RMSNorm has no rule; leave it alone with where="),
+    "RMSNorm": (nn.RMSNorm(6), "RMSNorm has no rule; leave it out with where="),
     "EvoNorm": (timm.layers.EvoNorm2dS0(32), "EvoNorm2dS0 has no rule"),
     "lazy": (nn.LazyBatchNorm2d(), "LazyBatchNorm2d does not know .* send one batch"),
     "lazy, bare": (
         nn.LazyInstanceNorm2d(affine=False, track_running_stats=False),
         "LazyInstanceNorm2d has no rule",
     ),
-    "LayerNorm over maps": (nn.LayerNorm((6, 5)), r"over the axes \(6, 5\); only one over the cha"),
+    "LayerNorm over maps": (
+        nn.LayerNorm((6, 5)),
+        r"over axes of shape \(6, 5\); only a layer norm over the cha",
+    ),
 }
 
 
@@ -37,7 +40,9 @@ def test_what_is_not_known_is_refused_by_name(layer, why):
 def test_layers_that_somebody_has_changed_are_refused():
     pruned = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
     prune.l1_unstructured(pruned[1], "weight", 0.5)
-    with pytest.raises(nk.ConversionError, match=r"1 to gn:4: its weight is no parameter but comp"):
+    with pytest.raises(
+        nk.ConversionError, match=r"1 to gn:4: its weight is not a parameter but comp"
+    ):
         nk.convert_norm_(pruned, "gn:4")
     prune.remove(pruned[1], "weight")
     nk.convert_norm_(pruned, "gn:4").model(torch.randn(2, 3, 4, 4))

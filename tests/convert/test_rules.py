@@ -260,7 +260,7 @@ def test_frozen_values_become_parameters_that_do_not_learn():
     assert done.changes[0].warnings == (FIXED + "weight, bias",)
     (change,) = nk.convert_norm(old, "bcn:2").changes
     assert change.warnings == (
-        "its statistics were fixed and now follow the training, unless .eval()",
+        "its statistics were fixed; training updates those of the new layer, unless .eval()",
         FIXED + "batch.weight, batch.bias, channel.weight, channel.bias",
     )
 

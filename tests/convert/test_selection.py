@@ -105,7 +105,7 @@ def test_what_looks_like_a_norm_is_not_passed_over_in_silence():
     model = nn.Sequential(nn.BatchNorm2d(8), SimpleNorm())
     (row,) = nk.convert_norm_(model, "gn:2").left
     assert (row.name, row.old) == ("1", "SimpleNorm()")
-    assert row.why == "it is named like a norm, but none that is known"
+    assert row.why == "its class name contains 'norm', but normkit does not know the class"
 
 
 def test_norms_in_a_python_list_are_not_passed_over_in_silence():
@@ -137,7 +137,7 @@ converted 2 of 3 norms
   0     BatchNorm2d(20)  gn:5  weight, bias  running statistics
   1.0   BatchNorm1d(8)   gn:8  weight, bias  running statistics
   1.0: 8 groups of one channel each: this is instance norm
-  1.0: inputs (N, C) have one value a group, which training refuses
+  1.0: inputs (N, C) have one value in each group, which the layer refuses in training
 left alone, '1.1' leaves it alone: 1.1 (BatchNorm1d(8))"""
     )
     assert repr(done) == "<Conversion: converted 2 of 3 norms>"
@@ -173,7 +173,7 @@ def test_groups_that_do_not_divide_are_refused_for_the_whole_model():
     whole = r'"bcn:max=8:micro_batch\+ws" takes the largest number that divides$'
     refused(nk.PartitionError, whole, "bcn:8:micro+ws", model)
     of_a_size = (
-        r'of 20 channels, which groups of 8 (?s:.*)\n"gn:max=32:channels=8" takes the largest'
+        r'of 20 channels, which 8 does not (?s:.*)\n"gn:max=32:channels=8" takes the largest'
     )
     refused(nk.PartitionError, f"(?s:.*){of_a_size}", "gn:channels=8", model)
     nk.convert_norm_(model, "bcn:max=8:micro_batch")
@@ -192,13 +192,13 @@ def test_patterns_and_options_that_mean_nothing_are_refused():
     refused(nk.OptionError, r"'re:bn2' matches none", {"re:bn2": "bn"})  # the whole name
     refused(nk.OptionError, "an empty dict was given", {})
     refused(nk.OptionError, r"close names are head.1", {"head.2": "bn"})
-    refused(nk.OptionError, r"'re:\(' is no regular expression: ", {"re:(": "bn"})
+    refused(nk.OptionError, r"'re:\(' is not a valid regular expression: ", {"re:(": "bn"})
     refused(nk.OptionError, r"3 was given as a pattern", {3: "bn"})
     refused(nk.OptionError, r"where= chooses none of the 5 norms", where=lambda m, n: False)
-    refused(nk.OptionError, r"where='bn1' was given; it is a function", where="bn1")
+    refused(nk.OptionError, r"where='bn1' was given; it must be a function", where="bn1")
     refused(nk.SpecError, r"names norm 'gm'", "gm:2")
     refused(nk.SpecError, r"names norm 'gm'", {"layer1": "gm:2"})
-    refused(nk.SpecError, r"3 was given; it is a spec such as 'gn:32', or a dict", 3)
+    refused(nk.SpecError, r"3 was given; it must be a spec such as 'gn:32', or a dict", 3)
     refused(nk.OptionError, r"eps=-1", "gn:2:eps=-1.0")
     refused(TypeError, r"optimiser", optimiser=None)
     refused(nk.OptionError, r"no normalization layer", model=nn.Sequential(nn.Conv2d(3, 8, 3)))
@@ -227,7 +227,9 @@ def test_wrapped_and_compiled_models_are_refused():
 
 
 def test_a_pattern_that_comes_too_late_is_refused():
-    says = r"pattern 'layer1\.\*' has no effect: '\*' before it names all .* put it first"
+    says = (
+        r"pattern 'layer1\.\*' has no effect: all of its norms match '\*' before it.* put it first"
+    )
     with pytest.raises(nk.OptionError, match=says):
         nk.convert_norm_(Net(), {"*": "gn:4", "layer1.*": "in"})
     nk.convert_norm_(Net(), {"*": "gn:4", "layer1.*": "gn:4"})  # says the same

@@ -148,7 +148,7 @@ def test_revert_refuses_what_somebody_else_has_replaced():
     first = nk.convert_norm_(model, "gn:2")
     second = nk.convert_norm_(model, "in")
     with pytest.raises(
-        nk.OptionError, match=r"'bn1', .* were replaced .* revert the later one first"
+        nk.OptionError, match=r"'bn1', .* were replaced .* revert the later conversion first"
     ):
         first.revert()
     second.revert()
@@ -198,7 +198,7 @@ class Interrupter:
         "convert/swap.py",
         "convert/optimizer.py",
         "weights/attach.py",
-        "convert/carry_out.py",
+        "convert/execute.py",
         "passes/rollback.py",
     )
 
@@ -424,7 +424,7 @@ def test_ws_on_what_has_no_forward_says_which_part_to_pass(holder, options):
     with pytest.raises(nk.TraceError, match=says):
         nk.convert_norm_(model, "gn:2+ws", **options)
     if options:
-        with pytest.raises(nk.TraceError, match=rf"takes no example: it has {says}"):
+        with pytest.raises(nk.TraceError, match=rf"takes no example input: it has {says}"):
             nk.convert_norm_(model, "gn:2", **options)
     done = nk.convert_norm_(model, "gn:2")
     assert done.unchecked == ("Net", "Block")

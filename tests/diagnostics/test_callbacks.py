@@ -84,9 +84,7 @@ def test_a_training_after_one_that_broke_opens_the_probe_anew():
 @pytest.mark.parametrize("event", [*EVENTS, "on_exception", "setup", "state_key"])
 def test_a_probe_that_is_given_itself_says_what_to_give(event):
     probe = nk.Probe(net())
-    message = (
-        rf"asks for its {event}; give Lightning's probe.callback\(\), and Hugging Face's probe"
-    )
+    message = rf"asks for its {event}; give Lightning's Trainer probe.callback\(\), and"
     with pytest.raises(nk.CallbackError, match=message):
         getattr(probe, event)
     assert not hasattr(probe, event)  # as Fabric asks

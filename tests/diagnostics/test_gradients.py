@@ -265,7 +265,7 @@ def test_noise_of_norms_over_the_last_axis_is_a_draw_for_each_channel():
     with nk.add_output_noise(alone):
         assert alone(x[0].T).shape == (6, 5)
     with pytest.raises(
-        OptionError, match=r"cannot be found in the output of 0: its class .*Turned"
+        OptionError, match=r"axis of the output holds the channels: 0: its class .*Turned"
     ):
         nk.add_output_noise(nn.Sequential(Turned(6))).__enter__()
     with nk.add_output_noise(nn.Sequential(Turned(6)), granularity="element") as names:
@@ -290,7 +290,7 @@ def test_what_cannot_be_measured_is_refused(batches):
         nk.gradient_landscape(net(), [batches[0][0]])
     with pytest.raises(OptionError, match="protocol='both'"):
         nk.gradient_landscape(net(), batches, protocol="both")
-    with pytest.raises(OptionError, match=r"rates=\(0,\) was given; each is above 0"):
+    with pytest.raises(OptionError, match=r"rates=\(0,\) was given; every rate must be above 0"):
         nk.gradient_landscape(net(), batches, rates=(0,))
     with pytest.raises(OptionError, match="chooses none"):
         nk.gradient_landscape(net(), batches, params=lambda _name, _p: False)

@@ -109,7 +109,7 @@ def test_the_training_data_are_named_where_they_are_missing(pairs):
     used = iter([])
     with pytest.raises(nk.DataError, match="train_batches= gave no batch"):
         nk.estimation_shift(net(), pairs[:1], train_batches=used)
-    with pytest.raises(nk.DataError, match="given as train_batches=; it is an iterable"):
+    with pytest.raises(nk.DataError, match="given as train_batches=; it must be an iterable"):
         nk.estimation_shift(net(), pairs[:1], train_batches=pairs[0][0])
 
 

@@ -178,7 +178,7 @@ def test_every_step_can_be_recorded_and_none_between_others_is():
     assert [record.step for record in probe.records] == [1, 2, 3]
     first, second, _ = probe.records
     assert first.gradient_change is None
-    assert first.notes == ("the first step has no gradient before it",)
+    assert first.notes == ("before the first step there is no gradient to compare with",)
     assert second.gradient_change > 0
     with nk.Probe(model, every=3) as probe:
         train(model, probe, batches(7))

@@ -48,9 +48,9 @@ def test_what_norms_with_a_forward_of_their_own_normalise_is_not_known():
     rows = rows_by_name(record)
     assert all(row.shift_mean is row.stat_diff is None for row in rows.values())
     assert rows["0"].gamma_norm == 2.0
-    notes = [note for note in record.notes if note.startswith("what ")]
+    notes = [note for note in record.notes if note.startswith("it is unknown")]
     assert [note.partition(":")[0] for note in notes] == [
-        f"what {name} normalises is not known" for name in ("0", "2.batch", "2.channel")
+        f"it is unknown what {name} normalises" for name in ("0", "2.batch", "2.channel")
     ]
     assert "Tokens has a forward of its own" in notes[0]
     assert not any("were not seen" in note for note in record.notes)
@@ -143,7 +143,7 @@ def test_what_cannot_be_meant_is_refused():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(OptionError, match="every=0 was given; it counts something"):
         nk.Probe(model, every=0)
-    with pytest.raises(OptionError, match=r"writer= and log_dir= were given; one of them"):
+    with pytest.raises(OptionError, match=r"writer= and log_dir= were both given; pass only"):
         nk.Probe(model, writer=object(), log_dir="runs")
     with pytest.raises(OptionError, match=r"where= chooses no norm .*; there are: 1"):
         nk.Probe(model, where=lambda _layer, _name: False)
@@ -152,7 +152,7 @@ def test_what_cannot_be_meant_is_refused():
     with pytest.raises(OptionError, match="runs on several devices in one process"):
         nk.Probe(TwoDevices(2, 2))
     probe = nk.Probe(model, every=2)
-    with pytest.raises(OptionError, match="a probe that is not open; train inside of"):
+    with pytest.raises(OptionError, match="a probe that is not open; train inside"):
         probe.step(1.0)
     with probe, pytest.raises(OptionError, match="the probe is open already"):
         probe.start()

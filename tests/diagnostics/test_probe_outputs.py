@@ -128,7 +128,7 @@ def test_without_tensorboard_a_folder_for_it_is_refused(monkeypatch, tmp_path):
 def test_the_history_can_be_read_printed_written_and_drawn():
     model = network()
     probe = nk.Probe(model, every=2)
-    assert probe.reading == "No step has been recorded yet; one in 2 is."
+    assert probe.reading == "No step has been recorded yet; one step in 2 is recorded."
     assert probe.table() == ""
     train(model, probe, num_steps=2)
     assert probe.reading == probe.records[0].reading

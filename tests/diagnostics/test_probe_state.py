@@ -217,10 +217,10 @@ def test_compiled_models_say_what_hooks_do_not_see(how, every):
     assert_equal(found, expected)
     record = probe.records[-1]
     if how != "a part":
-        assert "torch.compile runs all of it (eager=True runs" in record.notes[0]
+        assert "torch.compile runs the whole model (eager=True runs" in record.notes[0]
         assert record.reading.startswith("Step 4: the gradient's length is")
     else:
-        assert record.notes[0].startswith("torch.compile runs the model or parts of it, where")
+        assert record.notes[0].startswith("torch.compile runs the model or parts of it; hooks")
         assert record.notes[1] == "1 of 1 norms were not seen: norm._orig_mod"
     assert record.gradient_change > 0
 

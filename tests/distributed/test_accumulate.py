@@ -200,7 +200,7 @@ def test_what_cannot_wait_is_named_with_the_reason():
     pending.remove()
     assert pending.names == ("0",)
     assert pending.left == {
-        "1.batch": "its estimates normalise in training",
+        "1.batch": "it normalises by its running estimates in training",
         "2": "it is torch's instance norm, which averages examples; convert_norm_ replaces it",
         "3": "its statistics are frozen",
     }
@@ -209,7 +209,7 @@ def test_what_cannot_wait_is_named_with_the_reason():
 @pytest.mark.parametrize(
     ("model", "steps", "message"),
     [
-        (nn.Linear(2, 2), 2, r"Linear has no layer whose running statistics could wait; those of"),
+        (nn.Linear(2, 2), 2, r"no layer whose running statistics can be accumulated; norms of"),
         (nn.InstanceNorm2d(6, track_running_stats=True), 2, r"\(the model itself: it is torch's"),
         (nk.BatchNorm(6), 0, r"steps=0"),
         (torch.compile(nk.BatchNorm(6)), 2, r"the model is compiled"),
@@ -226,7 +226,7 @@ def test_once_at_a_time():
     model = nn.Sequential(nk.BatchNorm(6))
     with nk.accumulate_statistics(model, 2):
         for part in (model, model[0]):
-            with pytest.raises(nk.OptionError, match="accumulated already; end that with remove"):
+            with pytest.raises(nk.OptionError, match="accumulated already; end that"):
                 nk.accumulate_statistics(part, 2)
     nk.accumulate_statistics(model, 2).remove()
 

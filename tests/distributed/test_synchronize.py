@@ -41,7 +41,7 @@ def test_all_norms_with_batch_statistics_and_no_others():
     ]  # fmt: skip
     assert str(done).splitlines() == [
         "statistics over all processes: 1, 2, 3, 4, 5",
-        "replaced by layers of ours: 1, 2, 3",
+        "replaced by layers of normkit: 1, 2, 3",
         "left alone, it takes no statistics over a batch: 6, 7",
         f"left alone, {done.left['8']}: 8",
     ]

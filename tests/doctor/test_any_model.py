@@ -121,7 +121,9 @@ def test_what_cannot_be_is_refused_in_words(good, digits):
         nk.DataError, match="at even and at odd places have 45 and 0 examples; give"
     ):
         nk.diagnose(good, train, test[:1])
-    with pytest.raises(nk.DataError, match="have 2 and 2 examples; give two batches or more, 4 ex"):
+    with pytest.raises(
+        nk.DataError, match="have 2 and 2 examples; give two batches or more, with 4 ex"
+    ):
         nk.diagnose(good, train, [(x[:2], target[:2]) for x, target in test[:2]])
     with pytest.raises(nk.DataError, match="train_batches= gave no batch"):
         nk.diagnose(good, [], test)
@@ -155,7 +157,7 @@ def test_a_loss_may_be_zero_or_below(sign, good, digits):
 def test_losses_that_are_not_finite_are_counted(good, digits):
     found = nk.diagnose(case("broken statistics", good, digits)[0], *digits)
     assert found.states[0].loss == 100
-    note = "359 of 359 losses as the model is, which are not finite and count as 100"
+    note = "359 of 359 losses as the model is: they are not finite, and each counts as 100"
     assert note in found.notes
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import normkit as nk
 from doctor import patients
 from doctor.patients import case, loss_of, norms
-from normkit.doctor.signs import Case, num_averaged
+from normkit.doctor.symptoms import Case, num_averaged
 
 pytestmark = pytest.mark.xdist_group("doctor")  # the good model is trained once
 
@@ -92,7 +92,7 @@ def test_the_layer_that_is_wrong_is_found(good, digits):
     model[10].running_var.mul_(30)
     found = nk.diagnose(model, *digits)
     assert [(cause.name, cause.layers) for cause in found.causes] == [("stale statistics", ("10",))]
-    assert "of 1 layer are not those of the training data; most in 10, whose" in found.reading
+    assert "of 1 layer are not those of the training data; the farthest are in 10" in found.reading
     assert {row.name: row.cause for row in found.layers if row.cause} == {"10": "stale statistics"}
     worst = max(found.layers, key=lambda row: row.returns)
     assert worst.name == "10"

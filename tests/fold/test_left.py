@@ -69,14 +69,14 @@ NORMS = {
     "group plus": (nk.GroupNormPlus(8, num_groups=4), "parts of it evaluate by each example's own"),
     "switchable": (nk.SwitchableNorm(8), "parts of it evaluate by each example's own"),
     "instance and batch": (nk.InstanceBatchNorm(8), "parts of it evaluate by each example's own"),
-    "example weight": (weighed(0.25), "example_weight=0.25 weighs in each example's own"),
+    "example weight": (weighed(0.25), "example_weight=0.25 mixes in each example's own"),
     "tracked group norm": (
         nk.GroupNorm(8, num_groups=4, track_running_stats=True),
-        "example_weight=1 weighs in each example's own",
+        "example_weight=1 mixes in each example's own",
     ),
     "batch channel norm, weighed": (
         nk.BatchChannelNorm(8, num_groups=4, example_weight=0.5),
-        "example_weight=0.5 weighs in",
+        "example_weight=0.5 mixes in",
     ),
     "groups within channels": (
         nk.BatchGroupNorm(8, num_groups=24),
@@ -86,9 +86,9 @@ NORMS = {
         nk.BatchGroupNorm(8, num_groups=3),
         "its 3 groups cut through the 8 channels",
     ),
-    "no rule": (Unknown(8), "Unknown has no rule; say with normkit.convert.rule"),
+    "no rule": (Unknown(8), "Unknown has no rule; register one with normkit.convert.rule"),
     "forward replaced": (overridden(nn.BatchNorm2d(8)), "its forward was replaced"),
-    "hooks": (hooked(nn.BatchNorm2d(8)), "hooks look at it"),
+    "hooks": (hooked(nn.BatchNorm2d(8)), "it has hooks"),
 }
 
 
@@ -130,17 +130,17 @@ def test_a_product_that_the_dtype_cannot_hold():
 
 
 LAYERS = {
-    "hooks": (hooked(conv()), "'0' cannot take it: hooks look at it"),
+    "hooks": (hooked(conv()), "'0' cannot absorb it: it has hooks"),
     "spectral norm": (parametrizations.spectral_norm(conv()), "its weight is parametrised"),
-    "spectral norm by hook": (spectral_norm(conv()), "hooks look at it"),
-    "pruned": (prune.l1_unstructured(conv(), "weight", amount=3), "hooks look at it"),
+    "spectral norm by hook": (spectral_norm(conv()), "it has hooks"),
+    "pruned": (prune.l1_unstructured(conv(), "weight", amount=3), "it has hooks"),
     "another forward": (OwnConv(6, 8, 3), "fold.test_left.OwnConv)"),
-    "forward replaced": (overridden(conv()), "it computes in its own way"),
+    "forward replaced": (overridden(conv()), "it has its own forward"),
     "standardised by timm": (
         timm.layers.StdConv2d(6, 8, 3),
-        "it computes in its own way (timm.layers.std_conv.StdConv2d)",
+        "it has its own forward (timm.layers.std_conv.StdConv2d)",
     ),
-    "no plain weight": (packed(conv()), "it has no plain weight"),
+    "no plain weight": (packed(conv()), "its weight is not a plain parameter"),
 }
 
 
@@ -156,7 +156,7 @@ def test_tied_weights():
     one, two = conv(), conv()
     two.weight = one.weight
     model = model_of(Sum(nn.Sequential(one, nn.BatchNorm2d(8)), nn.Sequential(two)))
-    reasons(model, {"0.parts.0.1": "'0.parts.0.0' cannot take it: it shares parameters with anot"})
+    reasons(model, {"0.parts.0.1": "'0.parts.0.0' cannot absorb it: it shares parameters with"})
 
 
 class Sum(nn.Module):
@@ -187,7 +187,7 @@ def test_a_module_that_is_called_twice(which):
             one = self[1](self[0](x))
             return one + (self[1](self[2](x)) if which == "norm" else self[0](x))
 
-    why = {"norm": "one forward", "conv": "'0' cannot take it: one forward"}[which]
+    why = {"norm": "one forward", "conv": "'0' cannot absorb it: one forward"}[which]
     model = trained(Twice(conv(), nn.BatchNorm2d(8), conv()).double())
     reasons(model, {"1": f"{why} calls it 2 times"})
 
@@ -230,7 +230,7 @@ def test_parameters_that_the_forward_reads_itself():
 
 
 BEHIND = {
-    "padding": (conv(padding=1), "'1' pads with zeros, which no weight can shift"),
+    "padding": (conv(padding=1), "'1' pads with zeros, which the norm's shift does not reach"),
     "same": (conv(8, 3, padding="same"), "'1' pads with zeros"),
     "as in TensorFlow": (timm.layers.Conv2dSame(6, 8, 3), "'1' pads with zeros"),
     "transposed": (nn.ConvTranspose2d(6, 8, 3), "'1' pads with zeros"),
@@ -252,18 +252,18 @@ def test_an_activation_on_the_way():
 
 def test_an_activation_inside():
     model = model_of(timm.layers.BatchNormAct2d(6), conv())
-    reasons(model, {"0": "its input comes from input, and behind it comes its own ReLU"})
+    reasons(model, {"0": "its input comes from input, and its own ReLU comes after it"})
 
 
 def test_channels_that_are_not_the_layers():
     model = model_of(conv(8, 1), nn.Flatten(2), nn.Unflatten(1, (2, 4)), nn.BatchNorm2d(2))
     assert nk.fold(model, X).left == ()  # a channel of the norm is four of the layer's
     features = model_of(conv(8, 1), nn.Flatten(), nn.BatchNorm1d(8 * 35))  # a norm for each pixel
-    reasons(features, {"2": "its channels are not those of '0'"})
+    reasons(features, {"2": "its channels do not match those of '0'"})
     padded = model_of(conv(8, 1), Pad(), nn.BatchNorm2d(8))
     reasons(padded, {"2": "its input comes from 'pad'"})
     tokens = model_of(nn.Linear(5, 7), nn.Flatten(2), nn.BatchNorm1d(6))
-    reasons(tokens, {"2": "its channels are not those of '0'"})
+    reasons(tokens, {"2": "its channels do not match those of '0'"})
 
 
 class Pad(nn.Module):
@@ -277,7 +277,7 @@ def test_a_linear_layer_over_tokens_has_its_channels_last():
     model = model_of(
         nn.Linear(8, 6), nn.BatchNorm1d(6)
     )  # of 6 tokens, each normalised as a channel
-    reasons(model, {"1": "its channels are not those of '0'"}, randn(2, 6, 8))
+    reasons(model, {"1": "its channels do not match those of '0'"}, randn(2, 6, 8))
 
 
 def test_an_instance_norm_without_a_batch_axis():
@@ -307,7 +307,7 @@ def test_what_is_only_named_like_a_norm():
             return x / 2
 
     model = nn.Sequential(OrderedDict(conv=conv(), norm=MyNorm())).double()
-    reasons(model, {"norm": "it is named like a norm, but none that is known"})
+    reasons(model, {"norm": "its class name contains 'norm', but normkit does not know the class"})
 
 
 def test_the_model_itself_may_be_a_norm():
@@ -356,7 +356,7 @@ def test_a_forward_that_reads_a_norm_is_refused_with_the_way_out():
     ):
         nk.fold(model, X)
     hooked(model[1])
-    reasons(model, {"1": "hooks look at it"})
+    reasons(model, {"1": "it has hooks"})
 
 
 def test_a_difference_that_is_no_rounding_is_refused():

@@ -10,7 +10,7 @@ from torch import nn
 import normkit as nk
 from convert.networks import timm
 from fold.trained import model_of, randn, trained
-from normkit.folding import verbs
+from normkit.folding import api
 
 X = randn(2, 6, 7, 5)
 
@@ -182,7 +182,7 @@ def test_products_are_rounded_once():
     assert torch.equal(folded.bias, expected.bias.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("where", ["run", "trace", "plan", "_replaced", "difference", None])
+@pytest.mark.parametrize("where", ["run", "trace", "make_plan", "_replaced", "difference", None])
 def test_the_model_is_left_as_it_was_also_when_interrupted(monkeypatch, where):
     model = model_of(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.BatchNorm2d(8))
     nk.standardize_weights_(model)
@@ -198,7 +198,7 @@ def test_the_model_is_left_as_it_was_also_when_interrupted(monkeypatch, where):
     if where is None:
         nk.fold(model, X)
     else:
-        monkeypatch.setattr(verbs, where, interrupt)
+        monkeypatch.setattr(api, where, interrupt)
         with pytest.raises(KeyboardInterrupt), torch.random.fork_rng():
             nk.fold(model, X)
     after = state(model)

@@ -131,7 +131,7 @@ class Crossed(Tokens):
 
 def test_channels_that_a_reshape_mixes_stay():
     (left,) = nk.fold(trained(Crossed().double()), randn(3, 5, 6)).left
-    assert "its channels are not those of 'layer'" in left.why
+    assert "its channels do not match those of 'layer'" in left.why
 
 
 class Elsewhere(Tokens):
@@ -188,14 +188,14 @@ def test_a_forward_of_its_own_that_is_linear_takes_the_norm(bias):
 def test_a_forward_of_its_own_that_is_not_linear_stays(kind):
     model = model_of(kind(6, 8, 2), nn.BatchNorm2d(8))
     (left,) = nk.fold(model, randn(2, 6, 7, 5)).left
-    assert left.why.startswith("'0' cannot take it: it computes in its own way")
+    assert left.why.startswith("'0' cannot absorb it: it has its own forward")
     assert f".{kind.__name__})" in left.why
 
 
 def test_a_forward_of_its_own_does_what_it_likes_to_its_input():
     model = model_of(nn.BatchNorm2d(6), OwnPadding(6, 8, 2))
     (left,) = nk.fold(model, randn(2, 6, 7, 5)).left
-    assert "'1' cannot take it: it computes in its own way" in left.why
+    assert "'1' cannot absorb it: it has its own forward" in left.why
 
 
 def test_hooks_see_no_numbers_of_channels():

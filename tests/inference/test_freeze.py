@@ -150,7 +150,7 @@ def test_an_interruption_freezes_nothing(monkeypatch):
             raise KeyboardInterrupt
         return kind
 
-    monkeypatch.setattr("normkit.inference.freeze._class", interrupted)
+    monkeypatch.setattr("normkit.inference.freeze._frozen_class", interrupted)
     with pytest.raises(KeyboardInterrupt):
         nk.freeze_statistics(model)
     assert type(model[1]) is nn.BatchNorm2d

@@ -257,7 +257,7 @@ def test_compiled_code_is_guarded_without_a_break(backend):
     for name, value in statistics(other).items():
         torch.testing.assert_close(statistics(model)[name], value, rtol=1e-6, atol=1e-6)
     assert counts(guard) == {(3, 1, 0)}
-    with pytest.raises(nk.OptionError, match="is compiled, which does not see hooks that come"):
+    with pytest.raises(nk.OptionError, match="is compiled, and compiled code does not run hooks"):
         nk.guard_statistics_(torch.compile(net(), backend=backend))
 
 
@@ -343,7 +343,7 @@ def test_the_report_names_the_layer_with_most():
     model(images())
     model[1](BAD["nan"](images()))
     assert str(guard).splitlines() == [
-        "1 of 2 batches was not finite and did not move the statistics, at most in 1",
+        "1 of 2 batches was not finite and did not change the statistics of 1",
         "  name  layer        batches  refused  taken back",
         "  0     BatchNorm2d  1        0        0",
         "  1     BatchNorm2d  2        1        0",
@@ -352,10 +352,13 @@ def test_the_report_names_the_layer_with_most():
 
 def test_statistics_that_are_accumulated_are_not_guarded_as_well():
     model = net()
-    with nk.accumulate_statistics(model, 2), pytest.raises(nk.OptionError, match="end that first"):
+    with (
+        nk.accumulate_statistics(model, 2),
+        pytest.raises(nk.OptionError, match="end the accumulation first"),
+    ):
         nk.guard_statistics_(model)
     guard = nk.guard_statistics_(model)
-    with pytest.raises(nk.OptionError, match=r"guarded batch by batch; .* guard.remove\(\) first"):
+    with pytest.raises(nk.OptionError, match=r"at every forward; .* guard.remove\(\) first"):
         nk.accumulate_statistics(model, 2)
     guard.remove()
     with nk.accumulate_statistics(model, 2):

@@ -29,7 +29,9 @@ def test_batches_that_cannot_be_measured_are_refused():
             nk.recalibrate(model, batches)
     with pytest.raises(nk.DataError, match="2 batches have brought no value to any of the 1 lay"):
         nk.recalibrate(model, [x[:0], x[:0]])
-    with pytest.raises(nk.DataError, match="list_iterator was given, which gives its batches once"):
+    with pytest.raises(
+        nk.DataError, match="list_iterator was given, which yields its batches only once"
+    ):
         nk.recalibrate(model, iter([x]), sequential=True)
     with pytest.raises(nk.DataError, match=r"Tensor of shape .* was given as batches"):
         nk.recalibrate(model, x)

@@ -349,5 +349,5 @@ def test_statistics_are_not_accumulated_where_the_input_is_not_known():
         assert waiting.names == ("0",)
         assert set(waiting.left) == {"1", "2", "3"}
         assert "Padded has a forward of its own" in waiting.left["1"]
-    with pytest.raises(nk.OptionError, match=r"could wait \(0: its class .*Padded has a forward"):
+    with pytest.raises(nk.OptionError, match=r"accumulated \(0: its class .*Padded has a"):
         nk.accumulate_statistics(nn.Sequential(Padded(4)), 2)

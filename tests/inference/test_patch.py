@@ -175,7 +175,7 @@ def test_files_and_models_that_do_not_fit_are_refused(tmp_path):
     wide = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(7)))
     patch = nk.recalibrate(wide, [data()])
     patch.model = nn.Identity()
-    with pytest.raises(nk.OptionError, match="no layer '0', '1', '2', '3', '4' and 2 others"):
+    with pytest.raises(nk.OptionError, match="no layer '0', '1', '2', '3', '4' and 2 more"):
         patch.apply()
 
 

@@ -17,10 +17,10 @@ from normkit.passes import (
     Hooks,
     all_or_nothing,
     attempt,
-    between,
+    block_with_cleanup,
+    call_with_cleanup,
     changes_nothing,
-    finish,
-    surely,
+    run_cleanup,
     untouched,
 )
 from normkit.passes.snapshot import Snapshot
@@ -265,7 +265,7 @@ def test_steps_that_fail_are_repeated_and_ctrl_c_is_told_first():
         done.append("step")
 
     with pytest.raises(KeyboardInterrupt, match="now"):
-        finish([step, lambda: done.append("other")])
+        run_cleanup([step, lambda: done.append("other")])
     assert sorted(done) == ["other", "step"]
 
 
@@ -276,22 +276,22 @@ def test_a_step_that_always_fails_does_not_keep_the_others_from_being_done():
         raise RuntimeError("the device is lost")
 
     with pytest.raises(RuntimeError, match="the device is lost"):
-        finish([lambda: done.append(1), *[fails] * 300, lambda: done.append(2)])
+        run_cleanup([lambda: done.append(1), *[fails] * 300, lambda: done.append(2)])
     assert done == [1, 2]
 
 
 def test_the_end_comes_once_after_success_and_after_half_of_the_beginning():
     said = []
-    with between(lambda: said.append("begin"), lambda: said.append("end")):
+    with block_with_cleanup(lambda: said.append("begin"), lambda: said.append("end")):
         said.append("block")
-    assert surely(lambda: said.append("work"), lambda: said.append("end")) is None
+    assert call_with_cleanup(lambda: said.append("work"), lambda: said.append("end")) is None
     assert said == ["begin", "block", "end", "work", "end"]
 
     def half():
         said.append("half")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), between(half, lambda: said.append("end")):
+    with pytest.raises(KeyboardInterrupt), block_with_cleanup(half, lambda: said.append("end")):
         said.append("never")
     assert said[5:7] == ["half", "end"]
     assert "never" not in said
@@ -354,7 +354,7 @@ def test_a_context_that_was_left_suspended_ends_before_things_are_put_back():
     tracer = sys.gettrace()
     try:
         with pytest.raises(KeyboardInterrupt):
-            surely(work, lambda: said.append("put back"))
+            call_with_cleanup(work, lambda: said.append("put back"))
     finally:
         sys.settrace(tracer)
     assert said[:3] == ["interrupted", "late", "put back"]

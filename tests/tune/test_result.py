@@ -89,10 +89,10 @@ class Fails:
 
 POINTS = {
     "converting": ("WeighedLayers.convert_", 1),
-    "settling": ("Sweep._settled", 1),
+    "settling": ("Sweep._find_way", 1),
     "a shared forward": ("Sweep._outputs", 3),
     "a plain forward": ("Sweep._output", 4),
-    "a gradient": ("_Costs.total", 2),
+    "a gradient": ("_BatchCost.total", 2),
     "setting what was found": ("Tuning", 1),
 }
 
@@ -111,7 +111,7 @@ def test_a_failure_anywhere_leaves_the_model_bit_equal(monkeypatch, point, error
     owners = {
         "WeighedLayers": sweep.WeighedLayers,
         "Sweep": sweep.Sweep,
-        "_Costs": search.descend.__globals__["_Costs"],
+        "_BatchCost": search.descend.__globals__["_BatchCost"],
         "": search,
     }
     fails = Fails(getattr(owners[holder], attribute), at, error)

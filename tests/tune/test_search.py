@@ -340,7 +340,7 @@ def refused(model=None, batches=None, **options):
         ({"metric": "error"}, OptionError, r"metric='error' was given; it is one of 'loss', 'acc"),
         ({"metric": 3}, OptionError, "metric=3 was given"),
         ({"grid": (0.5, 1.5)}, OptionError, r"grid=1.5 was given; it is a share"),
-        ({"grid": (0,)}, OptionError, r"grid=\(0.0,\) was given, and 0 is what the layers have"),
+        ({"grid": (0,)}, OptionError, r"grid=\(0.0,\) was given, and the layers have the weight 0"),
         ({"grid": ()}, OptionError, r"grid=\(\) was given; give at least one weight"),
         ({"metric": "accuracy", "per_layer": True}, OptionError, "which has no gradient to follow"),
         ({"batches": data(1, 3)}, DataError, "3 examples were given; half of them choose"),

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 import normkit as nk
 from normkit.errors import DataError
 from normkit.passes import forward_batch, untouched
+from normkit.tune.batch_copies import weighed_by_copy
 from normkit.tune.layers import WeighedLayers
 from normkit.tune.metrics import read_metric
-from normkit.tune.several import weighed_by_copy
 from normkit.tune.sweep import WAYS, Sweep
 from tune.nets import NUM_CLASSES, Branches, Bypass, FixedSize, Mixed, data, plain_net, trained
 from tune.oracle import weighed_batch_norm
@@ -152,7 +152,7 @@ def test_copies_of_large_maps_are_made_in_parts(monkeypatch):
     model = plain_net()
     sweep = sweep_of(model)
     found = sweep.scores(ALPHAS)
-    assert sweep.at_once == 2
+    assert sweep.max_copies == 2
     assert [len(part) for part in sweep._parts(ALPHAS)] == [2, 2, 1]
     assert_close(found, by_hand(model, data(), ALPHAS), rtol=1e-6, atol=1e-6)
 

@@ -126,7 +126,7 @@ def test_where_decides_alone():
 def test_the_report_says_everything():
     model = nn.Sequential(normed(), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 6))
     assert str(nk.standardize_weights_(model)) == (
-        "standardized 1 layer (followed by torch.fx)\n"
+        "standardized 1 layer (traced by torch.fx)\n"
         "  0.0\n"
         "left alone 2 layers\n"
         "  its output goes into 2, not into a norm: 1\n"
@@ -304,7 +304,7 @@ class Twice(nn.Module):
 def test_a_layer_that_is_used_twice_pickles():
     model, x = Twice().eval(), torch.randn(2, 3, 6, 6)
     nk.standardize_weights_(model)
-    assert model.conv.parametrizations.weight[0].once is not None
+    assert model.conv.parametrizations.weight[0].cache is not None
     assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
@@ -347,9 +347,9 @@ def test_compiled_and_exported():
             parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)),
             {},
             nk.WeightError,
-            r"'2' \(ParametrizedConv2d\) is no plain parameter: .* leave it out with where=",
+            r"'2' \(ParametrizedConv2d\) is not a plain parameter: .* leave the layer out with",
         ),
-        (nn.LazyConv2d(4, 3), {}, nk.WeightError, r"layer '2' .*not there yet"),
+        (nn.LazyConv2d(4, 3), {}, nk.WeightError, r"layer '2' .*not initialised yet"),
         (nn.Conv2d(4, 4, 3), {"eps": -1.0}, nk.OptionError, r"layer '0' .*eps=-1.0"),
         (nn.Conv2d(4, 4, 3, dtype=torch.complex64), {}, nk.InputTypeError, r"'2' .*complex64"),
     ],
@@ -403,13 +403,13 @@ class Twisted(nn.Module):
 
 
 def test_models_that_do_not_trace_need_an_example_or_a_choice():
-    with pytest.raises(nk.TraceError, match=r"cannot follow Twisted .*example_input=.*where="):
+    with pytest.raises(nk.TraceError, match=r"cannot trace Twisted .*example_input=.*where="):
         nk.standardize_weights_(Twisted())
     model = Twisted()
     report = nk.standardize_weights_(model, example_input=torch.ones(1, 3, 4, 4))
     assert report.changed == ("conv",)
     assert report.skipped == {"plain": "the forward does not call it"}
-    assert "followed by the example input" in str(report)
+    assert "traced by the example input" in str(report)
     assert nk.standardize_weights_(Twisted(), lambda m, n: n == "plain").changed == ("plain",)
 
 

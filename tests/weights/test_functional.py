@@ -242,7 +242,7 @@ def test_kernels_agree_and_functions_transform():
         (
             lambda: weights.standardize(torch.ones(4, 2, 3), channel_axis=1, groups=3),
             nk.InputError,
-            "axis 0 the 3 groups do not divide",
+            "groups=3 must divide the length of its axis 0",
         ),
         (lambda: weights.weight_norm(torch.ones(4, 2), eps=-1), nk.OptionError, "eps=-1"),
     ],

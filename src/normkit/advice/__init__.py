@@ -1,4 +1,4 @@
-"""What is wrong with the norms of a model, and which norm to take for a batch size."""
+"""Find problems with the norms of a model, and recommend norms for a batch size."""
 
 from normkit.advice.evidence import Evidence
 from normkit.advice.finding import Finding, Findings

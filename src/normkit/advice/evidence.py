@@ -1,4 +1,4 @@
-"""What the papers' tables, and this project's own runs, say about a norm: numbers as printed."""
+"""Numbers about norms, as printed in the papers' tables and in this project's own runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ACCURACY, ERROR = "accuracy, %", "error, %"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """Numbers of one comparison, as printed.
+    """The numbers of one comparison, as printed.
 
     Args:
-        source: Authors and title, or where this project has the numbers from.
-        place: The table, or the section if they stand in the text.
-        setting: Network, data and batch.
-        metric: What was measured, and its unit.
-        values: What was compared, with its number; the recommended one first.
+        source: Authors and title, or "normkit's own runs".
+        place: The table; the section, if the numbers are in the text.
+        setting: Network, data and batch size.
+        metric: The metric and its unit.
+        values: The number of each method; the recommended one first.
     """
 
     source: str
@@ -38,11 +38,11 @@ class Evidence:
 
     @property
     def numbers(self) -> str:
-        """What was compared and how it did."""
+        """The methods with their numbers."""
         return ", ".join(f"{what} {value}" for what, value in self.values.items())
 
     def as_dict(self) -> dict[str, object]:
-        """All of it as plain values, for JSON."""
+        """The fields as plain values, for JSON."""
         return asdict(self)
 
 
@@ -78,11 +78,11 @@ OWN_RUNS = {
         "bcn:8:micro_batch+ws": "69.90 ± 0.62",
     },
 }
-"""Test accuracy of docs/compare.md by batch size, mean and spread of three seeds."""
+"""Test accuracy of docs/compare.md by batch size: mean and standard deviation of three seeds."""
 
 
 def by_batch_size(name: str, batch_size: int, others: tuple[str, ...]) -> Iterator[Evidence]:
-    """Table 2 of Zhou et al. at the nearest batch size; nothing below its smallest."""
+    """Table 2 of Zhou et al. at a batch size; nothing if that is below the table's smallest."""
     if batch_size >= BATCH_SIZES[-1]:
         column = BATCH_SIZES.index(batch_size)
         yield Evidence(
@@ -95,7 +95,7 @@ def by_batch_size(name: str, batch_size: int, others: tuple[str, ...]) -> Iterat
 
 
 def cifar_by_batch_size(batch_size: int) -> Iterator[Evidence]:
-    """Table 2 of Gunawan et al., where it has the batch size."""
+    """Table 2 of Gunawan et al., if it has the batch size."""
     if batch_size in GUNAWAN_TABLE_2["BN"]:
         yield Evidence(
             source=GUNAWAN,
@@ -107,7 +107,7 @@ def cifar_by_batch_size(batch_size: int) -> Iterator[Evidence]:
 
 
 def own_runs(name: str, batch_size: int) -> Iterator[Evidence]:
-    """This project's runs, where it made them at the batch size."""
+    """This project's own runs, if there are some at the batch size."""
     if name in OWN_RUNS.get(batch_size, {}):
         found = OWN_RUNS[batch_size]
         yield Evidence(
@@ -166,11 +166,40 @@ BCN_SN_MICRO = qiao(
     "table 8", "ResNet-18 on CIFAR-10, batches of 1, BN and SN 2", ERROR,
     BCN_WS="5.43", SN="7.62", BN="8.45",
 )  # fmt: skip
-COCO_BOXES = {
-    "BCN_WS": "41.4",
-    "GN_WS": "40.8",
-    "GN": "39.8",
-}
+FINE_TUNED_COCO = Evidence(
+    source=HUANG,
+    place="table 5",
+    setting="Faster R-CNN on COCO, fine-tuned, 2fc box head, 2 images a GPU",
+    metric="box AP",
+    values={"BN frozen": "36.31", "GN": "36.62", "XBN": "37.17"},
+)
+XBN_IMAGENET = huang(
+    "table 2", f"{IMAGENET}, batches of 256", f"top-1 {ACCURACY}",
+    XBN="77.40", BN="76.29", GN="75.73",
+)  # fmt: skip
+XBN_RESNEXT = huang(
+    "table 2", "ResNeXt-101 on ImageNet, batches of 256", f"top-1 {ACCURACY}",
+    XBN="79.84", BN="79.17", GN="78.02",
+)  # fmt: skip
+TUNED_WEIGHT_IMAGENET = summers(
+    "section 3.1", "ResNet-152 on ImageNet, example weight tuned", f"top-1 {ACCURACY}",
+    gain_of_at_most="0.6",
+)  # fmt: skip
+GBGN_CIFAR_100 = summers(
+    "section 3.4", "CIFAR-100, batches of 2, example weight tuned", ACCURACY,
+    GBGN="74.60", GN="73.91",
+)  # fmt: skip
+GBGN_CALTECH = summers(
+    "section 3.4", "Caltech-256, batches of 2, example weight tuned", ACCURACY,
+    GBGN="53.2", GN="48.2",
+)  # fmt: skip
+GHOST_CIFAR_100 = summers(
+    "section 3.2", "CIFAR-100, size of the runs tuned", ACCURACY, gain_of_at_most="0.84"
+)
+GHOST_CALTECH = summers(
+    "section 3.2", "Caltech-256, size of the runs tuned", ACCURACY, gain_of_at_most="5.8"
+)
+COCO_BOXES = {"BCN_WS": "41.4", "GN_WS": "40.8", "GN": "39.8"}
 COCO_MASKS = {"BCN_WS": "37.3", "GN_WS": "36.5", "GN": "36.1"}
 VOC = {"BCN_WS": "78.22", "GN_WS": "77.20", "BN_WS": "77.15", "BN": "76.49", "GN": "74.90"}
 VIDEO = {"BN_WS": "46.49", "BCN_WS": "45.27", "BN": "44.30", "GN_WS": "44.26", "GN": "42.07"}

@@ -1,4 +1,4 @@
-"""What a check found: where, what, why it matters, and the way out."""
+"""The findings of checks: where, what, why it matters, and how to mend it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from normkit.text import listed
+
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-"""The worst first: it fails or learns nothing; it is likely a mistake; it is good to know."""
+"""The worst first; ``Finding`` explains them."""
 
-SHOWN = 4  # layers of a kind that are printed one by one
+SHOWN = 4  # findings of one kind that are printed in full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing about a norm that its owner should know.
+    """One problem, or remarkable fact, about a norm.
 
     Args:
-        name: The module's name; empty is the model itself.
+        name: The module's name; empty for the model itself.
         what: What was found, with its numbers.
-        why: What it does to training or evaluation.
-        fix: The way out.
-        severity: ``"error"``: it fails, or the layer's output is constant or not finite.
-            ``"warning"``: likely a mistake. ``"note"``: good to know, and often meant so.
+        why: The effect on training or evaluation.
+        fix: How to mend it.
+        severity: ``"error"``: the model fails, or the layer's output is constant or not finite.
+            ``"warning"``: probably a mistake. ``"note"``: good to know, and often intended.
         check: The name of the check.
     """
 
@@ -38,12 +40,12 @@ class Finding:
         return "\n".join(_lines([self]))
 
     def as_dict(self) -> dict[str, str]:
-        """All of it as plain values, for JSON."""
+        """The fields as plain values, for JSON."""
         return asdict(self)
 
 
 class Findings(list[Finding]):
-    """Findings, worst first; prints those of one kind together."""
+    """Findings, worst first; findings of one kind are printed together."""
 
     def __str__(self) -> str:
         if not self:
@@ -56,7 +58,7 @@ class Findings(list[Finding]):
 
     @property
     def summary(self) -> str:
-        """How many there are of each severity, in a line."""
+        """The number of findings of each severity, in one line."""
         counts = [sum(found.severity == severity for found in self) for severity in SEVERITIES]
         return ", ".join(
             f"{count} {severity}{'' if count == 1 else 's'}"
@@ -64,23 +66,19 @@ class Findings(list[Finding]):
         )
 
     def as_list(self) -> list[dict[str, str]]:
-        """All of them as plain values, for JSON."""
+        """The findings as plain values, for JSON."""
         return [found.as_dict() for found in self]
 
 
 def _lines(found: list[Finding]) -> Iterator[str]:
-    """Print findings of one kind: what for each, why and the first one's fix once."""
+    """Format findings of one kind: ``what`` of each, then ``why`` and the first ``fix`` once."""
     first = found[0]
     count = f" ({len(found)} layers)" if len(found) > 1 else ""
     yield f"{first.severity}{f': {first.check}' if first.check else ''}{count}"
     for each in found[:SHOWN]:
         yield f"  {each.name or 'the model itself'}: {each.what}"
     if rest := found[SHOWN:]:
-        yield f"  and {len(rest)} more: {_few([each.name for each in rest])}"
+        yield f"  and {len(rest)} more: {listed((each.name for each in rest), 6)}"
     yield f"  why: {first.why}"
     several = " (the first one's)" if len({each.fix for each in found}) > 1 else ""
     yield f"  fix{several}: {first.fix}"
-
-
-def _few(names: list[str], at_most: int = 6) -> str:
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")

@@ -1,4 +1,4 @@
-"""Ways out that run: calls for a model, its batches and what the model has learned."""
+"""The fixes of findings: calls that run as they are, and keep learned values where they can."""
 
 from __future__ import annotations
 
@@ -6,80 +6,74 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from normkit.advice.situation import Norm, Situation
+from normkit.advice.situation import CheckedNorm, Situation
 from normkit.convert.rules import read
 from normkit.errors import ConversionError
 from normkit.layers.base import BUFFERS
 
 COUNT = "num_batches_tracked"
 RECALIBRATE = "nk.recalibrate(model, batches).apply()"
-CHANGES = "and training on: it changes what the trained network computes"
+CHANGES = "and further training: it changes what the trained network computes"
 
 
-def call(norm: Norm, spec: str, *options: str) -> str:
-    """The call that turns a norm into another."""
-    wanted = f'{{"{norm.name}": "{spec}"}}' if norm.name else _in_quotes(spec)
+def conversion_call(name: str, spec: str, *options: str) -> str:
+    """The call that converts the norm of this name to a spec; all norms if the name is empty."""
+    wanted = f'{{"{name}": "{spec}"}}' if name else f'"{spec}"'
     return f"nk.convert_norm_({', '.join(('model', wanted, *options))})"
 
 
-def converted(situation: Situation, norm: Norm, spec: str, *, everywhere: bool = False) -> str:
-    """Say how a norm becomes one that computes something else, and what that costs.
+def conversion_fix(
+    situation: Situation, norm: CheckedNorm, spec: str, *, everywhere: bool = False
+) -> str:
+    """Say how to convert a norm to one that computes something else, and what that costs.
 
     Args:
-        situation: What is known of the model.
+        situation: The model.
         norm: The norm.
-        spec: What it is to become.
-        everywhere: Whether all norms of the model are meant, if conversion takes all of them.
+        spec: Spec of the new norm.
+        everywhere: Convert all norms of the model, if conversion accepts all of them.
     """
     refused = situation.refusals(spec)
     if norm.module in refused:
-        return refusal(norm, refused[norm.module])
+        kind, why = type(norm.module).__name__, refused[norm.module]
+        return f"another norm in its place, put there by hand: conversion refuses {kind} ({why})"
     loses = situation.trained and all(each.refusal is None for each in situation.norms)
     options = ("calibrate=batches",) if loses else ()
-    if everywhere and not refused:
-        found = f"nk.convert_norm_({', '.join(('model', _in_quotes(spec), *options))})"
-    else:
-        found = call(norm, spec, *options)
+    found = conversion_call("" if everywhere and not refused else norm.name, spec, *options)
     return f"{found} {CHANGES}" if loses else found
 
 
-def _in_quotes(text: str) -> str:
-    return f'"{text}"'
+def equivalent_call(situation: Situation, norm: CheckedNorm, options: str = "") -> str | None:
+    """The call that converts a norm to normkit's norm that computes the same.
 
+    Args:
+        situation: The model.
+        norm: The norm.
+        options: Appended to the spec, for instance ``":eps=1e-05"``.
 
-def same(situation: Situation, norm: Norm, spec: str) -> str | None:
-    """The call for a norm that computes the same; None if conversion refuses it."""
-    return None if norm.module in situation.refusals(spec) else call(norm, spec)
-
-
-def refusal(norm: Norm, why: str) -> str:
-    """Say that a norm has to be exchanged by hand."""
-    kind = type(norm.module).__name__
-    return f"another norm in its place, put there by hand: conversion refuses {kind} ({why})"
-
-
-def twin_of(layer: nn.Module) -> str:
-    """Spec of the norm of ours that computes what a layer does; "" if there is none."""
+    Returns:
+        The call; None if normkit has no such norm, or conversion refuses it.
+    """
     try:
-        return read(layer).twin
+        spec = read(norm.module).equivalent_spec
     except ConversionError:
-        return ""
+        return None
+    if not spec or norm.module in situation.refusals(spec + options):
+        return None
+    return conversion_call(norm.name, spec + options)
 
 
-def trackers(norm: Norm) -> Iterator[tuple[str, nn.Module]]:
-    """The layer itself, or those inside of it, that keep running statistics, with their names."""
+def trackers(norm: CheckedNorm) -> Iterator[tuple[str, nn.Module]]:
+    """The layers with running statistics, the norm itself or its parts, with their names."""
     for name, module in norm.module.named_modules(prefix=norm.name):
         if isinstance(module._buffers.get(BUFFERS[0]), Tensor) and COUNT in module._buffers:
             yield name, module
 
 
-def frozen(*names: str) -> str:
-    """The call that holds the statistics of these layers; of all without names."""
+def freeze_call(*names: str) -> str:
+    """The call that freezes the statistics of these layers; of all layers if none is named."""
     if not names:
         return "nk.freeze_statistics(model)"
-    chosen = f'name == "{names[0]}"' if len(names) == 1 else f"name in {{{_listed(names)}}}"
-    return f"nk.freeze_statistics(model, lambda layer, name: {chosen})"
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    listed = ", ".join(f'"{name}"' for name in names)
+    condition = f"name == {listed}" if len(names) == 1 else f"name in {{{listed}}}"
+    return f"nk.freeze_statistics(model, lambda layer, name: {condition})"

@@ -1,10 +1,9 @@
-"""Which values of its input a norm of any library takes each of its statistics over."""
+"""For a norm of any library, find which values of its input share each statistic."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import singledispatch
 
 import torch.distributed as dist
 from torch import nn
@@ -21,17 +20,17 @@ from normkit.sharing import Part, parts
 Shape = tuple[int, ...]
 
 OVER_CHANNELS_FIRST = "LayerNorm2d", "LayerNormExp2d", "LayerNormAct2d"
-"""How the names of layer norms begin that take ``(N, C, H, W)`` and normalise every position."""
+"""Layer norms whose class name begins so normalise each position of ``(N, C, H, W)``."""
 FIXED = "FrozenBatchNorm"
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Statistics of a norm for an input of one shape.
+    """The statistics groups of a norm, or of a part of it, for an input of one shape.
 
     Args:
-        part: What they are of, and where they come from.
-        shape: Of the input as ``part`` sees it, ``(N, C, *S)``.
+        part: Which elements form a group, and where the statistics come from.
+        shape: Shape ``(N, C, *S)`` of the part's input.
     """
 
     part: Part
@@ -39,7 +38,7 @@ class Pool:
 
     @property
     def refusal(self) -> str | None:
-        """Why the groups do not fit the shape, if they do not."""
+        """Why the groups do not divide the input; None if they do."""
         if self.part.partition is None:
             return None
         try:
@@ -50,25 +49,25 @@ class Pool:
 
     @property
     def of_input(self) -> bool:
-        """Whether they are computed from the input that they normalise."""
+        """Whether the statistics are computed from the input that they normalise."""
         return self.part.origin == "input" and self.part.share > 0
 
     @property
     def over_batch(self) -> bool:
-        """Whether other examples have a say, now or in the running statistics."""
+        """Whether the statistics depend on other examples, directly or as running statistics."""
         partition = self.part.partition
         return partition is not None and partition.examples_per_group != 1
 
     @property
     def num_values(self) -> int:
-        """Values in the smallest group."""
+        """Number of values in the smallest group."""
         if self.part.partition is None:
             return self.shape[1]
         return self.part.partition.group_sizes(self.shape)[1]
 
     @property
-    def num_values_of_one(self) -> int:
-        """Values in a group of a batch of one example."""
+    def num_values_per_example(self) -> int:
+        """Number of values in a group if the batch has one example."""
         partition = self.part.partition
         groups = 1 if partition is None else partition.num_groups
         return math.prod(self.shape[1:]) // groups
@@ -81,14 +80,15 @@ class Pool:
 
 
 def pools(layer: nn.Module, shape: Shape) -> tuple[Pool, ...] | None:
-    """Say over which values a norm takes its statistics, in the mode it is in.
+    """Find which values share a norm's statistics, in its present mode.
 
     Args:
         layer: A norm of torch, torchvision, timm, detectron or normkit.
-        shape: Of its input, as the layer takes it.
+        shape: Shape of its input, in the layer's own layout.
 
     Returns:
-        A pool for each of its statistics; none if they are fixed; None if the kind is not known.
+        A pool for each of its statistics; empty if the statistics are fixed; None if the class is
+        unknown.
     """
     if any(base.__name__.startswith(FIXED) for base in type(layer).__mro__):
         return ()
@@ -96,10 +96,10 @@ def pools(layer: nn.Module, shape: Shape) -> tuple[Pool, ...] | None:
         return None
     if isinstance(layer, nn.LayerNorm):
         return (_of_layer_norm(layer, shape),)
-    if isinstance(layer, NormLayer) and adapters_of(layer)[1]:
+    if isinstance(layer, NormLayer) and adapters_of(layer)[1]:  # The layer takes channels last.
         shape = (shape[0], shape[-1], *shape[1:-1])
     found = _parts(layer)
-    return None if found is None else tuple(Pool(part, _seen(part, shape)) for part in found)
+    return None if found is None else tuple(Pool(part, _part_shape(part, shape)) for part in found)
 
 
 TORCH_FORWARDS = frozenset(
@@ -109,16 +109,14 @@ TORCH_FORWARDS = frozenset(
 
 
 def _computes_as_known(layer: nn.Module) -> bool:
-    """Whether the layer's own code is that of a known class, not only its base class."""
+    """Whether the layer uses the forward of a known class, rather than one of its own."""
     kind = base_of(layer)
-    return kind.forward in TORCH_FORWARDS or key_of(kind) in RULES or _is_ours(layer)
+    is_normkits = isinstance(layer, NormLayer) and kind.forward is NormLayer.forward
+    return kind.forward in TORCH_FORWARDS or key_of(kind) in RULES or is_normkits
 
 
-def _is_ours(layer: nn.Module) -> bool:
-    return isinstance(layer, NormLayer) and base_of(layer).forward is NormLayer.forward
-
-
-def _seen(part: Part, shape: Shape) -> Shape:
+def _part_shape(part: Part, shape: Shape) -> Shape:
+    """Shape of the channels that a part normalises."""
     first, end = part.channels or (0, shape[1])
     return (shape[0], end - first, *shape[2:])
 
@@ -132,37 +130,20 @@ def _of_layer_norm(layer: nn.LayerNorm, shape: Shape) -> Pool:
     return Pool(Part(partition=Partition(1, 1)), examples)
 
 
-@singledispatch
 def _parts(layer: nn.Module) -> tuple[Part, ...] | None:
-    return None
-
-
-@_parts.register(NormLayer)
-def _(layer: NormLayer) -> tuple[Part, ...]:
-    return parts(layer)
-
-
-@_parts.register(_BatchNorm)
-def _(layer: _BatchNorm) -> tuple[Part, ...]:
-    return _tracked(Partition(layer.num_features), layer)
-
-
-@_parts.register(_InstanceNorm)
-def _(layer: _InstanceNorm) -> tuple[Part, ...]:
-    return _tracked(Partition(layer.num_features, 1), layer)
-
-
-@_parts.register(nn.GroupNorm)
-def _(layer: nn.GroupNorm) -> tuple[Part, ...]:
-    return (Part(partition=Partition(layer.num_groups, 1)),)
-
-
-def _tracked(partition: Partition, layer: _BatchNorm | _InstanceNorm) -> tuple[Part, ...]:
-    follows = layer.training or layer.running_mean is None
-    return (Part(partition=partition, origin="input" if follows else "running"),)
+    if isinstance(layer, NormLayer):
+        return parts(layer)
+    if isinstance(layer, nn.GroupNorm):
+        return (Part(partition=Partition(layer.num_groups, 1)),)
+    if not isinstance(layer, _BatchNorm | _InstanceNorm):
+        return None
+    examples_per_group = 1 if isinstance(layer, _InstanceNorm) else None
+    partition = Partition(layer.num_features, examples_per_group)
+    from_input = layer.training or layer.running_mean is None
+    return (Part(partition=partition, origin="input" if from_input else "running"),)
 
 
 def num_processes(layer: nn.Module) -> int:
-    """Over how many processes a layer's statistics go."""
+    """Number of processes whose batches share a layer's statistics."""
     synchronized = isinstance(layer, nn.SyncBatchNorm) and dist.is_available()
     return dist.get_world_size() if synchronized and dist.is_initialized() else 1

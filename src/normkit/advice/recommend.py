@@ -1,10 +1,10 @@
-"""Which norm to take for a batch size, and what the papers measured."""
+"""Recommend norms for a batch size, with the papers' numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from normkit.advice.candidates import CANDIDATES, Candidate
@@ -40,28 +40,32 @@ RANKING: Mapping[Task, Mapping[int, tuple[str, ...]]] = {
         8: ("bn+ws", "bcn+ws", "bn", "gn+ws"),
     },
 }
-"""Best first, from this many examples per worker on; docs/advice.md has the reasons."""
+"""Names of candidates, the best first, for batches of at least so many examples per worker.
 
-MOVING = 16
-"""From this many examples on the statistics of a trained network may move."""
+docs/advice.md gives the reasons.
+"""
 
-KEPT = {"bn+ws": "bn+ws kept"}
-"""Other ways to put a norm into a trained network."""
+MIN_UPDATING = 16
+"""With fewer examples the statistics of a trained network should stay frozen."""
 
-RETRAINED = "it changes what a trained network computes: its weights must be trained on"
+PRETRAINED = {"bn+ws": "bn+ws kept"}
+"""Candidates that replace others if the network is trained already."""
+
+RETRAINED = "it changes what a trained network computes: the network must be trained further"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """A norm for a batch size.
+    """A recommended norm.
 
     Args:
-        spec: Build it with ``spec.build(num_features)``; ``+ws`` concerns the layers before.
-        apply: The call that puts it into ``model``, with ``import normkit as nk``, and where there
-            is ``calibrate=batches``, batches of the training data.
-        why: What speaks for it.
-        evidence: What was measured nearest to this batch size, as printed.
-        limits: What speaks against it, or was not measured.
+        spec: Build it with ``spec.build(num_features)``; ``+ws`` standardizes the weights of the
+            layers before the norm.
+        apply: The call that puts it into ``model``, after ``import normkit as nk``;
+            ``calibrate=batches`` takes batches of the training data.
+        why: Reasons for the norm.
+        evidence: Numbers measured nearest to this batch size, as printed.
+        limits: Reasons against it, and gaps in the measurements.
         keeps_function: Whether a network trained with batch norm evaluates as before.
     """
 
@@ -78,15 +82,9 @@ class Recommendation:
         return "\n".join([*lines, f"  limits: {self.limits}"])
 
     def as_dict(self) -> dict[str, object]:
-        """All of it as plain values, for JSON."""
-        return {
-            "spec": str(self.spec),
-            "apply": self.apply,
-            "why": self.why,
-            "evidence": [each.as_dict() for each in self.evidence],
-            "limits": self.limits,
-            "keeps_function": self.keeps_function,
-        }
+        """The fields as plain values, for JSON."""
+        evidence = [each.as_dict() for each in self.evidence]
+        return asdict(self) | {"spec": str(self.spec), "evidence": evidence}
 
 
 class Recommendations(list[Recommendation]):
@@ -101,7 +99,7 @@ class Recommendations(list[Recommendation]):
         return "\n".join(table_lines(rows, indent=""))
 
     def as_list(self) -> list[dict[str, object]]:
-        """All of them as plain values, for JSON."""
+        """The recommendations as plain values, for JSON."""
         return [each.as_dict() for each in self]
 
 
@@ -115,26 +113,26 @@ def recommend(
 ) -> Recommendations:
     """Rank norms for a batch size, with the papers' numbers.
 
-    The ranking is a table of this project, written from the papers' tables and its own runs; it
-    does not know your data. ``normkit compare`` trains on them.
+    The ranking is a fixed table, which this project made from the papers' tables and its own runs;
+    it does not depend on your data. ``normkit compare`` trains norms on your data.
 
     Args:
         batch_size: Examples of a training batch.
-        per_worker: Whether one process computes that many; else all ``workers`` together do.
-            Statistics are of one process, unless they are synchronized: then pass
-            ``per_worker=False, workers=1``.
-        workers: Number of processes, where ``batch_size`` is of all of them.
-        pretrained: Whether weights trained with batch norm are to be kept: norms with which they
-            predict as before come first.
-        task: What the network is for.
+        per_worker: Whether each process has ``batch_size`` examples; otherwise all ``workers``
+            together have them. Each process computes its own statistics; if yours are
+            synchronized, pass ``per_worker=False, workers=1``.
+        workers: Number of processes, with ``per_worker=False``.
+        pretrained: Whether the network keeps weights that were trained with batch norm. Norms with
+            which it predicts as before then come first.
+        task: The network's task.
 
     Returns:
-        A list of ``Recommendation``, best first. It prints as a table, each of them with its
+        A list of ``Recommendation``, best first. It prints as a table; each entry prints with its
         reasons.
 
     Raises:
-        OptionError: If a number is no count, there are more workers than examples, ``workers``
-            is missing or of no use, or the task is unknown.
+        OptionError: If a number is no positive integer, there are more workers than examples,
+            ``workers`` is missing or has no effect, or the task is unknown.
 
     Source:
         Zhou et al., table 2; Gunawan et al., table 2; Summers & Dinneen, section 3; Qiao et al.,
@@ -152,48 +150,48 @@ def recommend(
     steps = RANKING[task]
     names = steps[max(step for step in steps if step <= nearest)]
     if pretrained:
-        names = ("bn kept" if nearest >= MOVING else "bn frozen", *_keeping_first(names))
+        names = ("bn kept" if nearest >= MIN_UPDATING else "bn frozen", *_keeping_first(names))
     return Recommendations(_recommendation(CANDIDATES[n], task, nearest, pretrained) for n in names)
 
 
 def _keeping_first(names: tuple[str, ...]) -> list[str]:
-    """Those with which a trained network predicts as before, then the others; bn is there."""
-    others = [KEPT.get(name, name) for name in names if name != "bn"]
+    """Sort norms with which a trained network predicts as before to the front; leave out ``bn``."""
+    others = [PRETRAINED.get(name, name) for name in names if name != "bn"]
     return sorted(others, key=lambda name: not CANDIDATES[name].keeps_function)
 
 
 def _recommendation(
-    found: Candidate, task: Task, batch_size: int, pretrained: bool
+    candidate: Candidate, task: Task, batch_size: int, pretrained: bool
 ) -> Recommendation:
-    spec = NormSpec.parse(found.spec_for(batch_size))
-    warns = pretrained and not found.keeps_function
+    spec = NormSpec.parse(candidate.spec_for(batch_size))
+    apply, limits = candidate.apply, candidate.limits
+    if pretrained and not candidate.keeps_function:
+        limits = f"{RETRAINED}; {limits}"
+        if apply.startswith("nk.convert_norm_("):
+            # Calibration makes the converted network start near the function of the trained one.
+            apply = f"{apply[:-1]}, calibrate=batches)"
     return Recommendation(
         spec=spec,
-        apply=_calibrated(found.apply, warns).format(spec=spec),
-        why=found.why,
-        evidence=tuple(found.evidence(task, batch_size)),
-        limits=f"{RETRAINED}; {found.limits}" if warns else found.limits,
-        keeps_function=found.keeps_function,
+        apply=apply.format(spec=spec),
+        why=candidate.why,
+        evidence=tuple(candidate.evidence(task, batch_size)),
+        limits=limits,
+        keeps_function=candidate.keeps_function,
     )
 
 
-def _calibrated(apply: str, is_trained: bool) -> str:
-    """Let a conversion of a trained network start near what the network computes."""
-    converts = apply.startswith("nk.convert_norm_(")
-    return f"{apply[:-1]}, calibrate=batches)" if converts and is_trained else apply
-
-
 def _per_worker(batch_size: int, per_worker: bool, workers: int | None) -> int:
-    """Examples that share statistics; of unequal shares the smallest.
+    """Number of examples in one process; if the processes have unequal numbers, the smallest.
 
     Raises:
-        OptionError: If ``workers`` is missing, of no use, or more than there are examples.
+        OptionError: If ``workers`` is missing, has no effect, or exceeds the number of examples.
     """
     if per_worker:
         if workers is not None:
             raise OptionError(
-                f"workers={workers} was given with a batch size per worker, where it changes "
-                f"nothing; leave it out, or pass per_worker=False if {batch_size} is of all workers"
+                f"workers={workers} was given with a batch size per worker, where it has no "
+                f"effect; leave it out, or pass per_worker=False if all workers together have "
+                f"{batch_size} examples"
             )
         return batch_size
     if workers is None:

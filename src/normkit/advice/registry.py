@@ -1,4 +1,4 @@
-"""The checks, by name."""
+"""The registry of checks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from normkit.errors import OptionError
 Check = Callable[[Situation], Iterator[Finding]]
 
 CHECKS: dict[str, Check] = {}
-"""Every check that ``validate`` makes."""
+"""All checks that ``validate`` runs, by name."""
 
 
 def check(name: str) -> Callable[[Check], Check]:
     """Register a check.
 
     Args:
-        name: What its findings are called.
+        name: Name of the check, which its findings carry.
 
     Raises:
-        OptionError: If there is a check of that name.
+        OptionError: If there is a check of that name already.
     """
 
     def register(function: Check) -> Check:
         if name in CHECKS:
-            raise OptionError(f"check {name!r} is there already: {CHECKS[name].__name__}")
+            raise OptionError(
+                f"check {name!r} exists already: {CHECKS[name].__name__}; choose another name"
+            )
         CHECKS[name] = function
         return function
 

@@ -1,4 +1,4 @@
-"""A model as the checks see it: its norms, what goes into each, and who feeds them."""
+"""What the checks know of a model: its norms, their input shapes, and the layers before them."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from normkit.convert.plan import refusals
 from normkit.convert.selection import find_norms
 from normkit.errors import InputError
 from normkit.inference.freeze import is_frozen
-from normkit.passes import call_with, device_of, forward_of, untouched
+from normkit.passes import call_with, device_of, replaced_forward, untouched
 from normkit.spec import NormSpec
 from normkit.text import shortened
 from normkit.tracing import Feeds, trace_feeds
 
 SWITCHES = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
-"""Attributes by which timm, transformers and torchvision are told to checkpoint."""
+"""Attributes that switch gradient checkpointing on in timm, transformers and torchvision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Norm:
-    """A norm of the model.
+class CheckedNorm:
+    """A norm of the model, with everything that the checks need to know of it.
 
     Args:
-        name: Its name; the first one of a shared module.
+        name: Its name; of a shared module, the first name.
         module: The layer.
-        trains: Whether it normalises as in training: asked for, and neither in evaluation mode
-            while the model trains nor frozen by ``freeze_statistics``.
-        pools: What its statistics are taken over at the batch size, for each shape of its input;
-            None if it is of an unknown kind, empty if it was not called.
-        refusal: What it raised, if it did.
+        trains: Whether it normalises as in training. That needs ``training=True``, and it must
+            neither be frozen nor be in evaluation mode inside a model in training mode.
+        pools: Its statistics groups at the batch size, for each shape of its input; None if its
+            class is unknown, empty if it was not called.
+        refusal: The error that it raised; None if it raised none.
         called: Whether the forward calls it.
-        repeated: Whether the forward calls it under activation checkpointing.
+        repeated: Whether the forward calls it under gradient checkpointing.
     """
 
     name: str
@@ -61,40 +61,40 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """A model, what is asked of it, and its norms in order.
+    """A model, the options of ``validate``, and the model's norms in order.
 
     Args:
-        model: The model, in the mode it was in.
+        model: The model, in its original mode.
         batch_size: Examples of a batch.
-        training: Whether training is asked about, too.
-        trained: Whether its values are learned ones, which a fix must keep or say what it costs.
+        training: Whether problems in training are looked for, too.
+        trained: Whether the model has learned values, which a fix must keep, or say that it cannot.
         norms: The norms.
-        feeds: Who feeds them; None if the model cannot be followed.
+        feeds: The layers that feed the norms; None if the model cannot be traced.
     """
 
     model: nn.Module
     batch_size: int
     training: bool
     trained: bool
-    norms: tuple[Norm, ...]
+    norms: tuple[CheckedNorm, ...]
     feeds: Feeds | None
     _refusals: dict[str, Mapping[nn.Module, str]] = field(default_factory=dict)
 
     def refusals(self, spec: str) -> Mapping[nn.Module, str]:
-        """Say which norms conversion would not turn into a spec, and why."""
+        """Find the norms that conversion to a spec would refuse, with the reason."""
         if spec not in self._refusals:
             found = refusals(self.model, find_norms(self.model), NormSpec.parse(spec))
             self._refusals[spec] = {module: shortened(error) for module, error in found.items()}
         return self._refusals[spec]
 
-    def norm(self, name: str) -> Norm | None:
+    def norm(self, name: str) -> CheckedNorm | None:
         """The norm of this name."""
         return next((norm for norm in self.norms if norm.name == name), None)
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What one forward shows of a norm."""
+class _Observed:
+    """What was observed of one norm in a forward."""
 
     shapes: dict[Shape, None] = field(default_factory=dict)
     refusal: str | None = None
@@ -108,7 +108,7 @@ def examine(
     pretrained: bool | None,
     example_input: Any,  # noqa: ANN401
 ) -> Situation:
-    """Send an example through the model, once, and leave the model as it was.
+    """Send one example through the model, and leave the model as it was.
 
     Raises:
         InputError: If the model does not take the example, or has lazy layers.
@@ -118,9 +118,9 @@ def examine(
     trains = {m: training and _would_train(m, model) for m in found}
     with untouched(model, training=False):
         scale = batch_size / _count(example_input)
-        seen = _watch(model, list(found), example_input, scale <= 1)
+        observed = _watch(model, list(found), example_input, scale <= 1)
         norms = tuple(
-            _norm(names[0], module, trains[module], seen[module], scale)
+            _norm(names[0], module, trains[module], observed[module], scale)
             for module, names in found.items()
         )
         feeds = _follow(model, example_input)
@@ -135,13 +135,13 @@ def examine(
 
 
 def _has_learned(norm: nn.Module) -> bool:
-    """Whether statistics have moved, or scales and shifts are not those of a new layer."""
-    values = {**dict(norm.named_buffers()), **dict(norm.named_parameters())}
-    known = {name: v for name, v in values.items() if not v.is_meta and v.numel()}
-    return any(_has_moved(name.rpartition(".")[2], value) for name, value in known.items())
+    """Whether statistics, scales or shifts differ from those of a new layer."""
+    values = chain(norm.named_buffers(), norm.named_parameters())
+    known = ((name, v) for name, v in values if not v.is_meta and v.numel())
+    return any(_differs_from_new(name.rpartition(".")[2], value) for name, value in known)
 
 
-def _has_moved(name: str, value: Tensor) -> bool:
+def _differs_from_new(name: str, value: Tensor) -> bool:
     starts = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "bias": 0}
     if name in starts:
         return not bool((value == starts[name]).all())
@@ -149,10 +149,10 @@ def _has_moved(name: str, value: Tensor) -> bool:
 
 
 def _require_shapes(model: nn.Module) -> None:
-    """Refuse layers that wait for their first input.
+    """Refuse models with lazy layers.
 
     Raises:
-        InputError: With the first one's name.
+        InputError: If a layer gets its shape only from its first input.
     """
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(value):
@@ -162,31 +162,34 @@ def _require_shapes(model: nn.Module) -> None:
 
 
 def _would_train(norm: nn.Module, model: nn.Module) -> bool:
-    """Whether a norm trains with the model; where that is in evaluation mode, after ``train()``."""
+    """Whether a norm is in training mode when its model is; frozen norms are not."""
     return norm.training if model.training else not is_frozen(norm)
 
 
-def _norm(name: str, module: nn.Module, trains: bool, seen: _Seen, scale: float) -> Norm:
+def _norm(
+    name: str, module: nn.Module, trains: bool, observed: _Observed, scale: float
+) -> CheckedNorm:
+    # The pools depend on the mode. ``untouched`` restores it after the examination.
     for part in module.modules():
         part.training = trains
     factor = scale * num_processes(module)
-    found = [pools(module, (round(shape[0] * factor), *shape[1:])) for shape in seen.shapes]
+    found = [pools(module, (round(shape[0] * factor), *shape[1:])) for shape in observed.shapes]
     known = tuple(pool for several in found if several is not None for pool in several)
-    return Norm(
+    return CheckedNorm(
         name=name,
         module=module,
         trains=trains,
         pools=None if None in found else known,
-        refusal=seen.refusal,
-        called=bool(seen.shapes),
-        repeated=seen.repeated,
+        refusal=observed.refusal,
+        called=bool(observed.shapes),
+        repeated=observed.repeated,
     )
 
 
 def _follow(model: nn.Module, example_input: Any) -> Feeds | None:  # noqa: ANN401
     try:
         return trace_feeds(model, example_input)
-    except Exception:  # noqa: BLE001 - the model's own code; None is reported by a check
+    except Exception:  # noqa: BLE001 - the model's own code may raise; a check reports the None
         return None
 
 
@@ -195,12 +198,13 @@ def _watch(
     norms: list[nn.Module],
     example_input: Any,  # noqa: ANN401
     alone: bool,
-) -> dict[nn.Module, _Seen]:
-    """Run the model; a norm that refuses its input gives it on as it is."""
-    seen = {norm: _Seen() for norm in norms}
+) -> dict[nn.Module, _Observed]:
+    """Run the model and observe its norms; a norm that raises passes its input on unchanged."""
+    observed = {norm: _Observed() for norm in norms}
+    # Some models checkpoint only if gradients are computed.
     with ExitStack() as stack, torch.set_grad_enabled(bool(list(switches(model)))):
         for norm in norms:
-            stack.enter_context(forward_of(norm, _noting(seen[norm], alone)))
+            stack.enter_context(replaced_forward(norm, _observe(observed[norm], alone)))
         try:
             call_with(model, example_input)
         except Exception as error:
@@ -208,44 +212,45 @@ def _watch(
                 f"{type(model).__name__} cannot take {_described(example_input)}: "
                 f"{type(error).__name__}: {shortened(error)}; input_shape= is of one example "
                 f"without the batch axis, e.g. (3, 224, 224); for other inputs pass "
-                f"example_input=, a tuple of arguments, a dict of named ones, or the only one"
+                f"example_input=: a tuple of arguments, a dict of named arguments, or the only "
+                f"argument"
             ) from error
-    return seen
+    return observed
 
 
-def _noting(seen: _Seen, alone: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a norm's forward note its inputs.
+def _observe(
+    observed: _Observed, alone: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wrap a norm's forward, so that the shapes of its inputs and its errors are observed.
 
     Args:
-        seen: Takes what is noted.
-        alone: Whether a refusal of the example counts though it may be that of a batch of one.
+        observed: Gets the shapes and the error.
+        alone: Whether the batch really has one example. If not, an error counts only if two copies
+            of the example raise as well, because many norms refuse a single example.
     """
 
     def make(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def observing(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            seen.shapes[tuple(x.shape)] = None
-            seen.repeated |= _is_checkpointed(sys._getframe())
+            observed.shapes[tuple(x.shape)] = None
+            observed.repeated |= _is_checkpointed(sys._getframe())
             try:
                 return forward(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - whatever a layer raises is a finding
-                refused = shortened(error)
+            except Exception as error:  # noqa: BLE001 - every error of a norm is a finding
+                message = shortened(error)
             with suppress(Exception):
                 if not alone:
                     return forward(torch.cat([x, x]))[: x.shape[0]]
-            seen.refusal = refused
+            observed.refusal = message
             return x
 
-        return noting
+        return observing
 
     return make
 
 
 def switches(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Modules that are told to checkpoint what is in them, and by which attribute.
-
-    Some do so only where gradients are computed, so their forward is watched with gradients.
-    """
+    """Find modules that checkpoint the layers inside them, with the attribute that says so."""
     for module in model.modules():
         for name in SWITCHES:
             if module.__dict__.get(name) is True:
@@ -262,14 +267,14 @@ def _is_checkpointed(frame: FrameType | None) -> bool:
 
 
 def example_of(model: nn.Module, input_shape: Shape) -> Tensor:
-    """Make an example of a shape, always the same, where the model's first parameter is."""
+    """Make a fixed random example on the device of the model's first parameter."""
     values = torch.rand((1, *input_shape), generator=torch.Generator().manual_seed(0))
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     return values.to(device=device_of(model), dtype=next(dtypes, torch.float32))
 
 
 def _count(example_input: Any) -> int:  # noqa: ANN401
-    """Count the examples in an example input: its first argument's first axis."""
+    """Count the examples of an example input, along the first axis of its first argument."""
     first = example_input
     if isinstance(first, dict):
         first = next(iter(first.values()), None)

@@ -1,4 +1,4 @@
-"""What is wrong, or good to know, about the norms of a model."""
+"""Find problems with the norms of a model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from normkit.advice import on_groups, on_neighbours, on_state
+from normkit.advice import group_checks, neighbour_checks, state_checks
 from normkit.advice.finding import SEVERITIES, Finding, Findings
 from normkit.advice.registry import CHECKS
 from normkit.advice.situation import examine, example_of
 from normkit.core.check import require_count
 from normkit.errors import OptionError
-from normkit.passes import changes_nothing, require_layers
+from normkit.passes import changes_nothing, require_inspectable
 
-CHECKED_IN = (on_groups, on_state, on_neighbours)
-"""Where the checks are; importing a file registers those in it."""
+CHECKED_IN = (group_checks, state_checks, neighbour_checks)
+"""The modules with the checks, which are registered when these modules are imported."""
 
 
 @changes_nothing
@@ -30,32 +30,33 @@ def validate(
     pretrained: bool | None = None,
     example_input: Any = None,  # noqa: ANN401
 ) -> Findings:
-    """Find what is wrong with the norms of a model at a batch size.
+    """Find problems with the norms of a model at a batch size.
 
-    The model sees one example in evaluation mode, and is left as it was: modes, buffers, hooks,
-    gradients and random states. How many values share statistics at the batch size is worked
-    out from the shapes that the norms get.
+    One example goes through the model in evaluation mode. The model is left as it was: modes,
+    buffers, hooks, gradients and random states. The number of values that share statistics at the
+    batch size is computed from the shapes of the norms' inputs.
 
     Args:
         model: A model with norms of torch, torchvision, timm, detectron or normkit.
-        batch_size: Examples of a batch that one process computes.
-        input_shape: Of one example, without the batch axis, as in ``(3, 224, 224)``.
-        training: Ask about training, too; if not, only about evaluation. A norm in evaluation mode
-            inside a model in training mode counts as frozen.
-        pretrained: Whether the model's values are learned ones: fixes then keep what it computes,
-            or say what they cost. None goes by its norms: statistics that have moved, or scales
-            and shifts that are not those of new layers.
-        example_input: What the model is called with instead: a tuple of arguments, a dict of
-            named ones, or the only one. The first axis of the first is its number of examples.
+        batch_size: Examples of a batch in one process.
+        input_shape: Shape of one example without the batch axis, such as ``(3, 224, 224)``.
+        training: Look for problems in training, too; otherwise only at evaluation. A norm in
+            evaluation mode inside a model in training mode counts as frozen.
+        pretrained: Whether the model has learned values. Fixes then keep the function that it
+            computes, or say that they cannot. None tells it from the norms: the model is trained
+            if statistics, scales or shifts differ from those of new layers.
+        example_input: Replaces ``input_shape`` by the model's arguments: a tuple of arguments, a
+            dict of named arguments, or the only argument. The first axis of the first argument
+            counts the examples.
 
     Returns:
         A list of ``Finding``, the worst first, then in the model's order. It can be printed. Calls
-        in a ``fix`` run as they stand, with ``model``, and ``batches`` of the training data.
+        in a ``fix`` run as they are, with ``model``, and ``batches`` of the training data.
 
     Raises:
-        InputError: If the model does not take the input, or has lazy layers without a shape.
-        OptionError: If the batch size or the shape has no whole numbers of at least 1, there is
-            not one of ``input_shape`` and ``example_input``, or the model is compiled.
+        InputError: If the model raises on the input, or has lazy layers without a shape.
+        OptionError: If the batch size or a size in the shape is no positive integer, both or
+            neither of ``input_shape`` and ``example_input`` are given, or the model is compiled.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16))
@@ -86,22 +87,22 @@ def _require_plain(model: nn.Module) -> None:
     kinds = {kind.__name__ for kind in type(model).__mro__}
     for kind in kinds.intersection(("OptimizedModule", "ScriptModule")):
         raise OptionError(
-            f"the model is compiled ({kind}) and cannot be looked into; validate the model that "
-            f"it was compiled from"
+            f"the model is compiled ({kind}), and its layers are not accessible; validate the "
+            f"model that it was compiled from"
         )
-    require_layers(model, "validate", sharded=True)
+    require_inspectable(model, "validate", sharded=True)
 
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None, example_input: Any) -> Any:  # noqa: ANN401
     if (input_shape is None) == (example_input is None):
         raise OptionError(
-            "pass one of input_shape=, the shape of one example as in (3, 224, 224), and "
-            "example_input=, what the model is called with"
+            "pass exactly one of input_shape=, the shape of one example such as (3, 224, 224), and "
+            "example_input=, the model's arguments"
         )
     if input_shape is None:
         return example_input
     if isinstance(input_shape, int | str):
         raise OptionError(
-            f"input_shape={input_shape!r} was given; it is a sequence of sizes, as in (3, 224, 224)"
+            f"input_shape={input_shape!r} was given; pass a sequence of sizes such as (3, 224, 224)"
         )
     return example_of(model, tuple(require_count("input_shape", size) for size in input_shape))

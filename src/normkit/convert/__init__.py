@@ -1,10 +1,10 @@
-"""Any norm into any model, and back."""
+"""Replacing the norms of a model by others, and undoing it."""
 
+from normkit.convert.api import convert_norm, convert_norm_
 from normkit.convert.placement import place_gnbn_, place_ibn_, place_xbn_
 from normkit.convert.report import Change, Conversion, Left
 from normkit.convert.rules import rule
 from normkit.convert.source import Source, Statistics
-from normkit.convert.verbs import convert_norm, convert_norm_
 
 __all__ = [
     "Change",

@@ -1,11 +1,12 @@
-"""Our layers with what other libraries keep inside theirs: an activation, another axis order.
+"""normkit's layers with the extras that other libraries build into norms.
 
-They are subclasses made when needed, not wrappers, so that the names in a state dict stay.
+The extras are an activation after the norm, and inputs with the channels on the last axis. They are
+added by subclasses made when needed rather than by wrapper modules, so that the names in a state
+dict do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ ACTIVATED, CHANNELS_LAST = "Act", "ChannelsLast"
 
 
 class _Adapted(NormLayer):
-    """A layer whose class is made at run time, from what it is based on."""
+    """A layer whose class is made at run time from ``base`` and the names of its adapters."""
 
     base: type[NormLayer]
     kinds: tuple[str, ...]
@@ -29,24 +30,22 @@ class _Adapted(NormLayer):
 
 
 class _Activated(_Adapted):
-    """Drops and activates the normalised map."""
+    """Applies dropout and an activation to the normalised map."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
-        """Normalise, drop, activate."""
+        """Normalise, apply dropout, apply the activation."""
         return self.act(self.drop(super().forward(x, mask)))
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()} -> {', '.join(self._after()) or 'nothing'}"
-
-    def _after(self) -> tuple[str, ...]:
-        return tuple(Activation(self.drop, self.act).described())
+        after = Activation(self.drop, self.act).described()
+        return f"{super().__repr__()} -> {', '.join(after) or 'nothing'}"
 
 
 class _ChannelsLast(_Adapted):
-    """Takes and gives ``(N, *S, C)``."""
+    """Takes and returns maps of shape ``(N, *S, C)``."""
 
     def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """Normalise with the last axis as the channels."""
@@ -57,7 +56,7 @@ _KINDS: dict[str, type[_Adapted]] = {CHANNELS_LAST: _ChannelsLast, ACTIVATED: _A
 
 
 def adapt_(layer: NormLayer, activation: Activation | None, channels_last: bool) -> NormLayer:
-    """Give a layer of ours the activation and axis order of the one that it replaces."""
+    """Give one of normkit's layers the activation and axis order of the layer that it replaces."""
     kinds = [CHANNELS_LAST] if channels_last else []
     if activation is not None:
         kinds.append(ACTIVATED)
@@ -68,12 +67,12 @@ def adapt_(layer: NormLayer, activation: Activation | None, channels_last: bool)
 
 
 def base_of(layer: nn.Module) -> type[nn.Module]:
-    """Class of a layer without its adapters."""
+    """Return the class of a layer without its adapters."""
     return layer.base if isinstance(layer, _Adapted) else type(layer)
 
 
 def adapters_of(layer: nn.Module) -> tuple[Activation | None, bool]:
-    """Activation of a layer of ours, and whether its channels come last."""
+    """Return the activation of a layer, if any, and whether its channels are on the last axis."""
     kinds = layer.kinds if isinstance(layer, _Adapted) else ()
     activation = Activation(layer.drop, layer.act) if isinstance(layer, _Activated) else None
     return activation, CHANNELS_LAST in kinds
@@ -87,7 +86,5 @@ def _class(base: type[NormLayer], kinds: tuple[str, ...]) -> type[NormLayer]:
 
 
 def _empty(base: type[NormLayer], kinds: tuple[str, ...]) -> NormLayer:
-    """Make a layer without state, for copying and unpickling."""
-    kind = _class(base, kinds)
-    new: Callable[[type[NormLayer]], NormLayer] = object.__new__
-    return new(kind)
+    """Create a layer without state, for copying and unpickling."""
+    return object.__new__(_class(base, kinds))

@@ -1,4 +1,4 @@
-"""How near the outputs of a converted model are to those of the original."""
+"""Comparing the outputs of a converted model with those of the original."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 Outputs = list[list[Tensor]]
-"""The tensors in a model's output, batch by batch."""
+"""For each batch, the tensors in the model's output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    r"""Outputs ``y`` of a model against the original's ``o``, over all batches.
+    r"""How well the outputs ``y`` of a model agree with the outputs ``o`` of the original.
+
+    All values are taken over all batches.
 
     Args:
-        top1: Share of examples (or positions) whose largest value along axis 1 is the same; None
-            if there is one value or no such axis.
-        r2: :math:`1 - \sum (y - o)^2 / \sum (o - \bar o)^2`: 1 is the same, 0 no better than the
-            mean.
+        top1: Share of examples (or positions) where the largest value along axis 1 is at the same
+            index; None if axis 1 does not exist or has length 1.
+        r2: :math:`1 - \sum (y - o)^2 / \sum (o - \bar o)^2`; 1 means equal outputs, 0 means no
+            better than predicting the mean.
         relative_error: :math:`\lVert y - o \rVert / \lVert o \rVert`.
     """
 
@@ -33,15 +35,16 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What calibrating a converted model has done, on the batches that were given.
+    """The result of calibrating a converted model.
 
     Args:
-        num_batches: Batches that it has seen.
-        num_layers: Norms whose scale and shift were solved.
-        skipped: Names of norms that were not, with the reason.
-        original: The original model once more: what it does not reproduce of itself is noise.
-        plain: The model after the swap.
-        calibrated: The model after calibration.
+        num_batches: Number of batches.
+        num_layers: Number of norms whose scale and shift were set.
+        skipped: Names of the other norms, each with the reason.
+        original: Agreement of the original model with itself in a second run; any difference is
+            noise, for instance from dropout.
+        plain: Agreement of the converted model before calibration.
+        calibrated: Agreement of the converted model after calibration.
     """
 
     num_batches: int
@@ -53,17 +56,17 @@ class Calibration:
 
 
 def tensors_of(output: Any) -> list[Tensor]:  # noqa: ANN401
-    """Find the real-valued tensors of a model's output; those of 16 bits are widened."""
+    """Return the floating-point tensors of a model's output; 16-bit ones are cast to float32."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return [leaf.detach().float() for leaf in leaves if leaf.is_floating_point()]
 
 
 def agreement(outputs: Outputs, original: Outputs) -> Agreement | None:
-    """Compare outputs for the same batches; None if there are none, or their shapes differ.
+    """Compare outputs for the same batches; None if there are none, or if their shapes differ.
 
     Args:
-        outputs: Of the model, batch by batch.
-        original: Of the original model, likewise.
+        outputs: Outputs of the model.
+        original: Outputs of the original model for the same batches.
     """
     values, expected = _joined(outputs), _joined(original)
     if not expected or [y.shape for y in values] != [o.shape for o in expected]:
@@ -80,7 +83,7 @@ def agreement(outputs: Outputs, original: Outputs) -> Agreement | None:
 
 
 def _joined(outputs: Outputs) -> list[Tensor]:
-    """All values of each tensor in the output, in float64."""
+    """Concatenate the values of each output tensor over all batches, in float64."""
     if len({len(batch) for batch in outputs}) != 1:
         return []
     return [
@@ -89,7 +92,7 @@ def _joined(outputs: Outputs) -> list[Tensor]:
 
 
 def _top1(outputs: Outputs, original: Outputs) -> float | None:
-    """Compare the places of the largest values of the first tensor."""
+    """Compare the indices of the largest values of the first output tensor."""
     pairs = [(y[0], o[0]) for y, o in zip(outputs, original, strict=True)]
     if any(o.ndim < 2 or o.shape[1] < 2 for _, o in pairs):
         return None
@@ -109,7 +112,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def rows(named: Sequence[tuple[str, Agreement | None]]) -> list[tuple[str, str, str, str]]:
-    """Cells of a table of agreements."""
+    """Return the cells of a table with one row for each agreement."""
     found = [("", "top-1", "R2", "relative error")]
     for name, value in named:
         if value is None:

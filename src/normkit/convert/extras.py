@@ -1,4 +1,4 @@
-"""What others have hung on a norm: attributes, modules and buffers that its class does not know."""
+"""Hooks, attributes, modules and buffers that code outside of its class has added to a norm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normkit.convert.code import own_names
+from normkit.convert.bytecode import own_names
 from normkit.errors import ConversionError
 
 HOOKS = (
@@ -27,33 +27,33 @@ HOOKS = (
 )
 HELD = ("_parameters", "_buffers", "_modules")
 COMPILED = "_compiled_call_impl"
-"""Where ``layer.compile()`` leaves its result, which calls that very layer."""
-WAY_OUT = "take that away first, or leave the layer alone with where="
+"""The attribute where ``layer.compile()`` stores the compiled call, which is bound to the layer."""
+WAY_OUT = "remove that first, or leave the layer out with where="
 
 
 def carry_extras(new: nn.Module, old: nn.Module, read: Iterable[object]) -> list[str]:
-    """Give the new layer the hooks of the old one, and everything that others have hung on it.
+    """Give the new layer the old layer's hooks, and everything else that was added to it.
 
-    Both layers have the same hooks, so that handles given out before remove them.
+    Both layers then share the dicts of hooks, so that existing handles remove hooks from both.
 
     Args:
         new: The layer that replaces the old one.
-        old: Left as it is.
-        read: Parameters, buffers and modules of the old one that are carried otherwise.
+        old: The old layer; it is not changed.
+        read: Parameters, buffers and modules of the old layer that are transferred in other ways.
 
     Returns:
-        Names of what was carried besides the hooks.
+        Names of what was transferred besides the hooks.
 
     Raises:
-        ConversionError: If a name means something in the new layer, or a hook or a value would go
-            on using the old one.
+        ConversionError: If the new layer uses one of the names for something else, or if a hook or
+            a value is bound to the old layer.
     """
     others = {id(value) for value in read}
-    found = [name for name in hung_on(old) if id(getattr(old, name)) not in others]
+    found = [name for name in added_names(old) if id(getattr(old, name)) not in others]
     _require_unbound(old, found)
     if clashing := [name for name in found if hasattr(new, name)]:
         raise ConversionError(
-            f"somebody has hung {', '.join(clashing)} on it, which means something else in "
+            f"other code has added {', '.join(clashing)} to it, which means something else in "
             f"{type(new).__name__}; {WAY_OUT}"
         )
     for name in HOOKS:
@@ -64,12 +64,12 @@ def carry_extras(new: nn.Module, old: nn.Module, read: Iterable[object]) -> list
 
 
 def is_compiled(layer: nn.Module) -> bool:
-    """Whether ``layer.compile()`` was called, which no other layer takes over."""
+    """Whether ``layer.compile()`` was called; a new layer must be compiled again."""
     return vars(layer).get(COMPILED) is not None
 
 
-def hung_on(layer: nn.Module) -> list[str]:
-    """Names of attributes, parameters, buffers and modules that the code of its class lacks."""
+def added_names(layer: nn.Module) -> list[str]:
+    """Return the names of attributes and members that the code of the layer's class lacks."""
     held = [name for kind in HELD for name in vars(layer)[kind]]
     own = own_names(type(layer)) | vars(nn.Module()).keys() | {COMPILED}
     return [name for name in [*vars(layer), *held] if name not in own]
@@ -85,25 +85,26 @@ def _carry(new: nn.Module, old: nn.Module, name: str) -> None:
 
 
 def _require_unbound(old: nn.Module, found: Iterable[str]) -> None:
-    """Refuse hooks and values that are the old layer's own methods, or hold the layer.
+    """Refuse hooks and values that are methods of the old layer, or contain the layer.
 
     Raises:
-        ConversionError: With the first one's name.
+        ConversionError: If there are any; the error names the first one.
     """
     values = [(name, vars(old)[name]) for name in (*HOOKS, *found) if name in vars(old)]
     bound = next((name for name, value in values if refers_to(value, old)), None)
     if bound is not None:
         raise ConversionError(
-            f"something in its {bound} is bound to this very layer and would go on using it; "
-            f"{WAY_OUT}"
+            f"something in its {bound} is bound to this layer and would still use it after the "
+            f"conversion; {WAY_OUT}"
         )
 
 
-def refers_to(value: Any, layer: nn.Module) -> bool:  # noqa: ANN401 - whatever somebody has hung
-    """Whether a value is a layer, a method of it, or holds one of these."""
+def refers_to(value: Any, layer: nn.Module) -> bool:  # noqa: ANN401 - any attribute of a module
+    """Whether a value is the layer, a method of it, or a container of one of these."""
     if value is layer or getattr(value, "__self__", None) is layer:
         return True
-    if getattr(value, "with_module", False):  # how torch binds hooks that get the module
+    # torch wraps hooks that get the module in an object with ``with_module`` and a weak reference.
+    if getattr(value, "with_module", False):
         return value.module() is layer
     if isinstance(value, partial):
         value = (value.func, *value.args, *value.keywords.values())

@@ -1,4 +1,4 @@
-"""An optimizer follows its model: parameters that are gone leave it, new ones join it."""
+"""Editing an optimizer to match a converted model: old parameters leave it, new ones join it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Exchange(NamedTuple):
-    """Named parameters of a layer before and after."""
+    """The named parameters of a layer before and after the conversion."""
 
     old: Named
     new: Named
 
 
 class GroupEdit(NamedTuple):
-    """The parameters of a group, and their names if it has them, before and after."""
+    """The lists of an optimizer's group before and after: parameters and, if present, names."""
 
     group: dict[str, Any]
     before: dict[str, list[Any]]
@@ -29,47 +29,46 @@ class GroupEdit(NamedTuple):
 
 
 class OptimizerEdit:
-    """What changes in an optimizer: planned at once, then done and undone at will.
+    """The changes to an optimizer, computed once, which ``apply`` makes and ``undo`` reverts.
 
-    A parameter that stays keeps its group, place and state. A new one takes the place of the old
-    layer's parameter of the same name, or stands beside its first one.
+    A parameter that stays keeps its group, position and state. A new parameter takes the position
+    of the old layer's parameter of the same name, else of its weight or first parameter.
 
     Args:
         optimizer: Changed by ``apply``.
-        exchanges: Layers with their parameters, before and after.
-        staying: Parameters that the model still has afterwards.
+        exchanges: The parameters of each layer before and after the conversion.
+        kept: The parameters that the model still has afterwards.
 
     Raises:
-        OptionError: If it is no optimizer of these parameters, or one that cannot follow.
+        OptionError: If the optimizer holds no parameter of the model, or cannot be edited.
     """
 
     def __init__(
-        self, optimizer: Optimizer, exchanges: Iterable[Exchange], staying: Iterable[nn.Parameter]
+        self, optimizer: Optimizer, exchanges: Iterable[Exchange], kept: Iterable[nn.Parameter]
     ) -> None:
         self.optimizer = optimizer
-        exchanges, kept = list(exchanges), set(staying)
+        exchanges, kept = list(exchanges), set(kept)
         held = {p for group in optimizer.param_groups for p in group["params"]}
         old = {p for exchange in exchanges for _, p in exchange.old}
         if not held & (old | kept):
             raise OptionError("optimizer= holds no parameter of the model; pass the model's own")
-        self._joining, self.homeless = _joining(exchanges, held, optimizer)
+        self._joining, self.without_group = _joining(exchanges, held, optimizer)
         gone = old - kept
-        _require_open(
-            optimizer, [p for several in self._joining.values() for _, p in several], gone
-        )
+        joining = [p for several in self._joining.values() for _, p in several]
+        _require_editable(optimizer, joining, gone)
         self._edits = [_edited(g, self._joining, gone) for g in optimizer.param_groups]
         self._before = list(optimizer.state)
         self._state = {p: optimizer.state[p] for p in gone if p in optimizer.state}
 
     def apply(self) -> None:
-        """Let the parameters change places."""
+        """Replace the parameters and drop the state of the old ones."""
         for edit in self._edits:
             _write(edit.group, edit.after)
         for parameter in self._state:
             self.optimizer.state.pop(parameter, None)
 
     def undo(self) -> None:
-        """Put everything back as it was, states in their old order; others come after them."""
+        """Restore the parameters and their state; states added since come last."""
         for edit in self._edits:
             _write(edit.group, edit.before)
         joined = {parameter for several in self._joining.values() for _, parameter in several}
@@ -81,39 +80,38 @@ class OptimizerEdit:
                 self.optimizer.state[parameter] = states[parameter]
 
 
-def _require_open(
+def _require_editable(
     optimizer: Optimizer, joining: Sequence[nn.Parameter], gone: set[nn.Parameter]
 ) -> None:
-    """Refuse an optimizer whose own accounts go by the parameters that it was made with.
+    """Refuse an optimizer whose internal state is tied to its original parameters.
 
     Raises:
-        OptionError: With what it keeps.
+        OptionError: If it is one; the error says why.
     """
     kind = type(optimizer).__name__
     held = {p for group in optimizer.param_groups for p in group["params"]}
     why = ""
     if isinstance(optimizer, LBFGS) and (joining or held & gone):
-        why = "keeps one history of all parameters together"
+        why = "keeps one history for all parameters together"
     elif kind == "Muon" and any(parameter.ndim != 2 for parameter in joining):
         why = "takes matrices only"
-    elif any(inner.param_groups is not optimizer.param_groups for inner in _inner(optimizer)):
-        why = "has an optimizer inside with parameters of its own"
+    elif any(
+        isinstance(value, Optimizer) and value.param_groups is not optimizer.param_groups
+        for value in vars(optimizer).values()
+    ):
+        why = "contains another optimizer with its own parameter groups"
     if why:
         raise OptionError(
-            f"{kind} {why}, and cannot follow this change; nothing was changed: convert without "
-            f"optimizer=, and make it afterwards"
+            f"{kind} {why}, so it cannot be edited; nothing was changed: convert without "
+            f"optimizer=, and create the optimizer afterwards"
         )
 
 
-def _inner(optimizer: Optimizer) -> Iterable[Optimizer]:
-    return (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
-
-
 def require_optimizer(optimizer: object) -> None:
-    """Refuse what is no optimizer.
+    """Refuse an object that is not an optimizer.
 
     Raises:
-        OptionError: With the type that was given.
+        OptionError: If it is not; the error names its type.
     """
     if not isinstance(optimizer, Optimizer):
         raise OptionError(
@@ -124,9 +122,14 @@ def require_optimizer(optimizer: object) -> None:
 def _joining(
     exchanges: Iterable[Exchange], held: set[nn.Parameter], optimizer: Optimizer
 ) -> tuple[dict[nn.Parameter, list[tuple[str, nn.Parameter]]], list[str]]:
-    """Say beside which parameter each new one joins, and which have no such neighbour."""
+    """Decide the position of each new parameter in the optimizer.
+
+    Returns:
+        For each parameter in the optimizer, the new named parameters that follow it; and the names
+        of the new parameters that have no related one and so join the first group.
+    """
     joining: dict[nn.Parameter, list[tuple[str, nn.Parameter]]] = {}
-    homeless: list[str] = []
+    without_group: list[str] = []
     first = next(p for group in optimizer.param_groups for p in group["params"])
     for old, new in exchanges:
         own = {_last(name): p for name, p in reversed(old) if p in held}
@@ -136,11 +139,11 @@ def _joining(
                 continue
             beside = next((own[key] for key in (_last(name), "weight", *own) if key in own), None)
             if beside is None and not old and parameter.requires_grad:
-                homeless.append(name)
+                without_group.append(name)
                 beside = first
             if beside is not None:
                 joining.setdefault(beside, []).append((name, parameter))
-    return joining, homeless
+    return joining, without_group
 
 
 def _last(name: str) -> str:

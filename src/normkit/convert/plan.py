@@ -1,4 +1,4 @@
-"""What a conversion would do, worked out and checked without touching the model."""
+"""Planning a conversion: building and checking all new layers without changing the model."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import normkit.convert.own  # noqa: F401 - registers its rule
-from normkit.convert.reads import Reads, described, find_reads, require_readable
+import normkit.convert.own_layers  # noqa: F401 - registers its rule
+from normkit.convert.forward_reads import Reads, described, find_reads, require_readable
 from normkit.convert.report import Change, Left
 from normkit.convert.rules import read
-from normkit.convert.selection import Chosen, Found, Hidden, find_hidden, find_lookalikes
+from normkit.convert.selection import Chosen, HiddenNorm, NamedNorms, find_hidden, find_lookalikes
 from normkit.convert.source import Source
 from normkit.convert.target import (
     AFFINE,
-    LEAST_EPS,
-    built,
+    MIN_SAFE_EPS,
+    build_layer,
     describe,
     pools_examples,
-    take_over,
+    transfer_state,
 )
 from normkit.errors import ConversionError, NormError, OptionError, PartitionError
 from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.spec import LIMIT, METHODS, NormSpec
 from normkit.tracing import CONVOLUTIONS, trace_feeds
-from normkit.weights.attach import OWN_FORWARD, rules_of
+from normkit.weights.attach import rules_of, standardizes_itself
 
-OUT_OF_SIGHT = "it is in a Python list or dict, not an nn.ModuleList"
+NOT_REGISTERED = "it is in a Python list or dict, not an nn.ModuleList"
+UNKNOWN_NORM = "its class name contains 'norm', but normkit does not know the class"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One exchange of layers."""
+class Replacement:
+    """A norm, the layer that replaces it, and what is reported."""
 
-    names: list[str]
     old: nn.Module
     new: NormLayer
     change: Change
@@ -46,13 +46,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Insertion:
-    """One norm where there was none.
+    """A norm to insert where there was none.
 
     Args:
-        old: The module at whose place it comes.
-        new: What stands there then: the same with the norm.
+        old: The module that is replaced to make room for the norm.
+        new: The module that replaces it: the same module with the norm.
         layer: The norm.
-        beside: The layer whose parameters its own stand beside in an optimizer.
+        beside: An optimizer holds the norm's parameters in the group of this layer's parameters.
         change: What is reported.
     """
 
@@ -64,24 +64,25 @@ class Insertion:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """All exchanges, all norms that are added, and all that stay."""
+class ConversionPlan:
+    """The norms to replace, the norms that stay, and the norms to insert."""
 
-    steps: tuple[Step, ...]
+    replacements: tuple[Replacement, ...]
     left: tuple[Left, ...]
     insertions: tuple[Insertion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Surroundings:
-    """What a plan needs to know of the model around a norm.
+class _ModelContext:
+    """Facts about the whole model that planning one replacement needs.
 
     Args:
-        like: A parameter whose device and dtype a norm without any values takes.
-        reads: What forwards read of norms.
-        parents: The first module that holds each one.
-        holders: How many modules hold each parameter.
-        hidden: Norms in places that torch does not look into.
+        like: A parameter of the model. A new norm takes its device and dtype if the old norm has no
+            parameters or buffers.
+        reads: Attributes of norms that forwards read.
+        parents: For each module, the first module that has it as a child.
+        holders: For each parameter, the number of modules that hold it.
+        hidden: Norms in attributes where torch does not register modules.
         batch_size: Examples per worker.
     """
 
@@ -89,11 +90,11 @@ class _Surroundings:
     reads: Reads
     parents: Mapping[nn.Module, nn.Module]
     holders: Mapping[nn.Parameter, int]
-    hidden: Sequence[Hidden]
+    hidden: Sequence[HiddenNorm]
     batch_size: int | None
 
     @classmethod
-    def of(cls, model: nn.Module, batch_size: int | None) -> _Surroundings:
+    def of(cls, model: nn.Module, batch_size: int | None) -> _ModelContext:
         parents: dict[nn.Module, nn.Module] = {}
         for module in model.modules():
             parents |= {child: module for child in module.children() if child not in parents}
@@ -108,114 +109,130 @@ class _Surroundings:
         )
 
     def mode(self, norm: nn.Module, source: Source) -> bool:
-        """Whether what replaces a norm trains: the norm's own flag where that means something."""
+        """Return the mode of the new layer, as ``training``.
+
+        It is the old norm's mode if the norm behaves differently in training, else its parent's.
+        """
         decides = norm if source.has_mode else self.parents.get(norm, norm)
         return decides.training
 
 
-@torch.inference_mode(False)  # new parameters are to learn, wherever this is called
-def plan(
+@torch.inference_mode(False)  # parameters created in inference mode could not be trained
+def make_plan(
     model: nn.Module,
-    found: Found,
+    found: NamedNorms,
     chosen: Chosen,
     batch_size: int | None,
     insertions: tuple[Insertion, ...] = (),
     argument: str = "",
-) -> Plan:
-    """Build every new layer; refuse with everything that is wrong.
+) -> ConversionPlan:
+    """Build every new layer; if any cannot be built, raise one error that names all problems.
 
     Args:
-        model: Left as it is.
+        model: The model; it is not changed.
         found: Its norms.
-        chosen: What each is to become.
+        chosen: Which norms to replace, and by what.
         batch_size: Examples per worker.
-        insertions: What is added besides.
-        argument: What the spec was given as, with ``=``, for errors that name a better one.
+        insertions: Norms to insert besides.
+        argument: Name of the user's argument for the spec, with ``=``, for error texts.
 
     Raises:
-        ConversionError: If a layer has no rule, what hangs on one or what a forward reads of it
-            cannot be carried, or several things are wrong.
+        ConversionError: If a layer has no rule, something that was added to a layer or that a
+            forward reads cannot be transferred, or the problems are of several kinds.
         PartitionError: If the groups do not divide the channels of some layers.
-        NormError: Whatever else a layer refuses, of the kind that it is.
+        NormError: If all problems are of another kind, an error of this kind.
     """
-    around = _Surroundings.of(model, batch_size)
-    results = {m: _tried(found[m], m, spec, around) for m, spec in chosen.specs.items()}
+    context = _ModelContext.of(model, batch_size)
+    results = {m: _tried(found[m], m, spec, context) for m, spec in chosen.specs.items()}
     problems = {m: result for m, result in results.items() if isinstance(result, NormError)}
     if problems:
-        raise _refusal(problems, found, chosen.specs, argument)
-    steps = [result for result in results.values() if isinstance(result, Step)]
-    left = [_left(found[m][0], m, why) for m, why in chosen.left.items()]
+        raise _combined_error(problems, found, chosen.specs, argument)
+    replacements = [result for result in results.values() if isinstance(result, Replacement)]
+    left = [left_row(found[m][0], m, why) for m, why in chosen.left.items()]
     same = [(m, chosen.specs[m].norm_alone) for m, result in results.items() if result is None]
-    left += [_left(found[m][0], m, f"it is {spec} already") for m, spec in same]
-    lookalikes = find_lookalikes(model).items()
-    left += [_left(n, m, "it is named like a norm, but none that is known") for n, m in lookalikes]
-    hidden = [each for each in around.hidden if each.norm not in found]
-    left += [_left(each.name, each.norm, OUT_OF_SIGHT) for each in hidden]
-    return Plan(tuple(steps), tuple(left), insertions)
+    left += [left_row(found[m][0], m, f"it is {spec} already") for m, spec in same]
+    left += unknown_norms(model)
+    hidden = [each for each in context.hidden if each.norm not in found]
+    left += [left_row(each.name, each.norm, NOT_REGISTERED) for each in hidden]
+    return ConversionPlan(tuple(replacements), tuple(left), insertions)
 
 
 @torch.inference_mode(False)
-def refusals(model: nn.Module, found: Found, spec: NormSpec) -> dict[nn.Module, NormError]:
-    """Find the norms of a model that cannot become what a spec says, and why; nothing changes."""
-    around = _Surroundings.of(model, None)
-    results = {module: _tried(names, module, spec, around) for module, names in found.items()}
+def refusals(model: nn.Module, found: NamedNorms, spec: NormSpec) -> dict[nn.Module, NormError]:
+    """Return, for each norm that cannot be replaced by the spec, the error; nothing is changed."""
+    context = _ModelContext.of(model, None)
+    results = {module: _tried(names, module, spec, context) for module, names in found.items()}
     return {module: r for module, r in results.items() if isinstance(r, NormError)}
 
 
 def _tried(
-    names: list[str], old: nn.Module, spec: NormSpec, around: _Surroundings
-) -> Step | NormError | None:
+    names: list[str], old: nn.Module, spec: NormSpec, context: _ModelContext
+) -> Replacement | NormError | None:
     try:
-        return _step(names, old, spec, around)
+        return _replacement(names, old, spec, context)
     except NormError as error:
         return error
 
 
-def _left(name: str, module: nn.Module, why: str) -> Left:
+def left_row(name: str, module: nn.Module, why: str) -> Left:
+    """Return the report row of a norm that stays."""
     return Left(name=name, old=describe(module), why=why)
 
 
-def _step(names: list[str], old: nn.Module, spec: NormSpec, around: _Surroundings) -> Step | None:
-    """Build the new layer for one norm, or None if the old one is that already."""
+def unknown_norms(model: nn.Module) -> list[Left]:
+    """Return the report rows of the modules that are named like norms but are not known."""
+    return [left_row(name, m, UNKNOWN_NORM) for name, m in find_lookalikes(model).items()]
+
+
+def _replacement(
+    names: list[str], old: nn.Module, spec: NormSpec, context: _ModelContext
+) -> Replacement | None:
+    """Build the new layer for one norm; None if the old layer is what the spec says already."""
     source = read(old)
-    resolved = spec.norm_alone.resolve(source.num_features, batch_size=around.batch_size)
+    resolved = spec.norm_alone.resolve(source.num_features, batch_size=context.batch_size)
     own = chain(old.parameters(recurse=False), old.buffers(recurse=False), old.buffers())
-    made = built(resolved, source, next(own, around.like))
+    made = build_layer(resolved, source, next(own, context.like))
     new = made.layer
     if type(old) is type(new) and repr(old) == repr(new):
         return None
-    _require_exchangeable(old, around.hidden)
-    reads = around.reads.get(old, {})
+    _require_replaceable(old, context.hidden)
+    reads = context.reads.get(old, {})
     require_readable(old, new, reads)
-    taken = take_over(new, old, source, around.mode(old, source))
-    said = (*_warnings(new, source), *described(reads), *_untied(new, source, around.holders))
+    transfer = transfer_state(new, old, source, context.mode(old, source))
+    warnings = [*source.warnings, *_warnings(new, source), *described(reads)]
+    warnings += _copied_parameters(new, source, context.holders)
+    if len(names) > 1:
+        warnings.append(f"shared, also named {', '.join(names[1:])}")
     change = Change(
         name=names[0],
         old=describe(old),
         new=str(resolved),
-        carried=(*taken.carried, *made.carried),
-        lost=(*taken.lost, *made.lost),
-        warnings=(*source.warnings, *said, *_shared(names)),
+        carried=(*transfer.carried, *made.carried),
+        lost=(*transfer.lost, *made.lost),
+        warnings=tuple(warnings),
     )
-    return Step(names, old, new, change)
+    return Replacement(old, new, change)
 
 
-def _require_exchangeable(old: nn.Module, hidden: Iterable[Hidden]) -> None:
-    """Refuse a norm that would go on being called where nothing can take its place.
+def _require_replaceable(old: nn.Module, hidden: Iterable[HiddenNorm]) -> None:
+    """Refuse a norm that an attribute refers to in a way that cannot be changed.
 
     Raises:
-        ConversionError: With the name of the attribute.
+        ConversionError: If there is such an attribute; the error names it.
     """
     names = [each.name for each in hidden if each.norm is old and each.holder is None]
     if names:
         raise ConversionError(
-            f"{names[0]} holds it as well, in a tuple or by a method of it, and would go on using "
-            f"the old layer; hold it in an nn.ModuleList or a list, or leave it alone with where="
+            f"{names[0]} refers to it too, through a tuple, a set or a bound method, and would "
+            f"still use the old layer after the conversion; keep it in an nn.ModuleList or a list "
+            f"there, or leave it out with where="
         )
 
 
-def _untied(new: nn.Module, source: Source, holders: Mapping[nn.Parameter, int]) -> Iterator[str]:
-    """Say which parameters were shared with other layers and no longer are, or have lost hooks."""
+def _copied_parameters(
+    new: nn.Module, source: Source, holders: Mapping[nn.Parameter, int]
+) -> Iterator[str]:
+    """Say which parameters became copies that are no longer shared, or that lack the hooks."""
     kept = set(new.parameters())
     for name in AFFINE:
         old = getattr(source, name)
@@ -223,15 +240,11 @@ def _untied(new: nn.Module, source: Source, holders: Mapping[nn.Parameter, int])
             if holders[old] > 1:
                 yield f"its {name} was shared with another layer and is a copy now"
             if old._backward_hooks or getattr(old, "_post_accumulate_grad_hooks", None):
-                yield f"hooks of its {name} are not those of the copy"
-
-
-def _shared(names: list[str]) -> tuple[str, ...]:
-    return (f"shared, also named {', '.join(names[1:])}",) if len(names) > 1 else ()
+                yield f"its {name} is a copy now, without the hooks of the old one"
 
 
 def _warnings(new: NormLayer, source: Source) -> Iterator[str]:
-    """Say what the new layer's groups, options and parameters mean for the training."""
+    """Say what the new layer's groups, options and parameters mean for training."""
     size = source.num_features
     groups = new.partition.num_groups if isinstance(new, SegmentLayer) else 1
     if size % groups:
@@ -239,35 +252,35 @@ def _warnings(new: NormLayer, source: Source) -> Iterator[str]:
     if new.needs_positions and getattr(new, "num_groups", None) == size:
         yield f"{size} groups of one channel each: this is instance norm"
     if source.without_positions and new.needs_positions:
-        yield "inputs (N, C) have one value a group, which training refuses"
+        yield "inputs (N, C) have one value in each group, which the layer refuses in training"
     if source.fixed and pools_examples(new):
-        yield "its statistics were fixed and now follow the training, unless .eval()"
-    if source.still and pools_examples(new) and not new.statistics_slots():
-        yield "its running statistics stood still in training; those of the new layer move"
-    if new.eps < LEAST_EPS:
+        yield "its statistics were fixed; training updates those of the new layer, unless .eval()"
+    if source.buffers_are_frozen and pools_examples(new) and not new.statistics_slots():
+        yield "training did not update its running statistics, but updates the new layer's"
+    if new.eps < MIN_SAFE_EPS:
         yield f"eps={new.eps}: a group without variance gives NaN in training"
-    yield from _of_parameters(new, source)
+    yield from _parameter_warnings(new, source)
 
 
-def _of_parameters(new: NormLayer, source: Source) -> Iterator[str]:
-    """Say which parameters are there that were not, and which do not learn."""
+def _parameter_warnings(new: NormLayer, source: Source) -> Iterator[str]:
+    """Say which parameters are new, and which have no gradient."""
     slot = new.affine_slots()[0].layer
     had = source.weight is not None or source.bias is not None
     for name, start in zip(AFFINE, (1, 0), strict=True):
         if had and getattr(source, name) is None and getattr(slot, name) is not None:
-            yield f"it had no {name} and gains one, {start} at first"
+            yield f"it had no {name} and gets one, initialised to {start}"
     fixed = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
     if fixed:
         yield f"without a gradient, as before (requires_grad=False): {', '.join(fixed)}"
 
 
-def _refusal(
+def _combined_error(
     problems: Mapping[nn.Module, NormError],
-    found: Found,
+    found: NamedNorms,
     specs: Mapping[nn.Module, NormSpec],
     argument: str,
 ) -> NormError:
-    """Put everything that is wrong into one error, of the common kind if there is one."""
+    """Combine all problems into one error: of their common class, else a ConversionError."""
     kinds = {type(error) for error in problems.values()}
     kind = kinds.pop() if len(kinds) == 1 else ConversionError
     names: dict[str, list[str]] = {}
@@ -277,31 +290,33 @@ def _refusal(
     count = f"{len(problems)} layer{'s' if len(problems) > 1 else ''}"
     lines = [f"{count} cannot be converted; nothing was changed"]
     lines += [f"  {', '.join(several)} {line}" for line, several in names.items()]
-    offers = {_offer(specs[m]) for m, e in problems.items() if isinstance(e, PartitionError)}
+    fitting = {_fitting(specs[m]) for m, e in problems.items() if isinstance(e, PartitionError)}
     lines += [
-        f'{argument}"{offer}" takes the largest number that divides' for offer in sorted(offers)
+        f'{argument}"{spec}" takes the largest number that divides' for spec in sorted(fitting)
     ]
     return kind("\n".join(lines))
 
 
-def _offer(spec: NormSpec) -> str:
-    """The spec with a number of groups that fits every layer."""
+def _fitting(spec: NormSpec) -> str:
+    """Change a spec so that its number of groups fits every layer."""
     given = dict(spec.arguments)
     limit = given.pop("", None) or METHODS[spec.name].options()["num_groups"].default
     return str(replace(spec, arguments=((LIMIT, limit), *sorted(given.items()))))
 
 
-def feeding(
+def layers_to_standardize(
     model: nn.Module,
-    found: Found,
+    found: NamedNorms,
     specs: Mapping[nn.Module, NormSpec],
     example_input: Any,  # noqa: ANN401
 ) -> tuple[str, ...]:
-    """Find the convolutions that ``+ws`` means: those that feed a norm with such a spec.
+    """Return the names of the convolutions that feed a norm whose spec ends in ``+ws``.
+
+    Convolutions that normkit has standardised already are left out.
 
     Raises:
-        OptionError: If there is none.
-        TraceError: If the model cannot be followed.
+        OptionError: If no convolution feeds such a norm.
+        TraceError: If the model cannot be traced.
     """
     norms = {found[module][0] for module, spec in specs.items() if spec.standardize_weights}
     if not norms:
@@ -309,22 +324,23 @@ def feeding(
     pairs = trace_feeds(model, example_input).pairs
     producers = dict.fromkeys(pair.producer for pair in pairs if pair.norm in norms)
     layers = {name: model.get_submodule(name) for name in producers}
-    chosen = {name: layer for name, layer in layers.items() if _takes_ws(layer)}
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, CONVOLUTIONS) and not standardizes_itself(layer)
+    }
     if not chosen:
         raise OptionError(
-            "+ws has nothing to standardise: no convolution feeds the norms that it was asked "
-            "for; leave +ws out"
+            "+ws has nothing to standardise: no convolution feeds the norms with +ws; leave +ws out"
         )
     return tuple(name for name, layer in chosen.items() if not rules_of(layer))
 
 
-def _takes_ws(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVOLUTIONS) and not type(layer).__name__.startswith(OWN_FORWARD)
-
-
-def staying(model: nn.Module, steps: Iterable[Step]) -> set[nn.Parameter]:
-    """Find the parameters that the model has after the exchange."""
-    olds = {step.old: step.new for step in steps}
+def remaining_parameters(
+    model: nn.Module, replacements: Iterable[Replacement]
+) -> set[nn.Parameter]:
+    """Return the parameters that the model has after the replacements."""
+    olds = {each.old: each.new for each in replacements}
     inside = {part for old in olds for part in old.modules()}
     others = (m for m in model.modules() if m not in inside)
     kept = {p for m in others for p in m.parameters(recurse=False)}

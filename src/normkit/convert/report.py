@@ -1,4 +1,4 @@
-"""What a conversion did: which norms became what, what was carried and what was lost."""
+"""The report of a conversion: which norms became what, what was carried over and what was lost."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 from normkit.convert.agreement import Calibration, rows
 from normkit.convert.swap import Swap
 from normkit.passes import attempt
-from normkit.text import module_name, table_lines
+from normkit.text import by_reason, listed, module_name, table_lines
 from normkit.tracing.graph import Graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One norm that became another.
+    """One norm that was replaced.
 
     Args:
-        name: Its name in the model; the first one of a shared layer.
-        old: What it was.
-        new: What it became, as a spec without open questions.
-        carried: What the new layer took over.
-        lost: What it could not take over.
-        warnings: What to know before training or evaluating it.
+        name: Its name in the model; of a shared layer the first of its names.
+        old: The old layer, as in ``"BatchNorm2d(64)"``.
+        new: The new layer as a resolved spec, as in ``"gn:32"``.
+        carried: What the new layer took over from the old one.
+        lost: What the new layer could not take over.
+        warnings: What the user should know before training or evaluating the model.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """One norm that was left as it was.
+    """One norm that was not replaced.
 
     Args:
         name: Its name in the model.
-        old: What it is.
-        why: Why it was left.
+        old: The layer, as in ``"BatchNorm2d(64)"``.
+        why: Why it was not replaced.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Left:
 
 
 FUNCTIONS = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"})
-CALLED_AS_FUNCTION = "the forward calls it as a function, and holds no module of it"
+CALLED_AS_FUNCTION = "the forward calls it as a function, so there is no module to replace"
 
 
 def called_as_functions(graph: Graph) -> Iterator[Left]:
-    """List the norms of a forward that are no modules, once for each call."""
+    """Yield a row for each call of a norm function, such as ``F.batch_norm``, in a forward."""
     for call in graph.calls:
         if call.kind == "other" and call.name in FUNCTIONS:
             yield Left(name=call.name, old="a function", why=CALLED_AS_FUNCTION)
@@ -63,16 +63,16 @@ def called_as_functions(graph: Graph) -> Iterator[Left]:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Conversion:
-    """A converted model and everything that was done to it; prints as a table.
+    """A converted model and a report of what was done to it; prints as a table.
 
     Args:
-        model: The converted model; of a dry run the model as it is.
-        changes: The norms that became others, in the order of the model.
-        left: All other norms, with the reason.
-        standardized: Convolutions whose weights ``+ws`` standardised.
-        unchecked: Classes with a forward of their own around these norms, where no forward was run.
-        dry_run: Whether nothing was done.
-        calibration: How near the outputs are to the original's, if it was calibrated.
+        model: The converted model; after a dry run the unchanged model.
+        changes: The norms that were replaced, in the order of the model.
+        left: The norms that were not replaced, each with the reason.
+        standardized: Names of the convolutions whose weights ``+ws`` standardised.
+        unchecked: Classes whose forward may use the norms, if no forward was run to check that.
+        dry_run: Whether nothing was changed.
+        calibration: How well the outputs agree with the original's, if the model was calibrated.
     """
 
     model: nn.Module
@@ -85,14 +85,14 @@ class Conversion:
     _swap: Swap = field(kw_only=True)
 
     def revert(self) -> nn.Module:
-        """Put the old layers, weights and parameter groups back; return the model.
+        """Restore the old layers, weights and parameter groups; return the model.
 
-        The old layers come back as they were: the same modules with their own running statistics,
-        hooks and optimizer state. Parameters that both layers shared have the values that they
-        have now: a conversion is undone, training is not. A second time changes nothing.
+        The old layers are the same modules as before, with their running statistics, hooks and
+        optimizer state. Parameters that an old and a new layer share keep their current values:
+        this undoes the conversion, not the training since. A second call changes nothing.
 
         Raises:
-            OptionError: If the layers were replaced again since; nothing is changed then.
+            OptionError: If other code has replaced the layers since; nothing is changed then.
         """
         if self.dry_run:
             return self.model
@@ -127,29 +127,29 @@ class Conversion:
 
 
 def _warnings(changes: Sequence[Change]) -> Iterator[str]:
-    """Say each warning once, with all of its norms."""
-    for warning in dict.fromkeys(each for change in changes for each in change.warnings):
-        names = [module_name(c.name) for c in changes if warning in c.warnings]
-        yield f"  {', '.join(names)}: {warning}"
+    """List each warning once, with the names of all its norms."""
+    pairs = ((module_name(c.name), warning) for c in changes for warning in c.warnings)
+    for warning, names in by_reason(pairs).items():
+        yield f"  {names}: {warning}"
 
 
-def _not_run(classes: Sequence[str], at_most: int = 4) -> Iterator[str]:
+def _not_run(classes: Sequence[str]) -> Iterator[str]:
     if classes:
-        named = ", ".join(classes[:at_most]) + (", ..." if len(classes) > at_most else "")
-        yield f"not run: the forward of {named}; with example_input= it is, before and after"
+        named = listed(classes, at_most=4)
+        yield f"not checked: the forward of {named}; with example_input= it is run before and after"
 
 
 def _left_alone(left: Sequence[Left]) -> Iterator[str]:
-    """Say each reason once, with all of its norms."""
-    for why in dict.fromkeys(each.why for each in left):
-        names = [f"{module_name(each.name)} ({each.old})" for each in left if each.why == why]
-        yield f"left alone, {why}: {', '.join(names)}"
+    """List each reason once, with the names of all its norms."""
+    rows = ((f"{module_name(each.name)} ({each.old})", each.why) for each in left)
+    for why, names in by_reason(rows).items():
+        yield f"left alone, {why}: {names}"
 
 
 def _calibrated(done: Calibration) -> list[str]:
     several = "es" if done.num_batches > 1 else ""
-    lines = [f"calibrated {done.num_layers} norms on {done.num_batches} batch{several}; "]
-    lines[0] += "outputs against the original's:"
+    head = f"calibrated {done.num_layers} norms on {done.num_batches} batch{several}"
+    lines = [f"{head}; outputs against the original's:"]
     states = {"original": done.original, "plain swap": done.plain, "calibrated": done.calibrated}
     lines += table_lines(rows(list(states.items())))
     return lines + [f"not calibrated: {module_name(name)}: {why}" for name, why in done.skipped]

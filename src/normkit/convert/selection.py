@@ -1,4 +1,4 @@
-"""Which norms of a model are meant, and what each is to become."""
+"""Finding the norms of a model, and choosing which to replace and by what."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from torch import nn
 
 from normkit.errors import OptionError, SpecError
 from normkit.spec import NormSpec
+from normkit.text import listed, module_name
 from normkit.tracing.kinds import is_norm
 
 Where = Callable[[nn.Module, str], bool]
 SpecMap = Mapping[str, str | NormSpec | None]
-Found = dict[nn.Module, list[str]]
-OWN_PLACES = frozenset(vars(nn.Module()))
-"""Attributes of every module: registered children, parameters, hooks."""
+NamedNorms = dict[nn.Module, list[str]]
+"""Norms of a model, each with all of its names."""
+TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes of every module, in which torch keeps children, parameters, buffers and hooks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What each norm is to become, or why it is left alone."""
+    """The specs of the norms to replace, and for each other norm why it stays."""
 
     specs: Mapping[nn.Module, NormSpec]
     left: Mapping[nn.Module, str]
 
 
-def find_norms(model: nn.Module) -> Found:
-    """Find the norms of a model with all their names; what is inside of one is its own affair."""
-    found: Found = {}
+def find_norms(model: nn.Module) -> NamedNorms:
+    """Find the norms of a model with all of their names; parts of a norm are not listed."""
+    found: NamedNorms = {}
     for name, module in _walk(model, ""):
         if is_norm(module):
             found.setdefault(module, []).append(name)
@@ -41,7 +43,7 @@ def find_norms(model: nn.Module) -> Found:
 
 
 def find_lookalikes(model: nn.Module) -> dict[str, nn.Module]:
-    """Find what is named like a norm and is none that is known."""
+    """Find modules without children whose class name contains "norm" but that are no known norm."""
     return {
         name: module
         for name, module in _walk(model, "")
@@ -52,14 +54,14 @@ def find_lookalikes(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Hidden:
-    """A norm in a place that torch does not look into: a Python list, a method, a plain attribute.
+class HiddenNorm:
+    """A norm that torch has not registered: in a Python list, a plain attribute or a bound method.
 
     Args:
-        name: Of the attribute in which it is.
+        name: Name of the attribute that refers to it.
         norm: The norm.
-        holder: The list or dict that has it; None if it can be exchanged in none.
-        key: Its place there.
+        holder: The list or dict where it can be replaced; None if that is not possible.
+        key: Its index or key in ``holder``.
     """
 
     name: str
@@ -68,28 +70,28 @@ class Hidden:
     key: Any
 
 
-def find_hidden(model: nn.Module) -> list[Hidden]:
-    """Find norms in places that torch does not look into, where they may be called as well."""
+def find_hidden(model: nn.Module) -> list[HiddenNorm]:
+    """Find norms that attributes refer to without registering them, which forwards may call too."""
     seen: set[int] = {id(module) for module in model.modules()}
     return [
         hidden
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if key not in OWN_PLACES
+        if key not in TORCH_ATTRIBUTES
         for hidden in _hidden_in(value, f"{name}.{key}" if name else key, vars(module), key, seen)
     ]
 
 
 def _hidden_in(
-    value: Any,  # noqa: ANN401 - whatever somebody keeps in a module
+    value: Any,  # noqa: ANN401 - any attribute of a module
     name: str,
     holder: Any,  # noqa: ANN401
     key: Any,  # noqa: ANN401
     seen: set[int],
-) -> Iterator[Hidden]:
-    """Look into containers, bound methods and modules that are not registered."""
+) -> Iterator[HiddenNorm]:
+    """Search containers, bound methods and modules that are not registered."""
     if isinstance(value, nn.Module) and is_norm(value):
-        yield Hidden(name, value, holder if isinstance(holder, list | dict) else None, key)
+        yield HiddenNorm(name, value, holder if isinstance(holder, list | dict) else None, key)
     elif parts := {} if id(value) in seen else _parts(value):
         seen.add(id(value))
         for each, part in list(parts.items()):
@@ -112,7 +114,7 @@ def _parts(value: Any) -> Mapping[Any, Any]:  # noqa: ANN401
 def _walk(
     module: nn.Module, name: str, above: tuple[nn.Module, ...] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Visit a module under all of its names; one that holds what holds it ends there."""
+    """Visit a module under all of its names; cycles between modules are followed only once."""
     yield name, module
     if is_norm(module):
         return
@@ -122,24 +124,24 @@ def _walk(
             yield from _walk(child, f"{name}.{key}" if name else key, above)
 
 
-def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) -> Chosen:
-    """Say for each norm what it is to become, or why it is left alone.
+def choose(found: NamedNorms, wanted: str | NormSpec | SpecMap, where: Where | None) -> Chosen:
+    """Choose for each norm its new spec, or say why it stays.
 
     Raises:
         SpecError: If a spec cannot be read.
-        OptionError: If a pattern or ``where`` chooses nothing or comes too late to, or there is
-            nothing to choose.
+        OptionError: If the model has no norm, a pattern or ``where`` chooses none, or earlier
+            patterns have chosen all norms of a pattern.
     """
     if not found:
         raise OptionError(
-            "the model has no normalization layer, so there is nothing to convert; norms in a "
-            "Python list, and functions such as F.batch_norm that a forward calls, are not seen: "
-            "only modules, also in an nn.ModuleList"
+            "the model has no normalization layer, so there is nothing to convert; only registered "
+            "modules are found, not norms in a Python list or functions such as F.batch_norm: use "
+            "an nn.ModuleList and norm modules"
         )
     if where is not None and not callable(where):
         raise OptionError(
-            f"where={where!r} was given; it is a function of a module and its name. Names go into "
-            f"a dict: {{'layer1.*': 'gn:32'}}"
+            f"where={where!r} was given; it must be a function of a module and its name. To choose "
+            f"norms by name, pass a dict as the spec: {{'layer1.*': 'gn:32'}}"
         )
     by_pattern = _by_pattern(found, wanted)
     specs: dict[nn.Module, NormSpec] = {}
@@ -158,13 +160,16 @@ def choose(found: Found, wanted: str | NormSpec | SpecMap, where: Where | None) 
     return Chosen(specs, left)
 
 
-def _by_pattern(found: Found, wanted: str | NormSpec | SpecMap) -> dict[nn.Module, NormSpec | str]:
+def _by_pattern(
+    found: NamedNorms, wanted: str | NormSpec | SpecMap
+) -> dict[nn.Module, NormSpec | str]:
     if isinstance(wanted, str | NormSpec):
         spec = NormSpec.parse(wanted)
         return dict.fromkeys(found, spec)
     if not isinstance(wanted, Mapping):
         raise SpecError(
-            f"{wanted!r} was given; it is a spec such as 'gn:32', or a dict from names to specs"
+            f"{wanted!r} was given; it must be a spec such as 'gn:32', or a dict from names to "
+            f"specs"
         )
     if not wanted:
         raise OptionError("an empty dict was given, which names no norm; write {'*': 'gn:32'}")
@@ -172,15 +177,19 @@ def _by_pattern(found: Found, wanted: str | NormSpec | SpecMap) -> dict[nn.Modul
     _require_matches(found, tests)
     specs = {k: None if spec is None else NormSpec.parse(spec) for k, spec in wanted.items()}
     _require_effect(found, tests, specs)
-    return {module: _first(names, tests, specs) for module, names in found.items()}
+    return {module: _first_match(names, tests, specs) for module, names in found.items()}
 
 
 def _require_effect(
-    found: Found,
+    found: NamedNorms,
     tests: Mapping[str, Callable[[str], bool]],
     specs: Mapping[str, NormSpec | None],
 ) -> None:
-    """Refuse a pattern that says something of its norms, all of which earlier ones have taken."""
+    """Refuse a pattern if all of its norms match earlier patterns with other specs.
+
+    Raises:
+        OptionError: If there is such a pattern; the error names it and the earlier ones.
+    """
     earlier: dict[nn.Module, str] = {}
     for pattern, matches in tests.items():
         named = [module for module, names in found.items() if any(map(matches, names))]
@@ -188,13 +197,14 @@ def _require_effect(
         others = [each for each in taken if specs[each] != specs[pattern]]
         if others and all(module in earlier for module in named):
             raise OptionError(
-                f"pattern {pattern!r} has no effect: {', '.join(map(repr, sorted(others)))} before "
-                f"it names all of its norms, and the first pattern counts; put it first"
+                f"pattern {pattern!r} has no effect: all of its norms match "
+                f"{', '.join(map(repr, sorted(others)))} before it, and the first match counts; "
+                f"put it first"
             )
         earlier |= {module: pattern for module in named if module not in earlier}
 
 
-def _first(
+def _first_match(
     names: list[str],
     tests: Mapping[str, Callable[[str], bool]],
     specs: Mapping[str, NormSpec | None],
@@ -206,23 +216,27 @@ def _first(
 
 
 def _test(pattern: str) -> Callable[[str], bool]:
-    """Read a pattern: ``re:`` and a regular expression, or a name with ``*`` for anything.
+    """Compile a pattern: ``re:`` and a regular expression, or a name in which ``*`` is a wildcard.
+
+    A name also matches everything inside the module.
 
     Raises:
-        OptionError: If it is no text, or no regular expression.
+        OptionError: If the pattern is not a string, or its regular expression is invalid.
     """
     if not isinstance(pattern, str):
-        raise OptionError(f"{pattern!r} was given as a pattern; it is a text such as 'layer1.*'")
+        raise OptionError(
+            f"{pattern!r} was given as a pattern; it must be a string such as 'layer1.*'"
+        )
     if not pattern.startswith("re:"):
         return lambda name: fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
     try:
         compiled = re.compile(pattern[3:])
     except re.error as error:
-        raise OptionError(f"{pattern!r} is no regular expression: {error}") from error
+        raise OptionError(f"{pattern!r} is not a valid regular expression: {error}") from error
     return lambda name: compiled.fullmatch(name) is not None
 
 
-def _require_matches(found: Found, tests: Mapping[str, Callable[[str], bool]]) -> None:
+def _require_matches(found: NamedNorms, tests: Mapping[str, Callable[[str], bool]]) -> None:
     from difflib import get_close_matches  # noqa: PLC0415 - slow import
 
     names = [name for several in found.values() for name in several]
@@ -233,6 +247,5 @@ def _require_matches(found: Found, tests: Mapping[str, Callable[[str], bool]]) -
             raise OptionError(f"pattern {pattern!r} matches none of the {len(found)} norms; {hint}")
 
 
-def _shown(found: Found, at_most: int = 8) -> str:
-    names = [several[0] or "the model itself" for several in found.values()]
-    return ", ".join(names[:at_most]) + (", ..." if len(names) > at_most else "")
+def _shown(found: NamedNorms) -> str:
+    return listed((module_name(names[0]) for names in found.values()), at_most=8)

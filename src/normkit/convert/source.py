@@ -1,4 +1,4 @@
-"""What a norm has that another one can take over."""
+"""What a conversion rule reads from a norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normkit.spec import Value
 
 
 class Statistics(NamedTuple):
-    """Running statistics of a layer's input, one value a channel; the count where there is one."""
+    """Running mean and variance of each channel, and the number of batches if it is counted."""
 
     mean: Tensor
     var: Tensor
@@ -21,13 +21,13 @@ class Statistics(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What a layer does with its result before it gives it away."""
+    """The dropout and activation that a layer applies to its normalised output."""
 
     drop: nn.Module
     act: nn.Module
 
     def described(self) -> Iterator[str]:
-        """Names of those that do something."""
+        """Yield the names of those that are not identities."""
         for what, module in (("drop", self.drop), ("activation", self.act)):
             if not isinstance(module, nn.Identity):
                 yield f"{what} {type(module).__name__}"
@@ -35,25 +35,26 @@ class Activation(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A norm of any library as its rule reads it.
+    """A norm of any library, as its conversion rule reads it.
 
     Args:
         num_features: Channels.
-        options: Options that a layer of ours may take over, by our names.
-        weight: Scale of each channel, ``(C,)``: a parameter, or fixed values.
-        bias: Shift of each channel, likewise.
-        statistics: Running statistics, if another layer can continue them.
-        over_batch: Whether its statistics are taken over the batch in training.
-        still: Whether evaluation goes by its running statistics, which training does not move:
-            ``track_running_stats`` was switched off when they were there.
-        twin: Spec of the layer of ours that computes the same, without options; "" is none.
-        activation: What comes after the norm inside the layer.
-        channels_last: Whether channels are its input's last axis.
-        fixed: Whether weights and statistics do not follow the training.
-        lost: What no other norm takes over, in words.
-        warnings: What the user must know, in words.
-        without_positions: Whether inputs ``(N, C)`` are usual.
-        process_group: Whose batches count as one batch in training.
+        options: Options that a new layer may take over, under normkit's names.
+        weight: Scale of each channel, ``(C,)``: a parameter, or a tensor of fixed values.
+        bias: Shift of each channel, ``(C,)``: a parameter, or a tensor of fixed values.
+        statistics: Running statistics, if a new layer can continue them.
+        over_batch: Whether the layer's statistics are taken over the batch in training.
+        buffers_are_frozen: Whether evaluation uses running statistics that training does not
+            update, because ``track_running_stats`` was set to False while the buffers existed.
+        equivalent_spec: Spec, without options, of the normkit layer that computes the same; empty
+            if there is none.
+        activation: Dropout and activation that the layer applies after normalising.
+        channels_last: Whether the channels are the last axis of the input.
+        fixed: Whether training changes neither the parameters nor the statistics.
+        lost: What no new layer takes over, in words.
+        warnings: What the user should know, in words.
+        without_positions: Whether inputs of shape ``(N, C)`` are common for this layer.
+        process_group: The processes over whose batches statistics are taken in training.
     """
 
     num_features: int
@@ -62,8 +63,8 @@ class Source:
     bias: Tensor | None = None
     statistics: Statistics | None = None
     over_batch: bool = False
-    still: bool = False
-    twin: str = ""
+    buffers_are_frozen: bool = False
+    equivalent_spec: str = ""
     activation: Activation | None = None
     channels_last: bool = False
     fixed: bool = False
@@ -74,11 +75,11 @@ class Source:
 
     @property
     def values(self) -> tuple[object, ...]:
-        """Everything in it that the layer holds."""
+        """The tensors and modules of the layer that this object refers to."""
         held = (self.weight, self.bias, *(self.statistics or ()), *(self.activation or ()))
         return tuple(value for value in held if value is not None)
 
     @property
     def has_mode(self) -> bool:
-        """Whether training and evaluation differ, so that the layer's own mode means something."""
+        """Whether the layer behaves differently in training and in evaluation."""
         return not self.fixed and (self.over_batch or self.statistics is not None)

@@ -1,4 +1,7 @@
-"""The one place that changes a model: everything is known before, and can be put back."""
+"""Changing a model as planned, and reverting the change.
+
+No other module of ``normkit.convert`` changes a model.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from normkit.convert.optimizer import Exchange, OptimizerEdit
 from normkit.convert.selection import find_hidden
 from normkit.errors import OptionError
 from normkit.weights import standardize_weights_
-from normkit.weights.once import OncePerForward
+from normkit.weights.cache import WeightCache
 
 
-class Slot(NamedTuple):
-    """A place in the model where a layer is exchanged: in a module, or in a list or dict of it."""
+class Location(NamedTuple):
+    """A place in the model where a layer is replaced: in a module, a list or a dict."""
 
     parent: nn.Module | list[Any] | dict[Any, Any]
     key: Any
@@ -26,52 +29,53 @@ class Slot(NamedTuple):
     new: nn.Module
 
     @property
-    def now(self) -> object:
-        """What is there."""
-        held = self._held
-        there = self.key < len(held) if isinstance(held, list) else self.key in held
-        return held[self.key] if there else None
+    def current(self) -> object:
+        """The layer that is there now; None if the list or dict has become shorter."""
+        container = self._container
+        is_list = isinstance(container, list)
+        exists = self.key < len(container) if is_list else self.key in container
+        return container[self.key] if exists else None
 
     def put(self, layer: nn.Module) -> None:
-        """Exchange what is there."""
-        self._held[self.key] = layer
+        """Put a layer there."""
+        self._container[self.key] = layer
 
     @property
-    def _held(self) -> Any:  # noqa: ANN401 - a list or a dict
+    def _container(self) -> Any:  # noqa: ANN401 - a list or a dict
         return self.parent._modules if isinstance(self.parent, nn.Module) else self.parent
 
 
-class Place(NamedTuple):
-    """In which mode, where and in which precision a layer computes."""
+class Placement(NamedTuple):
+    """The mode, device and dtype of a layer."""
 
     training: bool
     device: torch.device | None
     dtype: torch.dtype | None
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """Bring a tensor here."""
+    def move(self, tensor: Tensor) -> Tensor:
+        """Move a tensor to the device, and cast it to the dtype if it is a floating-point one."""
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 
-class Pair(NamedTuple):
-    """A layer and its successor, which was in this place at first."""
+class LayerPair(NamedTuple):
+    """An old layer, the layer that replaces it, and the new layer's placement at first."""
 
     old: nn.Module
     new: nn.Module
-    place: Place
+    placement: Placement
 
-    def follow(self, model: nn.Module) -> None:
-        """Bring the old layer to the mode and the place that the new one was put in since."""
-        place, kept = _place(self.new, model), set(self.new.modules())
+    def move_old(self, model: nn.Module) -> None:
+        """Give the old layer the new layer's mode, device and dtype where these have changed."""
+        now, shared = _placement(self.new, model), set(self.new.modules())
         for module in self.old.modules():
-            if module not in kept and place.training != self.place.training:
-                module.training = place.training
-            if module not in kept and place[1:] != self.place[1:]:
-                module._apply(place.take, recurse=False)
+            if module not in shared and now.training != self.placement.training:
+                module.training = now.training
+            if module not in shared and now[1:] != self.placement[1:]:
+                module._apply(now.move, recurse=False)
 
 
-class Before(NamedTuple):
-    """A convolution as it was."""
+class SavedConvolution(NamedTuple):
+    """The class and members of a convolution before its weight was standardised."""
 
     layer: nn.Module
     kind: type[nn.Module]
@@ -80,19 +84,19 @@ class Before(NamedTuple):
 
 
 class Swap:
-    """Layers to exchange, weights to standardise, an optimizer to follow.
+    """Replaces layers, standardises weights and edits the optimizer; ``revert`` undoes all of it.
 
-    What ``revert`` puts back is absolute, not the reverse of what was done.
+    ``revert`` restores saved state instead of reversing single changes, so it may run repeatedly.
 
     Args:
-        model: The model, changed by ``apply``.
-        replacements: New layers for old ones.
-        standardize: Names of convolutions whose weights to standardise.
-        example_input: For following the model.
-        edit: What changes in the optimizer.
-        keep_function: Whether the new layers are calibrated next: standardised weights then start
-            with the old gain and offset of each filter, and what the old layers share with the
-            new ones gets its values back too.
+        model: The model, which ``apply`` changes.
+        replacements: For each old module, the new one.
+        standardize: Names of the convolutions whose weights to standardise.
+        example_input: Used to trace the model if ``torch.fx`` cannot.
+        edit: The changes to the optimizer.
+        preserve: Whether the new layers will be calibrated. Standardised weights then preserve the
+            gain and offset of each filter, and ``revert`` also restores the values of parameters
+            that old and new layers share, because calibration changes them.
     """
 
     def __init__(
@@ -102,32 +106,35 @@ class Swap:
         standardize: Sequence[str],
         example_input: Any,  # noqa: ANN401
         edit: OptimizerEdit | None,
-        keep_function: bool = False,
+        preserve: bool = False,
     ) -> None:
         self.old, self.new = model, replacements.get(model, model)
-        self._slots = list(_slots(model, replacements))
-        self._pairs = [Pair(o, n, _place(n, model)) for o, n in replacements.items()]
+        self._locations = list(_locations(model, replacements))
+        self._pairs = [LayerPair(o, n, _placement(n, model)) for o, n in replacements.items()]
         self._standardize = frozenset(standardize)
-        self._weights = [_before(model.get_submodule(name)) for name in standardize]
+        self._convolutions = [
+            SavedConvolution(layer, type(layer), dict(layer._parameters), dict(layer._modules))
+            for layer in map(model.get_submodule, standardize)
+        ]
         self._hooks = frozenset((*model._forward_hooks, *model._forward_pre_hooks))
         self._example_input = example_input
         self._edit, self._weights_edit = edit, None
-        self._keep_function = keep_function
-        kept = [p for old in replacements for p in old.parameters()] if keep_function else []
+        self._preserve = preserve
+        kept = [p for old in replacements for p in old.parameters()] if preserve else []
         self._values = [(parameter, parameter.detach().clone()) for parameter in kept]
 
     def apply(self) -> nn.Module:
-        """Change everything; return the model, which is another one if it is itself a norm."""
+        """Make all changes; return the model, or the new norm if the model is itself a norm."""
         if self._standardize:
             chosen = self._standardize
             standardize_weights_(
                 self.old,
                 lambda _, name: name in chosen,
-                preserve=self._keep_function,
+                preserve=self._preserve,
                 example_input=self._example_input,
             )
-        for slot in self._slots:
-            slot.put(slot.new)
+        for location in self._locations:
+            location.put(location.new)
         if self._edit is not None:
             self._edit.apply()
             self._weights_edit = self._edit_of_weights(self._edit.optimizer)
@@ -137,91 +144,89 @@ class Swap:
 
     @property
     def changed(self) -> list[nn.Module | Optimizer]:
-        """What ``apply`` and ``revert`` change: the model, old layers, the optimizer."""
+        """Everything that ``apply`` and ``revert`` change: model, old layers and optimizer."""
         optimizers = [] if self._edit is None else [self._edit.optimizer]
         return [self.old, self.new, *(pair.old for pair in self._pairs), *optimizers]
 
     def revert(self) -> nn.Module:
-        """Put everything back that ``apply`` has changed; once it is back, nothing happens.
+        """Restore everything that ``apply`` has changed, unless it is restored already.
 
         Raises:
-            OptionError: If somebody else has replaced one of the layers since.
+            OptionError: If other code has replaced one of the layers since.
         """
-        if self._is_back():
+        if self._is_reverted():
             return self.old
         for edit in (self._weights_edit, self._edit):
             if edit is not None:
                 edit.undo()
-        for slot in self._slots:
-            slot.put(slot.old)
-        for before in self._weights:
-            _put_back(before)
+        for location in self._locations:
+            location.put(location.old)
+        for saved in self._convolutions:
+            _restore(saved)
         with torch.no_grad():
             for parameter, values in self._values:
                 parameter.copy_(values)
         self._remove_hooks()
-        for pair in reversed(self._pairs):  # layers inside of a block come before it, and decide
-            pair.follow(self.old)
+        # Replaced blocks contain replaced layers, which come first in the list. In reverse order
+        # the inner layers are moved last, so their own mode, device and dtype count.
+        for pair in reversed(self._pairs):
+            pair.move_old(self.old)
         return self.old
 
-    def _is_back(self) -> bool:
+    def _is_reverted(self) -> bool:
         """Whether the old layers are in their places.
 
         Raises:
-            OptionError: If others are that nobody knows here.
+            OptionError: If a place has neither the old layer nor the new one.
         """
-        now = [slot.now for slot in self._slots]
-        lost = [s.key for s, m in zip(self._slots, now, strict=True) if m not in (s.old, s.new)]
-        if lost:
+        current = [(location, location.current) for location in self._locations]
+        unknown = [at.key for at, layer in current if layer not in (at.old, at.new)]
+        if unknown:
             raise OptionError(
-                f"layers {', '.join(map(repr, lost))} were replaced since this conversion; revert "
-                f"the later one first"
+                f"layers {', '.join(map(repr, unknown))} were replaced since this conversion; "
+                f"revert the later conversion first"
             )
-        return bool(self._slots) and all(s.old is m for s, m in zip(self._slots, now, strict=True))
+        return bool(current) and all(layer is at.old for at, layer in current)
 
     def _edit_of_weights(self, optimizer: Optimizer) -> OptimizerEdit:
-        """Let gains and offsets that standardised weights have gained join the weights' groups."""
+        """Add the gains and offsets of standardised weights to the weights' optimizer groups."""
         exchanges = [
             Exchange(
-                [(name, p) for name, p in before.parameters.items() if p is not None],
-                list(before.layer.named_parameters()),
+                [(name, p) for name, p in saved.parameters.items() if p is not None],
+                list(saved.layer.named_parameters()),
             )
-            for before in self._weights
+            for saved in self._convolutions
         ]
         return OptimizerEdit(optimizer, exchanges, self.new.parameters())
 
     def _remove_hooks(self) -> None:
-        """Take away what standardising shared convolutions has hung on the model."""
+        """Remove the hooks that a weight cache has registered on the model since."""
         hooks = {**self.old._forward_hooks, **self.old._forward_pre_hooks}
         for key, hook in hooks.items():
             owner = getattr(hook, "__self__", None)
-            if key not in self._hooks and isinstance(owner, OncePerForward):
+            if key not in self._hooks and isinstance(owner, WeightCache):
                 owner.remove()
 
 
-def _slots(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterable[Slot]:
+def _locations(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterable[Location]:
     for parent in model.modules():
         for key, child in parent._modules.items():
             if child is not None and child in replacements:
-                yield Slot(parent, key, child, replacements[child])
+                yield Location(parent, key, child, replacements[child])
     for hidden in find_hidden(model):
         if hidden.norm in replacements and hidden.holder is not None:
-            yield Slot(hidden.holder, hidden.key, hidden.norm, replacements[hidden.norm])
+            yield Location(hidden.holder, hidden.key, hidden.norm, replacements[hidden.norm])
 
 
-def _place(layer: nn.Module, model: nn.Module) -> Place:
-    """Find where a layer is, by a parameter of its own or, if it has none, of its model."""
+def _placement(layer: nn.Module, model: nn.Module) -> Placement:
+    """Read device and dtype from a parameter of the layer or, if it has none, of the model."""
     found = next(chain(layer.parameters(), model.parameters()), None)
     device, dtype = (None, None) if found is None else (found.device, found.dtype)
-    return Place(layer.training, device, dtype)
+    return Placement(layer.training, device, dtype)
 
 
-def _before(layer: nn.Module) -> Before:
-    return Before(layer, type(layer), dict(layer._parameters), dict(layer._modules))
-
-
-def _put_back(before: Before) -> None:
-    layer, kind, parameters, modules = before
+def _restore(saved: SavedConvolution) -> None:
+    layer, kind, parameters, modules = saved
     layer.__class__ = kind  # type: ignore[assignment]
     for held, values in ((layer._parameters, parameters), (layer._modules, modules)):
         held.clear()

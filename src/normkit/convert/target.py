@@ -1,4 +1,4 @@
-"""How a new layer is built and takes over what the old one has."""
+"""Building a new layer, and transferring the old layer's state to it."""
 
 from __future__ import annotations
 
@@ -18,40 +18,44 @@ from normkit.spec import METHODS, NormSpec, Recipe, Value
 
 AFFINE = ("weight", "bias")
 OVER_PROCESSES = "statistics over all processes"
-OF_STATISTICS = ("momentum", "track_running_stats", "example_weight")
-"""Options that mean the same only between layers that both look at the batch, or both do not."""
+STATISTICS_OPTIONS = ("momentum", "track_running_stats", "example_weight")
+"""Options that are carried over only if both layers take batch statistics, or neither does."""
+
+MIN_SAFE_EPS = 1e-12
+"""Smallest ``eps`` that is safe for a group without variance.
+
+Below it, dividing by the standard deviation multiplies rounding errors by more than 1e6, and with 0
+the result is NaN.
+"""
 
 
-LEAST_EPS = 1e-12
-"""Below this, the rounding error of a constant group is multiplied by more than 1e6; 0 is NaN."""
-
-
-class Taken(NamedTuple):
-    """What came over and what did not, in words."""
+class Transfer(NamedTuple):
+    """What the new layer took over and what it did not, in words."""
 
     carried: tuple[str, ...]
     lost: tuple[str, ...]
 
 
-class Built(NamedTuple):
-    """A new layer, and the old one's options that it has and that it has not, in words."""
+class NewLayer(NamedTuple):
+    """A new layer, and which of the old layer's options it took over or not, in words."""
 
     layer: NormLayer
     carried: tuple[str, ...]
     lost: tuple[str, ...]
 
 
-def built(spec: NormSpec, source: Source, like: Tensor | None) -> Built:
-    """Build the new layer with the old one's options where the spec does not say otherwise.
+def build_layer(spec: NormSpec, source: Source, like: Tensor | None) -> NewLayer:
+    """Build the new layer with the old layer's options, except those that the spec sets.
 
-    Carried are options that are not the new layer's defaults. Lost are those that would break it:
-    an eps near 0 where it divides by other deviations than the old layer, and a momentum of 0 where
-    its running statistics would stay at their first values.
+    Reported as carried are options that differ from the new layer's defaults. Reported as lost are
+    options that would make the new layer useless and are therefore not used: an ``eps`` near 0 if
+    the new layer takes other statistics, and a momentum of 0 if its running statistics would then
+    never be updated.
 
     Args:
-        spec: What to build, resolved.
+        spec: The resolved spec of the new layer.
         source: The old layer.
-        like: Tensor whose device and dtype the new layer has.
+        like: The new layer gets the device and dtype of this tensor.
     """
     recipe = METHODS[spec.name]
     given = {key or str(recipe.argument): value for key, value in spec.arguments}
@@ -67,15 +71,16 @@ def built(spec: NormSpec, source: Source, like: Tensor | None) -> Built:
         lost.append(f"{option}={options.pop(option)}")
         layer = make()
     if pools_examples(layer):
-        cast(TrackingLayer, layer).process_group = source.process_group  # or a composite's
-    said = tuple(f"{o}={value}" for o, value in options.items() if value != known[o].default)
-    return Built(adapt_(layer, source.activation, source.channels_last), said, tuple(lost))
+        # The attribute exists on tracking layers and on composites.
+        cast(TrackingLayer, layer).process_group = source.process_group
+    carried = tuple(f"{o}={value}" for o, value in options.items() if value != known[o].default)
+    return NewLayer(adapt_(layer, source.activation, source.channels_last), carried, tuple(lost))
 
 
 def _options(spec: NormSpec, source: Source, given: Mapping[str, Value]) -> dict[str, Value]:
-    """Find the old layer's options that mean the same in the new one."""
+    """Select the old layer's options that the new layer has too, with the same meaning."""
     recipe = METHODS[spec.name]
-    other = () if is_over_batch(recipe) == source.over_batch else OF_STATISTICS
+    other = () if is_over_batch(recipe) == source.over_batch else STATISTICS_OPTIONS
     return {
         option: value
         for option, value in source.options.items()
@@ -86,13 +91,13 @@ def _options(spec: NormSpec, source: Source, given: Mapping[str, Value]) -> dict
 def _breaks(option: str, value: Value, spec: NormSpec, source: Source, layer: NormLayer) -> bool:
     """Whether an option that was right for the old layer would make the new one useless."""
     if option == "eps":
-        return float(cast(float, value)) < LEAST_EPS and str(spec) != source.twin
+        return float(cast(float, value)) < MIN_SAFE_EPS and str(spec) != source.equivalent_spec
     continues = source.statistics is not None and layer.statistics_slots()
     return option == "momentum" and value == 0 and not continues
 
 
 def pools_examples(layer: nn.Module) -> bool:
-    """Whether a layer of ours, in training, pools or keeps statistics of several examples."""
+    """Whether a layer, in training, uses or tracks statistics of several examples."""
     if any(isinstance(m, TrackingLayer) and m.running_mean is not None for m in layer.modules()):
         return True
     return isinstance(layer, NormLayer) and any(
@@ -106,40 +111,43 @@ def is_over_batch(recipe: Recipe) -> bool:
     return weight is not None and weight.default == 0
 
 
-def take_over(new: NormLayer, old: nn.Module, source: Source, mode: bool) -> Taken:
-    """Give the new layer the old one's parameters, statistics, flags, hooks and what hangs on it.
+def transfer_state(new: NormLayer, old: nn.Module, source: Source, mode: bool) -> Transfer:
+    """Transfer parameters, statistics, flags, hooks and added attributes to the new layer.
 
     Args:
-        new: Of ours, as ``built`` has made it.
-        old: Of any library, left as it is.
-        source: What there is to take.
-        mode: Whether the new layer trains.
+        new: The new layer, from ``build_layer``.
+        old: The old layer, of any library; it is not changed.
+        source: What the old layer's rule has read from it.
+        mode: Value of ``training`` for the new layer.
 
     Raises:
-        ConversionError: If something that hangs on the old layer cannot be carried.
+        ConversionError: If something that was added to the old layer cannot be transferred.
     """
-    carried = [name for name in AFFINE if _take_affine(new, name, getattr(source, name))]
-    if _take_statistics(new, source):
+    carried = [name for name in AFFINE if _transfer_affine(new, name, getattr(source, name))]
+    if _transfer_statistics(new, source):
         carried.append("running statistics")
-        carried += ["track_running_stats=False"] if source.still else []
+        carried += ["track_running_stats=False"] if source.buffers_are_frozen else []
     if source.process_group is not None and pools_examples(new):
         carried.append(OVER_PROCESSES)
-    same = _take_same(new, old) if base_of(new) is base_of(old) else []
+    same = _transfer_matching(new, old) if base_of(new) is base_of(old) else []
     carried += [name for name in same if name not in carried]
     carried += source.activation.described() if source.activation else ()
-    _take_requires_grad(new, old, source)
+    _transfer_requires_grad(new, old, source)
     carried += carry_extras(new, old, source.values)
-    _take_mode(new, old, mode)
+    shared = set(old.modules())
+    for module in new.modules():
+        if module not in shared:
+            module.training = mode
     had = [name for name in AFFINE if getattr(source, name) is not None]
     had += ["compile()"] if is_compiled(old) else []
     had += ["running statistics"] if source.statistics else []
     had += [] if source.process_group is None else [OVER_PROCESSES]
     had += [name for name in source.lost if name not in had]
-    return Taken(tuple(carried), tuple(name for name in had if name not in carried))
+    return Transfer(tuple(carried), tuple(name for name in had if name not in carried))
 
 
-def _take_affine(new: NormLayer, name: str, value: Tensor | None) -> bool:
-    """Take the very parameter where it fits, else a parameter with its values."""
+def _transfer_affine(new: NormLayer, name: str, value: Tensor | None) -> bool:
+    """Set the new layer's weight or bias; return whether it has one and the old layer too."""
     slots = new.affine_slots()
     if value is None or any(getattr(slot.layer, name) is None for slot in slots):
         return False
@@ -149,6 +157,7 @@ def _take_affine(new: NormLayer, name: str, value: Tensor | None) -> bool:
 
 
 def _part(value: Tensor, slot: Slot) -> nn.Parameter:
+    """Return the same parameter object if all of it fits the slot, else a copy of its part."""
     if isinstance(value, nn.Parameter) and slot.end - slot.start == value.numel():
         return value
     part = value.detach()[slot.start : slot.end].clone()
@@ -158,7 +167,7 @@ def _part(value: Tensor, slot: Slot) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _take_statistics(new: NormLayer, source: Source) -> bool:
+def _transfer_statistics(new: NormLayer, source: Source) -> bool:
     slots = new.statistics_slots()
     if source.statistics is None or not slots:
         return False
@@ -168,29 +177,29 @@ def _take_statistics(new: NormLayer, source: Source) -> bool:
             layer.get_buffer(name).copy_(values[start:end])
         if count is not None:
             layer.get_buffer("num_batches_tracked").copy_(count)
-        cast(TrackingLayer, layer).track_running_stats = not source.still
+        cast(TrackingLayer, layer).track_running_stats = not source.buffers_are_frozen
     return True
 
 
 @torch.no_grad()
-def _take_same(new: NormLayer, old: nn.Module) -> list[str]:
-    """Take everything of the same name and shape from a layer of the same class."""
+def _transfer_matching(new: NormLayer, old: nn.Module) -> list[str]:
+    """Transfer all tensors with the same name and shape from a layer of the same class."""
     parameters, buffers = dict(new.named_parameters()), dict(new.named_buffers())
-    taken = []
+    transferred = []
     for name, value in old.named_parameters():
         if name in parameters and parameters[name].shape == value.shape:
             holder, _, own = name.rpartition(".")
             setattr(new.get_submodule(holder), own, value)
-            taken.append(name)
+            transferred.append(name)
     for name, value in old.named_buffers():
         if name in buffers and buffers[name].shape == value.shape:
             buffers[name].copy_(value)
-            taken.append("running statistics")
-    return list(dict.fromkeys(taken))
+            transferred.append("running statistics")
+    return list(dict.fromkeys(transferred))
 
 
-def _take_requires_grad(new: NormLayer, old: nn.Module, source: Source) -> None:
-    """Parameters that are new learn if the old layer did."""
+def _transfer_requires_grad(new: NormLayer, old: nn.Module, source: Source) -> None:
+    """Freeze the new parameters if no parameter of the old layer required a gradient."""
     before = list(old.parameters())
     learns = any(p.requires_grad for p in before) if before else not source.fixed
     if not learns:
@@ -199,20 +208,12 @@ def _take_requires_grad(new: NormLayer, old: nn.Module, source: Source) -> None:
                 parameter.requires_grad_(False)
 
 
-def _take_mode(new: NormLayer, old: nn.Module, mode: bool) -> None:
-    """Take the mode; what the new layer keeps of the old one has its own."""
-    kept = set(old.modules())
-    for module in new.modules():
-        if module not in kept:
-            module.training = mode
-
-
 def _dtype(like: Tensor) -> torch.dtype | None:
     return like.dtype if like.is_floating_point() else None
 
 
 def describe(module: nn.Module) -> str:
-    """Name a layer with its number of channels, where it says so."""
+    """Describe a layer by its class and, if known, number of channels: ``BatchNorm2d(64)``."""
     names = ("num_features", "num_channels", "normalized_shape")
     weight = getattr(module, "weight", None)
     sizes = [getattr(module, name, None) for name in names]

@@ -1,4 +1,4 @@
-"""What normalization does in a network, measured; the network is left as it was."""
+"""Measure what normalization does in a network, and leave the network as it was."""
 
 from normkit.diagnostics.channel_difference import ChannelDifference, channel_difference
 from normkit.diagnostics.disturb import disturb_statistics

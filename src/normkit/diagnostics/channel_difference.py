@@ -1,11 +1,9 @@
-"""StatDiff: how different the channels are that share statistics."""
+"""StatDiff: how much channels that share statistics differ from each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,28 +11,26 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement, read_sound
+from normkit.diagnostics.measurement import Measurement, read_finite_rows
 from normkit.errors import DataError, OptionError
-from normkit.inference.known import is_over_maps
+from normkit.inference.norm_classes import is_over_maps
+from normkit.inference.norm_inputs import observe_inputs
 from normkit.inference.population import Population
-from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import (
     Unmeasured,
     Where,
     and_reasons,
-    chosen,
     feature_map,
+    select_layers,
     unmeasured,
 )
 from normkit.layers.base import NormLayer
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
-    require_batches,
-    untouched,
+    unwrap,
 )
 
 
@@ -43,11 +39,11 @@ class LayerDifference:
     """StatDiff of one layer.
 
     Args:
-        name: Its name.
-        num_groups: Groups of channels.
-        group_size: Channels of a group.
+        name: The layer's name.
+        num_groups: Number of channel groups.
+        group_size: Channels in a group.
         mean: Mean of StatDiff over the groups.
-        std: Standard deviation of it over the groups (population).
+        std: Standard deviation of StatDiff over the groups (population).
     """
 
     name: str
@@ -62,10 +58,11 @@ class ChannelDifference(Measurement):
     """StatDiff of every layer whose groups have several channels.
 
     Args:
-        layers: In the order of the forward.
-        mean: Over all groups of all layers, as far as they are finite.
-        std: Likewise (population).
-        num_batches: Batches that were measured.
+        layers: A row for each layer, in the order of the forward.
+        mean: Mean of StatDiff over all groups of all layers; values that are not finite are left
+            out if there are finite ones.
+        std: Standard deviation over the same groups (population).
+        num_batches: Number of batches that were measured.
         left: Norms that pool channels and were not measured, with the reason.
     """
 
@@ -79,8 +76,8 @@ class ChannelDifference(Measurement):
 
     @property
     def reading(self) -> str:
-        """How different channels of a group are, and where most."""
-        return read_sound(self.layers, self._read)
+        """How much the channels of a group differ, and in which layer most."""
+        return read_finite_rows(self.layers, self._read)
 
     def _read(self, rows: Sequence[LayerDifference]) -> str:
         worst = max(rows, key=lambda row: row.mean)
@@ -100,26 +97,26 @@ def channel_difference(
     where: Where | None = None,
     forward: Forward | None = None,
 ) -> ChannelDifference:
-    r"""Measure how different the channels are that a norm pools: StatDiff.
+    r"""Measure how much the channels that a norm pools differ from each other: StatDiff.
 
     .. math::  StatDiff_g = \frac{\mathrm{std}_{c \in g}(\hat\mu_c)}
                                  {\mathrm{mean}_{c \in g}(\hat\sigma_c)}
 
-    of each group of each norm that pools channels, with running means and standard deviations of
-    the norm's **input**, which an observer takes; the layer's own buffers are not used. The model
-    runs at evaluation and is left as it was.
+    for each group of each norm that pools channels. An observer follows the mean and the standard
+    deviation of each channel of the norm's **input**; the layer's own buffers are not used. The
+    model runs in evaluation mode and is left as it was.
 
     Args:
         model: Holds norms that pool channels: torch's ``GroupNorm`` and ``LayerNorm`` over
-            channels, or ours.
-        batches: Inputs, ``(inputs, target)`` or dicts of arguments.
+            channels, or normkit's.
+        batches: Inputs, pairs ``(inputs, target)`` or dicts of arguments.
         momentum: Weight of a new batch in the observer, which starts with the first batch's
-            values; None takes all batches together, exactly.
-        where: ``where(layer, name)`` says which layers are meant; by default all.
-        forward: ``forward(model, batch)`` for batches of another form.
+            values; None gives the exact statistics of all batches together.
+        where: ``where(layer, name)`` chooses the layers to measure; by default all.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
-        A row for each layer, and mean and spread over all groups.
+        A row for each layer, and the mean and standard deviation over all groups.
 
     Raises:
         OptionError: If no layer pools channels, or ``momentum`` lies outside 0 to 1.
@@ -137,15 +134,21 @@ def channel_difference(
     """
     if momentum is not None:
         require_share("momentum", momentum)
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     pooling = {name: layer for name, layer in model.named_modules() if pooling_groups(layer)}
-    layers = chosen(pooling, where)
+    layers = select_layers(pooling, where)
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no norm that pools channels (group norm, layer norm, ...)"
         )
     data = Data(batches=batches, forward=forward or forward_batch)
-    observers, missed, num_batches = _observed(model, layers, momentum, data)
+    observers: dict[str, _Observer] = {}
+
+    def observe(name: str, x: Tensor, valid: Tensor | None = None) -> None:
+        if x.numel() and (valid is None or valid.any()):
+            observers.setdefault(name, _Observer(momentum)).observe(x, valid)
+
+    missed, num_batches = observe_inputs(model, layers, observe, data, "measuring channels")
     left = {name: missed[layer] for name, layer in layers.items() if layer in missed}
     found = {
         name: stat_diff(observer.moments, pooling_groups(layers[name]))
@@ -165,33 +168,16 @@ def channel_difference(
     )
 
 
-def _observed(
-    model: nn.Module, layers: Mapping[str, nn.Module], momentum: float | None, data: Data
-) -> tuple[dict[str, _Observer], Missed, int]:
-    """Observe the layers' inputs in one pass; which calls were missed, and how many batches."""
-    observers, missed = dict[str, _Observer](), Missed()
-
-    def see(name: str, x: Tensor, valid: Tensor | None = None) -> None:
-        if x.numel() and (valid is None or valid.any()):
-            observers.setdefault(name, _Observer(momentum)).see(x, valid)
-
-    with untouched(model, training=False), ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.enter_context(reaching(layer, partial(see, name), missed=missed))
-        num_batches = data.send(model, "measuring channels")
-    require_batches(num_batches)
-    return observers, missed, num_batches
-
-
 class _Observer:
-    """Follows mean and variance of each channel of a layer's input."""
+    """Follows the mean and variance of each channel of a layer's input."""
 
     def __init__(self, momentum: float | None) -> None:
         self._momentum = momentum
         self._all = Population()
         self._running: Moments | None = None
 
-    def see(self, x: Tensor, valid: Tensor | None) -> None:
+    def observe(self, x: Tensor, valid: Tensor | None) -> None:
+        """Update the averages with one input, of which only the valid positions count."""
         batch = Population()
         batch.add(x, valid)
         self._all.merge(batch.sums)
@@ -209,7 +195,7 @@ class _Observer:
 
 
 def pooling_groups(layer: nn.Module) -> int:
-    """Groups of several channels that a norm pools; 0 for other modules."""
+    """Number of groups of several channels that a norm pools; 0 for other modules."""
     if isinstance(layer, nn.GroupNorm):
         groups, channels = layer.num_groups, layer.num_channels
     elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
@@ -233,14 +219,14 @@ def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _takes_channels_last(layer: nn.Module) -> bool:
-    """Whether this is torch's layer norm or the like, and not torchvision's or timm's for maps."""
+    """Whether this norm is over the last axis; torchvision's and timm's norms for maps are not."""
     if not isinstance(layer, nn.LayerNorm | nn.RMSNorm) or is_over_maps(layer):
         return False
     return len(layer.normalized_shape) == 1
 
 
 def stat_diff(moments: Moments, num_groups: int) -> Tensor:
-    """StatDiff of each group, from the moments of each channel."""
+    """Compute StatDiff of each group, ``(num_groups,)``, from the moments of each channel."""
     mean = moments.mean.view(num_groups, -1)
     return mean.std(dim=1, correction=0) / moments.var.sqrt().view(num_groups, -1).mean(dim=1)
 

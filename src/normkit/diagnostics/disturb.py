@@ -1,4 +1,4 @@
-"""Disturbed statistics: how sensitive a network is to errors in what its norms remember."""
+"""Disturb running statistics, to see how sensitive a network is to errors in them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import OptionError
-from normkit.inference.tracked import Where, chosen, statistics_of, tracked
+from normkit.inference.tracked import Where, select_layers, statistics_of, tracked
 from normkit.layers.base import BUFFERS
-from normkit.passes import bare, between
+from normkit.passes import block_with_cleanup, unwrap
 
 
 def disturb_statistics(
@@ -24,23 +24,23 @@ def disturb_statistics(
                \hat\sigma_c^2 \leftarrow \hat\sigma_c^2 (1 + d'_c), \quad
                d, d' \sim U(-\Delta, \Delta)
 
-    independently for every channel. What a layer gets depends on its name and the seed alone, not
-    on which others are disturbed.
+    independently for every channel. The draws for a layer depend only on its name and the seed,
+    not on which other layers are disturbed.
 
     Args:
-        model: Holds norms of torch or ours with running statistics.
-        delta: How far, from 0 to 1.
-        seed: Of the draws; the paper averages five.
-        where: ``where(layer, name)`` says which layers are meant; by default all. The paper takes
-            the first batch norm of each of the first six blocks.
+        model: Holds norms of torch or normkit with running statistics.
+        delta: Largest relative error, from 0 to 1.
+        seed: Seed of the draws; the paper averages over five seeds.
+        where: ``where(layer, name)`` chooses the layers to disturb; by default all. The paper
+            takes the first batch norm of each of the first six blocks.
 
     Returns:
-        The block's context manager, which gives the names of the disturbed layers. Buffers are put
-        back in full, also when Ctrl-C comes meanwhile; what else the block does to the model stays.
+        A context manager that gives the names of the disturbed layers. It restores the buffers in
+        full, also after Ctrl-C; any other change that the block makes to the model stays.
 
     Raises:
-        OptionError: If ``delta`` lies outside 0 to 1, or no layer is meant; nothing is changed
-            then.
+        OptionError: If ``delta`` lies outside 0 to 1, or there is no layer to disturb; then
+            nothing is changed.
 
     Source:
         Huang et al., Delving into the Estimation Shift of Batch Normalization in a Network, eq. 5.
@@ -54,7 +54,7 @@ def disturb_statistics(
         True
     """
     require_share("delta", delta)
-    layers = chosen(tracked(bare(model, "disturb")), where)
+    layers = select_layers(tracked(unwrap(model, "disturb")), where)
     if not layers:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so there is nothing to "
@@ -73,20 +73,18 @@ def disturb_statistics(
         for buffer, values in before.items():
             buffer.detach().copy_(values)
 
-    return between(begin, put_back)
+    return block_with_cleanup(begin, put_back)
 
 
 def _disturb_(layer: nn.Module, delta: float, generator: torch.Generator) -> None:
     for name in BUFFERS:
         buffer = statistics_of(layer)[name]
         draw = torch.rand(buffer.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        buffer.detach().mul_(_like(1 + delta * draw, buffer))
-
-
-def _like(values: Tensor, buffer: Tensor) -> Tensor:
-    return values.to(device=buffer.device, dtype=buffer.dtype)
+        buffer.detach().mul_((1 + delta * draw).to(buffer))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
+    """Make a generator whose draws depend only on the seed and the layer's name."""
+    # Python's ``hash`` of a text differs from process to process; a seed has at most 64 bits.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,11 +1,9 @@
-"""Estimation shift: how far running statistics are from those of the data they normalise."""
+"""Estimation shift: the distance of running statistics from those of the data at evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -13,31 +11,29 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.core.check import require_choice
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement, read_sound
+from normkit.diagnostics.measurement import Measurement, read_finite_rows
 from normkit.errors import DataError, OptionError
-from normkit.inference.known import is_fixed
+from normkit.inference.norm_classes import is_fixed
+from normkit.inference.norm_inputs import Missed, observe_inputs
 from normkit.inference.population import Population
-from normkit.inference.reaching import Missed, reaching
 from normkit.inference.tracked import (
     Unmeasured,
     Where,
     and_reasons,
-    chosen,
-    foreign,
+    select_layers,
     statistics_of,
     tracked,
+    unknown_layers,
     unmeasured,
-    why_still,
+    why_not_updated,
 )
 from normkit.layers.base import BUFFERS
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
-    require_batches,
-    untouched,
+    unwrap,
 )
 
 Normalize = Literal["sqrt_c"]
@@ -45,14 +41,14 @@ Normalize = Literal["sqrt_c"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShift:
-    """The shift of one layer.
+    """The estimation shift of one layer.
 
     Args:
-        name: Its name; ``"input"`` is the model's input.
-        num_groups: Values of its running mean: channels, or groups.
-        num_values: Values of its input behind each of them.
-        esm_mean: Distance of the running mean from the expected one, in the unit of the input.
-        esm_std: Distance of the running standard deviation from the expected one, likewise.
+        name: The layer's name; ``"input"`` is the model's input.
+        num_groups: Number of values of its running mean: channels, or groups.
+        num_values: Number of input values that each statistic was computed from.
+        esm_mean: Distance of the running means from the data's means, in the unit of the input.
+        esm_std: Distance of the running standard deviations from the data's, in the same unit.
     """
 
     name: str
@@ -67,9 +63,10 @@ class EstimationShift(Measurement):
     """Estimation shift of every layer with running statistics.
 
     Args:
-        layers: The model's input first, then layers in the order of the forward.
-        num_batches: Batches that were measured.
-        normalize: What the distances were divided by: nothing, or the root of their number.
+        layers: The model's input first, then the layers in the order of the forward.
+        num_batches: Number of batches that were measured.
+        normalize: ``"sqrt_c"`` if distances were divided by the square root of ``num_groups``;
+            None if they were not divided.
         left: Layers with running statistics that were not measured, with the reason.
     """
 
@@ -83,7 +80,7 @@ class EstimationShift(Measurement):
     @property
     def reading(self) -> str:
         """Where the shift is largest, and whether it grows with depth."""
-        return read_sound(self.layers[1:], self._read)
+        return read_finite_rows(self.layers[1:], self._read)
 
     @staticmethod
     def _read(rows: Sequence[LayerShift]) -> str:
@@ -116,25 +113,27 @@ def estimation_shift(
     normalize: Normalize | None = None,
     forward: Forward | None = None,
 ) -> EstimationShift:
-    r"""Measure how far running statistics are from those of the data they normalise.
+    r"""Measure the distance of running statistics from those of the data that they normalise.
 
     .. math::  ESM_\mu = \lVert \hat\mu - \mu \rVert_2, \quad
                ESM_\sigma = \lVert \sqrt{\hat\sigma^2} - \sqrt{\sigma^2} \rVert_2
 
-    over a layer's channels (or groups), with the running :math:`\hat\mu, \hat\sigma^2` and the
-    mean and biased variance of its input over all batches, in float64, the model at evaluation:
-    layers before it normalise by their running statistics. A layer's input is what reaches the
+    These are L2 distances over a layer's channels (or groups). :math:`\hat\mu, \hat\sigma^2` are
+    the running statistics, and :math:`\mu, \sigma^2` the mean and biased variance of the layer's
+    input over all batches, in float64. The model runs in evaluation mode, so earlier layers
+    normalise by their running statistics. The input that counts is the tensor that reaches the
     function that normalises. The model is left as it was.
 
     Args:
-        model: Holds norms of torch or ours with running statistics, or ``FrozenBatchNorm2d``.
-        batches: Test data: inputs, ``(inputs, target)`` or dicts of arguments, of any sizes.
-        train_batches: Training data: the first row is then the distance between the statistics of
-            the two inputs; without it that row has no values.
-        where: ``where(layer, name)`` says which layers are meant; by default all.
-        normalize: ``"sqrt_c"`` divides by the root of the number of channels, so that layers of
-            different widths compare; by default nothing does, as in the paper.
-        forward: ``forward(model, batch)`` for batches of another form.
+        model: Holds norms of torch or normkit with running statistics, or ``FrozenBatchNorm2d``.
+        batches: Test data: inputs, pairs ``(inputs, target)`` or dicts of arguments, of any sizes.
+        train_batches: Training data. With it the first row is the distance between the statistics
+            of the training and the test inputs; without it that row has no values.
+        where: ``where(layer, name)`` chooses the layers to measure; by default all.
+        normalize: ``"sqrt_c"`` divides by the square root of the number of channels, so that
+            layers of different widths can be compared; by default nothing is divided, as in the
+            paper.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
         A row for each layer; prints, ``to_json``, ``table``, ``plot``.
@@ -156,52 +155,56 @@ def estimation_shift(
     """
     if normalize is not None:
         require_choice("normalize", normalize, ("sqrt_c",))
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     fixed = {name: layer for name, layer in model.named_modules() if is_fixed(layer)}
-    known = chosen(tracked(model) | fixed, where)
+    known = select_layers(tracked(model) | fixed, where)
     if not known:
         raise OptionError(
             f"{type(model).__name__} has no layer with running statistics, so nothing can shift"
         )
-    left = {name: why for name, why in foreign(model).items() if name not in fixed}
-    still = {n: why_still(layer) for n, layer in known.items() if isinstance(layer, _InstanceNorm)}
-    left |= {name: why for name, why in still.items() if why}  # they evaluate without statistics
+    left = {name: why for name, why in unknown_layers(model).items() if name not in fixed}
+    # An instance norm of torch that does not update its statistics evaluates without them.
+    left |= {
+        name: why
+        for name, layer in known.items()
+        if isinstance(layer, _InstanceNorm) and (why := why_not_updated(layer))
+    }
     layers = {name: layer for name, layer in known.items() if name not in left}
     send = forward or forward_batch
-    seen = _observed(model, layers, Data(batches=batches, forward=send))
-    left |= {name: seen.missed[layer] for name, layer in layers.items() if layer in seen.missed}
+    inputs = _observed(model, layers, Data(batches=batches, forward=send))
+    left |= {name: inputs.missed[layer] for name, layer in layers.items() if layer in inputs.missed}
     trained = None
     if train_batches is not None:
         data = Data(batches=train_batches, forward=send, name="train_batches")
-        trained = _observed(model, {}, data).entry.moments
+        trained = _observed(model, {}, data).of_model.moments
     rows = [
         _row(name, population, running_moments(layers[name]), normalize)
-        for name, population in seen.layers.items()
+        for name, population in inputs.of_layers.items()
         if population.count and name not in left
     ]
     if not rows:
         raise DataError(f"no layer with running statistics got an input{and_reasons(left)}")
     return EstimationShift(
-        layers=(_row("input", seen.entry, trained, normalize), *rows),
-        num_batches=seen.num_batches,
+        layers=(_row("input", inputs.of_model, trained, normalize), *rows),
+        num_batches=inputs.num_batches,
         normalize=normalize,
         left=unmeasured(model, left),
     )
 
 
-class _Entry:
-    """Sees what the model itself is given, as far as that has channels."""
+class _ModelInput:
+    """Collects the statistics of the model's own input, if that has a channel axis."""
 
     def __init__(self) -> None:
         self._population: Population | None = Population()
 
     @property
     def population(self) -> Population:
-        """What was seen; nothing if the second axis changes its size, and counts no channels."""
+        """Statistics of all inputs; empty if the second axis changes its size: no channel axis."""
         return self._population or Population()
 
-    def see(self, _model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Take the first tensor that the model is given."""
+    def add(self, _model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Add the first tensor with two axes or more among the model's arguments."""
         given = (v for v in (*args, *named.values()) if isinstance(v, Tensor))
         x = next((v for v in given if v.ndim > 1), None)
         if x is None or x.numel() == 0 or self._population is None:
@@ -212,39 +215,46 @@ class _Entry:
             self._population.add(x)
 
 
-class _Seen(NamedTuple):
-    """What one pass has shown: inputs of layers by name, the model's own, and who was missed."""
+class _Inputs(NamedTuple):
+    """Statistics of all inputs in one pass over the data.
 
-    layers: dict[str, Population]
-    entry: Population
+    Args:
+        of_layers: By layer name.
+        of_model: Statistics of the model's own input.
+        missed: Layers with an input that was not seen, with the reason.
+        num_batches: Number of batches.
+    """
+
+    of_layers: dict[str, Population]
+    of_model: Population
     missed: Missed
     num_batches: int
 
 
-def _observed(model: nn.Module, layers: dict[str, nn.Module], data: Data) -> _Seen:
-    """Let the layers, and the model's input, be seen in one pass at evaluation."""
-    seen, missed, entry = dict[str, Population](), Missed(), _Entry()
+def _observed(model: nn.Module, layers: dict[str, nn.Module], data: Data) -> _Inputs:
+    """Observe the inputs of the layers and of the model, in one pass in evaluation mode."""
+    of_layers, model_input = dict[str, Population](), _ModelInput()
 
-    def see(name: str, x: Tensor, valid: Tensor | None = None) -> None:
-        seen.setdefault(name, Population(layers[name])).add(x, valid)
+    def observe(name: str, x: Tensor, valid: Tensor | None = None) -> None:
+        of_layers.setdefault(name, Population(layers[name])).add(x, valid)
 
-    with untouched(model, training=False), ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(entry.see, with_kwargs=True).remove)
-        for name, layer in layers.items():
-            stack.enter_context(reaching(layer, partial(see, name), missed=missed))
-        num_batches = data.send(model, "measuring estimation shift")
-    require_batches(num_batches, data.name)
-    return _Seen(seen, entry.population, missed, num_batches)
+    hook = model.register_forward_pre_hook(model_input.add, with_kwargs=True)
+    try:
+        what = "measuring estimation shift"
+        missed, num_batches = observe_inputs(model, layers, observe, data, what)
+    finally:
+        hook.remove()
+    return _Inputs(of_layers, model_input.population, missed, num_batches)
 
 
 def running_moments(layer: nn.Module) -> Moments:
-    """Running mean and variance of a layer, in float64."""
+    """Read a layer's running mean and variance, in float64."""
     mean, var = (statistics_of(layer)[name].double() for name in BUFFERS)
     return Moments(mean, var)
 
 
 def distances_between(given: Moments, expected: Moments) -> tuple[float, float]:
-    """Lengths of the differences of two tables' means and of their standard deviations."""
+    """L2 distances of the means, and of the standard deviations, of two tables of moments."""
     mean = (given.mean - expected.mean).norm()
     std = (given.var.sqrt() - expected.var.sqrt()).norm()
     return mean.item(), std.item()

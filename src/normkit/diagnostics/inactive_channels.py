@@ -1,9 +1,9 @@
-"""Elimination singularities: channels that an activation has switched off."""
+"""Elimination singularities: channels that a ReLU sets to zero in all of the data."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +17,29 @@ from normkit.errors import DataError
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
     require_batches,
     uncompiled,
     untouched,
+    unwrap,
 )
 from normkit.text import module_name
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6"})
-"""Functions that give 0 for everything that is not positive."""
+"""Names of the functions that return 0 for every value that is not positive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerActivity:
-    """What one activation lets through.
+    """Inactive channels of one ReLU.
 
     Args:
-        name: The module that calls it, and which of its calls it is, if there are several.
+        name: The module that calls the ReLU, and the number of the call if that is above 1.
         num_channels: Channels of its input.
-        num_eliminated: Channels that are not positive anywhere in the data.
+        num_eliminated: Channels without a positive value anywhere in the data.
         zero_share: Share of zeros in its output.
-        largest_zero_share: Of the channel that has most.
+        largest_zero_share: Share of zeros in the channel with most zeros.
     """
 
     name: str
@@ -51,11 +51,11 @@ class LayerActivity:
 
 @dataclass(frozen=True, kw_only=True)
 class InactiveChannels(Measurement):
-    """Channels that activations have switched off.
+    """Channels that ReLUs set to zero in all of the data.
 
     Args:
-        layers: Activations in the order of the forward.
-        num_batches: Batches that were measured.
+        layers: A row for each ReLU, in the order of the forward.
+        num_batches: Number of batches that were measured.
     """
 
     layers: tuple[LayerActivity, ...]
@@ -65,7 +65,7 @@ class InactiveChannels(Measurement):
 
     @property
     def reading(self) -> str:
-        """How many channels are off, and where most."""
+        """How many channels are off, and in which layer most."""
         dead, total = (
             sum(getattr(row, name) for row in self.layers)
             for name in ("num_eliminated", "num_channels")
@@ -84,25 +84,26 @@ class InactiveChannels(Measurement):
 def inactive_channels(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
 ) -> InactiveChannels:
-    """Count the channels that ReLU switches off, and the zeros that it makes.
+    """Count the channels that each ReLU sets to zero in all of the data, and its share of zeros.
 
-    A channel is eliminated when its input to the activation is not positive anywhere in the data.
-    Every ``relu`` and ``relu6`` is seen, called as a module or as a function, one row for each
-    call of a forward. The model runs at evaluation and is left as it was.
+    A channel is eliminated if the ReLU's input has no positive value in it anywhere in the data.
+    Every call of ``relu`` and ``relu6`` in a forward has a row, whether a module or a function is
+    called. The model runs in evaluation mode and is left as it was.
 
-    Channels are the second axis, ``(N, C, *S)``: an activation does not say which axis it is. Of
-    tokens ``(N, L, C)`` the rows are therefore positions.
+    Channels are the second axis, ``(N, C, *S)``, because a ReLU does not know which axis holds
+    them. For tokens ``(N, L, C)`` the counted "channels" are therefore positions.
 
     Args:
         model: Any model with ReLUs.
-        batches: Inputs, ``(inputs, target)`` or dicts of arguments.
-        forward: ``forward(model, batch)`` for batches of another form.
+        batches: Inputs, pairs ``(inputs, target)`` or dicts of arguments.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
-        A row for each activation.
+        A row for each ReLU.
 
     Raises:
-        DataError: If there is no batch, the model calls no ReLU, or one gets NaN.
+        DataError: If there is no batch, the model calls no ReLU, an input's second axis changes
+            its size, or an input has NaN.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -114,12 +115,12 @@ def inactive_channels(
         >>> found.layers[0].name, found.layers[0].num_channels
         ('1', 8)
     """
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     data = Data(batches=batches, forward=forward or forward_batch)
     recorder, num_batches = Recorder(), 0
     with untouched(model, training=False), uncompiled(), torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.callback(recorder.follow(name, module))
+            recorder.follow(name, module, stack)
         stack.enter_context(recorder)
         for batch in data.each(model, "measuring activations"):
             recorder.begin()
@@ -129,25 +130,25 @@ def inactive_channels(
     if recorder.uneven:
         raise DataError(
             f"the second axis of the input of {sorted(recorder.uneven)[0]} changes its size from "
-            f"batch to batch, so it does not count channels; give batches of one size"
+            f"batch to batch, so it is no channel axis; give batches of one size"
         )
-    if not recorder.seen:
+    if not recorder.activity:
         raise DataError(
             "no ReLU was called with a map: batches are empty, or the model has activations that "
             "are never exactly zero"
         )
-    broken = [name for name, seen in recorder.seen.items() if seen.largest.isnan().any()]
+    broken = [name for name, each in recorder.activity.items() if each.largest.isnan().any()]
     if broken:
         raise DataError(
             f"the input of {broken[0]} has NaN, which is neither positive nor not; look for it in "
             f"the batches, parameters and running statistics"
         )
-    rows = [seen.row(name) for name, seen in recorder.seen.items()]
+    rows = [each.row(name) for name, each in recorder.activity.items()]
     return InactiveChannels(layers=tuple(rows), num_batches=num_batches)
 
 
-class _Seen:
-    """Zeros and the largest input of each channel of one activation."""
+class _ChannelActivity:
+    """Number of zeros and the largest input in each channel of one ReLU."""
 
     def __init__(self, num_channels: int) -> None:
         self.zeros = torch.zeros(num_channels, dtype=torch.long)
@@ -155,13 +156,14 @@ class _Seen:
         self.count = 0
 
     def add(self, x: Tensor) -> None:
-        """Take the input of the activation into account."""
+        """Add one input of the ReLU."""
         channels = x.detach().transpose(0, 1).flatten(1)
         self.zeros += (channels <= 0).sum(dim=1).cpu()
         self.largest = torch.maximum(self.largest, channels.amax(dim=1).double().cpu())
         self.count += channels.shape[1]
 
     def row(self, name: str) -> LayerActivity:
+        """Summarise all inputs in one row."""
         shares = self.zeros.double() / self.count
         return LayerActivity(
             name=name,
@@ -173,72 +175,59 @@ class _Seen:
 
 
 class Recorder(TorchFunctionMode):
-    """Sees every rectifier, and knows which module calls it."""
+    """Records the input of every ReLU, together with the module that calls it.
+
+    ``activity`` holds each ReLU's counts by its name in the report, and ``uneven`` the names of
+    those whose second axis changes its size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, _Seen] = {}
+        self.activity: dict[str, _ChannelActivity] = {}
         self.uneven: set[str] = set()
-        self.calls: Counter[str] = Counter()
-        self._inside: list[str] = []
+        self._calls: Counter[str] = Counter()
+        self._running: list[str] = []
 
-    def follow(self, name: str, module: nn.Module) -> Callable[[], None]:
-        """Note when a module runs; return how that ends."""
-
-        def before_it(_module: nn.Module, _args: Any) -> None:  # noqa: ANN401
-            self.enter(name)
-
-        def after_it(_module: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
-            self.leave()
-
-        before = module.register_forward_pre_hook(before_it)
-        after = module.register_forward_hook(after_it, always_call=True)
-
-        def end() -> None:
-            before.remove()
-            after.remove()
-
-        return end
+    def follow(self, name: str, module: nn.Module, stack: ExitStack) -> None:
+        """Note when a module runs, until the stack is closed."""
+        before = module.register_forward_pre_hook(lambda *_: self.enter(name))
+        after = module.register_forward_hook(lambda *_: self.leave(), always_call=True)
+        stack.callback(before.remove)
+        stack.callback(after.remove)
 
     @property
     def is_inside(self) -> bool:
-        """Whether a module runs."""
-        return bool(self._inside)
+        """Whether a module is running."""
+        return bool(self._running)
 
     def begin(self) -> None:
-        """Count calls anew: a forward begins."""
-        self.calls.clear()
-        self._inside.clear()
+        """Reset the numbers of calls, because a new forward begins."""
+        self._calls.clear()
+        self._running.clear()
 
     def enter(self, name: str) -> None:
-        """Note that a module runs from here on."""
-        self._inside.append(name)
+        """Note that a module begins to run."""
+        self._running.append(name)
 
     def leave(self) -> None:
-        """Note that the module that ran last is done."""
-        if self._inside:
-            self._inside.pop()
+        """Note that the innermost running module has returned."""
+        if self._running:
+            self._running.pop()
 
-    def __torch_function__(  # what torch calls, with whatever a function takes
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         if getattr(func, "__name__", "") in RECTIFIERS and args and args[0].ndim > 1:
             self._note(args[0])
         return func(*args, **(kwargs or {}))
 
     def _note(self, x: Tensor) -> None:
-        place = self._inside[-1] if self._inside else ""
-        self.calls[place] += 1
-        number = self.calls[place]
-        name = module_name(place) + (f", call {number}" if number > 1 else "")
+        caller = self._running[-1] if self._running else ""
+        self._calls[caller] += 1
+        number = self._calls[caller]
+        name = module_name(caller) + (f", call {number}" if number > 1 else "")
         if x.numel() == 0:
             return
-        seen = self.seen.setdefault(name, _Seen(x.shape[1]))
-        if x.shape[1] == seen.zeros.numel():
-            seen.add(x)
+        activity = self.activity.setdefault(name, _ChannelActivity(x.shape[1]))
+        if x.shape[1] == activity.zeros.numel():
+            activity.add(x)
         else:
             self.uneven.add(name)

@@ -1,4 +1,4 @@
-"""Loss landscape and gradient predictiveness, by either of the two protocols."""
+"""Measure the loss landscape and gradient predictiveness, by one of two protocols."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.optim import SGD, Optimizer
 
 from normkit.core.check import require_choice
 from normkit.diagnostics.lipschitz import Loss, cross_entropy_of_pairs
-from normkit.diagnostics.measurement import Measurement, read_sound
+from normkit.diagnostics.measurement import Measurement, read_finite_rows
 from normkit.errors import OptionError
 from normkit.passes import (
     Forward,
     as_list,
     attempt,
-    bare,
     changes_nothing,
     device_of,
     forward_batch,
     moved,
     progress,
     untouched,
+    unwrap,
 )
 
 Protocol = Literal["along_gradient", "multi_lr"]
@@ -39,16 +39,17 @@ RATES: dict[Protocol, tuple[float, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step, over all rates.
+    """Losses and gradients of one step, over all rates.
 
     Args:
-        name: Its number, from 1.
+        name: The step's number, from 1.
         min_loss: Smallest loss.
         max_loss: Largest loss.
-        loss_range: Their difference.
+        loss_range: ``max_loss - min_loss``.
         min_gradient_change: Smallest distance between two gradients.
         max_gradient_change: Largest such distance.
-        effective_smoothness: Largest distance over the length of the step; only along the gradient.
+        effective_smoothness: Largest ratio of the gradients' distance to the length of the step;
+            None for ``"multi_lr"``.
     """
 
     name: int
@@ -66,8 +67,8 @@ class GradientLandscape(Measurement):
 
     Args:
         protocol: ``"along_gradient"`` or ``"multi_lr"``.
-        rates: Lengths of the steps, or learning rates.
-        num_parameters: Values of the parameters that were looked at.
+        rates: Multiples of the gradient, or learning rates.
+        num_parameters: Number of values in the chosen parameters.
         steps: A row for each batch.
     """
 
@@ -81,7 +82,7 @@ class GradientLandscape(Measurement):
     @property
     def reading(self) -> str:
         """How much the loss and the gradient change, on average."""
-        return read_sound(self.steps, self._read)
+        return read_finite_rows(self.steps, self._read)
 
     def _read(self, steps: Sequence[Step]) -> str:
         loss = sum(step.loss_range for step in steps) / len(steps)
@@ -108,37 +109,41 @@ def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied 
 ) -> GradientLandscape:
     r"""Measure how losses and gradients change with the length of a step.
 
-    ``"along_gradient"``: for each batch, with its gradient :math:`g` at the model's parameters
-    :math:`\theta`, the loss and the gradient at :math:`\theta - \eta g` for each rate
-    :math:`\eta`; changes are :math:`\lVert g(\eta) - g \rVert_2`, and the effective smoothness is
+    ``"along_gradient"``: each batch has a gradient :math:`g` at the model's parameters
+    :math:`\theta`. The loss and the gradient :math:`g(\eta)` are then taken at
+    :math:`\theta - \eta g` for each rate :math:`\eta`. Changes are
+    :math:`\lVert g(\eta) - g \rVert_2`, and the effective smoothness is
     :math:`\max_\eta \lVert g(\eta) - g \rVert / (\eta \lVert g \rVert)`.
 
-    ``"multi_lr"``: copies of the model are trained on the batches, a step each, one for each
-    learning rate; each row has the spread of their losses, and of
+    ``"multi_lr"``: one copy of the model for each learning rate is trained on the batches, one
+    step for each batch. A row has the range of the copies' losses, and of their changes
     :math:`\lVert g_t - g_{t-1} \rVert_2`.
 
-    The model is in training mode and is left as it was: parameters, buffers, modes, random states.
-    Every copy, and every point along a gradient, gets the same random numbers.
+    The model runs in training mode and is left as it was: parameters, buffers, modes and random
+    states. Every copy, and every point along a gradient, gets the same random numbers.
 
     Args:
         model: Any model.
-        batches: ``(inputs, target)``, or what ``loss`` and ``forward`` take; read once and kept.
-        protocol: One of the two.
-        rates: Steps along the gradient (0.1 to 0.5), or learning rates (1e-4 to 5e-4, as in the
-            paper).
+        batches: Pairs ``(inputs, target)``, or anything that ``loss`` and ``forward`` take; read
+            once and kept.
+        protocol: ``"along_gradient"`` or ``"multi_lr"``.
+        rates: Steps along the gradient (by default 0.1 to 0.5), or learning rates (by default 1e-4
+            to 5e-4, as in the paper).
         loss: ``loss(output, batch)``; by default the cross entropy.
-        params: ``params(name, parameter)`` says which parameters are looked at; by default all.
-            (The authors' code takes the last linear layer's weight.) All are trained.
+        params: ``params(name, parameter)`` chooses the parameters whose gradients are compared; by
+            default all. (The authors' code takes the last linear layer's weight.) All parameters
+            are trained.
         optimizer: ``optimizer(parameters, rate)`` for ``"multi_lr"``; by default SGD with momentum
             0.9.
-        forward: ``forward(model, batch)`` for batches of another form.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
         A row for each batch.
 
     Raises:
-        OptionError: If the protocol is unknown, a rate is not positive, or no parameter is meant.
-        DataError: If there is no batch, or one without a target.
+        OptionError: If the protocol is unknown, a rate is not positive, or ``params`` chooses
+            nothing.
+        DataError: If there is no batch, or a batch has no target.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, sections 3.1 and
@@ -154,8 +159,8 @@ def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied 
     require_choice("protocol", protocol, get_args(Protocol))
     rates = tuple(rates or RATES[protocol])
     if min(rates) <= 0:
-        raise OptionError(f"rates={rates} was given; each is above 0")
-    model = bare(model, "measure")
+        raise OptionError(f"rates={rates} was given; every rate must be above 0")
+    model = unwrap(model, "measure")
     chosen = [n for n, p in model.named_parameters() if params is None or params(n, p)]
     if not chosen:
         raise OptionError("params= chooses none of the model's parameters")
@@ -170,7 +175,7 @@ def gradient_landscape(  # noqa: PLR0913 - the protocol, and what it is applied 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is computed of a model."""
+    """The batches, the loss, and the names of the parameters whose gradients are compared."""
 
     batches: list[Any]
     loss: Loss
@@ -178,7 +183,7 @@ class _Task:
     chosen: list[str]
 
     def evaluate(self, model: nn.Module, batch: Any) -> tuple[float, list[Tensor]]:  # noqa: ANN401
-        """Loss of a batch, and its gradient by all parameters."""
+        """Compute the loss of a batch and its gradient for every trainable parameter."""
         sent = moved(batch, device_of(model))
         parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.enable_grad():
@@ -186,8 +191,8 @@ class _Task:
         grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         return value.item(), list(grads)
 
-    def observed(self, model: nn.Module, grads: list[Tensor]) -> Tensor:
-        """The gradient by the chosen parameters, as one vector in float64."""
+    def chosen_gradient(self, model: nn.Module, grads: list[Tensor]) -> Tensor:
+        """Join the gradients of the chosen parameters into one vector in float64."""
         named = [name for name, p in model.named_parameters() if p.requires_grad]
         kept = [g for name, g in zip(named, grads, strict=True) if name in self.chosen]
         return torch.cat([g.double().flatten() for g in kept])
@@ -197,26 +202,26 @@ def _along_gradient(model: nn.Module, task: _Task, rates: tuple[float, ...]) -> 
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
 
-    def look_around(number: int, batch: Any) -> Step:  # noqa: ANN401 - see passes.batches
-        start, grads = _still(model, task, batch)
-        first, losses, changes = task.observed(model, grads), [start], []
+    def evaluate_untouched(batch: Any) -> tuple[float, list[Tensor]]:  # noqa: ANN401
+        # Buffers and random states are restored, so every rate sees the same model and dropout.
+        with untouched(model, training=True):
+            return task.evaluate(model, batch)
+
+    def measure(number: int, batch: Any) -> Step:  # noqa: ANN401 - see passes.batches
+        start, grads = evaluate_untouched(batch)
+        first, losses, changes = task.chosen_gradient(model, grads), [start], []
         for rate in rates:
             _write(parameters, (p - rate * g for p, g in zip(before, grads, strict=True)))
-            value, there = _still(model, task, batch)
+            value, there = evaluate_untouched(batch)
             losses.append(value)
-            changes.append((task.observed(model, there) - first).norm().item())
+            changes.append((task.chosen_gradient(model, there) - first).norm().item())
         _write(parameters, before)
         length = torch.cat([g.double().flatten() for g in grads]).norm().item()
         ratios = [c / (r * length) for c, r in zip(changes, rates, strict=True) if length]
         return _step(number, losses, changes, max(ratios, default=None))
 
     batches = enumerate(progress(task.batches, "measuring gradients"), start=1)
-    return attempt(lambda: tuple(starmap(look_around, batches)), model, values=parameters)
-
-
-def _still(model: nn.Module, task: _Task, batch: Any) -> tuple[float, list[Tensor]]:  # noqa: ANN401
-    with untouched(model, training=True):
-        return task.evaluate(model, batch)
+    return attempt(lambda: tuple(starmap(measure, batches)), model, values=parameters)
 
 
 def _with_rates(
@@ -239,20 +244,19 @@ def _run(
     rate: float,
     optimizer: Callable[[Iterable[nn.Parameter], float], Optimizer],
 ) -> list[tuple[float, float | None]]:
-    """Train a copy; the loss of each step, and how far its gradient is from the one before."""
+    """Train a copy; return each step's loss and the distance from the previous gradient."""
     rows: list[tuple[float, float | None]] = []
     previous = None
-    with untouched(model):  # gives the random states back
+    with untouched(model):  # restores the random states, so that all copies draw the same numbers
         copied = copy.deepcopy(model).train()
         steps = optimizer(copied.parameters(), rate)
         for batch in task.batches:
             value, grads = task.evaluate(copied, batch)
-            now = task.observed(copied, grads)
+            now = task.chosen_gradient(copied, grads)
             rows.append((value, None if previous is None else (now - previous).norm().item()))
             previous = now
-            for p, g in zip(
-                (p for p in copied.parameters() if p.requires_grad), grads, strict=True
-            ):
+            trained = (p for p in copied.parameters() if p.requires_grad)
+            for p, g in zip(trained, grads, strict=True):
                 p.grad = g
             steps.step()
     return rows

@@ -1,10 +1,11 @@
-"""Lipschitz terms: what weight standardization takes out of the gradient of a weight."""
+"""Lipschitz terms: the parts of a weight's gradient that weight standardization removes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,34 +13,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.core.moments import Moments
-from normkit.diagnostics.measurement import Measurement, read_sound
+from normkit.diagnostics.measurement import Measurement, read_finite_rows
 from normkit.errors import DataError, OptionError
 from normkit.passes import (
     Data,
     Forward,
-    bare,
     changes_nothing,
     forward_batch,
     require_batches,
     uncompiled,
     untouched,
+    unwrap,
 )
 from normkit.weights.attach import rules_of
 from normkit.weights.parametrizations import WeightStandardization
 
 Loss = Callable[[Any, Any], Tensor]
-"""``loss(output, batch)`` gives a number to be differentiated."""
+"""``loss(output, batch)`` returns a scalar tensor, which is differentiated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTerms:
-    """Shares of the two terms in one layer.
+    """The two terms of one layer, as shares of its squared gradient.
 
     Args:
-        name: The layer.
-        num_filters: Filters of its weight.
-        weight_share: Share of the term along the standardised weight.
-        mean_share: Share of the term along the constant.
+        name: The layer's name.
+        num_filters: Number of filters in its weight.
+        weight_share: Share of the gradient along the standardised weight.
+        mean_share: Share of the gradient along the constant filter.
     """
 
     name: str
@@ -50,11 +51,11 @@ class LayerTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class LipschitzTerms(Measurement):
-    """Shares of the terms by which standardization reduces the gradient, layer by layer.
+    """Shares of the gradient that standardization removes, layer by layer.
 
     Args:
         layers: Layers with standardised weights, in the order of the model.
-        num_batches: Batches that were measured.
+        num_batches: Number of batches that were measured.
     """
 
     layers: tuple[LayerTerms, ...]
@@ -64,8 +65,8 @@ class LipschitzTerms(Measurement):
 
     @property
     def reading(self) -> str:
-        """Which of the two terms is larger."""
-        return read_sound(self.layers, self._read)
+        """The mean shares of the two terms, in one sentence."""
+        return read_finite_rows(self.layers, self._read)
 
     @staticmethod
     def _read(rows: Sequence[LayerTerms]) -> str:
@@ -76,12 +77,12 @@ class LipschitzTerms(Measurement):
         return (
             f"Of the squared gradient of standardised weights, {100 * mean:.2g} % lie along the "
             f"constant and {100 * weight:.2g} % along the weight itself (means over layers); "
-            f"standardization takes both out."
+            f"standardization removes both."
         )
 
 
 def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
-    """Cross entropy of scores ``(N, K)``, for batches ``(inputs, target)``.
+    """Mean cross entropy of scores ``(N, K)``, for batches ``(inputs, target)``.
 
     Raises:
         DataError: If the batch is no pair.
@@ -104,30 +105,31 @@ def lipschitz_terms(
 ) -> LipschitzTerms:
     r"""Measure by how much weight standardization reduces the gradient of each weight.
 
-    With the gradient :math:`g` of the standardised weight :math:`\hat W` of a filter of
-    :math:`I` values, the squared gradient of the raw weight is
+    :math:`g` is the gradient of the standardised weight :math:`\hat W` of a filter of :math:`I`
+    values. The squared gradient of the raw weight is then
 
     .. math::  \frac{1}{\sigma^2} \left( \lVert g \rVert^2 - \frac{1}{I} \langle 1, g \rangle^2
                - \frac{1}{I} \langle \hat W, g \rangle^2 \right)
 
-    and the shares are those of the last two terms in the first, summed over filters and batches.
-    The standardised weight is the layer's own, by its ``eps``; with ``unbiased`` its squared length
-    is :math:`I - 1`, which then divides the last term. A layer without ``center`` leaves the term
-    along the constant alone, one without ``scale`` that along the weight: their shares are 0.
-    The model is in training mode, normalises by its batches, and is left as it was.
+    and the shares are the last two terms divided by the first, summed over filters and batches.
+    :math:`\hat W` is computed with the layer's ``eps``. With ``unbiased`` its squared length is
+    :math:`I - 1`, which then divides the last term. A layer without ``center`` keeps the term along
+    the constant, so that share is 0; without ``scale`` the share along the weight is 0. The model
+    runs in training mode, normalises by its batches, and is left as it was.
 
     Args:
         model: Has weights that ``standardize_weights_`` has standardised.
-        batches: ``(inputs, target)``, or what ``loss`` and ``forward`` take.
+        batches: Pairs ``(inputs, target)``, or anything that ``loss`` and ``forward`` take.
         loss: ``loss(output, batch)``; by default the cross entropy.
-        forward: ``forward(model, batch)`` for batches of another form.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
         A row for each standardised layer.
 
     Raises:
         OptionError: If no weight is standardised.
-        DataError: If there is no batch, one without a target, or no gradient.
+        DataError: If there is no batch, a batch has no target, or no standardised weight gets a
+            gradient.
 
     Source:
         Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -141,7 +143,7 @@ def lipschitz_terms(
         >>> [row.name for row in lipschitz_terms(model, [pair]).layers]
         ['0']
     """
-    model = bare(model, "measure")
+    model = unwrap(model, "measure")
     rules = _standardised(model)
     data = Data(batches=batches, forward=forward or forward_batch)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}
@@ -179,30 +181,29 @@ def _standardised(model: nn.Module) -> dict[str, WeightStandardization]:
 def _terms(
     rules: Mapping[str, WeightStandardization], compute: Callable[[], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Squared gradient, and its terms along the constant and the weight, of each layer."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    """Split each layer's squared gradient into the whole and the two terms that are removed."""
+    # Raw and standardised weights by layer, as the first call of the parametrization had them.
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def see(_rule: nn.Module, args: tuple[Tensor], weight: Tensor) -> None:
-            seen.setdefault(name, (args[0], weight))
-
-        return see
+    def keep(name: str, _rule: nn.Module, args: tuple[Tensor], weight: Tensor) -> None:
+        weights.setdefault(name, (args[0], weight))
 
     with ExitStack() as hooks:
         for name, rule in rules.items():
-            hooks.callback(rule.register_forward_hook(keep(name)).remove)
+            hooks.callback(rule.register_forward_hook(partial(keep, name)).remove)
         total = compute()
-    weights = [weight for _, weight in seen.values()]
-    grads = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
-    for (name, (raw, _)), grad in zip(seen.items(), grads, strict=True):
+    standardised = [weight for _, weight in weights.values()]
+    grads = torch.autograd.grad(total, standardised, allow_unused=True, materialize_grads=True)
+    for (name, (raw, _)), grad in zip(weights.items(), grads, strict=True):
         yield name, _split(rules[name], raw.detach(), grad)
 
 
 def _split(rule: WeightStandardization, raw: Tensor, grad: Tensor) -> Tensor:
-    """Squared gradient of a layer's filters, and what is taken out along constant and weight."""
+    """Compute a layer's squared gradient and the terms along the constant and the weight, (3,)."""
     values, g = (rule.filters.rows(t)[0].double() for t in (raw, grad))
     if rule.gain is not None:
-        g = g * rule.gain.detach().double()[:, None]  # of the weight before gain and offset
+        # The formula needs the gradient of the weight before gain and offset.
+        g = g * rule.gain.detach().double()[:, None]
     size, centred = g.shape[1], values - values.mean(dim=1, keepdim=True)
     var = centred.square().mean(dim=1, keepdim=True)
     unit = centred * rule.algebra.factor(Moments(values.mean(dim=1, keepdim=True), var))

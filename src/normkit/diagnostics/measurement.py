@@ -1,4 +1,4 @@
-"""What every measurement can do: be read, printed, written and drawn."""
+"""The base class of all measurements: one-sentence summary, table, JSON and plot."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from normkit.errors import PackageError
-from normkit.text import module_name, table_lines
+from normkit.text import listed, module_name, table_lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(ABC):
-    """Something measured row by row; ``str`` gives its reading and its table.
+    """A measurement with one row for each layer, or each training step.
 
-    The rows are layers in the order of the forward, or training steps.
+    Layers are in the order of the forward. ``str`` gives the reading and the table.
     """
 
     drawn: ClassVar[tuple[str, ...]]
@@ -25,20 +25,20 @@ class Measurement(ABC):
 
     @property
     def rows(self) -> tuple[Any, ...]:
-        """The rows: those of its fields that are called ``layers`` or ``steps``."""
+        """The rows: the field ``layers``, or ``steps``."""
         return getattr(self, "layers", ()) or getattr(self, "steps", ())
 
     @property
     @abstractmethod
     def reading(self) -> str:
-        """What the numbers say, in one sentence."""
+        """The result in one sentence."""
 
     def to_json(self) -> str:
-        """All numbers as JSON; what is not finite is null."""
+        """All numbers as JSON; numbers that are not finite become null."""
         return json.dumps({"measure": type(self).__name__, **_plain(self)})
 
     def table(self) -> str:
-        """The rows as a table of plain text."""
+        """The rows as a plain-text table."""
         if not self.rows:
             return ""
         names = [field.name for field in fields(self.rows[0])]
@@ -46,7 +46,7 @@ class Measurement(ABC):
         return "\n".join(table_lines([[name.replace("_", " ") for name in names], *rows]))
 
     def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
-        """Draw the columns over the rows; returns a matplotlib ``Figure``.
+        """Plot the columns of ``drawn`` over the rows; return a matplotlib ``Figure``.
 
         Raises:
             PackageError: If matplotlib is not installed.
@@ -72,7 +72,7 @@ class Measurement(ABC):
 
 
 def new_figure(**options: Any) -> Any:  # noqa: ANN401
-    """Make a matplotlib ``Figure``, which only who draws needs.
+    """Make a matplotlib ``Figure``; matplotlib is imported here, because only plots need it.
 
     Raises:
         PackageError: If matplotlib is not installed.
@@ -86,28 +86,27 @@ def new_figure(**options: Any) -> Any:  # noqa: ANN401
     return Figure(**options)
 
 
-def read_sound(rows: Sequence[Any], read: Callable[[Sequence[Any]], str]) -> str:
-    """What those rows say whose numbers are finite, and the names of the others.
+def read_finite_rows(rows: Sequence[Any], read: Callable[[Sequence[Any]], str]) -> str:
+    """Summarise the rows with finite numbers, and name the other rows.
 
     Args:
         rows: Rows of a measurement.
-        read: A sentence on some of them, one at least.
+        read: Makes a sentence of one or more rows.
     """
-    broken = [module_name(str(row.name)) for row in rows if _is_broken(row)]
-    sound = [row for row in rows if not _is_broken(row)]
-    said = [read(sound)] if sound else []
+    broken = [module_name(str(row.name)) for row in rows if not _is_finite(row)]
+    finite = [row for row in rows if _is_finite(row)]
+    sentences = [read(finite)] if finite else []
     if broken:
-        names = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
-        said.append(
-            f"Not finite, and not counted: {len(broken)} of {len(rows)} ({names}); look for NaN, "
-            f"infinity and huge values in the batches, parameters and statistics."
+        sentences.append(
+            f"Not finite, and not counted: {len(broken)} of {len(rows)} ({listed(broken)}); look "
+            f"for NaN, infinity and huge values in the batches, parameters and statistics."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
-def _is_broken(row: Any) -> bool:  # noqa: ANN401 - a dataclass
+def _is_finite(row: Any) -> bool:  # noqa: ANN401 - a dataclass
     values = (getattr(row, field.name) for field in fields(row))
-    return any(isinstance(value, float) and not math.isfinite(value) for value in values)
+    return all(not isinstance(value, float) or math.isfinite(value) for value in values)
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Output noise: what a network makes of norms that are not exact."""
+"""Add noise to the outputs of norms, to see how a network trains with inexact norms."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from normkit.core.check import require_choice
 from normkit.diagnostics.channel_difference import channels_first
 from normkit.errors import OptionError
-from normkit.inference.known import own_forward, takes_input_as_it_is
-from normkit.inference.tracked import Where, chosen, reasons, valid_positions
-from normkit.passes import Hooks, Temporary, bare, between, require_uncompiled
+from normkit.inference.norm_classes import describe_own_forward, normalizes_its_input
+from normkit.inference.tracked import Where, reasons, select_layers, valid_positions
+from normkit.passes import Hooks, TemporaryHook, block_with_cleanup, require_uncompiled, unwrap
 from normkit.tracing import is_norm
 from normkit.tracing.kinds import NORMS
 
@@ -30,30 +30,30 @@ def add_output_noise(
     granularity: Granularity = "group",
     where: Where | None = None,
 ) -> AbstractContextManager[tuple[str, ...]]:
-    r"""Run the block with Gaussian noise on what norms put out in training.
+    r"""Run the block with Gaussian noise on the outputs of norms in training mode.
 
     .. math::  y \leftarrow y + \epsilon, \quad \epsilon \sim N(m, s^2)
 
-    after scale and shift and before the activation, also where the layer has that inside, and only
-    in training mode. The noise comes from torch's generator, as that of dropout does.
+    The noise is added after scale and shift and before the activation, also if the layer contains
+    the activation. It comes from torch's random generator, as dropout's draws do.
 
     Args:
         model: Holds norms of any library.
-        mean: Of the noise.
+        mean: Mean of the noise.
         std: Standard deviation of the noise.
-        granularity: ``"group"``: one draw for each example and channel group (of a layer without
+        granularity: ``"group"``: one draw for each example and channel group (for a layer without
             ``num_groups``, each channel), as in the authors' code; ``"element"``: one for each
             value.
-        where: ``where(layer, name)`` says which norms are meant; by default all.
+        where: ``where(layer, name)`` chooses the norms; by default all.
 
     Returns:
-        The block's context manager, which gives the names of the norms. No hook is left, also when
-        Ctrl-C comes meanwhile.
+        A context manager that gives the names of the norms. It removes all hooks at its end, also
+        after Ctrl-C.
 
     Raises:
         OptionError: If there is no norm, ``std`` is negative, the granularity is unknown, the model
-            is compiled, or a draw for each group is wanted of a class with its own forward, of
-            which it is not known where its channels are.
+            is compiled, or ``"group"`` is given and a norm's class has its own forward, so that
+            its channel axis is unknown.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, sections 3.2.1, A.2.
@@ -68,13 +68,13 @@ def add_output_noise(
     """
     require_choice("granularity", granularity, get_args(Granularity))
     if std < 0:
-        raise OptionError(f"std={std} was given; a standard deviation is at least 0")
-    modules = bare(model, "disturb").named_modules()
+        raise OptionError(f"std={std} was given; give a standard deviation of 0 or more")
+    modules = unwrap(model, "disturb").named_modules()
     require_uncompiled(model, "disturb")
     norms = {name: module for name, module in modules if is_norm(module)}
     inner = tuple(f"{name}." for name in norms if name)
     outer = {name: module for name, module in norms.items() if not name.startswith(inner)}
-    layers = chosen(outer, where)
+    layers = select_layers(outer, where)
     if not layers:
         raise OptionError(f"{type(model).__name__} has no norm, so there is nothing to disturb")
 
@@ -87,24 +87,25 @@ def add_output_noise(
             noise.put_into(layer, hooks)
         return tuple(layers)
 
-    return between(begin, hooks.remove)
+    return block_with_cleanup(begin, hooks.remove)
 
 
 class _Noise(NamedTuple):
-    """What is added to outputs of norms in training."""
+    """Noise that is added to the outputs of norms in training mode."""
 
     mean: float
     std: float
     granularity: Granularity
 
     def put_into(self, layer: nn.Module, hooks: Hooks) -> None:
-        """Add it before the activation that some layers have inside, else after the layer."""
+        """Add the noise behind the layer, or before the activation that the layer contains."""
         children = dict(layer.named_children())
+        # These are the names in timm's norms with an activation; dropout comes before it.
         inside = children.get("drop", children.get("act"))
         if inside is not None:
-            hooks.before(inside, Temporary(partial(self._before, layer)))
+            hooks.before(inside, TemporaryHook(partial(self._before, layer)))
         else:
-            hooks.after(layer, Temporary(self._after), with_kwargs=True)
+            hooks.after(layer, TemporaryHook(self._after), with_kwargs=True)
 
     def _before(
         self, layer: nn.Module, _inner: nn.Module, args: tuple[Tensor, ...]
@@ -122,40 +123,34 @@ class _Noise(NamedTuple):
 
     def _noisy(self, y: Tensor, layer: nn.Module) -> Tensor:
         if self.granularity == "element":
-            return y + self._drawn(y.shape, y)
+            return y + self._draw(y.shape, y)
         maps = channels_first(layer, y)
-        noise = _over_channels(self._drawn(_shape_of_groups(maps, layer), y), maps)
-        if maps.ndim > y.ndim:  # an example without a batch axis
+        groups = getattr(layer, "num_groups", None) or maps.shape[1]
+        groups = groups if maps.shape[1] % groups == 0 else maps.shape[1]
+        noise = self._draw((maps.shape[0], groups, *([1] * (maps.ndim - 2))), y)
+        noise = noise.repeat_interleave(maps.shape[1] // groups, dim=1)
+        if maps.ndim > y.ndim:  # The output is one example without a batch axis.
             return y + noise[0]
         return y + (noise if maps.shape == y.shape else noise.movedim(1, -1))
 
-    def _drawn(self, shape: tuple[int, ...], y: Tensor) -> Tensor:
+    def _draw(self, shape: tuple[int, ...], y: Tensor) -> Tensor:
         return torch.randn(shape, device=y.device, dtype=y.dtype) * self.std + self.mean
 
 
 def _require_channels(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers of which nobody knows where their channels are.
+    """Refuse norms whose channel axis is unknown, because their class has its own forward.
 
     Raises:
-        OptionError: With the way out.
+        OptionError: If there is such a norm.
     """
     unknown = {
-        name: own_forward(layer)
+        name: describe_own_forward(layer)
         for name, layer in layers.items()
-        if isinstance(layer, NORMS) and not takes_input_as_it_is(layer)
+        if isinstance(layer, NORMS) and not normalizes_its_input(layer)
     }
     if unknown:
         raise OptionError(
-            f"granularity='group' draws for channels, which cannot be found in the output of "
-            f"{reasons(unknown)}; pass granularity='element', or leave the layer out with where="
+            f"granularity='group' draws noise for groups of channels, but it is unknown which axis "
+            f"of the output holds the channels: {reasons(unknown)}; pass granularity='element', or "
+            f"leave the layer out with where="
         )
-
-
-def _shape_of_groups(y: Tensor, layer: nn.Module) -> tuple[int, ...]:
-    groups = getattr(layer, "num_groups", None) or y.shape[1]
-    groups = groups if y.shape[1] % groups == 0 else y.shape[1]
-    return (y.shape[0], groups, *([1] * (y.ndim - 2)))
-
-
-def _over_channels(noise: Tensor, y: Tensor) -> Tensor:
-    return noise.repeat_interleave(y.shape[1] // noise.shape[1], dim=1)

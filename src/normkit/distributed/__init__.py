@@ -1,4 +1,4 @@
-"""Batches in parts: over several processes, and over several forwards."""
+"""Statistics of batches that are split over several processes, or over several forwards."""
 
 from normkit.distributed.accumulate import Accumulation, accumulate_statistics
 from normkit.distributed.synchronize import Synchronization, synchronize_

@@ -1,4 +1,4 @@
-"""Why a trained model evaluates badly: states compared, causes ranked, fixes tried."""
+"""Find out why a trained model evaluates badly: compare states, rank causes, try fixes."""
 
 from normkit.doctor.diagnose import diagnose
 from normkit.doctor.diagnosis import Cause, Diagnosis, LayerReport, Trial

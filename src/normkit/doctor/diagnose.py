@@ -1,11 +1,11 @@
-"""The doctor: why an evaluation is bad, and what helps."""
+"""The doctor: find out why an evaluation is bad, and which fix helps."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from normkit.advice import validate
 from normkit.core.check import require_count
 from normkit.diagnostics import (
-    ChannelDifference,
     EstimationShift,
-    InactiveChannels,
     channel_difference,
     disturb_statistics,
     estimation_shift,
     inactive_channels,
 )
+from normkit.diagnostics.measurement import Measurement
 from normkit.doctor import causes
 from normkit.doctor.causes import ADAPTED, AS_IT_IS, BY_BATCH, RECALIBRATED, RESTORED, thawed
 from normkit.doctor.diagnosis import (
@@ -30,9 +29,9 @@ from normkit.doctor.diagnosis import (
     Sensitivity,
     State,
 )
-from normkit.doctor.judge import Halves, Judge, Scores, at_evaluation, with_statistics
-from normkit.doctor.signs import STATISTICS, Case, has_small_last
+from normkit.doctor.judge import Halves, Judge, Scores, at_evaluation, temporary_statistics
 from normkit.doctor.states import Patient, Rows, is_dropout, new_values, rows_of, with_dropout
+from normkit.doctor.symptoms import STATISTICS, Case, has_small_last_batch
 from normkit.doctor.trials import try_all
 from normkit.errors import DataError, NormError, OptionError
 from normkit.inference.tracked import tracked
@@ -40,22 +39,24 @@ from normkit.passes import (
     Forward,
     Snapshot,
     as_list,
+    call_with_cleanup,
     changes_nothing,
     forward_batch,
     num_examples,
     progress,
-    surely,
+    require_unwrapped,
 )
-from normkit.tracing import require_bare
 from normkit.tune.metrics import Score, read_metric
 
-MIN_EXAMPLES = 4  # of each half of the test data
-DELTAS, NUM_SEEDS = (0.1, 0.3), 3
-"""How far statistics are disturbed, and how often."""
+MIN_EXAMPLES = 4  # in each half of the test data
+DELTAS = (0.1, 0.3)  # largest relative errors of disturbed statistics
+NUM_SEEDS = 3  # random draws for each delta
+
+Measured = TypeVar("Measured", bound=Measurement)
 
 
 @changes_nothing
-def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
+def diagnose(  # noqa: PLR0913 - a model, its data, and facts that only the user knows
     model: nn.Module,
     train_batches: Iterable[Any],
     test_batches: Iterable[Any],
@@ -66,41 +67,42 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
     try_fixes: bool = False,
     forward: Forward | None = None,
 ) -> Diagnosis:
-    r"""Find out why a model evaluates badly, by how much, and what helps.
+    r"""Find out why a model evaluates badly, by how much, and which fix helps.
 
-    The test loss is taken with the model's running statistics, with those of the training data,
-    with those of other test inputs, and by each batch's own. What each exchange gains, with its
-    95 % interval over paired examples, is explained by the signs that the layers show; a cause
-    explains at least a twentieth of the loss. What looks at test inputs is done twice, by the
-    batches at even and by those at odd places, and judged by the others. The model is left as it
-    was.
+    The doctor takes the test loss four times: with the model's running statistics, with statistics
+    of the training data, with statistics of other test inputs, and with each batch's own
+    statistics. It measures how much smaller each makes the loss, with a 95 % interval over paired
+    examples, and finds the cause from the symptoms of the layers. A cause explains at least a
+    twentieth of the loss. A method that uses test inputs runs twice: on the batches at even places
+    and on those at odd places; each time the other batches judge it. The model is left as it was.
 
     Args:
-        model: A trained model with norms of torch or ours.
-        train_batches: Training data as the training saw it, a last smaller batch included; read
+        model: A trained model with norms of torch or normkit.
+        train_batches: Training data as the training saw it, a smaller last batch included; read
             once and kept.
         test_batches: Test data with targets, two batches or more; read once and kept.
-        loss: ``loss(output, batch)`` with one value for each example, the smaller, the better; by
-            default the cross entropy of pairs ``(inputs, target)``.
-        batch_size: Examples of a batch in training, if not those of the train batches (median).
+        loss: ``loss(output, batch)`` gives one value for each example; smaller is better. The
+            default is the cross entropy of pairs ``(inputs, target)``.
+        batch_size: Examples of a batch in training. The default is the median size of the train
+            batches.
         checkpoints: Earlier state dicts of this model by name, the oldest first.
-        try_fixes: Try fixes on copies of the model, and measure what each gains.
-        forward: ``forward(model, batch)`` for batches of another form.
+        try_fixes: Try fixes on copies of the model, and measure the gain of each.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
-        Causes with what they explain and how to mend them, layers, trials; prints, ``to_json``,
-        ``table``, ``plot``.
+        The causes with their share of the loss and their fixes, the layers and the trials. It
+        prints as text, and has ``to_json``, ``table`` and ``plot``.
 
     Raises:
-        OptionError: If the model is compiled or wrapped, or the batch size is no count.
-        DataError: If there is no training batch, fewer than two test batches or than 8 examples in
-            them, a target that is no class, a batch needs ``forward`` or ``batch_size``, or a
-            checkpoint does not fit.
+        OptionError: If the model is compiled or wrapped, or the batch size is no positive integer.
+        DataError: If there is no training batch, there are fewer than two test batches or fewer
+            than 8 test examples, a target is no class, a batch needs ``forward`` or
+            ``batch_size``, or a checkpoint does not fit the model.
 
     Source:
         Huang et al., Delving into the Estimation Shift of Batch Normalization in a Network, for
-        the shift; Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
-        Standardization, for differences of channels and eliminated ones.
+        the estimation shift; Qiao et al., Micro-Batch Training with Batch-Channel Normalization
+        and Weight Standardization, for differences between channels and inactive channels.
 
     Example:
         >>> import torch
@@ -111,27 +113,27 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and what only the user knows
         >>> diagnose(model, data, data).causes[0].name
         'statistics never set'
     """
-    require_bare(model, "diagnose")
+    require_unwrapped(model, "diagnose")
     patient = _admit(model, train_batches, test_batches, loss, batch_size, checkpoints, forward)
     notes = list[str]()
     case, scores = _examine(patient, notes)
-    found = causes.wrong_statistics(patient, case, scores)
-    shift = _shift(patient, notes)
+    found = causes.find_wrong_statistics(patient, case, scores)
+    shift = _measure(estimation_shift, patient, notes, train_batches=patient.train)
     recalibrated = None if shift is None else _recalibrated_shift(patient, case)
-    every = [*found.causes, *causes.other_causes(scores, shift)]
+    all_causes = [*found.causes, *causes.other_causes(scores, shift)]
     before = scores[AS_IT_IS]
     return Diagnosis(
         num_train=sum(case.sizes),
         num_judged=len(before.loss),
         batch_size=patient.batch_size,
         states=tuple(_state(name, each, before) for name, each in scores.items()),
-        causes=tuple(sorted(every, key=lambda cause: -cause.explains.mean)),
+        causes=tuple(sorted(all_causes, key=lambda cause: -cause.explains.mean)),
         layers=tuple(_layers(case, found, shift, recalibrated)),
         shift=shift,
         over_training=tuple(_over_training(patient, shift)),
         sensitivity=tuple(_sensitivity(patient)),
-        channel_difference=_channel_difference(patient, notes),
-        inactive_channels=_inactive_channels(patient, notes),
+        channel_difference=_measure(channel_difference, patient, notes),
+        inactive_channels=_measure(inactive_channels, patient, notes),
         findings=tuple(_findings(patient, notes)),
         trials=tuple(try_all(patient, case, before)) if try_fixes else (),
         notes=tuple(notes),
@@ -147,7 +149,7 @@ def _admit(  # noqa: PLR0913, PLR0917 - the arguments of diagnose
     checkpoints: Mapping[str, Mapping[str, Tensor]] | None,
     forward: Forward | None,
 ) -> Patient:
-    """Check everything that can be checked before anything runs."""
+    """Check all arguments before anything runs."""
     metric = read_metric("loss" if loss is None else loss, larger_is_better=False)
     train, test = as_list(train_batches, "train_batches"), as_list(test_batches, "test_batches")
     halves = test[::2], test[1::2]
@@ -159,7 +161,7 @@ def _admit(  # noqa: PLR0913, PLR0917 - the arguments of diagnose
         judge=Judge(halves, metric, send),
         forward=send,
         batch_size=require_count("batch_size", _usual_size(train, batch_size)),
-        checkpoints=_fitting(model, checkpoints or {}),
+        checkpoints=_require_fitting(model, checkpoints or {}),
     )
 
 
@@ -168,8 +170,8 @@ def _require_examples(halves: Halves) -> None:
     if min(sizes) < MIN_EXAMPLES and None not in map(num_examples, [*halves[0], *halves[1]]):
         raise DataError(
             f"the test batches at even and at odd places have {sizes[0]} and {sizes[1]} examples; "
-            f"give two batches or more, {MIN_EXAMPLES} examples or more of each: what looks at "
-            f"one half is judged by the other"
+            f"give two batches or more, with {MIN_EXAMPLES} examples or more each: one half judges "
+            f"what was measured on the other"
         )
 
 
@@ -183,21 +185,20 @@ def _usual_size(batches: Sequence[Any], given: int | None) -> int:
 
 
 def _sizes(batches: Sequence[Any]) -> list[int]:
-    """Examples of batches; 0 where nobody can tell."""
+    """Count the examples of each batch; 0 if a batch has no tensor to count them by."""
     return [num_examples(batch) or 0 for batch in batches]
 
 
-def _fitting(
+def _require_fitting(
     model: nn.Module, checkpoints: Mapping[str, Mapping[str, Tensor]]
 ) -> Mapping[str, Mapping[str, Tensor]]:
-    if not checkpoints:
-        return checkpoints
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
     for name, state in checkpoints.items():
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
         if not all(isinstance(value, Tensor) for value in state.values()):
             raise DataError(
                 f"checkpoint {name!r} holds other things than tensors; give the state dict itself"
             )
+        # Old checkpoints may lack the counts of batches (``num_batches_tracked``).
         other = [
             key
             for key in {*shapes, *state}
@@ -213,14 +214,14 @@ def _fitting(
 
 
 def _examine(patient: Patient, notes: list[str]) -> tuple[Case, dict[str, Scores]]:
-    """Measure statistics of all data, and score the model with each of them."""
+    """Measure the statistics of all data, and score the model with each kind of statistics."""
     model, sizes = patient.model, tuple(_sizes(patient.train))
-    rows = _population(patient, notes)
+    rows = _measure_population(patient, notes)
     case = Case(
         model=model,
         rows=rows,
-        dropped=_with_dropout(patient) if rows else {},
-        last=_of_last(patient) if rows and has_small_last(sizes) else {},
+        dropped=_measure_with_dropout(patient) if rows else {},
+        last=_measure_last_batch(patient) if rows and has_small_last_batch(sizes) else {},
         sizes=sizes,
         batch_size=patient.batch_size,
         reference=_reference(patient),
@@ -246,8 +247,8 @@ def _examine(patient: Patient, notes: list[str]) -> tuple[Case, dict[str, Scores
     return case, scores
 
 
-def _population(patient: Patient, notes: list[str]) -> Rows:
-    """Measure the training data; say which layers with statistics could not be."""
+def _measure_population(patient: Patient, notes: list[str]) -> Rows:
+    """Measure the training data's statistics, and note which layers cannot be measured."""
     if not tracked(patient.model):
         return {}
     patch = patient.measure(patient.train)
@@ -255,8 +256,8 @@ def _population(patient: Patient, notes: list[str]) -> Rows:
     return rows_of(patch)
 
 
-def _with_dropout(patient: Patient) -> Rows:
-    """Measure with dropout as in training, always the same; nothing without dropout."""
+def _measure_with_dropout(patient: Patient) -> Rows:
+    """Measure with dropout active and a fixed seed; empty if the model has no dropout."""
     if not any(map(is_dropout, patient.model.modules())):
         return {}
 
@@ -264,20 +265,21 @@ def _with_dropout(patient: Patient) -> Rows:
         torch.manual_seed(0)
         return rows_of(patient.measure(patient.train, with_dropout(patient.forward)))
 
-    return surely(measured, Snapshot(patient.model).put_back)
+    # The snapshot restores the random state that the seed changed.
+    return call_with_cleanup(measured, Snapshot(patient.model).put_back)
 
 
 def _broken(scores: Mapping[str, Scores]) -> Iterator[str]:
     for name, each in scores.items():
         if each.num_broken:
             yield (
-                f"{each.num_broken} of {len(each.loss)} losses {name}, which are not finite and "
-                f"count as {each.loss.max().item():.4g}"
+                f"{each.num_broken} of {len(each.loss)} losses {name}: they are not finite, and "
+                f"each counts as {each.loss.max().item():.4g}"
             )
 
 
-def _of_last(patient: Patient) -> Rows:
-    """Measure the last training batch; nothing where that is a single value, without variance."""
+def _measure_last_batch(patient: Patient) -> Rows:
+    """Measure the last training batch; empty if a layer has one value in it, so no variance."""
     try:
         return rows_of(patient.measure(patient.train[-1:]))
     except DataError:
@@ -285,7 +287,7 @@ def _of_last(patient: Patient) -> Rows:
 
 
 def _reference(patient: Patient) -> dict[str, dict[str, Tensor]]:
-    """Statistics and parameters of each tracking layer in the first checkpoint."""
+    """Read the statistics and parameters of each tracking layer in the first checkpoint."""
     first = next(iter(patient.checkpoints.values()), {})
     found = {}
     for name in tracked(patient.model):
@@ -301,42 +303,30 @@ def _state(name: str, scores: Scores, before: Scores) -> State:
     )
 
 
-def _shift(patient: Patient, notes: list[str]) -> EstimationShift | None:
+def _measure(
+    measure: Callable[..., Measured],
+    patient: Patient,
+    notes: list[str],
+    **options: Any,  # noqa: ANN401 - options of the measure
+) -> Measured | None:
+    """Take a measure of ``normkit.diagnostics`` on the test data, or note why it is impossible."""
     try:
-        return estimation_shift(
-            patient.model, patient.test, train_batches=patient.train, forward=patient.forward
-        )
-    except NormError as error:  # nothing that could shift, or data that are not finite
-        notes.append(f"estimation_shift: {error}")
+        return measure(patient.model, patient.test, forward=patient.forward, **options)
+    except NormError as error:
+        # Without a norm that pools channels there is no difference of channels to report.
+        if measure is not channel_difference or not isinstance(error, OptionError):
+            notes.append(f"{measure.__name__}: {error}")
         return None
 
 
-def _recalibrated_shift(patient: Patient, case: Case) -> EstimationShift | None:
-    with with_statistics(patient.model, new_values(case.rows)):
+def _recalibrated_shift(patient: Patient, case: Case) -> EstimationShift:
+    with temporary_statistics(patient.model, new_values(case.rows)):
         return estimation_shift(patient.model, patient.test, forward=patient.forward)
-
-
-def _channel_difference(patient: Patient, notes: list[str]) -> ChannelDifference | None:
-    try:
-        return channel_difference(patient.model, patient.test, forward=patient.forward)
-    except OptionError:  # no norm pools channels: there is nothing to measure
-        return None
-    except NormError as error:
-        notes.append(f"channel_difference: {error}")
-        return None
-
-
-def _inactive_channels(patient: Patient, notes: list[str]) -> InactiveChannels | None:
-    try:
-        return inactive_channels(patient.model, patient.test, forward=patient.forward)
-    except NormError as error:
-        notes.append(f"inactive_channels: {error}")
-        return None
 
 
 def _layers(
     case: Case,
-    found: causes.Statistics,
+    found: causes.WrongStatistics,
     shift: EstimationShift | None,
     recalibrated: EstimationShift | None,
 ) -> Iterator[LayerReport]:
@@ -354,7 +344,7 @@ def _layers(
             esm_std=each.esm_std,
             esm_std_recalibrated=after[each.name].esm_std if each.name in after else None,
             returns=found.returns.get(each.name),
-            cause=found.layers.get(each.name),
+            cause=found.symptoms.get(each.name),
         )
 
 
@@ -365,7 +355,8 @@ def _over_training(patient: Patient, now: EstimationShift | None) -> Iterator[At
         model = copy.deepcopy(patient.model)
     states = patient.checkpoints.items()
     for name, state in progress(states, "measuring checkpoints", len(states)):
-        model.load_state_dict(dict(state), strict=False)  # old ones lack counts of batches
+        # Old checkpoints may lack the counts of batches.
+        model.load_state_dict(dict(state), strict=False)
         shift = estimation_shift(model, patient.test, forward=patient.forward)
         yield AtCheckpoint(name=name, shift=shift)
     yield AtCheckpoint(name="now", shift=now)
@@ -392,7 +383,10 @@ def _findings(patient: Patient, notes: list[str]) -> Iterator[str]:
     example = patient.example()
     try:
         if example is None:
-            raise DataError("batches that forward= sends are not looked into")
+            raise DataError(
+                "the model's arguments are unknown, because forward= calls the model; call "
+                "nk.validate(model, example_input=...) yourself"
+            )
         found = validate(patient.model, batch_size=patient.batch_size, example_input=example)
     except NormError as error:
         notes.append(f"validate: {error}")

@@ -1,4 +1,4 @@
-"""What the doctor found: states, causes, layers and what was tried; prints as text."""
+"""The doctor's report: states of the model, causes, layers and tried fixes; prints as text."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from normkit.text import module_name, table_lines
 from normkit.tune.gain import Gain
 
 SMALLEST_SHARE = 0.05
-"""Of the loss: what explains less is no cause, however sure it is."""
+"""A cause explains at least this share of the loss; a smaller gain is no cause, even if certain."""
 SHOWN = 8  # layers in the printed table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The model in one state, on the test examples that judge.
+    """The test loss of the model in one state.
 
     Args:
-        name: Which state.
-        loss: Mean loss.
-        accuracy: Share of right classes, if the loss is the cross entropy.
-        gain: What each example's loss has lost against the model as it is.
+        name: Which statistics the norms use in this state.
+        loss: Mean loss over the test examples.
+        accuracy: Share of right classes; None if the loss is not the cross entropy.
+        gain: How much smaller each example's loss is than with the model as it is.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Cause:
     Args:
         name: What it is called.
         what: What was found, with numbers.
-        why: What it does.
-        fix: The way out.
-        layers: The layers it is about; empty if it is about the model or the data.
-        explains: Loss that goes away without it.
-        share: Of the model's loss as it is.
+        why: Why that makes the loss larger.
+        fix: The calls that mend it.
+        layers: Names of the layers with this cause; empty if it lies in the model or the data.
+        explains: How much smaller the loss is without this cause.
+        share: The mean of ``explains``, divided by the loss of the model as it is.
     """
 
     name: str
@@ -61,17 +61,17 @@ class LayerReport:
 
     Args:
         name: Its name.
-        kind: Its class.
+        kind: The name of its class.
         mean_shift: Distance of the running means from the training data's, in running standard
             deviations; None for layers that could not be measured.
         std_low: Smallest ratio of the training data's standard deviations to the running ones.
-        std_high: Largest ratio.
+        std_high: Largest such ratio.
         esm_mean: Estimation shift of its means on the test data.
-        esm_std: Estimation shift of its standard deviations.
-        esm_std_recalibrated: The same with statistics measured anew on the training data.
+        esm_std: Estimation shift of its standard deviations on the test data.
+        esm_std_recalibrated: ``esm_std`` with statistics measured anew on the training data.
         returns: Loss that comes back when this layer alone keeps its old statistics and all others
-            have new ones; None where new ones gain nothing.
-        cause: The sign that it shows, if statistics were found to be wrong.
+            have new ones; None if new statistics do not make the loss smaller.
+        cause: The symptom of its wrong statistics; None if they are right.
     """
 
     name: str
@@ -92,9 +92,9 @@ class Sensitivity:
 
     Args:
         delta: Largest relative error of means and variances.
-        num_seeds: Draws.
-        loss: Mean over the draws.
-        spread: Standard deviation over the draws.
+        num_seeds: Number of random draws.
+        loss: Mean of the loss over the draws.
+        spread: Standard deviation of the loss over the draws.
     """
 
     delta: float
@@ -105,15 +105,15 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A fix that was tried on a copy.
+    """A fix that was tried on a copy of the model.
 
     Args:
         name: What was done.
         call: The call that does it.
-        loss: Mean loss after it; None if it could not be done.
-        accuracy: Share of right classes after it.
-        gain: What each example's loss has lost, on examples that had no part in it.
-        note: What to know about it, or why it could not be done.
+        loss: Mean loss after the fix; None if the fix was impossible.
+        accuracy: Share of right classes after the fix.
+        gain: How much smaller each example's loss became, on examples that the fix did not use.
+        note: What to know about the result, or why the fix was impossible.
     """
 
     name: str
@@ -129,8 +129,8 @@ class AtCheckpoint:
     """Estimation shift of an earlier state of the model, or of the model now.
 
     Args:
-        name: Of the checkpoint.
-        shift: On the test data.
+        name: The checkpoint's name, or ``"now"``.
+        shift: Its estimation shift on the test data.
     """
 
     name: str
@@ -139,22 +139,22 @@ class AtCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis(Measurement):
-    """What is wrong with an evaluation, and what helps.
+    """Why a model evaluates badly, and which fixes help.
 
     Args:
-        num_train: Training examples that were looked at.
-        num_judged: Test examples that judged.
+        num_train: Number of training examples that were read.
+        num_judged: Number of test examples that the losses are means of.
         batch_size: Examples of a training batch.
-        states: The model as it is, and in other states.
-        causes: What is wrong, the one that explains most first; empty if nothing is.
-        layers: In the order of the forward.
-        shift: Estimation shift on the test data as the model is.
-        over_training: The same at earlier checkpoints and now; empty without checkpoints.
+        states: The test loss of the model as it is, then with other statistics.
+        causes: The causes, the one that explains most first; empty if nothing is wrong.
+        layers: The layers with running statistics, in the order of the forward.
+        shift: Estimation shift on the test data of the model as it is.
+        over_training: Estimation shift at earlier checkpoints and now; empty without checkpoints.
         sensitivity: Loss with disturbed statistics.
         channel_difference: StatDiff; None without a norm that pools channels.
         inactive_channels: Dead channels; None without a ReLU.
-        findings: What ``nk.validate`` says at the training batch size, as text.
-        trials: What was tried.
+        findings: Problems that ``nk.validate`` finds at the training batch size, as text.
+        trials: The fixes that were tried.
         notes: What could not be measured, and why.
     """
 
@@ -177,14 +177,14 @@ class Diagnosis(Measurement):
 
     @property
     def reading(self) -> str:
-        """What is wrong, in one sentence."""
+        """The main cause, in one sentence."""
         loss = self.states[0].loss
         if len(self.states) == 1:
             return f"There are no running statistics that could be wrong: the loss is {loss:.4g}."
         if not self.causes:
             return (
-                f"Nothing wrong with the norms' statistics: the test loss is {loss:.4g} by them; "
-                f"{self._best()}."
+                f"Nothing wrong with the norms' statistics: the test loss with them is "
+                f"{loss:.4g}; {self._best_alternative()}."
             )
         first = self.causes[0]
         return (
@@ -192,15 +192,15 @@ class Diagnosis(Measurement):
             f"{first.explains.mean:.3g} of the test loss of {loss:.4g} ({100 * first.share:.0f} %)."
         )
 
-    def _best(self) -> str:
-        """What other statistics would gain, where nothing is wrong."""
+    def _best_alternative(self) -> str:
+        """Say how much other statistics would gain, if nothing is wrong."""
         best = max(self.states, key=lambda state: state.gain.mean)
         if best.gain.mean < SMALLEST_SHARE * abs(self.states[0].loss):
-            return "no others make it smaller by more than a twentieth"
-        chance = "less than counts as a fault"
+            return "no other statistics make it smaller by more than a twentieth"
+        verdict = "which is too little for a fault"
         if not best.gain.significant:
-            chance = "which may be chance: more test data would tell"
-        return f"with those {best.name} it is {best.gain.mean:.3g} smaller, {chance}"
+            verdict = "which may be chance: more test data would tell"
+        return f"with those {best.name} it is {best.gain.mean:.3g} smaller, {verdict}"
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -226,7 +226,7 @@ class Diagnosis(Measurement):
     def _layer_rows(self) -> list[list[str]]:
         rows = [row for row in self.layers if row.returns is not None]
         rows.sort(key=lambda row: -(row.returns or 0.0))
-        head = ["name", "loss that returns", "mean shift", "std ratio", "sign"]
+        head = ["name", "loss that returns", "mean shift", "std ratio", "symptom"]
         return [
             head,
             *(

@@ -1,4 +1,4 @@
-"""The judge: losses of a model on held-out examples, one by one, so that states of it compare."""
+"""Score states of a model by the loss of each held-out example, so that states can be compared."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from normkit.passes import Data, Forward, untouched
 from normkit.tune.gain import Gain, paired_gain
 from normkit.tune.metrics import KNOWN, Metric
 
-NOT_FINITE = 100.0  # what a loss that is not finite counts as at least
+NOT_FINITE = 100.0  # the least that a loss counts that is not finite
 
 Halves = tuple[Sequence[Any], Sequence[Any]]
 Values = Mapping[str, Mapping[str, Tensor]]
-"""Buffers by layer and name."""
+"""Running statistics: for each layer's name, its buffers by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Losses of examples ``(n,)`` and, where there are classes, which were right.
+    """The losses of examples, and which examples were classified rightly.
 
-    A loss that is not finite counts as 100, or as the largest one that is; ``num_broken`` are so.
+    Args:
+        loss: Losses ``(n,)``. A loss that is not finite is replaced by 100, or by the largest
+            finite loss if that is larger.
+        right: 1 where the class was right and 0 elsewhere, ``(n,)``; None if the loss is not the
+            cross entropy.
+        num_broken: How many losses were not finite.
     """
 
     loss: Tensor
@@ -35,45 +40,47 @@ class Scores:
 
     @property
     def mean_loss(self) -> float:
-        """Mean over the examples."""
+        """Mean loss over the examples."""
         return self.loss.mean().item()
 
     @property
     def accuracy(self) -> float | None:
-        """Share of examples that were right."""
+        """Share of examples that were classified rightly."""
         return None if self.right is None else self.right.mean().item()
 
     def then(self, other: Scores) -> Scores:
-        """These examples and then others."""
-        both = (self.right, other.right)
-        right = None if both[0] is None or both[1] is None else torch.cat([both[0], both[1]])
-        loss, num_broken = torch.cat([self.loss, other.loss]), self.num_broken + other.num_broken
-        return Scores(loss=loss, right=right, num_broken=num_broken)
+        """Append the scores of other examples."""
+        right = [each for each in (self.right, other.right) if each is not None]
+        return Scores(
+            loss=torch.cat([self.loss, other.loss]),
+            right=torch.cat(right) if len(right) == 2 else None,
+            num_broken=self.num_broken + other.num_broken,
+        )
 
     def gain_over(self, before: Scores) -> Gain:
-        """What each example's loss has lost since, paired."""
+        """How much smaller each example's loss is than in ``before``, for the same examples."""
         return paired_gain(before.loss - self.loss, binary=False)
 
 
 class Judge:
-    """Scores states of a model on the same examples.
+    """Scores all states of a model on the same examples.
 
     Args:
-        halves: Held-out batches in two halves: what looks at one is judged by the other.
-        metric: One value for each example; the smaller, the better.
-        forward: How a batch goes through a model.
+        halves: Held-out batches in two halves; one half judges what was measured on the other.
+        metric: Gives one value for each example; smaller is better.
+        forward: ``forward(model, batch)`` calls the model.
     """
 
     def __init__(self, halves: Halves, metric: Metric, forward: Forward) -> None:
         self.halves, self.metric, self._forward = halves, metric, forward
 
     def scores(self, model: nn.Module, what: str, half: int | None = None) -> Scores:
-        """Score a model as it is now: its modes and buffers are the caller's affair.
+        """Score a model with its present modes and buffers, which the caller has set.
 
         Args:
             model: The model.
-            what: What is being done, for the person who waits.
-            half: Which half judges; None for all examples, the first half's first.
+            what: Text of the progress line.
+            half: The half that judges, 0 or 1; None for both, the first half first.
 
         Raises:
             DataError: If the loss does not give one value for each example.
@@ -99,13 +106,13 @@ class Judge:
 
 
 def at_evaluation(model: nn.Module) -> AbstractContextManager[None]:
-    """Run a block with the model at evaluation; it is then as it was, buffers included."""
+    """Run a block with the model in evaluation mode, then restore its modes and buffers."""
     return untouched(model, training=False)
 
 
 @contextmanager
-def with_statistics(model: nn.Module, values: Values):  # noqa: ANN201 - a context manager
-    """Run a block at evaluation with other running statistics in some layers."""
+def temporary_statistics(model: nn.Module, values: Values):  # noqa: ANN201 - a context manager
+    """Run a block in evaluation mode with other running statistics in some layers."""
     with at_evaluation(model):
         write(model, values)
         yield
@@ -113,7 +120,7 @@ def with_statistics(model: nn.Module, values: Values):  # noqa: ANN201 - a conte
 
 @torch.no_grad()
 def write(model: nn.Module, values: Values) -> None:
-    """Write running statistics into layers."""
+    """Copy running statistics into the layers' buffers."""
     for name, buffers in values.items():
         for key, buffer in statistics_of(model.get_submodule(name)).items():
             if key in buffers:

@@ -1,6 +1,6 @@
-"""Norms with running statistics into the weights of their neighbours."""
+"""Folding norms with running statistics into the weights of the layers before or after them."""
 
+from normkit.folding.api import fold
 from normkit.folding.report import Folded, Folding
-from normkit.folding.verbs import fold
 
 __all__ = ["Folded", "Folding", "fold"]

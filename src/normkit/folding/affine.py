@@ -1,4 +1,4 @@
-"""What a norm does to each channel at evaluation, where it does the same to every example."""
+"""Reading a norm as one scale and one shift for each channel, as it computes at evaluation."""
 
 from __future__ import annotations
 
@@ -21,62 +21,64 @@ NO_STATISTICS = "it keeps no running statistics: it evaluates by the batch's own
 TORCH_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-class Affine(NamedTuple):
-    """``scale * x + shift``: a value a channel, in float64 on the CPU."""
+class ScaleShift(NamedTuple):
+    """``scale * x + shift``, with one value of each for every channel, in float64 on the CPU."""
 
     scale: Tensor
     shift: Tensor
 
-    def of_channels(self, channels: Tensor) -> Affine:
-        """The same map for channels that are these ones of it."""
-        return Affine(self.scale[channels], self.shift[channels])
+    def at(self, channels: Tensor) -> ScaleShift:
+        """Return the scales and shifts at these channel indices."""
+        return ScaleShift(self.scale[channels], self.shift[channels])
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
-    """A norm at evaluation.
+class EvaluatedNorm:
+    """A norm as it computes at evaluation.
 
     Args:
-        affine: What can move into a neighbour.
-        rest: What is done afterwards and stays in its place; ``nn.Identity`` if nothing is.
-        channels_last: Whether the channels are the input's last axis.
+        affine: The scale and shift that can be folded into another layer.
+        rest: The modules that come afterwards inside the norm and stay in its place;
+            ``nn.Identity`` if there are none.
+        channels_last: Whether the channels are the last axis of the input.
     """
 
-    affine: Affine
+    affine: ScaleShift
     rest: nn.Module
     channels_last: bool
 
     @property
-    def is_all(self) -> bool:
-        """Whether nothing stays."""
+    def leaves_nothing(self) -> bool:
+        """Whether only an identity stays in the norm's place."""
         return isinstance(self.rest, nn.Identity)
 
 
-def evaluated(norm: nn.Module) -> Evaluated | str:
-    """Read what a norm does at evaluation, or say why it is not one scale and shift a channel."""
-    if is_watched(norm, _apart(norm)[0]):
-        return "hooks look at it"
+def evaluated_norm(norm: nn.Module) -> EvaluatedNorm | str:
+    """Read a norm as it computes at evaluation, or say why that is not one scale and shift."""
+    stage, following = _split(norm)
+    if is_watched(norm, stage):
+        return "it has hooks"
     if "forward" in vars(norm):
         return "its forward was replaced"
     try:
         source = read(norm)
     except ConversionError:
-        return f"{key_of(type(norm))} has no rule; say with normkit.convert.rule how it is read"
-    found = _affine_of_ours(norm) if isinstance(norm, NormLayer) else _affine(norm, source)
+        return f"{key_of(type(norm))} has no rule; register one with normkit.convert.rule"
+    found = _own_affine(norm) if isinstance(norm, NormLayer) else _affine(norm, source)
     if isinstance(found, str):
         return found
-    if _apart(norm)[1] and source.channels_last:
-        return "its channel stage needs the whole layer to find its channels last"
-    return Evaluated(found, _rest(norm, source), source.channels_last)
+    if following and source.channels_last:
+        return "its channel stage expects the channels on axis 1, but they are on the last axis"
+    return EvaluatedNorm(found, _rest(following, source), source.channels_last)
 
 
-def _apart(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """What of a norm is folded, itself or a stage of it, and what follows that by name."""
+def _split(norm: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Return the part of a norm that is folded, and the stages that follow it by name."""
     found = norm.evaluated_stage() if isinstance(norm, NormLayer) else None
     return (norm, {}) if found is None else found
 
 
-def _affine(norm: nn.Module, source: Source) -> Affine | str:
+def _affine(norm: nn.Module, source: Source) -> ScaleShift | str:
     tracks = isinstance(norm, TORCH_INSTANCE_NORMS) and norm.track_running_stats
     if source.statistics is None or not (source.over_batch or tracks):
         return NO_STATISTICS if source.over_batch else OWN_STATISTICS
@@ -85,7 +87,8 @@ def _affine(norm: nn.Module, source: Source) -> Affine | str:
     return _combined(Moments(mean, var), source.weight, source.bias, float(str(eps)))
 
 
-def _affine_of_ours(norm: NormLayer) -> Affine | str:
+def _own_affine(norm: NormLayer) -> ScaleShift | str:
+    """Read one of normkit's layers."""
     found = norm.evaluated_stage()
     if found is None:
         return "parts of it evaluate by each example's own statistics"
@@ -94,20 +97,20 @@ def _affine_of_ours(norm: NormLayer) -> Affine | str:
         return NO_STATISTICS if _is_over_batch(stage) else OWN_STATISTICS
     if stage.example_weight > 0:
         weight = f"example_weight={stage.example_weight:g}"
-        return f"{weight} weighs in each example's own statistics"
+        return f"{weight} mixes in each example's own statistics"
     partition = stage.partition if isinstance(stage, SegmentLayer) else stage.running_partition
-    return _affine_of_groups(stage, Partition(partition.num_groups))
+    return _grouped_affine(stage, Partition(partition.num_groups))
 
 
 def _is_over_batch(layer: TrackingLayer) -> bool:
     return not isinstance(layer, SegmentLayer) or layer.partition.examples_per_group != 1
 
 
-def _affine_of_groups(layer: TrackingLayer, groups: Partition) -> Affine | str:
-    """Pool statistics of channels into groups of channels as the layer does; expand those again."""
+def _grouped_affine(layer: TrackingLayer, groups: Partition) -> ScaleShift | str:
+    """Read a layer whose statistics are pooled over groups of channels."""
     if layer.num_features % groups.num_groups:
         return f"its {groups.num_groups} groups cut through the {layer.num_features} channels"
-    mean, var = (_wide(layer.get_buffer(name))[None] for name in BUFFERS)
+    mean, var = (to_float64(layer.get_buffer(name))[None] for name in BUFFERS)
     table = Moments(mean, var)
     if mean.shape[1] != groups.num_groups:
         table = groups.pool(table)
@@ -117,26 +120,25 @@ def _affine_of_groups(layer: TrackingLayer, groups: Partition) -> Affine | str:
 
 def _combined(
     table: Moments, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Affine | str:
-    scale = (_wide(table.var) + eps).rsqrt()
+) -> ScaleShift | str:
+    scale = (to_float64(table.var) + eps).rsqrt()
     if weight is not None:
-        scale = scale * _wide(weight)
-    shift = -_wide(table.mean) * scale
-    shift = shift if bias is None else shift + _wide(bias)
+        scale = scale * to_float64(weight)
+    shift = -to_float64(table.mean) * scale
+    shift = shift if bias is None else shift + to_float64(bias)
     if not (scale.isfinite().all() and shift.isfinite().all()):
         return "its scale or shift is not finite"
-    return Affine(scale, shift)
+    return ScaleShift(scale, shift)
 
 
-def _wide(values: Tensor) -> Tensor:
+def to_float64(values: Tensor) -> Tensor:
+    """Detach a tensor and move it to the CPU in float64."""
     return values.detach().to("cpu", torch.float64)
 
 
-def _rest(norm: nn.Module, source: Source) -> nn.Module:
-    """What stays of a norm, under the names that it has inside of it."""
-    parts: OrderedDict[str, nn.Module] = OrderedDict()
-    parts.update(_apart(norm)[1])
-    if source.activation is not None:
-        parts.update(zip(("drop", "act"), source.activation, strict=True))
+def _rest(following: dict[str, nn.Module], source: Source) -> nn.Module:
+    """Return the modules that stay in a norm's place, under the names they have in the norm."""
+    activation = () if source.activation is None else source.activation
+    parts = following | dict(zip(("drop", "act"), activation, strict=False))
     kept = OrderedDict((n, m) for n, m in parts.items() if not isinstance(m, nn.Identity))
     return nn.Sequential(kept) if kept else nn.Identity()

@@ -1,4 +1,8 @@
-"""Which channel of one layer comes out where in another: values are exchanged for their number."""
+"""Finding which channel of one layer becomes which channel of another.
+
+Every layer's output is replaced by the numbers of its channels, so that the input of the next layer
+shows from which channels it comes.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normkit.passes import call_with, copied, forward_of, untouched
+from normkit.passes import call_with, copied, replaced_forward, untouched
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 BASE = 128
-"""Numbers below this are exact in every dtype."""
+"""Base of the digits in which channel numbers are sent; every dtype represents them exactly."""
 
 Labels = Mapping[nn.Module, Tensor]
+"""For each layer, its input with channel numbers in place of values."""
 
 
 def follow_channels(
@@ -25,31 +30,33 @@ def follow_channels(
     axes: Mapping[nn.Module, int],
     example_input: Any,  # noqa: ANN401
 ) -> Labels:
-    """Find the numbers of the channels that each layer is given, from 1; 0 is none.
+    """Find, for each layer, the channel numbers that arrive in its input.
 
-    Every one of the layers puts out the numbers of its channels instead of what it computes, so
-    that a layer behind it, with nothing but moves in between, is given those. A forward that fails
-    on such values shows what it has come to.
+    Each of the layers outputs the numbers of its channels, counted from 1, instead of its values.
+    If only moves come in between, the next layer gets these numbers. 0 stands for values that are
+    no channel numbers. If the forward fails on such values, the result covers the layers before the
+    failure.
 
     Args:
-        model: Left as it was; its hooks do not see these values.
+        model: The model; it is not changed, and its hooks are not called.
         axes: The axis of the channels in each layer's output.
-        example_input: What the model is called with.
+        example_input: The input with which to call the model.
     """
     runs: list[_Run] = []
     while not runs or max(run.size for run in runs) >= BASE ** len(runs):
         runs.append(_Run(axes, len(runs)))
         runs[-1].send(model, example_input)
-    everywhere = [layer for layer in runs[0].seen if all(layer in run.seen for run in runs)]
-    digits = {layer: [run.seen[layer] for run in runs] for layer in everywhere}
-    return {layer: _joined(several) for layer, several in digits.items() if _alike(several)}
-
-
-def _alike(digits: Sequence[Tensor]) -> bool:
-    return len({each.shape for each in digits}) == 1
+    in_all_runs = [layer for layer in runs[0].seen if all(layer in run.seen for run in runs)]
+    digits = {layer: [run.seen[layer] for run in runs] for layer in in_all_runs}
+    return {
+        layer: _joined(several)
+        for layer, several in digits.items()
+        if len({each.shape for each in several}) == 1
+    }
 
 
 def _joined(digits: Sequence[Tensor]) -> Tensor:
+    """Combine the digits of the numbers, lowest first."""
     found = digits[0].to(torch.int32)
     for place, digit in enumerate(digits[1:], 1):
         found += digit.to(torch.int32) * BASE**place
@@ -57,17 +64,17 @@ def _joined(digits: Sequence[Tensor]) -> Tensor:
 
 
 def _digits(values: Tensor) -> Tensor:
-    """Keep values that are digits in a byte each; 0 throughout if they are something else."""
+    """Cast digits to int8; if any value is not a digit, return zeros."""
     found = values.to(torch.int8)
     return found.cpu() if bool((found == values).all()) else torch.zeros_like(found, device="cpu")
 
 
 class _Run:
-    """One digit of the numbers, sent through once.
+    """One forward in which every layer outputs one digit of its channel numbers.
 
     Args:
         axes: The axis of the channels in each layer's output.
-        digit: Which digit, from 0 for the last.
+        digit: Which digit, where 0 is the lowest.
     """
 
     def __init__(self, axes: Mapping[nn.Module, int], digit: int) -> None:
@@ -76,14 +83,14 @@ class _Run:
         self.size = 0
 
     def send(self, model: nn.Module, example_input: Any) -> None:  # noqa: ANN401
-        """Call the model; what each layer is given at first is in ``seen`` afterwards."""
+        """Call the model; afterwards ``seen`` has the input of each layer's first call."""
         with ExitStack() as stack:
             stack.enter_context(untouched(model))
             stack.enter_context(without_hooks(model))
             stack.enter_context(torch.no_grad())
             for layer in self.axes:
-                stack.enter_context(forward_of(layer, partial(self._labelling, layer)))
-            with suppress(Exception):  # the model's own code on values that are none of its own
+                stack.enter_context(replaced_forward(layer, partial(self._labelling, layer)))
+            with suppress(Exception):  # the model's code may fail on values that it does not expect
                 call_with(model, copied(example_input))
 
     def _labelling(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +103,7 @@ class _Run:
         return labelled
 
     def _numbers(self, y: Tensor, axis: int) -> Tensor:
-        """Exchange all values of a channel for its number."""
+        """Replace all values of each channel by a digit of the channel's number."""
         if not -y.ndim <= axis < y.ndim:
             return y
         channels = y.movedim(axis, -1)
@@ -108,7 +115,7 @@ class _Run:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Generator[None]:
-    """Run the block without the hooks of a model's forwards."""
+    """Run the block without the forward hooks of a model."""
     kept = [(vars(m), name, vars(m)[name]) for m in model.modules() for name in HOOKS]
     try:
         for own, name, _ in kept:
@@ -120,11 +127,14 @@ def without_hooks(model: nn.Module) -> Generator[None]:
 
 
 def sources(labels: Tensor | None, axis: int) -> Tensor | None:
-    """Find for each channel of a layer's input from which one it comes; None if from several.
+    """Find, for each channel of a layer's input, the channel from which all its values come.
 
     Args:
-        labels: Numbers from 1 that the layer was given, if it was given any.
-        axis: Of its channels.
+        labels: The channel numbers, from 1, in the layer's input; None if there are none.
+        axis: The axis of the input's channels.
+
+    Returns:
+        Indices from 0; None if a channel's values come from several channels or are unknown.
     """
     rows = _rows(labels, axis)
     if rows is None or not rows.numel():
@@ -135,27 +145,30 @@ def sources(labels: Tensor | None, axis: int) -> Tensor | None:
 
 
 def destinations(labels: Tensor | None, axis: int, num_channels: int) -> Tensor | None:
-    """Find for each channel into which one of a layer's input it comes; None if into several.
+    """Find, for each numbered channel, the channel of a layer's input that gets all its values.
 
     Args:
-        labels: Numbers from 1 that the layer was given, if it was given any.
-        axis: Of its channels.
-        num_channels: How many there are of those that were numbered.
+        labels: The channel numbers, from 1, in the layer's input; None if there are none.
+        axis: The axis of the input's channels.
+        num_channels: Number of channels that were numbered.
+
+    Returns:
+        Indices from 0; None if a channel's values go into several channels or are unknown.
     """
     rows = _rows(labels, axis)
     if rows is None or not rows.numel() or not 1 <= rows.min() <= rows.max() <= num_channels:
         return None
-    whose = rows.flatten().long() - 1
-    into = torch.arange(rows.shape[0])[:, None].expand(rows.shape).flatten()
-    none = torch.full((num_channels,), -1)
-    first = none.scatter_reduce(0, whose, into, "amin", include_self=False)
-    last = none.scatter_reduce(0, whose, into, "amax", include_self=False)
-    once = torch.equal(first, last) and bool((first >= 0).all())
-    return first if once else None
+    source = rows.flatten().long() - 1
+    target = torch.arange(rows.shape[0])[:, None].expand(rows.shape).flatten()
+    unknown = torch.full((num_channels,), -1)
+    first = unknown.scatter_reduce(0, source, target, "amin", include_self=False)
+    last = unknown.scatter_reduce(0, source, target, "amax", include_self=False)
+    is_unique = torch.equal(first, last) and bool((first >= 0).all())
+    return first if is_unique else None
 
 
 def _rows(labels: Tensor | None, axis: int) -> Tensor | None:
-    """Numbers channel by channel; None if there is no such axis."""
+    """Arrange the numbers as one row for each channel; None if the axis does not exist."""
     if labels is None or not -labels.ndim <= axis < labels.ndim:
         return None
     return labels.movedim(axis, 0).flatten(1) if labels.ndim > 1 else labels[:, None]

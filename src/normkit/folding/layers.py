@@ -1,4 +1,4 @@
-"""Convolutions and linear layers as linear maps, into which another one is multiplied."""
+"""Convolutions and linear layers as linear maps, which can absorb a scale and a shift."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normkit.convert.code import read_by_forward
+from normkit.convert.bytecode import read_by_forward
 from normkit.convert.rules import key_of
-from normkit.folding.affine import Affine
+from normkit.folding.affine import ScaleShift, to_float64
 from normkit.layers.base import is_watched
 from normkit.tracing import CONVOLUTIONS
 from normkit.weights.filters import TRANSPOSED
@@ -24,15 +24,15 @@ Convolution = (
 Layer = nn.Linear | Convolution
 PADS_ITSELF = "timm.layers.conv2d_same.Conv2dSame"
 AS_TORCH = frozenset({PADS_ITSELF, "timm.layers.linear.Linear"})
-"""Classes with a forward of their own that is linear in ``weight`` and ``bias`` all the same."""
+"""Classes with their own forward that is nevertheless linear in ``weight`` and ``bias``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearMap:
-    """Weight and bias of a layer, in float64 on the CPU.
+    """The weight and bias of a layer, in float64 on the CPU.
 
     Args:
-        weight: ``(groups, out / groups, in / groups, kernel)`` of any layer.
+        weight: ``(groups, out / groups, in / groups, kernel)``, whatever the kind of layer.
         bias: ``(out,)``; zeros if the layer has none.
     """
 
@@ -42,23 +42,24 @@ class LinearMap:
     @classmethod
     def of(cls, layer: Layer) -> LinearMap:
         """Read a layer."""
-        weight = _wide(layer.weight)
+        weight = to_float64(layer.weight)
         groups, kernel = _groups(layer), math.prod(weight.shape[2:])
         rows = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], kernel)
         rows = rows.transpose(1, 2) if isinstance(layer, TRANSPOSED) else rows
         out = rows.shape[0] * rows.shape[1]
-        bias = rows.new_zeros(out) if layer.bias is None else _wide(layer.bias)
+        bias = rows.new_zeros(out) if layer.bias is None else to_float64(layer.bias)
         return cls(rows, bias)
 
-    def followed_by(self, affine: Affine) -> LinearMap:
-        """The map whose result is scaled and shifted, ``(out,)`` each."""
+    def followed_by(self, affine: ScaleShift) -> LinearMap:
+        """Return the map followed by a scale and shift of its output, ``(out,)`` each."""
         scale = affine.scale.reshape(self.weight.shape[0], -1, 1, 1)
         return LinearMap(self.weight * scale, self.bias * affine.scale + affine.shift)
 
-    def preceded_by(self, affine: Affine) -> LinearMap:
-        """The map whose input is scaled and shifted, ``(in,)`` each.
+    def preceded_by(self, affine: ScaleShift) -> LinearMap:
+        """Return the map preceded by a scale and shift of its input, ``(in,)`` each.
 
-        The shift is right where every tap of the kernel meets the input: see ``shifts_alike``.
+        The shift is exact only if no tap of the kernel reads zero padding: see
+        ``turns_shift_into_bias``.
         """
         groups = self.weight.shape[0]
         scale, shift = (values.reshape(groups, 1, -1, 1) for values in affine)
@@ -66,13 +67,13 @@ class LinearMap:
         return LinearMap(self.weight * scale, self.bias + moved)
 
     def fits(self, layer: Layer) -> bool:
-        """Whether the layer's dtype can hold it."""
+        """Whether all values are finite in the layer's dtype."""
         values = (self.weight, self.bias)
         return all(bool(v.to(layer.weight.dtype).isfinite().all()) for v in values)
 
     @torch.no_grad()
     def write_(self, layer: Layer) -> None:
-        """Give a layer new parameters with these values; a bias where it had none."""
+        """Give a layer new parameters with these values; it gets a bias if it had none."""
         weight, old = self.weight, layer.weight
         rows = weight.transpose(1, 2) if isinstance(layer, TRANSPOSED) else weight
         new = torch.empty_like(old).copy_(rows.reshape(old.shape))
@@ -83,56 +84,60 @@ class LinearMap:
 
 
 def num_outputs(layer: Layer) -> int:
-    """Channels of a layer's result."""
+    """Count the channels of a layer's output."""
     transposed = isinstance(layer, TRANSPOSED)
     return layer.weight.shape[1] * layer.groups if transposed else layer.weight.shape[0]
 
 
 def why_fixed(layer: Layer, shape: Sequence[int] | None) -> str | None:
-    """Say why a layer's weights cannot take a norm in, or None if they can.
+    """Say why a layer's weights cannot absorb a norm, or return None if they can.
 
     Args:
         layer: The layer.
-        shape: Of what it is given. With it a forward of the layer's own is tried, whether it is
-            linear in weight and bias; what it does to its input is not known then.
+        shape: Shape of the layer's input, if the norm comes after the layer. If the layer has its
+            own forward, it is then tested whether that is linear in weight and bias. A norm before
+            such a layer cannot be folded, because nothing is known about how it uses its input.
     """
     weight = layer._parameters.get("weight")
     if parametrize.is_parametrized(layer):
         return "its weight is parametrised"
     if is_watched(layer):
-        return "hooks look at it"
+        return "it has hooks"
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return "it has no plain weight"
+        return "its weight is not a plain parameter"
     if _has_own_forward(layer) and not (shape and _is_linear(layer, shape)):
-        return f"it computes in its own way ({key_of(type(layer))})"
+        return f"it has its own forward ({key_of(type(layer))})"
     return None
 
 
 @torch.no_grad()
 def _is_linear(layer: Layer, shape: Sequence[int]) -> bool:
-    """Try whether a forward of its own is linear in weight and bias, as torch's is.
+    """Test with random values in float64 whether a layer's own forward is linear in its parameters.
 
-    It is given random values in float64, with another weight and bias each time.
+    The layer runs on one input with its parameters and with scaled and shifted ones.
     """
     if "forward" in vars(layer) or not {("weight",), ("bias",)} <= read_by_forward(type(layer)):
         return False
-    source = torch.Generator().manual_seed(0)
-    x = torch.randn(tuple(shape), generator=source, dtype=torch.float64)
-    affine = Affine(*torch.randn(2, num_outputs(layer), generator=source, dtype=torch.float64))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(tuple(shape), generator=rng, dtype=torch.float64)
+    affine = ScaleShift(*torch.randn(2, num_outputs(layer), generator=rng, dtype=torch.float64))
     try:
         tried = copy.deepcopy(layer).to("cpu", torch.float64)
         before = tried(x)
         LinearMap.of(tried).followed_by(affine).write_(tried)
         after = tried(x)
-    except Exception:  # noqa: BLE001 - somebody else's code on values that are not its own
+    except Exception:  # noqa: BLE001 - the layer's code may fail on values that it does not expect
         return False
     axis = channel_axis(layer)
     expected = (before.movedim(axis, -1) * affine.scale + affine.shift).movedim(-1, axis)
     return torch.allclose(after, expected, rtol=1e-9, atol=1e-9)
 
 
-def shifts_alike(layer: Layer) -> bool:
-    """Whether a constant added to the input adds a constant to the output, up to the borders."""
+def turns_shift_into_bias(layer: Layer) -> bool:
+    """Whether a constant added to the input adds the same constant to the output everywhere.
+
+    Zero padding breaks this at the borders, because the padded zeros are not shifted.
+    """
     if isinstance(layer, nn.Linear):
         return True
     pointwise = all(size == 1 for size in layer.kernel_size)
@@ -150,7 +155,7 @@ def _pads(layer: Convolution) -> bool:
 
 
 def channel_axis(layer: Layer) -> int:
-    """The axis of a layer's channels, from the end: there may be no batch axis."""
+    """Return the axis of a layer's channels, counted from the end: there may be no batch axis."""
     return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
 
 
@@ -168,7 +173,3 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 def _groups(layer: Layer) -> int:
     return 1 if isinstance(layer, nn.Linear) else layer.groups
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float64)

@@ -1,4 +1,4 @@
-"""Which norm goes into which layer, worked out without touching the model."""
+"""Planning which norm to fold into which layers, without changing the model."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from normkit.convert.selection import Found
-from normkit.folding.affine import TORCH_INSTANCE_NORMS, Affine, Evaluated, evaluated
+from normkit.convert.selection import NamedNorms
+from normkit.folding.affine import TORCH_INSTANCE_NORMS, EvaluatedNorm, ScaleShift, evaluated_norm
 from normkit.folding.labels import Labels, destinations, sources
 from normkit.folding.layers import (
     Layer,
     LinearMap,
     channel_axis,
     num_outputs,
-    shifts_alike,
+    turns_shift_into_bias,
     why_fixed,
 )
-from normkit.folding.neighbours import Neighbours, Way
+from normkit.folding.neighbours import Connection, Neighbours
 from normkit.tracing import is_producer
 
-Follow = Callable[[Mapping[nn.Module, int]], Labels]
+LabelChannels = Callable[[Mapping[nn.Module, int]], Labels]
+"""``label(axes)`` is ``follow_channels`` for one model and one input."""
 
 
-class Step(NamedTuple):
-    """A norm, the layers that take it in, and what stays in its place."""
+class FoldedNorm(NamedTuple):
+    """A norm, the names of the layers that absorb it, and the module that stays in its place."""
 
     norm: nn.Module
     name: str
@@ -37,87 +38,94 @@ class Step(NamedTuple):
     rest: nn.Module
 
 
-class Plan(NamedTuple):
-    """All norms that go, in the order of the forward; new weights; why each other norm stays."""
+class FoldingPlan(NamedTuple):
+    """The norms to fold, in the order of the forward; the new weights; why other norms stay."""
 
-    steps: tuple[Step, ...]
+    norms: tuple[FoldedNorm, ...]
     weights: Mapping[str, LinearMap]
     why: Mapping[nn.Module, str]
 
 
-class Place(NamedTuple):
-    """The one call of a norm in a forward, and what it does."""
+class NormCall(NamedTuple):
+    """The only call of a norm in a forward: its index, and what the norm computes."""
 
     at: int
     norm: nn.Module
-    does: Evaluated
+    evaluated: EvaluatedNorm
 
     @property
     def axis(self) -> int:
-        """The axis of the channels; from the end where there may be no batch axis."""
-        if self.does.channels_last:
+        """The axis of the channels.
+
+        It is counted from the end for torch's instance norms, whose input may have no batch axis.
+        """
+        if self.evaluated.channels_last:
             return -1
         kinds = enumerate(TORCH_INSTANCE_NORMS, start=1)
         return next((-1 - n for n, kind in kinds if isinstance(self.norm, kind)), 1)
 
 
-class Taker(NamedTuple):
-    """A layer, and what it takes in."""
+class Absorber(NamedTuple):
+    """A layer that can absorb a norm, and the scale and shift for its channels."""
 
     name: str
     layer: Layer
-    affine: Affine
+    affine: ScaleShift
 
 
-def plan(
-    neighbours: Neighbours, calls: Mapping[nn.Module, int], norms: Found, follow: Follow
-) -> Plan:
-    """Find a place for each norm: in the layer before it, else in all layers behind it.
+def make_plan(
+    neighbours: Neighbours, calls: Mapping[nn.Module, int], norms: NamedNorms, label: LabelChannels
+) -> FoldingPlan:
+    """Plan to fold each norm into the layer before it, or else into all layers behind it.
 
     Args:
         neighbours: The calls of a forward.
-        calls: How often norms and layers with weights are called in one.
+        calls: How often each norm and each layer with weights is called in one forward.
         norms: The norms of the model.
-        follow: Gives the numbers of the channels that come to each layer, for the axes of those in
-            each layer's output.
+        label: Finds the channel numbers that arrive in each layer's input, given the axis of the
+            channels in each layer's output.
     """
     planner = _Planner(neighbours, calls)
     by_name = {names[0]: norm for norm, names in norms.items()}
     why = {norm: planner.why_not_once(name, norm) for name, norm in by_name.items()}
-    places = []
+    norm_calls = []
     for at in neighbours.graph.of_kind("norm"):
         norm = by_name[neighbours.graph.calls[at].name]
-        does = why[norm] or evaluated(norm)
-        if isinstance(does, str):
-            why[norm] = does
+        evaluated = why[norm] or evaluated_norm(norm)
+        if isinstance(evaluated, str):
+            why[norm] = evaluated
         else:
-            places.append(Place(at, norm, does))
-    planner.places = {place.at: place for place in places}
+            norm_calls.append(NormCall(at, norm, evaluated))
+    planner.norm_calls = {call.at: call for call in norm_calls}
     layers = {m: channel_axis(cast(Layer, m)) for m in calls if is_producer(m)}
-    planner.labels = follow(layers | {place.norm: place.axis for place in places})
-    for place in places:
-        why[place.norm] = planner.backward(place)
-    for place in reversed([place for place in places if why[place.norm]]):
-        said = planner.forward(place)
-        why[place.norm] = f"{why[place.norm]}, and {said}" if said else ""
-    steps = tuple(planner.steps[at] for at in sorted(planner.steps))
-    return Plan(steps, planner.weights, {norm: said for norm, said in why.items() if said})
+    planner.labels = label(layers | {call.norm: call.axis for call in norm_calls})
+    for call in norm_calls:
+        why[call.norm] = planner.fold_into_source(call)
+    for call in reversed([call for call in norm_calls if why[call.norm]]):
+        reason = planner.fold_into_targets(call)
+        why[call.norm] = f"{why[call.norm]}, and {reason}" if reason else ""
+    folded = tuple(planner.folded[at] for at in sorted(planner.folded))
+    return FoldingPlan(folded, planner.weights, {norm: each for norm, each in why.items() if each})
 
 
 @dataclass
 class _Planner:
-    """What is decided so far."""
+    """The norms folded so far, and the weights that result.
+
+    Methods that return a reason return an empty string if there is nothing in the way.
+    """
 
     neighbours: Neighbours
     calls: Mapping[nn.Module, int]
-    places: Mapping[int, Place] = field(default_factory=dict)
+    norm_calls: Mapping[int, NormCall] = field(default_factory=dict)
     labels: Labels = field(default_factory=dict)
     weights: dict[str, LinearMap] = field(default_factory=dict)
-    steps: dict[int, Step] = field(default_factory=dict)
+    folded: dict[int, FoldedNorm] = field(default_factory=dict)
 
     def why_not_once(self, name: str, module: nn.Module) -> str:
-        """Say why it is not the one call of a module that decides what it does; '' if it is."""
-        times = (self.neighbours.num_calls[name], self.calls[module])  # traced, and run
+        """Say why a module is not used by exactly one call in a forward."""
+        # The traced graph and the run with hooks may disagree: torch.fx fixes the control flow.
+        times = (self.neighbours.num_calls[name], self.calls[module])
         if not all(times):
             return "the forward does not call it"
         if max(times) > 1:
@@ -125,76 +133,87 @@ class _Planner:
         reads = name in self.neighbours.read_directly
         return "the forward reads its parameters directly" if reads else ""
 
-    def backward(self, place: Place) -> str:
-        """Fold a norm into the layer whose result it takes; '' if that is done, or why not."""
-        source = self.neighbours.source(place.at)
+    def fold_into_source(self, call: NormCall) -> str:
+        """Fold a norm into the layer before it, or return the reason why that is impossible."""
+        source = self.neighbours.source(call.at)
         if isinstance(source, str):
             return source
-        taker = self._taker(source, place, behind=False)
-        if isinstance(taker, str):
-            return taker
-        return self._take(place, {taker.name: self._map(taker).followed_by(taker.affine)})
+        absorber = self._absorber(source, call, behind=False)
+        if isinstance(absorber, str):
+            return absorber
+        return self._record(call, {absorber.name: self._map(absorber).followed_by(absorber.affine)})
 
-    def forward(self, place: Place) -> str:
-        """Fold a norm into all layers that take its result; '' if that is done, or why not."""
-        if not place.does.is_all:
-            return f"behind it comes its own {type(next(place.does.rest.children())).__name__}"
-        targets = self.neighbours.targets(place.at)
+    def fold_into_targets(self, call: NormCall) -> str:
+        """Fold a norm into all layers behind it, or return the reason why that is impossible."""
+        if not call.evaluated.leaves_nothing:
+            return f"its own {type(next(call.evaluated.rest.children())).__name__} comes after it"
+        targets = self.neighbours.targets(call.at)
         if isinstance(targets, str):
             return targets
         new = {}
         for target in targets:
-            taker = self._taker(target, place, behind=True)
-            if isinstance(taker, str):
-                return taker
-            if bool(taker.affine.shift.any()) and not shifts_alike(taker.layer):
-                return f"{taker.name!r} pads with zeros, which no weight can shift"
-            new[taker.name] = self._map(taker).preceded_by(taker.affine)
-        return self._take(place, new)
+            absorber = self._absorber(target, call, behind=True)
+            if isinstance(absorber, str):
+                return absorber
+            if bool(absorber.affine.shift.any()) and not turns_shift_into_bias(absorber.layer):
+                return f"{absorber.name!r} pads with zeros, which the norm's shift does not reach"
+            new[absorber.name] = self._map(absorber).preceded_by(absorber.affine)
+        return self._record(call, new)
 
-    def _taker(self, way: Way, place: Place, *, behind: bool) -> Taker | str:
-        """Find the layer of a call, and the map as its channels see it, or why it cannot be."""
-        name = self.neighbours.graph.calls[way.end].name
+    def _absorber(self, connection: Connection, call: NormCall, *, behind: bool) -> Absorber | str:
+        """Return the layer at the end of a connection, or the reason why it cannot absorb a norm.
+
+        Args:
+            connection: The connection from the norm to the layer.
+            call: The call of the norm.
+            behind: Whether the layer comes behind the norm, rather than before it.
+        """
+        name = self.neighbours.graph.calls[connection.end].name
         layer = cast(Layer, self.neighbours.modules[name])
-        given = None if behind else self.labels.get(layer)
-        fixed = why_fixed(layer, None if given is None else given.shape)
-        said = self.why_not_once(name, layer) or fixed or self._why_tied(layer)
-        if said:
-            return f"{name!r} cannot take it: {said}"
-        channels = self._behind(way, place, layer) if behind else self._before(way, place, layer)
-        if channels is None or not self._has_its_channels(place):
-            return f"its channels are not those of {name!r}"
-        return Taker(name, layer, place.does.affine.of_channels(channels))
+        labels = None if behind else self.labels.get(layer)
+        fixed = why_fixed(layer, None if labels is None else labels.shape)
+        reason = self.why_not_once(name, layer) or fixed or self._why_tied(layer)
+        if reason:
+            return f"{name!r} cannot absorb it: {reason}"
+        match_channels = self._channels_behind if behind else self._channels_before
+        channels = match_channels(connection, call, layer)
+        if channels is None or not self._has_its_channels(call):
+            return f"its channels do not match those of {name!r}"
+        return Absorber(name, layer, call.evaluated.affine.at(channels))
 
-    def _has_its_channels(self, place: Place) -> bool:
+    def _has_its_channels(self, call: NormCall) -> bool:
         """Whether the norm's input has as many channels as the norm."""
-        labels = self.labels.get(place.norm)
-        return labels is not None and labels.shape[place.axis] == len(place.does.affine.scale)
+        labels = self.labels.get(call.norm)
+        return labels is not None and labels.shape[call.axis] == len(call.evaluated.affine.scale)
 
-    def _before(self, way: Way, place: Place, layer: Layer) -> Tensor | None:
-        """In which channel of the norm each channel of the layer's result comes."""
+    def _channels_before(
+        self, connection: Connection, call: NormCall, layer: Layer
+    ) -> Tensor | None:
+        """For each output channel of a layer before the norm, find the norm's channel."""
         channels = torch.arange(num_outputs(layer))
-        for norm, axis in (*self._norms(way), (place.norm, place.axis)):
+        for norm, axis in (*self._norms(connection), (call.norm, call.axis)):
             into = destinations(self.labels.get(norm), axis, int(channels.max()) + 1)
             if into is None:
                 return None
             channels = into[channels]
         return channels
 
-    def _behind(self, way: Way, place: Place, layer: Layer) -> Tensor | None:
-        """From which channel of the norm each channel that the layer takes comes."""
+    def _channels_behind(
+        self, connection: Connection, call: NormCall, layer: Layer
+    ) -> Tensor | None:
+        """For each input channel of a layer behind the norm, find the norm's channel."""
         channels = sources(self.labels.get(layer), channel_axis(layer))
-        for norm, axis in reversed(self._norms(way)):
+        for norm, axis in reversed(self._norms(connection)):
             before = sources(self.labels.get(norm), axis)
             if channels is None or before is None:
                 return None
             channels = before[channels]
         return channels
 
-    def _norms(self, way: Way) -> list[tuple[nn.Module, int]]:
-        """Norms on the way that are folded already, with the axes of their channels."""
-        places = [self.places[at] for at in way.through]
-        return [(place.norm, place.axis) for place in places]
+    def _norms(self, connection: Connection) -> list[tuple[nn.Module, int]]:
+        """Return the folded norms on a connection, with the axes of their channels."""
+        norm_calls = [self.norm_calls[at] for at in connection.through]
+        return [(call.norm, call.axis) for call in norm_calls]
 
     def _why_tied(self, layer: nn.Module) -> str:
         own = [p for p in layer._parameters.values() if p is not None]
@@ -206,17 +225,18 @@ class _Planner:
         modules = self.neighbours.modules.values()
         return Counter(p for module in modules for p in module._parameters.values())
 
-    def _map(self, taker: Taker) -> LinearMap:
-        return self.weights.get(taker.name) or LinearMap.of(taker.layer)
+    def _map(self, absorber: Absorber) -> LinearMap:
+        """Return the layer's linear map, with the norms that it has absorbed so far."""
+        return self.weights.get(absorber.name) or LinearMap.of(absorber.layer)
 
-    def _take(self, place: Place, new: Mapping[str, LinearMap]) -> str:
-        """Note new weights, if their layers can hold them."""
+    def _record(self, call: NormCall, new: Mapping[str, LinearMap]) -> str:
+        """Record a folded norm and the new weights, or say which layer's dtype cannot hold them."""
         for name, weights in new.items():
             if not weights.fits(cast(Layer, self.neighbours.modules[name])):
                 return f"{name!r} cannot hold the product in its dtype"
         self.weights |= new
-        name = self.neighbours.graph.calls[place.at].name
-        self.steps[place.at] = Step(place.norm, name, tuple(new), place.does.rest)
-        if place.does.is_all:
-            self.neighbours.passing.add(place.at)
+        name = self.neighbours.graph.calls[call.at].name
+        self.folded[call.at] = FoldedNorm(call.norm, name, tuple(new), call.evaluated.rest)
+        if call.evaluated.leaves_nothing:
+            self.neighbours.identities.add(call.at)
         return ""

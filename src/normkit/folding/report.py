@@ -1,25 +1,25 @@
-"""What was folded into what, and what was not."""
+"""The report of folding: which norms were folded into which layers, and which were not."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
 
 from normkit.convert.report import Left
-from normkit.text import module_name, table_lines
+from normkit.text import by_reason, module_name, table_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folded:
-    """A norm that moved into the weights of its neighbours.
+    """A norm that was folded into the weights of other layers.
 
     Args:
-        name: Its name in the model; the first one of a shared layer.
-        old: What it was.
-        into: Names of the layers whose weights have it now.
-        stays: What is in its place now: an identity, its activation, its channel stage.
+        name: Its name in the model; of a shared layer the first of its names.
+        old: The norm, as in ``"BatchNorm2d(64)"``.
+        into: Names of the layers into whose weights it was folded.
+        stays: The modules that are in its place now, such as its activation; ``"-"`` if there is
+            only an identity.
     """
 
     name: str
@@ -30,15 +30,15 @@ class Folded:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Folding:
-    """A folded copy of a model and everything that was done to it; prints as a table.
+    """A folded copy of a model and a report of what was done; prints as a table.
 
     Args:
         model: The copy, in evaluation mode.
-        folded: The norms that are in the weights now, in the order of the forward.
-        left: All other norms, with the reason.
-        baked: Layers whose computed weights were written down first.
-        difference: Largest error of the output on the example input, over its largest value; None
-            if the outputs cannot be compared.
+        folded: The norms that were folded, in the order of the forward.
+        left: The norms that were not folded, each with the reason.
+        baked: Names of the layers whose computed weights were baked first.
+        difference: Largest error of the output on the example input, divided by the largest output
+            value; None if the outputs cannot be compared.
     """
 
     model: nn.Module
@@ -66,7 +66,5 @@ class Folding:
         return f"{count}; the output differs by {self.difference:.1e} of its largest value"
 
     def _left(self) -> list[str]:
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for left in self.left:
-            by_reason[left.why].append(f"{module_name(left.name)} ({left.old})")
-        return [f"left: {', '.join(names)}: {why}" for why, names in by_reason.items()]
+        rows = ((f"{module_name(left.name)} ({left.old})", left.why) for left in self.left)
+        return [f"left: {names}: {why}" for why, names in by_reason(rows).items()]

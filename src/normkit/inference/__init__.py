@@ -1,4 +1,4 @@
-"""A trained model at evaluation."""
+"""Running statistics of a trained model: measure, freeze or guard them, or mix in an example's."""
 
 from normkit.inference.example_weight import set_example_weight
 from normkit.inference.freeze import freeze_statistics, thaw_statistics

@@ -1,4 +1,4 @@
-"""Inference example weighing for a whole model."""
+"""Set the example weight of all layers of a model (inference example weighing)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from normkit.core.check import require_share
 from normkit.errors import OptionError
 from normkit.inference.tracked import tracked
 from normkit.layers.base import TrackingLayer
-from normkit.passes import all_or_nothing, bare
+from normkit.passes import all_or_nothing, unwrap
 
 
 @all_or_nothing
@@ -18,15 +18,17 @@ def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     .. math::  m = \alpha e + (1 - \alpha) m_r, \quad
                v = \alpha v_e + (1 - \alpha) v_r + \alpha (1 - \alpha) (e - m_r)^2
 
-    with an example's own statistics ``e, v_e`` and the running ones ``m_r, v_r``.
+    At evaluation a layer normalises by the mean :math:`m` and variance :math:`v`, which mix an
+    example's own statistics :math:`e, v_e` with the running statistics :math:`m_r, v_r`.
 
     Args:
-        model: Holds layers of normkit; composites weigh in their batch stage. It may be inside
+        model: Holds layers of normkit; composites mix in their batch stage. It may be inside
             DistributedDataParallel, or compiled.
-        alpha: From 0, the running statistics alone, to 1, the example's own alone.
+        alpha: Share of the example's own statistics, from 0 to 1; 0 uses only the running
+            statistics, 1 only the example's.
 
     Returns:
-        Names of the layers that were set; layers without running statistics are not.
+        Names of the layers that were set; layers without running statistics are left alone.
 
     Raises:
         OptionError: If ``alpha`` lies outside 0 to 1, or no layer of normkit in the model has
@@ -43,13 +45,14 @@ def set_example_weight(model: nn.Module, alpha: float) -> tuple[str, ...]:
     require_share("example_weight", alpha)
     layers = {
         name: layer
-        for name, layer in tracked(bare(model, "weigh")).items()
+        for name, layer in tracked(unwrap(model, "weigh")).items()
         if isinstance(layer, TrackingLayer)
     }
     if not layers:
         raise OptionError(
-            f"{type(model).__name__} has no layer of normkit with running statistics, so there is "
-            f"nothing to weigh; build it with norm_layer=normkit.BatchNorm (its keys are torch's)"
+            f"{type(model).__name__} has no layer of normkit with running statistics, so no "
+            f"example weight can be set; build it with norm_layer=normkit.BatchNorm, whose state "
+            f"dict has torch's names"
         )
     for layer in layers.values():
         layer.example_weight = alpha

@@ -1,4 +1,4 @@
-"""Taking a model's population statistics: all layers in one pass, or each with those before it."""
+"""Measure a model's population statistics: all layers in one pass, or one layer after another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normkit.core.mask import require_valid_values
 from normkit.core.partition import require_variance
 from normkit.errors import DataError, InputError
+from normkit.inference.norm_inputs import Missed, watch_inputs
 from normkit.inference.population import Population, Sums
-from normkit.inference.ranks import together
-from normkit.inference.reaching import Missed, reaching
+from normkit.inference.ranks import run_on_all_ranks
 from normkit.inference.tracked import statistics_of
 from normkit.layers.base import BUFFERS, SegmentLayer, is_estimated
 from normkit.passes import Data, first_calls, progress, uncompiled, untouched
-from normkit.passes.inputs import Until, show_inputs
+from normkit.passes.inputs import ForwardUntil, show_inputs
 
 Layers = Mapping[str, nn.Module]
 Values = dict[str, Tensor]
@@ -29,12 +29,12 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one or all ranks have seen.
+    """The measurement of one rank, or of all ranks together.
 
     Args:
         num_batches: How many batches were read.
-        sums: Of each layer that got an input, by name.
-        missed: Layers that have normalised something that was not seen, and why not.
+        sums: The sums of each layer that got an input, by name.
+        missed: Names of layers with an input that was not seen, with the reason.
     """
 
     num_batches: int = 0
@@ -42,8 +42,8 @@ class Measured:
     missed: Mapping[str, str] = field(default_factory=dict)
 
 
-def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
-    """Measure all layers in one pass, each normalising by its batches as in training."""
+def measure_in_one_pass(model: nn.Module, layers: Layers, data: Data) -> Measured:
+    """Measure all layers in one pass, in which they normalise by each batch, as in training."""
     names = {layer: name for name, layer in layers.items()}
 
     def work() -> Measured:
@@ -56,11 +56,11 @@ def measure_at_once(model: nn.Module, layers: Layers, data: Data) -> Measured:
         sums = {name: _on_cpu(population.sums) for name, population in populations.items()}
         return Measured(num_batches, sums, {names[layer]: why for layer, why in missed.items()})
 
-    return _merged(together(work, data.group), layers)
+    return _merged(run_on_all_ranks(work, data.group), layers)
 
 
 def measure_in_order(model: nn.Module, layers: Layers, data: Data) -> Measured:
-    """Measure layer after layer, each behind others that evaluate by what was found for them."""
+    """Measure one layer after another; earlier layers already use their new statistics."""
     sums: dict[str, Sums] = {}
     with untouched(model, training=False), uncompiled():
         num_batches, calls, missed = _calls(model, layers, data)
@@ -69,15 +69,16 @@ def measure_in_order(model: nn.Module, layers: Layers, data: Data) -> Measured:
             found = _inputs_summed(model, layer, name, num_calls, data)
             if found.num_values:
                 sums[name] = found
+                # Later layers must be measured behind these; ``untouched`` restores the old ones.
                 layer._buffers.update(values_of(name, layer, found))
     return Measured(num_batches, sums, missed)
 
 
 def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
-    """Buffers of a layer that has seen this.
+    """Compute the buffers of a layer from the sums over its inputs.
 
     Raises:
-        DataError: If that was a single value, or something that is not finite.
+        DataError: If each statistic has a single value behind it, or is not finite.
     """
     population = Population(layer)
     population.merge(sums)
@@ -94,25 +95,25 @@ def values_of(name: str, layer: nn.Module, sums: Sums) -> Values:
             f"layer {name!r} got a single value for each of its statistics, which has no variance; "
             f"give more batches"
         )
-    counts = {name: b for name, b in old.items() if name not in values}
-    return values | {name: torch.full_like(b, sums.num_inputs) for name, b in counts.items()}
+    counts = {key: b for key, b in old.items() if key not in values}
+    return values | {key: torch.full_like(b, sums.num_inputs) for key, b in counts.items()}
 
 
 def _by_batch(
     name: str, layer: nn.Module, population: Population, missed: Missed
 ) -> AbstractContextManager[None]:
-    """Let a population see what a layer normalises by each batch."""
+    """Let a layer normalise by each batch, and add its inputs to a population."""
     num_groups = statistics_of(layer)[BUFFERS[0]].numel()
-    by_batch = not is_estimated(layer)
+    uses_batch = not is_estimated(layer)
 
     def see(x: Tensor, valid: Tensor | None = None) -> None:
-        x = _checked(name, layer, x)
+        _require_several_positions(name, layer, x)
         num_values = x.numel() if valid is None else int(valid.sum()) * x.shape[1]
-        if by_batch and num_values == num_groups:
+        if uses_batch and num_values == num_groups:
             raise InputError(
                 f"layer {name!r} got an input of shape {tuple(x.shape)}: one value for each of "
                 f"its statistics, which has no variance to normalise by; leave such batches out "
-                f"(DataLoader(drop_last=True)), or pass sequential=True, which takes them"
+                f"(DataLoader(drop_last=True)), or pass sequential=True, which accepts them"
             )
         if isinstance(layer, SegmentLayer):
             what = f"layer {name!r}"
@@ -122,31 +123,31 @@ def _by_batch(
                 require_valid_values((layer.partition,), valid, x.shape, what)
         population.add(x, valid)
 
-    return reaching(layer, see, by_batch=True, missed=missed)
+    return watch_inputs(layer, see, by_batch=True, missed=missed)
 
 
-def _checked(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+def _require_several_positions(name: str, layer: nn.Module, x: Tensor) -> None:
     if isinstance(layer, _InstanceNorm) and x.shape[2:].numel() == 1:
         raise InputError(
             f"layer {name!r} got an input of shape {tuple(x.shape)}: a channel of an example is a "
             f"single value, which has no variance; leave the layer out with where="
         )
-    return x
 
 
 def _calls(
     model: nn.Module, layers: Layers, data: Data
 ) -> tuple[int, dict[str, int], dict[str, str]]:
-    """Count the batches of all ranks, and how often this rank's forwards call each layer.
+    """Count the batches of all ranks, and the calls of each layer in a forward of this rank.
 
-    Layers come in the order of their first calls; 0 is for a number that varies. Those that have
-    normalised what was not seen are apart.
+    Returns:
+        The number of batches; by layer name, in the order of the first calls, the number of calls
+        in each forward, or 0 if that varies; the layers with an unseen input, with the reason.
     """
     names = {layer: name for name, layer in layers.items()}
 
     def work() -> tuple[int, dict[str, int], dict[str, str]]:
         num_batches, found, missed = 0, dict[str, int](), Missed()
-        watch = partial(reaching, missed=missed)
+        watch = partial(watch_inputs, missed=missed)
         for batch in progress(data.read(), "counting batches", data.total()):
             num_batches += 1
             for layer, number in first_calls(model, names, batch, data.forward, watch).items():
@@ -154,37 +155,40 @@ def _calls(
                 found[names[layer]] = number if same else 0
         return num_batches, found, {names[layer]: why for layer, why in missed.items()}
 
-    results = together(work, data.group)
+    results = run_on_all_ranks(work, data.group)
+    # All ranks measure the layers in the same order, because each layer's sums are exchanged. How
+    # often a layer is called may differ from rank to rank.
     _, own, _ = results[0 if len(results) == 1 else distributed.get_rank(data.group)]
-    missed = _united(each for _, _, each in results)
+    missed = _join(each for _, _, each in results)
     order = dict.fromkeys(name for _, found, _ in results for name in found if name not in missed)
     num_batches = sum(number for number, _, _ in results)
     return num_batches, {name: own.get(name, 0) for name in order}, missed
 
 
-def _united(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+def _join(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
     return {name: why for part in parts for name, why in part.items()}
 
 
 def _inputs_summed(
     model: nn.Module, layer: nn.Module, name: str, num_calls: int, data: Data
 ) -> Sums:
-    until = Until(num_calls, data.forward, reaching)
+    until = ForwardUntil(num_calls, data.forward, watch_inputs)
 
     def work() -> Sums:
         population = Population(layer)
 
         def see(x: Tensor, valid: Tensor | None = None) -> None:
-            population.add(_checked(name, layer, x), valid)
+            _require_several_positions(name, layer, x)
+            population.add(x, valid)
 
         show_inputs(model, layer, data.read(), see, until)
         return _on_cpu(population.sums)
 
-    return _sum(layer, together(work, data.group))
+    return _sum(layer, run_on_all_ranks(work, data.group))
 
 
 def _merged(results: list[Measured], layers: Layers) -> Measured:
-    missed = _united(result.missed for result in results)
+    missed = _join(result.missed for result in results)
     sums = {n: _sum(layer, [r.sums[n] for r in results]) for n, layer in layers.items()}
     return Measured(
         sum(result.num_batches for result in results),

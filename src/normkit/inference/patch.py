@@ -1,8 +1,8 @@
-"""What recalibration found: old and new statistics, put in and taken out as one."""
+"""The result of a recalibration: old and new statistics, to be applied or undone all at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from normkit.errors import DataError, OptionError
 from normkit.inference.tracked import Unmeasured, statistics_of
 from normkit.layers.base import BUFFERS
-from normkit.passes import attempt, bare
-from normkit.text import module_name, table_lines
+from normkit.passes import attempt, unwrap
+from normkit.text import listed, module_name, table_lines
 
 MEAN, VAR = BUFFERS
 FORMAT = "normkit.StatisticsPatch 1"
@@ -23,15 +23,16 @@ FORMAT = "normkit.StatisticsPatch 1"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PatchedLayer:
-    """One layer's statistics, as they were and as they were measured.
+    """One layer's old statistics and the newly measured ones.
 
     Args:
-        name: Its name in the model; the first one of a shared layer.
-        kind: Its class.
-        eps: What it adds to the variance.
-        num_values: Values behind each new mean; examples, for torch's instance norms.
-        old: Buffers by name when they were measured.
-        new: Buffers by name that were found.
+        name: Its name in the model; of a shared layer, the first name.
+        kind: The name of its class.
+        eps: Added to the variance.
+        num_values: Number of values that each new mean was computed from; for torch's instance
+            norms, number of examples.
+        old: The buffers by name, as they were during the measurement.
+        new: The measured buffers by name.
     """
 
     name: str
@@ -47,7 +48,8 @@ class PatchedLayer:
 
         .. math::  \sqrt{\tfrac{1}{C} \sum_c (\mu_c - m_c)^2 / (v_c + \epsilon)}
 
-        with old ``m, v`` and new :math:`\mu`: what the layer's output moves by, before its affine.
+        :math:`m, v` are the old mean and variance, and :math:`\mu` is the new mean. The layer's
+        output moves by this much, before its scale and shift.
         """
         step = self.new[MEAN].double() - self.old[MEAN].double()
         return (step.square() / self._var(self.old)).mean().sqrt().item()
@@ -64,16 +66,17 @@ class PatchedLayer:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class StatisticsPatch:
-    """New running statistics for a model, not in it before ``apply``; prints as a table.
+    """New running statistics for a model, which ``apply`` writes into it; prints as a table.
 
     Args:
-        model: The model whose statistics these are.
-        layers: Those that were measured, with old and new values, in the order of the model.
-        left: All others with running statistics, with the reason.
-        num_batches: How many batches were measured, on all ranks.
-        max_batches: How many a rank would have measured at most.
-        sequential: Whether each layer was measured behind settled ones.
-        applied: Whether the new values are in the model.
+        model: The model that was measured.
+        layers: The measured layers with old and new values, in the order of the model.
+        left: All other layers with running statistics, with the reason.
+        num_batches: How many batches were measured, on all ranks together.
+        max_batches: The limit on the batches of each rank; None without a limit.
+        sequential: Whether the layers were measured one after the other, each behind layers with
+            their new statistics.
+        applied: Whether the model has the new values.
     """
 
     model: nn.Module = field(repr=False)
@@ -87,22 +90,27 @@ class StatisticsPatch:
     def apply(self) -> Self:
         """Write the new statistics into the model's buffers, all or none; return the patch.
 
-        ``num_batches_tracked`` becomes the number of inputs that the layer has seen while it was
-        measured. A second time changes nothing.
+        ``num_batches_tracked`` becomes the number of inputs that the layer got in the measurement.
+        A second call changes nothing.
 
         Raises:
-            OptionError: If the model's statistics are neither the old ones nor the new: somebody
-                has changed them, or it is another model; nothing is changed then.
+            OptionError: If the model's statistics are neither the old ones nor the new ones: they
+                have changed since, or belong to another model. Then nothing is changed.
         """
         return attempt(self._apply, self.model, self)
 
     def _apply(self) -> Self:
         targets = self._targets()
-        moved = [row.name for row in self.layers if not _is_either(targets[row.name], row)]
-        if moved:
+        changed = [
+            row.name
+            for row in self.layers
+            if not (_has(targets[row.name], row.old) or _has(targets[row.name], row.new))
+        ]
+        if changed:
             raise OptionError(
-                f"the statistics of {_listed(moved)} are not those that this patch was measured "
-                f"on; they have moved since, or belong to another model; recalibrate this one"
+                f"the statistics of {listed(map(repr, changed))} are not those that this patch was "
+                f"measured on; they have changed since, or belong to another model; recalibrate "
+                f"this one"
             )
         for row in self.layers:
             _fill(targets[row.name], row.new)
@@ -110,9 +118,9 @@ class StatisticsPatch:
         return self
 
     def undo(self) -> Self:
-        """Put the statistics from before ``apply`` back, bit for bit; return the patch.
+        """Restore the statistics from before ``apply``, bit for bit; return the patch.
 
-        That is so whatever the applied statistics have become since; without ``apply`` nothing
+        Changes that the applied statistics have had since are lost. Without ``apply`` nothing
         happens.
 
         Raises:
@@ -129,7 +137,7 @@ class StatisticsPatch:
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the patch into a file of tensors, without the model; ``load`` reads it."""
+        """Save the patch without the model; ``load`` reads the file."""
         kept = ("num_batches", "max_batches", "sequential")
         torch.save(
             {
@@ -143,34 +151,34 @@ class StatisticsPatch:
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module) -> Self:
-        """Read a patch for a model, which is not changed.
+        """Read a patch for a model; the model is not changed.
 
-        It counts as applied if the model has the new statistics.
+        The patch counts as applied if the model has the new statistics.
 
         Args:
-            path: A file that ``save`` has written.
+            path: A file that ``save`` wrote.
             model: The model that was measured, or a copy of it.
 
         Raises:
             DataError: If the file is missing or is no patch.
-            OptionError: If the model lacks a layer of the patch, or it has another size.
+            OptionError: If the model lacks a layer of the patch, or the layer has another size.
         """
         read = _read(Path(path))
         rows = tuple(PatchedLayer(**row) for row in read.pop("layers"))
         left = tuple(Unmeasured(name=n, kind=k, why=w) for n, k, w in read.pop("left"))
-        patch = cls(model=bare(model, "patch"), layers=rows, left=left, **read)
+        patch = cls(model=unwrap(model, "patch"), layers=rows, left=left, **read)
         targets = patch._targets()
         patch.applied = all(_has(targets[row.name], row.new) for row in rows)
         return patch
 
     def _targets(self) -> dict[str, nn.Module]:
-        """The layers by name, as they are in the model now."""
+        """Find the patch's layers in the model, by name."""
         modules = dict(self.model.named_modules())
         lost = [row.name for row in self.layers if not _fits(modules.get(row.name), row)]
         if lost:
             raise OptionError(
-                f"the model has no layer {_listed(lost)} with statistics of the patch's sizes; "
-                f"give the model that was measured, or a copy of it"
+                f"the model has no layer {listed(map(repr, lost))} with statistics of the patch's "
+                f"sizes; give the model that was measured, or a copy of it"
             )
         return {row.name: modules[row.name] for row in self.layers}
 
@@ -185,7 +193,7 @@ class StatisticsPatch:
                 r.kind,
                 f"{r.num_values:,}",
                 f"{r.mean_shift:.3g}",
-                _range(*r.std_ratio),
+                "{:.3g} to {:.3g}".format(*r.std_ratio),
             )
             for r in self.layers
         ]
@@ -202,12 +210,13 @@ class StatisticsPatch:
         return f"statistics of {layers} from {batches}{fewer}, {how}, {state}"
 
 
-def values_now(layer: nn.Module) -> dict[str, Tensor]:
-    """Copies of a layer's running statistics."""
+def copy_statistics(layer: nn.Module) -> dict[str, Tensor]:
+    """Copy a layer's running statistics, by name."""
     return {name: buffer.detach().clone() for name, buffer in statistics_of(layer).items()}
 
 
 def _saved(row: PatchedLayer) -> dict[str, Any]:
+    """One layer as plain values and CPU tensors."""
     values = {w: {n: t.cpu() for n, t in getattr(row, w).items()} for w in ("old", "new")}
     plain = {name: getattr(row, name) for name in ("name", "kind", "eps", "num_values")}
     return plain | values
@@ -230,16 +239,13 @@ def _fits(layer: nn.Module | None, row: PatchedLayer) -> bool:
     return {n: b.shape for n, b in buffers.items()} == {n: b.shape for n, b in row.old.items()}
 
 
-def _is_either(layer: nn.Module, row: PatchedLayer) -> bool:
-    return _has(layer, row.old) or _has(layer, row.new)
-
-
 def _has(layer: nn.Module, values: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has exactly these statistics."""
     return all(_equal(b, values[name].to(b)) for name, b in statistics_of(layer).items())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether all values are the same, NaN being itself."""
+    """Whether all values are the same; NaN equals NaN."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -247,15 +253,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _fill(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, buffer in statistics_of(layer).items():
         buffer.copy_(values[name])
-
-
-def _listed(names: Sequence[str], at_most: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:at_most])
-    return shown + (f" and {len(names) - at_most} others" if len(names) > at_most else "")
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:.3g} to {high:.3g}"
 
 
 def _plural(number: int, one: str, many: str) -> str:

@@ -1,4 +1,4 @@
-"""Statistics of everything a layer sees, whatever the batches."""
+"""Statistics over all inputs of a layer, merged exactly from batches of any size."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from normkit.typing import FeatureMap
 
 
 class Sums(NamedTuple):
-    """What has been seen, so that two of them can be merged.
+    """Sums over some inputs of a layer; the sums over two sets of inputs can be merged.
 
     Args:
-        num_values: Behind each mean; examples, for torch's instance norms.
-        num_inputs: Inputs that were not empty.
-        mean: Of each statistics group, float64.
-        squares: Sum of the squared distances from it; of the examples' variances, for torch's
-            instance norms.
+        num_values: Number of values behind each mean; for torch's instance norms, of examples.
+        num_inputs: Number of inputs that were not empty.
+        mean: Mean of each statistics group ``(G,)``, float64.
+        squares: Sum of the squared distances from the mean; for torch's instance norms, sum of the
+            examples' unbiased variances.
     """
 
     num_values: int
@@ -33,54 +33,55 @@ class Sums(NamedTuple):
     squares: Tensor
 
 
-SMALL = 1 << 17  # values: below, the calls around the kernel cost more than it saves
+SMALL = 1 << 17  # For fewer values the calls around the C++ kernel cost more than it saves.
 EMPTY = Sums(0, 0, torch.zeros(()), torch.zeros(()))
 
 
 class Population:
     r"""Mean and variance of each of a layer's statistics groups over all of its inputs.
 
-    Batches are merged by their counts in float64, so that their sizes and order do not matter:
+    Batches are merged in float64 and weighted by their counts, so that their sizes and order do
+    not matter:
 
     .. math::  n = n_1 + n_2, \quad \delta = \mu_2 - \mu_1, \quad \mu = \mu_1 + \delta n_2 / n,
                \quad S = S_1 + S_2 + \delta^2 n_1 n_2 / n, \quad \sigma^2 = S / n
 
-    The buffers of torch's instance norms average the statistics of the examples, each with the
-    same weight; so does this.
+    The buffers of torch's instance norms are averages of the examples' statistics with equal
+    weights; for them this class computes the same averages.
 
     Args:
-        layer: A layer with running statistics: torch's batch norms or one of ours. Composites
-            that hold such a layer are asked through it. None is for the channels of any map.
+        layer: A layer with running statistics: a norm of torch, or one of normkit, which may be a
+            part of a composite. None for the statistics of each channel of any map.
     """
 
     def __init__(self, layer: nn.Module | None = None) -> None:
         self._layer = layer
-        self._of_examples = isinstance(layer, _InstanceNorm)
+        self._averages_examples = isinstance(layer, _InstanceNorm)
         self.sums = EMPTY
 
     @property
     def count(self) -> int:
-        """Number of values behind each mean; of examples, for torch's instance norms."""
+        """Number of values behind each mean; for torch's instance norms, of examples."""
         return self.sums.num_values
 
     @torch.no_grad()
     def add(self, x: FeatureMap, valid: Tensor | None = None) -> None:
-        """Take an input ``(N, C, *S)`` of the layer into account.
+        """Add an input of the layer.
 
         Args:
-            x: The input.
-            valid: Which of its positions count, ``(N, 1, *S)``; all without it. Groups of parts of
-                channels need all.
+            x: The input ``(N, C, *S)``.
+            valid: The positions that count, ``(N, 1, *S)``; None counts all. Groups that cut
+                through a channel's positions need None.
         """
         if x.numel() == 0:
             return
         wide, num_groups = self._grouped(x, valid)
         if valid is not None:
-            wide = wide.movedim(1, -1)[valid.squeeze(1)]  # the valid positions' channels
+            wide = wide.movedim(1, -1)[valid.squeeze(1)]  # (num_valid, C)
             if wide.numel() == 0:
                 return
         count = wide.numel() // num_groups
-        if self._of_examples:
+        if self._averages_examples:
             mean, squares = _two_passes(wide.reshape(wide.shape[0], num_groups, -1), (2,))
             var = squares / max(count // wide.shape[0] - 1, 1)
             self.merge(Sums(wide.shape[0], 1, mean.mean(dim=0), var.sum(dim=0)))
@@ -94,14 +95,15 @@ class Population:
             self.merge(Sums(count, 1, batch.mean[0], batch.var[0] * count))
 
     def merge(self, other: Sums) -> None:
-        """Take into account what somebody else has seen."""
+        """Add the sums over other inputs, for instance another rank's."""
         own = self.sums
         if own.num_values == 0 or other.num_values == 0:
             self.sums = own if other.num_values == 0 else other
             return
         total, step = own.num_values + other.num_values, other.mean - own.mean
         squares = own.squares + other.squares
-        if not self._of_examples:
+        if not self._averages_examples:
+            # The means of the two sets differ, which adds to the distances from the common mean.
             squares = squares + step.square() * (own.num_values * other.num_values / total)
         mean = own.mean + step * (other.num_values / total)
         self.sums = Sums(total, own.num_inputs + other.num_inputs, mean, squares)
@@ -113,16 +115,16 @@ class Population:
 
     @property
     def buffers(self) -> Moments:
-        """What the layer's running mean and variance are of one batch of everything.
+        """The layer's running mean and variance if all inputs were one batch, ``(G,)``.
 
-        The variance is unbiased, except of the estimates of micro-batch normalization.
+        The variance is unbiased, except for the estimates of micro-batch normalization.
         """
-        if self._of_examples or is_estimated(self._layer):
-            return self.moments  # of examples: unbiased already
+        if self._averages_examples or is_estimated(self._layer):
+            return self.moments  # The variances of instance norms are unbiased already.
         return Moments(self.sums.mean, self.sums.squares / max(self.count - 1, 1))
 
     def _grouped(self, x: FeatureMap, valid: Tensor | None) -> tuple[FeatureMap, int]:
-        """What the statistics are of, float64, and how many groups each example has."""
+        """The values whose statistics are taken, in float64, and the number of groups."""
         layer, wide = self._layer, x.double()
         if isinstance(layer, TrackingLayer):
             return layer.tracked_input(wide, valid), layer.running_partition.num_groups
@@ -130,6 +132,6 @@ class Population:
 
 
 def _two_passes(cells: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean, and sum of the squared distances from it; ``torch.var_mean`` is many times slower."""
+    """Mean, and sum of squared distances from it; many times faster than ``torch.var_mean``."""
     mean = cells.mean(dim=dims, keepdim=True)
     return mean.squeeze(dims), (cells - mean).square_().sum(dim=dims)

@@ -1,4 +1,4 @@
-"""Work that every process does a part of."""
+"""Work that is split over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ T = TypeVar("T")
 Group = distributed.ProcessGroup
 
 
-def together(work: Callable[[], T], group: Group | None = None) -> list[T]:
-    """Do the work on every rank, and give all ranks all results; an error of one is one of all.
+def run_on_all_ranks(work: Callable[[], T], group: Group | None = None) -> list[T]:
+    """Do work on every rank, and return the results of all ranks on every rank.
 
-    Without ``torch.distributed``, the only result is one's own. Devices do not matter: what is
-    given goes as bytes, so it should be small and on the CPU.
+    If one rank fails, all ranks raise an error, so that none waits forever. Without
+    ``torch.distributed`` the list has only this process's result. Results are exchanged as pickled
+    bytes, so they should be small and on the CPU.
 
     Args:
-        work: What this rank does; its result can be pickled.
-        group: Ranks that take part, this one among them; by default all.
+        work: Does this rank's part, and returns a result that can be pickled.
+        group: The ranks that take part, including this one; by default all.
 
     Raises:
         OptionError: If a group is given without ``torch.distributed``, or this rank is not in it.
-        DataError: On the other ranks, if one of them has failed.
+        DataError: If another rank has failed.
     """
     size = _num_ranks(group)
     if size == 1:
@@ -33,14 +34,14 @@ def together(work: Callable[[], T], group: Group | None = None) -> list[T]:
     result, problem = None, None
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 - raised below, once the others have been told
+    except Exception as error:  # noqa: BLE001 - raised below, after the other ranks know of it
         problem = error
-    said = None if problem is None else f"{type(problem).__name__}: {problem}"
+    message = None if problem is None else f"{type(problem).__name__}: {problem}"
     found: list[Any] = [None] * size
-    distributed.all_gather_object(found, (result, said), group=group)
+    distributed.all_gather_object(found, (result, message), group=group)
     if problem is not None:
         raise problem
-    failed = [f"rank {rank} failed with {said}" for rank, (_, said) in enumerate(found) if said]
+    failed = [f"rank {rank} failed with {text}" for rank, (_, text) in enumerate(found) if text]
     if failed:
         raise DataError(f"{'; '.join(failed)}; the other ranks stop as well")
     return [result for result, _ in found]
@@ -56,5 +57,7 @@ def _num_ranks(group: Group | None) -> int:
         return 1
     size = distributed.get_world_size(group)
     if size < 1:
-        raise OptionError("this process is not in the group= that was given; call it in those only")
+        raise OptionError(
+            "this process is not in the group= that was given; make this call only in its processes"
+        )
     return size

@@ -10,31 +10,35 @@ from torch import nn
 from normkit.core.check import require_count
 from normkit.errors import DataError, OptionError
 from normkit.inference.freeze import is_frozen
-from normkit.inference.known import looks_at_mode, own_forward, takes_input_as_it_is
 from normkit.inference.measure import (
     Layers,
     Measured,
-    measure_at_once,
+    measure_in_one_pass,
     measure_in_order,
     values_of,
 )
-from normkit.inference.patch import PatchedLayer, StatisticsPatch, values_now
+from normkit.inference.norm_classes import (
+    describe_own_forward,
+    may_depend_on_mode,
+    normalizes_its_input,
+)
+from normkit.inference.patch import PatchedLayer, StatisticsPatch, copy_statistics
 from normkit.inference.ranks import Group
 from normkit.inference.tracked import (
     Where,
     and_reasons,
-    chosen,
-    foreign,
     reasons,
+    select_layers,
     tracked,
+    unknown_layers,
     unmeasured,
-    why_still,
+    why_not_updated,
 )
-from normkit.passes import Data, Forward, bare, changes_nothing, forward_batch
+from normkit.passes import Data, Forward, changes_nothing, forward_batch, unwrap
 
 
 @changes_nothing
-def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chosen by itself
+def recalibrate(  # noqa: PLR0913 - model, data and method have independent options
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -46,48 +50,54 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
 ) -> StatisticsPatch:
     """Measure the exact statistics of all inputs of every layer with running statistics.
 
-    Batches are merged by their counts in float64, so that sizes and order do not matter to what a
-    layer is given. The model is not changed: ``apply`` of the result writes the new statistics.
+    Batches are merged in float64 and weighted by their counts, so that the result does not depend
+    on their sizes and order. The model is not changed; call ``apply`` of the result to write the
+    new statistics.
 
-    In one pass, the measured layers normalise by each batch, as in training; everything else is as
-    at evaluation, dropout included. The stages of micro-batch normalization, which train by their
-    estimates, use those that they have. With ``sequential``, layers are measured one after the
-    other in the order of the forward, each behind layers that evaluate by the statistics that were
-    found for them: the model then sees at evaluation exactly what was measured, whatever the
-    batches, at the price of about half a forward of everything for each layer. A layer that is
-    called several times in a forward gets the inputs of all calls; with ``sequential``, those of
-    later calls still follow from its old statistics.
+    By default one pass measures all layers. In it the measured layers normalise by each batch, as
+    in training, and everything else, such as dropout, runs as at evaluation. Micro-batch norms,
+    which use their estimates in training, use them here as well.
 
-    What counts is what reaches torch's function that normalises, not what the module is given:
-    subclasses may transpose their input or select parts of it. Those of which that cannot be seen
-    are left out by name.
+    With ``sequential`` the layers are measured one after the other, in the order of the forward,
+    and earlier layers already evaluate by their new statistics. The new statistics are then
+    exactly those of the layers' inputs at evaluation, whatever the batches. This costs about half a
+    forward of all batches for each layer. A layer that is called several times in a forward gets
+    the inputs of all its calls; with ``sequential``, inputs of later calls still depend on its old
+    statistics.
 
-    Frozen layers keep their statistics and normalise by them: those of ``freeze_statistics``, with
-    ``momentum=0``, with ``track_running_stats`` switched off, or in evaluation mode inside a model
-    in training mode.
+    The input that counts is the tensor that reaches the function that normalises, not the module's
+    input: subclasses may transpose their input or select parts of it. Layers whose input cannot be
+    seen are left out, and the result names them.
+
+    Frozen layers keep their statistics and normalise by them. A layer is frozen by
+    ``freeze_statistics``, by ``momentum=0``, by ``track_running_stats`` switched off, or by
+    evaluation mode inside a model in training mode.
 
     Args:
-        model: Holds norms of torch, their subclasses, or ours; also inside
+        model: Holds norms of torch, their subclasses, or norms of normkit; it may be inside
             DistributedDataParallel, or compiled.
-        batches: Inputs, ``(inputs, target)`` or dicts of arguments, of any sizes; moved to the
-            model's device. With ``sequential`` they are read once for every layer and once more.
-        where: ``where(layer, name)`` says which layers are meant; by default all.
-        forward: ``forward(model, batch)`` for batches of another form.
-        sequential: Measure layer after layer.
-        group: Ranks whose batches count as well; by default all, if ``torch.distributed`` is
-            initialised. Each calls this; their numbers of batches may differ, and be 0.
-        max_batches: Read at most so many on each rank; needed if there is no end.
+        batches: Inputs, pairs ``(inputs, target)`` or dicts of arguments, of any sizes; moved to
+            the model's device. With ``sequential`` they are read once for each layer and once more.
+        where: ``where(layer, name)`` chooses the layers to measure; by default all.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
+        sequential: Measure one layer after the other.
+        group: The ranks whose batches count, including this one; by default all, if
+            ``torch.distributed`` is initialised. Each must call this function; their numbers of
+            batches may differ, and may be 0.
+        max_batches: Read at most so many batches on each rank; needed for endless data.
 
     Returns:
         Old and new values of each layer with their distance; ``apply``, ``undo``, ``save``.
 
     Raises:
-        OptionError: If there is no layer to measure, an option has a value it cannot have, or the
-            model's layers cannot be looked into: it is scripted, exported, sharded or quantized.
-        DataError: If there is no batch, one that needs ``forward``, an iterator for a
-            ``sequential`` measurement, statistics that are not finite, or another rank has failed.
+        OptionError: If there is no layer to measure, an option has an invalid value, or the
+            model's layers are not accessible, because it is scripted, exported, sharded or
+            quantized.
+        DataError: If there is no batch, a batch needs ``forward``, ``batches`` is an iterator
+            although ``sequential`` reads it several times, statistics are not finite, or another
+            rank has failed.
         InputError: If a batch has a single value for each statistic of a layer.
-        PartitionError: If a group that a layer of ours normalises by has a single value.
+        PartitionError: If a group by which a layer of normkit normalises has a single value.
 
     Example:
         >>> import torch
@@ -105,21 +115,25 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
         max_batches = require_count("max_batches", max_batches)
     if sequential and isinstance(batches, Iterator):
         raise DataError(
-            f"a {type(batches).__name__} was given, which gives its batches once; sequential=True "
-            f"reads them for every layer: pass a DataLoader, or list(batches)"
+            f"a {type(batches).__name__} was given, which yields its batches only once; "
+            f"sequential=True reads them for every layer: pass a DataLoader, or list(batches)"
         )
-    model = bare(model, "recalibrate")
-    layers, left = _meant(model, where)
+    model = unwrap(model, "recalibrate")
+    layers, left = _layers_to_measure(model, where)
     data = Data(
         batches=batches,
         forward=forward or forward_batch,
         max_batches=max_batches,
         group=group,
     )
-    measured = (measure_in_order if sequential else measure_at_once)(model, layers, data)
+    measured = (measure_in_order if sequential else measure_in_one_pass)(model, layers, data)
     _require_values(measured, layers, left)
     rows = [_row(name, layer, measured) for name, layer in layers.items() if name in measured.sums]
-    missed = {n: _why_missed(n, measured) for n in layers if n not in measured.sums}
+    missed = {
+        name: measured.missed.get(name, "no batch has reached it")
+        for name in layers
+        if name not in measured.sums
+    }
     return StatisticsPatch(
         model=model,
         layers=tuple(rows),
@@ -130,19 +144,23 @@ def recalibrate(  # noqa: PLR0913 - what is measured, of what, how: each is chos
     )
 
 
-def _meant(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers to measure, and why the others are left.
+def _layers_to_measure(
+    model: nn.Module, where: Where | None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Choose the layers to measure, and say why the others are left out.
 
     Raises:
-        OptionError: If there is none to measure.
+        OptionError: If there is no layer to measure.
     """
     every = tracked(model)
-    left = foreign(model) | {n: why for n, layer in every.items() if (why := _why_unknown(layer))}
+    left = unknown_layers(model) | {
+        n: why for n, layer in every.items() if (why := _why_unknown(layer))
+    }
     found = {name: layer for name, layer in every.items() if name not in left}
     if not found:
         also = f" that can be measured{and_reasons(left)}" if left else ""
         raise OptionError(f"{type(model).__name__} has no layer with running statistics{also}")
-    picked = chosen(found, where)
+    picked = select_layers(found, where)
     left |= {name: "where= leaves it out" for name in found if name not in picked}
     frozen = {name: why for name, layer in picked.items() if (why := _why_frozen(layer, model))}
     layers = {name: layer for name, layer in picked.items() if name not in frozen}
@@ -152,34 +170,30 @@ def _meant(model: nn.Module, where: Where | None) -> tuple[dict[str, nn.Module],
 
 
 def _why_unknown(layer: nn.Module) -> str:
-    """Why nobody can tell what a layer normalises in training; empty if that can be seen."""
-    if takes_input_as_it_is(layer) or not looks_at_mode(layer):
+    """Why it is unknown what a layer normalises in training; empty if it is known."""
+    if normalizes_its_input(layer) or not may_depend_on_mode(layer):
         return ""
-    return f"{own_forward(layer)}, which may normalise something else in training"
+    return f"{describe_own_forward(layer)}, which may normalise something else in training"
 
 
 def _why_frozen(layer: nn.Module, model: nn.Module) -> str:
     if is_frozen(layer):
-        return "it is frozen; nk.thaw_statistics lets it move"
+        return "it is frozen; nk.thaw_statistics thaws it"
     if getattr(layer, "momentum", None) == 0:
         return "its momentum is 0, so it is frozen"
     if model.training and not layer.training:
         return "it is in evaluation mode inside a model in training mode, so it is frozen"
-    return why_still(layer)
-
-
-def _why_missed(name: str, measured: Measured) -> str:
-    return measured.missed.get(name, "no batch has reached it")
+    return why_not_updated(layer)
 
 
 def _require_values(measured: Measured, layers: Layers, left: Mapping[str, str]) -> None:
     if measured.num_batches == 0:
-        raise DataError("batches= gave no batch; an iterator that was used up has to be made anew")
+        raise DataError("batches= gave no batch; an iterator that was used up must be made anew")
     if not measured.sums:
         unseen = {name: measured.missed[name] for name in layers if name in measured.missed}
         raise DataError(
             f"{measured.num_batches} batches have brought no value to any of the {len(layers)} "
-            f"layers; they are empty, can be read only once, or go past these layers"
+            f"layers; the batches are empty, can be read only once, or do not reach these layers"
             f"{and_reasons(unseen | dict(left))}"
         )
 
@@ -192,6 +206,6 @@ def _row(name: str, layer: nn.Module, measured: Measured) -> PatchedLayer:
         kind=type(layer).__name__,
         eps=float(eps),
         num_values=sums.num_values,
-        old=values_now(layer),
+        old=copy_statistics(layer),
         new=values_of(name, layer, sums),
     )

@@ -1,4 +1,4 @@
-"""Which modules keep running statistics, and where these are."""
+"""Find the modules with running statistics, and the buffers that hold these."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Unmeasured:
 
     Args:
         name: Its name in the model.
-        kind: Its class.
-        why: Why it was left out.
+        kind: The name of its class.
+        why: The reason.
     """
 
     name: str
@@ -39,7 +39,12 @@ class Unmeasured:
 
 
 def unmeasured(model: nn.Module, left: Mapping[str, str]) -> tuple[Unmeasured, ...]:
-    """Layers that were left out, in the order of the model, from their reasons by name."""
+    """List the layers that were left out, in the order of the model.
+
+    Args:
+        model: The model.
+        left: The reasons, by layer name.
+    """
     return tuple(
         Unmeasured(name=name, kind=type(module).__name__, why=left[name])
         for name, module in model.named_modules()
@@ -48,23 +53,23 @@ def unmeasured(model: nn.Module, left: Mapping[str, str]) -> tuple[Unmeasured, .
 
 
 def reasons(left: Mapping[str, str], at_most: int = 5) -> str:
-    """Why layers were left out, for an error; empty if none was."""
+    """List for an error why layers were left out; empty if none was."""
     shown = [f"{module_name(name)}: {why}" for name, why in list(left.items())[:at_most]]
     return "; ".join(shown) + ("; ..." if len(left) > at_most else "")
 
 
 def and_reasons(left: Mapping[str, str]) -> str:
-    """The same after something else."""
+    """List the reasons for the end of a message: after a semicolon, or empty if there is none."""
     return f"; {reasons(left)}" if left else ""
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether this is a norm of torch, a subclass, or one of ours, with running statistics."""
+    """Whether this is a norm of torch or normkit, or a subclass, with running statistics."""
     return isinstance(module, _NormBase | TrackingLayer) and module.running_mean is not None
 
 
 def tracked(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the layers with running statistics, the insides of composites among them.
+    """Find the layers with running statistics, also inside composites.
 
     Raises:
         OptionError: If one of them does not know its number of channels yet.
@@ -79,8 +84,12 @@ def tracked(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def foreign(model: nn.Module) -> dict[str, str]:
-    """Why modules with running statistics that are no norms of torch and none of ours are left."""
+def unknown_layers(model: nn.Module) -> dict[str, str]:
+    """Find modules with running statistics of other classes than torch's and normkit's.
+
+    Returns:
+        By name, the reason why such a module is left out.
+    """
     return {
         name: "its class keeps its statistics fixed"
         if "Frozen" in type(module).__name__
@@ -90,11 +99,11 @@ def foreign(model: nn.Module) -> dict[str, str]:
     }
 
 
-def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn.Module]:
-    """Those layers that ``where`` takes; all without it.
+def select_layers(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn.Module]:
+    """Select the layers for which ``where(layer, name)`` is true; all if ``where`` is None.
 
     Raises:
-        OptionError: If it takes none.
+        OptionError: If it is true for none.
     """
     if where is None:
         return dict(layers)
@@ -106,9 +115,12 @@ def chosen(layers: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn
 
 
 def callers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[nn.Module, list[nn.Module]]:
-    """The modules that a model calls, each with those of some layers that are in it.
+    """Find the module to put a hook on for each layer: the layer, or the composite around it.
 
-    The stages of a composite are not called themselves, unless a hook is in one.
+    A composite does not call its parts unless one of them has a hook.
+
+    Returns:
+        Each such module with its layers.
     """
     modules = dict(model.named_modules())
     found: dict[nn.Module, list[nn.Module]] = {}
@@ -121,30 +133,30 @@ def callers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[nn.Module
 
 
 def statistics_of(layer: nn.Module) -> dict[str, Tensor]:
-    """Running statistics of a layer by name; old checkpoints may lack the count of batches."""
+    """A layer's running statistics by name; ``num_batches_tracked`` may be missing."""
     found = {name: layer._buffers.get(name) for name in STATISTICS}
     return {name: buffer for name, buffer in found.items() if buffer is not None}
 
 
-def why_still(layer: nn.Module) -> str:
-    """Why a layer's running statistics do not follow its batches; empty if they do.
+def why_not_updated(layer: nn.Module) -> str:
+    """Why training does not update a layer's running statistics; empty if it does.
 
-    With ``track_running_stats`` switched off after building, batch norms evaluate by the buffers
-    that they have and leave them as they are; torch's instance norms evaluate without them.
+    If ``track_running_stats`` is switched off after building, a batch norm still evaluates by its
+    buffers but does not update them, and torch's instance norms evaluate without them.
     """
     if getattr(layer, "track_running_stats", True):
         return ""
     if isinstance(layer, _InstanceNorm):
         return "its track_running_stats is off, so it normalises by its input alone"
-    return "its track_running_stats is off, so it is frozen; True lets it move"
+    return "its track_running_stats is off, so it is frozen; set it to True to thaw it"
 
 
 CUT = "its groups cut through positions, of which a mask leaves out some"
-"""Why a layer is left out whose groups have different numbers of valid values."""
+"""Why a layer is left out: with a mask its groups have different numbers of valid values."""
 
 
 def cuts_positions(layer: nn.Module, num_channels: int) -> bool:
-    """Whether a value of a layer's buffers is of a part of a channel's positions."""
+    """Whether a layer's groups hold only a part of a channel's positions."""
     groups = layer.running_partition.num_groups if isinstance(layer, TrackingLayer) else 1
     return num_channels % groups != 0
 
@@ -155,7 +167,7 @@ def valid_positions(
     args: tuple[Any, ...],
     named: Mapping[str, Any],
 ) -> Tensor | None:
-    """Which positions of an input a call's mask leaves, ``(N, 1, *S)``; None without a mask."""
+    """The positions of an input that the call's mask keeps, ``(N, 1, *S)``; None without a mask."""
     mask = args[1] if len(args) > 1 else named.get("mask")
     if mask is None or not isinstance(norm, NormLayer):
         return None
@@ -163,12 +175,12 @@ def valid_positions(
 
 
 def feature_map(layer: nn.Module, x: Any) -> Any:  # noqa: ANN401 - what a hook is given
-    """Return a layer's input with the channels in the second axis.
+    """Return a layer's input as ``(N, C, *S)``.
 
-    A converted layer that takes channels last says so itself; torch's instance norms take an
-    example without its batch axis.
+    The classes of converted layers say whether they take the channels last. Torch's instance norms
+    also take one example without the batch axis.
     """
     if "ChannelsLast" in getattr(layer, "kinds", ()):
         return x.movedim(-1, 1)
-    alone = getattr(layer, "_get_no_batch_dim", None)
-    return x[None] if alone is not None and x.dim() == alone() else x
+    unbatched_dim = getattr(layer, "_get_no_batch_dim", None)
+    return x[None] if unbatched_dim is not None and x.dim() == unbatched_dim() else x

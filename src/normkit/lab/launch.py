@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from normkit.errors import DataError, SpecError
-from normkit.inference.ranks import together
+from normkit.inference.ranks import run_on_all_ranks
 from normkit.text import shortened
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Launch:
                 raise
 
         try:
-            (result, *_) = together(noted)
+            (result, *_) = run_on_all_ranks(noted)
         except RuntimeError as error:
             if error in own:
                 raise

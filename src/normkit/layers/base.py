@@ -118,7 +118,8 @@ class NormLayer(nn.Module, ABC):
             InputTypeError: If either has a wrong dtype.
         """
         if not isinstance(x, Tensor):
-            return record_call(self, x, mask, type(self).forward is not NormLayer.forward)
+            is_overridden = type(self).forward is not NormLayer.forward
+            return record_call(self, x, mask, forward_of_base if is_overridden else None)
         require_feature_map(x, self.num_features, type(self).__name__)
         return self._normalize(x, None if mask is None else self._read_mask(mask, x))
 
@@ -464,6 +465,11 @@ class StageOption:
 def is_estimated(module: object) -> bool:
     """Whether a module normalises in training by running estimates, which the batch moves first."""
     return isinstance(module, NormLayer) and module.is_estimated
+
+
+def forward_of_base(layer: NormLayer, x: FeatureMap, mask: Mask | None = None) -> FeatureMap:
+    """Call ``NormLayer.forward`` of a layer whose subclass overrides it: a node of ``torch.fx``."""
+    return NormLayer.forward(layer, x, mask)
 
 
 def is_watched(*modules: nn.Module) -> bool:

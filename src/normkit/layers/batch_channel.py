@@ -32,7 +32,7 @@ from normkit.layers.base import BUFFERS, NormLayer, StageOption, TrackingLayer, 
 from normkit.layers.options import Device, SharedOptions
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.parts import Part, Slot, tracked_parts
-from normkit.passes import finish, require_layers
+from normkit.passes import require_inspectable, run_cleanup
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
@@ -378,11 +378,11 @@ def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
         >>> norm.update_rate
         0.02
     """
-    require_layers(model, "set the update rates of", sharded=True)
+    require_inspectable(model, "set the update rates of", sharded=True)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     first = optimizer.param_groups[0]["lr"]
     layers = [m for m in model.modules() if isinstance(m, BatchChannelNorm) and m.micro_batch]
     found = [next((rates[id(p)] for p in m.parameters() if id(p) in rates), first) for m in layers]
     new = [require_update_rate(float(rate)) for rate in found]
     pairs = zip(layers, new, strict=True)
-    finish(partial(setattr, layer, "update_rate", rate) for layer, rate in pairs)
+    run_cleanup(partial(setattr, layer, "update_rate", rate) for layer, rate in pairs)

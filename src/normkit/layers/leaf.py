@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch.fx import Proxy, Tracer
 from normkit.errors import InputTypeError, TraceError
 
 
-def record_call(layer: nn.Module, x: object, mask: object, overridden: bool) -> Proxy:
+def record_call(
+    layer: nn.Module, x: object, mask: object, base_forward: Callable[..., Tensor] | None
+) -> Proxy:
     """Record a call on a ``torch.fx.Proxy`` as one node, and refuse anything else.
 
     The tracer cannot look inside: what a layer computes depends on the values of the shape. So the
@@ -20,8 +23,9 @@ def record_call(layer: nn.Module, x: object, mask: object, overridden: bool) -> 
         layer: The layer that is called.
         x: What it is called with; not a tensor.
         mask: Likewise, or None.
-        overridden: Whether a subclass has a ``forward`` of its own, which called this one. The node
-            then stands for the part below it alone: ``normalize_below``.
+        base_forward: None records a call of the whole layer. A subclass with a ``forward`` of its
+            own has already run the code above ``super().forward(x)``; the node then calls this
+            function of the layer and the inputs, which does what ``super().forward`` does.
 
     Raises:
         InputTypeError: If ``x`` is not a proxy.
@@ -37,14 +41,7 @@ def record_call(layer: nn.Module, x: object, mask: object, overridden: bool) -> 
             f"model that holds it, for instance nn.Sequential(layer)"
         )
     given: tuple[Any, ...] = (x,) if mask is None else (x, mask)
-    if not overridden:
+    if base_forward is None:
         return x.tracer.create_proxy("call_module", path, given, {})
     itself = x.tracer.create_proxy("get_attr", path, (), {})
-    return x.tracer.create_proxy("call_function", normalize_below, (itself, *given), {})
-
-
-def normalize_below(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Do what ``super().forward(x)`` does in a subclass of a layer that has its own ``forward``."""
-    from normkit.layers.base import NormLayer  # noqa: PLC0415 - it imports this module
-
-    return NormLayer.forward(layer, x, mask)  # type: ignore[arg-type]
+    return x.tracer.create_proxy("call_function", base_forward, (itself, *given), {})

@@ -1,6 +1,5 @@
-"""Passes over data that leave a model as it was: batches in, one layer's inputs out."""
+"""Sending data through a model, and restoring the model afterwards."""
 
-from normkit.passes.bare import bare, require_bare, require_layers, require_uncompiled
 from normkit.passes.batches import (
     Forward,
     arguments_of,
@@ -11,50 +10,51 @@ from normkit.passes.batches import (
     num_examples,
     require_batches,
 )
+from normkit.passes.cleanup import block_with_cleanup, call_with_cleanup, run_cleanup
 from normkit.passes.data import Data, uncompiled
-from normkit.passes.finish import between, finish, surely
-from normkit.passes.forwards import call_with, copied, forward_of
-from normkit.passes.hooks import Hooks, Inert, Temporary, swaps_statistics
+from normkit.passes.forwards import call_with, copied, replaced_forward
+from normkit.passes.hooks import Hooks, InertHook, TemporaryHook, swaps_statistics
 from normkit.passes.inputs import first_calls, inputs_of
 from normkit.passes.progress import progress
 from normkit.passes.rollback import all_or_nothing, attempt, changes_nothing
-from normkit.passes.settings import grad_mode_now, stance_now
+from normkit.passes.settings import save_grad_mode, save_stance
 from normkit.passes.snapshot import Snapshot
 from normkit.passes.untouched import untouched
+from normkit.passes.unwrap import require_inspectable, require_uncompiled, require_unwrapped, unwrap
 
 __all__ = [
     "Data",
     "Forward",
     "Hooks",
-    "Inert",
+    "InertHook",
     "Snapshot",
-    "Temporary",
+    "TemporaryHook",
     "all_or_nothing",
     "arguments_of",
     "as_list",
     "attempt",
-    "bare",
-    "between",
+    "block_with_cleanup",
     "call_with",
+    "call_with_cleanup",
     "changes_nothing",
     "copied",
     "device_of",
-    "finish",
     "first_calls",
     "forward_batch",
-    "forward_of",
-    "grad_mode_now",
     "inputs_of",
     "moved",
     "num_examples",
     "progress",
-    "require_bare",
+    "replaced_forward",
     "require_batches",
-    "require_layers",
+    "require_inspectable",
     "require_uncompiled",
-    "stance_now",
-    "surely",
+    "require_unwrapped",
+    "run_cleanup",
+    "save_grad_mode",
+    "save_stance",
     "swaps_statistics",
     "uncompiled",
     "untouched",
+    "unwrap",
 ]

@@ -1,4 +1,4 @@
-"""What a batch is, and how it goes through a model."""
+"""Batches: which forms are accepted, and how a batch is sent through a model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normkit.errors import DataError
 
 Forward = Callable[[nn.Module, Any], Any]
-"""``forward(model, batch)`` gives the model's output for a batch that ``forward_batch`` cannot."""
+"""``forward(model, batch)`` returns the model's output.
+
+Users pass one for batches of a form that ``forward_batch`` does not know.
+"""
 
 
 def forward_batch(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     """Send a batch through a model: inputs, ``(inputs, target)``, or named arguments.
 
-    Inputs are a tensor, a list of tensors, as detectors take them, or a dict of named arguments, of
-    which those are sent whose names the model's ``forward`` takes. In training mode a model that
-    takes a list of tensors is given the target as well.
+    Inputs are a tensor, a list of tensors (as detection models take), or a dict of named arguments.
+    Of a dict, only the entries that the model's ``forward`` has an argument for are sent. A model
+    that takes a list of tensors also gets the target in training mode.
 
     Raises:
-        DataError: If it is none of these, or the model takes other arguments; the way out is
-            ``forward=``.
+        DataError: If the batch has another form, or the model takes other arguments; the way out
+            is ``forward=``.
 
     Example:
         >>> forward_batch(nn.Flatten(), (torch.zeros(2, 3, 4), torch.tensor([0, 1]))).shape
@@ -40,31 +43,32 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
         return model(*args)
     except (TypeError, AttributeError) as error:
         raise DataError(
-            f"{type(model).__name__} was given the batch's list of {len(args[0])} tensors, and "
-            f"does not take it ({error}); pass forward=lambda model, batch: model(...)"
+            f"{type(model).__name__} was called with the batch's list of {len(args[0])} tensors, "
+            f"and does not accept it ({error}); pass forward=lambda model, batch: model(...)"
         ) from error
 
 
 def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
-    """What a model is called with for a batch, by place and by name.
+    """Return the positional and the keyword arguments with which to call a model for a batch.
 
     Raises:
-        DataError: If the batch has another form, or does not fit the model's forward.
+        DataError: If the batch has an unknown form, or does not fit the model's forward.
     """
-    args, named = _given(model, batch)
+    args, named = _split(model, batch)
     try:
         inspect.signature(model.forward).bind(*args, **named)
     except TypeError as error:
         raise DataError(
-            f"{_described(batch)} was given, of which {type(model).__name__} gets "
-            f"{_listed(named) or 'the inputs alone'}, and its forward takes "
-            f"{_listed(_names(model)) or 'nothing'} ({error}); pass "
+            f"{_described(batch)} was given; {type(model).__name__} would be called with "
+            f"{', '.join(named) or 'the inputs alone'}, but its forward takes "
+            f"{', '.join(_names(model)) or 'nothing'} ({error}); pass "
             f"forward=lambda model, batch: model(...)"
         ) from error
     return args, named
 
 
-def _given(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+def _split(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+    """Split a batch into positional and keyword arguments, without checking the forward."""
     if isinstance(batch, Tensor) or (_is_list_of_tensors(batch) and _takes_list(model)):
         return (batch,), {}
     if isinstance(batch, Mapping):
@@ -78,17 +82,17 @@ def _given(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any
         with_target = model.training and len(batch) > 1 and len(_names(model)) > 1
         return (first, *batch[1:2]) if with_target else (first,), {}
     raise DataError(
-        f"{_described(batch)} was given; a batch is a tensor, a pair (inputs, target), or a dict "
-        f"of arguments, and inputs may be a list of images; for others pass "
+        f"{_described(batch)} was given; a batch must be a tensor, a pair (inputs, target), or a "
+        f"dict of arguments, where inputs may be a list of images; for other forms pass "
         f"forward=lambda model, batch: ..."
     )
 
 
 def _named(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of a dict that a model's forward takes.
+    """Select the entries of a dict that the model's forward has an argument for.
 
     Raises:
-        DataError: If it takes none of them.
+        DataError: If there is none.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -97,8 +101,8 @@ def _named(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: batch[name] for name in names if name in batch}
     if not found:
         raise DataError(
-            f"a batch with the entries {sorted(map(str, batch))} was given, and the model takes "
-            f"{names}; pass forward=lambda model, batch: model(batch[...])"
+            f"a batch with the entries {sorted(map(str, batch))} was given, but the model's "
+            f"forward takes {names}; pass forward=lambda model, batch: model(batch[...])"
         )
     return found
 
@@ -110,7 +114,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _takes_list(model: nn.Module) -> bool:
-    """Whether a forward says that its first argument is a list of tensors, as detectors' do."""
+    """Whether the first argument of a forward is annotated as a list, as in detection models."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     return bool(parameters) and "list[" in str(parameters[0].annotation).lower()
 
@@ -127,14 +131,11 @@ def _described(batch: Any) -> str:  # noqa: ANN401
     )
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
 def moved(batch: Any, device: torch.device | None) -> Any:  # noqa: ANN401
-    """Return a batch with all of its tensors on a device.
+    """Return a batch with all of its tensors on a device; None leaves them where they are.
 
-    What torch does not look into moves itself if it has a ``to``, as tokenizers' batches do.
+    Objects that torch's pytree does not know are moved by their own ``to`` method if they have one,
+    as batches of tokenizers do.
     """
     return batch if device is None else tree_map(partial(_moved, device), batch)
 
@@ -150,13 +151,16 @@ def _moved(device: torch.device, leaf: Any) -> Any:  # noqa: ANN401
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Device of a model's first parameter or buffer; None if it has neither."""
+    """Return the device of a model's first parameter or buffer, or None if it has neither."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device
 
 
 def num_examples(batch: Any) -> int | None:  # noqa: ANN401
-    """Length of a batch's list of inputs, or of its first tensor's first axis; None without.
+    """Count the examples of a batch, or return None if it contains no tensor with an axis.
+
+    A list of input tensors counts its elements; other batches count along axis 0 of their first
+    tensor.
 
     Example:
         >>> num_examples([torch.zeros(8, 3), torch.zeros(8)]), num_examples({"x": torch.zeros(5)})
@@ -173,14 +177,14 @@ def num_examples(batch: Any) -> int | None:  # noqa: ANN401
 
 
 def as_list(batches: Iterable[Any], name: str = "batches") -> list[Any]:
-    """Read all batches, once, so that every pass sees the same.
+    """Read all batches into a list, so that several passes use the same ones.
 
     Args:
-        batches: What is read.
-        name: What the user calls it.
+        batches: An iterable of batches, which is read once.
+        name: Name of the user's argument, for error texts.
 
     Raises:
-        DataError: If there is none, or a tensor is given where batches are expected.
+        DataError: If there is no batch, or a tensor is given where batches are expected.
     """
     found = list(iterate(batches, name))
     require_batches(len(found), name)
@@ -188,25 +192,27 @@ def as_list(batches: Iterable[Any], name: str = "batches") -> list[Any]:
 
 
 def require_batches(number: int, name: str = "batches") -> None:
-    """Refuse that there was nothing.
+    """Refuse an iterable that gave no batch.
 
     Raises:
-        DataError: If there was no batch.
+        DataError: If the number of batches is 0.
     """
     if number == 0:
-        raise DataError(f"{name}= gave no batch; an iterator that was used up has to be made anew")
+        raise DataError(
+            f"{name}= gave no batch; an iterator that was used up must be created again"
+        )
 
 
 def iterate(batches: Iterable[Any], name: str = "batches") -> Iterator[Any]:
-    """Go through batches; a tensor is refused, whose first axis would be taken for them.
+    """Iterate over batches; a tensor is refused, because that would iterate over its first axis.
 
     Raises:
-        DataError: If it is a tensor or cannot be gone through.
+        DataError: If ``batches`` is a tensor or not iterable.
     """
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         shape = f" of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else ""
         raise DataError(
-            f"a {type(batches).__name__}{shape} was given as {name}=; it is an iterable of "
+            f"a {type(batches).__name__}{shape} was given as {name}=; it must be an iterable of "
             f"batches, such as a DataLoader or [inputs]"
         )
     return iter(batches)

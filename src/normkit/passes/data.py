@@ -1,4 +1,4 @@
-"""All batches of a measurement, once through a model."""
+"""The batches of a measurement, and sending all of them through a model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from normkit.passes.progress import progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """Batches, how they go through a model, and who else has some.
+    """The batches that a measurement reads, and how they are sent through a model.
 
     Args:
-        batches: What is measured.
-        forward: How a batch goes through the model.
-        max_batches: How many at most.
-        group: Ranks whose batches count as well.
-        name: What the user calls the batches.
+        batches: An iterable of batches.
+        forward: Sends one batch through the model.
+        max_batches: Largest number of batches to read; None reads all.
+        group: Process group over whose batches the measurement is taken; None is this process.
+        name: Name of the user's argument, for error texts.
     """
 
     batches: Iterable[Any]
@@ -36,24 +36,27 @@ class Data:
     name: str = "batches"
 
     def read(self) -> Iterator[Any]:
-        """Give the batches, not more than ``max_batches``."""
+        """Iterate over the batches, at most ``max_batches`` of them."""
         return islice(iterate(self.batches, self.name), self.max_batches)
 
     def total(self) -> int | None:
-        """Count the batches, if that can be done without reading them."""
+        """Return the number of batches, or None if it is unknown before they are read."""
         try:
             size = len(self.batches)  # type: ignore[arg-type]
-        except TypeError:  # also a loader whose data set does not know its length
+        except TypeError:  # a DataLoader has __len__, which raises if its data set has no length
             return self.max_batches
         return min(size, self.max_batches or size)
 
     def each(self, model: nn.Module, what: str) -> Iterator[Any]:
-        """Give the batches on the model's device, and say how far it is with ``what``."""
+        """Iterate over the batches on the model's device, and show progress labelled ``what``."""
         device = device_of(model)
         return (moved(batch, device) for batch in progress(self.read(), what, self.total()))
 
     def send(self, model: nn.Module, what: str) -> int:
-        """Send all through a model as it is, without gradients; return how many there were."""
+        """Send all batches through a model without gradients; return their number.
+
+        The modes of the modules are not changed.
+        """
         num_batches = 0
         with uncompiled(), torch.no_grad():
             for batch in self.each(model, what):
@@ -63,7 +66,8 @@ class Data:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Let compiled modules run as they are written, so that hooks see what goes in and out."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+    """Run compiled modules eagerly inside the block, so that their hooks are called."""
+    # Without torch._dynamo nothing can have been compiled, and importing it takes seconds.
+    if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""Another forward for a module for a while, and calling a model with an example input."""
+"""Replacing a module's forward temporarily, and calling a model with an example input."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Function = Callable[..., Any]
 
 
 @contextmanager
-def forward_of(module: nn.Module, make: Callable[[Function], Function]) -> Generator[None]:
-    """Run the block with another forward of a module, then put back what was there.
+def replaced_forward(module: nn.Module, make: Callable[[Function], Function]) -> Generator[None]:
+    """Replace a module's forward inside the block, then restore it.
 
-    Unlike a hook, it is also called by a parent that calls ``module.forward`` itself.
+    Unlike a hook, the new forward also runs when a parent calls ``module.forward`` directly.
 
     Args:
         module: The module.
-        make: Makes the new forward; given the old one.
+        make: Takes the old forward and returns the new one.
     """
     own: Function | None = vars(module).get("forward")
     vars(module)["forward"] = make(module.forward)
@@ -34,12 +34,12 @@ def forward_of(module: nn.Module, make: Callable[[Function], Function]) -> Gener
 
 
 def call_with(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
-    """Call a model with a tuple of arguments, a dict of named ones, or the only one."""
+    """Call a model with a tuple of arguments, a dict of keyword arguments, or a single argument."""
     if isinstance(example_input, dict):
         return model(**example_input)
     return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
 
 
 def copied(example_input: Any) -> Any:  # noqa: ANN401
-    """Copy the tensors of an example input, into which a forward may write."""
+    """Copy the tensors of an example input, because a forward may modify its input in place."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_input)

@@ -1,4 +1,4 @@
-"""Hooks that are surely taken out again, and that no copy of the model has."""
+"""Temporary forward hooks: reliably removed, and not active in copies of the model."""
 
 from __future__ import annotations
 
@@ -9,64 +9,69 @@ from torch import nn
 
 
 class Hooks:
-    """Forward hooks in the modules of a model, each known before it is put in.
+    """Forward hooks on the modules of a model, each recorded before it is registered.
 
-    A handle of torch's is known only after its hook is in, and an interruption may come between.
+    torch returns a handle only after it has registered the hook. An interruption in between would
+    lose the handle, so hooks are found again by the function itself.
     """
 
     def __init__(self) -> None:
         self._known: list[tuple[nn.Module, Callable[..., Any]]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
-        """Let the hook be called before a module runs; see ``register_forward_pre_hook``."""
+        """Call the hook before each forward of a module; see ``register_forward_pre_hook``."""
         self._known.append((module, hook))
         module.register_forward_pre_hook(hook, **options)
 
     def after(self, module: nn.Module, hook: Callable[..., Any], **options: bool) -> None:
-        """Let the hook be called when a module is done; see ``register_forward_hook``."""
+        """Call the hook after each forward of a module; see ``register_forward_hook``."""
         self._known.append((module, hook))
         module.register_forward_hook(hook, **options)
 
     def remove(self) -> None:
-        """Take out all hooks that are still in; twice is once."""
+        """Remove all hooks that are still registered; a second call does nothing."""
         for module, hook in self._known:
             for held in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, each in held.items() if each is hook]:
-                    _forget(module, key)
+                    _remove_by_id(module, key)
 
 
-def _forget(module: nn.Module, key: int) -> None:
-    """Remove a hook by the number that it alone has, and last from where it is found by."""
+def _remove_by_id(module: nn.Module, key: int) -> None:
+    """Remove a hook by its id, which is unique among all hooks.
+
+    The dict of the hooks themselves comes last: ``Hooks.remove`` finds the hook there, so it can
+    repeat an interrupted removal.
+    """
     for name in ("_with_kwargs", "_always_called", ""):
         vars(module).get(f"_forward_hooks{name}", {}).pop(key, None)
         vars(module).get(f"_forward_pre_hooks{name}", {}).pop(key, None)
 
 
-class Temporary:
-    """A hook that ends with a block; in a copy of the model it does nothing.
+class TemporaryHook:
+    """A hook for the duration of a block; in copies of the model it becomes an ``InertHook``.
 
     Args:
-        act: What is called with what torch gives a hook.
+        act: The hook function, called with the arguments that torch passes to the hook.
     """
 
     def __init__(self, act: Callable[..., Any]) -> None:
         self._act = act
 
-    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - what hooks get and give
-        """Do what the hook does."""
+    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - as torch's hooks
+        """Call the hook function."""
         return self._act(*args, **named)
 
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()
 
 
-class Inert:
-    """Stands for a temporary hook in a copy of the model, and does nothing."""
+class InertHook:
+    """Takes the place of a ``TemporaryHook`` in a copy of the model, and does nothing."""
 
     def __call__(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
         """Do nothing."""
 
 
 def swaps_statistics(module: nn.Module) -> bool:
-    """Whether what stands for a forward lets the module write its statistics elsewhere."""
+    """Whether the module's replaced forward makes it write its statistics to other buffers."""
     return getattr(vars(module).get("forward"), "swaps_statistics", False)

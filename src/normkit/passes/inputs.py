@@ -1,4 +1,4 @@
-"""What goes into chosen layers of a model, without the rest of the forward."""
+"""The inputs of chosen layers of a model, without running the rest of the forward."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from normkit.passes.batches import Forward, device_of, forward_batch, moved
 
-See = Callable[..., None]
-"""Gets an input of a layer, and sometimes which of its positions are valid."""
-Watch = Callable[[nn.Module, See], AbstractContextManager[None]]
-"""``watch(layer, see)`` shows ``see`` what goes into a layer, as long as its block runs."""
+OnInput = Callable[..., None]
+"""Callback that gets an input of a layer, and for some layers the mask of its valid positions."""
+WatchLayer = Callable[[nn.Module, OnInput], AbstractContextManager[None]]
+"""``watch(layer, on_input)`` calls ``on_input`` with each input of a layer while its block runs."""
 
 
-class _Reached(BaseException):
-    """Ends a forward at the layer that was asked for; no ``except Exception`` takes it."""
+class _StopForward(BaseException):
+    """Ends a forward early. Not an ``Exception``, so the model's own handlers do not catch it."""
 
 
 @contextmanager
-def at_entry(layer: nn.Module, see: See) -> Generator[None]:
-    """Show the first argument of every call of a layer, after all of its other hooks."""
+def watch_entry(layer: nn.Module, on_input: OnInput) -> Generator[None]:
+    """Pass the first argument of every call of a layer to ``on_input``, after its other hooks."""
 
-    def show(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        see(first_argument(args, named))
+    def hook(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        on_input(first_argument(args, named))
 
-    handle = layer.register_forward_pre_hook(show, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -37,7 +37,7 @@ def at_entry(layer: nn.Module, see: See) -> Generator[None]:
 
 
 def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """What a module is called with first, by place or by name; None if with nothing."""
+    """Return the first positional or else the first keyword argument; None if there is none."""
     return args[0] if args else next(iter(named.values()), None)
 
 
@@ -46,16 +46,16 @@ def first_calls(
     layers: Collection[nn.Module],
     batch: Any,  # noqa: ANN401
     forward: Forward = forward_batch,
-    watch: Watch = at_entry,
+    watch: WatchLayer = watch_entry,
 ) -> dict[nn.Module, int]:
-    """Find how often each layer is called in one forward, in the order of their first calls.
+    """Count the calls of each layer in one forward, in the order of the layers' first calls.
 
     Args:
-        model: The model, in the mode that it is in; see ``untouched``.
-        layers: Layers of it; those that are not called are not in the result.
-        batch: What is sent through it.
-        forward: How.
-        watch: What counts as a call.
+        model: The model; its mode is not changed, see ``untouched``.
+        layers: Layers of the model. The result omits those that are not called.
+        batch: The batch to send through the model.
+        forward: Sends the batch through the model.
+        watch: Reports each call of a layer.
     """
     calls: dict[nn.Module, int] = {}
 
@@ -76,58 +76,63 @@ def inputs_of(
     num_calls: int,
     forward: Forward = forward_batch,
 ) -> Iterator[Tensor]:
-    """Give every input of a layer, batch for batch; each forward ends at the layer's last call.
+    """Iterate over the inputs of a layer, batch by batch; each forward stops at its last call.
 
-    An input is what the layer's own forward gets, after all of its other hooks.
+    An input is the first argument of the layer's own forward, after all pre-forward hooks.
 
     Args:
-        model: The model, in the mode that it is in; see ``untouched``.
-        layer: The layer whose first argument is given.
-        batches: What is sent through the model.
-        num_calls: How often a forward calls the layer; see ``first_calls``. 0 if that varies:
-            forwards then run to their end.
-        forward: How a batch is sent through the model.
+        model: The model; its mode is not changed, see ``untouched``.
+        layer: The layer.
+        batches: The batches to send through the model.
+        num_calls: How often one forward calls the layer; see ``first_calls``. 0 if that varies:
+            every forward then runs to its end.
+        forward: Sends a batch through the model.
     """
     for batch in batches:
         seen: list[Tensor] = []
 
         def keep(x: Tensor, seen: list[Tensor] = seen) -> None:
-            seen.append(x if len(seen) + 1 == num_calls else x.clone())  # may be written into
+            # Copy all but the last input: the layer may modify its input in place when it runs.
+            seen.append(x if len(seen) + 1 == num_calls else x.clone())
 
-        show_inputs(model, layer, (batch,), keep, Until(num_calls, forward))
+        show_inputs(model, layer, (batch,), keep, ForwardUntil(num_calls, forward))
         yield from seen
 
 
-class Until(NamedTuple):
-    """How a batch is sent through a model, and how far.
+class ForwardUntil(NamedTuple):
+    """How to send a batch through a model up to a call of one layer.
 
     Args:
-        num_calls: Ends a forward at this call of the layer; 0 lets it run to its end.
-        forward: How a batch is sent.
-        watch: What counts as a call.
+        num_calls: The forward stops at this call of the layer; 0 lets it run to its end.
+        forward: Sends a batch through the model.
+        watch: Reports each call of the layer.
     """
 
     num_calls: int
     forward: Forward = forward_batch
-    watch: Watch = at_entry
+    watch: WatchLayer = watch_entry
 
 
 def show_inputs(
-    model: nn.Module, layer: nn.Module, batches: Iterable[Any], see: See, until: Until
+    model: nn.Module,
+    layer: nn.Module,
+    batches: Iterable[Any],
+    on_input: OnInput,
+    until: ForwardUntil,
 ) -> None:
-    """Show every input of a layer, batch for batch, before the layer works on it."""
+    """Pass every input of a layer to ``on_input``, batch by batch, before the layer uses it."""
     for batch in batches:
         num_seen = 0
 
-        def shown(*given: Any) -> None:  # noqa: ANN401
+        def count(*given: Any) -> None:  # noqa: ANN401
             nonlocal num_seen
             num_seen += 1
-            see(*given)
+            on_input(*given)
             if num_seen == until.num_calls:
-                raise _Reached
+                raise _StopForward
 
         try:
-            with until.watch(layer, shown), torch.no_grad():
+            with until.watch(layer, count), torch.no_grad():
                 until.forward(model, moved(batch, device_of(model)))
-        except _Reached:
+        except _StopForward:
             pass

@@ -1,4 +1,4 @@
-"""Telling a person at a terminal how far a long pass is."""
+"""Progress of a long pass, shown on a terminal."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE_S = 2.0  # nothing is said about what is over by then
-INTERVAL_S = 0.2
+DELAY_S = 2.0  # shorter passes show nothing
+INTERVAL_S = 0.2  # between two updates of the line
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Give the items; from two seconds on, say on a terminal how many are done.
+    """Iterate over the items; after two seconds, show on the terminal how many are done.
 
-    One line of the standard error is written over and cleared in the end; a file gets nothing.
+    One line of standard error is updated in place, and cleared at the end. Nothing is written if
+    standard error is not a terminal.
 
     Args:
-        items: What to go through.
-        what: What is done, as in ``"calibrating norms"``.
-        total: Number of items, if ``items`` does not know it.
+        items: The items.
+        what: Label of the line, as in ``"calibrating norms"``.
+        total: Number of items, needed if ``items`` has no length.
     """
     if not sys.stderr.isatty():
         yield from items
         return
     total = len(items) if total is None and isinstance(items, Sized) else total
-    began = said = time.monotonic()
+    began = updated = time.monotonic()
     try:
         for done, item in enumerate(items):
             now = time.monotonic()
-            if now - began > PATIENCE_S and now - said > INTERVAL_S:
-                said = now
-                _say(_line(what, done, total, now - began))
+            if now - began > DELAY_S and now - updated > INTERVAL_S:
+                updated = now
+                _write_line(_line(what, done, total, now - began))
             yield item
     finally:
-        if said != began:
-            _say("")
+        if updated != began:
+            _write_line("")
 
 
 def _line(what: str, done: int, total: int | None, elapsed_s: float) -> str:
@@ -47,6 +48,6 @@ def _line(what: str, done: int, total: int | None, elapsed_s: float) -> str:
     return f"{what}: {done} of {total}, about {rest_s:.0f} s left"
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{line}")
+def _write_line(line: str) -> None:
+    sys.stderr.write(f"\r\x1b[K{line}")  # carriage return, then clear to the end of the line
     sys.stderr.flush()

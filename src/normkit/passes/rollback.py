@@ -1,4 +1,4 @@
-"""Work that is done whole or not at all."""
+"""Calls that restore models and optimizers if they fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normkit.passes.finish import LEVELS, surely
+from normkit.passes.cleanup import LEVELS, call_with_cleanup
 from normkit.passes.snapshot import Snapshot
 
 P = ParamSpec("P")
@@ -18,12 +18,13 @@ T = TypeVar("T")
 
 
 def attempt(work: Callable[[], T], *things: object, values: Iterable[Tensor] = ()) -> T:
-    """Do the work and give its result; if it raises, everything becomes what it was before.
+    """Call ``work`` and return its result; if it raises, restore everything it may have changed.
 
     Args:
-        work: What is done.
-        things: What it may change, see ``Snapshot``.
-        values: Parameters whose values it may change.
+        work: The function to call.
+        things: Models, optimizers and other objects that it may change, see ``Snapshot``.
+        values: Large parameters whose values it may change; ``Snapshot`` does not copy these
+            otherwise.
 
     Example:
         >>> norm = nn.BatchNorm1d(3)
@@ -36,21 +37,22 @@ def attempt(work: Callable[[], T], *things: object, values: Iterable[Tensor] = (
         ...     print(norm.eps, norm.training)
         1e-05 True
     """
-    if torch.compiler.is_compiling():  # traced, not run: there is nothing to put back
+    if torch.compiler.is_compiling():  # the code is traced, not run: there is nothing to restore
         return work()
-    return _or_back(work, Snapshot(*things, values=values), LEVELS)
+    return _call_or_restore(work, Snapshot(*things, values=values), LEVELS)
 
 
-def _or_back(work: Callable[[], T], before: Snapshot, levels: int) -> T:
+def _call_or_restore(work: Callable[[], T], before: Snapshot, levels: int) -> T:
+    """Nest ``levels`` try blocks around ``work``; see ``normkit.passes.cleanup``."""
     try:
-        return work() if levels == 0 else _or_back(work, before, levels - 1)
-    except BaseException:  # also where a line further inside was interrupted
+        return work() if levels == 0 else _call_or_restore(work, before, levels - 1)
+    except BaseException:  # an inner block may have been interrupted before it restored
         before.put_back()
         raise
 
 
 def all_or_nothing(tool: Callable[P, T]) -> Callable[P, T]:
-    """Let models and optimizers that a function is given be as they were when it raises."""
+    """Decorate a function: if it raises, its model and optimizer arguments are restored."""
 
     @functools.wraps(tool)
     def attempted(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -60,12 +62,12 @@ def all_or_nothing(tool: Callable[P, T]) -> Callable[P, T]:
 
 
 def changes_nothing(tool: Callable[P, T]) -> Callable[P, T]:
-    """Let models and optimizers that a function is given be as they were whatever it does."""
+    """Decorate a function: its model and optimizer arguments are restored when it returns."""
 
     @functools.wraps(tool)
     def undone(*args: P.args, **kwargs: P.kwargs) -> T:
         before = Snapshot(*_things(*args, *kwargs.values()))
-        return surely(lambda: tool(*args, **kwargs), before.put_back)
+        return call_with_cleanup(lambda: tool(*args, **kwargs), before.put_back)
 
     return undone
 

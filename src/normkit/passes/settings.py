@@ -1,4 +1,4 @@
-"""How torch is set for the running thread, and where the random generators are."""
+"""Saving and restoring torch's global settings and the states of the random generators."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import torch
 import torch.fx
 from torch import nn
 
-from normkit.passes.finish import Step
+from normkit.passes.cleanup import CleanupStep
 
 
-def settings_now(devices: Iterable[torch.device] = ()) -> list[Step]:
-    """Say how to come back to what is set now.
+def save_settings(devices: Iterable[torch.device] = ()) -> list[CleanupStep]:
+    """Save the current settings; return the steps that restore them.
 
-    That is the gradient mode, the function modes, the transforms of ``torch.func``, what
-    ``torch.fx`` patches, whether compiled code runs compiled, and the states of torch's, Python's
-    and, if it is loaded, NumPy's random generators. Torch's own way out of some of these can be
-    interrupted.
+    Saved are the gradient mode, the stack of function modes, the stack of ``torch.func``
+    transforms, the methods that ``torch.fx`` patches while it traces, the stance of
+    ``torch.compile``, and the states of the random generators of torch, Python and, if it is
+    loaded, NumPy. torch's own context managers for some of these can be interrupted while they
+    restore the setting.
 
     Args:
-        devices: Whose generators are meant besides the CPU's.
+        devices: CUDA devices whose random generators are saved too.
     """
     cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
-    modes = [grad_mode_now(), _function_modes(), _transforms(), _patches()]
-    return [*modes, *stance_now(), *_generators(cuda)]
+    modes = [save_grad_mode(), _save_function_modes(), _save_transforms(), _save_fx_patches()]
+    return [*modes, *save_stance(), *_save_generators(cuda)]
 
 
-def grad_mode_now() -> Step:
-    """Say how gradients come to be computed again, or not, as they are now."""
+def save_grad_mode() -> CleanupStep:
+    """Save whether gradients are enabled; return the step that restores it."""
     enabled = torch.is_grad_enabled()
 
     def put_back() -> None:
@@ -42,7 +43,7 @@ def grad_mode_now() -> Step:
     return put_back
 
 
-def _function_modes() -> Step:
+def _save_function_modes() -> CleanupStep:
     before = torch.overrides._get_current_function_mode_stack()
 
     def put_back() -> None:
@@ -56,7 +57,7 @@ def _function_modes() -> Step:
     return put_back
 
 
-def _transforms() -> Step:
+def _save_transforms() -> CleanupStep:
     core: Any = torch._C
     functorch = core._functorch
     before = functorch.get_dynamic_layer_stack_depth()
@@ -68,14 +69,15 @@ def _transforms() -> Step:
     return put_back
 
 
-def _patches() -> Step:
-    """Methods of all modules, which ``torch.fx`` replaces while it traces."""
+def _save_fx_patches() -> CleanupStep:
+    """Save the methods of ``nn.Module`` that ``torch.fx`` replaces while it traces."""
     fx: Any = sys.modules["torch.fx._symbolic_trace"]
     methods = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
     patcher, is_tracing = fx.CURRENT_PATCHER, fx._is_fx_tracing_flag
 
     def put_back() -> None:
-        if fx.CURRENT_PATCHER is not patcher:  # its generator may still be suspended, and ends it
+        # Forget the reverted patches: torch's suspended generator may revert them once more later.
+        if fx.CURRENT_PATCHER is not patcher:
             fx.CURRENT_PATCHER.revert_all_patches()
             fx.CURRENT_PATCHER.patches_made.clear()
         fx._is_fx_tracing_flag = is_tracing
@@ -86,10 +88,11 @@ def _patches() -> Step:
     return put_back
 
 
-def stance_now() -> list[Step]:
-    """Say how compiled code comes to run again as it does now."""
+def save_stance() -> list[CleanupStep]:
+    """Save the stance of ``torch.compile``, as eager or default; return what restores it."""
+    # Without this module nothing can have been compiled, and importing it takes seconds.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is None:  # nothing is compiled, and its import takes seconds
+    if dynamo is None:
         return []
     stance = dynamo._stance
 
@@ -100,9 +103,9 @@ def stance_now() -> list[Step]:
     return [put_back]
 
 
-def _generators(cuda: Iterable[int]) -> list[Step]:
+def _save_generators(cuda: Iterable[int]) -> list[CleanupStep]:
     numpy: Any = sys.modules.get("numpy")
-    found: list[Step] = [
+    found: list[CleanupStep] = [
         partial(torch.random.set_rng_state, torch.random.get_rng_state()),
         partial(random.setstate, random.getstate()),
     ]

@@ -1,4 +1,4 @@
-"""A pass through a model that leaves it as it was."""
+"""A block that restores a model when it ends."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from normkit.passes.finish import between
+from normkit.passes.cleanup import block_with_cleanup
 from normkit.passes.snapshot import Snapshot
 
 
 def untouched(model: nn.Module, *, training: bool | None = None) -> AbstractContextManager[None]:
-    """Run the block, then make the model and the random number generators what they were before.
+    """Run the block, then restore the model and the random number generators.
 
-    Put back is what a ``Snapshot`` holds: modes, buffers (values and objects), ``.grad`` (the
-    objects; add to none of them in place), hooks, and the states of torch's, Python's and, if it is
-    loaded, NumPy's generators. Values of large parameters, and attributes of the user's own
-    classes, are the block's own affair.
+    Restored is what a ``Snapshot`` saves: modes, buffers (values and objects), the ``.grad``
+    objects, hooks, and the states of the random generators of torch, Python and, if it is loaded,
+    NumPy. Not restored are the values inside a ``.grad`` tensor, the values of large parameters,
+    and attributes of the user's own classes: the block must not change these.
 
     Args:
         model: The model.
-        training: Mode of all modules inside the block, set without calling ``train()``, which
-            some models override; None leaves it.
+        training: Mode of all modules inside the block; None keeps each module's mode. The mode is
+            set without calling ``train()``, because some models override that.
 
     Example:
         >>> import torch
@@ -38,4 +38,4 @@ def untouched(model: nn.Module, *, training: bool | None = None) -> AbstractCont
             for module in model.modules():
                 module.training = training
 
-    return between(begin, before.put_back)
+    return block_with_cleanup(begin, before.put_back)

@@ -1,6 +1,5 @@
-"""Which layer feeds which: what converting, folding and standardising need to know of a model."""
+"""Tracing a model: which modules its forward calls, and which layer feeds which norm."""
 
-from normkit.passes import require_bare
 from normkit.tracing.feeds import Feeds, Pair, trace_feeds
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import CONVOLUTIONS, is_norm, is_producer
@@ -14,7 +13,6 @@ __all__ = [
     "Pair",
     "is_norm",
     "is_producer",
-    "require_bare",
     "trace",
     "trace_feeds",
 ]

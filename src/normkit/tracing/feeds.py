@@ -9,20 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from normkit.tracing.graph import Graph
 from normkit.tracing.kinds import is_norm, is_producer
 from normkit.tracing.trace import trace
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A layer whose output a norm takes.
+    """A convolution or linear layer, and a norm that takes its output.
 
     Args:
         producer: Name of the convolution or linear layer.
         norm: Name of the norm.
-        through: Operations in between, which only move values; empty if there are none.
-        exclusive: Whether nothing but this norm uses the producer's output.
+        through: Names of the operations in between, all of which only move values.
+        exclusive: Whether this norm is the only user of the producer's output.
     """
 
     producer: str
@@ -33,39 +32,39 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Feeds:
-    """Who feeds whom in a model, and what could not be followed.
+    """Which convolutions and linear layers (producers) feed which norms in a model.
 
     Args:
         pairs: Producers with the norms that take their outputs, in the order of the forward.
-        destinations: Where the output of each producer goes, by name.
+        destinations: For the name of each producer, the names of the calls that use its output.
         calls: How often each producer and norm is called in one forward.
-        unseen: Producers and norms that the forward does not call.
-        how: How the model was followed.
+        uncalled: Names of the producers and norms that the forward does not call.
+        how: What traced the model: ``"torch.fx"`` or ``"the example input"``.
     """
 
     pairs: tuple[Pair, ...]
     destinations: Mapping[str, tuple[str, ...]]
     calls: Mapping[str, int]
-    unseen: tuple[str, ...]
+    uncalled: tuple[str, ...]
     how: str
 
 
 def trace_feeds(model: nn.Module, example_input: Any = None) -> Feeds:  # noqa: ANN401
     """Find the norms of a model and the convolutions and linear layers that feed them.
 
-    A layer feeds a norm if its values reach it as they are: directly, or through operations that
-    only move, cast or drop them (reshape, concatenation, identity, dropout). A shared module has
-    its first name.
+    A layer feeds a norm if its output reaches the norm directly, or through operations that only
+    move, cast or drop values (reshape, concatenation, identity, dropout). A module that is shared
+    appears under the first of its names.
 
     Args:
-        model: The model, which is left as it was.
-        example_input: Sent through the model once if ``torch.fx`` cannot follow it.
+        model: The model; it is not changed.
+        example_input: Sent through the model once if ``torch.fx`` cannot trace it.
 
     Returns:
-        The pairs, and for every layer where its output goes.
+        The pairs, and where the output of each layer goes.
 
     Raises:
-        TraceError: If the model cannot be followed either way.
+        TraceError: If neither ``torch.fx`` nor the example input can trace the model.
 
     Example:
         >>> found = trace_feeds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -77,24 +76,17 @@ def trace_feeds(model: nn.Module, example_input: Any = None) -> Feeds:  # noqa: 
     pairs: dict[tuple[str, str], tuple[str, ...]] = {}
     for index in graph.of_kind("producer"):
         name = graph.calls[index].name
-        for at, through in graph.destinations(index).items():
-            user = graph.calls[at]
+        for user_index, through in graph.destinations(index).items():
+            user = graph.calls[user_index]
             goes_to.setdefault(name, {})[user.name] = None
             if user.kind == "norm":
                 pairs.setdefault((name, user.name), through)
-    calls = _counted(graph)
+    calls = Counter(call.name for call in graph.calls if call.kind in ("producer", "norm"))
+    layers = (name for name, m in model.named_modules() if is_norm(m) or is_producer(m))
     return Feeds(
-        tuple(Pair(p, n, through, len(goes_to[p]) == 1) for (p, n), through in pairs.items()),
-        {name: tuple(users) for name, users in goes_to.items()},
-        calls,
-        tuple(name for name, m in model.named_modules() if _counts(m) and name not in calls),
-        graph.how,
+        pairs=tuple(Pair(p, n, through, len(goes_to[p]) == 1) for (p, n), through in pairs.items()),
+        destinations={name: tuple(users) for name, users in goes_to.items()},
+        calls=calls,
+        uncalled=tuple(name for name in layers if name not in calls),
+        how=graph.how,
     )
-
-
-def _counts(module: nn.Module) -> bool:
-    return is_norm(module) or is_producer(module)
-
-
-def _counted(graph: Graph) -> Counter[str]:
-    return Counter(call.name for call in graph.calls if call.kind in ("producer", "norm"))

@@ -1,4 +1,4 @@
-"""The calls of one forward, and who takes whose output."""
+"""The calls of one forward as a graph: each call refers to the calls whose outputs it takes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Call:
     """One call of a module or an operation.
 
     Args:
-        name: The module's name in the model, else the operation's.
-        kind: What it is to somebody who follows the model.
-        inputs: Indices of the calls whose outputs it takes, in order; not of those that it only
-            asks for a shape.
+        name: Name of the module in the model, or of the operation.
+        kind: The role of the call, such as ``"norm"``; see ``normkit.tracing.kinds``.
+        inputs: Indices of the calls whose output values it uses, in order. Calls whose output it
+            only asks for its shape or dtype are not included.
     """
 
     name: str
@@ -27,11 +27,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Graph:
-    """All calls of a forward in their order.
+    """All calls of a forward, in order.
 
     Args:
-        calls: The calls; ``inputs`` point to earlier ones.
-        how: How they were found.
+        calls: The calls; their ``inputs`` refer to earlier ones.
+        how: What traced the model: ``"torch.fx"`` or ``"the example input"``.
     """
 
     calls: tuple[Call, ...]
@@ -39,7 +39,7 @@ class Graph:
 
     @cached_property
     def users(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the calls that take the output of each."""
+        """For each call, the indices of the calls that take its output."""
         found: list[list[int]] = [[] for _ in self.calls]
         for index, call in enumerate(self.calls):
             for source in dict.fromkeys(call.inputs):
@@ -51,7 +51,11 @@ class Graph:
         return (index for index, call in enumerate(self.calls) if call.kind == kind)
 
     def destinations(self, index: int) -> dict[int, tuple[str, ...]]:
-        """Which calls use the values of a call, and through which moves they come there."""
+        """Find the calls that use the values of a call, directly or through moves.
+
+        Returns:
+            For the index of each such call, the names of the moves on the way to it.
+        """
         found: dict[int, tuple[str, ...]] = {}
         open_: list[tuple[int, tuple[str, ...]]] = [(index, ())]
         while open_:
@@ -60,12 +64,16 @@ class Graph:
                 call = self.calls[user]
                 if call.kind == "move":
                     open_.append((user, (*through, call.name)))
-                elif call.kind != "ask":
+                elif call.kind != "query":
                     found.setdefault(user, through)
         return found
 
     def ends(self, index: int) -> set[Kind]:
-        """What a call's output meets first on its ways on: norms, sums with others, the output."""
+        """Follow a call's output along every path, up to the first call that matters there.
+
+        Returns:
+            The kinds of these calls: ``"norm"``, ``"sum"`` with another branch, or ``"output"``.
+        """
         found: set[Kind] = set()
         seen: set[int] = set()
         open_ = list(self.users[index])
@@ -75,14 +83,14 @@ class Graph:
                 continue
             seen.add(at)
             kind = self.calls[at].kind
-            if kind in ("norm", "output") or self._joins(at):
+            if kind in ("norm", "output") or self._joins_branches(at):
                 found.add(kind)
             else:
                 open_.extend(self.users[at])
         return found
 
-    def _joins(self, index: int) -> bool:
-        """Whether this adds two things that the model computed."""
+    def _joins_branches(self, index: int) -> bool:
+        """Whether this call adds two tensors that the model computed, rather than a constant."""
         call = self.calls[index]
         computed = {i for i in call.inputs if self.calls[i].kind != "constant"}
         return call.kind == "sum" and len(computed) > 1

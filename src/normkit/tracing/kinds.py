@@ -1,4 +1,4 @@
-"""What a module or an operation is to somebody who follows a model."""
+"""The roles that modules and operations have in a traced model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normkit.layers.base import NormLayer
 
-Kind = Literal["producer", "norm", "move", "sum", "ask", "other", "constant", "input", "output"]
+Kind = Literal["producer", "norm", "move", "sum", "query", "other", "constant", "input", "output"]
+"""The role of a call.
+
+A ``"producer"`` is a convolution or linear layer, a ``"move"`` passes values on without computing
+with them, and a ``"query"`` only asks for a shape, dtype or device.
+"""
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -22,7 +27,7 @@ CONVOLUTIONS = (
 )
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, NormLayer)
 FOREIGN_NORMS = ("FrozenBatchNorm", "EvoNorm", "FilterResponseNorm", "InplaceAbn", "RmsNorm")
-"""How the names of norms of other libraries begin that are no subclass of torch's."""
+"""Prefixes of the class names of other libraries' norms that do not subclass torch's."""
 
 MOVING_MODULES = (
     nn.Identity,
@@ -44,31 +49,31 @@ MOVES = frozenset((
     "bfloat16", "double", "type", "dropout", "dropout1d", "dropout2d", "dropout3d",
     "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "checkpoint",
 ))  # fmt: skip
-"""Operations that pass values on as they are: elsewhere, in another shape or dtype, or dropped."""
+"""Operations that move, reshape, cast or drop values, and compute nothing with them."""
 
-ASKS = frozenset((
+QUERIES = frozenset((
     "getattr", "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
     "is_floating_point", "get_device",
 ))  # fmt: skip
-"""Operations that ask something about a tensor and use none of its values."""
+"""Operations that ask a tensor for its shape, dtype or device and use none of its values."""
 
-OF_NONE = frozenset((
+USING_NO_VALUES = frozenset((
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
     "new_ones", "new_empty", "new_full",
 ))  # fmt: skip
-"""Operations that make a new tensor and ask another one for its shape or dtype."""
+"""Operations that create a tensor, and only take its shape or dtype from another tensor."""
 
-OF_FIRST = frozenset({"view_as", "reshape_as", "type_as", "expand_as"})
-"""Operations that take the values of their first argument, and ask the second for its shape."""
+USING_FIRST_VALUES = frozenset({"view_as", "reshape_as", "type_as", "expand_as"})
+"""Operations that use the values of their first argument, and the shape or dtype of the second."""
 
-VALUES = frozenset({"T", "mT", "data"})
-"""Attributes of a tensor that have its values."""
+VALUE_ATTRIBUTES = frozenset({"T", "mT", "data"})
+"""Attributes of a tensor that contain its values; other attributes are queries."""
 
 SUMS = frozenset({"add", "iadd"})
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalization layer: torch's, ours, a subclass, or one known by name.
+    """Whether this is a normalization layer: torch's, normkit's, or another known by its name.
 
     Example:
         >>> is_norm(nn.BatchNorm2d(4)), is_norm(nn.ReLU())
@@ -89,7 +94,7 @@ def is_producer(module: nn.Module) -> bool:
 
 
 def kind_of_module(module: nn.Module) -> Kind:
-    """Kind of a call of this module."""
+    """Return the kind of a call of this module."""
     if is_norm(module):
         return "norm"
     if is_producer(module):
@@ -98,23 +103,25 @@ def kind_of_module(module: nn.Module) -> Kind:
 
 
 def kind_of_operation(name: str) -> Kind:
-    """Kind of a call of a function or method of this name."""
+    """Return the kind of a call of a function or method with this name."""
     if name in MOVES:
         return "move"
-    if name in ASKS:
-        return "ask"
+    if name in QUERIES:
+        return "query"
     return "sum" if name in SUMS else "other"
 
 
 def value_arguments(name: str, arguments: Sequence[Any]) -> Sequence[Any]:
-    """Those arguments of an operation whose values it uses, in their order."""
-    return arguments[: 0 if name in OF_NONE else 1 if name in OF_FIRST else None]
+    """Select the arguments of an operation whose values it uses, in order."""
+    if name in USING_NO_VALUES:
+        return arguments[:0]
+    return arguments[:1] if name in USING_FIRST_VALUES else arguments
 
 
 def plain_name(target: object) -> str:
-    """Name of a function or method without the decoration of dunder and in-place names.
+    """Return the name of a function or method without leading and trailing underscores.
 
-    Reading an attribute of a tensor is named as the attribute.
+    Reading an attribute of a tensor calls its ``__get__``; the name is then the attribute's.
     """
     name = str(getattr(target, "__name__", target))
     if name == "__get__":

@@ -1,4 +1,4 @@
-"""The calls of a forward without running it, by ``torch.fx``."""
+"""Tracing a model with ``torch.fx``, which runs its code on proxies instead of tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from normkit.passes import Snapshot, surely
+from normkit.passes import Snapshot, call_with_cleanup
 from normkit.tracing.graph import Call, Graph
 from normkit.tracing.kinds import (
-    VALUES,
+    VALUE_ATTRIBUTES,
     is_norm,
     is_producer,
     kind_of_module,
@@ -23,10 +23,10 @@ from normkit.tracing.kinds import (
 
 
 class _Tracer(fx.Tracer):
-    """Keeps norms, convolutions and linear layers of any library whole."""
+    """Records norms, convolutions and linear layers of any library as one call each."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_whole(m) or super().is_leaf_module(m, module_qualified_name)
+        return _is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -35,35 +35,40 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
-        """Run the module's own code alone: the user's hooks are not for proxies."""
+        """Call the module's forward without its hooks, because users' hooks expect tensors."""
         return super().call_module(m, m.forward, args, kwargs)
 
 
-def _is_whole(module: nn.Module) -> bool:
+def _is_leaf(module: nn.Module) -> bool:
     return is_norm(module) or is_producer(module) or parametrize.is_parametrized(module)
 
 
-def traced(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
-    """Run a module's code on proxies; the module and torch are then what they were before.
+def fx_graph(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+    """Trace a module with ``torch.fx``, then restore the module and torch's settings.
+
+    Arguments of the forward that have a default get that value.
 
     Raises:
         Exception: Whatever the module's code raises on proxies.
     """
     before = Snapshot(module)
-    return surely(lambda: tracer.trace(module, concrete_args=defaults_of(module)), before.put_back)
+    parameters = inspect.signature(module.forward).parameters
+    empty = inspect.Parameter.empty
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not empty}
+    return call_with_cleanup(lambda: tracer.trace(module, concrete_args=defaults), before.put_back)
 
 
 def trace_symbolically(model: nn.Module) -> Graph:
-    """Follow a model by running its code on proxies.
+    """Trace a model with ``torch.fx``.
 
     Raises:
         Exception: Whatever the model's code raises on proxies.
     """
-    if _is_whole(model):
+    if _is_leaf(model):  # a graph of one call, which torch.fx would not record
         kind = kind_of_module(model)
         calls = (Call("input", "input"), Call("", kind, (0,)), Call("the output", "output", (1,)))
         return Graph(calls, "torch.fx")
-    graph = traced(_Tracer(), model)
+    graph = fx_graph(_Tracer(), model)
     names = {module: name for name, module in model.named_modules()}
     index = {node: i for i, node in enumerate(graph.nodes)}
     calls = tuple(_call(node, index, model, names) for node in graph.nodes)
@@ -79,15 +84,9 @@ def _call(
         return Call(names[module], kind_of_module(module), inputs)
     if node.op in ("call_function", "call_method"):
         name = plain_name(node.target)
-        if node.target is getattr and node.args[1] in VALUES:
+        if node.target is getattr and node.args[1] in VALUE_ATTRIBUTES:
             name = str(node.args[1])
         return Call(name, kind_of_operation(name), tuple(value_arguments(name, inputs)))
     if node.op == "output":
         return Call("the output", "output", inputs)
     return Call(str(node.target), "input" if node.op == "placeholder" else "constant", inputs)
-
-
-def defaults_of(model: nn.Module) -> dict[str, Any]:
-    """Arguments that a caller may leave out, as they are then."""
-    parameters = inspect.signature(model.forward).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}

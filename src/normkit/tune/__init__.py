@@ -1,4 +1,4 @@
-"""The example weight of a trained model, chosen on held-out data."""
+"""Choose the example weight of a trained model on held-out data."""
 
 from normkit.tune.gain import Gain
 from normkit.tune.result import CurvePoint, Tuning

@@ -1,4 +1,4 @@
-"""The curve over example weights as a picture."""
+"""Plot the gain over example weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 3.8), 160
 LINE, BAND, MARK, INK = "#1b6ca8", "#a9c9e2", "#c2410c", "#1d2126"
-TICKS, LINEAR_TO = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1), 0.1  # of a scale that spreads small weights
-LOSS_SHOWN, ROOM = 3, 1.5  # how far the picture goes down and up, in largest gains
+TICKS = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+LINEAR_TO = 0.1  # The axis of weights is linear up to here and logarithmic above.
+LOSS_SHOWN, ROOM = 3, 1.5  # lower and upper end of the gain axis, as multiples of the largest gain
 
 
 def draw(result: Tuning) -> Figure:
-    """Gain against the weights from before, with its interval, and what was chosen."""
+    """Plot the gain over the old weights, with its interval, and mark the best common weight."""
     figure = new_figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     alphas = [point.alpha for point in result.curve]
@@ -30,7 +31,8 @@ def draw(result: Tuning) -> Figure:
     low, high = ([g + sign * e for g, e in zip(gains, errors, strict=True)] for sign in (-1, 1))
     axes.fill_between(alphas, low, high, color=BAND, linewidth=0)
     axes.plot(alphas, gains, color=LINE, marker="o", markersize=3.5)
-    if max(high) > 0:  # a gain would be hard to see beside the losses of large weights
+    if max(high) > 0:
+        # Without this limit, the losses of large weights would hide a small gain.
         top = max(*high, result.shared_gain.high)
         axes.set_ylim(max(min(low), -LOSS_SHOWN * top), ROOM * top)
     axes.set_xscale("symlog", linthresh=LINEAR_TO)
@@ -53,7 +55,7 @@ def draw(result: Tuning) -> Figure:
 
 
 def _mark_judged(axes: Axes, result: Tuning) -> None:
-    """The gain of the best common weight where it had no part in choosing."""
+    """Mark the best common weight, with its gain on the examples that did not choose it."""
     gain = result.shared_gain
     ends = [[gain.mean - gain.low], [gain.high - gain.mean]]
     label = f"{result.shared:.3g}, judged by the {gain.num_examples:,} examples that did not choose"

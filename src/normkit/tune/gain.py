@@ -1,4 +1,4 @@
-"""How much better one weight is than another, and how sure that is."""
+"""The mean gain of one weight over another, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """Mean gain over examples and its interval; above 0 is better.
+    """Mean gain over examples with its confidence interval; a gain above 0 is an improvement.
 
     Args:
-        mean: Mean over the examples of what each one gains, in the unit of the metric.
+        mean: Mean of the examples' gains, in the unit of the metric.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        num_examples: Examples that it was measured on.
-        confidence: Of the interval, two-sided.
+        num_examples: Number of examples that the gain was measured on.
+        confidence: Confidence level of the two-sided interval.
     """
 
     mean: float
@@ -41,12 +41,16 @@ class Gain:
 
 
 def paired_gain(differences: Tensor, binary: bool) -> Gain:
-    r"""Gain of paired examples ``(n,)``.
+    r"""Compute the gain from the differences ``(n,)`` of paired examples.
 
     .. math::  \bar d \pm z \sqrt{s^2 / n}
 
-    Of a metric that is 0 or 1 only few examples may differ, and the interval would be too short: it
-    then has two more examples, with half a gain and half a loss each.
+    With a metric of 0 or 1 only few examples may differ, and this interval would be too short. It
+    is then computed with two more examples, of which each has half a gain and half a loss.
+
+    Args:
+        differences: The gain of each example.
+        binary: Whether the metric is 0 or 1.
 
     Source:
         Agresti & Min 2005, Simple improved confidence intervals for comparing matched proportions.
@@ -61,7 +65,7 @@ def paired_gain(differences: Tensor, binary: bool) -> Gain:
         error = standard_error(differences)
     half = QUANTILE * error
     if not differences.any():
-        half = 0.0  # the same weight, or one that changes nothing
+        half = 0.0  # The two weights are equal, or give equal results for every example.
     return Gain(mean=mean, low=center - half, high=center + half, num_examples=n)
 
 

@@ -1,4 +1,4 @@
-"""A weight for every layer, found by gradient steps."""
+"""Find an example weight for each layer by gradient descent."""
 
 from __future__ import annotations
 
@@ -14,67 +14,76 @@ from normkit.tune.layers import Weights
 from normkit.tune.sweep import Sweep
 
 NUM_STEPS = 20
-STEP_SIZE = 0.03  # of Adam: about how far a weight moves in one step
+STEP_SIZE = 0.03  # Adam's learning rate: a weight changes by about this much in one step.
 
 
 def descend(sweep: Sweep, start: Weights) -> dict[str, float]:
-    r"""Weights of all layers, from those at the start, by the examples at even places.
+    r"""Optimise the weights of all layers on the examples at even places.
 
     .. math::  \alpha \leftarrow \min(\max(\alpha - \mathrm{Adam}(\nabla L), 0), 1)
 
-    Every step takes the gradient over all these examples; the weights of the best step are given,
-    which are the start's if no step was better.
+    Every step uses the gradient over all these examples.
 
     Args:
         sweep: Model, metric and data.
-        start: The weights that layers begin with.
+        start: The weights to start from.
+
+    Returns:
+        By layer name, the weights of the best step, or ``start`` if no step was better.
 
     Raises:
         DataError: If the metric has no gradient.
     """
     names = list(sweep.layers.named)
-    wide = all(p.dtype == torch.float64 for p in sweep.model.parameters())
+    is_float64 = all(p.dtype == torch.float64 for p in sweep.model.parameters())
     first = [start[name] if isinstance(start, Mapping) else start for name in names]
-    weights = torch.tensor(first, dtype=torch.float64 if wide else torch.float32)
+    weights = torch.tensor(first, dtype=torch.float64 if is_float64 else torch.float32)
     optimizer = torch.optim.Adam([weights], lr=STEP_SIZE)
-    best, least = weights.clone(), float("inf")
+    best, lowest_cost = weights.clone(), float("inf")
     for step in progress(range(NUM_STEPS + 1), "following the gradient of example weights"):
-        slope, cost = gradient(sweep, weights)
-        _require_slope(slope, step, sweep.metric.name)
-        if cost < least:
-            best, least = weights.clone(), cost
-        weights.grad = slope
+        grad, cost = gradient(sweep, weights)
+        if step == 0 and not grad.any():
+            raise DataError(
+                f"the gradient of the metric {sweep.metric.name} is 0 for all example weights, and "
+                f"per_layer=True needs it; give a metric that is computed from the output by "
+                f"differentiable operations, or per_layer=False"
+            )
+        if cost < lowest_cost:
+            best, lowest_cost = weights.clone(), cost
+        weights.grad = grad
         optimizer.step()
         weights.clamp_(0, 1)
     return dict(zip(names, best.tolist(), strict=True))
 
 
 def gradient(sweep: Sweep, weights: Tensor) -> tuple[Tensor, float]:
-    """Gradient ``(L,)`` and mean of what is to become small, over the examples at even places.
+    """Compute the mean cost over the examples at even places, and its gradient ``(L,)``.
+
+    The cost is the metric, with the opposite sign if larger values of the metric are better.
 
     Args:
         sweep: Model, metric and data.
-        weights: One of each layer, ``(L,)``.
+        weights: The weight of each layer, ``(L,)``.
     """
     device = device_of(sweep.model)
-    slope, cost, num_seen = torch.zeros_like(weights), 0.0, 0
-    with sweep.undisturbed(), torch.no_grad():
+    grad, cost, num_examples = torch.zeros_like(weights), 0.0, 0
+    with sweep.evaluation_mode(), torch.no_grad():
         for batch in sweep.batches:
-            costs = _Costs(sweep, moved(batch, device), num_seen)
+            costs = _BatchCost(sweep, moved(batch, device), num_examples)
             found, value = torch.func.grad_and_value(costs.total)(weights.to(device))
-            slope, cost = slope + found.to(slope), cost + value.item()
-            num_seen += costs.num_examples
-    num_chosen = (num_seen + 1) // 2
-    return slope / num_chosen, cost / num_chosen
+            grad, cost = grad + found.to(grad), cost + value.item()
+            num_examples += costs.num_examples
+    num_even = (num_examples + 1) // 2
+    return grad / num_even, cost / num_even
 
 
-class _Costs:
-    """What is to become small, of one batch.
+class _BatchCost:
+    """The cost of one batch, as a function of the weights.
 
     Args:
         sweep: Model, metric and data.
         batch: The batch.
-        place: Place of its first example among all.
+        place: Place of the batch's first example among all examples.
     """
 
     def __init__(self, sweep: Sweep, batch: Any, place: int) -> None:  # noqa: ANN401 - see passes
@@ -82,9 +91,9 @@ class _Costs:
         self.num_examples = 0
 
     def total(self, weights: Tensor) -> Tensor:
-        """Sum over the examples at even places; a gradient flows to the weights ``(L,)``.
+        """Sum the cost over the examples at even places, differentiably in the weights ``(L,)``.
 
-        Under ``torch.func`` layers compute their plain formula, which lets the gradient through.
+        Under ``torch.func`` layers use their plain formula, which is differentiable in the weights.
         """
         sweep = self.sweep
         for layer, weight in zip(sweep.layers.named.values(), weights, strict=True):
@@ -93,12 +102,3 @@ class _Costs:
         self.num_examples = len(scores)
         total = scores[self.place % 2 :: 2].sum()
         return -total if sweep.metric.larger_is_better else total
-
-
-def _require_slope(slope: Tensor, step: int, name: str) -> None:
-    if step == 0 and not slope.any():
-        raise DataError(
-            f"the gradient of the metric {name} is 0 for all example weights; per_layer=True "
-            f"follows it: give a metric that is computed from the output in differentiable "
-            f"operations, or per_layer=False"
-        )

@@ -1,4 +1,4 @@
-"""Which layers of a model are weighed, how torch's come to be ours, and the way back."""
+"""The layers of a model that have an example weight: convert torch's, set weights, undo it."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from normkit.layers.base import NormLayer, SegmentLayer, TrackingLayer
 from normkit.passes import attempt
 
 Weights = float | Mapping[str, float]
-"""One example weight for all layers, or one for each by name."""
+"""One example weight for all layers, or one for each layer's name."""
 
 
-def one_for_all(weights: Weights) -> Weights:
-    """One number where all layers have the same weight."""
+def common_weight(weights: Weights) -> Weights:
+    """Return one number if all layers have the same weight, otherwise the weights as given."""
     values = set(weights.values()) if isinstance(weights, Mapping) else {weights}
     return values.pop() if len(values) == 1 else weights
 
 
 class WeighedLayers:
-    """The layers of a model that have running statistics to weigh.
+    """The layers of a model with running statistics, which an example weight can be set for.
 
     Args:
-        model: The model; it is changed by ``convert_`` and ``set_``.
+        model: The model; ``convert_`` and ``set_`` change it.
 
     Raises:
-        OptionError: If there is nothing to weigh, or the model is itself a norm of torch.
+        OptionError: If the model has no such layer, or is itself a norm of torch.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.conversion: Conversion | None = None
-        self._foreign, self.left = _foreign(model)
+        self._replaceable, self.left = _replaceable(model)
         own = _tracking(model)
-        if model in self._foreign:
+        if model in self._replaceable:
             raise OptionError(
                 f"the model is itself a {type(model).__name__}, which cannot be replaced in place; "
                 f"put it into nn.Sequential first"
             )
-        if not own and not self._foreign:
+        if not own and not self._replaceable:
             also = "".join(f"; {name}: {why}" for name, why in self.left.items())
             raise OptionError(
                 f"{type(model).__name__} has no BatchNorm and no layer of normkit with running "
@@ -54,34 +54,34 @@ class WeighedLayers:
         self.named, self.callers = own, callers(model, own)
 
     def convert_(self) -> None:
-        """Replace torch's batch norms by ours, which compute the same."""
-        if self._foreign:
+        """Replace torch's batch norms by normkit's, which compute the same."""
+        if self._replaceable:
             self.conversion = convert_norm_(
-                self.model, "bn", where=lambda module, _: module in self._foreign
+                self.model, "bn", where=lambda module, _: module in self._replaceable
             )
         self.named = _tracking(self.model)
         self.callers = callers(self.model, self.named)
 
     def set_(self, weights: Weights) -> None:
-        """Give every layer its weight."""
+        """Set the weight of every layer."""
         for name, layer in self.named.items():
             layer.example_weight = weights[name] if isinstance(weights, Mapping) else weights
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights that the layers have."""
+        """The present weights by layer name."""
         return {name: layer.example_weight for name, layer in self.named.items()}
 
     @property
     def has_composites(self) -> bool:
-        """Whether a layer weighs inside an operator that takes plain numbers alone."""
+        """Whether a layer is inside a composite, whose operator takes weights only as numbers."""
         return any(not isinstance(caller, SegmentLayer) for caller in self.callers)
 
     def require_in_place(self) -> None:
-        """Refuse to weigh layers that are no longer in the model.
+        """Check that all layers are still in the model.
 
         Raises:
-            OptionError: If the conversion was undone or others were put in.
+            OptionError: If the conversion was undone, or layers were replaced.
         """
         modules = set(self.model.modules())
         gone = [name for name, layer in self.named.items() if layer not in modules]
@@ -92,7 +92,7 @@ class WeighedLayers:
             )
 
     def undo(self) -> nn.Module:
-        """Put torch's layers and the old weights back, all or nothing; return the model."""
+        """Restore torch's layers and the old weights, all or none; return the model."""
         return attempt(self._undo, self.model)
 
     def _undo(self) -> nn.Module:
@@ -111,8 +111,8 @@ def _tracking(model: nn.Module) -> dict[str, TrackingLayer]:
     }
 
 
-def _foreign(model: nn.Module) -> tuple[set[nn.Module], dict[str, str]]:
-    """Batch norms of other libraries that can become ours, and why others cannot."""
+def _replaceable(model: nn.Module) -> tuple[set[nn.Module], dict[str, str]]:
+    """Find the batch norms that can be replaced by normkit's, and say why others cannot."""
     found: set[nn.Module] = set()
     left: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What is tuned for: a score of every example."""
+"""Metrics: functions that give one score for each example."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.nn import functional
 
 from normkit.errors import DataError, OptionError
 
-IGNORED = -100  # the target of torch's cross entropy that counts nothing
+IGNORED = -100  # the target that torch's cross entropy ignores
 Score = Callable[[Any, Any], Tensor]
 """``score(output, batch)`` gives one value for each example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A score of every example, and which way is better.
+    """A score of every example, and whether larger scores are better.
 
     Args:
-        name: Its name, for people.
-        score: From a model's output and its batch.
-        larger_is_better: Whether that is so.
-        binary: Whether scores are 0 or 1 alone: it has steps and no slope.
+        name: Name in reports and messages.
+        score: ``score(output, batch)`` gives one value for each example.
+        larger_is_better: Whether larger scores are better.
+        binary: Whether all scores are 0 or 1, so that the metric has no gradient.
     """
 
     name: str
@@ -33,22 +33,23 @@ class Metric:
     binary: bool = False
 
     def of(self, output: Any, batch: Any) -> Tensor:  # noqa: ANN401 - whatever a model takes and gives
-        """Scores of a batch, ``(n,)`` in float64.
+        """Score a batch, ``(n,)`` in float64.
 
         Raises:
-            DataError: If the metric gives something else.
+            DataError: If the metric does not return one value for each example.
         """
         scores = self.score(output, batch)
         if not isinstance(scores, Tensor) or scores.ndim != 1:
             given = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
             raise DataError(
-                f"the metric {self.name} gave {given} for a batch; it gives one value for each "
-                f"example, shape (n,), so that examples can be compared: reduction='none', no mean"
+                f"the metric {self.name} gave {given} for a batch; it must give one value for each "
+                f"example, shape (n,), so that examples can be compared: use reduction='none', not "
+                f"the mean"
             )
         return scores.double()
 
     def gains(self, scores: Tensor, before: Tensor) -> Tensor:
-        """What each example gains."""
+        """The gain of each example over its score ``before``; above 0 is better."""
         return scores - before if self.larger_is_better else before - scores
 
 
@@ -86,10 +87,10 @@ KNOWN = {
 
 
 def _classes(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Scores of the classes ``(N, K)`` and the targets ``(N,)``.
+    """Read the class scores ``(N, K)`` and the targets ``(N,)`` from an output and its batch.
 
     Raises:
-        DataError: If the output or the batch is something else.
+        DataError: If the output or the batch has another form.
     """
     way_out = "pass a function (output, batch) that gives one value for each example instead"
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
@@ -113,7 +114,7 @@ def _require_classes(target: Tensor, num_classes: int) -> None:
     if wrong.any():
         raise DataError(
             f"target {int(target[wrong][0])} was given, and the model's output has {num_classes} "
-            f"classes, 0 to {num_classes - 1}; check the data, or the length of the output"
+            f"classes, 0 to {num_classes - 1}; check the data, or the size of the output"
         )
 
 

@@ -1,4 +1,4 @@
-"""What tuning found, in numbers, words and a picture."""
+"""The result of tuning: chosen weights, gains, and the curve, as text and as a plot."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from normkit.core.check import require_share
-from normkit.passes import Snapshot, as_list, surely
+from normkit.passes import Snapshot, as_list, call_with_cleanup
 from normkit.tune.gain import Gain, paired_gain
-from normkit.tune.layers import Weights, one_for_all
+from normkit.tune.layers import Weights, common_weight
 from normkit.tune.metrics import Metric
 from normkit.tune.sweep import How, Sweep
 
@@ -22,10 +22,10 @@ class CurvePoint(NamedTuple):
 
     Args:
         alpha: The weight, the same in all layers.
-        mean: Mean of the metric.
-        num_examples: Examples behind it.
-        gain: Mean gain against the weights from before; above 0 is better.
-        error: Standard error of that gain, of examples compared in pairs.
+        mean: Mean of the metric over the examples.
+        num_examples: Number of examples.
+        gain: Mean gain over the old weights; above 0 is better.
+        error: Standard error of that gain, from paired examples.
     """
 
     alpha: float
@@ -37,21 +37,24 @@ class CurvePoint(NamedTuple):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Tuning:
-    """The example weight of a model, chosen and judged; prints as a table.
+    """The example weight chosen for a model, and its gain; prints as a table.
+
+    Half of the examples choose the weight, and the other half judge its gain.
 
     Args:
         model: The tuned model.
-        metric: What it was tuned for.
-        before: What the layers had: one weight, or a dict from their names where they differ.
-        alpha: What was set: the best weight, or that from before if its gain may be noise; with
-            ``per_layer`` a dict from the names of the layers.
+        metric: The metric that the weight was tuned for.
+        before: The layers' old weights: one weight, or a dict by layer name if they differ.
+        alpha: The weight that was set: ``best``, or ``before`` if the gain may be noise; with
+            ``per_layer`` a dict by layer name.
         best: The best weight by the examples that choose, whether it was set or not.
-        gain: What ``best`` gains against ``before`` on the examples that had no part in choosing.
-        shared: The best weight common to all layers.
-        shared_gain: What that gains, likewise.
-        tied: All common weights that the examples that choose found as good as ``best``.
+        gain: Gain of ``best`` over ``before`` on the examples that judge.
+        shared: The best weight that all layers have in common.
+        shared_gain: Gain of ``shared`` over ``before`` on the examples that judge.
+        tied: All common weights that were as good as ``best`` on the examples that choose.
         curve: The metric at every common weight that was tried, in rising order.
-        how: Where weights shared a forward, and from where on.
+        how: ``"from the first norm on"`` or ``"from the input on"``, if several weights were
+            computed in one forward from there on; otherwise ``"one by one"``.
     """
 
     model: nn.Module
@@ -73,17 +76,19 @@ class Tuning:
         return self.gain.significant
 
     def gain_on(self, batches: Iterable[Any], alpha: Weights | None = None) -> Gain:
-        """Measure the gain against ``before`` on other data, such as the test set.
+        """Measure the gain over ``before`` on other data, such as the test set.
 
         Args:
-            batches: As in ``tune_example_weight``.
+            batches: Data in the form that ``tune_example_weight`` takes.
             alpha: Weight to measure; by default the one that was set.
 
         Raises:
             OptionError: If ``alpha`` is no weight from 0 to 1, or the tuning was undone.
-            DataError: As in ``tune_example_weight``.
+            DataError: For the reasons that ``tune_example_weight`` names.
         """
-        return surely(lambda: self._gain_on(batches, alpha), Snapshot(self.model).put_back)
+        return call_with_cleanup(
+            lambda: self._gain_on(batches, alpha), Snapshot(self.model).put_back
+        )
 
     def _gain_on(self, batches: Iterable[Any], alpha: Weights | None) -> Gain:
         weights = self.alpha if alpha is None else alpha
@@ -97,21 +102,21 @@ class Tuning:
         return paired_gain(differences, self.metric.binary)
 
     def undo(self) -> nn.Module:
-        """Put torch's layers and the old weights back; return the model.
+        """Restore torch's layers and the old weights; return the model.
 
-        The old layers are the same modules with their own running statistics. A second time
-        changes nothing.
+        The restored layers are the same module objects as before tuning, with the same running
+        statistics. A second call changes nothing.
 
         Raises:
-            OptionError: If the layers were replaced again since; nothing is changed then.
+            OptionError: If the layers were replaced again since; then nothing is changed.
         """
         return self._sweep.layers.undo()
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:  # noqa: ANN401 - no import here
-        """Draw the gain over the weights; return matplotlib's figure.
+        """Plot the gain over the weights; return matplotlib's figure.
 
         Args:
-            path: File to write as well; its name ends in ``.png``, ``.svg`` or ``.pdf``.
+            path: File to save the plot to; its name ends in ``.png``, ``.svg`` or ``.pdf``.
 
         Raises:
             PackageError: If matplotlib is not installed.
@@ -151,9 +156,9 @@ class Tuning:
 
     @property
     def reading(self) -> str:
-        """What came out, in a sentence or two."""
+        """The result in one or two sentences."""
         stays = f"alpha stays {shown(self.before)}"
-        if one_for_all(self.best) == self.before:
+        if common_weight(self.best) == self.before:
             return f"{stays}: no other weight was better on the examples that choose"
         found = shown(self.best)
         judged = f"{self.gain} on {self.gain.num_examples:,} examples that had no part in choosing"
@@ -169,7 +174,7 @@ class Tuning:
 
 
 def shown(weights: Weights) -> str:
-    """A weight, or the range of several."""
+    """Format a weight, or the range of the layers' weights."""
     if not isinstance(weights, Mapping):
         return f"{weights:.3g}"
     return f"{min(weights.values()):.3g} to {max(weights.values()):.3g}, layer by layer"

@@ -1,4 +1,4 @@
-"""Which example weight is best: a grid, a closer look around its best point, and how sure it is."""
+"""Find the best example weight: try a grid, refine around its best point, measure the gain."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_share
 from normkit.errors import DataError, OptionError
-from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_bare
+from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_unwrapped
 from normkit.tune.gain import Gain, paired_gain, standard_error
 from normkit.tune.gradient import descend
-from normkit.tune.layers import WeighedLayers, Weights, one_for_all
+from normkit.tune.layers import WeighedLayers, Weights, common_weight
 from normkit.tune.metrics import Metric, Score, read_metric
 from normkit.tune.result import CurvePoint, Tuning
 from normkit.tune.sweep import Sweep
 
 GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
-"""Dense at both ends: batch norms want a little of the example, norms of examples nearly all."""
-CLOSE_ENOUGH = 0.01  # width of the bracket at which the golden section ends
-STEPS_BETWEEN = 8  # weights tried between two of the grid, for a metric without a slope
+"""Dense at both ends: small weights are best for batch norms, large ones for norms of examples."""
+BRACKET_WIDTH = 0.01  # The golden section search ends at this width.
+STEPS_BETWEEN = 8  # weights between two of the grid, for a metric without a gradient
 GOLDEN = (math.sqrt(5) - 1) / 2
-CHOOSES, JUDGES = slice(0, None, 2), slice(1, None, 2)  # examples, by their places
+CHOOSING, JUDGING = slice(0, None, 2), slice(1, None, 2)  # examples at even and at odd places
 MIN_EXAMPLES = 4
 
 
 @all_or_nothing
-def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, how closely
+def tune_example_weight(  # noqa: PLR0913 - model, data, metric and search have own options
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -45,45 +45,48 @@ def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, ho
     .. math::  m = \alpha e + (1 - \alpha) m_r, \quad
                v = \alpha v_e + (1 - \alpha) v_r + \alpha (1 - \alpha) (e - m_r)^2
 
-    Every batch norm of torch becomes ours in place, with the same function and the same names in
-    the state dict. The examples at even places choose ``alpha``; those at odd places, which had no
-    part in that, say what it gains against the weights that the layers have (0 of batch norms, 1
-    of norms of examples that track statistics, unless they were set). Unless the interval of this
-    gain lies above 0, the layers keep those: what is best of a grid is better on the data that
-    chose it, even where all differences are noise.
+    At evaluation a layer normalises by the mean :math:`m` and variance :math:`v`, which mix an
+    example's own statistics :math:`e, v_e` with the running statistics :math:`m_r, v_r`.
 
-    Weights share a forward where the model lets them, each with its own copy of the batch; what
-    comes before the first norm is computed once for all of them.
+    Every batch norm of torch is replaced in place by normkit's, which computes the same and has the
+    same names in the state dict. The examples at even places choose ``alpha``. Those at odd places
+    then judge its gain over the layers' present weights (by default 0 for batch norms, and 1 for
+    norms of examples that track statistics). Unless the interval of this gain lies above 0, the
+    layers keep their present weights: the best weight of a grid always looks better on the data
+    that chose it, even if all differences are noise.
+
+    Where the model allows it, several weights are computed in one forward, each on its own copy of
+    the batch; layers before the first norm are then computed once for all weights.
 
     Args:
         model: Any model with batch norms of torch or layers of normkit with running statistics.
-        batches: Held-out data: pairs ``(inputs, target)``, or what ``forward`` takes; independent
-            examples, none of which the model was trained on. Read once and kept.
+        batches: Held-out data: pairs ``(inputs, target)``, or anything that ``forward`` takes;
+            independent examples that the model was not trained on. Read once and kept.
         metric: ``"loss"``, the cross entropy of scores ``(N, K)`` with targets ``(N,)``;
             ``"accuracy"``; or ``metric(output, batch)``, which gives one value for each example.
-        grid: Weights to try, from 0 to 1; those that the layers have are tried in any case.
+        grid: Weights to try, from 0 to 1; the layers' present weights are always tried.
         per_layer: Find a weight for each layer: 20 steps of Adam by the gradient of the metric,
-            from the best common one.
-        refine: Look closer between the neighbours of the grid's best point: by golden section
-            until 0.01 is left; for the accuracy, which has steps and no slope, at eight weights
-            between them. Of weights that are equally good the middle one is taken, and the result
-            says how many they are.
-        forward: ``forward(model, batch)`` for batches of another form.
-        larger_is_better: Of a ``metric`` that is a function, whether larger values are better.
+            from the best common weight.
+        refine: Also try weights between the neighbours of the grid's best point: by golden section
+            search until the bracket is 0.01 wide; for the accuracy, which has no gradient, eight
+            weights at equal distances. Of several equally good weights the middle one is taken, and
+            the result says how many there are.
+        forward: ``forward(model, batch)`` calls the model, for batches of another form.
+        larger_is_better: Whether larger values are better, if ``metric`` is a function.
 
     Returns:
-        The chosen weight with its gain, and the curve over all weights; ``undo`` brings back the
-        model as it was.
+        The chosen weight with its gain, and the curve over all weights; ``undo`` restores the
+        model.
 
     Raises:
-        OptionError: If the model has nothing to weigh, is wrapped or compiled, or an option has a
-            value that it cannot have; ``per_layer`` with ``"accuracy"`` among them.
-        DataError: If there are fewer than 4 examples, a batch needs ``forward``, reaches no layer,
-            or the metric does not give one finite value for each example.
+        OptionError: If the model has no layer to set the weight of, is wrapped or compiled, or an
+            option has an invalid value, for instance ``per_layer`` with ``"accuracy"``.
+        DataError: If there are fewer than 4 examples, a batch needs ``forward`` or reaches no
+            layer, or the metric does not give one finite value for each example.
 
     Numerics:
-        Scores and gains are float64. The interval of a mean is the normal one, of accuracies that
-        of Agresti & Min.
+        Scores and gains are float64. The interval of a mean is the normal one; for accuracies it is
+        that of Agresti & Min.
 
     Source:
         Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.1.
@@ -104,21 +107,21 @@ def tune_example_weight(  # noqa: PLR0913 - what is tuned, on what, for what, ho
             "per_layer=True was given with metric='accuracy', which has no gradient to follow; "
             "tune for metric='loss', or with per_layer=False"
         )
-    require_bare(model, "tune")
+    require_unwrapped(model, "tune")
     layers = WeighedLayers(model)
     sweep = Sweep(layers, measured, forward or forward_batch, as_list(batches))
     layers.convert_()
-    found = _searched(sweep, alphas, per_layer, refine)
+    found = _search(sweep, alphas, per_layer, refine)
     layers.set_(found.alpha)
     return found
 
 
-def _searched(sweep: Sweep, alphas: tuple[float, ...], per_layer: bool, refine: bool) -> Tuning:
-    table = _Table(sweep, alphas)
+def _search(sweep: Sweep, alphas: tuple[float, ...], per_layer: bool, refine: bool) -> Tuning:
+    table = _ScoreTable(sweep, alphas)
     if refine:
         table.refine()
     shared, tied = table.best()
-    chosen: Weights = shared if table.choosing(shared) > 0 else table.before
+    chosen: Weights = shared if table.selection_gain(shared) > 0 else table.before
     if per_layer:
         chosen = descend(sweep, chosen)
     gain = table.gain_of(chosen)
@@ -139,43 +142,43 @@ def _searched(sweep: Sweep, alphas: tuple[float, ...], per_layer: bool, refine: 
 
 
 def _like(chosen: Weights, before: Weights, sweep: Sweep) -> Weights:
-    """The weights from before, layer by layer if that is how others were chosen."""
+    """The old weights, as a dict by layer name if the chosen weights are one."""
     if isinstance(chosen, Mapping) and not isinstance(before, Mapping):
         return dict.fromkeys(sweep.layers.named, before)
     return before
 
 
-class _Table:
-    """Scores of every example under every common weight that was tried, and as the model was."""
+class _ScoreTable:
+    """Scores of every example for each common weight that was tried, and for the old weights."""
 
     def __init__(self, sweep: Sweep, alphas: tuple[float, ...]) -> None:
         self.sweep, self.metric = sweep, sweep.metric
-        self.before = one_for_all(sweep.layers.weights)
-        alone = () if isinstance(self.before, Mapping) else (self.before,)
+        self.before = common_weight(sweep.layers.weights)
+        common = () if isinstance(self.before, Mapping) else (self.before,)
         self.rows: dict[float, Tensor] = {}
-        _require_others(alphas, alone)
-        self._try(tuple(sorted({*alphas, *alone})))
-        self.scores_before = self.rows[alone[0]] if alone else sweep.scores_of(self.before)
+        _require_others(alphas, common)
+        self._try(tuple(sorted({*alphas, *common})))
+        self.scores_before = self.rows[common[0]] if common else sweep.scores_of(self.before)
         _require_examples(self.scores_before, self.metric)
 
     def gains(self, alpha: float) -> Tensor:
-        """What every example gains against the weights from before."""
+        """The gain of every example over the old weights."""
         return self.metric.gains(self.rows[alpha], self.scores_before)
 
-    def choosing(self, alpha: float) -> float:
-        """Mean gain of the examples that choose; the worst there is where it is no number."""
+    def selection_gain(self, alpha: float) -> float:
+        """Mean gain of the examples that choose; minus infinity if it is NaN."""
         if alpha not in self.rows:
             self._try((alpha,))
-        mean = self.gains(alpha)[CHOOSES].mean().item()
+        mean = self.gains(alpha)[CHOOSING].mean().item()
         return -math.inf if math.isnan(mean) else mean
 
     def best(self) -> tuple[float, tuple[float, ...]]:
-        """The weight with the largest gain, and all that have it.
+        """The weight with the largest gain, and all weights with that gain.
 
-        Of several it is the one from before, else the middle one: next to the ends of a plateau
-        others are worse.
+        If several have it, the old weight is taken if it is one of them, otherwise the middle one:
+        at the ends of a plateau a small change of the weight would be worse.
         """
-        gains = {alpha: self.choosing(alpha) for alpha in sorted(self.rows)}
+        gains = {alpha: self.selection_gain(alpha) for alpha in sorted(self.rows)}
         tied = tuple(alpha for alpha, gain in gains.items() if gain == max(gains.values()))
         if not isinstance(self.before, Mapping) and self.before in tied:
             return self.before, tied
@@ -191,16 +194,18 @@ class _Table:
             between = [round(low + (high - low) * k / (STEPS_BETWEEN + 1), 6) for k in steps]
             self._try(tuple(alpha for alpha in between if alpha not in self.rows))
         else:
-            golden_section(self.choosing, low, high)
+            golden_section(self.selection_gain, low, high)
 
     def gain_of(self, weights: Weights) -> Gain:
-        """Gain of the examples that had no part in choosing."""
+        """Gain over the old weights on the examples that judge."""
         if isinstance(weights, float):
             differences = self.gains(weights)
-        else:  # both in plain forwards, so that rounding is no gain where all weights are the same
+        else:
+            # Both are scored by plain forwards: batch copies round differently, and that would
+            # look like a gain even if all weights were the same.
             before = self.sweep.scores_of(self.before)
             differences = self.metric.gains(self.sweep.scores_of(weights), before)
-        return paired_gain(differences[JUDGES], self.metric.binary)
+        return paired_gain(differences[JUDGING], self.metric.binary)
 
     def points(self) -> Iterator[CurvePoint]:
         """Means over all examples, in the order of the weights."""
@@ -214,15 +219,15 @@ class _Table:
 
 
 def golden_section(value: Callable[[float], float], low: float, high: float) -> None:
-    """Ask for values ever closer to where they are largest between two ends.
+    """Narrow the interval around the maximum of a function, by golden section search.
 
     Args:
-        value: Has one maximum between the ends; keeps what it has found.
+        value: Function with one maximum between the ends; it keeps its results itself.
         low: Lower end.
         high: Upper end.
     """
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    while high - low > CLOSE_ENOUGH:
+    while high - low > BRACKET_WIDTH:
         if value(left) >= value(right):
             high, right = right, left
             left = high - GOLDEN * (high - low)
@@ -232,10 +237,10 @@ def golden_section(value: Callable[[float], float], low: float, high: float) -> 
 
 
 def _read_grid(grid: Sequence[float]) -> tuple[float, ...]:
-    """Weights in rising order.
+    """Check the weights to try, and sort them.
 
     Raises:
-        OptionError: If one is no share, or there is none.
+        OptionError: If one lies outside 0 to 1, or there is none.
     """
     for alpha in grid:
         require_share("grid", alpha)
@@ -245,11 +250,11 @@ def _read_grid(grid: Sequence[float]) -> tuple[float, ...]:
 
 
 def _require_others(alphas: tuple[float, ...], before: tuple[float, ...]) -> None:
-    """Refuse a grid without a weight that the layers do not have already."""
+    """Refuse a grid that holds nothing but the layers' present weight."""
     if not set(alphas) - set(before):
         raise OptionError(
-            f"grid={alphas} was given, and {before[0]:g} is what the layers have; give at least "
-            f"one other weight, such as (0.1, 0.3)"
+            f"grid={alphas} was given, and the layers have the weight {before[0]:g} already; give "
+            f"at least one other weight, such as (0.1, 0.3)"
         )
 
 
@@ -263,6 +268,5 @@ def _require_examples(scores: Tensor, metric: Metric) -> None:
         number = int((~torch.isfinite(scores)).sum())
         raise DataError(
             f"the {metric.name} of {number} of {len(scores)} examples is not finite with the "
-            f"weights that the layers have; "
-            f"see what the model makes of them before tuning it"
+            f"weights that the layers have; look at the model's outputs for them before tuning"
         )

@@ -1,4 +1,4 @@
-"""Scores of every example under given example weights, in as few forwards as the model allows."""
+"""Score every example for given example weights, in as few forwards as the model allows."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from torch import Tensor, nn
 from normkit.errors import DataError
 from normkit.kernels.select import use_kernels
 from normkit.passes import Forward, device_of, moved, progress, untouched
+from normkit.passes.inputs import first_argument
+from normkit.tune.batch_copies import agree, repeated, split, weighed_by_copy
 from normkit.tune.layers import WeighedLayers, Weights
 from normkit.tune.metrics import Metric
-from normkit.tune.several import agree, repeated, split, weighed_by_copy
 
 How = Literal["from the first norm on", "from the input on", "one by one"]
 WAYS: tuple[How, ...] = ("from the first norm on", "from the input on", "one by one")
-CPU_BYTES = 24 * 2**20  # of the largest map that a norm sees, in all copies: larger ones are slower
-GPU_BYTES = 2**29  # where more copies only get faster; what does not fit is halved
+"""Ways to compute several weights, the fastest first."""
+CPU_BYTES = 24 * 2**20
+"""Largest input of a norm, over all copies, on a CPU; larger ones are slower than more forwards."""
+GPU_BYTES = 2**29
+"""The same on a GPU, where more copies are always faster; out of memory halves their number."""
 
 
 class Sweep:
-    """Evaluates a model on kept batches; everything of the model but the weights stays as it is.
+    """Evaluates a model on kept batches; of the model only the example weights change.
 
-    Several weights share a forward where the model treats examples one by one, which the first
-    batch shows: copies of it must give what plain forwards give. Before its first norm a model
-    does not know of weights, so the batch is repeated there, or, where a branch passes that norm by
-    and no longer fits, at the input.
+    Several weights share one forward if the model treats examples independently. The first batch
+    tells: the outputs for its copies must equal those of plain forwards. Layers before the first
+    norm do not depend on the weights, so the first norm repeats its input. If a branch around that
+    norm then does not fit, the batch is repeated at the model's input.
 
     Args:
-        layers: Those of a model that are weighed; all of them ours.
-        metric: What every example is scored by.
-        forward: How a batch is sent through the model.
+        layers: The layers whose weights are set, all of normkit.
+        metric: Scores every example.
+        forward: ``forward(model, batch)`` calls the model.
         batches: The data.
     """
 
@@ -46,30 +50,30 @@ class Sweep:
     ) -> None:
         self.model, self.layers, self.metric = layers.model, layers, metric
         self.forward, self.batches = forward, batches
-        self.how: How | None = None  # not tried yet
-        self.at_once: int | None = None
+        self.how: How | None = None  # None until the first batch has been tried
+        self.max_copies: int | None = None
 
     def scores(self, alphas: Sequence[float]) -> Tensor:
-        """Score of every example under every weight, ``(A, n)``."""
-        return self._over_batches(lambda batch: self._of_several(batch, tuple(alphas)))
+        """Score every example for each common weight, ``(A, n)``."""
+        return self._over_batches(lambda batch: self._score_batch(batch, tuple(alphas)))
 
     def scores_of(self, weights: Weights) -> Tensor:
-        """Score of every example under the layers' own weights, ``(n,)``."""
+        """Score every example for one setting of the weights, ``(n,)``."""
         return self._over_batches(lambda batch: self._plain(batch, weights))
 
     def _over_batches(self, score: Callable[[Any], Tensor]) -> Tensor:
         device = device_of(self.model)
         batches = (moved(batch, device) for batch in self.batches)
         total = len(self.batches)
-        with self.undisturbed(), torch.no_grad():
+        with self.evaluation_mode(), torch.no_grad():
             found = [score(b) for b in progress(batches, "tuning example weights", total)]
         return torch.cat(found, dim=-1).cpu()
 
     @contextmanager
-    def undisturbed(self) -> Generator[None]:
-        """Evaluation mode, with everything put back when the block ends."""
-        composites = self.layers.has_composites  # their operators take a number
-        kernels = use_kernels("reference") if composites else nullcontext()
+    def evaluation_mode(self) -> Generator[None]:
+        """Run the block in evaluation mode, then restore the model."""
+        # The operators of composites take a number as weight, not one for each example.
+        kernels = use_kernels("reference") if self.layers.has_composites else nullcontext()
         with kernels, untouched(self.model, training=False):
             yield
 
@@ -80,25 +84,27 @@ class Sweep:
         self.layers.set_(weights)
         return self.forward(self.model, batch)
 
-    def _of_several(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:  # noqa: ANN401
+    def _score_batch(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:  # noqa: ANN401
         if len(alphas) > 1 and self.how is None:
-            self.how, self.at_once = self._settled(batch, alphas)
+            self.how, self.max_copies = self._find_way(batch, alphas)
         while len(alphas) > 1 and self.how != WAYS[-1]:
             try:
-                return torch.cat([self._together(batch, p) for p in self._parts(alphas)])
+                return torch.cat(
+                    [self._score_in_one_forward(batch, p) for p in self._parts(alphas)]
+                )
             except torch.OutOfMemoryError:
                 self._use_less_memory()
-            except Exception:  # noqa: BLE001 - of a batch unlike the first; a plain forward tells
+            except Exception:  # noqa: BLE001 - no copies of this batch; plain forwards say why
                 self.how = WAYS[-1]
         return torch.stack([self._plain(batch, alpha) for alpha in alphas])
 
     def _parts(self, alphas: tuple[float, ...]) -> Iterator[tuple[float, ...]]:
-        """Cut the weights into equal parts for as many forwards as memory makes necessary."""
-        num_parts = -(-len(alphas) // (self.at_once or len(alphas)))
+        """Cut the weights into equal parts, one for each forward, as memory requires."""
+        num_parts = -(-len(alphas) // (self.max_copies or len(alphas)))
         size = -(-len(alphas) // num_parts)
         return (alphas[start : start + size] for start in range(0, len(alphas), size))
 
-    def _together(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:  # noqa: ANN401
+    def _score_in_one_forward(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:  # noqa: ANN401
         outputs = self._outputs(batch, alphas, self.how)
         return torch.stack([self.metric.of(output, batch) for output in outputs])
 
@@ -109,12 +115,16 @@ class Sweep:
             return split(self.forward(self.model, given), len(alphas))
 
     def _use_less_memory(self) -> None:
-        if self.at_once == 1:
+        """Halve the number of copies; if one copy is too many, use plain forwards."""
+        if self.max_copies == 1:
             self.how = WAYS[-1]
-        self.at_once = max(1, (self.at_once or 1) // 2)
+        self.max_copies = max(1, (self.max_copies or 1) // 2)
 
-    def _settled(self, batch: Any, alphas: tuple[float, ...]) -> tuple[How, int]:  # noqa: ANN401
-        """Find the first way that agrees with plain forwards on this batch, and its size.
+    def _find_way(self, batch: Any, alphas: tuple[float, ...]) -> tuple[How, int]:  # noqa: ANN401
+        """Find the first way that agrees with plain forwards on this batch.
+
+        Returns:
+            The way, and the largest number of copies in one forward.
 
         Raises:
             DataError: If the batch reaches no layer.
@@ -126,28 +136,28 @@ class Sweep:
         if not largest.num_bytes:
             raise DataError(
                 f"the first batch has reached none of the {len(self.layers.named)} layers with "
-                f"running statistics; it is empty, or forward= goes past them"
+                f"running statistics; it is empty, or forward= does not call them"
             )
         limit = CPU_BYTES if largest.on_cpu else GPU_BYTES
-        at_once = min(len(alphas), max(1, limit // largest.num_bytes))
+        max_copies = min(len(alphas), max(1, limit // largest.num_bytes))
         for how in WAYS[:-1]:
             try:
                 found = self._outputs(batch, ends, how)
-            except Exception:  # noqa: BLE001 - it does not take copies; the next way may do
+            except Exception:  # noqa: BLE001 - the model takes no such copies; try the next way
                 continue
             if all(agree(*pair) for pair in zip(found, expected, strict=True)):
-                return how, at_once
+                return how, max_copies
         return WAYS[-1], 1
 
 
 class LargestInput:
-    """Size of the largest map that goes into one of some layers."""
+    """The size of the largest input of some layers."""
 
     def __init__(self) -> None:
         self.num_bytes, self.on_cpu = 0, True
 
     def watch(self, layers: Sequence[nn.Module] | dict[nn.Module, Any]) -> ExitStack:
-        """Look at the inputs of layers until the block ends."""
+        """Watch the inputs of layers until the block ends."""
         stack = ExitStack()
         for layer in layers:
             handle = layer.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -155,5 +165,5 @@ class LargestInput:
         return stack
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(named.values()))
+        x = first_argument(args, named)
         self.num_bytes, self.on_cpu = max(self.num_bytes, x.nbytes), x.is_cpu

@@ -1,7 +1,7 @@
-"""What each reparametrisation does to a filter, as algebra on its mean and variance.
+"""The reparametrisations as functions of each filter's mean and variance.
 
-A weight is a feature map with one segment for each filter, so all of them are one scale and one
-center a filter, computed and differentiated by the kernels of the layers.
+A weight is read as a feature map with one segment for each filter. Every reparametrisation is then
+one scale and one center for each filter, which the kernels of the layers apply and differentiate.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ EpsTo = Literal["variance", "std"]
 
 
 class FilterAlgebra(Protocol):
-    """From a filter's moments, and a gain and an offset for each, to its scale and center."""
+    """Computes the scale and center of every filter from its moments, its gain and its offset."""
 
     def __call__(
         self, table: Moments, gain: PerChannel | None, offset: PerChannel | None
     ) -> Affine:
-        """Scale and center of every filter."""
+        """Return the scale and center of every filter."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standardize:
-    """Subtract a filter's mean and divide by its standard deviation, or one of the two."""
+    """Subtract each filter's mean and divide by its standard deviation.
+
+    The options are those of ``normkit.weights.standardize``; each of the two steps can be left out.
+    """
 
     fan_in: int
     center: bool = True
@@ -47,28 +50,30 @@ class Standardize:
     def __post_init__(self) -> None:
         require_eps(self.eps)
         if self.eps_to not in ("variance", "std"):
-            raise OptionError(f"eps_to={self.eps_to!r} was given; it is 'variance' or 'std'")
+            raise OptionError(f"eps_to={self.eps_to!r} was given; it must be 'variance' or 'std'")
 
     @property
     def is_plain(self) -> bool:
-        """Whether norm layers do this to maps, so that the pooled kernels compute it."""
+        """Whether this is what norm layers compute, so that their pooled kernels can do it."""
         plain = self.center and self.scale and not self.unbiased and self.eps_to == "variance"
         return plain and self.eps > 0
 
     def __call__(
         self, table: Moments, gain: PerChannel | None, offset: PerChannel | None
     ) -> Affine:
-        """Scale and center of every filter."""
-        # of a constant autograd could not say that its gradient is 0: hence var - var
+        """Return the scale and center of every filter."""
+        # Without scale the factor is 1. ``var - var`` connects it to the graph, so that autograd
+        # returns a zero gradient instead of an error about an unused input.
         factor = self.factor(table) if self.scale else 1 + (table.var - table.var)
         return _affine(factor, _kept_mean(table, self.center), gain, offset)
 
     def factor(self, table: Moments) -> SegmentTable:
-        """One over the standard deviation."""
+        """Return one over the standard deviation."""
         var = table.var
         if self.unbiased:
             var = var * (self.fan_in / max(self.fan_in - 1, 1))
-        # the root's slope at 0 is infinite, and 0 times it is NaN: a constant filter gets slope 0
+        # The square root has an infinite derivative at 0, which would give NaN gradients. Where the
+        # variance is 0, take the root of 1 instead and replace the result, so the gradient is 0.
         positive = var > 0
         if self.eps_to == "variance":
             if self.eps > 0:
@@ -81,7 +86,7 @@ class Standardize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitLength:
-    """Divide a filter by its length, if ``center`` after subtracting its mean."""
+    """Divide each filter by its length; if ``center``, subtract its mean first."""
 
     fan_in: int
     center: bool
@@ -93,24 +98,25 @@ class UnitLength:
     def __call__(
         self, table: Moments, gain: PerChannel | None, offset: PerChannel | None
     ) -> Affine:
-        """Scale and center of every filter."""
+        """Return the scale and center of every filter."""
         return _affine(self.factor(table), _kept_mean(table, self.center), gain, offset)
 
     def factor(self, table: Moments) -> SegmentTable:
-        """One over the length."""
+        """Return one over the length."""
         mean_square = table.var if self.center else table.var + table.mean.square()
         return torch.rsqrt(mean_square + self.eps / self.fan_in) / math.sqrt(self.fan_in)
 
 
 def _kept_mean(table: Moments, center: bool) -> SegmentTable:
-    """What remains of a filter's mean; zeros that autograd can follow."""
+    """Return each filter's mean, or zeros if ``center`` subtracts it."""
+    # ``mean - mean`` rather than zeros keeps the result connected to the autograd graph.
     return table.mean - table.mean if center else table.mean
 
 
 def _affine(
     factor: SegmentTable, kept_mean: SegmentTable, gain: Tensor | None, offset: Tensor | None
 ) -> Affine:
-    """Multiply the filter by ``factor`` and ``gain``; only ``kept_mean`` of its mean remains."""
+    """Combine the factor, the mean that is kept, the gain and the offset into scale and center."""
     scale = factor if gain is None else factor * per_segment(gain, factor)
     center = kept_mean * scale
     return Affine(scale, center if offset is None else center + per_segment(offset, center))

@@ -15,7 +15,10 @@ from normkit.weights.algebra import EpsTo, FilterAlgebra, Standardize, UnitLengt
 from normkit.weights.filters import Filters
 
 LENGTH_EPS = 1e-12
-"""Added to a squared length: it changes no filter that is not zero, and keeps those finite."""
+"""Default added to a squared length.
+
+It keeps a filter of zeros finite, and is too small to change other filters.
+"""
 
 
 def standardize(  # noqa: PLR0913 - the variants that published checkpoints differ in
@@ -36,14 +39,14 @@ def standardize(  # noqa: PLR0913 - the variants that published checkpoints diff
     .. math::  \hat W_{oi} = g_o \frac{W_{oi} - \mu_o}{\sqrt{\sigma_o^2 + \epsilon}} + b_o
 
     Args:
-        weight: Of a convolution or linear layer, ``(O, I, *kernel)``; a filter is one of the ``O``.
+        weight: Weight of a convolution or linear layer, ``(O, I, *kernel)``, with ``O`` filters.
         center: Subtract the filter's mean :math:`\mu_o`.
-        scale: Divide by the filter's standard deviation, which is about its mean whether or not
-            that is subtracted.
+        scale: Divide by the filter's standard deviation, which is taken about the mean even if
+            ``center`` is False.
         eps: Added to the variance, or as ``eps_to`` says.
-        unbiased: Divide the squares by ``fan-in - 1``.
-        eps_to: ``"variance"``, inside the root; ``"std"`` adds it to the standard deviation, as the
-            authors' first release and mmcv do (there with ``unbiased=True``).
+        unbiased: Use the unbiased variance: divide the sum of squares by ``fan-in - 1``.
+        eps_to: ``"variance"`` adds ``eps`` inside the root; ``"std"`` adds it to the standard
+            deviation, as the authors' first release and mmcv do (there with ``unbiased=True``).
         gain: Factor of each filter, ``(O,)``; None is 1.
         offset: Added to each filter, ``(O,)``; None is 0.
         channel_axis: Axis of the output channels: 1 for a transposed convolution.
@@ -98,7 +101,7 @@ def weight_norm(
     .. math::  \hat W_o = g_o \frac{W_o}{\sqrt{\lVert W_o \rVert^2 + \epsilon}}
 
     Args:
-        weight: Of a convolution or linear layer, ``(O, I, *kernel)``.
+        weight: Weight of a convolution or linear layer, ``(O, I, *kernel)``.
         gain: Length of each filter, ``(O,)``; None is 1.
         eps: Added to the squared length, so that a filter of zeros has finite gradients.
         channel_axis: As in ``standardize``.
@@ -138,7 +141,7 @@ def centered_weight_norm(
     .. math::  \hat W_o = g_o \frac{W_o - \mu_o}{\sqrt{\lVert W_o - \mu_o \rVert^2 + \epsilon}}
 
     Args:
-        weight: Of a convolution or linear layer, ``(O, I, *kernel)``.
+        weight: Weight of a convolution or linear layer, ``(O, I, *kernel)``.
         gain: Length of each filter, ``(O,)``; None is 1.
         eps: Added to the squared length, so that a constant filter has finite gradients.
         channel_axis: As in ``standardize``.
@@ -148,13 +151,12 @@ def centered_weight_norm(
         A weight of the same shape, dtype and memory format.
 
     Raises:
-        WeightError: If a filter has a single value.
-        InputError: If the shapes do not match.
-        InputTypeError: If the weight is not float32, float64, bfloat16 or float16.
+        NormError: As ``standardize`` does.
 
     Source:
         Huang et al. 2017, Centered Weight Normalization in Accelerating Training of Deep Neural
-        Networks; with ``gain`` the root of the fan-in it is ``standardize`` at ``eps=0``.
+        Networks. If ``gain`` is the square root of the fan-in, this is ``standardize`` with
+        ``eps=0``.
 
     Example:
         >>> import torch
@@ -175,18 +177,18 @@ def reparametrize(
     gain: PerChannel | None,
     offset: PerChannel | None,
 ) -> Tensor:
-    """Apply the algebra to every filter."""
+    """Apply the algebra to every filter of a weight."""
     rows = filters.rows(weight)
     if isinstance(algebra, Standardize) and algebra.is_plain:
-        each = Partition(num_groups=rows.shape[1], examples_per_group=1)
-        made = normalize_batch(rows, each, None, Parameters(gain, offset, algebra.eps))
+        each_filter = Partition(num_groups=rows.shape[1], examples_per_group=1)
+        new = normalize_batch(rows, each_filter, None, Parameters(gain, offset, algebra.eps))
     else:
-        made, _ = normalize(rows, rows.shape[2], algebra, gain, offset)
-    return filters.weight(made, weight)
+        new, _ = normalize(rows, rows.shape[2], algebra, gain, offset)
+    return filters.weight(new, weight)
 
 
 def require_spread(algebra: Standardize | UnitLength) -> None:
-    """Refuse filters of a single value, which have no variance.
+    """Refuse filters of a single value, because they have no variance.
 
     Raises:
         WeightError: If the fan-in is 1.
@@ -194,22 +196,23 @@ def require_spread(algebra: Standardize | UnitLength) -> None:
     if algebra.fan_in == 1:
         raise WeightError(
             "the filters have a fan-in of 1, and a single value minus its mean is 0; leave this "
-            "weight as it is, or use weight_norm, which does not subtract the mean"
+            "weight unchanged, or use weight_norm, which does not subtract the mean"
         )
 
 
 def require_weight(
     weight: Tensor, filters: Filters, gain: Tensor | None, offset: Tensor | None
 ) -> None:
-    """Refuse a weight of another dtype, and gains that do not fit it.
+    """Refuse a weight that the filters do not fit, and gains or offsets that do not fit the weight.
 
     Raises:
-        InputTypeError: If the dtype is not a floating-point one of those that the layers take.
-        InputError: If a gain or offset does not have one value for each filter.
+        InputTypeError: If the weight's dtype is not one that the layers take.
+        InputError: If the weight has too few axes or does not fit the groups, or if a gain or
+            offset does not have one value for each filter.
     """
     if weight.dtype not in DTYPES:
         raise InputTypeError(
-            f"a weight of {weight.dtype} was given; it is one of "
+            f"a weight of {weight.dtype} was given; its dtype must be one of "
             f"{', '.join(str(dtype) for dtype in DTYPES)}"
         )
     filters.require(weight)
@@ -217,6 +220,6 @@ def require_weight(
         if values is not None and tuple(values.shape) != (filters.num_filters(weight),):
             raise InputError(
                 f"{name} of shape {tuple(values.shape)} was given for a weight of shape "
-                f"{tuple(weight.shape)}; it has one value for each of the "
+                f"{tuple(weight.shape)}; it must have one value for each of the "
                 f"{filters.num_filters(weight)} filters"
             )

@@ -1,4 +1,4 @@
-"""The reparametrisations as modules for ``torch.nn.utils.parametrize``."""
+"""Reparametrisations as modules for ``torch.nn.utils.parametrize``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from normkit.core.normalize import normalize
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
 from normkit.weights.algebra import EpsTo, FilterAlgebra, Standardize, UnitLength
+from normkit.weights.cache import Result, WeightCache
 from normkit.weights.filters import Filters
 from normkit.weights.functional import LENGTH_EPS, reparametrize, require_spread, require_weight
-from normkit.weights.once import OncePerForward, Result
 
 
 class Reparametrization(nn.Module, ABC):
-    """Computes a weight from the raw one, with a gain and an offset for each filter where wanted.
+    """Computes a layer's weight from a raw weight, with an optional gain and offset of each filter.
 
     Assigning to the layer's ``weight`` sets the raw weight.
     """
@@ -31,33 +31,33 @@ class Reparametrization(nn.Module, ABC):
         require_weight(weight, filters, None, None)
         self.filters = filters
         self.fan_in = filters.fan_in(weight)
-        self.once: OncePerForward | None = None
+        self.cache: WeightCache | None = None
         self.register_parameter("gain", None)
         self.register_parameter("offset", None)
 
     @property
     @abstractmethod
     def algebra(self) -> FilterAlgebra:
-        """What is done to each filter."""
+        """The scale and center of each filter as a function of its moments."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """Compute the layer's weight from the raw one; same shape, dtype and memory format."""
         gain, offset = self.gain, self.offset
-        if self.once is None or needs_plain_formula():
+        if self.cache is None or needs_plain_formula():
             return reparametrize(weight, self.filters, self.algebra, gain, offset)
 
         def compute(known: Result | None) -> Result:
             rows = self.filters.rows(weight)
             return normalize(rows, self.fan_in, self.algebra, gain, offset, known=known)
 
-        return self.filters.weight(self.once.value(self, (weight, gain, offset), compute), weight)
+        return self.filters.weight(self.cache.value(self, (weight, gain, offset), compute), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Take an assigned weight as the raw one."""
+        """Return the raw weight for a weight that is assigned to the layer: the same tensor."""
         return weight
 
     def extra_repr(self) -> str:
-        """Options of the constructor."""
+        """List the options of the constructor and the learned parameters."""
         shown = ("center", "scale", "eps", "unbiased", "eps_to")
         options = [f"{name}={getattr(self, name)!r}" for name in shown if hasattr(self, name)]
         parameters = [name for name, _ in self.named_parameters(recurse=False)]
@@ -74,17 +74,17 @@ class WeightStandardization(Reparametrization):
     .. math::  \hat W_o = g_o (W_o - \mu_o) / \sqrt{\sigma_o^2 + \epsilon} + b_o
 
     Args:
-        weight: The raw weight, ``(O, I, *kernel)``; only its shape and, for ``preserve``, its
-            values are looked at.
-        filters: Which values make an output channel.
+        weight: The raw weight, ``(O, I, *kernel)``. Its shape decides the shapes of gain and
+            offset; its values are only used by ``preserve``.
+        filters: Which values of the weight make one output channel.
         center: Subtract the mean.
         scale: Divide by the standard deviation.
         eps: Added to the variance, or as ``eps_to`` says.
-        unbiased: Divide the squares by ``fan-in - 1``.
+        unbiased: Use the unbiased variance: divide the sum of squares by ``fan-in - 1``.
         eps_to: ``"variance"`` or ``"std"``.
-        gain: Learn a factor of each filter, starting at 1.
-        preserve: Learn a factor and an offset of each filter, starting where the computed weight
-            is the raw one.
+        gain: Learn a factor of each filter, initialised to 1.
+        preserve: Learn a factor and an offset of each filter, initialised so that the computed
+            weight equals the raw one.
 
     Raises:
         WeightError: If a filter has a single value.
@@ -130,7 +130,7 @@ class WeightStandardization(Reparametrization):
 
     @property
     def algebra(self) -> Standardize:
-        """What is done to each filter."""
+        """Subtraction of the mean and division by the standard deviation, as the options say."""
         return Standardize(
             fan_in=self.fan_in,
             center=self.center,
@@ -151,14 +151,14 @@ class WeightStandardization(Reparametrization):
 
 
 class WeightNorm(Reparametrization):
-    r"""Learns the length of each filter apart from its direction.
+    r"""Learns a length of each filter, separately from its direction.
 
     .. math::  \hat W_o = g_o W_o / \sqrt{\lVert W_o \rVert^2 + \epsilon}
 
     Args:
-        weight: The raw weight; ``gain`` starts at the lengths of its filters, so that the computed
-            weight starts at the raw one.
-        filters: Which values make an output channel.
+        weight: The raw weight. ``gain`` is initialised to the lengths of its filters, so that the
+            computed weight equals the raw one.
+        filters: Which values of the weight make one output channel.
         eps: Added to the squared length.
 
     Source:
@@ -179,7 +179,7 @@ class WeightNorm(Reparametrization):
 
     @property
     def algebra(self) -> UnitLength:
-        """What is done to each filter."""
+        """Division by the length."""
         return UnitLength(fan_in=self.fan_in, center=False, eps=self.eps)
 
 
@@ -189,9 +189,9 @@ class CenteredWeightNorm(Reparametrization):
     .. math::  \hat W_o = g_o (W_o - \mu_o) / \sqrt{\lVert W_o - \mu_o \rVert^2 + \epsilon}
 
     Args:
-        weight: The raw weight, of which only the shape is looked at.
-        filters: Which values make an output channel.
-        gain: Length at which every filter starts.
+        weight: The raw weight; only its shape, dtype and device are used.
+        filters: Which values of the weight make one output channel.
+        gain: Initial length of every filter.
         eps: Added to the squared length.
 
     Raises:
@@ -223,7 +223,7 @@ class CenteredWeightNorm(Reparametrization):
 
     @property
     def algebra(self) -> UnitLength:
-        """What is done to each filter."""
+        """Subtraction of the mean and division by the length."""
         return UnitLength(fan_in=self.fan_in, center=True, eps=self.eps)
 
 

@@ -1,8 +1,8 @@
-"""Parametrised layers that can be pickled, which torch's cannot."""
+"""Making parametrised layers picklable; torch's own cannot be pickled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize
 
 
 def make_picklable_(layer: nn.Module) -> None:
-    """Let a layer with parametrised tensors be pickled, by itself and inside of a model.
+    """Make a layer with parametrised tensors picklable, by itself and inside a model.
 
-    ``torch.nn.utils.parametrize`` gives the layer a class of its own, which no other process knows;
-    pickled are the class that the layer had before and the names of its parametrised tensors.
+    ``torch.nn.utils.parametrize`` gives the layer a new class that other processes cannot import.
+    The pickle stores the layer's original class and the names of its parametrised tensors instead.
     """
     type(layer).__reduce_ex__ = _reduced  # type: ignore[method-assign, assignment]
 
@@ -25,9 +25,8 @@ def _reduced(layer: nn.Module, protocol: object) -> tuple[Any, ...]:
 
 
 def _empty(base: type[nn.Module], names: Sequence[str]) -> nn.Module:
-    """Make a parametrised layer without state, for copying and unpickling."""
-    new: Callable[[type[nn.Module]], nn.Module] = object.__new__
-    layer = new(base)
+    """Create a parametrised layer without state, for copying and unpickling."""
+    layer = object.__new__(base)
     parametrize._inject_new_class(layer)
     for name in names:
         parametrize._inject_property(layer, name)

@@ -1,21 +1,22 @@
-"""What was done to the weights of a model, and what was not and why."""
+"""Reports of which weights of a model were changed, and why the others were not."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from normkit.text import by_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
-    """Which layers of a model were touched; prints as a few lines.
+    """Which layers of a model were changed; prints as a few lines.
 
     Args:
-        done: What was done, in words.
-        changed: Names of the layers, each once.
-        skipped: Why each other convolution and linear layer was left alone, by name.
-        how: How the model was followed, in words.
+        done: What was done, such as ``"standardized"``.
+        changed: Names of the changed layers.
+        skipped: For the name of each other convolution and linear layer, why it was not changed.
+        how: How the layers were chosen, such as ``"traced by torch.fx"``; may be empty.
     """
 
     done: str
@@ -27,12 +28,11 @@ class WeightReport:
         how = f" ({self.how})" if self.how else ""
         lines = [f"{self.done} {_counted(self.changed)}{how}"]
         lines += [f"  {name}" for name in self.changed]
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for name, reason in self.skipped.items():
-            by_reason[reason].append(name)
-        if by_reason:
+        if self.skipped:
             lines.append(f"left alone {_counted(tuple(self.skipped))}")
-        lines += [f"  {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+        lines += [
+            f"  {reason}: {names}" for reason, names in by_reason(self.skipped.items()).items()
+        ]
         return "\n".join(lines)
 
 

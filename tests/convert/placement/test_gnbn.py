@@ -77,7 +77,7 @@ def test_the_optimizer_follows():
 @pytest.mark.parametrize(
     ("model", "norm", "error", "message"),
     [
-        (stack(depth=1), "gn:4", nk.OptionError, "calls 1 norms; .* two at least: .*convert_norm_"),
+        (stack(depth=1), "gn:4", nk.OptionError, "calls 1 norms; .* at least two: .*convert_norm_"),
         (stack(), "bn", nk.SpecError, "norm='bn' takes statistics over the batch"),
         (stack(6), "gn:4", nk.PartitionError, r"2 layers .*\n.*0\.1, 2\.1 to gn:4[\s\S]*gn:max=4"),
         (Hidden(), "gn:4", nk.TraceError, "pass example_input="),

@@ -277,12 +277,17 @@ ACT = nn.ReLU()
     ("model", "variant", "error", "message"),
     [
         (stages(Block(), Block()), "c", nk.OptionError, r"variant='c' .* one of \['a', 'b'\]"),
-        (nn.Sequential(Block(), Block()), "a", nk.OptionError, "needs 2 stages .* blocks form 1;"),
+        (
+            nn.Sequential(Block(), Block()),
+            "a",
+            nk.OptionError,
+            "needs at least 2 stages, .* blocks form 1;",
+        ),
         (
             nn.Sequential(Block(), Block(stride=2)),
             "b",
             nk.OptionError,
-            r"needs 3 stages .* the 2 blocks form 2; .*convert_norm_\(model, \{",
+            r"needs at least 3 stages, .* the 2 blocks form 2; .*convert_norm_\(model, \{",
         ),
         (
             stages(Block(), Block(), Block(), Block()),
@@ -294,7 +299,7 @@ ACT = nn.ReLU()
             stages(*(SharedActivation(ACT) for _ in range(4))),
             "b",
             nk.ConversionError,
-            "has no place for a norm after its sum: what takes its sum is no activation module of",
+            "has no place for a norm after its sum: its sum does not go into an activation module",
         ),
         (
             small("inverted", last=1),

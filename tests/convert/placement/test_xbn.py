@@ -210,8 +210,18 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
             nk.OptionError,
             r"position=3 was given, .* \(0 and others\) have 2 norms each; choose one of \[1, 2\]",
         ),
-        (nn.Sequential(Block()), {"position": 0}, nk.OptionError, "position=0 .* counts from 1"),
-        (nn.Sequential(Block()), {"every": True}, nk.OptionError, "every=True .* counts from 1"),
+        (
+            nn.Sequential(Block()),
+            {"position": 0},
+            nk.OptionError,
+            "position=0 .* whole number of at least 1",
+        ),
+        (
+            nn.Sequential(Block()),
+            {"every": True},
+            nk.OptionError,
+            "every=True .* whole number of at least 1",
+        ),
         (
             nn.Sequential(Block(), Block()),
             {"every": 3},
@@ -229,7 +239,7 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
             nn.Sequential(Block()),
             {"norm": "in:example_weight=0.5"},
             nk.SpecError,
-            "evaluates by statistics of the batches .* leave example_weight= out",
+            "evaluates with running statistics of the training batches.* leave example_weight= out",
         ),
         (
             nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)),

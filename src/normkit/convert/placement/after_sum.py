@@ -1,9 +1,8 @@
-"""A norm after the sum of a residual block and before its activation."""
+"""Inserting a norm after the sum of a residual block, before its activation."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,11 +24,15 @@ SHARED_ACTIVATION = (
     "torchvision.models.resnet.BasicBlock",
     "torchvision.models.resnet.Bottleneck",
 )
-"""Blocks that call one activation module in several places; known by module and name."""
+"""Blocks that call one activation module in several places, by their module and class name."""
 
 
 class _NormedBlock(nn.Module):
-    """A block whose class is made at run time from its own, so that its names stay."""
+    """A block with a norm after its sum.
+
+    Its class is made at run time from the original class rather than wrapping the block, so that
+    the names in a state dict do not change.
+    """
 
     base: type[nn.Module]
     mixin: type[_NormedBlock]
@@ -40,15 +43,15 @@ class _NormedBlock(nn.Module):
 
 
 class _NormedOutput(_NormedBlock):
-    """A block that ends with its sum."""
+    """A block whose output is its sum."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise what the block gives."""
+        """Normalise the output of the original block."""
         return self.sum_norm(super().forward(x))
 
 
 class _NormedSum(_NormedBlock):
-    """A block of torchvision's ResNet; its activation is called in several places."""
+    """A block of torchvision's ResNet, which calls its activation in several places."""
 
     conv1: nn.Module
     bn1: nn.Module
@@ -68,32 +71,32 @@ class _NormedSum(_NormedBlock):
 
 
 def has_norm_after_sum(block: Block) -> bool:
-    """Whether the sum goes to a norm already."""
-    child = _taker(block)
+    """Whether a norm takes the sum already."""
+    child = _only_user(block)
     return child is not None and is_norm(child[1])
 
 
-@torch.inference_mode(False)  # new parameters are to learn, wherever this is called
+@torch.inference_mode(False)  # parameters created in inference mode could not be trained
 def norm_after_sum(block: Block, model: nn.Module) -> Insertion:
-    """Build a block's norm, and what it stands in; nothing changes.
+    """Build the norm, and the module that will contain it; the model is not changed.
 
     Raises:
-        ConversionError: If the block adds nothing, or goes on in a way that leaves no place.
+        ConversionError: If the block has no sum, or no place where the norm can be inserted.
     """
     if block.own.join is None:
-        raise _refused(block, "it adds no shortcut")
-    taker = _taker(block)
+        raise _no_place_error(block, "it adds no shortcut")
+    user = _only_user(block)
     norm = _instance_norm(block)
     if key_of(type(block.own.module)) in SHARED_ACTIVATION:
         return _in_block(block, norm, _NormedSum)
-    if taker is not None and _stands_once(taker[1], model) and _is_called_once(block, taker[0]):
-        return _in_activation(block, norm, *taker)
-    if taker is None and _ends_with_sum(block):
+    if user is not None and _appears_once(user[1], model) and _is_called_once(block, user[0]):
+        return _in_activation(block, norm, *user)
+    if user is None and _ends_with_sum(block):
         return _in_block(block, norm, _NormedOutput)
-    raise _refused(block, "what takes its sum is no activation module of its own")
+    raise _no_place_error(block, "its sum does not go into an activation module of its own")
 
 
-def _refused(block: Block, why: str) -> ConversionError:
+def _no_place_error(block: Block, why: str) -> ConversionError:
     kind = type(block.own.module).__name__
     return ConversionError(
         f"{block.name} ({kind}) has no place for a norm after its sum: {why}; nothing was changed; "
@@ -102,8 +105,8 @@ def _refused(block: Block, why: str) -> ConversionError:
     )
 
 
-def _taker(block: Block) -> tuple[str, nn.Module] | None:
-    """The child that alone takes the sum, with its name."""
+def _only_user(block: Block) -> tuple[str, nn.Module] | None:
+    """Return the name and module of the child that takes the sum, if nothing else takes it."""
     users = list(block.own.join.users) if block.own.join is not None else []
     if len(users) == 1 and users[0].op == "call_module":
         return str(users[0].target), block.own.child(users[0])
@@ -123,8 +126,8 @@ def _is_called_once(block: Block, name: str) -> bool:
     return sum(map(calls, block.own.graph.nodes)) == 1
 
 
-def _stands_once(module: nn.Module, model: nn.Module) -> bool:
-    """Whether this is an activation at one place of the model only."""
+def _appears_once(module: nn.Module, model: nn.Module) -> bool:
+    """Whether this is an activation that the model contains at one place only."""
     places = [part for _, part in model.named_modules(remove_duplicate=False) if part is module]
     return len(places) == 1 and not any(module.parameters()) and not any(module.children())
 
@@ -136,7 +139,7 @@ def _instance_norm(block: Block) -> InstanceNorm:
 
 
 def _num_channels(block: Block) -> int:
-    """Channels of the sum: those of the last norm or convolution before it."""
+    """Count the channels of the sum, which are those of the last norm or convolution before it."""
     last = block.own.last_layer(block.own.sides()[0]) or block.norms[-1]
     return read(last).num_features if is_norm(last) else int(last.out_channels)  # type: ignore[arg-type]
 
@@ -151,7 +154,7 @@ def _in_activation(block: Block, norm: InstanceNorm, name: str, activation: nn.M
 
 
 def _in_block(block: Block, norm: InstanceNorm, mixin: type[_NormedBlock]) -> Insertion:
-    """Make a block of the same parts and one more; the old one stays as it is."""
+    """Create a block with the same members and the norm; the old block is not changed."""
     old = block.own.module
     new = _empty(mixin, type(old))
     new.__dict__.update(old.__dict__)
@@ -167,7 +170,5 @@ def _class(mixin: type[_NormedBlock], base: type[nn.Module]) -> type[_NormedBloc
 
 
 def _empty(mixin: type[_NormedBlock], base: type[nn.Module]) -> _NormedBlock:
-    """Make a block without state, for copying and unpickling."""
-    kind = _class(mixin, base)
-    new: Callable[[type[_NormedBlock]], _NormedBlock] = object.__new__
-    return new(kind)
+    """Create a block without state, for copying and unpickling."""
+    return object.__new__(_class(mixin, base))

@@ -1,4 +1,4 @@
-"""Norms whose statistics are those of one example."""
+"""Specs of batch-free norms, whose statistics never depend on other examples."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ EXAMPLE_WEIGHT = "example_weight"
 
 
 def batch_free(norm: str | NormSpec) -> NormSpec:
-    """Read a spec; one that looks at other examples is refused.
+    """Read the spec of a batch-free norm.
 
     Raises:
-        SpecError: If it cannot be read, or names such a norm.
+        SpecError: If the spec cannot be read, or its norm is not batch-free.
     """
     spec = NormSpec.parse(norm)
     if not is_over_batch(METHODS[spec.name]):
         if dict(spec.arguments).get(EXAMPLE_WEIGHT, 1) == 1:
             return spec
         raise SpecError(
-            f"norm={str(spec)!r} evaluates by statistics of the batches of the training; the norm "
-            f"that is placed must be batch-free: leave {EXAMPLE_WEIGHT}= out"
+            f"norm={str(spec)!r} evaluates with running statistics of the training batches; the "
+            f"norm that is placed must be batch-free: leave {EXAMPLE_WEIGHT}= out"
         )
     known = [name for name, recipe in METHODS.items() if not is_over_batch(recipe)]
     raise SpecError(
         f"norm={str(spec)!r} takes statistics over the batch; the norm that is placed must be "
-        f"batch-free: {', '.join(known)}; convert_norm_ puts any norm anywhere"
+        f"batch-free: {', '.join(known)}; convert_norm_ places any norm anywhere"
     )
 
 
-def with_at_most(spec: NormSpec, norm: nn.Module) -> NormSpec:
-    """Let a number of groups be at most the number of channels of the norm to be replaced."""
+def limit_groups(spec: NormSpec, norm: nn.Module) -> NormSpec:
+    """Limit a spec's number of groups to the number of channels of the norm to be replaced."""
     recipe, given = METHODS[spec.name], dict(spec.arguments)
     if recipe.argument != "num_groups" or {LIMIT, CHANNELS} & given.keys():
         return spec
     try:
         num_features = read(norm).num_features
-    except ConversionError:  # the plan refuses it, by name
+    except ConversionError:  # planning the conversion raises it again, with the layer's name
         return spec
     groups = given.get("", recipe.options()["num_groups"].default)
     if isinstance(groups, int):

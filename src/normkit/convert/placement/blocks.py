@@ -1,4 +1,4 @@
-"""The residual blocks of a model, by what their code does rather than by their names."""
+"""Finding the residual blocks of a model by what their forward does, not by their names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from normkit.convert.placement.own_forward import (
     OwnForward,
-    follow,
     is_sequence,
     own_forwards,
+    trace_own_forward,
 )
 from normkit.convert.rules import read
-from normkit.convert.selection import Found, find_norms
+from normkit.convert.selection import NamedNorms, find_norms
 from normkit.errors import ConversionError, OptionError, TraceError
 from normkit.tracing.kinds import is_norm
 from normkit.tracing.trace import trace
@@ -28,9 +28,9 @@ class Block:
 
     Args:
         name: Its name in the model.
-        own: What its forward does.
-        norms: Norms on the way to the sum, in the order of the calls.
-        shortcut: Norms of the shortcut alone.
+        own: The calls of its forward.
+        norms: Norms of the residual branch, in the order of the calls.
+        shortcut: Norms of the shortcut branch only.
     """
 
     name: str
@@ -44,24 +44,24 @@ class Layout:
     """Where the norms of a residual network are.
 
     Args:
-        blocks: Blocks with as many norms as most have, in the order of the forward.
+        blocks: Blocks with the most common number of norms, in the order of the forward.
         others: Blocks with another number of norms.
-        stem: Norms before the first block, in order.
+        stem: Norms before the first block, in the order of the forward.
         found: All norms with their names.
     """
 
     blocks: tuple[Block, ...]
     others: tuple[Block, ...]
     stem: tuple[nn.Module, ...]
-    found: Found
+    found: NamedNorms
 
     @property
     def num_positions(self) -> int:
-        """Norms on the way to the sum, in every counted block."""
+        """Number of norms in the residual branch of each of ``blocks``."""
         return len(self.blocks[0].norms)
 
     def reasons(self) -> dict[nn.Module, str]:
-        """What each norm is, for a report that says why it was left."""
+        """Describe the position of each norm, as the reason why a report says it stays."""
         roles = dict.fromkeys(self.found, "it is in no residual block")
         roles |= dict.fromkeys(self.stem, "it is in the stem")
         for block in self.others:
@@ -79,16 +79,16 @@ class Layout:
 
 
 def find_layout(model: nn.Module, example_input: Any = None) -> Layout:  # noqa: ANN401
-    """Find the residual blocks of a model and what stands before them.
+    """Find the residual blocks of a model, and the norms before them.
 
-    A block is a module whose own forward adds what it was given, or made from it with fewer norms,
-    to what came through a chain of two norms or more, of which one at least looks at the batch.
-    Modules of the same class that add nothing, such as those of MobileNetV2 that change the
-    resolution, are blocks too.
+    A block is a module whose own forward adds two branches: a residual branch with a chain of at
+    least two norms, one of which takes batch statistics, and a shortcut with fewer norms. Modules
+    of the same class without a sum are blocks too, such as those of MobileNetV2 that change the
+    resolution.
 
     Raises:
-        OptionError: If there is none.
-        TraceError: If the example input does not go through the model.
+        OptionError: If there is no block.
+        TraceError: If the model fails on the example input.
     """
     found = find_norms(model)
     order = _order(model, found, example_input)
@@ -96,8 +96,8 @@ def find_layout(model: nn.Module, example_input: Any = None) -> Layout:  # noqa:
     if not blocks:
         raise OptionError(
             f"{type(model).__name__} has no residual blocks that could be recognised: modules "
-            f"whose own forward adds a shortcut to what came through two norms or more, one at "
-            f"least a batch norm; name the norms yourself: convert_norm_(model, "
+            f"whose own forward adds a shortcut to a branch with at least two norms, one of them "
+            f"a batch norm; name the norms yourself: convert_norm_(model, "
             f"{{'layer1.*.bn2': 'gn:max=64'}})"
         )
     blocks.sort(key=lambda block: order[block.norms[0]])
@@ -111,8 +111,8 @@ def find_layout(model: nn.Module, example_input: Any = None) -> Layout:  # noqa:
     )
 
 
-def _order(model: nn.Module, found: Found, example_input: Any) -> dict[nn.Module, int]:  # noqa: ANN401
-    """Number the norms as they are called, or as they are defined if the model hides that."""
+def _order(model: nn.Module, found: NamedNorms, example_input: Any) -> dict[nn.Module, int]:  # noqa: ANN401
+    """Number the norms in the order of their calls; those whose calls are unknown come last."""
     names = {name: norm for norm, several in found.items() for name in several}
     called: dict[nn.Module, None] = {}
     try:
@@ -125,7 +125,7 @@ def _order(model: nn.Module, found: Found, example_input: Any) -> dict[nn.Module
 
 
 def _blocks(model: nn.Module) -> list[Block]:
-    """Find modules with a sum and no such module inside, and others of their classes."""
+    """Find the innermost modules with a sum, and all other modules of the same classes."""
     adding: dict[nn.Module, OwnForward] = {}
     for own in own_forwards(model):
         inside = any(part in adding for part in own.module.modules())
@@ -136,14 +136,14 @@ def _blocks(model: nn.Module) -> list[Block]:
     kinds = {type(module) for module in adding}
     for module, name in names.items():
         if type(module) in kinds:
-            own = adding.get(module) or follow(module)
+            own = adding.get(module) or trace_own_forward(module)
             same_class.setdefault(type(module), []).append(_block(name, own))
     alike = [several for several in same_class.values() if None not in several]
     return [block for several in alike for block in several if block is not None]
 
 
 def _block(name: str, own: OwnForward | None) -> Block | None:
-    """Read a block; None if it is none."""
+    """Return the block, or None if the module is not one."""
     if own is None:
         return None
     longer, shorter = own.sides()
@@ -156,14 +156,14 @@ def _block(name: str, own: OwnForward | None) -> Block | None:
 def _over_batch(norm: nn.Module) -> bool:
     try:
         return read(norm).over_batch
-    except ConversionError:  # whoever is to replace it will say so
+    except ConversionError:  # raised again by the conversion, if this norm is to be replaced
         return False
 
 
 def _stem(
     model: nn.Module, blocks: Sequence[Block], order: Mapping[nn.Module, int]
 ) -> list[nn.Module]:
-    """Find norms before all blocks and outside of what else has several norms and a forward."""
+    """Find the norms before all blocks that are not inside another unit with several norms."""
     units = [part for part in model.modules() if _is_unit(part, blocks)]
     inside = {part for unit in units for part in unit.modules()}
     before = min(order[norm] for block in blocks for norm in (*block.norms, *block.shortcut))
@@ -171,7 +171,10 @@ def _stem(
 
 
 def _is_unit(part: nn.Module, blocks: Sequence[Block]) -> bool:
-    """Whether this is a block of some kind, such as the first one of timm's MobileNetV2."""
+    """Whether a module has several norms and its own forward but contains no residual block.
+
+    The first block of timm's MobileNetV2 is such a unit.
+    """
     if is_norm(part) or is_sequence(part) or len(find_norms(part)) < 2:
         return False
     parts = set(part.modules())

@@ -1,4 +1,4 @@
-"""GNBN: every other norm of a stack becomes batch-free."""
+"""GNBN: replacing every other norm of a network by a batch-free norm."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from normkit.convert.carry_out import carry_out
+from normkit.convert.execute import execute_plan
 from normkit.convert.placement.batch_free import batch_free
-from normkit.convert.plan import feeding, plan
+from normkit.convert.plan import layers_to_standardize, make_plan
 from normkit.convert.report import Conversion
-from normkit.convert.selection import Chosen, Found, find_norms
+from normkit.convert.selection import Chosen, NamedNorms, find_norms
 from normkit.errors import OptionError
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
 from normkit.tracing.trace import trace
 
 
@@ -28,28 +27,28 @@ def place_gnbn_(
     example_input: Any = None,  # noqa: ANN401
     dry_run: bool = False,
 ) -> Conversion:
-    """Replace the first, third, fifth, ... norm of a stack by a batch-free norm, in place.
+    """Replace the first, third, fifth, ... norm of a network by a batch-free norm, in place.
 
-    Norms are counted in the order in which the forward calls them first, those of shortcuts too.
-    Everything else is as in ``convert_norm_``.
+    All norms, also those of shortcuts, are counted in the order of their first calls. Everything
+    else is as in ``convert_norm_``.
 
     Args:
-        model: A network with two norms or more.
-        norm: A batch-free norm.
-        optimizer: Follows, as in ``convert_norm_``.
-        example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
-            order of the norms if ``torch.fx`` cannot follow the model.
-        dry_run: Only report what would be done.
+        model: A network with at least two norms.
+        norm: Spec of a batch-free norm.
+        optimizer: Edited to match the model, as in ``convert_norm_``.
+        example_input: Sent through the model before and after, as in ``convert_norm_``. Also used
+            to find the order of the norms if ``torch.fx`` cannot trace the model.
+        dry_run: Whether to only report what would be done.
 
     Returns:
-        The model and a report that can be printed, pickled and reverted.
+        A report with the model, which can be printed, pickled and reverted.
 
     Raises:
         OptionError: If the forward calls fewer than two norms, or the model is wrapped or compiled.
         SpecError: If the norm takes statistics over the batch, or cannot be read.
-        PartitionError: If its groups do not divide the channels; all such layers are named.
+        PartitionError: If its groups do not divide the channels; the error names all such layers.
         ConversionError: If a norm to be replaced has no rule.
-        TraceError: If the model cannot be followed.
+        TraceError: If the model cannot be traced.
 
     Source:
         Huang, Zhou, Wang, Luo & Liu, Delving into the Estimation Shift of Batch Normalization in a
@@ -61,26 +60,26 @@ def place_gnbn_(
         >>> [change.name for change in done.changes]
         ['1', '5']
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     spec = batch_free(norm)
     found = find_norms(model)
     called = _called(model, found, example_input)
     if len(called) < 2:
         raise OptionError(
-            f"the forward of {type(model).__name__} calls {len(called)} norms; every other one "
-            f"needs two at least: replace a single one with convert_norm_"
+            f"the forward of {type(model).__name__} calls {len(called)} norms; replacing every "
+            f"other one needs at least two: use convert_norm_ to replace a single one"
         )
     specs = dict.fromkeys(called[::2], spec)
     left = dict.fromkeys(found, "the forward does not call it")
     left |= {m: f"it is norm {n} of {len(called)}" for n, m in enumerate(called, 1)}
     left = {module: why for module, why in left.items() if module not in specs}
-    planned = plan(model, found, Chosen(specs, left), None, argument="norm=")
-    standardize = feeding(model, found, specs, example_input)
-    return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
+    planned = make_plan(model, found, Chosen(specs, left), None, argument="norm=")
+    standardize = layers_to_standardize(model, found, specs, example_input)
+    return execute_plan(model, planned, standardize, optimizer, example_input, dry_run)
 
 
-def _called(model: nn.Module, found: Found, example_input: Any) -> list[nn.Module]:  # noqa: ANN401
-    """Norms in the order in which the forward calls them first."""
+def _called(model: nn.Module, found: NamedNorms, example_input: Any) -> list[nn.Module]:  # noqa: ANN401
+    """Return the norms in the order of their first calls."""
     names = {name: norm for norm, several in found.items() for name in several}
     calls = trace(model, example_input).calls
     return list(dict.fromkeys(names[c.name] for c in calls if c.kind == "norm"))

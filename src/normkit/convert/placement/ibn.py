@@ -1,4 +1,4 @@
-"""IBN-Net: instance norm in the early stages of a residual network."""
+"""IBN-Net: placing instance norm in the early stages of a residual network."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from normkit.convert.carry_out import carry_out
+from normkit.convert.execute import execute_plan
 from normkit.convert.placement.after_sum import has_norm_after_sum, norm_after_sum
 from normkit.convert.placement.blocks import Block, Layout, find_layout
-from normkit.convert.plan import plan
+from normkit.convert.plan import make_plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
 
 Variant = Literal["a", "b"]
 STAGES = 4
-"""Stages of the networks of the paper."""
+"""Number of stages of the paper's networks."""
 
 
 @all_or_nothing
@@ -34,34 +33,34 @@ def place_ibn_(
     example_input: Any = None,  # noqa: ANN401
     dry_run: bool = False,
 ) -> Conversion:
-    """Make a residual network an IBN-Net, in place.
+    """Turn a residual network into an IBN-Net, in place.
 
     Variant ``"a"``: the first norm of each residual block becomes ``ibn``, in all stages but the
-    last: of a ResNet's four in the first three. Variant ``"b"``: the stem's last norm becomes
-    ``in``, and an affine instance norm is added after the sum, before the activation, in the last
-    block of each of the first two stages.
+    last (in a ResNet: in the first three of four). Variant ``"b"``: the last norm of the stem
+    becomes ``in``, and an affine instance norm is inserted after the sum and before the activation,
+    in the last block of each of the first two stages.
 
-    Blocks are those of ``place_xbn_``. Stages are the modules that hold the blocks if there are
-    four; else a block with a stride above 1 begins a new one. Everything else is as in
+    Blocks are found as in ``place_xbn_``. If exactly four modules contain the blocks, these are the
+    stages; otherwise each block with a stride above 1 begins a new stage. Everything else is as in
     ``convert_norm_``.
 
     Args:
         model: A residual network: torchvision's, timm's or your own.
         variant: ``"a"`` or ``"b"``.
-        optimizer: Follows, as in ``convert_norm_``; parameters of an added norm join the group of
-            the block's last norm.
-        example_input: Sent through the model before and after, as in ``convert_norm_``; shows the
-            order of the blocks if ``torch.fx`` cannot follow the model.
-        dry_run: Only report what would be done.
+        optimizer: Edited to match the model, as in ``convert_norm_``; parameters of an inserted
+            norm join the group of the block's last norm.
+        example_input: Sent through the model before and after, as in ``convert_norm_``. Also used
+            to find the order of the blocks if ``torch.fx`` cannot trace the model.
+        dry_run: Whether to only report what would be done.
 
     Returns:
-        The model and a report that can be printed, pickled and reverted.
+        A report with the model, which can be printed, pickled and reverted.
 
     Raises:
-        OptionError: If the variant is unknown, or the model has no such blocks, too few stages, or
-            is wrapped or compiled.
-        ConversionError: If a norm has no rule, or a block no place for a norm after its sum.
-        TraceError: If the example input does not go through the model.
+        OptionError: If the variant is unknown, or the model has no residual blocks, too few
+            stages, or is wrapped or compiled.
+        ConversionError: If a norm has no rule, or a block has no place for a norm after its sum.
+        TraceError: If the model fails on the example input.
 
     Source:
         Pan, Luo, Shi & Tang 2018, Two at Once: Enhancing Learning and Generalization Capacities via
@@ -80,22 +79,24 @@ def place_ibn_(
         >>> [change.name for change in place_ibn_(nn.Sequential(*stages)).changes]
         ['0.0.bn1', '1.0.bn1', '2.0.bn1']
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     if variant not in get_args(Variant):
-        raise OptionError(f"variant={variant!r} was given; it is one of {[*get_args(Variant)]}")
+        raise OptionError(
+            f"variant={variant!r} was given; it must be one of {[*get_args(Variant)]}"
+        )
     layout = find_layout(model, example_input)
     stages = _stages(layout, variant)
     place = _variant_a if variant == "a" else _variant_b
     specs, blocks = place(layout, stages)
     left = {m: why for m, why in layout.reasons().items() if m not in specs}
-    open_ = [block for block in blocks if not has_norm_after_sum(block)]
-    added = tuple(norm_after_sum(block, model) for block in open_)
-    planned = plan(model, layout.found, Chosen(specs, left), None, added)
-    return carry_out(model, planned, (), optimizer, example_input, dry_run)
+    without = [block for block in blocks if not has_norm_after_sum(block)]
+    added = tuple(norm_after_sum(block, model) for block in without)
+    planned = make_plan(model, layout.found, Chosen(specs, left), None, added)
+    return execute_plan(model, planned, (), optimizer, example_input, dry_run)
 
 
 Placed = tuple[dict[nn.Module, NormSpec], list[Block]]
-"""What norms become, and the blocks that get one after their sum."""
+"""The specs of the norms to replace, and the blocks that get a norm after their sum."""
 
 
 def _variant_a(layout: Layout, stages: Sequence[Sequence[Block]]) -> Placed:
@@ -109,25 +110,24 @@ def _variant_b(layout: Layout, stages: Sequence[Sequence[Block]]) -> Placed:
 
 
 def _stages(layout: Layout, variant: str) -> list[list[Block]]:
-    """Cut the blocks into stages.
+    """Divide the blocks into stages.
 
     Raises:
-        OptionError: If there are too few for the variant.
+        OptionError: If there are too few stages for the variant.
     """
-    holders = [[*blocks] for _, blocks in groupby(layout.blocks, _holder)]
+    holders = [
+        [*blocks]
+        for _, blocks in groupby(layout.blocks, lambda block: block.name.rpartition(".")[0])
+    ]
     stages = holders if len(holders) == STAGES else _by_stride(layout.blocks)
     least = {"a": 2, "b": 3}[variant]
     if len(stages) < least:
         raise OptionError(
-            f"variant={variant!r} needs {least} stages at least, of which the last stays as it is; "
-            f"the {len(layout.blocks)} blocks form {len(stages)}; name the norms yourself: "
+            f"variant={variant!r} needs at least {least} stages, but the {len(layout.blocks)} "
+            f"blocks form {len(stages)}; name the norms yourself: "
             f"convert_norm_(model, {{'layer1.*.bn1': 'ibn'}})"
         )
     return stages
-
-
-def _holder(block: Block) -> str:
-    return block.name.rpartition(".")[0]
 
 
 def _by_stride(blocks: Sequence[Block]) -> list[list[Block]]:

@@ -1,4 +1,4 @@
-"""What one module's own forward does with its children: which it calls, and where it adds."""
+"""Tracing one module's own forward: which children it calls, and where it adds two branches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from normkit.tracing.kinds import (
     plain_name,
     value_arguments,
 )
-from normkit.tracing.symbolic import traced
+from normkit.tracing.symbolic import fx_graph
 
 
 class _Tracer(fx.Tracer):
-    """Keeps every child whole: what happens inside is the child's own affair."""
+    """Records each child as one call, without the calls inside it."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -33,8 +33,8 @@ class OwnForward:
 
     Args:
         module: The module.
-        graph: Its calls, in the order in which they come.
-        join: The last sum of two things that the module computed or was given, if there is one.
+        graph: The calls, in order.
+        join: The last sum of two tensors that the module computed or got as input, if any.
     """
 
     module: nn.Module
@@ -42,45 +42,45 @@ class OwnForward:
     join: fx.Node | None
 
     def sides(self) -> tuple[list[fx.Node], list[fx.Node]]:
-        """Calls of children on the way to the sum: the side with more norms, then the other.
+        """Return the calls of children in the two branches before the sum.
 
-        Without a sum all calls are on the first side.
+        The branch with more norms comes first. Without a sum, it has all calls.
         """
         calls = [node for node in self.graph.nodes if node.op == "call_module"]
         if self.join is None:
             return calls, []
-        ways = [ancestors(node) for node in _addends(self.join)]
-        sides = [[node for node in calls if node in way] for way in ways]
+        branches = [ancestors(node) for node in _addends(self.join)]
+        sides = [[node for node in calls if node in branch] for branch in branches]
         sides.sort(key=lambda side: len(self.norms(side)), reverse=True)
         return sides[0], sides[1]
 
     def child(self, node: fx.Node) -> nn.Module:
-        """The module that is called."""
+        """Return the module that a node calls."""
         return self.module.get_submodule(str(node.target))
 
     def norms(self, calls: list[fx.Node]) -> list[nn.Module]:
-        """Norms inside of these children, each once, in the order of the calls."""
+        """Return the norms inside these children, each once, in the order of the calls."""
         return list(dict.fromkeys(n for node in calls for n in find_norms(self.child(node))))
 
     def is_chain(self, calls: list[fx.Node]) -> bool:
-        """Whether the norms follow one upon the other rather than stand side by side."""
+        """Whether each norm comes after the one before, rather than in a parallel branch."""
         with_norms = [node for node in calls if find_norms(self.child(node))]
         each = all(_holds_chain(self.child(node)) for node in with_norms)
         return each and all(earlier in ancestors(later) for earlier, later in pairwise(with_norms))
 
     def last_layer(self, calls: list[fx.Node]) -> nn.Module | None:
-        """The last norm or convolution of these children, which decides the number of channels."""
+        """Return the last norm or convolution inside these children, if any."""
         inside = [part for node in calls for part in self.child(node).modules()]
         found = [part for part in inside if is_norm(part) or isinstance(part, CONVOLUTIONS)]
         return found[-1] if found else None
 
 
-def follow(module: nn.Module) -> OwnForward | None:
-    """Follow a module's own forward; None if ``torch.fx`` cannot, or it has none of its own."""
+def trace_own_forward(module: nn.Module) -> OwnForward | None:
+    """Trace a module's own forward; None if it has none, or if ``torch.fx`` cannot trace it."""
     if is_sequence(module) or type(module).forward is nn.Module.forward:
         return None
     try:
-        graph = traced(_Tracer(), module)
+        graph = fx_graph(_Tracer(), module)
     except Exception:  # noqa: BLE001 - the module's own code runs on proxies
         return None
     sums = [node for node in graph.nodes if _kind(node) == "sum" and len(_addends(node)) == 2]
@@ -88,7 +88,7 @@ def follow(module: nn.Module) -> OwnForward | None:
 
 
 def is_sequence(module: nn.Module) -> bool:
-    """Whether its forward is that of ``Sequential``, which adds nothing to its parts."""
+    """Whether the module's forward is that of ``Sequential``."""
     return type(module).forward is nn.Sequential.forward
 
 
@@ -97,21 +97,21 @@ def _holds_chain(module: nn.Module) -> bool:
         return True
     if is_sequence(module):
         return all(map(_holds_chain, module.children()))
-    own = follow(module)
+    own = trace_own_forward(module)
     if own is None:
         return False
     return own.is_chain([node for node in own.graph.nodes if node.op == "call_module"])
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A call and everything whose values come to it; asking for a shape takes none."""
+    """Return a call and all calls whose values it depends on; queries for a shape do not count."""
     found: set[fx.Node] = set()
     open_ = [node]
     while open_:
         at = open_.pop()
         if at not in found:
             found.add(at)
-            open_.extend(() if _kind(at) == "ask" else _values(at))
+            open_.extend(() if _kind(at) == "query" else _values(at))
     return found
 
 
@@ -131,9 +131,9 @@ def _addends(node: fx.Node) -> list[fx.Node]:
 
 
 def own_forwards(model: nn.Module) -> Iterator[OwnForward]:
-    """Follow, from the inside out, every module that holds two norms or more."""
+    """Trace the own forward of every module with at least two norms, inner modules first."""
     for module in reversed(list(model.modules())):
         if not is_norm(module) and len(find_norms(module)) > 1:
-            own = follow(module)
+            own = trace_own_forward(module)
             if own is not None:
                 yield own

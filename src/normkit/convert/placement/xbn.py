@@ -1,4 +1,4 @@
-"""XBN blocks: one norm of each residual block becomes batch-free."""
+"""XBN blocks: replacing one norm of each residual block by a batch-free norm."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from normkit.convert.carry_out import carry_out
-from normkit.convert.placement.batch_free import batch_free, with_at_most
+from normkit.convert.execute import execute_plan
+from normkit.convert.placement.batch_free import batch_free, limit_groups
 from normkit.convert.placement.blocks import Layout, find_layout
-from normkit.convert.plan import feeding, plan
+from normkit.convert.plan import layers_to_standardize, make_plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import Chosen
 from normkit.errors import OptionError
-from normkit.passes import all_or_nothing
+from normkit.passes import all_or_nothing, require_unwrapped
 from normkit.spec import NormSpec
-from normkit.tracing import require_bare
 
 
 @all_or_nothing
-def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only the user knows
+def place_xbn_(  # noqa: PLR0913 - keyword options, each independent of the others
     model: nn.Module,
     position: int = 2,
     every: int = 1,
@@ -35,33 +34,33 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
 
     .. math::  \text{block } b \text{ changes if } b \equiv 0 \pmod{every}, \quad b = 1, 2, \dots
 
-    Blocks are modules whose own forward adds a shortcut to what came through two norms or more, and
-    modules of the same classes; they are counted over the whole network. Blocks with fewer or more
-    norms than most have are neither changed nor counted, and norms of shortcuts stay. Everything
-    else is as in ``convert_norm_``.
+    Blocks are modules whose own forward adds a shortcut to a branch with at least two norms, and
+    all modules of the same classes. They are counted over the whole network. A block whose number
+    of norms differs from that of most blocks is neither changed nor counted, and norms of shortcuts
+    stay. Everything else is as in ``convert_norm_``.
 
     Args:
         model: A residual network: torchvision's, timm's or your own.
-        position: Which norm on the way to the sum, from 1.
+        position: Which norm of the residual branch to replace, counted from 1.
         every: Change each ``every``-th block.
-        norm: A batch-free norm. A number of groups is at most the number of channels.
-        stem: Also replace the norms before the first block.
-        optimizer: Follows, as in ``convert_norm_``.
-        example_input: Sent through the model before and after, as in ``convert_norm_``. Shows the
-            order of the blocks, and what ``+ws`` needs, if ``torch.fx`` cannot follow the model;
-            without it blocks are then counted in the order of their definition.
-        dry_run: Only report what would be done.
+        norm: Spec of a batch-free norm. Its number of groups is limited to the number of channels.
+        stem: Whether to replace the norms before the first block too.
+        optimizer: Edited to match the model, as in ``convert_norm_``.
+        example_input: Sent through the model before and after, as in ``convert_norm_``. Also used
+            to find the order of the blocks and the convolutions for ``+ws`` if ``torch.fx`` cannot
+            trace the model; without it, blocks are then counted in the order of their definition.
+        dry_run: Whether to only report what would be done.
 
     Returns:
-        The model and a report that can be printed, pickled and reverted.
+        A report with the model, which can be printed, pickled and reverted.
 
     Raises:
-        OptionError: If the model has no such blocks, is wrapped or compiled, or a number chooses
-            nothing.
+        OptionError: If the model has no residual blocks, is wrapped or compiled, or ``position``,
+            ``every`` or ``stem`` choose no norm.
         SpecError: If the norm takes statistics over the batch, or cannot be read.
-        PartitionError: If its groups do not divide the channels; all such layers are named.
+        PartitionError: If its groups do not divide the channels; the error names all such layers.
         ConversionError: If a norm to be replaced has no rule.
-        TraceError: If the example input does not go through the model.
+        TraceError: If the model fails on the example input.
 
     Source:
         Huang, Zhou, Wang, Luo & Liu, Delving into the Estimation Shift of Batch Normalization in a
@@ -80,29 +79,29 @@ def place_xbn_(  # noqa: PLR0913 - the paper's choices, what follows, what only 
         >>> [(change.name, change.new) for change in done.changes]
         [('1.bn2', 'gn:32')]
     """
-    require_bare(model, "convert")
+    require_unwrapped(model, "convert")
     spec = batch_free(norm)
     for name, value in (("position", position), ("every", every)):
         _require_ordinal(name, value)
     layout = find_layout(model, example_input)
     chosen = _chosen(layout, position, every, stem)
-    specs = {module: with_at_most(spec, module) for module in chosen}
+    specs = {module: limit_groups(spec, module) for module in chosen}
     left = {m: why for m, why in layout.reasons().items() if m not in specs}
-    planned = plan(model, layout.found, Chosen(specs, left), None, argument="norm=")
-    standardize = feeding(model, layout.found, specs, example_input)
-    return carry_out(model, planned, standardize, optimizer, example_input, dry_run)
+    planned = make_plan(model, layout.found, Chosen(specs, left), None, argument="norm=")
+    standardize = layers_to_standardize(model, layout.found, specs, example_input)
+    return execute_plan(model, planned, standardize, optimizer, example_input, dry_run)
 
 
 def _require_ordinal(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"{name}={value!r} was given; it counts from 1")
+        raise OptionError(f"{name}={value!r} was given; it must be a whole number of at least 1")
 
 
 def _chosen(layout: Layout, position: int, every: int, stem: bool) -> list[nn.Module]:
-    """Find the norms to replace.
+    """Choose the norms to replace.
 
     Raises:
-        OptionError: If there are none at this position, in this many blocks, or in the stem.
+        OptionError: If no norm is at this position, no block is chosen, or no norm is in the stem.
     """
     if position > layout.num_positions:
         raise OptionError(

@@ -1,4 +1,4 @@
-"""What normalization does while a network is trained: a probe in the training loop."""
+"""A probe in the training loop: it records what normalization does while a network is trained."""
 
 from normkit.diagnostics.probe.probe import Probe
 from normkit.diagnostics.probe.record import LayerRecord, ProbedStep, ProbeHistory

@@ -1,4 +1,4 @@
-"""Gradients of the chosen parameters, and how far they move between two steps."""
+"""Gradients of the chosen parameters, and how much they change between two steps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 Params = Callable[[str, nn.Parameter], bool]
 Gradients = Mapping[str, Tensor]
-"""By the names of the parameters; those without a gradient are not in it."""
+"""Gradients by parameter name; parameters without a gradient are left out."""
 
-PIECE = 2**15  # elements; 256 KiB in float64
+PIECE = 2**15  # elements; 256 KiB in float64, which fits a core's cache
 
 
 def gradients_of(model: nn.Module, params: Params | None) -> dict[str, Tensor]:
-    """Gradients as they are: of scaled losses scaled, after clipping clipped."""
+    """Read the chosen parameters' ``.grad`` as it is now, possibly scaled or clipped."""
     return {
         name: p.grad.detach()
         for name, p in model.named_parameters()
@@ -24,25 +24,21 @@ def gradients_of(model: nn.Module, params: Params | None) -> dict[str, Tensor]:
     }
 
 
-def kept(gradients: Gradients) -> dict[str, Tensor]:
-    """Copies, which the next backward pass does not write into."""
-    return {name: grad.clone() for name, grad in gradients.items()}
-
-
 def lengths(
     vectors: Gradients, minus: Gradients | None = None
 ) -> tuple[float | None, dict[str, float]]:
-    """Length of all vectors together, and of those of each layer, in float64.
+    """L2 norm of all vectors together, and of the vectors of each layer, in float64.
 
     Args:
-        vectors: By the names of the parameters.
-        minus: What is taken from them first; a vector that is missing, here or there, is zero.
+        vectors: Vectors by parameter name.
+        minus: Subtracted first; a vector that is missing in one of the two counts as zero.
     """
     names: list[str] = list(dict.fromkeys([*vectors, *(minus or {})]))
     if not names:
         return None, {}
     each = [_square(vectors.get(name), (minus or {}).get(name)) for name in names]
-    squares = torch.stack([s.to(each[0].device) for s in each]).tolist()  # waits for it once
+    # One stacked tensor makes the host wait for the device once, not once for each parameter.
+    squares = torch.stack([s.to(each[0].device) for s in each]).tolist()
     layers: dict[str, float] = defaultdict(float)
     for name, square in zip(names, squares, strict=True):
         layers[name.rpartition(".")[0]] += square
@@ -50,7 +46,7 @@ def lengths(
 
 
 def _square(a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Squared length of ``a - b``, piece by piece: wide copies of large ones do not fit a cache."""
+    """Squared norm of ``a - b``; on the CPU in pieces whose float64 copies fit the cache."""
     first, *rest = (_flat(vector) for vector in (a, b) if vector is not None)
     if first.device.type != "cpu" or first.numel() <= PIECE:
         return _square_of_piece(first, *rest)
@@ -66,6 +62,6 @@ def _square_of_piece(a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _flat(vector: Tensor) -> Tensor:
-    """One axis, with what an embedding keeps sparse written out."""
+    """Flatten a vector; an embedding's sparse gradient becomes dense."""
     dense = vector if vector.layout == torch.strided else vector.to_dense()
     return dense.flatten()

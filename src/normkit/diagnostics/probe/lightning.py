@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from normkit.diagnostics.probe.probe import Probe
 from normkit.errors import OptionError
+
+if TYPE_CHECKING:
+    from normkit.diagnostics.probe.probe import Probe
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def callback_of(probe: Probe) -> Any:  # noqa: ANN401 - a Callback, which need not be installed
-    """Make a ``Callback`` that opens the probe for the time of ``Trainer.fit``.
+    """Make a ``Callback`` that keeps the probe open during ``Trainer.fit``.
 
     Raises:
         OptionError: If Lightning is not installed.
     """
 
-    class ProbeCallback(_base()):  # a Trainer calls all of its callback's methods: it has to be one
+    # A Trainer calls all methods of ``Callback``, so this must be a subclass.
+    class ProbeCallback(_base()):
         """Opens a probe, tells it of every optimizer step, and closes it."""
 
         def __init__(self) -> None:
-            self._seen = 0
+            self._last_step = 0
 
         def on_train_start(self, trainer: Any, _module: Any) -> None:  # noqa: ANN401
             """Open the probe."""
-            self._seen = trainer.global_step
+            self._last_step = trainer.global_step
             probe.start()
 
         def on_train_batch_end(self, trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:  # noqa: ANN401
             """Count a step, unless the optimizer only accumulates gradients."""
-            if trainer.global_step != self._seen:
-                self._seen = trainer.global_step
+            if trainer.global_step != self._last_step:
+                self._last_step = trainer.global_step
                 probe.on_train_batch_end(outputs)
 
         def on_train_end(self, *_: Any) -> None:  # noqa: ANN401
@@ -40,7 +43,7 @@ def callback_of(probe: Probe) -> Any:  # noqa: ANN401 - a Callback, which need n
             probe.stop()
 
         def on_exception(self, *_: Any) -> None:  # noqa: ANN401
-            """Close the probe, also after an interruption."""
+            """Close the probe after an error or an interruption."""
             probe.stop()
 
     return ProbeCallback()

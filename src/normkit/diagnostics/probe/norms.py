@@ -1,4 +1,4 @@
-"""Norms whose inputs a probe looks at, and what it computes of them."""
+"""The norms whose inputs a probe observes, and the numbers that it computes from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normkit.core.moments import Moments
 from normkit.diagnostics.channel_difference import channels_first, pooling_groups, stat_diff
 from normkit.diagnostics.estimation_shift import distances_between, running_moments
-from normkit.inference.known import own_forward, takes_input_as_it_is
+from normkit.inference.norm_classes import describe_own_forward, normalizes_its_input
 from normkit.inference.population import Population
 from normkit.inference.tracked import (
     CUT,
@@ -25,40 +25,41 @@ from normkit.layers.base import NormLayer
 from normkit.passes.inputs import first_argument
 
 
-class Norm:
-    """Inputs of one norm in one step.
+class ObservedNorm:
+    """The inputs of one norm in one step.
 
     Args:
-        name: Its name.
-        layer: It.
-        host_name: Name of the module whose input is looked at: the norm, or the composite that it
-            is a part of, which computes its parts together as long as no hook watches them.
-        host: That module.
+        name: Name of the norm.
+        layer: The norm.
+        host_name: Name of the module whose input the probe observes: the norm itself, or the
+            composite that it is a part of. A composite computes its parts together only while no
+            hook watches them, so hooks go on the composite.
+        host: The module of that name.
     """
 
     def __init__(self, name: str, layer: nn.Module, host_name: str, host: nn.Module) -> None:
         self.name, self.host_name = name, host_name
         self._layer, self._host = layer, host
         self._groups = pooling_groups(layer)
-        unknown = next((m for m in (host, layer) if not takes_input_as_it_is(m)), None)
-        self.why_unknown = "" if unknown is None else own_forward(unknown)
-        """Why what it normalises is not known; empty if that is its input."""
-        self.forget()
+        unknown = next((m for m in (host, layer) if not normalizes_its_input(m)), None)
+        self.why_unknown = "" if unknown is None else describe_own_forward(unknown)
+        """Why it is unknown what the norm normalises; empty if it normalises its input."""
+        self.reset()
 
-    def forget(self) -> None:
-        """Start anew."""
+    def reset(self) -> None:
+        """Discard everything that was observed."""
         self._running: Moments | None = None
         self._batch, self._channels = Population(self._layer), Population()
 
-    def before(self) -> None:
-        """Keep the running statistics that the step found."""
+    def keep_running_statistics(self) -> None:
+        """Copy the running statistics before the step's first forward updates them."""
         if self._running is None and keeps_statistics(self._layer):
             running = running_moments(self._layer)
             self._running = Moments(running.mean.clone(), running.var.clone())
 
     @torch.no_grad()
-    def see(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Take an input into account that the module has normalised."""
+    def add(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Add an input that the module has normalised."""
         x = first_argument(args, named)
         if self.why_unknown or not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
             return
@@ -66,8 +67,8 @@ class Norm:
         if valid is not None and cuts_positions(self._layer, x.shape[1]):
             self.why_unknown = CUT
             return
-        first = self._host is self._layer
-        x = channels_first(self._layer, x) if first else self._own_part(x, valid)
+        is_host = self._host is self._layer
+        x = channels_first(self._layer, x) if is_host else self._input_in_host(x, valid)
         if x is None:
             return
         if self._running is not None:
@@ -77,7 +78,7 @@ class Norm:
 
     @property
     def shift(self) -> tuple[float, float] | None:
-        """Distances of the batch's means and standard deviations from the running ones."""
+        """Distances of the step's means and standard deviations from the running ones."""
         if self._running is None or not self._batch.count:
             return None
         return distances_between(self._running, self._batch.moments)
@@ -91,16 +92,16 @@ class Norm:
 
     @property
     def was_seen(self) -> bool:
-        """Whether it got an input."""
+        """Whether the norm got an input."""
         return bool(self._batch.count or self._channels.count)
 
-    def _own_part(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
-        """What a composite gives to this part of it, worked out."""
+    def _input_in_host(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Compute the input that the composite gives to this norm."""
         host, x = self._host, feature_map(self._host, x)
         return host.input_of(self._layer, x, valid) if isinstance(host, NormLayer) else x
 
 
-def norms_of(model: nn.Module, where: Where | None) -> list[Norm]:
+def norms_of(model: nn.Module, where: Where | None) -> list[ObservedNorm]:
     """Find norms with running statistics, and norms that pool channels."""
     modules = dict(model.named_modules())
     known, parts = tracked(model), parts_of_composites(model)
@@ -111,11 +112,11 @@ def norms_of(model: nn.Module, where: Where | None) -> list[Norm]:
         if where is not None and not where(layer, name):
             continue
         host = name.rpartition(".")[0] if layer in parts else name
-        found.append(Norm(name, layer, host, modules[host]))
+        found.append(ObservedNorm(name, layer, host, modules[host]))
     return found
 
 
 def parts_of_composites(model: nn.Module) -> set[nn.Module]:
-    """Find norms inside of norms: with a hook in one, a composite computes otherwise."""
+    """Find the norms inside composites; a hook on one would change how the composite computes."""
     composites = (module for module in model.modules() if isinstance(module, NormLayer))
     return {part for norm in composites for part in norm.children() if isinstance(part, NormLayer)}

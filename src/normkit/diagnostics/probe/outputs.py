@@ -1,4 +1,4 @@
-"""Where records go while training runs: a file of JSON lines, and TensorBoard."""
+"""Write records while training runs: into a file of JSON lines, TensorBoard or a logger."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from normkit.errors import DataError
 
 
 class Writer(Protocol):
-    """What a record needs of ``torch.utils.tensorboard.SummaryWriter``."""
+    """The method of ``torch.utils.tensorboard.SummaryWriter`` that is used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:  # noqa: ANN401
-        """Take one number."""
+        """Write one number."""
         ...
 
 
 class Logger(Protocol):
-    """What a record needs of a logger of Fabric, Lightning or the lab."""
+    """The method of a logger of Fabric, Lightning or the lab that is used."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, /) -> Any:  # noqa: ANN401
-        """Take all numbers of a step."""
+        """Write all numbers of a step."""
         ...
 
 
 class Outputs:
-    """Files that are written to while a probe is open.
+    """The file and the writer that an open probe writes to.
 
     Args:
-        path: JSON lines are appended to it.
-        log_dir: A ``SummaryWriter`` is made for this folder.
-        writer: Somebody else's writer or logger, which stays open.
+        path: File to which JSON lines are appended.
+        log_dir: Folder for a new ``SummaryWriter``.
+        writer: The caller's writer or logger, which ``close`` leaves open.
     """
 
     def __init__(
         self, path: str | Path | None, log_dir: str | Path | None, writer: Writer | Logger | None
     ) -> None:
-        self._own = None if log_dir is None else summary_writer(log_dir)
-        self._writer = writer if self._own is None else self._own
-        self._file = None if path is None else lines_at(Path(path))
+        self._opened_writer = None if log_dir is None else summary_writer(log_dir)
+        self._writer = self._opened_writer or writer
+        self._file = None if path is None else open_lines(Path(path))
 
     def write(self, record: ProbedStep) -> None:
-        """Write a record; it is in the file when this returns."""
+        """Write a record, and flush the file so that a crash cannot lose it."""
         if self._file is not None:
             self._file.write(record.to_json() + "\n")
             self._file.flush()
@@ -51,13 +51,13 @@ class Outputs:
             _send(self._writer, record)
 
     def close(self) -> None:
-        """Close what was opened here."""
+        """Close the file and the writer that were opened here; flush the caller's writer."""
         if self._file is not None:
             self._file.close()
-        if self._own is not None:
-            self._own.close()
+        if self._opened_writer is not None:
+            self._opened_writer.close()
         else:
-            for name in ("flush", "save"):  # a SummaryWriter's, and a logger's
+            for name in ("flush", "save"):  # ``flush`` of a SummaryWriter, ``save`` of a logger
                 getattr(self._writer, name, lambda: None)()
 
 
@@ -70,7 +70,7 @@ def _send(writer: Writer | Logger, record: ProbedStep) -> None:
 
 
 def scalars(record: ProbedStep) -> Iterator[tuple[str, float]]:
-    """Give every number of a record as ``normkit/COLUMN`` or ``normkit/COLUMN/LAYER``."""
+    """Yield every number of a record as ``normkit/COLUMN`` or ``normkit/COLUMN/LAYER``."""
     totals = ("loss", "stat_diff", "num_dead", "gradient_norm", "gradient_change")
     for name in totals:
         if (value := getattr(record, name)) is not None:
@@ -81,28 +81,28 @@ def scalars(record: ProbedStep) -> Iterator[tuple[str, float]]:
                 yield f"normkit/{column}/{row.name}", value
 
 
-def lines_at(path: Path, *, anew: bool = False) -> IO[str]:
-    """Open a file for lines; one that an interrupted line ends gets a new one.
+def open_lines(path: Path, *, overwrite: bool = False) -> IO[str]:
+    """Open a file to append lines; if its last line is incomplete, start a new line.
 
     Raises:
-        DataError: If its folder does not exist, or it cannot be written.
+        DataError: If its folder does not exist, or the file cannot be written.
     """
     try:
-        torn = not anew and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        file = path.open("w" if anew else "a", encoding="utf-8")
+        is_torn = not overwrite and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        file = path.open("w" if overwrite else "a", encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"path={str(path)!r} cannot be written ({error.strerror}); give a file in a folder "
             f"that exists"
         ) from error
-    if torn:
+    if is_torn:
         file.write("\n")
     return file
 
 
 def write_lines(path: Path, records: Iterable[ProbedStep]) -> None:
-    """Write all records, one a line, over what the file held."""
-    with lines_at(path, anew=True) as file:
+    """Write all records, one a line, and overwrite the file."""
+    with open_lines(path, overwrite=True) as file:
         file.writelines(record.to_json() + "\n" for record in records)
 
 
@@ -110,7 +110,7 @@ def summary_writer(log_dir: str | Path) -> Any:  # noqa: ANN401 - tensorboard ne
     """Make a writer for TensorBoard.
 
     Raises:
-        DataError: If it is not installed.
+        DataError: If TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package

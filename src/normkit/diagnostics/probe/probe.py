@@ -1,10 +1,9 @@
-"""The probe: opened around a training loop, told of every step."""
+"""The probe: open it around a training loop, and call it at every step."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -16,9 +15,9 @@ from normkit.diagnostics.probe.gradients import (
     Gradients,
     Params,
     gradients_of,
-    kept,
     lengths,
 )
+from normkit.diagnostics.probe.lightning import callback_of
 from normkit.diagnostics.probe.norms import norms_of
 from normkit.diagnostics.probe.outputs import Logger, Outputs, Writer, write_lines
 from normkit.diagnostics.probe.record import ProbedStep, ProbeHistory
@@ -32,46 +31,49 @@ from normkit.diagnostics.probe.transformers import TransformersCallback
 from normkit.diagnostics.probe.watch import Watch, compiled_modules
 from normkit.errors import CallbackError, OptionError
 from normkit.inference.tracked import Where
-from normkit.passes import attempt, bare, finish, grad_mode_now, surely
+from normkit.passes import attempt, call_with_cleanup, run_cleanup, save_grad_mode, unwrap
 from normkit.text import module_name
 
 
 class Probe:
-    r"""Record every so many training steps what the norms of a network do.
+    r"""Record numbers about the norms of a network at every ``every``-th training step.
 
-    In a recorded step, for each layer, over all of the step's training forwards together:
+    A record has for each layer, over all training forwards of the step together:
 
     .. math::  \lVert \hat\mu - \mu \rVert_2, \quad
                \lVert \sqrt{\hat\sigma^2} - \sqrt{\sigma^2} \rVert_2, \quad
                \mathrm{std}_{c \in g}(\mu_c) / \mathrm{mean}_{c \in g}(\sigma_c), \quad
                \lVert g_t - g_{t-1} \rVert_2
 
-    with the running statistics :math:`\hat\mu, \hat\sigma^2` before the step and the input's mean
-    and biased variance, in float64; channels that a ReLU switches off in the step; the lengths of
-    the norms' weights and biases and of the gradients, as they are when ``step`` is called.
+    :math:`\hat\mu, \hat\sigma^2` are the running statistics before the step, :math:`\mu, \sigma^2`
+    the mean and biased variance of the input, in float64. A record also has the channels that a
+    ReLU sets to zero everywhere in the step, and the L2 norms of weights, biases and gradients at
+    the call of ``step``.
 
-    Training goes on as without it, to the last bit. Hooks are in the model from the call of
-    ``step`` before a recorded step until the one that records it; the gradients of the step before
-    are copied. At other steps ``step`` only counts. Forwards at evaluation or without gradients
-    are not looked at. With ``torch.distributed`` rank 0 records, its own examples.
+    The probe does not change training, to the last bit. The model has hooks only during a recorded
+    step, and the gradients of the step before it are copied; at other steps ``step`` only counts.
+    Forwards in evaluation mode or without gradients are not recorded. With ``torch.distributed``
+    only rank 0 records, and only its own examples.
 
     Args:
-        model: What is trained.
-        every: Records steps ``every``, ``2 * every``, ...
-        where: ``where(layer, name)`` says which norms are meant; by default all.
-        params: ``params(name, parameter)`` says whose gradients are; by default all.
+        model: The model that is trained.
+        every: Steps ``every``, ``2 * every``, ... are recorded.
+        where: ``where(layer, name)`` chooses the norms; by default all.
+        params: ``params(name, parameter)`` chooses the parameters whose gradients are recorded; by
+            default all.
         path: File to which each record is appended, as a line of JSON.
         log_dir: Folder for TensorBoard.
         writer: A ``SummaryWriter``, or a logger of Fabric or Lightning (TensorBoard, CSV, W&B,
             MLflow), to write to instead of ``log_dir``; it stays open.
-        eager: Run a compiled model uncompiled in recorded steps; otherwise hooks see nothing in
-            compiled code, which the record's ``notes`` say. Rounding of these steps may differ.
+        eager: Run a compiled model uncompiled in recorded steps. Without it hooks see nothing in
+            compiled code, and the record's ``notes`` say so. With it these steps may round
+            differently.
 
     Raises:
-        OptionError: If ``every`` is not a number of steps, ``where`` or ``params`` choose nothing,
-            ``writer`` and ``log_dir`` are both given, or several devices share the model by
-            ``DataParallel``; from ``step``, if the probe is not open or the loss is not one number.
-        DataError: When it is opened, if ``path`` cannot be written, or TensorBoard is not
+        OptionError: If ``every`` is no positive integer, ``where`` or ``params`` chooses nothing,
+            ``writer`` and ``log_dir`` are both given, or ``DataParallel`` runs the model on several
+            devices; from ``step``, if the probe is not open or the loss is not one number.
+        DataError: When the probe is opened, if ``path`` cannot be written, or TensorBoard is not
             installed.
 
     Source:
@@ -100,7 +102,7 @@ class Probe:
     _watch: Watch | None = None
     _before: Gradients | None = None
 
-    def __init__(  # noqa: PLR0913 - what is recorded, and where it goes
+    def __init__(  # noqa: PLR0913 - what to record, and where to write it
         self,
         model: nn.Module,
         every: int = 50,
@@ -114,13 +116,13 @@ class Probe:
     ) -> None:
         self.every = require_count("every", every)
         if writer is not None and log_dir is not None:
-            raise OptionError("writer= and log_dir= were given; one of them says where scalars go")
+            raise OptionError("writer= and log_dir= were both given; pass only one of them")
         if len(getattr(model, "device_ids", None) or ()) > 1:
             raise OptionError(
                 "the model runs on several devices in one process (DataParallel), where hooks see "
                 "copies; use DistributedDataParallel, or give the probe one device"
             )
-        self._given, self._model = model, bare(model, "probe")
+        self._given, self._model = model, unwrap(model, "probe")
         _require_something(self._model, where, params)
         self._where, self._params, self._eager = where, params, eager
         self._places = path, log_dir, writer
@@ -128,10 +130,10 @@ class Probe:
         self.records: list[ProbedStep] = []
 
     def start(self) -> None:
-        """Open the probe; ``with`` does it, and so do the callbacks.
+        """Open the probe. ``with`` and the callbacks call this.
 
         Raises:
-            OptionError: If it is open already.
+            OptionError: If the probe is open already.
         """
         if self._outputs is not None:
             raise OptionError("the probe is open already; a second block needs a second probe")
@@ -147,8 +149,8 @@ class Probe:
         self._prepare()
 
     def stop(self) -> None:
-        """Take all hooks out and close the files; what was recorded stays."""
-        finish([self._let_go, self._close])
+        """Remove all hooks and close the files; the records stay."""
+        run_cleanup([self._remove_hooks, self._close])
 
     def _close(self) -> None:
         if self._outputs is not None:
@@ -156,13 +158,13 @@ class Probe:
             self._outputs = None
 
     def step(self, loss: Tensor | float | None = None) -> ProbedStep | None:
-        """Say that a training step is over: after the optimizer's, before its ``zero_grad``.
+        """End a training step; call this after ``optimizer.step()`` and before ``zero_grad()``.
 
         Args:
-            loss: Its loss, one number; None if there is none to record.
+            loss: The step's loss, one number; None if there is none to record.
 
         Returns:
-            The record, if this step is one of those that are recorded.
+            The record of the step; None if the step is not recorded.
 
         Raises:
             OptionError: If the probe is not open, or the loss is not one number.
@@ -170,7 +172,7 @@ class Probe:
         outputs = self._require_open()
         _require_number(loss)
         self.num_steps += 1
-        record = surely(lambda: self._record(loss), self._let_go, grad_mode_now())
+        record = call_with_cleanup(lambda: self._record(loss), self._remove_hooks, save_grad_mode())
         if record is not None:
             self.records.append(record)
             outputs.write(record)
@@ -179,12 +181,12 @@ class Probe:
 
     @property
     def history(self) -> ProbeHistory:
-        """Everything that was recorded."""
+        """All records."""
         return ProbeHistory(every=self.every, steps=tuple(self.records))
 
     @property
     def reading(self) -> str:
-        """What has changed from the first recorded step to the last, in one sentence."""
+        """The changes from the first recorded step to the last, in one sentence."""
         return self.history.reading
 
     def table(self) -> str:
@@ -192,11 +194,11 @@ class Probe:
         return self.history.table()
 
     def to_json(self) -> str:
-        """All records as JSON; what is not finite is null."""
+        """All records as JSON; numbers that are not finite become null."""
         return self.history.to_json()
 
     def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
-        """Draw what was recorded over the steps; returns a matplotlib ``Figure``.
+        """Plot the recorded numbers over the steps; return a matplotlib ``Figure``.
 
         Raises:
             PackageError: If matplotlib is not installed.
@@ -204,7 +206,7 @@ class Probe:
         return self.history.plot()
 
     def write(self, path: str | Path) -> None:
-        """Write all records to a file, one a line, as ``path=`` does while training runs.
+        """Write all records to a file, one JSON line each, in the format of ``path=``.
 
         Raises:
             DataError: If the file cannot be written.
@@ -212,28 +214,26 @@ class Probe:
         write_lines(Path(path), self.records)
 
     def callback(self, of: Literal["lightning", "transformers"] = "lightning") -> Any:  # noqa: ANN401
-        """Make a callback for a ``Trainer``; Fabric takes the probe itself.
+        """Make a callback for a ``Trainer``; Lightning Fabric takes the probe itself.
 
         Args:
-            of: ``"lightning"``: Lightning's, which has to be installed; ``"transformers"``: Hugging
-                Face's, which gives no losses to its callbacks.
+            of: ``"lightning"`` for Lightning's Trainer, which must be installed;
+                ``"transformers"`` for Hugging Face's, which passes no losses to callbacks.
 
         Raises:
-            OptionError: If it is neither, or Lightning is not installed.
+            OptionError: If ``of`` is neither, or Lightning is not installed.
         """
         require_choice("of", of, ("lightning", "transformers"))
         if of == "transformers":
             return TransformersCallback(self)
-        from normkit.diagnostics.probe.lightning import callback_of  # noqa: PLC0415 - needs Probe
-
         return callback_of(self)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Nothing; what a ``Trainer`` asks of its callbacks is told the way out."""
+        """Raise an error that says how to give the probe to a ``Trainer``, if one asks for it."""
         if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
             raise CallbackError(
                 f"a probe is no callback of a Trainer, which asks for its {name}; give Lightning's "
-                f"probe.callback(), and Hugging Face's probe.callback('transformers')"
+                f"Trainer probe.callback(), and Hugging Face's probe.callback('transformers')"
             )
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -245,7 +245,7 @@ class Probe:
         """Count a step, at ``fabric.call("on_train_batch_end", loss=loss)``.
 
         Args:
-            outputs: A loss, or a dict with one, if it is not named.
+            outputs: The loss, or a dict that holds it, if ``loss=`` is not given.
             loss: The loss.
         """
         if loss is None:
@@ -260,21 +260,18 @@ class Probe:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.stop()
-        except BaseException:  # also where that was interrupted
+        except BaseException:
+            # An interruption may have cut the first call short; the second finishes it.
             self.stop()
             raise
 
     def __del__(self) -> None:
+        # Nobody else can close a probe that was opened by ``start`` and then dropped.
         if not sys.is_finalizing():
-            self.stop()  # where nobody else can any more
+            self.stop()
 
     def __str__(self) -> str:
         return str(self.history)
@@ -282,38 +279,40 @@ class Probe:
     def _require_open(self) -> Outputs:
         if self._outputs is None:
             raise OptionError(
-                "step() was called of a probe that is not open; train inside of "
+                "step() was called on a probe that is not open; train inside "
                 "`with nk.Probe(model) as probe:`, or call probe.start() before the loop"
             )
         return self._outputs
 
     def _prepare(self) -> None:
-        """Get ready for the next step, if it is recorded."""
+        """Put hooks into the model if the next step is to be recorded."""
         if (self.num_steps + 1) % self.every or not _records_here():
             return
         if self.num_steps:
-            self._before = kept(gradients_of(self._model, self._params))
+            # The next backward pass overwrites the gradients, so these must be copies.
+            now = gradients_of(self._model, self._params)
+            self._before = {name: grad.clone() for name, grad in now.items()}
         compiled = compiled_modules(self._given)
         self._watch = Watch(self._model, self._where, compiled, self._eager)
         self._watch.open()
 
-    def _let_go(self) -> None:
+    def _remove_hooks(self) -> None:
         if self._watch is not None:
             self._watch.close()
         self._watch = self._before = None
 
     @torch.no_grad()
     def _record(self, loss: Tensor | float | None) -> ProbedStep | None:
-        """Look at the step that is over, if it is one that is recorded."""
+        """Make the record of the step that is over; None if it is not to be recorded."""
         watch, before = self._watch, self._before
         if watch is None:
             return None
         watch.close()
         now = gradients_of(self._model, self._params)
         length, lengths_by_layer = lengths(now)
-        moved, moved_by_layer = lengths(now, before) if now and before else (None, {})
+        change, changes_by_layer = lengths(now, before) if now and before else (None, {})
         groups = [found for norm in watch.norms.values() if (found := norm.stat_diff) is not None]
-        rows = rows_of(self._model, watch, lengths_by_layer, moved_by_layer)
+        rows = rows_of(self._model, watch, lengths_by_layer, changes_by_layer)
         value = loss.item() if isinstance(loss, Tensor) else loss
         step = self.num_steps
         return ProbedStep(
@@ -321,7 +320,7 @@ class Probe:
             loss=None if value is None else float(value),
             stat_diff=torch.cat([g.cpu() for g in groups]).mean().item() if groups else None,
             gradient_norm=length,
-            gradient_change=moved,
+            gradient_change=change,
             layers=rows,
             notes=(
                 *notes_of(watch),
@@ -332,15 +331,15 @@ class Probe:
 
 
 def _records_here() -> bool:
-    """Whether this process is the one that records."""
+    """Whether this process records: rank 0, or the only process."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
 
 
 def _require_something(model: nn.Module, where: Where | None, params: Params | None) -> None:
-    """Refuse filters that leave nothing over.
+    """Check that ``where=`` and ``params=`` choose something.
 
     Raises:
-        OptionError: With what there is to choose from.
+        OptionError: If one of them chooses nothing.
     """
     if where is not None and not norms_of(model, where):
         known = ", ".join(module_name(norm.name) for norm in norms_of(model, None))
@@ -353,20 +352,16 @@ def _require_something(model: nn.Module, where: Where | None, params: Params | N
 
 
 def _require_number(loss: Any) -> None:  # noqa: ANN401 - whatever was given
-    """Refuse what is not one number.
+    """Check that a loss is one number, or None.
 
     Raises:
-        OptionError: With what was given.
+        OptionError: If it is anything else.
     """
-    if isinstance(loss, Tensor):
-        if loss.numel() == 1:
-            return
-        given = f"a tensor of shape {tuple(loss.shape)}"
-    elif loss is None or isinstance(loss, int | float):
+    is_tensor = isinstance(loss, Tensor)
+    if loss is None or (loss.numel() == 1 if is_tensor else isinstance(loss, int | float)):
         return
-    else:
-        given = f"a {type(loss).__name__}"
+    given = f"tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
     raise OptionError(
-        f"{given} was given as the loss of a step; it is one number: a scalar tensor, a float, or "
-        f"None"
+        f"a {given} was given as the loss of a step; give one number: a scalar tensor, a float, "
+        f"or None"
     )

@@ -1,4 +1,4 @@
-"""What a probe has recorded: one step, layer by layer, and all steps."""
+"""The records of a probe: one step, layer by layer, and all steps together."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from normkit.diagnostics.measurement import Measurement, new_figure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecord:
-    """One layer in one step; None is what does not concern it, or could not be measured.
+    """One layer in one step; a number is None if the layer has none or it could not be measured.
 
     Args:
-        name: The layer, or the activation and which of its calls it is, if there are several.
-        shift_mean: Distance of the step's batch means from the running means before the step.
-        shift_std: Distance of the standard deviations, likewise.
+        name: The layer's name; for a ReLU, followed by the number of the call if that is above 1.
+        shift_mean: Distance of the step's means from the running means before the step.
+        shift_std: Distance of the step's standard deviations from the running ones.
         stat_diff: StatDiff of the step's inputs, mean over the layer's groups.
-        stat_diff_std: Its standard deviation over the groups (population).
+        stat_diff_std: Standard deviation of StatDiff over the groups (population).
         num_rectified: Channels of a ReLU's input.
-        num_dead: Of these, channels that are not positive anywhere in the step.
+        num_dead: Channels of a ReLU's input that are not positive anywhere in the step.
         zero_share: Share of zeros in the ReLU's output.
-        gamma_norm: Length of a norm's weight when ``step`` is called.
-        beta_norm: Length of its bias.
-        gradient_norm: Length of the gradient of the layer's own parameters.
-        gradient_change: Distance of that gradient from the one of the step before.
+        gamma_norm: L2 norm of a norm's weight when ``step`` is called.
+        beta_norm: L2 norm of a norm's bias.
+        gradient_norm: L2 norm of the gradient of the layer's own parameters.
+        gradient_change: Distance of that gradient from the gradient of the step before.
     """
 
     name: str
@@ -52,12 +52,12 @@ class ProbedStep(Measurement):
     """One recorded step.
 
     Args:
-        step: Its number, from 1.
-        loss: What ``step`` was given.
+        step: The step's number, from 1.
+        loss: The loss that ``step`` was given.
         stat_diff: StatDiff, mean over all groups of all layers.
-        gradient_norm: Length of the gradient of all chosen parameters.
-        gradient_change: Distance from the gradient of the step before.
-        layers: A row for each layer of which something was measured.
+        gradient_norm: L2 norm of the gradient of all chosen parameters.
+        gradient_change: Distance of that gradient from the gradient of the step before.
+        layers: A row for each layer with at least one number.
         notes: What could not be measured, and why.
     """
 
@@ -79,12 +79,12 @@ class ProbedStep(Measurement):
 
     @property
     def num_dead(self) -> int | None:
-        """Channels that are off, of all activations."""
+        """Number of dead channels, over all ReLUs."""
         return _total(row.num_dead for row in self.layers)
 
     @property
     def num_rectified(self) -> int | None:
-        """Channels of all activations."""
+        """Number of channels, over all ReLUs."""
         return _total(row.num_rectified for row in self.layers)
 
     @property
@@ -104,20 +104,18 @@ class ProbedStep(Measurement):
 
     @property
     def reading(self) -> str:
-        """Which running statistics are furthest, how many channels are off, what gradients do."""
-        loss, dead = (
-            self.loss,
-            f"{self.num_dead} of {self.num_rectified} rectified channels are off",
-        )
+        """The largest shift, StatDiff, dead channels and the gradient, in one sentence."""
+        loss = self.loss
+        dead = f"{self.num_dead} of {self.num_rectified} rectified channels are off"
         parts = (
             f"the loss is {loss}" if loss is not None and not math.isfinite(loss) else None,
-            _of_shift(self.worst),
-            _of_difference(self.stat_diff),
+            _describe_shift(self.worst),
+            _describe_stat_diff(self.stat_diff),
             dead if self.num_rectified else None,
-            _of_gradient(self.gradient_norm, self.gradient_change),
+            _describe_gradient(self.gradient_norm, self.gradient_change),
         )
-        said = "; ".join(part for part in parts if part is not None)
-        return f"Step {self.step}: {said or 'nothing could be measured'}."
+        text = "; ".join(part for part in parts if part is not None)
+        return f"Step {self.step}: {text or 'nothing could be measured'}."
 
     def __str__(self) -> str:
         return "\n".join([super().__str__(), *(f"note: {note}" for note in self.notes)])
@@ -129,13 +127,13 @@ class StepSummary:
 
     Args:
         name: The step's number.
-        loss: Its loss.
+        loss: The step's loss.
         shift_mean: Shift of the means in the layer with the largest ``shift_std``.
-        shift_std: Shift of the standard deviations there.
-        stat_diff: Mean over all groups of all layers.
-        num_dead: Channels that are off, of all activations.
-        gradient_norm: Length of the gradient.
-        gradient_change: Distance from the gradient of the step before.
+        shift_std: The largest shift of the standard deviations.
+        stat_diff: StatDiff, mean over all groups of all layers.
+        num_dead: Number of dead channels, over all ReLUs.
+        gradient_norm: L2 norm of the gradient.
+        gradient_change: Distance of the gradient from the gradient of the step before.
     """
 
     name: int
@@ -153,8 +151,8 @@ class ProbeHistory(Measurement):
     """All recorded steps.
 
     Args:
-        every: Each of how many steps is recorded.
-        steps: What was recorded.
+        every: One in so many steps is recorded.
+        steps: The records.
     """
 
     every: int
@@ -169,15 +167,15 @@ class ProbeHistory(Measurement):
 
     @property
     def reading(self) -> str:
-        """What has changed from the first recorded step to the last."""
+        """The changes from the first recorded step to the last, in one sentence."""
         if not self.steps:
-            return f"No step has been recorded yet; one in {self.every} is."
+            return f"No step has been recorded yet; one step in {self.every} is recorded."
         first, last = self.rows[0], self.rows[-1]
         if len(self.steps) == 1:
             return self.steps[0].reading
         changes = [
-            f"{what} from {_said(getattr(first, column))} to {_said(getattr(last, column))}"
-            for column, what in SPOKEN.items()
+            f"{what} from {_shown(getattr(first, column))} to {_shown(getattr(last, column))}"
+            for column, what in COMPARED.items()
             if getattr(first, column) is not None and getattr(last, column) is not None
         ]
         return (
@@ -186,7 +184,7 @@ class ProbeHistory(Measurement):
         )
 
     def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
-        """Draw shifts, dead channels and gradients over the steps; returns a ``Figure``.
+        """Plot shifts, dead channels and gradients over the steps; return a ``Figure``.
 
         Raises:
             PackageError: If matplotlib is not installed.
@@ -206,18 +204,18 @@ class ProbeHistory(Measurement):
         return figure
 
 
-SPOKEN = {
+COMPARED = {
     "loss": "the loss",
     "shift_std": "the largest shift of standard deviations",
     "stat_diff": "StatDiff",
     "num_dead": "the number of channels that are off",
     "gradient_change": "the change of the gradient between steps",
 }
-"""Columns that a reading compares."""
+"""Columns that a history's reading compares, with their names in it."""
 
 PANELS = (("shift_mean", "shift_std", "stat_diff"), ("num_dead",),
           ("gradient_norm", "gradient_change"))  # fmt: skip
-"""Columns that are drawn in one plot each."""
+"""Columns of each panel of the plot."""
 
 
 def _finite(value: float | None) -> bool:
@@ -229,11 +227,11 @@ def _total(numbers: Iterable[int | None]) -> int | None:
     return sum(known) if known else None
 
 
-def _said(value: float) -> str:
+def _shown(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def _of_shift(worst: LayerRecord | None) -> str | None:
+def _describe_shift(worst: LayerRecord | None) -> str | None:
     if worst is None:
         return None
     return (
@@ -242,7 +240,7 @@ def _of_shift(worst: LayerRecord | None) -> str | None:
     )
 
 
-def _of_difference(stat_diff: float | None) -> str | None:
+def _describe_stat_diff(stat_diff: float | None) -> str | None:
     if stat_diff is None:
         return None
     return (
@@ -251,8 +249,8 @@ def _of_difference(stat_diff: float | None) -> str | None:
     )
 
 
-def _of_gradient(norm: float | None, change: float | None) -> str | None:
+def _describe_gradient(norm: float | None, change: float | None) -> str | None:
     if norm is None:
         return None
-    moved = "" if change is None else f", and it moved by {change:.3g} since the step before"
-    return f"the gradient's length is {norm:.3g}{moved}"
+    changed = "" if change is None else f", and it moved by {change:.3g} since the step before"
+    return f"the gradient's length is {norm:.3g}{changed}"

@@ -1,4 +1,4 @@
-"""From what was seen in a step to its rows and notes."""
+"""Make a record's rows and notes from the observations of a step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from torch import Tensor, nn
 
 from normkit.diagnostics.inactive_channels import LayerActivity
 from normkit.diagnostics.probe.gradients import Gradients, lengths
-from normkit.diagnostics.probe.norms import Norm
+from normkit.diagnostics.probe.norms import ObservedNorm
 from normkit.diagnostics.probe.record import NUMBERS, LayerRecord
 from normkit.diagnostics.probe.watch import Watch
-from normkit.text import module_name
+from normkit.text import listed, module_name
 from normkit.tracing.kinds import is_norm
 
 Cells = dict[str, dict[str, Any]]
-"""Columns of a row by name, by the row's name."""
+"""For each row's name, its values by column."""
 
 
 def rows_of(
-    model: nn.Module, watch: Watch, gradients: Mapping[str, float], moved: Mapping[str, float]
+    model: nn.Module, watch: Watch, gradients: Mapping[str, float], changes: Mapping[str, float]
 ) -> tuple[LayerRecord, ...]:
-    """Rows in the order of the modules, each followed by further calls of its ReLU."""
+    """Make the rows in the order of the modules; further calls of a ReLU follow its first.
+
+    Args:
+        model: The model that is trained.
+        watch: The observations of the step.
+        gradients: L2 norm of each layer's gradient, by layer name.
+        changes: Distance of each layer's gradient from the step before, by layer name.
+    """
     cells: Cells = defaultdict(dict)
     for norm in watch.norms.values():
         cells[module_name(norm.name)] |= _of_norm(norm)
@@ -36,7 +43,7 @@ def rows_of(
         ("gamma_norm", lengths(_parameters(norms, "weight"))[1]),
         ("beta_norm", lengths(_parameters(norms, "bias"))[1]),
         ("gradient_norm", gradients),
-        ("gradient_change", moved),
+        ("gradient_change", changes),
     ):
         for name, value in values.items():
             cells[module_name(name)][column] = value
@@ -46,49 +53,50 @@ def rows_of(
 
 
 def notes_of(watch: Watch) -> list[str]:
-    """Say what was not seen, and why."""
+    """Say which norms and ReLUs were not observed, and why."""
     notes = []
     if not watch.num_forwards:
         notes.append(
-            "no training forward of the model was seen in this step: none was run with gradients "
-            "in training mode, or torch.compile runs all of it (eager=True runs recorded steps "
-            "uncompiled)"
+            "no training forward of the model was seen in this step: either none ran in training "
+            "mode with gradients, or torch.compile runs the whole model (eager=True runs recorded "
+            "steps uncompiled)"
         )
     elif watch.is_blind:
         notes.append(
-            "torch.compile runs the model or parts of it, where hooks see nothing, and ReLUs are "
+            "torch.compile runs the model or parts of it; hooks see nothing there, and ReLUs are "
             "not counted; eager=True runs recorded steps uncompiled"
         )
     norms = watch.norms.values()
     unseen = [module_name(n.name) for n in norms if not (n.was_seen or n.why_unknown)]
     if unseen and watch.num_forwards:
-        named = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
-        notes.append(f"{len(unseen)} of {len(watch.norms)} norms were not seen: {named}")
+        notes.append(
+            f"{len(unseen)} of {len(watch.norms)} norms were not seen: {listed(unseen, 3)}"
+        )
     notes += [
-        f"what {module_name(norm.name)} normalises is not known: {norm.why_unknown}"
+        f"it is unknown what {module_name(norm.name)} normalises: {norm.why_unknown}"
         for norm in norms
         if norm.why_unknown
     ]
     if watch.uneven:
         notes.append(
             f"the second axis of the input of {', '.join(watch.uneven)} changes its size, so it "
-            f"does not count channels"
+            f"is no channel axis"
         )
     return notes
 
 
 def notes_on_gradients(length: float | None, before: Gradients | None, step: int) -> list[str]:
-    """Say why there is no gradient, or no change of it."""
+    """Say why a record has no gradient, or no change of the gradient."""
     if not length:
-        found = "no chosen parameter had a gradient" if length is None else "all gradients are zero"
-        return [f"{found} when step() was called; call it before optimizer.zero_grad()"]
+        state = "no chosen parameter had a gradient" if length is None else "all gradients are zero"
+        return [f"{state} when step() was called; call it before optimizer.zero_grad()"]
     if step == 1:
-        return ["the first step has no gradient before it"]
+        return ["before the first step there is no gradient to compare with"]
     return [] if before else ["no parameter had a gradient in the step before"]
 
 
 def notes_on_numbers(loss: float | None, rows: tuple[LayerRecord, ...]) -> list[str]:
-    """Name what is not finite, which JSON has no way to write."""
+    """Name the numbers that are not finite, because JSON shows them as null."""
     found = [] if loss is None or math.isfinite(loss) else [f"the loss ({loss})"]
     for row in rows:
         values = [getattr(row, column) for column in NUMBERS]
@@ -97,7 +105,7 @@ def notes_on_numbers(loss: float | None, rows: tuple[LayerRecord, ...]) -> list[
     return [f"not finite: {', '.join(found)}"] if found else []
 
 
-def _of_norm(norm: Norm) -> dict[str, float]:
+def _of_norm(norm: ObservedNorm) -> dict[str, float]:
     cells = {}
     if (shift := norm.shift) is not None:
         cells |= {"shift_mean": shift[0], "shift_std": shift[1]}
@@ -116,7 +124,7 @@ def _of_activity(activity: LayerActivity) -> dict[str, float]:
 
 
 def _parameters(norms: Mapping[str, nn.Module], kind: str) -> dict[str, Tensor]:
-    """Weights, or biases."""
+    """The norms' weights, or their biases, by parameter name."""
     return {
         f"{name}.{kind}": parameter.detach()
         for name, module in norms.items()

@@ -1,4 +1,4 @@
-"""A probe as a callback of Hugging Face's Trainer, which is not imported."""
+"""A probe as a callback of Hugging Face's Trainer; transformers is not imported."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ if TYPE_CHECKING:
 
 
 class TransformersCallback:
-    """Opens a probe, tells it of every optimizer step, and closes it; all other events pass by.
+    """Opens a probe, tells it of every optimizer step, and closes it; ignores all other events.
 
     Args:
-        probe: The probe; losses do not come with these events, so it records none.
+        probe: The probe. These events carry no losses, so it records none.
     """
 
     def __init__(self, probe: Probe) -> None:
-        self._probe, self._told = probe, False
+        self._probe, self._is_counted = probe, False
 
     def on_train_begin(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
-        """Open the probe, also after a training that was interrupted."""
+        """Open the probe; an interrupted training may have left it open, so close it first."""
         self._probe.stop()
         self._probe.start()
-        self._told = False
+        self._is_counted = False
 
     def on_optimizer_step(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
-        """Count a step while its gradients are there."""
+        """Count a step before the Trainer clears its gradients."""
         self._probe.step()
-        self._told = True
+        self._is_counted = True
 
     def on_step_end(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
-        """Count a step of a version that does not tell of the optimizer's."""
-        if not self._told:
+        """Count a step in old versions of transformers, which lack ``on_optimizer_step``."""
+        if not self._is_counted:
             self._probe.step()
-        self._told = False
+        self._is_counted = False
 
     def on_train_end(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
         """Close the probe."""
@@ -43,8 +43,8 @@ class TransformersCallback:
     def __getattr__(self, name: str) -> Callable[..., None]:
         if not name.startswith("on_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return _pass_by
+        return _ignore
 
 
-def _pass_by(*_given: Any, **_named: Any) -> None:  # noqa: ANN401
+def _ignore(*_given: Any, **_named: Any) -> None:  # noqa: ANN401
     """Do nothing."""

@@ -1,4 +1,4 @@
-"""The hooks of one recorded step, and what they see; outside of it there are none."""
+"""The hooks of one recorded step, and what they observe."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import nn
 
 from normkit.core.running import are_still
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
-from normkit.diagnostics.probe.norms import Norm, norms_of, parts_of_composites
+from normkit.diagnostics.probe.norms import ObservedNorm, norms_of, parts_of_composites
 from normkit.inference.tracked import Where
 from normkit.passes import (
     Hooks,
-    Inert,
-    finish,
-    grad_mode_now,
-    stance_now,
-    surely,
+    InertHook,
+    call_with_cleanup,
+    run_cleanup,
+    save_grad_mode,
+    save_stance,
     uncompiled,
 )
-from normkit.passes.finish import Step
+from normkit.passes.cleanup import CleanupStep
 
 
 class Watch:
-    """Sees the training forwards of one step.
+    """Observes the training forwards of one step.
 
     Args:
-        model: What is trained.
-        where: Which norms are meant.
-        compiled: Modules that run compiled: no hook is put into them.
-        eager: Run everything uncompiled while this is open.
+        model: The model that is trained.
+        where: ``where(layer, name)`` chooses the norms.
+        compiled: Modules that run compiled; they get no hooks.
+        eager: Run everything uncompiled while the watch is open.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class Watch:
         self._eager = eager
         self._recorder = Recorder()
         self._hooks = Hooks()
-        self._ends: list[Step] = []
-        self._ends_of_forward: list[Step] = []
+        self._ends: list[CleanupStep] = []
+        self._ends_of_forward: list[CleanupStep] = []
         self._counts = self.is_blind = False
         self.num_forwards = 0
         self.norms = {norm.name: norm for norm in norms_of(model, where)}
-        self._at: dict[str, list[Norm]] = defaultdict(list)
+        self._by_host: dict[str, list[ObservedNorm]] = defaultdict(list)
         for norm in self.norms.values():
-            self._at[norm.host_name].append(norm)
+            self._by_host[norm.host_name].append(norm)
 
     def open(self) -> None:
-        """Put the hooks in."""
-        self._ends = [self._hooks.remove, *stance_now()]
+        """Put hooks into all modules except compiled ones and parts of composites."""
+        self._ends = [self._hooks.remove, *save_stance()]
         parts = parts_of_composites(self._model)
         for name, module in self._model.named_modules():
             if module not in self._compiled and module not in parts:
@@ -67,49 +67,49 @@ class Watch:
             uncompiled().__enter__()
 
     def close(self) -> None:
-        """Take the hooks out, also after a forward that was interrupted."""
-        finish([*self._ends_of_forward, *self._ends])
+        """Remove the hooks, also after an interrupted forward."""
+        run_cleanup([*self._ends_of_forward, *self._ends])
 
     @property
     def activities(self) -> list[LayerActivity]:
-        """A row for each call of a ReLU whose second axis counts channels."""
+        """A row for each call of a ReLU whose second axis is a channel axis."""
         recorder = self._recorder
-        rows = recorder.seen.items()
-        return [seen.row(name) for name, seen in rows if name not in recorder.uneven]
+        rows = recorder.activity.items()
+        return [activity.row(name) for name, activity in rows if name not in recorder.uneven]
 
     @property
     def uneven(self) -> list[str]:
-        """Activations whose second axis does not count channels."""
+        """Names of ReLUs whose second axis changes its size, so that it is no channel axis."""
         return sorted(self._recorder.uneven)
 
     def enter(self, name: str) -> None:
-        """A module begins to run."""
+        """Note that a module begins to run."""
         if not name or not self._recorder.is_inside:
             self._begin()
         self._recorder.enter(name)
         if self._counts:
-            for norm in self._at[name]:
-                norm.before()
+            for norm in self._by_host[name]:
+                norm.keep_running_statistics()
 
     def leave(
         self, name: str, args: tuple[Any, ...], named: dict[str, Any], *, failed: bool
     ) -> None:
-        """A module is done, or has raised: of such a forward nothing is kept."""
+        """Note that a module has returned, or raised; a failed forward is discarded."""
         self._recorder.leave()
         if self._counts and not failed:
-            for norm in self._at[name]:
-                surely(partial(norm.see, args, named), grad_mode_now())
+            for norm in self._by_host[name]:
+                call_with_cleanup(partial(norm.add, args, named), save_grad_mode())
         if not self._recorder.is_inside:
-            self._leave_functions()
+            self._stop_recording_functions()
             if failed and self._counts:
-                self._forget()
+                self._discard_all()
 
     def _begin(self) -> None:
-        """A forward begins: of the model, or of a part of it that is called by itself.
+        """Begin a forward of the model, or of a part of it that is called by itself.
 
-        Evaluation in between, a checkpoint's second look and ``torch.func`` do not count.
+        Evaluation, recomputation by a gradient checkpoint, and ``torch.func`` do not count.
         """
-        self._leave_functions()
+        self._stop_recording_functions()
         self._recorder.begin()
         self._counts = self._model.training and torch.is_grad_enabled() and not are_still()
         if not self._counts:
@@ -117,32 +117,35 @@ class Watch:
         self.num_forwards += 1
         self.is_blind |= not self._eager and (bool(self._compiled) or _runs_compiled())
         if not self.is_blind:
-            self._ends_of_forward = [partial(_remove_mode, self._recorder), *stance_now()]
-            _leave_compiled_functions_as_they_are()
+            self._ends_of_forward = [partial(_remove_mode, self._recorder), *save_stance()]
+            # The recorder changes what a compiled function is guarded on. A function that the
+            # forward calls must then run uncompiled, rather than be compiled anew.
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.set_stance("eager_on_recompile")
             self._recorder.__enter__()
 
-    def _leave_functions(self) -> None:
-        finish(self._ends_of_forward)
+    def _stop_recording_functions(self) -> None:
+        run_cleanup(self._ends_of_forward)
         self._ends_of_forward = []
 
-    def _forget(self) -> None:
+    def _discard_all(self) -> None:
         self._recorder, self.num_forwards = Recorder(), 0
         for norm in self.norms.values():
-            norm.forget()
+            norm.reset()
 
 
 class _Hook:
-    """A hook of one module; a copy of the model gets one that does nothing."""
+    """A hook of one module; in a copy of the model it becomes a hook that does nothing."""
 
     def __init__(self, watch: Watch, name: str, module: nn.Module) -> None:
         self._watch, self._name, self._module = watch, name, module
 
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()
 
 
 class _Before(_Hook):
-    """Called before the module runs."""
+    """The hook that runs before the module."""
 
     def __call__(self, module: nn.Module, *_given: Any) -> None:  # noqa: ANN401
         if not torch.compiler.is_compiling() and module is self._module:
@@ -150,7 +153,7 @@ class _Before(_Hook):
 
 
 class _After(_Hook):
-    """Called when the module is done, or has raised."""
+    """The hook that runs when the module has returned or raised."""
 
     def __call__(
         self,
@@ -165,7 +168,7 @@ class _After(_Hook):
 
 
 def compiled_modules(model: nn.Module) -> set[nn.Module]:
-    """Find the modules that ``torch.compile`` runs, those inside of them included."""
+    """Find the modules that ``torch.compile`` runs, including the modules inside them."""
     found: set[nn.Module] = set()
     for module in model.modules():
         inner = module._modules.get("_orig_mod")
@@ -177,21 +180,15 @@ def compiled_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def _runs_compiled() -> bool:
-    """Whether compiled code has called this: hooks further inside are then not seen."""
+    """Whether ``torch.compile`` runs this forward; hooks of modules inside then do not run."""
     if "torch._dynamo" not in sys.modules:
         return False
     frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
     return frames.get_eval_frame_callback() not in (None, False)
 
 
-def _leave_compiled_functions_as_they_are() -> None:
-    """Let those that a forward calls run uncompiled, rather than being compiled anew."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.set_stance("eager_on_recompile")
-
-
 def _remove_mode(mode: Recorder) -> None:
-    """Take a mode off the stack, wherever it is after an interruption."""
+    """Remove a mode from torch's stack, also if an interruption left other modes above it."""
     stack = torch.overrides._get_current_function_mode_stack()
     if mode not in stack:
         return

@@ -4,6 +4,7 @@ Collected where there is a GPU (marked ``gpu``), and in a process with ``TRITON_
 ``test_interpreted.py`` starts: triton reads the variable when kernels are defined.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -43,8 +44,13 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def fast_interpreter(monkeypatch):
-    """Look for the builtins of triton's language once, not again for each launch and function."""
+def fast_interpreter(request, monkeypatch):
+    """Make the interpreter faster.
+
+    It looks for the builtins of triton's language once, not again for each launch and function. It
+    looks for overflows, by computing each sum of integers a second time in 64 bits, only in tests
+    marked ``addresses``: the maps of the others are small.
+    """
     if INTERPRETED:
         from triton.language import core  # noqa: PLC0415
         from triton.runtime import interpreter  # noqa: PLC0415
@@ -62,6 +68,13 @@ def fast_interpreter(monkeypatch):
 
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
         monkeypatch.setattr(interpreter, "_patch_builtin", patch_builtin)
+        if request.node.get_closest_marker("addresses") is None:
+            options = interpreter.interpreter_builder.options
+            monkeypatch.setattr(
+                interpreter.interpreter_builder,
+                "options",
+                dataclasses.replace(options, sanitize_overflow=False),
+            )
 
 
 @functools.cache

@@ -212,6 +212,7 @@ def test_an_offset_costs_no_digits(name, path, device):
         near(ours, theirs, torch.float32)
 
 
+@pytest.mark.addresses
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_64_bit_addresses_reach_the_same_elements(path, device, monkeypatch):
     from normkit.kernels.triton import geometry  # noqa: PLC0415 - not without triton
@@ -229,6 +230,7 @@ def test_64_bit_addresses_reach_the_same_elements(path, device, monkeypatch):
         assert torch.equal(narrow, wide_ones)
 
 
+@pytest.mark.addresses
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_elements_beyond_32_bits_are_reached(path, device):
     memory = torch.empty(2**31 + 18, dtype=torch.bfloat16, device=device)  # touched in three places
@@ -237,6 +239,7 @@ def test_elements_beyond_32_bits_are_reached(path, device):
     same_as_contiguous(x, on(device, CASES["bn"], torch.float32))
 
 
+@pytest.mark.addresses
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_segments_may_begin_at_any_address(path, device):
     x = randn(1, 6, 17, dtype=torch.float32).to(device)[..., :16]

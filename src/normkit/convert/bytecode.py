@@ -1,4 +1,7 @@
-"""What the code of a class does with ``self``, read from its bytecode: no source is needed."""
+"""Finding which attributes of ``self`` the methods of a class use.
+
+The answer is read from the bytecode, because the source may not be available.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ from typing import Any
 from torch import nn
 
 Path = tuple[str, ...]
-"""Names from ``self`` on: ``("bn", "weight")`` is ``self.bn.weight``."""
+"""Attribute names, starting at ``self``: ``("bn", "weight")`` is ``self.bn.weight``."""
 
 EACH = "*"
-"""Stands in a path for every element that a loop runs over."""
+"""Element of a path that stands for every element that a loop iterates over."""
 CLASS = "__class__"
 LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
-SUBSCRIPT = ("BINARY_OP", 26)  # what BINARY_SUBSCR is since Python 3.14
-PASSING = ("FOR_ITER", "CACHE", "NOP", "COPY_FREE_VARS", "PUSH_NULL", "SWAP", "COPY")
-"""Instructions that leave the value on top of the stack what it is, as far as paths go."""
+SUBSCRIPT = ("BINARY_OP", 26)  # replaces BINARY_SUBSCR from Python 3.14 on
+NEUTRAL = ("FOR_ITER", "CACHE", "NOP", "COPY_FREE_VARS", "PUSH_NULL", "SWAP", "COPY")
+"""Instructions after which the value on top of the stack has the same path."""
 
 
 @cache
 def methods_of(kind: type) -> dict[str, CodeType]:
-    """Code of the methods and properties of a class by name; ``nn.Module``'s own do not count."""
+    """Return the code of the methods and properties of a class, except those of ``nn.Module``."""
     found: dict[str, CodeType] = {}
     for base in kind.__mro__:
         if base not in nn.Module.__mro__:
@@ -38,20 +41,20 @@ def methods_of(kind: type) -> dict[str, CodeType]:
 
 @cache
 def own_names(kind: type) -> frozenset[str]:
-    """Names that instances of a class have by its own code: what it defines, sets or reads."""
+    """Return the attribute names that the code of a class defines, sets or reads."""
     found: set[str] = set()
     for base in kind.__mro__:
         if base not in nn.Module.__mro__:
             found |= vars(base).keys() | vars(base).get("__annotations__", {}).keys()
             for code in methods_of(base).values():
                 found.update(path[0] for path in paths(code) if path)
-                found.update(_texts(code))
+                found.update(_identifiers(code))
     return frozenset(found)
 
 
 @cache
 def read_by_forward(kind: type) -> frozenset[Path]:
-    """Paths that the forward of a class, and what it calls of its own methods, mentions."""
+    """Return the paths that the forward of a class mentions, or a method that it calls does."""
     methods, found = methods_of(kind), set[Path]()
     open_, seen = ["forward"], set[str]()
     while open_:
@@ -66,17 +69,19 @@ def read_by_forward(kind: type) -> frozenset[Path]:
 
 @cache
 def paths(code: CodeType) -> frozenset[Path]:
-    """Paths from the first argument that a function mentions, in nested functions too.
+    """Return the paths from a function's first argument that its code mentions.
+
+    Nested functions are included.
 
     ``isinstance(self.bn, ...)`` and ``type(self.bn)`` mention ``("bn", "__class__")``, and
     ``getattr(self.bn, "weight")`` mentions ``("bn", "weight")``.
     """
-    me = code.co_varnames[0] if code.co_argcount else ""
-    return frozenset(_paths(code, {me: ()}))
+    first_argument = code.co_varnames[0] if code.co_argcount else ""
+    return frozenset(_paths(code, {first_argument: ()}))
 
 
 def _paths(code: CodeType, known: dict[str, Path]) -> Iterator[Path]:
-    """Follow the value on top of the stack from one instruction to the next."""
+    """Track the value on top of the stack from one instruction to the next."""
     reader = _Reader(dict(known))
     for instruction in dis.get_instructions(code):
         yield from reader.read(instruction.opname, instruction.argval)
@@ -86,34 +91,36 @@ def _paths(code: CodeType, known: dict[str, Path]) -> Iterator[Path]:
 
 
 class _Reader:
-    """The value on top of the stack, if it is a path, and the local names of paths."""
+    """Tracks the path of the value on top of the stack, and the paths of local variables."""
 
     def __init__(self, known: dict[str, Path]) -> None:
         self.known = known
         self._path: Path | None = None
         self._index: object = None
-        self._asked: object = None
+        self._function: object = None  # the last function that was loaded, such as "getattr"
 
-    def read(self, name: str, value: Any) -> Iterator[Path]:  # noqa: ANN401 - what dis gives
-        """Take one instruction; give the paths that it mentions."""
+    def read(self, name: str, value: Any) -> Iterator[Path]:  # noqa: ANN401 - as dis returns it
+        """Process one instruction; yield the paths that it mentions."""
         before, self._path = self._path, None
         if name.startswith(LOADS):
-            self._path = self.known.get(_last(value))
+            # LOAD_FAST_LOAD_FAST has two names, of which the second ends up on top.
+            self._path = self.known.get(value[-1] if isinstance(value, tuple) else value)
         elif name.startswith("STORE_FAST") or name == "STORE_DEREF":
             self._store(before, value)
         elif name == "LOAD_GLOBAL" or name.startswith("CALL"):
-            self._asked = value
+            self._function = value
         elif before is not None:
-            self._go_on(before, name, value)
+            self._extend(before, name, value)
         if self._path and self._path != before:
             yield self._path
-            if self._asked in ("isinstance", "type"):
+            if self._function in ("isinstance", "type"):
                 yield (*self._path, CLASS)
 
-    def _go_on(self, before: Path, name: str, value: Any) -> None:  # noqa: ANN401
+    def _extend(self, before: Path, name: str, value: Any) -> None:  # noqa: ANN401
+        """Set the new path after an instruction that uses the value with the path ``before``."""
         if name in ATTRIBUTES:
             self._path = (*before, value)
-        elif name == "LOAD_CONST" and self._asked in ("getattr", "hasattr"):
+        elif name == "LOAD_CONST" and self._function in ("getattr", "hasattr"):
             self._path = (*before, str(value))
         elif name == "LOAD_CONST":
             self._path, self._index = before, value
@@ -121,10 +128,12 @@ class _Reader:
             self._path = (*before, str(self._index))
         elif name == "GET_ITER":
             self._path = (*before, EACH)
-        elif name in PASSING:
+        elif name in NEUTRAL:
             self._path = before
 
     def _store(self, before: Path | None, value: Any) -> None:  # noqa: ANN401
+        """Assign the value with the path ``before`` to a local variable."""
+        # STORE_FAST_LOAD_FAST has two names: it stores one variable and then loads another.
         stored, after = value if isinstance(value, tuple) else (value, None)
         if before is None:
             self.known.pop(stored, None)
@@ -133,15 +142,11 @@ class _Reader:
         self._path = self.known.get(after) if after is not None else None
 
 
-def _last(value: Any) -> str:  # noqa: ANN401
-    return value[-1] if isinstance(value, tuple) else value
-
-
-def _texts(constant: object) -> Iterator[str]:
-    """Texts in code that may be names: parameters and buffers are registered by those."""
+def _identifiers(constant: object) -> Iterator[str]:
+    """Yield the strings in code that may be attribute names, as in ``register_buffer("mean")``."""
     if isinstance(constant, CodeType):
         constant = constant.co_consts
     if isinstance(constant, tuple):
-        yield from (name for inner in constant for name in _texts(inner))
+        yield from (name for inner in constant for name in _identifiers(inner))
     elif isinstance(constant, str) and constant.isidentifier():
         yield constant

@@ -1,4 +1,4 @@
-"""How our own layers are read: all by one rule."""
+"""The conversion rule for all of normkit's own layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from torch import Tensor, nn
 from normkit.convert.adapters import adapters_of, base_of
 from normkit.convert.rules import rule
 from normkit.convert.source import Source, Statistics
-from normkit.convert.target import (
-    AFFINE,
-    is_over_batch,
-    pools_examples,
-)
+from normkit.convert.target import AFFINE, is_over_batch, pools_examples
 from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
 from normkit.layers.parts import Slot
 from normkit.spec import METHODS, Recipe, Value
@@ -22,7 +18,11 @@ RECIPES = {recipe.layer: recipe for recipe in METHODS.values()}
 
 @rule(*(kind for kind in RECIPES if isinstance(kind, type)))
 def own(layer: NormLayer) -> Source:
-    """Everything is carried to a layer of the same class, except what its number decides."""
+    """Read one of normkit's layers.
+
+    A layer of the same class takes over everything, except tensors whose shape depends on the
+    spec's number, such as the number of groups.
+    """
     recipe = RECIPES[base_of(layer)]
     activation, channels_last = adapters_of(layer)
     slots = layer.affine_slots()
@@ -34,8 +34,8 @@ def own(layer: NormLayer) -> Source:
         bias=bias,
         statistics=_statistics(layer),
         over_batch=is_over_batch(recipe),
-        still=any(map(_is_still, layer.modules())),
-        twin=_twin(layer),
+        buffers_are_frozen=any(map(_has_frozen_buffers, layer.modules())),
+        equivalent_spec=_equivalent_spec(layer),
         activation=activation,
         channels_last=channels_last,
         process_group=getattr(layer, "process_group", None) if pools_examples(layer) else None,
@@ -44,25 +44,26 @@ def own(layer: NormLayer) -> Source:
 
 
 def _options(layer: NormLayer, recipe: Recipe) -> dict[str, Value]:
-    """Values of the constructor's options; statistics are tracked where there are buffers."""
+    """Return the constructor's options; whether statistics are tracked is read from the buffers."""
     found = {o: layer.option(o) for o in recipe.options() if o != recipe.argument}
     if "track_running_stats" in found:
         found["track_running_stats"] = getattr(layer, BUFFERS[0]) is not None
     return found | {"affine": any(True for _ in layer.parameters())}
 
 
-def _is_still(layer: nn.Module) -> bool:
+def _has_frozen_buffers(layer: nn.Module) -> bool:
     tracks = isinstance(layer, TrackingLayer) and layer.running_mean is not None
     return tracks and not layer.track_running_stats
 
 
-def _twin(layer: NormLayer) -> str:
+def _equivalent_spec(layer: NormLayer) -> str:
     name = next(name for name, recipe in METHODS.items() if recipe.layer is base_of(layer))
     argument = METHODS[name].argument
     return name if argument is None else f"{name}:{getattr(layer, argument)}"
 
 
 def _joined(values: list[torch.nn.Parameter | None]) -> Tensor | None:
+    """Concatenate the parameters of a layer's parts; a single one is returned as it is."""
     found = [value for value in values if value is not None]
     if not found:
         return None
@@ -73,6 +74,7 @@ def _joined(values: list[torch.nn.Parameter | None]) -> Tensor | None:
 
 
 def _statistics(layer: NormLayer) -> Statistics | None:
+    """Return the running statistics if there is one value for each channel."""
     slots = layer.statistics_slots()
     if sum(end - start for _, start, end in slots) != layer.num_features:
         return None
@@ -82,7 +84,7 @@ def _statistics(layer: NormLayer) -> Statistics | None:
 
 
 def _lost(layer: NormLayer, slots: tuple[Slot, ...]) -> tuple[str, ...]:
-    """Learned values that only this class has, and statistics that are of something else."""
+    """Name the parameters that only this class has, and statistics that are not per channel."""
     read = [getattr(slot.layer, name) for slot in slots for name in AFFINE]
     named = dict(layer.named_parameters())
     other = [n for n, p in named.items() if not any(p is value for value in read)]

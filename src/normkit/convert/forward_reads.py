@@ -1,4 +1,4 @@
-"""Fields of a norm that the forward of another module reads, beside or instead of calling it."""
+"""Finding the attributes of norms that the forwards of other modules read."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normkit.convert.code import CLASS, EACH, Path, read_by_forward
+from normkit.convert.bytecode import CLASS, EACH, Path, read_by_forward
 from normkit.errors import ConversionError
 from normkit.tracing.kinds import is_norm
 
 Reads = Mapping[nn.Module, Mapping[str, str]]
-"""Of each norm, what is read and by whom, in words."""
+"""For each norm, the attributes that are read, each with a description of the forward that does."""
 
-OF_ANY_MODULE = frozenset(dir(nn.Module())) - {CLASS}
-"""What a forward may use of a norm whatever its kind: ``forward``, ``training``, ``parameters``."""
+MODULE_ATTRIBUTES = frozenset(dir(nn.Module())) - {CLASS}
+"""Attributes that every module has, such as ``forward`` and ``training``; reading them is safe."""
 
 
 def find_reads(model: nn.Module) -> Reads:
-    """Find what forwards read of norms, as far as their code names these by ``self``."""
+    """Find the attributes of norms that forwards read through paths that start at ``self``."""
     found: dict[nn.Module, dict[str, str]] = {}
     for name, module in model.named_modules():
         if is_norm(module):
@@ -27,20 +27,21 @@ def find_reads(model: nn.Module) -> Reads:
         who = f"the forward of {name or 'the model'} ({type(module).__name__})"
         for path in sorted(read_by_forward(type(module))):
             for norm in _norms_at(module, path[:-1]):
-                if path[-1] not in OF_ANY_MODULE:
+                if path[-1] not in MODULE_ATTRIBUTES:
                     found.setdefault(norm, {}).setdefault(path[-1], who)
     return found
 
 
 def _norms_at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
-    """Norms that a path from a module leads to."""
+    """Yield the norms at the end of a path that starts at a module."""
     at: list[Any] = [module]
     for name in path:
-        at = [value for each in at for value in _step(each, name)]
+        at = [value for each in at for value in _lookup(each, name)]
     return (value for value in at if isinstance(value, nn.Module) and is_norm(value))
 
 
-def _step(value: Any, name: str) -> Iterable[Any]:  # noqa: ANN401 - what stands under a name
+def _lookup(value: Any, name: str) -> Iterable[Any]:  # noqa: ANN401 - any attribute or element
+    """Return the attributes or elements that one name of a path refers to."""
     if isinstance(value, nn.Module):
         if name == EACH:
             return list(value.children())
@@ -54,16 +55,16 @@ def _step(value: Any, name: str) -> Iterable[Any]:  # noqa: ANN401 - what stands
 
 
 def require_readable(old: nn.Module, new: nn.Module, reads: Mapping[str, str]) -> None:
-    """Refuse a new layer that lacks what a forward reads of the old one.
+    """Refuse a new layer that lacks an attribute that a forward reads from the old one.
 
     Raises:
-        ConversionError: With everything that is read, and by whom.
+        ConversionError: If it lacks any; the error names them and the forward.
     """
     lacking = [name for name in reads if name != CLASS and _lacks(new, old, name)]
     if lacking:
         raise ConversionError(
             f"{reads[lacking[0]]} reads its {', '.join(lacking)}, which {type(new).__name__} does "
-            f"not have; leave the layer alone with where=, or convert before the block is fused"
+            f"not have; leave the layer out with where=, or convert before the block is fused"
         )
 
 
@@ -75,9 +76,9 @@ def _lacks(new: nn.Module, old: nn.Module, name: str) -> bool:
 
 
 def described(reads: Mapping[str, str]) -> Iterator[str]:
-    """Say who reads what, for a report."""
+    """Describe which forwards read which attributes, for a report."""
     for who in dict.fromkeys(reads.values()):
         names = [name for name, each in reads.items() if each == who and name != CLASS]
-        asks = [f"reads its {', '.join(names)} itself"] if names else []
-        asks += ["asks for its class"] if reads.get(CLASS) == who else []
-        yield f"{who} {' and '.join(asks)}"
+        uses = [f"reads its {', '.join(names)} itself"] if names else []
+        uses += ["checks its class"] if reads.get(CLASS) == who else []
+        yield f"{who} {' and '.join(uses)}"

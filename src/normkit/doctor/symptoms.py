@@ -1,6 +1,6 @@
-"""Signs by which wrong running statistics show where they come from.
+"""Symptoms of wrong running statistics, each of which points to one cause.
 
-A layer counts for the first sign that it shows; what shows none is stale.
+A layer is sorted under the first symptom that it shows; one without any other is "stale".
 """
 
 from __future__ import annotations
@@ -14,35 +14,41 @@ from torch import Tensor, nn
 
 from normkit.doctor.states import Rows, distance
 from normkit.inference.freeze import is_frozen
-from normkit.inference.tracked import STATISTICS, why_still
+from normkit.inference.tracked import STATISTICS, why_not_updated
 from normkit.layers.base import BUFFERS
 
 MEAN, VAR = BUFFERS
 COUNT = STATISTICS[-1]
-FEW_EXAMPLES = 64.0
-"""A running average of fewer examples wanders from batch to batch."""
-SMALL_LAST = 8
-"""A last batch this many times smaller than the others counts as much as they do."""
+MIN_AVERAGED = 64.0
+"""A running average over fewer examples than this changes much from batch to batch."""
+SMALL_LAST_RATIO = 8
+"""The last batch is small if the median batch is this many times larger.
+
+It has the same weight in the running average as a full batch.
+"""
 NEAR_DISTANCE = 0.01
-"""A tenth of a standard deviation, squared: what is nearer, and costs little, is not wrong."""
+"""Squared distance of a tenth of a standard deviation.
+
+Statistics that are nearer than this to the data's, and cost little, are not wrong.
+"""
 BETWEEN = 0.7
-"""Share of a layer's values that lie between their start and the data's, if they have stalled."""
-NEAR = 2.5
-"""Factor within which a distance is as expected."""
+"""Running averages have stalled if this share of them lies between start and the data's value."""
+STEP_TOLERANCE = 2.5
+"""Two steps count as equally large if they differ by at most this factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What the signs look at.
+    """All that the symptoms are recognised by.
 
     Args:
         model: The model.
-        rows: Each layer's statistics, old, and new from the training data at evaluation.
-        dropped: The same with dropout as in training; empty if there is none.
-        last: The same of the last training batch alone; empty if that is no small one.
+        rows: Each layer's old statistics, and new ones of the training data at evaluation.
+        dropped: New statistics with dropout active; empty if the model has no dropout.
+        last: New statistics of the last training batch alone; empty if that batch is not small.
         sizes: Examples of each training batch.
-        batch_size: Examples of a training batch, usually.
-        reference: Statistics, and the parameters beside them, in the first checkpoint, by layer.
+        batch_size: Examples of a usual training batch.
+        reference: Statistics and parameters of each layer in the first checkpoint.
     """
 
     model: nn.Module
@@ -58,24 +64,24 @@ class Case:
         return self.model.get_submodule(name)
 
     def momentum(self, name: str) -> float | None:
-        """Weight of a new batch in a layer's running statistics; None averages all."""
+        """Weight of a new batch in a layer's running statistics; None for a plain average."""
         return getattr(self.layer(name), "momentum", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sign:
-    """A cause of wrong statistics.
+class Symptom:
+    """A symptom of wrong statistics, and the cause that it points to.
 
     Args:
-        name: Its name.
-        shows: ``shows(case, layer)``, whether a layer has the sign.
-        what: What was found in these layers, with numbers.
-        why: What it does.
-        fix: The way out.
+        name: Name of the cause.
+        is_shown_by: ``is_shown_by(case, layer)`` says whether a layer has the symptom.
+        what: ``what(case, layers)`` says what was found in these layers, with numbers.
+        why: Why that makes the evaluation worse.
+        fix: The calls that mend it.
     """
 
     name: str
-    shows: Callable[[Case, str], bool]
+    is_shown_by: Callable[[Case, str], bool]
     what: Callable[[Case, tuple[str, ...]], str]
     why: str
     fix: str
@@ -84,39 +90,45 @@ class Sign:
 RECALIBRATE = "nk.recalibrate(model, train_batches).apply()"
 
 
-def _is_broken(case: Case, name: str) -> bool:
+def _is_not_valid(case: Case, name: str) -> bool:
     old = case.rows[name].old
     return not all(old[key].isfinite().all() for key in BUFFERS) or bool((old[VAR] < 0).any())
 
 
-def _is_new(case: Case, name: str) -> bool:
+def _was_never_set(case: Case, name: str) -> bool:
     old = case.rows[name].old
     start = bool((old[MEAN] == 0).all() and (old[VAR] == 1).all())
     return start and int(old.get(COUNT, torch.zeros(()))) == 0
 
 
 def _is_16_bit(case: Case, name: str) -> bool:
+    """Whether all statistics are 16-bit numbers, and most stalled on the way to the data's."""
     row = case.rows[name]
     values = torch.cat([row.old[key].flatten() for key in BUFFERS])
-    narrow = any(_fits(values, dtype) for dtype in (torch.bfloat16, torch.float16))
+    narrow = any(
+        torch.equal(values.to(dtype).to(values.dtype), values)
+        for dtype in (torch.bfloat16, torch.float16)
+    )
     start = {MEAN: 0.0, VAR: 1.0}
-    behind = [(row.old[key] - start[key]) / (row.new[key] - start[key]) for key in BUFFERS]
-    between = [((share >= 0) & (share <= 1)).double().mean().item() for share in behind]
+    # 0 at the start, 1 at the data's value; 0 / 0 is NaN, which counts as not between the two.
+    progress = [(row.old[key] - start[key]) / (row.new[key] - start[key]) for key in BUFFERS]
+    between = [((share >= 0) & (share <= 1)).double().mean().item() for share in progress]
     return narrow and sum(between) / 2 >= BETWEEN
 
 
-def _fits(values: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(values.to(dtype).to(values.dtype), values)
-
-
-def _stands_still(case: Case, name: str) -> bool:
+def _is_frozen_or_stopped(case: Case, name: str) -> bool:
     layer = case.layer(name)
-    apart = case.model.training and not layer.training
-    still = is_frozen(layer) or getattr(layer, "momentum", None) == 0 or bool(why_still(layer))
-    return still or apart
+    kept_in_evaluation = case.model.training and not layer.training
+    return (
+        kept_in_evaluation
+        or is_frozen(layer)
+        or case.momentum(name) == 0
+        or bool(why_not_updated(layer))
+    )
 
 
 def _is_thawed(case: Case, name: str) -> bool:
+    """Whether statistics move on although weight and bias do not learn, or have not changed."""
     layer = case.layer(name)
     own = dict(layer.named_parameters(recurse=False))
     learns = any(parameter.requires_grad for parameter in case.model.parameters())
@@ -125,19 +137,20 @@ def _is_thawed(case: Case, name: str) -> bool:
 
 
 def _has_moved_alone(case: Case, name: str, own: Mapping[str, Tensor]) -> bool:
-    """Whether statistics differ from the first checkpoint's while weight and bias do not."""
+    """Whether only the statistics, not weight and bias, differ from the first checkpoint's."""
     before, old = case.reference.get(name, {}), case.rows[name].old
     if not own or not all(key in before for key in (*own, *BUFFERS)):
         return False
-    learned = any(not _same(before[key], value) for key, value in own.items())
-    return not learned and any(not _same(before[key], old[key]) for key in BUFFERS)
+    learned = any(not _equal(before[key], value) for key, value in own.items())
+    return not learned and any(not _equal(before[key], old[key]) for key in BUFFERS)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.cpu(), b.detach().cpu().to(a.dtype))
 
 
 def _follows_dropout(case: Case, name: str) -> bool:
+    """Whether the statistics are at least twice as near to those with dropout as without."""
     if name not in case.dropped:
         return False
     row = case.rows[name]
@@ -146,31 +159,34 @@ def _follows_dropout(case: Case, name: str) -> bool:
 
 
 def num_averaged(case: Case, name: str) -> float:
-    r"""Examples in a running average, :math:`b (2 - m) / m`: those of a mean as sure as it."""
+    r"""Effective number of examples in a running average, :math:`b (2 - m) / m`.
+
+    A plain mean over so many examples has the same variance as the running average.
+    """
     momentum = case.momentum(name)
     return torch.inf if not momentum else case.batch_size * (2 - momentum) / momentum
 
 
-def _averages_few(case: Case, name: str) -> bool:
-    return num_averaged(case, name) < FEW_EXAMPLES
+def _averages_few_examples(case: Case, name: str) -> bool:
+    return num_averaged(case, name) < MIN_AVERAGED
 
 
-def has_small_last(sizes: tuple[int, ...]) -> bool:
+def has_small_last_batch(sizes: tuple[int, ...]) -> bool:
     """Whether the last batch is much smaller than the others."""
-    return len(sizes) > 1 and sizes[-1] * SMALL_LAST <= median(sizes)
+    return len(sizes) > 1 and sizes[-1] * SMALL_LAST_RATIO <= median(sizes)
 
 
-def _follows_last(case: Case, name: str) -> bool:
-    """Whether both statistics lie as far off as one step towards the last batch takes them."""
+def _follows_last_batch(case: Case, name: str) -> bool:
+    """Whether mean and variance are as far off as one update by the last batch moves them."""
     momentum = case.momentum(name)
     if name not in case.last or not momentum:
         return False
     steps = (_moved(case, name, key) for key in BUFFERS)
-    return all(momentum / NEAR <= step <= NEAR * momentum for step in steps)
+    return all(momentum / STEP_TOLERANCE <= step <= STEP_TOLERANCE * momentum for step in steps)
 
 
 def _moved(case: Case, name: str, key: str) -> float:
-    """How far a statistic is from the population's, in distances of the last batch's from it."""
+    """How far the update moved a statistic: 0 at the population's, 1 at the last batch's value."""
     row, last = case.rows[name], case.last[name].new[key].double()
     old, new = (side[key].double() for side in (row.old, row.new))
     unit = row.new[VAR].double() + row.eps
@@ -195,6 +211,7 @@ def _narrow(case: Case, names: tuple[str, ...]) -> str:
     held = sum(case.rows[name].old[MEAN].dtype.itemsize < 4 for name in names)
     if held:
         return f"running statistics of {_count(names)} are kept in 16 bits and lag behind the data"
+    # The state may have gone through a 16-bit checkpoint before it was loaded.
     return (
         f"all running statistics of {_count(names)} are 16-bit numbers, kept in wider buffers, "
         f"and lag behind the data"
@@ -204,9 +221,10 @@ def _narrow(case: Case, names: tuple[str, ...]) -> str:
 def _last_batch(case: Case, names: tuple[str, ...]) -> str:
     moved = median(_moved(case, name, MEAN) for name in names)
     return (
-        f"the last training batch has {case.sizes[-1]} of usually {case.batch_size} examples, and "
-        f"the running means of {_count(names)} lie {100 * moved:.0f} % of its distance away from "
-        f"the training data's (momentum {case.momentum(names[0]):g})"
+        f"the last training batch has {case.sizes[-1]} examples, a usual one "
+        f"{case.batch_size}; the running means of {_count(names)} have moved from the training "
+        f"data's {100 * moved:.0f} % of the way to the last batch's (momentum "
+        f"{case.momentum(names[0]):g})"
     )
 
 
@@ -215,7 +233,7 @@ def _thawed_layers(case: Case, names: tuple[str, ...]) -> str:
     if any(p.requires_grad for layer in layers for p in layer.parameters(recurse=False)):
         return (
             f"weight and bias of {_count(names)} are those of the first checkpoint, but the "
-            f"running statistics have moved since"
+            f"running statistics have changed since"
         )
     return f"weight and bias of {_count(names)} do not learn, but the running statistics still move"
 
@@ -226,106 +244,108 @@ def _stale(case: Case, names: tuple[str, ...]) -> str:
     row = rows[worst]
     low, high = row.std_ratio
     return (
-        f"running statistics of {_count(names)} are not those of the training data; most in "
-        f"{worst or 'the model itself'}, whose means are {row.mean_shift:.2g} standard deviations "
-        f"off, and the data's standard deviations {low:.2g} to {high:.2g} times the running ones"
+        f"running statistics of {_count(names)} are not those of the training data; the farthest "
+        f"are in {worst or 'the model itself'}: its means are {row.mean_shift:.2g} standard "
+        f"deviations off, and the data's standard deviations are {low:.2g} to {high:.2g} times the "
+        f"running ones"
     )
 
 
-THAWED = Sign(
+THAWED = Symptom(
     name="thawed statistics",
-    shows=_is_thawed,
+    is_shown_by=_is_thawed,
     what=_thawed_layers,
-    why="a .train() has thawed layers that were meant to stand still",
-    fix="load their statistics from before (or measure them anew: "
-    f"{RECALIBRATE}), then nk.freeze_statistics(model), which holds in any mode",
+    why="model.train() lets layers update their statistics that were meant to stay frozen",
+    fix="load their earlier statistics (or measure them anew: "
+    f"{RECALIBRATE}), then nk.freeze_statistics(model), which freezes them in any mode",
 )
 
-FROZEN = Sign(
+FROZEN = Symptom(
     name="frozen at other statistics",
-    shows=_stands_still,
+    is_shown_by=_is_frozen_or_stopped,
     what=lambda _, names: (
         f"{_count(names)} {'is frozen, or has' if len(names) == 1 else 'are frozen, or have'} "
         f"momentum 0 or track_running_stats off, at statistics that are not those of the training "
         f"data"
     ),
-    why="they stand still in training, so nothing brings them nearer",
+    why="training does not update them, so they stay wrong",
     fix=f"nk.thaw_statistics(model), with a momentum above 0 and track_running_stats on; "
     f"{RECALIBRATE}; nk.freeze_statistics(model)",
 )
 
-SIGNS = (
-    Sign(
+SYMPTOMS = (
+    Symptom(
         name="broken statistics",
-        shows=_is_broken,
+        is_shown_by=_is_not_valid,
         what=lambda _, names: (
             f"running statistics of {_count(names)} are not finite, or a variance is below 0"
         ),
-        why="everything after these layers is lost at evaluation, and averages never recover",
+        why="at evaluation every output behind these layers is wrong, and a running average never "
+        "recovers from a value that is not finite",
         fix=f"find the batch that overflowed, then {RECALIBRATE}",
     ),
-    Sign(
+    Symptom(
         name="statistics never set",
-        shows=_is_new,
+        is_shown_by=_was_never_set,
         what=lambda _, names: (
             f"running statistics of {_count(names)} are 0 and 1, and no batch was counted"
         ),
-        why="evaluation subtracts 0 and divides by 1 where training normalised",
+        why="evaluation subtracts 0 and divides by 1, so it does not normalise at all",
         fix=f"load the whole checkpoint, buffers included; or {RECALIBRATE}",
     ),
-    Sign(
+    Symptom(
         name="16-bit statistics",
-        shows=_is_16_bit,
+        is_shown_by=_is_16_bit,
         what=_narrow,
-        why="small steps are rounded away, so that the averages stall on their way",
+        why="16-bit rounding loses small updates, so the averages stop short of the data's",
         fix=f'nk.convert_norm_(model, "bn"), which keeps them in float32, then {RECALIBRATE}',
     ),
     FROZEN,
     THAWED,
-    Sign(
+    Symptom(
         name="dropout before the norm",
-        shows=_follows_dropout,
+        is_shown_by=_follows_dropout,
         what=lambda case, names: (
             f"running statistics of {_count(names)} are those of inputs that "
-            f"dropout has changed; at evaluation nothing is dropped"
+            f"dropout has changed; evaluation drops nothing"
         ),
-        why="dropout widens the variance in training only",
+        why="dropout increases the variance, and only in training",
         fix=f"{RECALIBRATE}; in the next training put dropout after the last norm",
     ),
-    Sign(
+    Symptom(
         name="averages of few examples",
-        shows=_averages_few,
+        is_shown_by=_averages_few_examples,
         what=_averages,
         why="the statistics are those of the last few examples, not of the data",
-        fix=f"{RECALIBRATE}; in training, a smaller momentum",
+        fix=f"{RECALIBRATE}; train with a smaller momentum",
     ),
-    Sign(
+    Symptom(
         name="small last batch",
-        shows=_follows_last,
+        is_shown_by=_follows_last_batch,
         what=_last_batch,
-        why="the last batch of an epoch counts as much as any, and evaluation comes right after it",
-        fix=f"{RECALIBRATE}; in training, DataLoader(drop_last=True)",
+        why="the last batch of an epoch has the weight of a full one, and evaluation follows it",
+        fix=f"{RECALIBRATE}; train with DataLoader(drop_last=True)",
     ),
-    Sign(
+    Symptom(
         name="stale statistics",
-        shows=lambda *_: True,
+        is_shown_by=lambda *_: True,
         what=_stale,
-        why="evaluation normalises by statistics of other weights or other data",
+        why="evaluation normalises by statistics of earlier weights or of other data",
         fix=RECALIBRATE,
     ),
 )
 
 
 def is_near(case: Case, name: str) -> bool:
-    """Whether a layer's statistics are those of the data, but for a tenth of a deviation."""
+    """Whether a layer's statistics are within a tenth of a standard deviation of the data's."""
     row = case.rows[name]
     return distance(row.old, row.new, row.eps) < NEAR_DISTANCE
 
 
-def sort_by_sign(case: Case, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Layers by the names of signs; one counts for the first that it shows."""
+def group_by_symptom(case: Case, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Group layers by the name of the first symptom that each one shows."""
     found: dict[str, list[str]] = {}
     for name in names:
-        sign = next(sign for sign in SIGNS if sign.shows(case, name))
-        found.setdefault(sign.name, []).append(name)
+        symptom = next(each for each in SYMPTOMS if each.is_shown_by(case, name))
+        found.setdefault(symptom.name, []).append(name)
     return {name: tuple(layers) for name, layers in found.items()}

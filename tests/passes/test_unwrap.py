@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import normkit as nk
-from normkit.passes import bare
+from normkit.passes import unwrap
 
 X, TARGET = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 PAIRS = [(X, TARGET)] * 2
@@ -141,7 +141,7 @@ def test_graphs_that_call_norms_as_modules_are_measured():
 
 def test_wrappers_are_opened_and_compiled_parts_run_as_they_are_written():
     inner = net()
-    assert bare(nn.DataParallel(torch.compile(inner, backend="eager")), "open") is inner
+    assert unwrap(nn.DataParallel(torch.compile(inner, backend="eager")), "open") is inner
     model = nn.Sequential(torch.compile(net(), backend="eager"), nk.BatchNorm(8))
     x = torch.randn(4, 3, 8, 8)
     model(x)  # compiled without a hook
@@ -158,5 +158,7 @@ def test_hooks_that_compiled_code_would_not_see_are_refused(tool):
     inside[0].compile(backend="eager")
     compiled = torch.compile(net(), backend="eager")
     for model, name in ((compiled, "the model"), (inside, "module '0'")):
-        with pytest.raises(nk.OptionError, match=f"{name} is compiled, which does not see hooks"):
+        with pytest.raises(
+            nk.OptionError, match=f"{name} is compiled, and compiled code does not run hooks"
+        ):
             TOOLS[tool](model)

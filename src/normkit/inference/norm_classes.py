@@ -1,6 +1,6 @@
-"""Classes of norms whose own forward normalises the input that it is given.
+"""The classes of norms whose forward is known to normalise exactly its input.
 
-Classes of other libraries are known by module and name, so that none is imported.
+Classes of other libraries are listed by module and name, so that none is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GROUP_NORMS = ("timm.layers.norm.GroupNorm", "timm.layers.norm.GroupNorm1")
 GROUP_NORM_ACTS = ("timm.layers.norm_act.GroupNormAct", "timm.layers.norm_act.GroupNorm1Act")
 LAYER_NORMS = ("timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
 LAYER_NORM_ACTS = ("timm.layers.norm_act.LayerNormAct", "timm.layers.norm_act.LayerNormActFp32")
-"""These and the ones above are over the last axis, those below over the channels of maps."""
+"""Layer norms over the last axis, without and with an activation."""
 
 MAP_NORMS = (
     "torchvision.models.convnext.LayerNorm2d",
@@ -28,9 +28,10 @@ MAP_NORMS = (
     "timm.layers.norm.LayerNormExp2d",
 )
 MAP_NORM_ACTS = ("timm.layers.norm_act.LayerNormAct2d", "timm.layers.norm_act.LayerNormAct2dFp32")
+"""Layer norms over the channels of maps ``(N, C, H, W)``, without and with an activation."""
 FIXED = ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d")
 FIXED_ACTS = ("timm.layers.norm_act.FrozenBatchNormAct2d",)
-"""Those that never move their statistics, with modes that mean nothing."""
+"""Batch norms that never update their statistics, in any mode."""
 
 KNOWN = frozenset((
     *BATCH_NORM_ACTS, *SYNC_BATCH_NORM_ACTS, *GROUP_NORMS, *GROUP_NORM_ACTS, *LAYER_NORMS,
@@ -38,44 +39,44 @@ KNOWN = frozenset((
 ))  # fmt: skip
 
 
-def takes_input_as_it_is(layer: nn.Module) -> bool:
-    """Whether a norm's forward is known: what it normalises is what it is called with.
+def normalizes_its_input(layer: nn.Module) -> bool:
+    """Whether a norm is known to normalise exactly the tensor that it is called with.
 
-    So it is of torch's classes, ours, those of timm and torchvision above, and of subclasses that
-    have no forward of their own.
+    That holds for the classes of torch and normkit, for the classes of timm and torchvision listed
+    above, and for subclasses without a forward of their own.
 
     Example:
         >>> class Tokens(nn.BatchNorm1d):
         ...     def forward(self, x):
         ...         return super().forward(x.transpose(1, 2)).transpose(1, 2)
-        >>> takes_input_as_it_is(nn.BatchNorm1d(4)), takes_input_as_it_is(Tokens(4))
+        >>> normalizes_its_input(nn.BatchNorm1d(4)), normalizes_its_input(Tokens(4))
         (True, False)
     """
     return not _is_replaced(layer) and _is_known(_owner_of_forward(layer))
 
 
 def is_over_maps(layer: nn.Module) -> bool:
-    """Whether this is a known layer norm of maps, whose channels are in the second axis."""
+    """Whether this is a known layer norm for maps, with the channels in the second axis."""
     return name_of(_owner_of_forward(layer)) in MAP_NORMS + MAP_NORM_ACTS
 
 
 def is_fixed(layer: nn.Module) -> bool:
-    """Whether this is a batch norm that never moves its statistics, or a project's copy of one."""
+    """Whether this batch norm never updates its statistics; projects also copy such classes."""
     buffers = {"weight", "bias", *BUFFERS}
-    named = type(layer).__name__ == "FrozenBatchNorm2d"
-    copied = named and layer._buffers.keys() == buffers and not layer._parameters
-    return copied or name_of(type(layer)) in FIXED + FIXED_ACTS
+    has_name = type(layer).__name__ == "FrozenBatchNorm2d"
+    is_copy = has_name and layer._buffers.keys() == buffers and not layer._parameters
+    return is_copy or name_of(type(layer)) in FIXED + FIXED_ACTS
 
 
-def own_forward(layer: nn.Module) -> str:
-    """What has a forward of its own where that is not known, for people."""
+def describe_own_forward(layer: nn.Module) -> str:
+    """Say, for a message, where a layer's unknown forward comes from."""
     if _is_replaced(layer):
         return f"its forward was replaced by {getattr(layer.forward, '__qualname__', 'another')}"
     return f"its class {name_of(_owner_of_forward(layer))} has a forward of its own"
 
 
-def looks_at_mode(layer: nn.Module) -> bool:
-    """Whether code that is not known asks for ``training``, to do then what it does not else."""
+def may_depend_on_mode(layer: nn.Module) -> bool:
+    """Whether unknown code of a layer reads ``training``, so that it may act on the mode."""
     return any("training" in f.__code__.co_names for f in _unknown_functions(layer))
 
 
@@ -85,7 +86,7 @@ def name_of(kind: type) -> str:
 
 
 def _unknown_functions(layer: nn.Module) -> Iterator[FunctionType]:
-    """Functions of a layer and its classes down to the first class that is known."""
+    """Functions of a layer and of its classes, up to the first known base class."""
     yield from (value for value in vars(layer).values() if isinstance(value, FunctionType))
     for kind in type(layer).__mro__:
         if _is_known(kind):
@@ -94,8 +95,9 @@ def _unknown_functions(layer: nn.Module) -> Iterator[FunctionType]:
 
 
 def _is_replaced(layer: nn.Module) -> bool:
-    """Whether this very layer has another forward than its class."""
+    """Whether this instance has another forward than its class."""
     own = vars(layer).get("forward")
+    # The class's forward, and the wrapper of ``accumulate_statistics``, replace nothing.
     plain = getattr(own, "__func__", None) is type(layer).forward or swaps_statistics(layer)
     return own is not None and not plain
 

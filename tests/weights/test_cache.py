@@ -64,7 +64,7 @@ def pair(attach, mode=None):
     attach(model)
     twin = copy.deepcopy(model)
     for rule in rules_of(twin.conv):
-        rule.once = None
+        rule.cache = None
     model.mode = twin.mode = mode
     return model, twin
 
@@ -135,13 +135,13 @@ def test_second_derivatives():
 def test_nothing_is_kept_after_a_forward_even_one_that_fails(computed):
     model, twin = pair(ATTACH["ws"], "fail")
     x = torch.randn(2, 4, 5, 5)
-    once = rules_of(model.conv)[0].once
+    cache = rules_of(model.conv)[0].cache
     with pytest.raises(RuntimeError, match="in the middle"):
         model(x)
-    assert not once._kept
+    assert not cache._by_thread
     model.mode = twin.mode = None
     model(x)
-    assert not once._kept
+    assert not cache._by_thread
     model.conv.parametrizations.weight.original.data.add_(torch.randn(4, 4, 3, 3))
     twin.load_state_dict(model.state_dict())
     assert_close(model(x), twin(x))

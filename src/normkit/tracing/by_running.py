@@ -1,15 +1,16 @@
-"""The calls of a forward on a real input, by hooks."""
+"""Tracing a model by running it on an example input, with hooks and a torch function mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normkit.passes import call_with, changes_nothing, untouched
@@ -26,12 +27,11 @@ from normkit.tracing.kinds import (
 
 @changes_nothing
 def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: ANN401
-    """Follow one forward in evaluation mode, without gradients; the model is left as it was.
+    """Record the calls of one forward in evaluation mode, without gradients.
 
     Args:
-        model: The model.
-        example_input: What it is called with: a tuple of arguments, a dict of named ones, or the
-            only one.
+        model: The model; it is not changed.
+        example_input: A tuple of arguments, a dict of keyword arguments, or a single argument.
 
     Raises:
         Exception: Whatever the model's code raises on this input.
@@ -41,31 +41,33 @@ def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: AN
         stack.enter_context(untouched(model, training=False))
         stack.enter_context(torch.no_grad())
         for name, module in model.named_modules():
-            if module is not model and _is_whole(module):
-                stack.enter_context(recorder.watched(name, module))
+            if module is not model and _is_leaf(module):
+                for handle in recorder.register_hooks(name, module):
+                    stack.callback(handle.remove)
         stack.enter_context(recorder)
         output = call_with(model, example_input)
     recorder.record("the output", "output", tree_leaves(output), ())
     return Graph(tuple(recorder.calls), "the example input")
 
 
-def _is_whole(module: nn.Module) -> bool:
-    own = type(module).__module__.startswith("torch.nn") and not any(module.children())
-    return is_norm(module) or is_producer(module) or own
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a call of the module is recorded as one call, without the calls inside it."""
+    torch_layer = type(module).__module__.startswith("torch.nn") and not any(module.children())
+    return is_norm(module) or is_producer(module) or torch_layer
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every call outside of the watched modules, and every call of those."""
+    """Records the calls of leaf modules, and of torch functions outside of leaf modules."""
 
     def __init__(self, inputs: Iterable[Any]) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._made_by = WeakTensorKeyDictionary()
-        self._depth = 0  # of watched modules: what happens inside them is theirs
+        self._depth = 0  # number of leaf modules that are being called; inside, nothing is recorded
         self.record("input", "input", (), inputs)
 
     def record(self, name: str, kind: Any, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:  # noqa: ANN401
-        """Note a call; its outputs are its own from now on."""
+        """Record a call as the latest one that made or changed the output tensors."""
         sources = [self._made_by.get(t) for t in inputs if isinstance(t, Tensor)]
         known = tuple(dict.fromkeys(index for index in sources if index is not None))
         self.calls.append(Call(name, kind, known))
@@ -73,7 +75,7 @@ class _Recorder(TorchFunctionMode):
             if isinstance(tensor, Tensor):
                 self._made_by[tensor] = len(self.calls) - 1
 
-    def __torch_function__(  # what torch calls, with whatever a function takes
+    def __torch_function__(  # torch calls this instead of each of its functions
         self,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -85,12 +87,11 @@ class _Recorder(TorchFunctionMode):
             name = plain_name(func)
             inputs = tree_leaves(value_arguments(name, (*args, kwargs or {})))
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            self.record(name, kind_of_operation(name) if made else "ask", inputs, made)
+            self.record(name, kind_of_operation(name) if made else "query", inputs, made)
         return output
 
-    @contextmanager
-    def watched(self, name: str, module: nn.Module) -> Generator[None]:
-        """Take the calls of a module as wholes while the block runs."""
+    def register_hooks(self, name: str, module: nn.Module) -> tuple[RemovableHandle, ...]:
+        """Record each call of a leaf module as one call; return the handles of the hooks."""
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
             self._depth += 1
@@ -101,12 +102,7 @@ class _Recorder(TorchFunctionMode):
                 inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(output)
                 self.record(name, kind_of_module(module), inputs, outputs)
 
-        handles = (
+        return (
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave, with_kwargs=True),
         )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
