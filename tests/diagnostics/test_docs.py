@@ -9,7 +9,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["diagnostics.md", "probe.md"])
+@pytest.mark.parametrize("page", ["analyses.md", "diagnostics.md", "probe.md"])
 def test_the_examples_run_and_print_what_stands_below(page, capsys):
     namespace = {}
     text = (DOCS / page).read_text()

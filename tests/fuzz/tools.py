@@ -267,6 +267,42 @@ def lipschitz(bench):
     )
 
 
+@tool("hessian_norms", measures=True)
+def hessians(bench):
+    nk.standardize_weights_(bench.model, lambda _, name: name.endswith("stage1.0.conv1"))
+    return lambda: nk.hessian_norms(
+        bench.model,
+        bench.data(),
+        num_filters=1,
+        num_probes=1,
+        loss=bench.loss,
+        forward=bench.forward,
+    )
+
+
+@tool("projected_updates", measures=True)
+def steps(bench):
+    nk.standardize_weights_(bench.model, lambda _, name: name.endswith("conv1"))
+    return lambda: nk.projected_updates(
+        bench.model, bench.data(), loss=bench.loss, forward=bench.forward
+    )
+
+
+@tool("similarity_propagation", measures=True)
+def similarity(bench):
+    return lambda: nk.similarity_propagation(bench.model, bench.data(), forward=bench.forward)
+
+
+@tool("output_bound", measures=True)
+def bounds(bench):
+    return lambda: nk.output_bound(bench.model, bench.data(), forward=bench.forward)
+
+
+@tool("singularity_ratio", measures=True)
+def singularity(bench):
+    return lambda: nk.singularity_ratio(bench.model, where=lambda *_: bench.calls() or True)
+
+
 @tool("gradient_landscape", protocol="along_gradient", measures=True)
 @tool("gradient_landscape", protocol="multi_lr", measures=True)
 def landscape(bench, protocol):
