@@ -153,7 +153,8 @@ def recommend(
     names = steps[max(step for step in steps if step <= nearest)]
     if pretrained:
         names = ("bn kept" if nearest >= MOVING else "bn frozen", *_keeping_first(names))
-    return Recommendations(_recommendation(CANDIDATES[n], task, nearest, pretrained) for n in names)
+    found = (_recommendation(CANDIDATES[n], task, (size, nearest), pretrained) for n in names)
+    return Recommendations(found)
 
 
 def _keeping_first(names: tuple[str, ...]) -> list[str]:
@@ -163,15 +164,17 @@ def _keeping_first(names: tuple[str, ...]) -> list[str]:
 
 
 def _recommendation(
-    found: Candidate, task: Task, batch_size: int, pretrained: bool
+    found: Candidate, task: Task, sizes: tuple[int, int], pretrained: bool
 ) -> Recommendation:
-    spec = NormSpec.parse(found.spec_for(batch_size))
+    """Recommend a norm for a batch size, by what was measured at the nearest."""
+    size, nearest = sizes
+    spec = NormSpec.parse(found.spec_for(size))
     warns = pretrained and not found.keeps_function
     return Recommendation(
         spec=spec,
         apply=_calibrated(found.apply, warns).format(spec=spec),
         why=found.why,
-        evidence=tuple(found.evidence(task, batch_size)),
+        evidence=tuple(found.evidence(task, nearest)),
         limits=f"{RETRAINED}; {found.limits}" if warns else found.limits,
         keeps_function=found.keeps_function,
     )
