@@ -43,6 +43,7 @@ from normkit.version import __version__
 if TYPE_CHECKING:
     from normkit import weights
     from normkit.advice import Finding, Recommendation, recommend, validate
+    from normkit.by_batch_size import FourThings, four_things
     from normkit.convert import (
         Conversion,
         convert_norm,
@@ -104,6 +105,10 @@ LATER = {
         "Recommendation",
         "recommend",
         "validate",
+    ),
+    "normkit.by_batch_size": (
+        "FourThings",
+        "four_things",
     ),
     "normkit.convert": (
         "Conversion",
@@ -208,6 +213,7 @@ __all__ = [
     "Explanation",
     "Finding",
     "Folding",
+    "FourThings",
     "GeneralBatchGroupNorm",
     "GhostBatchNorm",
     "GradientLandscape",
@@ -258,6 +264,7 @@ __all__ = [
     "estimation_shift",
     "explain",
     "fold",
+    "four_things",
     "freeze_statistics",
     "functional",
     "gradient_landscape",

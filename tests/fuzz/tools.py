@@ -95,6 +95,29 @@ def convert_a_copy(bench):
     return lambda: nk.convert_norm(bench.model, {"stem": "gn:2"}, calibrate=bench.data())
 
 
+@tool("four_things", size=2)
+@tool("four_things", size=8)
+def recipe(bench, size):
+    example = bench.batches[0][0]
+    return lambda: nk.four_things(
+        bench.model, size, where=bench.where, optimizer=bench.optimizer, example_input=example
+    )
+
+
+@tool("FourThings.revert")
+def revert_recipe(bench):
+    done = nk.four_things(bench.model, 2, optimizer=bench.optimizer)
+    bench.train()
+    bench.watched.append(done)
+    return done.revert
+
+
+@tool("FourThings.param_groups", measures=True)
+def recipe_groups(bench):
+    done = nk.four_things(bench.model, 2)
+    return lambda: done.param_groups(0.1)
+
+
 @tool("place_xbn_")
 def xbn(bench):
     return lambda: nk.place_xbn_(bench.model, norm="gn:2+ws", stem=True, optimizer=bench.optimizer)

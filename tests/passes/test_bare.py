@@ -43,6 +43,7 @@ TOOLS = {
     "bake_weights_": nk.bake_weights_,
     "standardize_weights_": nk.standardize_weights_,
     "convert_norm_": lambda net: nk.convert_norm_(net, "gn:4"),
+    "four_things": lambda net: nk.four_things(net, 8),
     "fold": lambda net: nk.fold(net, X),
     "guard_statistics_": nk.guard_statistics_,
     "place_xbn_": nk.place_xbn_,
