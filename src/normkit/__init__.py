@@ -96,7 +96,7 @@ if TYPE_CHECKING:
         set_example_weight,
         thaw_statistics,
     )
-    from normkit.tune import Tuning, tune_example_weight
+    from normkit.tune import Tuning, WeightCurve, example_weight_curve, tune_example_weight
     from normkit.weights import bake_weights_, standardize_weights_
 
 LATER = {
@@ -170,6 +170,8 @@ LATER = {
     ),
     "normkit.tune": (
         "Tuning",
+        "WeightCurve",
+        "example_weight_curve",
         "tune_example_weight",
     ),
     "normkit.weights": (
@@ -249,6 +251,7 @@ __all__ = [
     "Synchronization",
     "TraceError",
     "Tuning",
+    "WeightCurve",
     "WeightError",
     "__version__",
     "accumulate_statistics",
@@ -262,6 +265,7 @@ __all__ = [
     "diagnose",
     "disturb_statistics",
     "estimation_shift",
+    "example_weight_curve",
     "explain",
     "fold",
     "four_things",

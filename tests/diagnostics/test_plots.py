@@ -46,6 +46,7 @@ RESULTS = {
     "a probe's history": lambda: probed().history,
     "a probe's record": lambda: probed().records[0],
     "tune_example_weight": lambda: nk.tune_example_weight(net(), PAIRS, grid=(0.1,)),
+    "example_weight_curve": lambda: nk.example_weight_curve(net(), PAIRS, grid=(0.1,)),
     "diagnose": lambda: nk.diagnose(net(), PAIRS * 2, PAIRS * 2),
 }
 

@@ -238,6 +238,17 @@ def tune(bench, per_layer):
     )
 
 
+@tool("example_weight_curve", measures=True)
+def curve(bench):
+    return lambda: nk.example_weight_curve(
+        bench.model,
+        bench.data(),
+        grid=(0, 0.5),
+        train_batches=bench.data(),
+        forward=bench.forward,
+    )
+
+
 @tool("Tuning.undo")
 def undo_tuning(bench):
     found = nk.tune_example_weight(bench.model, bench.data(), grid=(0, 0.5), refine=False)

@@ -38,6 +38,7 @@ TOOLS = {
     "accumulate_statistics": lambda net: opened(nk.accumulate_statistics(net, 2)),
     "synchronize_": nk.synchronize_,
     "tune_example_weight": lambda net: nk.tune_example_weight(net, PAIRS),
+    "example_weight_curve": lambda net: nk.example_weight_curve(net, PAIRS),
     "diagnose": lambda net: nk.diagnose(net, PAIRS, PAIRS),
     "param_groups": lambda net: nk.param_groups(net, 0.1),
     "bake_weights_": nk.bake_weights_,
