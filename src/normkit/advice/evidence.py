@@ -116,7 +116,7 @@ def other_tasks(batch_size: int) -> Iterator[Evidence]:
     """The other task of Zhou et al. at this batch size, with the groups that they took there."""
     if batch_size in ZHOU_OTHERS:
         place, setting, numbers = ZHOU_OTHERS[batch_size]
-        values = dict(zip(("BGN", "BN", "GN"), numbers, strict=True))
+        values: dict[str, str] = dict(zip(("BGN", "BN", "GN"), numbers, strict=True))
         yield Evidence(source=ZHOU, place=place, setting=setting, metric=ACCURACY, values=values)
 
 
