@@ -14,7 +14,7 @@ from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.arms import ARMS
 from normkit.lab.changes import WEIGHTS
-from normkit.lab.data import READERS
+from normkit.lab.data import FOLDERS, READERS
 from normkit.lab.models import ARCHITECTURES
 from normkit.recipes import METHODS
 
@@ -51,7 +51,7 @@ class List:
         names = {
             "norms": list(METHODS),
             "weights": [f"+{name}" for name in WEIGHTS],
-            "data": list(READERS),
+            "data": [*READERS, *FOLDERS],
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
         if self.json_output:
