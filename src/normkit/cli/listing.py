@@ -1,6 +1,8 @@
 """`normkit list`: what can be named on the command line."""
 
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -60,8 +62,12 @@ class List:
             return
         print_methods()
         print_arms()
-        lines = (f"{kind}: {', '.join(known)}" for kind, known in names.items())
-        sys.stdout.write("\n".join(lines) + "\n")
+        width = shutil.get_terminal_size().columns
+        for kind, known in names.items():
+            line = f"{kind}: {', '.join(known)}"
+            sys.stdout.write(
+                textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+            )
 
 
 def print_methods() -> None:
