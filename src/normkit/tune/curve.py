@@ -202,7 +202,7 @@ def example_weight_curve(
         own=_own_point(own, tried, scores, sweep),
         num_layers=len(layers.named),
         num_examples=scores.shape[-1],
-        left=unmeasured(copied, dict.fromkeys(_groups(copied), UNTRACKED) | layers.left),
+        left=unmeasured(copied, dict.fromkeys(untracked_groups(copied), UNTRACKED) | layers.left),
     )
 
 
@@ -239,7 +239,7 @@ def _own_point(own: Weights, tried: Sequence[float], scores: Tensor, sweep: Swee
 UNTRACKED = "it has no running statistics; with train_batches= they are measured"
 
 
-def _groups(model: nn.Module) -> dict[str, int]:
+def untracked_groups(model: nn.Module) -> dict[str, int]:
     """Groups of the group norms that have no running statistics."""
     return {
         name: module.num_groups
@@ -255,7 +255,7 @@ def _track_(model: nn.Module, train_batches: Iterable[Any], forward: Forward | N
     Raises:
         OptionError: If there is none, or the model is itself one.
     """
-    found = _groups(model)
+    found = untracked_groups(model)
     if not found or "" in found:
         has = "is itself a group norm" if found else "has no group norm without running statistics"
         raise OptionError(
