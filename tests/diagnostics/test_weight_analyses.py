@@ -290,3 +290,33 @@ def test_options_that_break_a_rule_are_refused(pairs):
         nk.singularity_ratio(nn.ReLU())
     with pytest.raises(OptionError, match=r"where= chooses none of the 2 layers"):
         nk.singularity_ratio(model, where=lambda _m, _n: False)
+
+
+class Twice(nn.Module):
+    """Calls one convolution twice in a forward, so that its weight is computed once for both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.head = nn.Linear(18, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(self.norm(self.conv(x)).tanh())).tanh().flatten(1))
+
+
+def test_a_layer_that_is_called_twice_gets_the_gradient_of_both_calls(pairs):
+    """A step of the raw weight, taken by hand, turns its filters as far as it says."""
+    model = Twice().double()
+    nk.standardize_weights_(model, eps=1e-12)
+    raw = model.conv.parametrizations.weight.original
+    x, target = pairs[0]
+    loss = nn.functional.cross_entropy(model(x), target)
+    (grad,) = torch.autograd.grad(loss, raw)
+    with torch.no_grad():
+        before, after = (d.centred(w.flatten(1)) for w in (raw, raw - 0.1 * grad))
+    angles = [d.degrees(a, b) for a, b in zip(before, after, strict=True)]
+    (row,) = nk.projected_updates(model, pairs[:1], rate=0.1).layers
+    assert row.standardized_degrees == pytest.approx(sum(angles) / 2, rel=1e-6)
+    hessian = nk.hessian_norms(model, pairs[:1], num_filters=1, num_probes=1).layers[0]
+    assert hessian.least_reduction <= hessian.reduction

@@ -26,10 +26,10 @@ from normkit.layers.parts import Part
 from normkit.passes import (
     Data,
     Forward,
+    as_list,
     bare,
     changes_nothing,
     forward_batch,
-    require_batches,
     untouched,
 )
 
@@ -127,7 +127,7 @@ def output_bound(
     Args:
         model: Has norms of torch or normkit. Composites are measured by the norms inside of them.
         batches: Inputs, ``(inputs, target)`` or dicts of arguments, of the size that they have in
-            training: the bound depends on it.
+            training: the bound depends on it. Read once and kept.
         where: ``where(layer, name)`` says which norms are meant; by default all.
         forward: ``forward(model, batch)`` for batches of another form.
 
@@ -160,8 +160,7 @@ def output_bound(
     layers = chosen(norms, where)
     left = {name: why for name, layer in layers.items() if (why := why_unbounded(layer))}
     layers = {name: layer for name, layer in layers.items() if name not in left}
-    data = Data(batches=list(Data(batches=batches).read()), forward=forward or forward_batch)
-    require_batches(len(data.batches))  # type: ignore[arg-type]
+    data = Data(batches=as_list(batches), forward=forward or forward_batch)
     in_training, at_evaluation = ({n: Reach() for n in layers} for _ in range(2))
     missed: Missed = {}
     for is_training, reaches in ((True, in_training), (False, at_evaluation)):
@@ -272,7 +271,7 @@ def _see(layer: nn.Module, reach: Reach, x: Tensor, valid: Tensor | None = None)
         counted = valid.expand_as(x).flatten()
     counts = torch.bincount(ids[counted], minlength=int(ids.max()) + 1)
     if evaluates_by_running(layer):
-        results = at_evaluation(layer, wide).flatten()
+        results = evaluated(layer, wide).flatten()
     else:
         results = by_definition(wide.flatten(), ids, counts, counted, _eps(layer))
     reach.add(results[counted], counts[ids][counted])
@@ -299,7 +298,7 @@ def by_definition(x: Tensor, ids: Tensor, counts: Tensor, counted: Tensor, eps: 
     return centred / (mean(centred.square())[ids] + eps).sqrt()
 
 
-def at_evaluation(layer: nn.Module, x: Tensor) -> Tensor:
+def evaluated(layer: nn.Module, x: Tensor) -> Tensor:
     """What a norm makes of its input at evaluation, without scale and shift."""
     if isinstance(layer, NormLayer):
         kept = dict(layer._parameters)
