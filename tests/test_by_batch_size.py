@@ -125,7 +125,7 @@ def test_a_dry_run_changes_nothing_and_an_optimizer_follows():
     before = list(model.modules())
     plan = nk.four_things(model, 2, dry_run=True)
     assert list(model.modules()) == before
-    assert "norms would become gbgn:max=32" in str(plan)
+    assert "combined: would be done: norms would become gbgn:max=32" in str(plan)
     assert plan.revert() is model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     nk.four_things(model, 8, optimizer=optimizer, ghost_batch_size=2)

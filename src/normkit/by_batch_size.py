@@ -22,7 +22,9 @@ from normkit.param_groups import param_groups
 from normkit.passes import all_or_nothing
 from normkit.tracing import require_bare
 
-State = Literal["done", "left to you", "not used"]
+State = Literal["done", "would be done", "left to you", "not used"]
+Doing = tuple[State, str]
+"""State of what is done to the norms, and what they do: become, or would become, others."""
 Where = Callable[[nn.Module, str], bool]
 KINDS = (_BatchNorm, nn.GroupNorm, BatchNorm, GhostBatchNorm, GeneralBatchGroupNorm, GroupNorm)
 """Norms that the recipe replaces; others are no batch norms and stay."""
@@ -53,7 +55,8 @@ class Thing:
 
     Args:
         name: What it is.
-        state: Whether it is done, left to the user, or not used at this batch size.
+        state: Whether it is done (in a dry run: would be), left to the user, or not used at this
+            batch size.
         what: What was done, what to do, or why not.
     """
 
@@ -206,7 +209,7 @@ def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion ne
         dry_run=dry_run,
     )
     decays, decay = _decay(conversion.model, example_input)
-    verb = "would become" if dry_run else "became"
+    doing: Doing = ("would be done", "would become") if dry_run else ("done", "became")
     return FourThings(
         model=conversion.model,
         batch_size=batch_size,
@@ -214,9 +217,9 @@ def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion ne
         source=source,
         things=(
             _weighing(norm),
-            _ghost(norm, spec, batch_size, verb),
+            _ghost(norm, spec, batch_size, doing),
             decay,
-            _combined(norm, spec, batch_size, verb),
+            _combined(norm, spec, batch_size, doing),
         ),
         conversion=conversion,
         decays_norms=decays,
@@ -294,24 +297,26 @@ def _weighing(norm: Norm) -> Thing:
     return Thing(name=name, state="left to you", what=what)
 
 
-def _ghost(norm: Norm, spec: str, batch_size: int, verb: str) -> Thing:
+def _ghost(norm: Norm, spec: str, batch_size: int, doing: Doing) -> Thing:
+    state, verb = doing
     name = "ghost batch norm"
     if norm != "ghost":
         why = f"batches of {batch_size} are too small for parts of them"
         return Thing(name=name, state="not used", what=why)
     size = int(spec.partition(":")[2])
     what = f"norms {verb} {spec}, statistics of {size} of {batch_size} examples; tune the size"
-    return Thing(name=name, state="done", what=what)
+    return Thing(name=name, state=state, what=what)
 
 
-def _combined(norm: Norm, spec: str, batch_size: int, verb: str) -> Thing:
+def _combined(norm: Norm, spec: str, batch_size: int, doing: Doing) -> Thing:
+    state, verb = doing
     name = "batch and group norm combined"
     if norm == "batch and group":
         what = f"norms {verb} {spec}, statistics of groups of channels over all {batch_size}"
-        return Thing(name=name, state="done", what=what)
+        return Thing(name=name, state=state, what=what)
     if norm == "group":
         why = f"there is one example, so norms {verb} {spec}: groups of its channels alone"
-        return Thing(name=name, state="done", what=why)
+        return Thing(name=name, state=state, what=why)
     return Thing(name=name, state="not used", what="the batch is large enough for each channel")
 
 
