@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,13 @@ class _File(NamedTuple):
     label: int
 
 
-def read_folder(folder: Path, limit: int | None = None, side: int | None = None) -> Dataset[Split]:
+def read_folder(
+    folder: Path,
+    limit: int | None = None,
+    side: int | None = None,
+    *,
+    holds_out: bool = True,
+) -> Dataset[Split]:
     """Read class folders, with or without ``train``, ``val`` and ``test`` folders above them.
 
     Where there is no test folder a fifth of each class is held out, and where there is no
@@ -46,6 +52,8 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
         limit: Training examples to keep, ``None`` for all.
         side: Height and width of what the network gets; by default the pictures' own if they all
             have one size, else 224.
+        holds_out: Hold out what is missing. Otherwise all training pictures train, and the one
+            other folder is validation and test in one, as papers use ImageNet's.
 
     Raises:
         DataError: If there are no pictures, fewer than two classes, a class is in one part and
@@ -63,7 +71,34 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
     classes = _classes(roots)
     reading = _Reading(folder)
     parts = {part: reading.part(_files(root, classes)) for part, root in roots.items()}
+    if not holds_out and len(parts) == 2:
+        other = parts.get("validation") or parts["test"]
+        parts |= {"validation": other, "test": other}
     return _dataset(reading, reading.same_channels(parts), limit, side)
+
+
+def read_classes(
+    folder: Path, side: int, leave_out: Collection[str] = ()
+) -> tuple[Pictures | Streamed, str, tuple[str, ...]]:
+    """Read class folders as one split that nothing is held out of.
+
+    Args:
+        folder: Holds a folder for each class.
+        side: Height and width of what the network gets.
+        leave_out: Folders that are no class.
+
+    Returns:
+        The pictures, a fingerprint of them, and notes on those that cannot be read.
+
+    Raises:
+        DataError: As ``read_folder`` does.
+    """
+    classes = [name for name in _classes({"train": folder}) if name not in leave_out]
+    reading = _Reading(folder)
+    part = reading.same_channels({"train": reading.part(_files(folder, classes))})["train"]
+    num_channels = next(iter(part.shapes))[0]
+    split = _split(part, (num_channels, side, side))
+    return split, reading.digest.hexdigest()[:12], reading.notes
 
 
 def _part(folder: Path, names: Sequence[str]) -> Path | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from normkit.lab.data.dataset import Dataset, Examples, Split, loaded
 from normkit.lab.data.folder import PREFIX, read_folder
 from normkit.lab.data.given import read_given
+from normkit.lab.data.published import opened
 from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
@@ -15,8 +16,8 @@ def open_data(text: str, limit: int | None = None, side: int | None = None) -> D
     """Open a data set, split and scaled.
 
     Args:
-        text: A name such as ``digits``; ``folder:PATH`` with a folder for each class; or
-            ``FILE.py:FUNCTION``, a function without arguments that gives data sets.
+        text: A name such as ``digits`` or ``imagenet``; ``folder:PATH`` with a folder for each
+            class; or ``FILE.py:FUNCTION``, a function without arguments that gives data sets.
         limit: Training examples to keep, ``None`` for all.
         side: Height and width of what a network gets, for folders and functions; by default the
             pictures' own.
@@ -32,7 +33,8 @@ def open_data(text: str, limit: int | None = None, side: int | None = None) -> D
         with users_errors(text):
             given = make() if callable(make) else make
         return read_given(given, text.rpartition("/")[2], limit, side)
-    return read(text, limit)
+    found = opened(text, limit, side)
+    return read(text, limit) if found is None else found
 
 
 @lru_cache(maxsize=1)

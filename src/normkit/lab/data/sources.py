@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data.dataset import Dataset, Pictures, assembled, fingerprint_of
+from normkit.lab.data.dataset import Dataset, Pictures, Split, assembled, fingerprint_of
 from normkit.lab.data.idx import read_idx
 from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
@@ -20,14 +20,19 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dat
 
 
 class Source(NamedTuple):
-    """Pictures of a data set, and its own test split if it has one."""
+    """Pictures of a data set, and its own test and validation splits if it has some."""
 
     pictures: Pictures
     test: Pictures | None
+    validation: Pictures | None = None
 
 
 Reader = Callable[[], Source]
 READERS: dict[str, Reader] = {}
+
+Opener = Callable[[int | None, int | None], Dataset[Split]]
+FOLDERS: dict[str, Opener] = {}
+"""Data sets in folders of :func:`data_folder`: from a limit and a side, as ``open_data`` takes."""
 
 
 def reader(name: str) -> Callable[[Reader], Reader]:
@@ -55,11 +60,13 @@ def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
     """
     if name not in READERS:
         raise SpecError(
-            f"there is no data set {printable(name)!r}; known are {', '.join(READERS)}, "
+            f"there is no data set {printable(name)!r}; known are "
+            f"{', '.join([*READERS, *FOLDERS])}, "
             f"folder:PATH with a folder for each class, and FILE.py:FUNCTION that makes data sets"
         )
-    pictures, test = READERS[name]()
-    parts = {"train": pictures} | ({} if test is None else {"test": test})
+    source = READERS[name]()
+    own = {"validation": source.validation, "test": source.test}
+    parts = {"train": source.pictures} | {part: p for part, p in own.items() if p is not None}
     return assembled(name, parts, fingerprint_of([*parts.values()]), limit)
 
 
@@ -79,26 +86,26 @@ def digits() -> Source:
 def fashion_mnist() -> Source:
     """70000 grey 28x28 pictures of clothes: Debian's files if installed, else a download."""
     if not FASHION_MNIST_FOLDER.is_dir():
-        return _from_torchvision("FashionMNIST")
+        return from_torchvision("FashionMNIST")
     return Source(_idx_pictures("train"), _idx_pictures("t10k"))
 
 
 @reader("cifar10")
 def cifar10() -> Source:
     """60000 colour 32x32 pictures in 10 classes."""
-    return _from_torchvision("CIFAR10")
+    return from_torchvision("CIFAR10")
 
 
 @reader("cifar100")
 def cifar100() -> Source:
     """60000 colour 32x32 pictures in 100 classes."""
-    return _from_torchvision("CIFAR100")
+    return from_torchvision("CIFAR100")
 
 
 @reader("svhn")
 def svhn() -> Source:
     """99289 colour 32x32 house numbers."""
-    return _from_torchvision("SVHN")
+    return from_torchvision("SVHN")
 
 
 def _idx_pictures(part: str) -> Pictures:
@@ -107,22 +114,36 @@ def _idx_pictures(part: str) -> Pictures:
     return _pictures(images[:, None].numpy(), labels.numpy())
 
 
-def _from_torchvision(name: str) -> Source:
+def from_torchvision(name: str) -> Source:
+    """Training and test pictures of one of torchvision's data sets.
+
+    Raises:
+        DataError: If it is not there and cannot be downloaded.
+    """
+    # SVHN names its parts, the others say whether they train
+    return Source(*parts_of(name, *(_SVHN_PARTS if name == "SVHN" else _TRAIN_FLAGS)))
+
+
+def parts_of(name: str, *parts: Mapping[str, object]) -> Iterator[Pictures]:
+    """Read parts of one of torchvision's data sets, each by the options that name it.
+
+    Raises:
+        DataError: If one is not there and cannot be downloaded.
+    """
     register_missing_operators()
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)
     folder = data_folder()
-    # SVHN names its parts, the others say whether they train
-    parts = ({"split": "train"}, {"split": "test"}) if name == "SVHN" else _TRAIN_FLAGS
     try:
-        train, test = (dataset(folder, download=True, **part) for part in parts)
+        for part in parts:
+            yield _torchvision_pictures(dataset(folder, download=True, **part))
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{name} is not in {folder} and cannot be downloaded ({error}); connect to the "
             f"network, or copy torchvision's files there, or set {FOLDER_VARIABLE} to their folder"
         ) from error
-    return Source(_torchvision_pictures(train), _torchvision_pictures(test))
 
 
+_SVHN_PARTS = ({"split": "train"}, {"split": "test"})
 _TRAIN_FLAGS = ({"train": True}, {"train": False})
 
 
