@@ -19,8 +19,9 @@ from normkit.lab.data.opening import forget_data
 from normkit.lab.data.views import at_size
 from normkit.lab.records import TrainingRecord, read_records, sources_of
 from normkit.lab.spec import Protocol, TrainingSpec
-from normkit.lab.train import Upkeep, run
+from normkit.lab.train import run
 from normkit.lab.user_code import load_function, name_of, source_hash
+from normkit.lab.work import Upkeep
 from pictures import fill
 
 ONE = {"norms": "bn", "batch_sizes": 8, "seeds": 1, "recipe": Recipe(epochs=1), "limit": 40}

@@ -16,7 +16,8 @@ from normkit.cli.app import run as command
 from normkit.errors import PackageError, SpecError
 from normkit.lab.loggers import Logger, require_loggers
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.train import Upkeep, run
+from normkit.lab.train import run
+from normkit.lab.work import Upkeep
 
 STEPS = [4, 8, 12]  # of the optimizer, at the end of each epoch
 

@@ -15,7 +15,8 @@ from normkit.cli import main
 from normkit.lab.records import TrainingRecord, read_records
 from normkit.lab.resume import Checkpoint
 from normkit.lab.spec import Protocol, TrainingSpec
-from normkit.lab.train import Upkeep, run
+from normkit.lab.train import run
+from normkit.lab.work import Upkeep
 
 PROTOCOLS = {
     "sgd": Protocol(model="small-resnet:width=4", limit=60, epochs=3),

@@ -8,8 +8,10 @@ import pytest
 
 from normkit.errors import DataError, SpecError
 from normkit.lab import sweep as sweep_module
+from normkit.lab.check import check, num_steps
 from normkit.lab.records import TrainingRecord, missing_runs, read_records
-from normkit.lab.sweep import check, num_steps, run_all
+from normkit.lab.sweep import run_all
+from normkit.lab.train import TRAINING
 
 
 class Notes:
@@ -34,7 +36,7 @@ def test_records_are_on_the_disk_before_they_are_told_of(sweep, tmp_path):
             super().on_record(record)
 
     notes = Checking()
-    run_all(sweep.runs(), tmp_path, 1, notes)
+    run_all(sweep.runs(), tmp_path, 1, notes, TRAINING)
     assert len(notes.records) == 8
 
 
@@ -53,7 +55,7 @@ def test_workers_give_the_outcomes_that_this_process_gives(sweep, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     for folder, num_workers in ((here, 1), (there, 2)):
         folder.mkdir()
-        run_all(sweep.runs()[:4], folder, num_workers, Notes())
+        run_all(sweep.runs()[:4], folder, num_workers, Notes(), TRAINING)
     outcomes = [
         {r.spec.key: r.outcome for r in read_records(folder, TrainingRecord).records}
         for folder in (here, there)
@@ -73,13 +75,13 @@ def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(sweep, tmp_path
     many = sweep.protocol.model_copy(update={"epochs": 10**6})
     slow = sweep.runs()[0].model_copy(update={"protocol": many})
     notes = Killing()
-    run_all([slow, slow, sweep.runs()[1]], tmp_path, 2, notes)
+    run_all([slow, slow, sweep.runs()[1]], tmp_path, 2, notes, TRAINING)
     assert [r.outcome.status for r in notes.records] == ["failed", "failed", "finished"]
     assert "the worker process ended with exit code -9" in notes.records[0].outcome.message
 
 
 def test_the_expected_steps_are_the_steps_that_are_done(sweep, tmp_path):
-    run_all(sweep.runs()[:1], tmp_path, 1, Notes())
+    run_all(sweep.runs()[:1], tmp_path, 1, Notes(), TRAINING)
     done = read_records(tmp_path, TrainingRecord).records[0].outcome.num_steps
     assert num_steps(sweep.runs()[0], len(check(sweep).train)) == done == 4
 
@@ -90,6 +92,7 @@ from pathlib import Path
 from normkit.lab.records import TrainingRecord, missing_runs, read_records
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.sweep import run_all
+from normkit.lab.train import TRAINING
 
 class Silent:
     def on_steps(self, spec, num_steps): pass
@@ -101,7 +104,7 @@ if __name__ == "__main__":
     sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(2,), seeds=tuple(range(6)))
     missing = missing_runs(sweep.runs(), read_records(folder, TrainingRecord).records)
     print("missing", len(missing), flush=True)
-    run_all(missing, folder, int(sys.argv[2]), Silent())
+    run_all(missing, folder, int(sys.argv[2]), Silent(), TRAINING)
 """
 
 

@@ -12,10 +12,10 @@ from normkit.errors import SpecError
 from normkit.lab import start, train
 from normkit.lab.data import Examples
 from normkit.lab.device import parse_device
-from normkit.lab.loop import Loop
+from normkit.lab.evaluation import evaluate
+from normkit.lab.loop import Loop, num_steps_per_epoch, own_parts
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.steps import batches, evaluate, num_steps_per_epoch
 from normkit.lab.train import run
 
 
@@ -135,7 +135,7 @@ def test_the_last_batch_is_kept_unless_it_is_a_single_example(
     num_examples, batch_size, steps, dropped
 ):
     assert num_steps_per_epoch(num_examples, batch_size) == steps
-    kept = sum(map(len, batches(torch.arange(num_examples), batch_size)))
+    kept = sum(map(len, own_parts(torch.arange(num_examples), batch_size, 0, 1)))
     assert num_examples - kept == dropped
 
 

@@ -18,16 +18,18 @@ from normkit.cli.shared import (
     flag,
     print_json,
     require_counts,
+    require_seconds,
     tell_of_corrupt_lines,
     whole_numbers,
 )
 from normkit.cli.tables import print_estimates, print_tables
 from normkit.errors import SpecError
 from normkit.lab.arms import parse_arms
+from normkit.lab.check import check
 from normkit.lab.config import sweep_of
 from normkit.lab.device import parse_device
 from normkit.lab.dry_run import estimate
-from normkit.lab.experiment import Result, Way, perform
+from normkit.lab.experiment import Result, perform
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import is_spoken_for, num_launched
 from normkit.lab.loggers import require_loggers
@@ -35,8 +37,7 @@ from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
 from normkit.lab.resume import SECONDS
 from normkit.lab.spec import SweepSpec
-from normkit.lab.sweep import check
-from normkit.lab.train import Upkeep
+from normkit.lab.work import Upkeep, Way
 
 EXIT_FAILED_RUNS = 1
 DEFAULTS = {"norms": "bn,gn:8,bgn:auto", "batch_sizes": "2,8,32", "seeds": "1,2,3"}
@@ -125,10 +126,7 @@ class Compare(RecipeOptions):
         require_counts(self, "workers", at_most=MAX_PROCESSES)
         loggers = tuple(name.strip() for name in self.loggers.split(",") if name.strip())
         require_loggers(loggers)
-        if not self.checkpoint_seconds >= 0:
-            raise SpecError(
-                f"--checkpoint-seconds was given {self.checkpoint_seconds}; give 0 or more"
-            )
+        require_seconds("--checkpoint-seconds", self.checkpoint_seconds)
         if not 0 <= self.data_workers <= MAX_PROCESSES:
             raise SpecError(
                 f"--data-workers was given {self.data_workers}; give 0 to {MAX_PROCESSES}"

@@ -1,15 +1,23 @@
 """`normkit reproduce`: figures of the papers at small scale, and whether their claims held."""
 
 import sys
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from normkit.cli.shared import print_json, tell_of_corrupt_lines
+from normkit.cli.shared import (
+    MAX_PROCESSES,
+    print_json,
+    require_counts,
+    require_seconds,
+    tell_of_corrupt_lines,
+)
 from normkit.errors import SpecError
+from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.records import RECORDS_NAME, read_records
 from normkit.lab.reproduce import (
@@ -28,7 +36,10 @@ from normkit.lab.reproduce import (
     run_missing,
     write_result,
 )
-from normkit.lab.reproduce.records import PresetRecord
+from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec
+from normkit.lab.resume import SECONDS
+from normkit.lab.sweep import reached
+from normkit.lab.work import Upkeep, Way
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")
@@ -51,6 +62,14 @@ class Reproduce:
     """Folder for records.jsonl, and for each preset reproduce-NAME.json and its figure."""
     figure: Literal["svg", "png", "pdf"] = "svg"
     """What the figure is written as."""
+    device: str = "cpu"
+    """Where each run computes: auto, cpu or cuda."""
+    workers: int | None = None
+    """Runs at once; as many as the machine has room for if not given."""
+    cluster: Literal["ray"] | None = None
+    """Do the runs on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
+    checkpoint_seconds: float = SECONDS
+    """Time between two checkpoints of a run, from which it goes on after it was killed."""
     list_presets: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
     """List the presets and the claims of each, and run nothing."""
     report: Flag = False
@@ -77,8 +96,17 @@ class Reproduce:
         elif self.list_presets or not presets:
             self._print_list(presets or tuple(PRESETS.values()))
         else:
-            self._print([self._reproduced(preset) for preset in presets])
+            self._way(self.out)  # bad input is found before a folder is made
+            parse_device(self.device)
+            with reached(self.cluster):
+                self._print([self._reproduced(preset) for preset in presets])
         return 0
+
+    def _way(self, folder: Path) -> Way:
+        require_counts(self, "workers", at_most=MAX_PROCESSES)
+        require_seconds("--checkpoint-seconds", self.checkpoint_seconds)
+        upkeep = Upkeep(folder=folder, checkpoint_seconds=self.checkpoint_seconds)
+        return Way(out=folder, num_workers=self.workers, upkeep=upkeep, cluster=self.cluster)
 
     def _presets(self) -> tuple[Preset, ...]:
         """The presets that were named, each once; with ``all`` those that have the scale."""
@@ -98,7 +126,14 @@ class Reproduce:
         names = (f"reproduce-{preset.name}{suffix}" for suffix in (".json", f".{self.figure}"))
         folder = usable_folder(self.out, RECORDS_NAME, *names)
         tell_of_corrupt_lines(read_records(folder, PresetRecord), folder / RECORDS_NAME)
-        records = run_missing(preset, self.scale, folder, _Lines(preset.name))
+        records = run_missing(
+            preset,
+            self.scale,
+            folder,
+            lambda specs: _Lines(preset.name, len(specs)),
+            self._way(folder),
+            str(parse_device(self.device)),
+        )
         path = write_result(folder, conclude(preset, self.scale, records))
         picture = path.with_suffix(f".{self.figure}")
         preset.write_figure(measured(records), picture)
@@ -129,14 +164,21 @@ class _Lines:
     """Says of each run that ends how many are done and about how long the rest takes."""
 
     name: str
-    seconds: float = 0.0
+    total: int
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
 
-    def __call__(self, record: PresetRecord, done: int, total: int) -> None:
-        self.seconds += record.cpu_time_s
-        rest = self.seconds / done * (total - done)
+    def on_steps(self, spec: PresetSpec, num_steps: int) -> None:
+        """Say nothing of single steps."""
+
+    def on_record(self, record: PresetRecord) -> None:
+        """Write a line."""
+        self.done += 1
+        rest = (time.monotonic() - self.started) / self.done * (self.total - self.done)
         sys.stderr.write(
-            f"{self.name}: {done} of {total} runs ({record.spec.arm}, seed {record.spec.seed}: "
-            f"{record.cpu_time_s:.1f} s), about {rest:.0f} s left\n"
+            f"{self.name}: {self.done} of {self.total} runs ({record.spec.arm}, seed "
+            f"{record.spec.seed}: {record.message or f'{record.cpu_time_s:.1f} s'}), about "
+            f"{rest:.0f} s left\n"
         )
 
 

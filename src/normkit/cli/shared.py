@@ -37,6 +37,16 @@ def require_counts(command: object, *names: str, at_most: int = MAX_COUNT) -> No
             )
 
 
+def require_seconds(flag: str, given: float) -> None:
+    """Check a time.
+
+    Raises:
+        SpecError: If it is below 0, or no number.
+    """
+    if not given >= 0:
+        raise SpecError(f"{flag} was given {given}; give 0 or more")
+
+
 def require_file_name(path: Path, option: str, *suffixes: str) -> None:
     """Check a file that is to be written, before anything is done.
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from normkit.errors import SpecError
 from normkit.lab.figures import figure_file
-from normkit.lab.reproduce.records import PresetSpec, Values
-from normkit.lab.reproduce.training import Data
+from normkit.lab.reproduce.tasks.records import PresetSpec, Values
+from normkit.lab.reproduce.tasks.settings import Data
+from normkit.lab.reproduce.tasks.task import PresetTask
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
 
 Scale = Literal["tiny", "small", "paper"]
@@ -83,19 +84,6 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PresetTask:
-    """Something that is run for each arm and seed.
-
-    Args:
-        name: In records.
-        measure: ``measure(settings, arm, seed)`` gives what was measured, as plain values.
-    """
-
-    name: str
-    measure: Callable[[Any, str, int], Values]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """A preset at one scale: the settings of its task, and how many seeds."""
 
@@ -154,12 +142,12 @@ class Preset:
         with figure_file(path, figsize=self.size, layout="constrained") as figure:
             self.draw(figure, runs)
 
-    def specs(self, scale: Scale) -> tuple[PresetSpec, ...]:
+    def specs(self, scale: Scale, device: str = "cpu") -> tuple[PresetSpec, ...]:
         """All runs, seed by seed, so that every arm has a first result early."""
         size = self.at(scale)
-        settings = size.settings.model_dump(mode="json")
+        settings = size.settings.model_dump(mode="json", exclude_defaults=True)
         return tuple(
-            PresetSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
+            PresetSpec(task=self.task.name, settings=settings, arm=arm, seed=seed, device=device)
             for seed in range(1, size.num_seeds + 1)
             for arm in self.arms(size.settings)
         )

@@ -10,8 +10,8 @@ from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
-from normkit.lab.reproduce.records import PresetRecord
 from normkit.lab.reproduce.run import measured
+from normkit.lab.reproduce.tasks.records import PresetRecord
 from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
 
 
