@@ -10,6 +10,7 @@ from normkit.errors import DataError, SpecError
 from normkit.lab import sweep as sweep_module
 from normkit.lab.check import check, num_steps
 from normkit.lab.records import TrainingRecord, missing_runs, read_records
+from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.sweep import run_all
 from normkit.lab.train import TRAINING
 
@@ -62,6 +63,28 @@ def test_workers_give_the_outcomes_that_this_process_gives(sweep, tmp_path):
     ]
     assert len(outcomes[0]) == 4
     assert outcomes[0] == outcomes[1]
+
+
+READS_THE_ENVIRONMENT = """
+import os
+from torch import nn
+
+def train(apply_norm, batch_size, seed, report):
+    apply_norm(nn.BatchNorm1d(4))
+    return float(os.environ["ANSWER"])
+"""
+
+
+def test_workers_have_the_environment_of_now(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(READS_THE_ENVIRONMENT)
+    protocol = Protocol(train=f"{tmp_path / 'own.py'}:train")
+    sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(2,), seeds=(1, 2))
+    for answer in ("1", "2"):  # the workers of both are forked from one process
+        folder = tmp_path / answer
+        folder.mkdir()
+        monkeypatch.setenv("ANSWER", answer)
+        run_all(sweep.runs(), folder, 2, notes := Notes(), TRAINING)
+        assert [r.score for r in notes.records] == [float(answer)] * 2
 
 
 def test_a_worker_that_dies_is_a_failed_run_and_the_others_go_on(sweep, tmp_path):
@@ -177,7 +200,8 @@ def test_missing_data_files_are_found_before_the_first_run(sweep, tmp_path, monk
         check(sweep.model_copy(update={"protocol": changed}))
 
 
-def test_an_interrupt_while_workers_start_shows_no_traceback(tmp_path):
+@pytest.mark.parametrize("delay", [0.3, 8])
+def test_an_interrupt_while_workers_start_shows_no_traceback(tmp_path, delay):
     num_workers = 2
     options = ["--model", "mlp:depth=2:width=8", "--norms", "bn,ln", "--epochs", "1000"]
     options += ["--workers", str(num_workers), "--out", str(tmp_path)]
@@ -188,10 +212,10 @@ def test_an_interrupt_while_workers_start_shows_no_traceback(tmp_path):
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while len(children_of(program.pid)) <= num_workers:  # the workers and multiprocessing's tracker
+    while len(children_of(program.pid)) < 2:  # multiprocessing's tracker and the fork server
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)  # in the middle of importing torch
+    time.sleep(delay)  # in the middle of importing torch, or of the runs
     os.killpg(program.pid, signal.SIGINT)
     _, errors = program.communicate(timeout=240)
     assert program.returncode == 130, errors

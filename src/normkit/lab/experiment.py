@@ -37,7 +37,7 @@ from normkit.lab.records import (
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.resume import FOLDER
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.sweep import carry_out, reached
+from normkit.lab.sweep import carry_out, prepare, reached
 from normkit.lab.text import table_lines
 from normkit.lab.train import TRAINING, run
 from normkit.lab.user_code import name_of
@@ -129,6 +129,8 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
                 f"{launch.size} processes were started to train each network together, and a "
                 f"cluster gives each run to a machine of its own; leave out torchrun or --cluster"
             )
+        if launch.size == 1:
+            prepare(sweep.runs(), way)
         found = launch.first(lambda: _begin(sweep, way, held, tell))
         if found.missing:
             _run(found, way, show if launch.is_first else _silent, launch)

@@ -1,12 +1,14 @@
 """Many runs that have no record yet: in this process, in several, or on a cluster."""
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +22,7 @@ from normkit.lab.user_code import HELD
 from normkit.lab.work import R, S, Upkeep, Watcher, Way, Work
 
 SECONDS_BETWEEN_REPORTS = 0.2
+PRELOADED = ("normkit.lab.train", "normkit.cli")  # what a worker imports, and its main module
 
 
 def carry_out(specs: Sequence[S], way: Way, work: Work[S, R], watcher: Watcher[S, R]) -> None:
@@ -36,8 +39,17 @@ def carry_out(specs: Sequence[S], way: Way, work: Work[S, R], watcher: Watcher[S
 
         run_on_ray(specs, way.upkeep, watcher, work)
         return
-    num_workers = way.num_workers or default_workers(specs[0])
-    run_all(specs, way.out, num_workers, watcher, work, way.upkeep)
+    run_all(specs, way.out, _num_workers(specs, way), watcher, work, way.upkeep)
+
+
+def prepare(specs: Sequence[RunSpec], way: Way) -> None:
+    """Let worker processes get ready while runs are still planned, if there will be any."""
+    if way.cluster is None and _num_workers(specs, way) > 1:
+        _prepare_workers()
+
+
+def _num_workers(specs: Sequence[RunSpec], way: Way) -> int:
+    return min(way.num_workers or default_workers(specs[0]), len(specs))
 
 
 def reached(cluster: str | None) -> AbstractContextManager[Any]:
@@ -160,12 +172,25 @@ def _run_in_workers(
             worker.process.join()
 
 
+def _prepare_workers() -> None:
+    """Start the process that imports what runs need, and that workers are then forked from.
+
+    It computes nothing, so torch has no threads there, which a fork would lose. It ends with this
+    process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with _interrupts_ignored():  # inherited: it imports torch before it can ignore them
+        forkserver.ensure_running()
+
+
 def _started(work: Work[S, R], upkeep: Upkeep) -> _Worker[S]:
-    context = multiprocessing.get_context("spawn")  # a forked torch deadlocks in its threads
+    _prepare_workers()
+    context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     # no daemon: it may have processes of its own that read pictures
-    process = context.Process(target=_serve, args=(theirs, work, upkeep))
-    with _interrupts_ignored():  # inherited: the worker imports torch before it can ignore them
+    process = context.Process(target=_serve, args=(theirs, work, upkeep, dict(os.environ)))
+    with _interrupts_ignored():
         process.start()
     theirs.close()
     return _Worker(process, ours)
@@ -197,8 +222,12 @@ def _received(worker: _Worker[S], work: Work[S, R]) -> int | R:
         )
 
 
-def _serve(connection: Connection, work: Work[Any, Any], upkeep: Upkeep) -> None:
+def _serve(
+    connection: Connection, work: Work[Any, Any], upkeep: Upkeep, environment: dict[str, str]
+) -> None:
     """Run what comes through the pipe until it says ``None`` or its other end is gone."""
+    os.environ.clear()
+    os.environ.update(environment)  # it has that of the process that was forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     with suppress(EOFError, OSError):
         while (spec := connection.recv()) is not None:

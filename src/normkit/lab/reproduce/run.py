@@ -13,7 +13,7 @@ from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec, Values
 from normkit.lab.reproduce.tasks.run import RUNS, sources_of
 from normkit.lab.resume import FOLDER
-from normkit.lab.sweep import carry_out
+from normkit.lab.sweep import carry_out, prepare
 from normkit.lab.work import Upkeep, Watcher, Way
 
 Show = Callable[[tuple[PresetSpec, ...]], Watcher[PresetSpec, PresetRecord]]
@@ -66,6 +66,7 @@ def run_missing(
             f"one; leave out torchrun, and give --workers or --cluster"
         )
     way = way or Way(out=folder, num_workers=1, upkeep=Upkeep(folder=folder))
+    prepare(specs, way)
     with only_user(folder):
         sources = sources_of(preset.at(scale).settings)
         missing = missing_runs(specs, _known(folder, sources))
