@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.reproduce.papers import HUANG
 from normkit.lab.reproduce.preset import (
-    HUANG,
     IMAGENET,
     NOT_SAID,
     Arms,

@@ -5,9 +5,9 @@ from typing import Any
 from normkit.lab.figures import Curve, draw_curves
 from normkit.lab.recipe import Recipe
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
+from normkit.lab.reproduce.papers import GUNAWAN
 from normkit.lab.reproduce.preset import (
     CIFAR10,
-    GUNAWAN,
     NOT_SAID,
     Preset,
     Runs,

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.reproduce.papers import QIAO
 from normkit.lab.reproduce.preset import (
     IMAGENET,
-    QIAO,
     Arms,
     Claim,
     Preset,

@@ -3,9 +3,9 @@
 from typing import Any
 
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.reproduce.papers import GUNAWAN
 from normkit.lab.reproduce.preset import (
     CIFAR10,
-    GUNAWAN,
     NOT_SAID,
     Arms,
     Claim,

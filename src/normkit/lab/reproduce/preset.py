@@ -11,6 +11,7 @@ import numpy as np
 
 from normkit.errors import SpecError
 from normkit.lab.figures import figure_file
+from normkit.lab.reproduce.papers import Paper
 from normkit.lab.reproduce.tasks.records import PresetSpec, Values
 from normkit.lab.reproduce.tasks.settings import Data
 from normkit.lab.reproduce.tasks.task import PresetTask
@@ -21,25 +22,6 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 Arms = Mapping[str, Values]  # what was measured with one seed, by arm
 Runs = Mapping[int, Arms]  # by seed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paper:
-    """A paper, as it is cited."""
-
-    authors: str
-    title: str
-
-
-HUANG = Paper(
-    authors="Huang et al.",
-    title="Delving into the Estimation Shift of Batch Normalization in a Network",
-)
-QIAO = Paper(
-    authors="Qiao et al.",
-    title="Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
-)
-GUNAWAN = Paper(authors="Gunawan et al.", title="Understanding and Improving Group Normalization")
 
 
 NOT_SAID = "not said"

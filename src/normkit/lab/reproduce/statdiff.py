@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from normkit.lab.figures import Curve, draw_curves
+from normkit.lab.reproduce.papers import QIAO
 from normkit.lab.reproduce.preset import (
     CIFAR10,
     NOT_SAID,
-    QIAO,
     Arms,
     Claim,
     Preset,

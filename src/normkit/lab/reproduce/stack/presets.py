@@ -1,6 +1,7 @@
 """Huang et al., Figs. 2 to 5."""
 
-from normkit.lab.reproduce.preset import HUANG, NOT_SAID, Preset, Scale, Size
+from normkit.lab.reproduce.papers import HUANG
+from normkit.lab.reproduce.preset import NOT_SAID, Preset, Scale, Size
 from normkit.lab.reproduce.stack.claims import FIG2, FIG3, FIG4, FIG5
 from normkit.lab.reproduce.stack.figures import (
     draw_blocked,

@@ -1,0 +1,61 @@
+"""The runs of a table, by the engine of ``compare``: a folder with a page for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from normkit.errors import DataError
+from normkit.lab.experiment import Show, perform
+from normkit.lab.records import TrainingRecord
+from normkit.lab.reproduce.preset import Scale
+from normkit.lab.reproduce.tables.result import TableResult, conclude_table
+from normkit.lab.reproduce.tables.table import Part, Table
+from normkit.lab.work import Way
+
+
+def run_table(  # noqa: PLR0913 - all but the first two by keyword
+    table: Table,
+    scale: Scale,
+    *,
+    folder: Path,
+    way: Callable[[Path], Way],
+    show: Show,
+    tell: Callable[[str], None],
+    device: str = "cpu",
+) -> TableResult:
+    """Do the runs of a table that have no record yet, and judge its claims.
+
+    Args:
+        table: What is run.
+        scale: How large.
+        folder: Gets a folder with the table's name, and in it one for each part, with records and
+            a page as ``normkit compare`` writes them.
+        way: How the runs of a folder are done.
+        show: Displays progress.
+        tell: Gets what the user should know before anything runs.
+        device: Where each run computes.
+
+    Raises:
+        NormError: If data are missing, or something is wrong with the table.
+        DataError: If runs failed.
+    """
+    found: list[tuple[Part, Sequence[TrainingRecord]]] = []
+    for part in table.parts(scale, device):
+        place = folder / table.name / part.name if part.name else folder / table.name
+        records = perform(part.sweep, way(place), show, tell).records
+        _require_whole(records)
+        found.append((part, records))
+    return conclude_table(table, scale, found)
+
+
+def _require_whole(records: Sequence[TrainingRecord]) -> None:
+    """Refuse to judge by a part of the runs."""
+    failed = [record for record in records if not record.is_final]
+    if failed:
+        first = failed[0]
+        raise DataError(
+            f"{len(failed)} runs failed, the first one ({first.spec.norm}, batch size "
+            f"{first.spec.batch_size}, seed {first.spec.seed}) with: {first.outcome.message}; the "
+            f"others are kept, and the same command tries these again"
+        )
