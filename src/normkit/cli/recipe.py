@@ -40,6 +40,8 @@ class RecipeOptions:
     """Height and width of the network's input, for folders and functions."""
     limit: int | None = None
     """Training examples to keep; all if not given."""
+    hold_out: bool | None = None
+    """Whether validation examples are kept from training (default: they are)."""
     epochs: int | None = None
     """Passes over the training data (default: 4)."""
     steps: int | None = None

@@ -9,7 +9,7 @@ from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.arms import Arm
 from normkit.lab.changes import BuiltModel
-from normkit.lab.data import READERS, Dataset, Split, open_data
+from normkit.lab.data import READERS, Dataset, Split
 from normkit.lab.device import parse_device
 from normkit.lab.fabric import require_precision
 from normkit.lab.launch import require_processes
@@ -17,7 +17,7 @@ from normkit.lab.loop import num_updates, own_parts, require_scores
 from normkit.lab.models.build import norm_slots
 from normkit.lab.recipe import Timetable
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.start import built
+from normkit.lab.start import built, data_of
 from normkit.lab.user_code import load_function, users_errors
 
 
@@ -41,7 +41,7 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
     if protocol.train is not None:
         load_function(protocol.train, "--train")
         return None
-    dataset = open_data(protocol.data, protocol.limit, protocol.image_size)
+    dataset = data_of(protocol)
     _check_sizes(sweep, dataset)
     slots = norm_slots(protocol.model, dataset.num_classes, dataset.input_shape)
     _check_update_rates(sweep)
@@ -71,6 +71,11 @@ def _refuse_useless(sweep: SweepSpec) -> None:
     if protocol.train is not None and sweep.learning_rates:
         raise SpecError(
             "--tune-lr was given with --train, which chooses its own rates; leave one of them out"
+        )
+    if sweep.learning_rates and not protocol.hold_out:
+        raise SpecError(
+            "learning rates are chosen by validation examples, and without --hold-out these are "
+            "trained on; leave one of the two out"
         )
     if protocol.image_size is not None and protocol.data in READERS:
         raise SpecError(

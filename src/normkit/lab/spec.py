@@ -33,6 +33,9 @@ class Protocol(Recipe):
     image_size: Count | None = Field(
         default=None, description="the height and width of the network's input, or none"
     )
+    hold_out: bool = Field(
+        default=True, description="yes, or no: validation examples are trained on as well"
+    )
     model: str = Field(default="small-resnet", description="the name of a model, or FILE.py:NAME")
     weights: str | None = Field(
         default=None, description="a .safetensors file that every run starts from, or none"

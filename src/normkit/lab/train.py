@@ -16,7 +16,7 @@ from normkit.errors import DataError, NormError
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.course import Course, EpochSoFar, Hooks, nothing
-from normkit.lab.data import Dataset, Examples, Split, open_data
+from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import describe_environment
 from normkit.lab.launch import own_device
@@ -26,7 +26,7 @@ from normkit.lab.measure import peak_step_bytes
 from normkit.lab.own_training import train_by
 from normkit.lab.records import Epoch, Outcome, Sources, TrainingRecord, sources_of
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.start import alterations_of, built
+from normkit.lab.start import alterations_of, built, data_of
 from normkit.lab.user_code import told
 from normkit.lab.work import OnStep, Upkeep, Work
 
@@ -79,7 +79,7 @@ def dataset_of(spec: TrainingSpec) -> Dataset[Split] | None:
     protocol = spec.protocol
     if protocol.train is not None:
         return None
-    return open_data(protocol.data, protocol.limit, protocol.image_size)
+    return data_of(protocol)
 
 
 def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
@@ -94,7 +94,7 @@ def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
         NormError: As :func:`run`; what goes wrong is not recorded but raised.
     """
     device = parse_device(spec.protocol.device)
-    dataset = open_data(spec.protocol.data, spec.protocol.limit, spec.protocol.image_size)
+    dataset = data_of(spec.protocol)
     with threads_of(spec.protocol.threads), seeded(spec.seed, device):
         training = _Training(spec, dataset, built(spec, dataset), Upkeep(), _NOWHERE, on_step)
         outcome = training.outcome()

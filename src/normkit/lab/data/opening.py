@@ -1,17 +1,21 @@
 """A data set by what a user wrote: a name, a folder, a function, or data sets themselves."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from normkit.lab.data.dataset import Dataset, Examples, Split, loaded
 from normkit.lab.data.folder import PREFIX, read_folder
 from normkit.lab.data.given import read_given
+from normkit.lab.data.papers import FOLDERS
 from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
 
 @lru_cache(maxsize=1)
-def open_data(text: str, limit: int | None = None, side: int | None = None) -> Dataset[Split]:
+def open_data(
+    text: str, limit: int | None = None, side: int | None = None, hold_out: bool = True
+) -> Dataset[Split]:
     """Open a data set, split and scaled.
 
     Args:
@@ -20,11 +24,18 @@ def open_data(text: str, limit: int | None = None, side: int | None = None) -> D
         limit: Training examples to keep, ``None`` for all.
         side: Height and width of what a network gets, for folders and functions; by default the
             pictures' own.
+        hold_out: Whether validation examples are kept from training. Otherwise they are trained
+            on as well, as in papers that train on everything.
 
     Raises:
         SpecError: If there is no such data set or function.
         DataError: If it cannot be read.
     """
+    found = _opened(text, limit, side)
+    return found if hold_out else replace(found, train=found.train.joined(found.validation))
+
+
+def _opened(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
     if text.startswith(PREFIX):
         return read_folder(Path(text.removeprefix(PREFIX)).expanduser(), limit, side)
     if is_reference(text):
@@ -32,6 +43,8 @@ def open_data(text: str, limit: int | None = None, side: int | None = None) -> D
         with users_errors(text):
             given = make() if callable(make) else make
         return read_given(given, text.rpartition("/")[2], limit, side)
+    if text in FOLDERS:
+        return FOLDERS[text](limit, side)
     return read(text, limit)
 
 

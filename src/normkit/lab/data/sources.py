@@ -2,9 +2,9 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,10 +95,22 @@ def cifar100() -> Source:
     return _from_torchvision("CIFAR100")
 
 
+@reader("mnist")
+def mnist() -> Source:
+    """70000 grey 28x28 digits."""
+    return _from_torchvision("MNIST")
+
+
 @reader("svhn")
 def svhn() -> Source:
     """99289 colour 32x32 house numbers."""
-    return _from_torchvision("SVHN")
+    return _from_torchvision("SVHN", *_SVHN)
+
+
+@reader("svhn-extra")
+def svhn_extra() -> Source:
+    """630420 colour 32x32 house numbers: the easier ones of the part ``extra`` train as well."""
+    return _from_torchvision("SVHN", *_SVHN, {"split": "extra"})
 
 
 def _idx_pictures(part: str) -> Pictures:
@@ -107,23 +119,26 @@ def _idx_pictures(part: str) -> Pictures:
     return _pictures(images[:, None].numpy(), labels.numpy())
 
 
-def _from_torchvision(name: str) -> Source:
+_TRAIN_FLAGS = {"train": True}, {"train": False}
+_SVHN = {"split": "train"}, {"split": "test"}
+
+
+def _from_torchvision(name: str, *parts: Mapping[str, Any]) -> Source:
+    """A data set of torchvision's: the part to train on, the test, and more to train on."""
     register_missing_operators()
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)
     folder = data_folder()
-    # SVHN names its parts, the others say whether they train
-    parts = ({"split": "train"}, {"split": "test"}) if name == "SVHN" else _TRAIN_FLAGS
     try:
-        train, test = (dataset(folder, download=True, **part) for part in parts)
+        found = [dataset(folder, download=True, **part) for part in parts or _TRAIN_FLAGS]
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{name} is not in {folder} and cannot be downloaded ({error}); connect to the "
             f"network, or copy torchvision's files there, or set {FOLDER_VARIABLE} to their folder"
         ) from error
-    return Source(_torchvision_pictures(train), _torchvision_pictures(test))
-
-
-_TRAIN_FLAGS = ({"train": True}, {"train": False})
+    train, test, *more = map(_torchvision_pictures, found)
+    for others in more:
+        train = train.joined(others)
+    return Source(train, test)
 
 
 def _torchvision_pictures(dataset: object) -> Pictures:

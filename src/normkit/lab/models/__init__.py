@@ -2,12 +2,15 @@
 
 from normkit.lab.models.architecture import ARCHITECTURES
 from normkit.lab.models.build import BuiltModel, apply_arm, build_model, parse_model
+from normkit.lab.models.cifar import CifarResNet, ThinResNet
 from normkit.lab.slots import PlacedNorm
 
 __all__ = [
     "ARCHITECTURES",
     "BuiltModel",
+    "CifarResNet",
     "PlacedNorm",
+    "ThinResNet",
     "apply_arm",
     "build_model",
     "parse_model",

@@ -29,12 +29,12 @@ class SmallResNet:
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
         widths = [2 * self.width] * self.blocks + [4 * self.width] * self.blocks
-        layers = [*_conv_norm_relu(task.input_shape[0], self.width)]
+        layers = [*conv_norm_relu(task.input_shape[0], self.width)]
         before = self.width
         for width in widths:
             layers.append(ResidualBlock(before, width))
             before = width
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
 
 
 class ResidualBlock(nn.Module):
@@ -80,7 +80,7 @@ class Mlp:
                 nn.BatchNorm1d(self.width),
                 nn.ReLU(),
             ]
-        return nn.Sequential(*layers, _head(self.width, task))
+        return nn.Sequential(*layers, head(self.width, task))
 
 
 @architecture("vgg11")
@@ -98,20 +98,22 @@ class Vgg11:
         layers: list[nn.Module] = []
         for stage in VGG11_WIDTHS:
             for num_channels in stage:
-                layers += _conv_norm_relu(before, num_channels)
+                layers += conv_norm_relu(before, num_channels)
                 before = num_channels
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
 
 
-def _conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
+def conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
+    """A 3x3 convolution, a batch norm and a ReLU."""
     conv = nn.Conv2d(num_in, num_out, 3, padding=1, bias=False)
     return conv, nn.BatchNorm2d(num_out), nn.ReLU()
 
 
-def _head(num_features: int, task: Task) -> nn.Linear:
+def head(num_features: int, task: Task) -> nn.Linear:
+    """The layer that gives the classes' scores."""
     return nn.Linear(num_features, task.num_classes)
 
 

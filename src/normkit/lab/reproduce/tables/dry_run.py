@@ -126,6 +126,11 @@ class RandomPictures:
         """A split of these examples only."""
         return type(self)(targets=self.targets[index], input_shape=self.input_shape)
 
+    def joined(self, other: Self) -> Self:
+        """These examples and then the others."""
+        targets = torch.cat([self.targets, other.targets])
+        return type(self)(targets=targets, input_shape=self.input_shape)
+
     def own_scaling(self) -> Scaling | None:
         """None: they have mean 0 and standard deviation 1."""
         return None
