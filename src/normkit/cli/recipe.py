@@ -40,7 +40,7 @@ class RecipeOptions:
     """Height and width of the network's input, for folders and functions."""
     limit: int | None = None
     """Training examples to keep; all if not given."""
-    hold_out: bool | None = None
+    hold_out: Switch = None
     """Whether validation examples are kept from training (default: they are)."""
     epochs: int | None = None
     """Passes over the training data (default: 4)."""

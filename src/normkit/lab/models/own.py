@@ -15,7 +15,7 @@ VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 @architecture("small-resnet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallResNet:
-    """A stem and two stages of residual blocks that halve the map and double the channels.
+    """A stem, and stages of residual blocks of which each halves the map and doubles the channels.
 
     Shortcuts have no parameters, so every norm of the network stands on the main path.
 
@@ -25,10 +25,12 @@ class SmallResNet:
 
     width: int = 16
     blocks: int = 1
+    stages: int = 2
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        widths = [2 * self.width] * self.blocks + [4 * self.width] * self.blocks
+        stages = [2 ** (at + 1) * self.width for at in range(self.stages)]
+        widths = [width for width in stages for _ in range(self.blocks)]
         layers = [*conv_norm_relu(task.input_shape[0], self.width)]
         before = self.width
         for width in widths:
