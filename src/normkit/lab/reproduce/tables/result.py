@@ -127,9 +127,7 @@ def conclude_table(
 ) -> TableResult:
     """Judge every claim of a table by the records of its parts."""
     cells = tuple(cell for part, records in found for cell in _cells(table, part, records))
-    by_seed = _by_seed(cells)
     records = [record for _, of_part in found for record in of_part]
-    values = table.paper
     return TableResult(
         preset=table.name,
         paper=str(table.cited),
@@ -138,21 +136,27 @@ def conclude_table(
         scale=scale,
         measured=f"test {table.measure}, {table.score}, %",
         differences=table.differences(scale),
-        silent=tuple(f"{n.replace('_', ' ')}: {values.get(n, 'default')}" for n in table.silent),
+        silent=table.unstated(),
         cells=cells,
         numbers=table.numbers,
-        claims=tuple(
-            Judged(
-                source=claim.source,
-                claim=claim.text,
-                quantity=claim.quantity,
-                criterion=claim.criterion,
-                verdict=judge([quantity(s) for s in by_seed.values()], claim.criterion),
-            )
-            for claim, quantity in table.claims_at(scale)
-        ),
+        claims=judged(table, scale, cells),
         code_hash=joined(sorted({record.code_hash for record in records})),
         duration_s=round(sum(record.duration_s for record in records), 1),
+    )
+
+
+def judged(table: Table, scale: Scale, cells: Sequence[Cell]) -> tuple[Judged, ...]:
+    """The claims of a table with the verdicts that its cells give."""
+    by_seed = _by_seed(cells)
+    return tuple(
+        Judged(
+            source=claim.source,
+            claim=claim.text,
+            quantity=claim.quantity,
+            criterion=claim.criterion,
+            verdict=judge([quantity(scores) for scores in by_seed.values()], claim.criterion),
+        )
+        for claim, quantity in table.claims_at(scale)
     )
 
 
@@ -287,11 +291,11 @@ def table_text(result: TableResult) -> str:
     if result.numbers.rows:
         lines += ["", "the paper's", *_aligned(theirs(result.numbers))]
         lines += [f"  {result.numbers.note}"] if result.numbers.note else []
-    for judged in result.claims:
+    for one in result.claims:
         lines += [
             "",
-            f"{judged.verdict.outcome.upper()}: {judged.claim} ({judged.source})",
-            f"  {judged.quantity}: {judged.verdict}; claimed: {judged.criterion}",
+            f"{one.verdict.outcome.upper()}: {one.claim} ({one.source})",
+            f"  {one.quantity}: {one.verdict}; claimed: {one.criterion}",
         ]
     return "\n".join(lines)
 
@@ -303,36 +307,65 @@ def table_markdown(result: TableResult, images: str = "") -> str:
         result: Of the table.
         images: What stands before the name of the figure's file.
     """
-    minutes = result.duration_s / 60
     differences = "; ".join(result.differences) or "nothing"
     silent = f" The paper does not state {joined(result.silent)}." if result.silent else ""
     rows = [
-        f"| {judged.claim} ({judged.source}) | `{judged.quantity}` | {judged.verdict} | "
-        f"{judged.criterion} | **{judged.verdict.outcome}** |"
-        for judged in result.claims
+        f"| {one.claim} ({one.source}) | `{one.quantity}` | {one.verdict} | "
+        f"{one.criterion} | **{one.verdict.outcome}** |"
+        for one in result.claims
     ]
-    paper = ["The paper's numbers:\n", *_markdown(theirs(result.numbers)), ""]
-    note = [f"{result.numbers.note}\n"] if result.numbers.note else []
     return "\n".join(
         [
             f"### {result.preset}\n",
             (
                 f"{result.title}: {result.paper}, {result.place}. Scale {result.scale}, "
-                f"{result.num_seeds} seeds, {minutes:.0f} minutes of runs. Otherwise than in the "
-                f"paper: {differences}.{silent}\n"
+                f"{result.num_seeds} seeds, {result.duration_s / 60:.0f} minutes of runs. Otherwise "
+                f"than in the paper: {differences}.{silent}\n"
             ),
             f"![{result.title}]({images}reproduce-{result.preset}.svg)\n",
             f"Ours, {result.measured}: mean ± 95 % interval over seeds.\n",
             *_markdown(ours(result)),
             "",
-            *(paper if result.numbers.rows else []),
-            *note,
+            *_paper_markdown(result.numbers),
             "| the paper says | measured | mean [95 % interval] | claimed | verdict |",
             "|---|---|---|---|---|",
             *rows,
             "",
         ]
     )
+
+
+def unrun_markdown(table: Table) -> str:
+    """A section of a table that has no result: the paper's settings, numbers and claims."""
+    unstated = ", ".join(table.unstated())
+    silent = f" Ours, as the paper does not state them: {unstated}." if unstated else ""
+    cannot = f" Not as in the paper: {'; '.join(table.cannot)}." if table.cannot else ""
+    claims = [f"| {c.text} ({c.source}) | `{c.quantity}` | {c.criterion} |" for c in table.claims]
+    settings = [f"- {line}" for line in table.settings("paper")]
+    return "\n".join(
+        [
+            f"### {table.name}\n",
+            (
+                f"{table.title}: {table.cited}, {table.place}. No result at small scale is kept here; "
+                f"`normkit reproduce {table.name}` makes one.{silent}{cannot}\n"
+            ),
+            "Settings at the paper's scale:\n",
+            *settings,
+            "",
+            *_paper_markdown(table.numbers),
+            "| the paper says | measured | claimed |",
+            "|---|---|---|",
+            *claims,
+            "",
+        ]
+    )
+
+
+def _paper_markdown(numbers: Numbers) -> list[str]:
+    if not numbers.rows:
+        return []
+    note = [f"{numbers.note}\n"] if numbers.note else []
+    return ["The paper's numbers:\n", *_markdown(theirs(numbers)), "", *note]
 
 
 def ours(result: TableResult) -> list[list[str]]:

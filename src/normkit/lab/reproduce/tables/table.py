@@ -17,7 +17,7 @@ from normkit.lab.reproduce.papers import PAPERS, Paper
 from normkit.lab.reproduce.preset import SCALES, Scale
 from normkit.lab.reproduce.tables.quantity import Cells, Quantity
 from normkit.lab.reproduce.verdict import Criterion, Side
-from normkit.lab.spec import SweepSpec
+from normkit.lab.spec import Protocol, SweepSpec
 from normkit.text import listed, printable, shortened
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -193,6 +193,23 @@ class Table(Frozen):
             for claim in self.claims
             if scale in claim.scales
         ]
+
+    def unstated(self) -> tuple[str, ...]:
+        """Settings at paper scale that the paper does not state, so that they are ours."""
+        defaults = Protocol().model_dump()
+        return tuple(
+            f"{name.replace('_', ' ')} {_said(self.paper.get(name, defaults.get(name)))}"
+            for name in self.silent
+        )
+
+    def settings(self, scale: Scale) -> tuple[str, ...]:
+        """Model, data and recipe of each part, in words."""
+        return tuple(
+            f"{f'{part.name}: ' if part.name else ''}{protocol.title}, "
+            f"{protocol.epochs} epochs, {protocol.sentence}"
+            for part in self.parts(scale)
+            for protocol in (part.sweep.protocol,)
+        )
 
     def differences(self, scale: Scale) -> tuple[str, ...]:
         """Settings that are not the paper's, from the file: none is written by hand."""
