@@ -22,6 +22,7 @@ from normkit.cli.shared import (
 from normkit.errors import DataError, SpecError
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
+from normkit.lab.launch import is_spoken_for
 from normkit.lab.records import RECORDS_NAME, read_records
 from normkit.lab.reproduce import (
     PRESETS,
@@ -122,7 +123,8 @@ class Reproduce:
             with reached(self.cluster):
                 found = [self._reproduced(preset) for preset in presets]
             of_tables = [self._table(table) for table in tables]
-            self._print(found, of_tables)
+            if not is_spoken_for():
+                self._print(found, of_tables)
         return 0
 
     def _way(self, folder: Path) -> Way:
@@ -195,6 +197,8 @@ class Reproduce:
                 tell=_tell,
                 device=str(parse_device(self.device)),
             )
+        if is_spoken_for():  # the first process writes
+            return result
         path = write_table(folder, result)
         picture = path.with_suffix(f".{self.figure}")
         draw_table(result, picture)

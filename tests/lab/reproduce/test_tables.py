@@ -189,6 +189,23 @@ def test_the_command_runs_judges_draws_and_reports_a_table(tmp_path, capsys):
     assert "### H-T3\n" in capsys.readouterr().out
 
 
+def test_parts_of_other_processes_are_named_with_the_command_that_starts_them(tmp_path, capsys):
+    given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["reproduce", "Z-T2", *given]) == 2
+    errors = capsys.readouterr().err
+    assert "Z-T2 is trained by 8 processes together, and 1 was started" in errors
+    assert "torchrun --nproc-per-node 8 -m normkit reproduce Z-T2 --scale paper" in errors
+
+
+def test_missing_data_are_said_with_their_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path / "data"))
+    given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["reproduce", "q-t3", *given]) == 2
+    errors = capsys.readouterr().err
+    assert f"{tmp_path / 'data' / 'imagenet'} is not there; put folders train and val" in errors
+    assert "Traceback" not in errors
+
+
 def test_tables_are_listed(capsys):
     assert main(["reproduce", "z-T2", "--list"]) == 0
     output = capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from normkit.errors import DataError
 from normkit.lab.data.dataset import SPLIT_SEED, Dataset, Split
 from normkit.lab.data.folder import File, class_names, files_of, read_files
-from normkit.lab.data.sources import FOLDER_VARIABLE, data_folder
+from normkit.lab.data.sources import FOLDER_VARIABLE, OF_FOLDERS, data_folder
 from normkit.text import printable
 
 IMAGENET_SIDE, CALTECH_SIDE = 224, 299
@@ -71,7 +71,7 @@ def caltech256(limit: int | None = None, side: int | None = None) -> Dataset[Spl
 
 
 FOLDERS: Mapping[str, Callable[[int | None, int | None], Dataset[Split]]] = MappingProxyType(
-    {"imagenet": imagenet, "caltech256": caltech256}
+    dict(zip(OF_FOLDERS, (imagenet, caltech256), strict=True))
 )
 """Data sets that are folders of pictures, by name."""
 

@@ -16,6 +16,7 @@ from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
+OF_FOLDERS = ("imagenet", "caltech256")  # read by ``papers.py``
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 
@@ -56,6 +57,7 @@ def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
     if name not in READERS:
         raise SpecError(
             f"there is no data set {printable(name)!r}; known are {', '.join(READERS)}, "
+            f"{', '.join(OF_FOLDERS)}, "
             f"folder:PATH with a folder for each class, and FILE.py:FUNCTION that makes data sets"
         )
     pictures, test = READERS[name]()

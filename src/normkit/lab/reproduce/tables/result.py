@@ -319,8 +319,8 @@ def table_markdown(result: TableResult, images: str = "") -> str:
             f"### {result.preset}\n",
             (
                 f"{result.title}: {result.paper}, {result.place}. Scale {result.scale}, "
-                f"{result.num_seeds} seeds, {result.duration_s / 60:.0f} minutes of runs. Otherwise "
-                f"than in the paper: {differences}.{silent}\n"
+                f"{result.num_seeds} seeds, {result.duration_s / 60:.0f} minutes of runs. "
+                f"Otherwise than in the paper: {differences}.{silent}\n"
             ),
             f"![{result.title}]({images}reproduce-{result.preset}.svg)\n",
             f"Ours, {result.measured}: mean ± 95 % interval over seeds.\n",
@@ -346,8 +346,8 @@ def unrun_markdown(table: Table) -> str:
         [
             f"### {table.name}\n",
             (
-                f"{table.title}: {table.cited}, {table.place}. No result at small scale is kept here; "
-                f"`normkit reproduce {table.name}` makes one.{silent}{cannot}\n"
+                f"{table.title}: {table.cited}, {table.place}. No result at small scale is kept "
+                f"here; `normkit reproduce {table.name}` makes one.{silent}{cannot}\n"
             ),
             "Settings at the paper's scale:\n",
             *settings,
