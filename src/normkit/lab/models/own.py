@@ -7,8 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.errors import SpecError
 from normkit.lab.models.architecture import Task, architecture
 
+MAX_STAGES = 8
 VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
@@ -29,6 +31,11 @@ class SmallResNet:
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
+        if self.stages > MAX_STAGES:
+            raise SpecError(
+                f"small-resnet was given stages={self.stages}; give 1 to {MAX_STAGES}: each doubles "
+                f"the channels"
+            )
         stages = [2 ** (at + 1) * self.width for at in range(self.stages)]
         widths = [width for width in stages for _ in range(self.blocks)]
         layers = [*conv_norm_relu(task.input_shape[0], self.width)]
