@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import tyro
 
 from normkit.cli.shared import (
-    MAX_PROCESSES,
     print_json,
     require_counts,
     require_seconds,
@@ -39,7 +38,7 @@ from normkit.lab.reproduce import (
 from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec
 from normkit.lab.resume import SECONDS
 from normkit.lab.sweep import reached
-from normkit.lab.work import Upkeep, Way
+from normkit.lab.work import MAX_PROCESSES, Upkeep, Way
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")
