@@ -13,7 +13,6 @@ import tyro
 from normkit.cli.presets import print_list, print_table_estimates
 from normkit.cli.progress import sweep_progress
 from normkit.cli.shared import (
-    MAX_PROCESSES,
     print_json,
     require_counts,
     require_seconds,
@@ -55,7 +54,7 @@ from normkit.lab.reproduce.tables.table import Table
 from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec
 from normkit.lab.resume import SECONDS
 from normkit.lab.sweep import reached
-from normkit.lab.work import Upkeep, Way
+from normkit.lab.work import MAX_PROCESSES, Upkeep, Way
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")

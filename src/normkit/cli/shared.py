@@ -15,7 +15,6 @@ from normkit.text import printable
 
 MAX_DIGITS = 100  # far beyond every bound; Python refuses to read thousands of digits
 MAX_COUNT = 2**31 - 1
-MAX_PROCESSES = 1024
 
 
 def flag(name: str) -> str:

@@ -16,7 +16,7 @@ from normkit.lab.launch import own_device
 from normkit.lab.loading import Loading
 from normkit.lab.loop import Loop, Step, num_updates, own_parts
 from normkit.lab.recipe import Timetable
-from normkit.lab.resume import Checkpoint
+from normkit.lab.resume import Checkpoint, SharedCheckpoint
 from normkit.lab.spec import Protocol
 
 
@@ -97,7 +97,7 @@ class Course:
     batch_size: int
     seed: int
     hooks: Hooks = field(default_factory=Hooks)
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | SharedCheckpoint | None = None
     data_workers: int = 0
     loop: Loop = field(init=False)
     timetable: Timetable = field(init=False)
@@ -130,6 +130,7 @@ class Course:
         self.num_epochs, self.num_steps = about["num_epochs"], about["num_steps"]
         self._orders.set_state(torch.tensor(about["orders"], dtype=torch.uint8))
         self.epoch = EpochSoFar(**about["epoch"])
+        self.loop.load_scaler_state(about["scaler"])
         self.hooks.notes.update(about["notes"])
         return True
 
@@ -153,11 +154,12 @@ class Course:
         for parts in islice(self._steps(order), self.timetable.num_steps - self.num_steps):
             self.loop.set_rate(self.timetable.rate(self.num_steps))
             self.hooks.before_step(self.num_steps, parts)
-            step = self.loop.step(parts)
+            is_due = self.checkpoint is not None and self.checkpoint.is_due
+            step = self.loop.step(parts, is_due=is_due)
             self.num_steps += 1
             self.epoch.add(step)
             self.hooks.after_step(self.num_steps, step)
-            if self.checkpoint is not None and self.checkpoint.is_due:
+            if self.checkpoint is not None and step.is_due:
                 self._keep(self.checkpoint, orders_before)
 
     def _steps(self, order: Int[Tensor, " n"]) -> Iterator[list[Examples]]:
@@ -166,12 +168,13 @@ class Course:
         done = self.epoch.num_steps
         return self.loop.epoch(self.examples, order, self.batch_size, loading, done)
 
-    def _keep(self, checkpoint: Checkpoint, orders_before: list[int]) -> None:
+    def _keep(self, checkpoint: Checkpoint | SharedCheckpoint, orders_before: list[int]) -> None:
         about = {
             "num_epochs": self.num_epochs,
             "num_steps": self.num_steps,
             "orders": orders_before,
             "epoch": asdict(self.epoch),
+            "scaler": self.loop.scaler_state(),
             "notes": self.hooks.notes,
         }
         checkpoint.write(self.loop.network, self.loop.optimizer, about)

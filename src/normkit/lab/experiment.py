@@ -151,7 +151,7 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
     found = replace(found, missing=missing_runs(found.missing, ours))
     for note in found.notes:
         tell(note)
-    write_config(way.out / CONFIG_NAME, sweep)
+    write_config(way.out / CONFIG_NAME, sweep, way.options)
     return found
 
 

@@ -1,7 +1,7 @@
 """One step of training and one pass of evaluation: accumulation, clipping, several processes."""
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,11 +56,19 @@ def _groups(model: nn.Module, recipe: Recipe) -> Any:  # noqa: ANN401 - as torch
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step of the optimizer found before it changed the weights."""
+    """What one step of the optimizer found before it changed the weights.
+
+    Args:
+        loss: Mean over the examples.
+        num_right: Examples that were classified rightly.
+        num_examples: Of all processes.
+        is_due: Whether a process wants a checkpoint after it.
+    """
 
     loss: float
     num_right: int
     num_examples: int
+    is_due: bool = False
 
 
 @dataclass(slots=True)
@@ -117,11 +125,12 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def step(self, parts: Sequence[Examples]) -> Step:
+    def step(self, parts: Sequence[Examples], *, is_due: bool = False) -> Step:
         """Add the gradients of batches, each weighted by its examples, and update the weights.
 
         Args:
             parts: Batches, on the device; a norm sees one at a time.
+            is_due: Whether this process wants a checkpoint, which all write after the same step.
         """
         self.optimizer.zero_grad(set_to_none=True)
         num_examples = sum(map(len, parts))
@@ -140,17 +149,17 @@ class Loop:
                 self.model, self.optimizer, max_norm=self.protocol.clip, error_if_nonfinite=False
             )
         self.optimizer.step()
-        return self._together(Step(total, num_right, num_examples))
+        return self._together(Step(total, num_right, num_examples, is_due))
 
     def _together(self, step: Step) -> Step:
         """What the step of all processes found."""
         if self.protocol.processes == 1:
             return step
-        values = [step.loss * step.num_examples, step.num_right, step.num_examples]
+        values = [step.loss * step.num_examples, step.num_right, step.num_examples, step.is_due]
         sums = self.fabric.all_reduce(
             torch.tensor(values, dtype=torch.float64, device=self.device), reduce_op="sum"
         ).tolist()
-        return Step(sums[0] / sums[2], int(sums[1]), int(sums[2]))
+        return Step(sums[0] / sums[2], int(sums[1]), int(sums[2]), sums[3] > 0)
 
     def _loss(self, part: Examples) -> tuple[Float[Tensor, "n k"], Float[Tensor, ""]]:
         inputs, targets = part.inputs, part.targets
@@ -175,6 +184,17 @@ class Loop:
         )
         self.model.train(was_training)
         return found
+
+    def scaler_state(self) -> dict[str, float]:
+        """How float16 gradients are scaled; nothing in other precisions."""
+        if self.protocol.precision != "16-mixed":
+            return {}
+        return self.fabric.strategy.precision.state_dict()
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Scale as :meth:`scaler_state` said."""
+        if state:
+            self.fabric.strategy.precision.load_state_dict(dict(state))
 
     def state(self) -> dict[str, Tensor]:
         """Weights and buffers, whole; where processes hold parts of them, all have to call it."""

@@ -16,13 +16,17 @@ from typing import Any, Generic, Protocol
 
 import torch
 
+from normkit.lab.data.sharing import SharedData, share_data
 from normkit.lab.records import append_record, run_in_turn
+from normkit.lab.resume import FOLDER
 from normkit.lab.spec import RunSpec
 from normkit.lab.user_code import HELD
 from normkit.lab.work import R, S, Upkeep, Watcher, Way, Work
 
 SECONDS_BETWEEN_REPORTS = 0.2
-PRELOADED = ("normkit.lab.train", "normkit.cli")  # what a worker imports, and its main module
+# What a run imports, and a worker's main module. torch's optimizers import the second one when they
+# are first made, which takes longer than all the rest.
+PRELOADED = ("normkit.lab.train", "torch._dynamo", "normkit.cli")
 
 
 def carry_out(specs: Sequence[S], way: Way, work: Work[S, R], watcher: Watcher[S, R]) -> None:
@@ -147,8 +151,9 @@ def _run_in_workers(
     watcher: Watcher[S, R],
 ) -> None:
     folder = upkeep.folder or Path()
+    data = share_data(folder / FOLDER)
     waiting = list(reversed(specs))
-    workers: list[_Worker[S]] = [_started(work, upkeep) for _ in range(num_workers)]
+    workers: list[_Worker[S]] = [_started(work, upkeep, data) for _ in range(num_workers)]
     try:
         for worker in workers:
             worker.begin(waiting.pop())
@@ -163,13 +168,15 @@ def _run_in_workers(
                     watcher.on_record(message)
                     if not worker.process.is_alive():
                         workers.remove(worker)
-                        workers.append(worker := _started(work, upkeep))
+                        workers.append(worker := _started(work, upkeep, data))
                     worker.begin(waiting.pop() if waiting else None)
     finally:
         for worker in workers:
             worker.connection.close()
             worker.process.terminate()
             worker.process.join()
+        if data is not None:
+            data.remove()
 
 
 def _prepare_workers() -> None:
@@ -184,12 +191,13 @@ def _prepare_workers() -> None:
         forkserver.ensure_running()
 
 
-def _started(work: Work[S, R], upkeep: Upkeep) -> _Worker[S]:
+def _started(work: Work[S, R], upkeep: Upkeep, data: SharedData | None) -> _Worker[S]:
     _prepare_workers()
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     # no daemon: it may have processes of its own that read pictures
-    process = context.Process(target=_serve, args=(theirs, work, upkeep, dict(os.environ)))
+    given = (theirs, work, upkeep, data, dict(os.environ))
+    process = context.Process(target=_serve, args=given)
     with _interrupts_ignored():
         process.start()
     theirs.close()
@@ -223,11 +231,17 @@ def _received(worker: _Worker[S], work: Work[S, R]) -> int | R:
 
 
 def _serve(
-    connection: Connection, work: Work[Any, Any], upkeep: Upkeep, environment: dict[str, str]
+    connection: Connection,
+    work: Work[Any, Any],
+    upkeep: Upkeep,
+    data: SharedData | None,
+    environment: dict[str, str],
 ) -> None:
     """Run what comes through the pipe until it says ``None`` or its other end is gone."""
     os.environ.clear()
     os.environ.update(environment)  # it has that of the process that was forked
+    if data is not None:
+        data.take_over()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     with suppress(EOFError, OSError):
         while (spec := connection.recv()) is not None:

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -113,7 +112,8 @@ def _outcome(
 ) -> Outcome:
     try:
         if dataset is None:
-            return train_by(spec, on_step)
+            with open_loggers(upkeep.loggers, upkeep.folder, spec) as loggers:
+                return train_by(spec, on_step, loggers)
         network = built(spec, dataset)
         return _Training(spec, dataset, network, upkeep, sources, on_step, times_s).outcome()
     except NormError as error:
@@ -148,8 +148,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         spec = self.spec
-        has_others = spec.protocol.processes > 1  # one may be killed before it has written
-        checkpoint = None if has_others else self.upkeep.checkpoint(spec, self.sources)
+        alone = spec.protocol.processes == 1
+        where = self.upkeep.checkpoint if alone else self.upkeep.shared_checkpoint
         self.course = Course(
             network=self.built.model,
             protocol=spec.protocol,
@@ -162,7 +162,7 @@ class _Training:
                 after_step=self._after_step,
                 after_epoch=self._after_epoch,
             ),
-            checkpoint=checkpoint,
+            checkpoint=where(spec, self.sources),
             data_workers=self.upkeep.data_workers,
         )
 
@@ -188,14 +188,11 @@ class _Training:
         return outcome
 
     def _train(self) -> None:
-        if self.course.loop.fabric.is_global_zero:
-            folder = self.upkeep.folder or Path()
-            self._loggers = open_loggers(self.upkeep.loggers, folder, self.spec)
-        try:
+        names = self.upkeep.loggers if self.course.loop.fabric.is_global_zero else ()
+        with open_loggers(names, self.upkeep.folder, self.spec) as self._loggers:
+            for number in range(len(self.epochs)):  # those before the run was killed
+                self._log(number)
             self.course.train()
-        finally:
-            for logger in self._loggers:
-                logger.end()
 
     def _before_step(self, _num_steps: int, _parts: Sequence[Examples]) -> None:
         if self.spec.has_learning_rate_as_update_rate:
@@ -214,8 +211,14 @@ class _Training:
     def _after_epoch(self, epoch: EpochSoFar) -> None:
         self.epochs.append(self._tested(epoch))
         self.course.hooks.notes["epochs"].append(self.epochs[-1].model_dump())
+        self._log(len(self.epochs) - 1)
+
+    def _log(self, number: int) -> None:
+        """Give the loggers an epoch's figures."""
+        timetable = self.course.timetable
+        step = min((number + 1) * timetable.steps_per_epoch, timetable.num_steps)
         for logger in self._loggers:
-            logger.log_metrics(_figures(self.epochs[-1]), self.course.num_steps)
+            logger.log_metrics(_figures(self.epochs[number]), step)
 
     def _tested(self, epoch: EpochSoFar) -> Epoch:
         loop, num_epochs = self.course.loop, self.course.timetable.num_epochs

@@ -11,8 +11,10 @@ from normkit.lab.data.papers import FOLDERS
 from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
+Key = tuple[str, int | None, int | None]
+_opened: dict[Key, Dataset[Split]] = {}  # the last one that was opened
 
-@lru_cache(maxsize=1)
+
 def open_data(
     text: str, limit: int | None = None, side: int | None = None, hold_out: bool = True
 ) -> Dataset[Split]:
@@ -31,11 +33,14 @@ def open_data(
         SpecError: If there is no such data set or function.
         DataError: If it cannot be read.
     """
-    found = _opened(text, limit, side)
+    key = (text, limit, side)
+    if key not in _opened:
+        hold_data(key, _read(text, limit, side))
+    found = _opened[key]
     return found if hold_out else replace(found, train=found.train.joined(found.validation))
 
 
-def _opened(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
+def _read(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
     if text.startswith(PREFIX):
         return read_folder(Path(text.removeprefix(PREFIX)).expanduser(), limit, side)
     if is_reference(text):
@@ -64,5 +69,17 @@ def load(text: str, limit: int | None = None) -> Dataset[Examples]:
 
 def forget_data() -> None:
     """Read a data set anew when it is next asked for."""
-    open_data.cache_clear()
+    _opened.clear()
     load.cache_clear()
+
+
+def hold_data(key: Key, dataset: Dataset[Split]) -> None:
+    """Give this data set when it is next asked for by what it was opened by."""
+    _opened.clear()
+    _opened[key] = dataset
+
+
+def opened_data() -> tuple[Key, Dataset[Split]] | None:
+    """The data set that was opened last; None if a user's function made it."""
+    found = next(iter(_opened.items()), None)
+    return None if found is None or is_reference(found[0][0]) else found
