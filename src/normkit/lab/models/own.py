@@ -33,8 +33,8 @@ class SmallResNet:
         """Build the network for a task."""
         if self.stages > MAX_STAGES:
             raise SpecError(
-                f"small-resnet was given stages={self.stages}; give 1 to {MAX_STAGES}: each doubles "
-                f"the channels"
+                f"small-resnet was given stages={self.stages}; give 1 to {MAX_STAGES}, as each "
+                f"doubles the channels"
             )
         stages = [2 ** (at + 1) * self.width for at in range(self.stages)]
         widths = [width for width in stages for _ in range(self.blocks)]
