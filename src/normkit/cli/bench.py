@@ -12,7 +12,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end
-from normkit.cli.shared import MAX_PROCESSES, flag, print_json, require_counts, whole_numbers
+from normkit.cli.shared import flag, print_json, require_counts, whole_numbers
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.bench import (
@@ -32,6 +32,7 @@ from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
+from normkit.lab.work import MAX_PROCESSES
 from normkit.spec import parse_specs
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -29,18 +29,14 @@ DEFAULT_SIDE = 224  # of pictures that have different sizes
 SHARE_OF_MEMORY = 4  # pictures stay in memory up to a quarter of it
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """A picture's file, and its class."""
+
     path: Path
     label: int
 
 
-def read_folder(
-    folder: Path,
-    limit: int | None = None,
-    side: int | None = None,
-    *,
-    holds_out: bool = True,
-) -> Dataset[Split]:
+def read_folder(folder: Path, limit: int | None = None, side: int | None = None) -> Dataset[Split]:
     """Read class folders, with or without ``train``, ``val`` and ``test`` folders above them.
 
     Where there is no test folder a fifth of each class is held out, and where there is no
@@ -52,8 +48,6 @@ def read_folder(
         limit: Training examples to keep, ``None`` for all.
         side: Height and width of what the network gets; by default the pictures' own if they all
             have one size, else 224.
-        holds_out: Hold out what is missing. Otherwise all training pictures train, and the one
-            other folder is validation and test in one, as papers use ImageNet's.
 
     Raises:
         DataError: If there are no pictures, fewer than two classes, a class is in one part and
@@ -68,37 +62,32 @@ def read_folder(
             f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
             f"train; put the training pictures there"
         )
-    classes = _classes(roots)
-    reading = _Reading(folder)
-    parts = {part: reading.part(_files(root, classes)) for part, root in roots.items()}
-    if not holds_out and len(parts) == 2:
-        other = parts.get("validation") or parts["test"]
-        parts |= {"validation": other, "test": other}
-    return _dataset(reading, reading.same_channels(parts), limit, side)
+    classes = class_names(roots)
+    return read_files(
+        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
+    )
 
 
-def read_classes(
-    folder: Path, side: int, leave_out: Collection[str] = ()
-) -> tuple[Pictures | Streamed, str, tuple[str, ...]]:
-    """Read class folders as one split that nothing is held out of.
+def read_files(
+    folder: Path,
+    files: Mapping[str, list[File]],
+    limit: int | None = None,
+    side: int | None = None,
+) -> Dataset[Split]:
+    """Read pictures whose parts are known.
 
     Args:
-        folder: Holds a folder for each class.
-        side: Height and width of what the network gets.
-        leave_out: Folders that are no class.
-
-    Returns:
-        The pictures, a fingerprint of them, and notes on those that cannot be read.
+        folder: That they lie in.
+        files: ``train`` and maybe ``validation`` and ``test``.
+        limit: As in :func:`read_folder`.
+        side: Likewise.
 
     Raises:
-        DataError: As ``read_folder`` does.
+        DataError: If no picture of a class can be read.
     """
-    classes = [name for name in _classes({"train": folder}) if name not in leave_out]
     reading = _Reading(folder)
-    part = reading.same_channels({"train": reading.part(_files(folder, classes))})["train"]
-    num_channels = next(iter(part.shapes))[0]
-    split = _split(part, (num_channels, side, side))
-    return split, reading.digest.hexdigest()[:12], reading.notes
+    parts = {name: reading.part(of_part) for name, of_part in files.items()}
+    return _dataset(reading, reading.same_channels(parts), limit, side)
 
 
 def _part(folder: Path, names: Sequence[str]) -> Path | None:
@@ -108,8 +97,12 @@ def _part(folder: Path, names: Sequence[str]) -> Path | None:
     )
 
 
-def _classes(roots: Mapping[str, Path]) -> list[str]:
-    """Names of the class folders, the same ones in all parts."""
+def class_names(roots: Mapping[str, Path]) -> list[str]:
+    """Names of the class folders, the same ones in all parts.
+
+    Raises:
+        DataError: If they differ, or there are fewer than two.
+    """
     named = {
         part: sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         for part, root in roots.items()
@@ -130,9 +123,14 @@ def _classes(roots: Mapping[str, Path]) -> list[str]:
     return classes
 
 
-def _files(root: Path, classes: Sequence[str]) -> list[_File]:
+def files_of(root: Path, classes: Sequence[str]) -> list[File]:
+    """Pictures in the class folders of a part.
+
+    Raises:
+        DataError: If a class has none.
+    """
     files = [
-        _File(path, label)
+        File(path, label)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
         if path.suffix.lower() in SUFFIXES and path.is_file()
@@ -154,7 +152,7 @@ def _files(root: Path, classes: Sequence[str]) -> list[_File]:
 class _Part(NamedTuple):
     """The pictures of a part that can be read, in memory if there is room."""
 
-    files: list[_File]
+    files: list[File]
     values: list[Shaped[Tensor, "c h w"]] | None
     shapes: set[tuple[int, ...]]
 
@@ -168,10 +166,10 @@ class _Reading:
     broken: list[Path] = field(default_factory=list)
     room: int = field(default_factory=lambda: memory_bytes() // SHARE_OF_MEMORY)
 
-    def part(self, files: list[_File]) -> _Part:
+    def part(self, files: list[File]) -> _Part:
         """Read the pictures of a part; only their headers if there are very many."""
         whole = len(files) <= DECODED_AT_ONCE
-        kept, values, shapes = list[_File](), list[Tensor](), set[tuple[int, ...]]()
+        kept, values, shapes = list[File](), list[Tensor](), set[tuple[int, ...]]()
         for file in files:
             try:
                 content = file.path.read_bytes() if whole else None

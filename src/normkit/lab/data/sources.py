@@ -2,25 +2,26 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data.dataset import Dataset, Pictures, Split, assembled, fingerprint_of
+from normkit.lab.data.dataset import Dataset, Pictures, assembled, fingerprint_of, hold_out
 from normkit.lab.data.idx import read_idx
 from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
+OF_FOLDERS = ("imagenet", "caltech256")  # read by ``papers.py``
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 
 class Source(NamedTuple):
-    """Pictures of a data set, and its own test and validation splits if it has some."""
+    """Pictures of a data set, and its own test and validation splits if it has them."""
 
     pictures: Pictures
     test: Pictures | None
@@ -29,10 +30,6 @@ class Source(NamedTuple):
 
 Reader = Callable[[], Source]
 READERS: dict[str, Reader] = {}
-
-Opener = Callable[[int | None, int | None], Dataset[Split]]
-FOLDERS: dict[str, Opener] = {}
-"""Data sets in folders of :func:`data_folder`: from a limit and a side, as ``open_data`` takes."""
 
 
 def reader(name: str) -> Callable[[Reader], Reader]:
@@ -60,8 +57,8 @@ def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
     """
     if name not in READERS:
         raise SpecError(
-            f"there is no data set {printable(name)!r}; known are "
-            f"{', '.join([*READERS, *FOLDERS])}, "
+            f"there is no data set {printable(name)!r}; known are {', '.join(READERS)}, "
+            f"{', '.join(OF_FOLDERS)}, "
             f"folder:PATH with a folder for each class, and FILE.py:FUNCTION that makes data sets"
         )
     source = READERS[name]()
@@ -86,26 +83,46 @@ def digits() -> Source:
 def fashion_mnist() -> Source:
     """70000 grey 28x28 pictures of clothes: Debian's files if installed, else a download."""
     if not FASHION_MNIST_FOLDER.is_dir():
-        return from_torchvision("FashionMNIST")
+        return _from_torchvision("FashionMNIST")
     return Source(_idx_pictures("train"), _idx_pictures("t10k"))
 
 
 @reader("cifar10")
 def cifar10() -> Source:
     """60000 colour 32x32 pictures in 10 classes."""
-    return from_torchvision("CIFAR10")
+    return _from_torchvision("CIFAR10")
 
 
 @reader("cifar100")
 def cifar100() -> Source:
     """60000 colour 32x32 pictures in 100 classes."""
-    return from_torchvision("CIFAR100")
+    return _from_torchvision("CIFAR100")
 
 
 @reader("svhn")
 def svhn() -> Source:
     """99289 colour 32x32 house numbers."""
-    return from_torchvision("SVHN")
+    return _from_torchvision("SVHN", *_SVHN)
+
+
+@reader("mnist")
+def mnist() -> Source:
+    """70000 grey 28x28 digits."""
+    return _from_torchvision("MNIST")
+
+
+@reader("cifar100-40k")
+def cifar100_40k() -> Source:
+    """CIFAR-100 with 40000 training and 10000 validation pictures: Summers and Dinneen, 4.1."""
+    source = _from_torchvision("CIFAR100")
+    kept, held = hold_out(source.pictures.targets, 0.2)
+    return Source(source.pictures.keep(kept), source.test, source.pictures.keep(held))
+
+
+@reader("svhn-extra")
+def svhn_extra() -> Source:
+    """630420 colour 32x32 house numbers: the easier ones of the part ``extra`` train as well."""
+    return _from_torchvision("SVHN", *_SVHN, {"split": "extra"})
 
 
 def _idx_pictures(part: str) -> Pictures:
@@ -114,37 +131,26 @@ def _idx_pictures(part: str) -> Pictures:
     return _pictures(images[:, None].numpy(), labels.numpy())
 
 
-def from_torchvision(name: str) -> Source:
-    """Training and test pictures of one of torchvision's data sets.
-
-    Raises:
-        DataError: If it is not there and cannot be downloaded.
-    """
-    # SVHN names its parts, the others say whether they train
-    return Source(*parts_of(name, *(_SVHN_PARTS if name == "SVHN" else _TRAIN_FLAGS)))
+_TRAIN_FLAGS = {"train": True}, {"train": False}
+_SVHN = {"split": "train"}, {"split": "test"}
 
 
-def parts_of(name: str, *parts: Mapping[str, object]) -> Iterator[Pictures]:
-    """Read parts of one of torchvision's data sets, each by the options that name it.
-
-    Raises:
-        DataError: If one is not there and cannot be downloaded.
-    """
+def _from_torchvision(name: str, *parts: Mapping[str, Any]) -> Source:
+    """A data set of torchvision's: the part to train on, the test, and more to train on."""
     register_missing_operators()
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)
     folder = data_folder()
     try:
-        for part in parts:
-            yield _torchvision_pictures(dataset(folder, download=True, **part))
+        found = [dataset(folder, download=True, **part) for part in parts or _TRAIN_FLAGS]
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{name} is not in {folder} and cannot be downloaded ({error}); connect to the "
             f"network, or copy torchvision's files there, or set {FOLDER_VARIABLE} to their folder"
         ) from error
-
-
-_SVHN_PARTS = ({"split": "train"}, {"split": "test"})
-_TRAIN_FLAGS = ({"train": True}, {"train": False})
+    train, test, *more = map(_torchvision_pictures, found)
+    for others in more:
+        train = train.joined(others)
+    return Source(train, test)
 
 
 def _torchvision_pictures(dataset: object) -> Pictures:
