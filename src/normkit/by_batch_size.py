@@ -1,4 +1,4 @@
-"""The recipe of "Four Things" for a batch size: said, applied to a model, and taken back."""
+"""The recipe of "Four Things" for a batch size: apply it to a model, describe it, revert it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from normkit.passes import all_or_nothing, require_unwrapped
 
 State = Literal["done", "would be done", "left to you", "not used"]
 Doing = tuple[State, str]
-"""State of what is done to the norms, and what they do: become, or would become, others."""
+"""The state of the changes to norms, and the verb for them: became or would become."""
 Where = Callable[[nn.Module, str], bool]
 KINDS = (_BatchNorm, nn.GroupNorm, BatchNorm, GhostBatchNorm, GeneralBatchGroupNorm, GroupNorm)
-"""Norms that the recipe replaces; others are no batch norms and stay."""
+"""Classes of norms that the recipe replaces; all others stay."""
 LARGEST_GHOST = 16
-"""Examples of a ghost batch at most, where the user does not say; the paper tunes it."""
+"""Most examples of a ghost batch, unless the user sets the number; the paper tunes it."""
 SMALLEST_GHOST = 4
 
 READING = (
@@ -41,7 +41,7 @@ PRINTED: Mapping[int, tuple[Norm, str]] = {
     4: ("batch and group", READING),
     8: ("ghost", "printed for batches of 8 and more (section 4.2)"),
 }
-"""What normalises, and who says so, by batch size; between them the nearest in log2."""
+"""The norm and its source by batch size; other sizes take the nearest one in log2."""
 ABOVE_READING = (
     "our reading for batches of 6 and 7, where the paper prints no recipe: nearer to 8 than to 4"
 )
@@ -226,7 +226,7 @@ def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion ne
 
 
 def recipe_for(batch_size: int) -> tuple[Norm, str]:
-    """What normalises at a batch size, and who says so.
+    """Return the norm for a batch size, and the source of this choice.
 
     Raises:
         OptionError: If it is no whole number of at least 1.

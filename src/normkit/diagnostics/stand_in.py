@@ -1,4 +1,4 @@
-"""Gradients by what weight standardization computes on the way from the raw weight to the used."""
+"""Gradients with respect to tensors that weight standardization computes from the raw weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Filters = Tensor
 
 
 def standardised(model: nn.Module) -> dict[str, WeightStandardization]:
-    """Find the layers with standardised weights, and what standardises each.
+    """Find the layers with standardised weights, each with its parametrization.
 
     Raises:
         OptionError: If there is none.
@@ -42,12 +42,12 @@ def standardised(model: nn.Module) -> dict[str, WeightStandardization]:
 def measurable(
     model: nn.Module, where: Where | None, why_not: Callable[[WeightStandardization], str]
 ) -> tuple[dict[str, WeightStandardization], dict[str, str]]:
-    """Choose the standardised layers of a measurement; the others with the reason.
+    """Choose the standardised layers to measure, and say why others cannot be measured.
 
     Args:
         model: The model.
         where: ``where(layer, name)``; None takes all.
-        why_not: Says why a rule cannot be measured; empty if it can.
+        why_not: ``why_not(rule)`` says why a layer cannot be measured; empty if it can.
 
     Raises:
         OptionError: If none is left.
@@ -62,12 +62,12 @@ def measurable(
 
 
 def not_reached(names: Iterable[str]) -> dict[str, str]:
-    """Say of layers that no batch has reached them."""
+    """Give layers the reason that no batch has reached them."""
     return dict.fromkeys(names, "no batch has reached it")
 
 
 def require_any(reached: dict[str, T]) -> dict[str, T]:
-    """Refuse a measurement in which no batch has reached a layer.
+    """Refuse a measurement in which no batch has reached any layer.
 
     Raises:
         DataError: If there is none.
@@ -85,16 +85,16 @@ def stand_ins(
     start: Callable[[WeightStandardization, Tensor], Filters],
     follow: Callable[[WeightStandardization, Filters], Filters],
 ) -> Generator[dict[str, Filters]]:
-    """Let each layer compute its weight from a tensor that gradients are taken by.
+    """Let each layer compute its weight from a new leaf tensor, which then gets a gradient.
 
     Args:
-        rules: What standardises the layers, by name.
-        start: ``start(rule, raw)`` gives that tensor from the raw weight.
-        follow: ``follow(rule, tensor)`` gives the standardised filters from it, before gain and
+        rules: The layers' parametrizations, by name.
+        start: ``start(rule, raw)`` computes that tensor from the raw weight.
+        follow: ``follow(rule, tensor)`` computes the standardised filters from it, before gain and
             offset.
 
     Yields:
-        The tensors by name, each from the first use of its layer on.
+        The tensors by name; a layer's tensor is added when the layer is first called.
     """
     leaves: dict[str, Filters] = {}
 
