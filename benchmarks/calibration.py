@@ -16,8 +16,8 @@ from normkit.convert.agreement import Outputs, agreement, tensors_of
 from normkit.lab.data import Dataset, load
 from normkit.lab.device import parse_device, threads_of
 from normkit.lab.environment import describe_environment
+from normkit.lab.evaluation import evaluate
 from normkit.lab.spec import Protocol, TrainingSpec
-from normkit.lab.steps import evaluate
 from normkit.lab.train import train
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "calibration.json"

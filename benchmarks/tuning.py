@@ -36,7 +36,7 @@ from normkit.lab.models import build_model
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.train import train
 from normkit.tune import Tuning
-from normkit.tune.search import GRID
+from normkit.tune.grids import GRID
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "tuning"

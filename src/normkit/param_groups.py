@@ -251,7 +251,7 @@ def _warn_without_residual_paths(
             gives no warning.
     """
     try:
-        graph = trace(model, example_input)
+        undone, num_norms = norms_without_residual_paths(model, example_input)
     except TraceError as error:
         if not chosen:
             warnings.warn(
@@ -260,13 +260,29 @@ def _warn_without_residual_paths(
                 stacklevel=3,
             )
         return
-    ends = {graph.calls[index].name: graph.ends(index) for index in graph.of_kind("norm")}
-    undone = [name for name, met in ends.items() if met == {"norm"}]
-    if undone and not any("sum" in met for met in ends.values()):
+    if undone:
         warnings.warn(
-            f"{len(undone)} of {len(ends)} norms ({listed(undone, at_most=3)}) have no residual "
+            f"{len(undone)} of {num_norms} norms ({listed(undone, at_most=3)}) have no residual "
             f"path to the output: the next norm undoes the effect of the decay on their weights "
             f"and biases, and such decay was found to hurt; switch it off with "
             f"norm_weight_decay=0",
             stacklevel=3,
         )
+
+
+def norms_without_residual_paths(
+    model: nn.Module,
+    example_input: Any = None,  # noqa: ANN401
+) -> tuple[list[str], int]:
+    """Name the norms whose weight decay a later norm undoes, and count all norms.
+
+    If any norm leads into a sum with another branch, no norm is named.
+
+    Raises:
+        TraceError: If the model cannot be traced.
+    """
+    graph = trace(model, example_input)
+    ends = {graph.calls[index].name: graph.ends(index) for index in graph.of_kind("norm")}
+    has_paths = any("sum" in met for met in ends.values())
+    undone = [name for name, met in ends.items() if met == {"norm"} and not has_paths]
+    return undone, len(ends)

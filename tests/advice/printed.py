@@ -60,6 +60,21 @@ OTHERS = {
         "BN+WS": "46.49",
         "BCN+WS": "45.27",
     },
+    ("Zhou", "table 3", "DARTS on CIFAR-10, batches of 96, 256 groups"): {
+        "BN": "97.33",
+        "GN": "94.78",
+        "BGN": "97.40",
+    },
+    ("Zhou", "table 4", "MANAS on CIFAR-10, batches of 64, 64 groups"): {
+        "BN": "97.18",
+        "GN": "95.52",
+        "BGN": "97.15",
+    },
+    ("Zhou", "table 7", "CAN on Office-31, batches of 30"): {
+        "BN": "90.1",
+        "GN": "88.6",
+        "BGN": "90.9",
+    },
     ("Huang", "table 2", "ResNet-50"): {"BN": "76.29", "GN": "75.73", "XBN": "77.40"},
     ("Huang", "table 2", "ResNeXt-101"): {"BN": "79.17", "GN": "78.02", "XBN": "79.84"},
     ("Huang", "table 5", "2fc"): {"BN frozen": "36.31", "GN": "36.62", "XBN": "37.17"},

@@ -85,7 +85,8 @@ def test_a_network_and_pictures_of_ones_own_with_a_recipe(mine, capsys):
     assert {"norm", "body.bn1"} <= names
     written = tomllib.loads((mine / "out" / "experiment.toml").read_text())
     assert (written["precision"], written["accumulate"]) == ("bf16-mixed", 2)
-    again = compare(capsys, "--config", "out/experiment.toml", "--out", "out", "--workers", "1")
+    assert (written["out"], written["save_weights"]) == (str(mine / "out"), True)
+    again = compare(capsys, "--config", "out/experiment.toml", "--no-save-weights")
     assert again[1]["cells"] == result["cells"]
     assert (mine / "out" / "records.jsonl").read_text().splitlines() == lines
     (weights,) = (mine / "out" / "weights").glob("bn-b4-s1-*")
@@ -121,6 +122,22 @@ def test_data_sets_of_ones_own(mine, capsys):
     )  # fmt: skip
     assert code == 0
     assert result["cells"][0]["num_finished"] == 1
+
+
+def test_the_file_says_how_runs_are_done_and_the_command_line_wins(mine, capsys):
+    (mine / "exp.toml").write_text(
+        'train = "my.py:train"\nnorms = "bn"\nbatch_sizes = 4\nseeds = [1]\nworkers = 1\n'
+        'loggers = "csv"\nout = "there"\nsave_weights = true\ncheckpoint-seconds = 5\n'
+    )
+    code, _, _ = compare(capsys, "--config", "exp.toml", "--no-save-weights", "--loggers", "")
+    assert code == 0
+    written = tomllib.loads((mine / "there" / "experiment.toml").read_text())
+    found = {n: written[n] for n in ("workers", "loggers", "save_weights", "checkpoint_seconds")}
+    assert found == {"workers": 1, "loggers": [], "save_weights": False, "checkpoint_seconds": 5}
+    assert not (mine / "there" / "logs").exists()
+    assert main(["compare", "--config", str(mine / "there" / "experiment.toml")]) == 0
+    page = re.sub("</?span>", "", (mine / "there" / "report.html").read_text())
+    assert f"--out {mine / 'there'}" in page
 
 
 def test_a_dry_run_writes_nothing(mine, capsys):
@@ -175,6 +192,9 @@ BAD = {
     "augmentation": (["--augment", "spin"], r"--augment was given 'spin'; known are crop, flip"),
     "number": (["--clip", "much"], r"--clip was given 'much'; write numbers"),
     "both lengths": (["--epochs", "1", "--steps", "5"], r"epochs=1 and steps=5; give one of them"),
+    "on and off": (["--compile", "--no-compile"], r"--compile and --no-compile were both given"),
+    "workers": (["--workers", "0"], r"--workers was given 0: .*; give runs at once, 1 or more"),
+    "dry run": (["--train", "my.py:train", "--dry-run"], r"only that function knows; leave --dry"),
     "config": (["--config", "absent.toml"], r"absent.toml cannot be read"),
     "weights": (["--weights", "absent.safetensors"], r"absent.safetensors cannot be read"),
 }

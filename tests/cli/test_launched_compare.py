@@ -143,6 +143,68 @@ def test_the_first_process_alone_prints_and_writes(tmp_path, free_port):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+RESUMED = """
+import shutil, sys
+from dataclasses import replace
+from pathlib import Path
+from torch import distributed
+from normkit.lab.launch import launched
+from normkit.lab.spec import Protocol, TrainingSpec
+from normkit.lab.train import run
+from normkit.lab.work import Upkeep
+
+class Killed(BaseException):
+    pass
+
+def killed_after(num_steps):
+    count = 0
+    def on_step():
+        nonlocal count
+        count += 1
+        if count == num_steps:
+            raise Killed
+    return on_step
+
+def main(folder, strategy, **recipe):
+    protocol = Protocol(
+        model="small-resnet:width=4:blocks=1", limit=80, epochs=2, processes=2, accumulate=2,
+        strategy=strategy, **recipe,
+    )
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=4, seed=1)
+    expected = run(spec).outcome
+    assert expected.status == "finished" and expected.num_steps == 10, expected
+    upkeep = Upkeep(folder=folder, checkpoint_seconds=0)
+    for moment, left in ((4, {3}), (5, {3, 7})):
+        try:
+            run(spec, killed_after(moment), upkeep)
+        except Killed:
+            pass
+        rank = distributed.get_rank()
+        files = {int(p.stem.split("-")[-1]): p for p in folder.glob(f"checkpoints/*-{rank}-*")}
+        assert set(files) <= left and max(files) == max(left), files
+        aside = folder / f"aside-{rank}"
+        if rank == 1 and aside.exists():  # as if only this process had written once more
+            shutil.copy(aside, str(files[7]).replace("-7.", "-9."))
+        shutil.copy(files[max(files)], aside)
+    assert run(spec, upkeep=upkeep).outcome == expected
+    distributed.barrier()
+    assert not list(folder.glob("checkpoints/*")), list(folder.glob("checkpoints/*"))
+
+with launched():
+    main(Path(sys.argv[1]) / "ddp", "ddp", mixup=0.2)
+    main(Path(sys.argv[1]) / "fsdp", "fsdp", optimizer="adamw", base_lr=1e-3)
+print("resumed")
+"""
+
+
+def test_a_killed_training_of_two_processes_goes_on_bit_for_bit(tmp_path, free_port):
+    program = tmp_path / "resumed.py"
+    program.write_text(RESUMED)
+    done = start(free_port, str(program), str(tmp_path))
+    output, errors = finished(done)
+    assert (done.returncode, output.count("resumed")) == (0, 2), errors
+
+
 LEAVING = """
 import os
 from normkit.lab.launch import launched

@@ -35,7 +35,7 @@ def test_without_a_name_the_presets_and_their_claims_are_listed(normkit):
 
 
 def test_a_preset_is_run_judged_drawn_and_reported(normkit, tmp_path):
-    given = ("gnbn", "--scale", "tiny", "--out", str(tmp_path))
+    given = ("gnbn", "--scale", "tiny", "--workers", "1", "--out", str(tmp_path))
     code, output, errors = normkit(*given)
     assert code == 0
     assert output.startswith("gnbn: Huang et al., ")
@@ -64,6 +64,9 @@ def test_a_preset_is_run_judged_drawn_and_reported(normkit, tmp_path):
         (("nothing",), "there is no preset 'nothing'; known are estimation-shift, "),
         (("lipschitz", "--scale", "paper"), "has no scale 'paper'; it has tiny, small"),
         (("all", "gnbn"), "all stands for every preset; give it alone"),
+        (("gnbn", "--workers", "0"), "--workers was given 0; give 1 or more"),
+        (("gnbn", "--checkpoint-seconds", "-1"), "--checkpoint-seconds was given -1.0; give 0"),
+        (("gnbn", "--device", "tpu"), "there is no device 'tpu' here"),
         (("--report",), "has no results; normkit reproduce NAME --out "),
     ],
 )
@@ -78,7 +81,7 @@ def test_an_interrupt_keeps_what_is_finished(normkit, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "run_one", interrupted)
+    monkeypatch.setattr(run, "carry_out", interrupted)
     code, _, errors = normkit("gnbn", "--scale", "tiny", "--out", str(tmp_path))
     assert code == 130
     assert "interrupted; finished runs are kept" in errors

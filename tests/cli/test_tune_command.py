@@ -69,9 +69,29 @@ def test_without_a_gain_nothing_changes(normkit):
     assert output.splitlines()[-1] == "on the test examples nothing changes"
 
 
+@pytest.mark.parametrize("norm", ["bn", "gn:4"])
+def test_a_curve_is_printed_and_drawn_and_chooses_nothing(normkit, tmp_path, norm, capsys):
+    drawn, weights = tmp_path / "curve.png", str(tmp_path / "weights.safetensors")
+    task = ("--model", "small-resnet", "--num-classes", "10", "--input-shape", "1,8,8")
+    assert main(["convert", *task, "--to", norm, "--save", weights]) == 0
+    capsys.readouterr()
+    given = (*SMALL, "--checkpoint", weights, "--curve")
+    code, output, errors = normkit(*given, "--plot", str(drawn), "--json")
+    assert code == 0
+    found = json.loads(output)
+    own = 0 if norm == "bn" else 1
+    assert (found["num_examples"], found["own"]["alpha"]) == (60, own)
+    assert len(found["points"]) == (14 if norm == "bn" else 17)
+    assert f"curve: {drawn}" in errors
+    assert drawn.stat().st_size > 1000
+    code, output, _ = normkit(*given)
+    assert output.startswith(f"Against the layers' own weights ({own}), on 60 examples: top 1 ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--curve", "--per-layer"), "--curve was given with --save, --per-layer or --metric, but"),
         (("--data", "nothing"), "there is no data set 'nothing'"),
         (("--examples", "0"), "--examples was given 0; give 1 or more"),
         (("--batch-size", "-1"), "--batch-size was given -1; give 1 or more"),

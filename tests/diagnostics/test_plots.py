@@ -35,11 +35,18 @@ RESULTS = {
     "channel_difference": lambda: nk.channel_difference(net(nk.LayerNorm), PAIRS),
     "inactive_channels": lambda: nk.inactive_channels(net(), PAIRS),
     "lipschitz_terms": lambda: nk.lipschitz_terms(standardised(), PAIRS),
+    "hessian_norms": lambda: nk.hessian_norms(standardised(), PAIRS, num_filters=1),
+    "projected_updates": lambda: nk.projected_updates(standardised(), PAIRS),
+    "similarity_propagation": lambda: nk.similarity_propagation(net(), PAIRS),
+    "singularity_ratio": lambda: nk.singularity_ratio(net()),
+    "grouped_channels": lambda: nk.grouped_channels((0.0, 1.0), (1.0, 2.0)),
+    "output_bound": lambda: nk.output_bound(net(), PAIRS),
     "gradient_landscape": lambda: nk.gradient_landscape(net(), PAIRS),
     "Probe": probed,
     "a probe's history": lambda: probed().history,
     "a probe's record": lambda: probed().records[0],
     "tune_example_weight": lambda: nk.tune_example_weight(net(), PAIRS, grid=(0.1,)),
+    "example_weight_curve": lambda: nk.example_weight_curve(net(), PAIRS, grid=(0.1,)),
     "diagnose": lambda: nk.diagnose(net(), PAIRS * 2, PAIRS * 2),
 }
 

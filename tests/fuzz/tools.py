@@ -95,6 +95,29 @@ def convert_a_copy(bench):
     return lambda: nk.convert_norm(bench.model, {"stem": "gn:2"}, calibrate=bench.data())
 
 
+@tool("four_things", size=2)
+@tool("four_things", size=8)
+def recipe(bench, size):
+    example = bench.batches[0][0]
+    return lambda: nk.four_things(
+        bench.model, size, where=bench.where, optimizer=bench.optimizer, example_input=example
+    )
+
+
+@tool("FourThings.revert")
+def revert_recipe(bench):
+    done = nk.four_things(bench.model, 2, optimizer=bench.optimizer)
+    bench.train()
+    bench.watched.append(done)
+    return done.revert
+
+
+@tool("FourThings.param_groups", measures=True)
+def recipe_groups(bench):
+    done = nk.four_things(bench.model, 2)
+    return lambda: done.param_groups(0.1)
+
+
 @tool("place_xbn_")
 def xbn(bench):
     return lambda: nk.place_xbn_(bench.model, norm="gn:2+ws", stem=True, optimizer=bench.optimizer)
@@ -229,6 +252,17 @@ def tune(bench, per_layer):
     )
 
 
+@tool("example_weight_curve", measures=True)
+def curve(bench):
+    return lambda: nk.example_weight_curve(
+        bench.model,
+        bench.data(),
+        grid=(0, 0.5),
+        train_batches=bench.data(),
+        forward=bench.forward,
+    )
+
+
 @tool("Tuning.undo")
 def undo_tuning(bench):
     found = nk.tune_example_weight(bench.model, bench.data(), grid=(0, 0.5), refine=False)
@@ -279,6 +313,42 @@ def lipschitz(bench):
     return lambda: nk.lipschitz_terms(
         bench.model, bench.data(), loss=bench.loss, forward=bench.forward
     )
+
+
+@tool("hessian_norms", measures=True)
+def hessians(bench):
+    nk.standardize_weights_(bench.model, lambda _, name: name.endswith("stage1.0.conv1"))
+    return lambda: nk.hessian_norms(
+        bench.model,
+        bench.data(),
+        num_filters=1,
+        num_probes=1,
+        loss=bench.loss,
+        forward=bench.forward,
+    )
+
+
+@tool("projected_updates", measures=True)
+def steps(bench):
+    nk.standardize_weights_(bench.model, lambda _, name: name.endswith("conv1"))
+    return lambda: nk.projected_updates(
+        bench.model, bench.data(), loss=bench.loss, forward=bench.forward
+    )
+
+
+@tool("similarity_propagation", measures=True)
+def similarity(bench):
+    return lambda: nk.similarity_propagation(bench.model, bench.data(), forward=bench.forward)
+
+
+@tool("output_bound", measures=True)
+def bounds(bench):
+    return lambda: nk.output_bound(bench.model, bench.data(), forward=bench.forward)
+
+
+@tool("singularity_ratio", measures=True)
+def singularity(bench):
+    return lambda: nk.singularity_ratio(bench.model, where=lambda *_: bench.calls() or True)
 
 
 @tool("gradient_landscape", protocol="along_gradient", measures=True)

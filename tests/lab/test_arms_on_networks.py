@@ -7,10 +7,10 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 
 import normkit as nk
+from normkit.lab.check import check
 from normkit.lab.models import apply_arm, build_model
 from normkit.lab.models.build import norm_slots, slots_of
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.sweep import check
 from normkit.lab.train import run
 
 NET = "small-resnet:blocks=2"

@@ -14,7 +14,8 @@ from normkit.lab.experiment import Silent
 from normkit.lab.records import TrainingRecord, read_records
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.sweep import run_all
-from normkit.lab.train import Upkeep
+from normkit.lab.train import TRAINING
+from normkit.lab.work import Upkeep
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
@@ -114,7 +115,9 @@ def test_the_same_command_gives_the_same_records(cluster, tmp_path, capfd):
 def test_a_machine_with_another_version_of_normkit_is_refused(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("normkit.lab.cluster.code_hash", lambda: f"not {code_hash()}")
     with pytest.raises(DataError, match=r"has another version of normkit; install the same one"):
-        run_on_ray(specs_of("mlp:depth=2:width=8", (1,)), Upkeep(folder=tmp_path), Silent())
+        run_on_ray(
+            specs_of("mlp:depth=2:width=8", (1,)), Upkeep(folder=tmp_path), Silent(), TRAINING
+        )
     assert outcomes(tmp_path) == {}
 
 
@@ -125,13 +128,13 @@ def test_runs_of_a_node_that_is_killed_are_done_elsewhere(cluster, tmp_path, mon
     file.write_text(NETWORK)
     specs = specs_of(f"{file}:make", (1, 2, 3))
     (tmp_path / "home").mkdir()
-    run_all(specs, tmp_path / "home", 1, Silent(), Upkeep(folder=tmp_path / "home"))
+    run_all(specs, tmp_path / "home", 1, Silent(), TRAINING)
     (tmp_path / "wait").touch()
     killer = KillsANode(ray_cluster, workers[1], tmp_path)
     killer.start()
     told = Told()
     (tmp_path / "away").mkdir()
-    run_on_ray(specs, Upkeep(folder=tmp_path / "away"), told)
+    run_on_ray(specs, Upkeep(folder=tmp_path / "away"), told, TRAINING)
     killer.join()
     assert killer.num_waiting == 2  # one of them was on the node that died
     assert sorted(told.keys) == sorted(spec.key for spec in specs)
@@ -164,7 +167,9 @@ def test_without_ray_its_extra_is_named(tmp_path, monkeypatch, capsys):
 def test_a_cluster_is_started_here_if_there_is_none(tmp_path, monkeypatch, capfd):
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    run_on_ray(specs_of("mlp:depth=2:width=8", (1,)), Upkeep(folder=tmp_path), told := Told())
+    run_on_ray(
+        specs_of("mlp:depth=2:width=8", (1,)), Upkeep(folder=tmp_path), told := Told(), TRAINING
+    )
     assert len(told.keys) == len(outcomes(tmp_path)) == 2
     assert not ray.is_initialized()
 
@@ -172,4 +177,4 @@ def test_a_cluster_is_started_here_if_there_is_none(tmp_path, monkeypatch, capfd
 def test_what_only_this_process_knows_is_refused(tmp_path):
     specs = specs_of("python:model:make:0123", (1,))
     with pytest.raises(DataError, match=r"known only to this process; define the function at the"):
-        run_on_ray(specs, Upkeep(folder=tmp_path), Silent())
+        run_on_ray(specs, Upkeep(folder=tmp_path), Silent(), TRAINING)

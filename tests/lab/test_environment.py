@@ -35,6 +35,7 @@ def test_the_environment_names_the_kernels_that_compute_and_the_version():
         ("lab/bench/a.py", False),
         ("lab/report/a.py", False),
         ("lab/reproduce/a.py", False),
+        ("lab/reproduce/tasks/a.py", False),
     ],
 )
 def test_the_code_hash_covers_what_decides_a_run(tmp_path, monkeypatch, name, matters):
@@ -44,3 +45,15 @@ def test_the_code_hash_covers_what_decides_a_run(tmp_path, monkeypatch, name, ma
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"anything")
     assert (code_hash.__wrapped__() != before) == matters
+
+
+def test_runs_of_presets_depend_on_their_tasks_and_not_on_what_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "PACKAGE", tmp_path)
+    hashes = [code_hash.__wrapped__("lab/reproduce/tasks/")]
+    for name in ("lab/reproduce/claims.py", "lab/reproduce/tasks/noise.py", "lab/loop.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"anything")
+        hashes.append(code_hash.__wrapped__("lab/reproduce/tasks/"))
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3

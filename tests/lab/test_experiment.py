@@ -9,12 +9,13 @@ from torch import nn
 
 from normkit.errors import DataError, NormError, SpecError
 from normkit.lab import Recipe, compare, experiment
-from normkit.lab.config import read_config, sweep_of, write_config
+from normkit.lab.config import options_of, read_config, sweep_of, write_config
 from normkit.lab.data import open_data
 from normkit.lab.dry_run import estimate
 from normkit.lab.experiment import plan
 from normkit.lab.records import TrainingRecord, read_records
 from normkit.lab.spec import Protocol, SweepSpec
+from normkit.lab.work import RunOptions
 from pictures import fill
 
 FAST = {
@@ -202,8 +203,11 @@ def test_an_experiment_is_written_whole_and_runs_again_by_itself(tmp_path):
         ),
         norms=("bn", "none", "xbn/gn:64"), batch_sizes=(2, 8), seeds=(1,), learning_rates=(0.1, 1),
     )  # fmt: skip
-    path = write_config(tmp_path / "experiment.toml", sweep)
-    assert sweep_of(read_config(path), str) == sweep
+    options = RunOptions(out="there", workers=3, save_weights=True, loggers=("csv",))
+    path = write_config(tmp_path / "experiment.toml", sweep, options)
+    values = read_config(path)
+    assert sweep_of(values, str) == sweep
+    assert options_of(values, str) == options
 
 
 @pytest.mark.parametrize(

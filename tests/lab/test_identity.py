@@ -19,8 +19,9 @@ from normkit.lab.data.opening import forget_data
 from normkit.lab.data.views import at_size
 from normkit.lab.records import TrainingRecord, read_records, sources_of
 from normkit.lab.spec import Protocol, TrainingSpec
-from normkit.lab.train import Upkeep, run
+from normkit.lab.train import run
 from normkit.lab.user_code import load_function, name_of, source_hash
+from normkit.lab.work import Upkeep
 from pictures import fill
 
 ONE = {"norms": "bn", "batch_sizes": 8, "seeds": 1, "recipe": Recipe(epochs=1), "limit": 40}
@@ -83,11 +84,17 @@ def test_functions_that_differ_in_what_is_around_them_are_different(tmp_path):
     assert num_records(tmp_path) == 2
 
 
-def test_a_file_that_is_edited_is_read_again(tmp_path):
+def test_a_file_that_is_edited_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "my.py"
     for value in (1, 2):
-        path.write_text(f"def make():\n    return {value}\n")
-        assert load_function(f"{path}:make", "--model")() == value
+        path.write_text(
+            f"from beside_it import number\n\ndef make():\n    return {value} * number\n"
+        )
+        (tmp_path / "beside_it.py").write_text(f"number = {value + 1}\n")
+        assert load_function(f"{path}:make", "--model")() == value * (value + 1)
+    assert not sys.dont_write_bytecode
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_helpers_of_one_name_in_two_folders_are_two(tmp_path):

@@ -15,8 +15,9 @@ import normkit as nk
 from normkit.cli.app import run as command
 from normkit.errors import PackageError, SpecError
 from normkit.lab.loggers import Logger, require_loggers
-from normkit.lab.spec import TrainingSpec
-from normkit.lab.train import Upkeep, run
+from normkit.lab.spec import Protocol, TrainingSpec
+from normkit.lab.train import run
+from normkit.lab.work import Upkeep
 
 STEPS = [4, 8, 12]  # of the optimizer, at the end of each epoch
 
@@ -56,6 +57,57 @@ def test_a_csv_file_has_every_epoch(logged, spec, tmp_path):
     assert rows(tmp_path / "logs" / spec.file_name / "metrics.csv") == [
         epoch | {"step": step} for step, epoch in zip(STEPS, epochs, strict=True)
     ]
+
+
+def test_a_run_that_was_killed_has_every_epoch(logged, spec, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    count = 0
+
+    def kill_in_the_third_epoch():
+        nonlocal count
+        count += 1
+        if count == 10:
+            raise Killed
+
+    upkeep = Upkeep(folder=tmp_path, loggers=("csv",), checkpoint_seconds=0)
+    with pytest.raises(Killed):
+        run(spec, kill_in_the_third_epoch, upkeep)
+    assert list((tmp_path / "checkpoints").iterdir())
+    epochs = logged("csv")
+    assert rows(tmp_path / "logs" / spec.file_name / "metrics.csv") == [
+        epoch | {"step": step} for step, epoch in zip(STEPS, epochs, strict=True)
+    ]
+
+
+OWN = """
+from torch import nn
+
+def train(apply_norm, batch_size, seed, report):
+    apply_norm(nn.BatchNorm1d(4))
+    for step in range(3):
+        report(loss=1 / (step + 1))
+    report()
+    if seed:
+        report(name="no number")
+    return {"accuracy": 0.5}
+"""
+
+
+def test_numbers_that_a_training_of_ones_own_reports(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    protocol = Protocol(train=f"{tmp_path / 'own.py'}:train")
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=2, seed=0)
+    upkeep = Upkeep(folder=tmp_path, loggers=("csv",))
+    run(spec, upkeep=upkeep)
+    assert rows(tmp_path / "logs" / spec.file_name / "metrics.csv") == [
+        {"loss": 1.0, "step": 1}, {"loss": 1 / 2, "step": 2}, {"loss": 1 / 3, "step": 3},
+        {"accuracy": 0.5, "step": 4},
+    ]  # fmt: skip
+    outcome = run(spec.model_copy(update={"seed": 1}), upkeep=upkeep).outcome
+    assert "report(...) in" in outcome.message
+    assert "was given {'name': 'no number'}; give it numbers" in outcome.message
 
 
 def rows(path):

@@ -260,7 +260,8 @@ def test_ibn_is_tried_at_its_places_alone():
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("small-resnet:width=99999999999", "'width=99999999999'; it takes width=N, blocks=N, each"),
+        ("small-resnet:width=99999999999", "'width=99999999999'; it takes width=N, blocks=N, "),
+        ("small-resnet:stages=9", "small-resnet was given stages=9; give 1 to 8"),
         ("mlp:depth=100000000", "with N a whole number from 1 to 2048"),
         ("mlp:depth=" + "9" * 5000, "a model's name of 5010 characters was given, 'mlp:depth=9999"),
         ("mlp:depth=" + "9" * 300, "with N a whole number from 1 to 2048"),

@@ -1,5 +1,6 @@
 """A run that was killed goes on from its checkpoint, and ends as one that was not."""
 
+import json
 import random
 import signal
 import subprocess
@@ -9,13 +10,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from normkit.cli import main
 from normkit.lab.records import TrainingRecord, read_records
 from normkit.lab.resume import Checkpoint
 from normkit.lab.spec import Protocol, TrainingSpec
-from normkit.lab.train import Upkeep, run
+from normkit.lab.train import run
+from normkit.lab.work import Upkeep
 
 PROTOCOLS = {
     "sgd": Protocol(model="small-resnet:width=4", limit=60, epochs=3),
@@ -63,6 +66,27 @@ def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
         assert len(list((tmp_path / "checkpoints").iterdir())) == 1
     assert run(spec, upkeep=upkeep).outcome == expected.outcome
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_scale_of_float16_gradients_comes_back(tmp_path, monkeypatch):
+    """On a CPU, where the lab refuses that precision and Fabric takes it as a plugin."""
+    from lightning_fabric import Fabric  # noqa: PLC0415 - slow to import
+    from lightning_fabric.plugins.precision import MixedPrecision  # noqa: PLC0415 - as above
+
+    def scaling(_protocol, _device):
+        return Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu"))
+
+    monkeypatch.setattr("normkit.lab.loop.make_fabric", scaling)
+    protocol = Protocol(
+        model="mlp:depth=2:width=8", limit=40, epochs=2, precision="16-mixed", clip=1.0
+    )
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=8, seed=3)
+    for num_steps, so_far in ((4, 3), (3, 5)):  # killed in the last one, before it is written
+        with pytest.raises(Killed):
+            run(spec, killed_after(num_steps), Upkeep(folder=tmp_path, checkpoint_seconds=0))
+        with safe_open(next((tmp_path / "checkpoints").iterdir()), "pt") as file:
+            scaler = json.loads(file.metadata()["about"])["scaler"]
+        assert scaler["_growth_tracker"] == so_far  # steps without an overflow
 
 
 def test_the_callers_random_state_is_left_alone(tmp_path):

@@ -12,10 +12,10 @@ from normkit.errors import SpecError
 from normkit.lab import start, train
 from normkit.lab.data import Examples
 from normkit.lab.device import parse_device
-from normkit.lab.loop import Loop
+from normkit.lab.evaluation import evaluate
+from normkit.lab.loop import Loop, num_steps_per_epoch, own_parts
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.steps import batches, evaluate, num_steps_per_epoch
 from normkit.lab.train import run
 
 
@@ -135,7 +135,7 @@ def test_the_last_batch_is_kept_unless_it_is_a_single_example(
     num_examples, batch_size, steps, dropped
 ):
     assert num_steps_per_epoch(num_examples, batch_size) == steps
-    kept = sum(map(len, batches(torch.arange(num_examples), batch_size)))
+    kept = sum(map(len, own_parts(torch.arange(num_examples), batch_size, 0, 1)))
     assert num_examples - kept == dropped
 
 
@@ -150,9 +150,9 @@ def test_the_order_of_examples_is_the_seeds_and_not_the_norms(protocol, monkeypa
     def order(norm, seed):
         seen = []
 
-        def noting(loop, parts):
+        def noting(loop, parts, **given):
             seen.extend(part.targets for part in parts)
-            return step(loop, parts)
+            return step(loop, parts, **given)
 
         monkeypatch.setattr(Loop, "step", noting)
         run(spec_of(protocol, norm=norm, seed=seed))
@@ -232,13 +232,13 @@ def test_estimates_of_micro_batches_move_by_the_learning_rate(
     rates = []
     step = Loop.step
 
-    def noted(loop, parts):
+    def noted(loop, parts, **given):
         layers = [m for m in loop.network.modules() if isinstance(m, BatchChannelNorm)]
         rates.append({layer.update_rate for layer in layers})
         before = [layer.batch.running_mean.clone() for layer in layers]
         means = []
         hook = layers[0].register_forward_pre_hook(lambda _, x: means.append(x[0].mean(0).detach()))
-        result = step(loop, parts)
+        result = step(loop, parts, **given)
         hook.remove()
         moved = before[0] + layers[0].update_rate * (means[0] - before[0])
         torch.testing.assert_close(layers[0].batch.running_mean, moved)

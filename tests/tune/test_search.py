@@ -12,8 +12,9 @@ import normkit as nk
 from normkit.errors import DataError, OptionError
 from normkit.layers.base import TrackingLayer
 from normkit.tune.gain import paired_gain
+from normkit.tune.grids import GRID
 from normkit.tune.metrics import KNOWN
-from normkit.tune.search import GRID, golden_section
+from normkit.tune.search import golden_section
 from tune.nets import answers, data, distance, plain_net, tune_to
 
 

@@ -38,7 +38,7 @@ class Candidate:
     own_spec: str = ""
 
     def spec_for(self, batch_size: int) -> str:
-        """The spec at a batch size."""
+        """The spec at a batch size, which need not be one that was measured."""
         return self.spec.format(groups=recommended_bgn_groups(batch_size))
 
     def evidence(self, task: str, batch_size: int) -> Iterator[Evidence]:
@@ -52,6 +52,8 @@ class Candidate:
                 yield from by_batch_size(self.title, batch_size, self.compared)
             if self.title == "BN":
                 yield from cifar_by_batch_size(batch_size)
+            if self.title == "BGN":
+                yield from known.other_tasks(batch_size)
             yield from self.numbers
             yield from own_runs(self.own_spec, batch_size)
 
@@ -160,8 +162,9 @@ CANDIDATES: Mapping[str, Candidate] = {
         spec="bgn:max={groups}",
         why="groups chosen so that each has a suitable number of values at this batch size; "
         "ahead of BN and GN at every batch size of its paper",
-        limits="one paper, one run each; groups are divisors of the channels unless the size of "
-        "the map is known: nk.build(..., num_positions=)",
+        limits="one paper, one run each, and other groups for its other tasks (MANAS 64, "
+        "adversarial training 128, Office-31 1 to 512 by task); groups are divisors of the "
+        "channels unless the size of the map is known: nk.build(..., num_positions=)",
         title="BGN",
         compared=("GN", "BN"),
         own_spec="bgn:auto",

@@ -151,7 +151,8 @@ def recommend(
     names = steps[max(step for step in steps if step <= nearest)]
     if pretrained:
         names = ("bn kept" if nearest >= MIN_UPDATING else "bn frozen", *_keeping_first(names))
-    return Recommendations(_recommendation(CANDIDATES[n], task, nearest, pretrained) for n in names)
+    found = (_recommendation(CANDIDATES[n], task, (size, nearest), pretrained) for n in names)
+    return Recommendations(found)
 
 
 def _keeping_first(names: tuple[str, ...]) -> list[str]:
@@ -161,8 +162,10 @@ def _keeping_first(names: tuple[str, ...]) -> list[str]:
 
 
 def _recommendation(
-    candidate: Candidate, task: Task, batch_size: int, pretrained: bool
+    candidate: Candidate, task: Task, sizes: tuple[int, int], pretrained: bool
 ) -> Recommendation:
+    """Recommend a norm for a batch size, with the numbers at the nearest size that was measured."""
+    batch_size, measured_size = sizes
     spec = NormSpec.parse(candidate.spec_for(batch_size))
     apply, limits = candidate.apply, candidate.limits
     if pretrained and not candidate.keeps_function:
@@ -174,7 +177,7 @@ def _recommendation(
         spec=spec,
         apply=apply.format(spec=spec),
         why=candidate.why,
-        evidence=tuple(candidate.evidence(task, batch_size)),
+        evidence=tuple(candidate.evidence(task, measured_size)),
         limits=limits,
         keeps_function=candidate.keeps_function,
     )

@@ -12,7 +12,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end, print_fused
-from normkit.cli.shared import MAX_PROCESSES, flag, print_json, require_counts, whole_numbers
+from normkit.cli.shared import flag, print_json, require_counts, whole_numbers
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.bench import (
@@ -35,6 +35,7 @@ from normkit.lab.bench.fused import write as write_fused
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
+from normkit.lab.work import MAX_PROCESSES
 from normkit.spec import parse_specs
 
 

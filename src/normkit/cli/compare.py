@@ -2,41 +2,36 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from normkit.cli.progress import sweep_progress
 from normkit.cli.recipe import Given, RecipeOptions
 from normkit.cli.shared import (
-    MAX_PROCESSES,
     decimals,
     flag,
     print_json,
-    require_counts,
     tell_of_corrupt_lines,
     whole_numbers,
 )
 from normkit.cli.tables import print_estimates, print_tables
 from normkit.errors import SpecError
 from normkit.lab.arms import parse_arms
-from normkit.lab.config import sweep_of
+from normkit.lab.check import check
+from normkit.lab.config import options_of, sweep_of
 from normkit.lab.device import parse_device
 from normkit.lab.dry_run import estimate
-from normkit.lab.experiment import Result, Way, perform
+from normkit.lab.experiment import Result, perform
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import is_spoken_for, num_launched
-from normkit.lab.loggers import require_loggers
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
-from normkit.lab.resume import SECONDS
 from normkit.lab.spec import SweepSpec
-from normkit.lab.sweep import check
-from normkit.lab.train import Upkeep
 
 EXIT_FAILED_RUNS = 1
 DEFAULTS = {"norms": "bn,gn:8,bgn:auto", "batch_sizes": "2,8,32", "seeds": "1,2,3"}
@@ -65,20 +60,24 @@ class Compare(RecipeOptions):
     """Where to compute: auto, cpu or cuda (default: auto)."""
     workers: int | None = None
     """Runs at once; as many as the machine has room for if not given."""
-    data_workers: int = 0
-    """Processes of each run that read pictures ahead."""
+    data_workers: int | None = None
+    """Processes of each run that read pictures ahead (default: 0)."""
     cluster: Literal["ray"] | None = None
     """Do the runs on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
-    checkpoint_seconds: float = SECONDS
-    """Time between two checkpoints of a run, from which it goes on after it was killed."""
+    checkpoint_seconds: float | None = None
+    """Seconds between two checkpoints of a run, from which it goes on after it was killed
+    (default: 60)."""
     save_weights: Given = False
     """Write the trained weights to the folder weights beside the records."""
-    loggers: str = ""
+    no_save_weights: Given = False
+    """Do not, though the file says so."""
+    loggers: str | None = None
     """Loggers that get each epoch's figures: tensorboard, csv, wandb, mlflow, commas between."""
     dry_run: Given = False
     """Train nothing: print runs, steps, estimated time and memory from measured steps."""
-    out: Path = Path("runs/compare")
-    """Folder for records.jsonl, results.csv, report.html and experiment.toml."""
+    out: Path | None = None
+    """Folder for records.jsonl, results.csv, report.html and experiment.toml (default:
+    runs/compare)."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
@@ -91,23 +90,28 @@ class Compare(RecipeOptions):
         if self.dry_run:
             return self._estimate()
         with redirect_stdout(sys.stderr):  # downloads print to the output
-            sweep, way = self.sweep(), self._way()
-            if self.out.exists():
-                usable_folder(self.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
-            tell_of_corrupt_lines(read_records(self.out, TrainingRecord), self.out / RECORDS_NAME)
+            values = self.values()
+            sweep, options = self.sweep(values), options_of(values, flag)
+            way = options.way(self.command(options.out))
+            if way.out.exists():
+                usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
+            tell_of_corrupt_lines(read_records(way.out, TrainingRecord), way.out / RECORDS_NAME)
             result = perform(sweep, way, sweep_progress, _tell)
         if is_spoken_for():
             return 0
         self._print(result)
         return _exit_code(result.records)
 
-    def sweep(self) -> SweepSpec:
+    def sweep(self, given: Mapping[str, Any]) -> SweepSpec:
         """What the options ask for.
+
+        Args:
+            given: The options of the command line and the file, by name.
 
         Raises:
             SpecError: If an option breaks its rule.
         """
-        values = self.values()
+        values = dict(given)
         lists = DEFAULTS | {name: getattr(self, name) for name in DEFAULTS if getattr(self, name)}
         if self.norms or "norms" not in values:
             values["norms"] = tuple(str(arm) for arm in parse_arms(lists["norms"]))
@@ -121,49 +125,29 @@ class Compare(RecipeOptions):
         values["processes"] = num_launched()
         return sweep_of(values, flag)
 
-    def _way(self) -> Way:
-        require_counts(self, "workers", at_most=MAX_PROCESSES)
-        loggers = tuple(name.strip() for name in self.loggers.split(",") if name.strip())
-        require_loggers(loggers)
-        if not self.checkpoint_seconds >= 0:
-            raise SpecError(
-                f"--checkpoint-seconds was given {self.checkpoint_seconds}; give 0 or more"
-            )
-        if not 0 <= self.data_workers <= MAX_PROCESSES:
-            raise SpecError(
-                f"--data-workers was given {self.data_workers}; give 0 to {MAX_PROCESSES}"
-            )
-        upkeep = Upkeep(
-            folder=self.out,
-            checkpoint_seconds=self.checkpoint_seconds,
-            save_weights=self.save_weights,
-            data_workers=self.data_workers,
-            loggers=loggers,
-        )
-        return Way(
-            out=self.out,
-            num_workers=self.workers,
-            upkeep=upkeep,
-            cluster=self.cluster,
-            command=self.command(),
-        )
+    def command(self, out: str) -> str:
+        """The command line that repeats this, every option that was given named.
 
-    def command(self) -> str:
-        """The command line that repeats this, every option that was given named."""
+        Args:
+            out: The output folder.
+        """
         words = ["normkit", "compare"]
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in UNTOLD or (value == option.default and option.name != "out"):
+            value = out if option.name == "out" else getattr(self, option.name)
+            if option.name in UNTOLD or value == option.default:
                 continue
             words += [flag(option.name)] + ([] if value is True else [str(value)])
         return shlex.join(words)
 
     def _estimate(self) -> int:
         with redirect_stdout(sys.stderr):  # as above
-            sweep = self.sweep()
+            sweep = self.sweep(self.values())
             dataset = check(sweep)
             if dataset is None:
-                raise SpecError("--dry-run measures the lab's own steps, not those of --train")
+                raise SpecError(
+                    "--dry-run was given with --train, whose steps only that function knows; leave "
+                    "--dry-run out, or try one norm, batch size and seed"
+                )
             found = estimate(sweep, dataset)
         if self.json_output:
             print_json([cell.model_dump() | {"duration_s": cell.duration_s} for cell in found])
@@ -174,7 +158,7 @@ class Compare(RecipeOptions):
     def _print(self, result: Result) -> None:
         comparison, records = result.comparison, result.records
         names = {"records": RECORDS_NAME, "results": RESULTS_NAME, "report": REPORT_NAME}
-        paths = {name: self.out / file for name, file in names.items()}
+        paths = {name: result.folder / file for name, file in names.items()}
         if self.json_output:
             found = comparison.model_dump(mode="json")
             verdict = result.verdict

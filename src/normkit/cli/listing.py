@@ -1,6 +1,8 @@
 """`normkit list`: what can be named on the command line."""
 
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +16,7 @@ from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
 from normkit.lab.arms import ARMS
 from normkit.lab.changes import WEIGHTS
-from normkit.lab.data import READERS
+from normkit.lab.data import FOLDERS, READERS
 from normkit.lab.models import ARCHITECTURES
 from normkit.recipes import METHODS
 
@@ -51,7 +53,7 @@ class List:
         names = {
             "norms": list(METHODS),
             "weights": [f"+{name}" for name in WEIGHTS],
-            "data": list(READERS),
+            "data": [*READERS, *FOLDERS],
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
         }
         if self.json_output:
@@ -60,8 +62,12 @@ class List:
             return
         print_methods()
         print_arms()
-        lines = (f"{kind}: {', '.join(known)}" for kind, known in names.items())
-        sys.stdout.write("\n".join(lines) + "\n")
+        width = shutil.get_terminal_size().columns
+        for kind, known in names.items():
+            line = f"{kind}: {', '.join(known)}"
+            sys.stdout.write(
+                textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+            )
 
 
 def print_methods() -> None:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.streams import Terminal
+from normkit.lab.check import num_steps
 from normkit.lab.records import TrainingRecord
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.sweep import num_steps
 
 STEP_OVERHEAD = 32  # a training step costs about as much as that many examples
 

@@ -1,7 +1,7 @@
 """The options of a recipe and of what it trains; one that is not given is None."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,13 +9,13 @@ import tyro
 
 from normkit.cli.shared import decimals, flag, whole_numbers
 from normkit.errors import SpecError
-from normkit.lab.config import NOTHING, read_config
+from normkit.lab.config import KNOWN, LISTS, NOTHING, read_config
 from normkit.lab.recipe import Augmentation
 
 Switch = Annotated[bool | None, tyro.conf.FlagConversionOff]
 Given = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 NUMBERS_OR_NONE = ("lr_batch_size", "norm_weight_decay", "clip")
-SWITCHES = ("compile", "channels_last", "synchronize_statistics")
+SWITCHES = ("compile", "channels_last", "synchronize_statistics", "save_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class RecipeOptions:
     """Height and width of the network's input, for folders and functions."""
     limit: int | None = None
     """Training examples to keep; all if not given."""
+    hold_out: Switch = None
+    """Whether validation examples are kept from training (default: they are)."""
     epochs: int | None = None
     """Passes over the training data (default: 4)."""
     steps: int | None = None
@@ -88,14 +90,20 @@ class RecipeOptions:
     """Precision of the training (default: 32-true)."""
     compile: Given = False
     """Compile the network by torch.compile."""
+    no_compile: Given = False
+    """Do not, though the file says so."""
     channels_last: Given = False
     """Keep maps and weights in channels_last."""
+    no_channels_last: Given = False
+    """Do not, though the file says so."""
     threads: int | None = None
     """CPU threads of one run (default: 1)."""
     strategy: Literal["auto", "ddp", "fsdp"] | None = None
     """How the processes that torchrun started train one network together (default: ddp)."""
     synchronize_statistics: Given = False
     """Let norms share their statistics over the processes."""
+    no_synchronize_statistics: Given = False
+    """Do not, though the file says so."""
 
     def values(self) -> dict[str, Any]:
         """What was asked for, by name: in the file, and on the command line, which wins.
@@ -105,14 +113,24 @@ class RecipeOptions:
             DataError: If the file cannot be read.
         """
         found = {} if self.config is None else read_config(self.config)
-        own = [option.name for option in fields(RecipeOptions) if option.name != "config"]
+        own = [n for n in KNOWN if hasattr(self, n) and n not in (*LISTS, *SWITCHES)]
         given = {name: getattr(self, name) for name in own}
-        values = {k: v for k, v in given.items() if v is not None and (v or k not in SWITCHES)}
+        values = {k: v for k, v in given.items() if v is not None} | self._switched()
         if "steps" in values:
             found.pop("epochs", None)
         if "epochs" in values:
             found.pop("steps", None)
         return found | _read(values)
+
+    def _switched(self) -> dict[str, bool]:
+        """Switches that were given, on or off."""
+        switches = [name for name in SWITCHES if hasattr(self, name)]
+        on = {name for name in switches if getattr(self, name)}
+        off = {name for name in switches if getattr(self, f"no_{name}")}
+        if on & off:
+            name = sorted(on & off)[0]
+            raise SpecError(f"{flag(name)} and {flag(f'no_{name}')} were both given; give one")
+        return dict.fromkeys(on, True) | dict.fromkeys(off, False)
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +138,10 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(values)
     if "lr_drops" in found:
         found["lr_drops"] = decimals("--lr-drops", found["lr_drops"])
+    if "out" in found:
+        found["out"] = str(found["out"])
+    if "loggers" in found:
+        found["loggers"] = tuple(n.strip() for n in found["loggers"].split(",") if n.strip())
     if "augment" in found:
         found["augment"] = _augmentations(found["augment"])
     for name in NUMBERS_OR_NONE:

@@ -1,20 +1,30 @@
-"""`normkit reproduce`: figures of the papers at small scale, and whether their claims held."""
+"""`normkit reproduce`: figures and tables of the papers, and whether their claims held."""
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from normkit.cli.shared import print_json, tell_of_corrupt_lines
-from normkit.errors import SpecError
+from normkit.cli.presets import print_list, print_table_estimates
+from normkit.cli.progress import sweep_progress
+from normkit.cli.shared import (
+    print_json,
+    require_counts,
+    require_seconds,
+    tell_of_corrupt_lines,
+)
+from normkit.errors import DataError, SpecError
+from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
+from normkit.lab.launch import is_spoken_for
 from normkit.lab.records import RECORDS_NAME, read_records
 from normkit.lab.reproduce import (
     PRESETS,
-    SCALES,
     Preset,
     Result,
     Scale,
@@ -28,7 +38,23 @@ from normkit.lab.reproduce import (
     run_missing,
     write_result,
 )
-from normkit.lab.reproduce.records import PresetRecord
+from normkit.lab.reproduce.tables.catalog import find_table
+from normkit.lab.reproduce.tables.catalog import tables as known_tables
+from normkit.lab.reproduce.tables.dry_run import estimate_table
+from normkit.lab.reproduce.tables.result import (
+    TableResult,
+    draw_table,
+    table_markdown,
+    table_results_in,
+    table_text,
+    write_table,
+)
+from normkit.lab.reproduce.tables.run import run_table
+from normkit.lab.reproduce.tables.table import Table
+from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec
+from normkit.lab.resume import SECONDS
+from normkit.lab.sweep import reached
+from normkit.lab.work import MAX_PROCESSES, Upkeep, Way
 
 ALL = "all"
 NAMES = tyro.conf.arg(metavar="[NAME ...]", help_behavior_hint="(default: list the presets)")
@@ -37,7 +63,7 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Repeat figures of the papers at small scale, and judge their claims by what comes out.
+    """Repeat figures and tables of the papers, and judge their claims by what comes out.
 
     A claim held if the 95 % interval of its number over the seeds fulfils it, did not hold if the
     interval breaks it, and is not decided otherwise. Runs that have a record are not repeated.
@@ -51,6 +77,17 @@ class Reproduce:
     """Folder for records.jsonl, and for each preset reproduce-NAME.json and its figure."""
     figure: Literal["svg", "png", "pdf"] = "svg"
     """What the figure is written as."""
+    device: str = "cpu"
+    """Where each run computes: auto, cpu or cuda."""
+    workers: int | None = None
+    """Runs at once; as many as the machine has room for if not given."""
+    cluster: Literal["ray"] | None = None
+    """Do the runs on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
+    checkpoint_seconds: float = SECONDS
+    """Time between two checkpoints of a run, from which it goes on after it was killed."""
+    dry_run: Flag = False
+    """Train nothing: build every arm of tables as the scale says, take a step of each on random
+    pictures, and print runs, steps, time, memory, and which data are missing."""
     list_presets: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
     """List the presets and the claims of each, and run nothing."""
     report: Flag = False
@@ -67,24 +104,43 @@ class Reproduce:
         Raises:
             NormError: If a preset or scale is unknown, or the folder cannot be used.
         """
-        presets = self._presets()
+        presets, tables = self._presets(), self._tables()
         if self.report:
-            results = results_in(self.out)
-            if self.json_output:
-                self._print(results)
-            else:
-                sys.stdout.write(as_markdown(results))
-        elif self.list_presets or not presets:
-            self._print_list(presets or tuple(PRESETS.values()))
+            self._report()
+        elif self.list_presets or not (presets or tables):
+            everything = not (presets or tables)
+            print_list(
+                tuple(PRESETS.values()) if everything else presets,
+                tuple(known_tables().values()) if everything else tables,
+                self.json_output,
+            )
+        elif self.dry_run:
+            self._estimate(presets, tables)
         else:
-            self._print([self._reproduced(preset) for preset in presets])
+            self._way(self.out)  # bad input is found before a folder is made
+            parse_device(self.device)
+            with reached(self.cluster):
+                found = [self._reproduced(preset) for preset in presets]
+            of_tables = [self._table(table) for table in tables]
+            if not is_spoken_for():
+                self._print(found, of_tables)
         return 0
 
+    def _way(self, folder: Path) -> Way:
+        require_counts(self, "workers", at_most=MAX_PROCESSES)
+        require_seconds("--checkpoint-seconds", self.checkpoint_seconds)
+        upkeep = Upkeep(folder=folder, checkpoint_seconds=self.checkpoint_seconds)
+        return Way(out=folder, num_workers=self.workers, upkeep=upkeep, cluster=self.cluster)
+
     def _presets(self) -> tuple[Preset, ...]:
-        """The presets that were named, each once; with ``all`` those that have the scale."""
-        named = [find_preset(name) for name in dict.fromkeys(self.names) if name != ALL]
+        """The figures that were named, each once; with ``all`` those that have the scale."""
+        named = [
+            find_preset(name)
+            for name in dict.fromkeys(self.names)
+            if name != ALL and find_table(name) is None
+        ]
         if ALL in self.names:
-            if named:
+            if len(self.names) > 1:
                 raise SpecError("all stands for every preset; give it alone")
             left = [p.name for p in PRESETS.values() if self.scale not in p.scales]
             if left:
@@ -94,34 +150,89 @@ class Reproduce:
             preset.at(self.scale)
         return tuple(named)
 
+    def _tables(self) -> tuple[Table, ...]:
+        """The tables that were named, each once; with ``all`` every one."""
+        if ALL in self.names:
+            return tuple(known_tables().values())
+        named = (find_table(name) for name in self.names)
+        return tuple({table.name: table for table in named if table is not None}.values())
+
+    def _estimate(self, presets: Sequence[Preset], tables: Sequence[Table]) -> None:
+        """Print what tables would take."""
+        if presets:
+            raise SpecError(
+                f"--dry-run was given with {', '.join(p.name for p in presets)}, but measures "
+                f"tables only; tables are {', '.join(known_tables())}"
+            )
+        device = str(parse_device(self.device))
+        with redirect_stdout(sys.stderr):  # downloads print to the output
+            found = {table.name: estimate_table(table, self.scale, device) for table in tables}
+        print_table_estimates(found, self.scale, self.json_output)
+
+    def _report(self) -> None:
+        """Print the results in the folder."""
+        results, of_tables = results_in(self.out), table_results_in(self.out)
+        if not results and not of_tables:
+            raise DataError(
+                f"{self.out} has no results; normkit reproduce NAME --out {self.out} makes them"
+            )
+        if self.json_output:
+            self._print(results, of_tables)
+            return
+        sections = [as_markdown(results)] if results else []
+        sys.stdout.write("\n".join([*sections, *map(table_markdown, of_tables)]))
+
+    def _table(self, table: Table) -> TableResult:
+        """Run what is missing of a table, and write its result and figure."""
+        name = f"reproduce-{table.name}"
+        folder = usable_folder(self.out, f"{name}.json", f"{name}.{self.figure}")
+        with redirect_stdout(sys.stderr):
+            result = run_table(
+                table,
+                self.scale,
+                folder=folder,
+                way=self._way,
+                show=sweep_progress,
+                tell=_tell,
+                device=str(parse_device(self.device)),
+            )
+        if is_spoken_for():  # the first process writes
+            return result
+        path = write_table(folder, result)
+        picture = path.with_suffix(f".{self.figure}")
+        draw_table(result, picture)
+        sys.stderr.write(f"result: {path}\nfigure: {picture}\n")
+        return result
+
     def _reproduced(self, preset: Preset) -> Result:
         names = (f"reproduce-{preset.name}{suffix}" for suffix in (".json", f".{self.figure}"))
         folder = usable_folder(self.out, RECORDS_NAME, *names)
         tell_of_corrupt_lines(read_records(folder, PresetRecord), folder / RECORDS_NAME)
-        records = run_missing(preset, self.scale, folder, _Lines(preset.name))
+        records = run_missing(
+            preset,
+            self.scale,
+            folder,
+            lambda specs: _Lines(preset.name, len(specs)),
+            self._way(folder),
+            str(parse_device(self.device)),
+        )
         path = write_result(folder, conclude(preset, self.scale, records))
         picture = path.with_suffix(f".{self.figure}")
         preset.write_figure(measured(records), picture)
         sys.stderr.write(f"result: {path}\nfigure: {picture}\n")
         return read_result(path)
 
-    def _print(self, results: Sequence[Result]) -> None:
+    def _print(self, results: Sequence[Result], of_tables: Sequence[TableResult]) -> None:
         if self.json_output:
             found = [result.model_dump(mode="json", exclude={"runs"}) for result in results]
-            print_json(found)
+            print_json(found + [result.model_dump(mode="json") for result in of_tables])
         else:
-            sys.stdout.write("\n\n".join(map(as_text, results)) + "\n")
+            texts = [*map(as_text, results), *map(table_text, of_tables)]
+            sys.stdout.write("\n\n".join(texts) + "\n")
 
-    def _print_list(self, presets: Iterable[Preset]) -> None:
-        if self.json_output:
-            print_json([_described(preset) for preset in presets])
-            return
-        for preset in presets:
-            sys.stdout.write(f"{preset.name}: {preset.title}\n")
-            scales = ", ".join(scale for scale in SCALES if scale in preset.scales)
-            sys.stdout.write(f"  {preset.paper.authors}, {preset.figures}; scales {scales}\n")
-            for claim in preset.claims:
-                sys.stdout.write(f"  - {claim.text} ({claim.source})\n")
+
+def _tell(note: str) -> None:
+    sys.stderr.write(f"normkit: {note}\n")
 
 
 @dataclass(slots=True)
@@ -129,26 +240,19 @@ class _Lines:
     """Says of each run that ends how many are done and about how long the rest takes."""
 
     name: str
-    seconds: float = 0.0
+    total: int
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
 
-    def __call__(self, record: PresetRecord, done: int, total: int) -> None:
-        self.seconds += record.cpu_time_s
-        rest = self.seconds / done * (total - done)
+    def on_steps(self, spec: PresetSpec, num_steps: int) -> None:
+        """Say nothing of single steps."""
+
+    def on_record(self, record: PresetRecord) -> None:
+        """Write a line."""
+        self.done += 1
+        rest = (time.monotonic() - self.started) / self.done * (self.total - self.done)
         sys.stderr.write(
-            f"{self.name}: {done} of {total} runs ({record.spec.arm}, seed {record.spec.seed}: "
-            f"{record.cpu_time_s:.1f} s), about {rest:.0f} s left\n"
+            f"{self.name}: {self.done} of {self.total} runs ({record.spec.arm}, seed "
+            f"{record.spec.seed}: {record.message or f'{record.cpu_time_s:.1f} s'}), about "
+            f"{rest:.0f} s left\n"
         )
-
-
-def _described(preset: Preset) -> dict[str, object]:
-    return {
-        "name": preset.name,
-        "title": preset.title,
-        "paper": f"{preset.paper.authors}, {preset.paper.title}",
-        "figures": preset.figures,
-        "scales": list(preset.scales),
-        "claims": [
-            {"claim": claim.text, "source": claim.source, "quantity": claim.quantity}
-            for claim in preset.claims
-        ],
-    }

@@ -15,7 +15,6 @@ from normkit.text import printable
 
 MAX_DIGITS = 100  # far beyond every bound; Python refuses to read thousands of digits
 MAX_COUNT = 2**31 - 1
-MAX_PROCESSES = 1024
 
 
 def flag(name: str) -> str:
@@ -35,6 +34,16 @@ def require_counts(command: object, *names: str, at_most: int = MAX_COUNT) -> No
             raise SpecError(
                 f"{flag(name)} was given {given}; give 1 or more, and {at_most} at most"
             )
+
+
+def require_seconds(flag: str, given: float) -> None:
+    """Check a time.
+
+    Raises:
+        SpecError: If it is below 0, or no number.
+    """
+    if not given >= 0:
+        raise SpecError(f"{flag} was given {given}; give 0 or more")
 
 
 def require_file_name(path: Path, option: str, *suffixes: str) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from torch import Tensor
 
 from normkit.cli.model import ModelOptions
 from normkit.cli.shared import batches_of, print_json, require_counts, require_file_name
+from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
-from normkit.lab.data import load
+from normkit.lab.data import Dataset, Examples, load
 from normkit.lab.data.files import SUFFIX
 from normkit.lab.files import whole_file
-from normkit.tune import Gain, Tuning, tune_example_weight
+from normkit.tune import Gain, Tuning, example_weight_curve, tune_example_weight
+from normkit.tune.curve import untracked_groups
 
 PICTURES = (".png", ".svg", ".pdf")
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -35,6 +38,9 @@ class Tune(ModelOptions):
     """What the weight is to be best for."""
     per_layer: Flag = False
     """Find a weight for each layer, by gradient; for the loss only."""
+    curve: Flag = False
+    """Choose nothing: print accuracy and loss of the validation examples at many weights. Group
+    norms without running statistics get those of the training examples."""
     examples: int | None = None
     """Validation and test examples to use, of each at most so many; all if not given."""
     batch_size: int = 100
@@ -57,13 +63,15 @@ class Tune(ModelOptions):
         """
         self._check()
         dataset = load(self.data)
+        if self.curve:
+            return self._draw(dataset)
         result = tune_example_weight(
             self.build(dataset),
-            batches_of(dataset.validation, self.examples, self.batch_size),
+            self._batches(dataset.validation),
             metric=self.metric,
             per_layer=self.per_layer,
         )
-        test = result.gain_on(batches_of(dataset.test, self.examples, self.batch_size))
+        test = result.gain_on(self._batches(dataset.test))
         self._write(result)
         if self.json_output:
             print_json(as_json(result, test))
@@ -73,10 +81,30 @@ class Tune(ModelOptions):
 
     def _check(self) -> None:
         require_counts(self, "examples", "batch_size")
+        if self.curve and (self.save is not None or self.per_layer or self.metric != "loss"):
+            raise SpecError(
+                "--curve was given with --save, --per-layer or --metric, but chooses no weight; "
+                "leave one of them out"
+            )
         if self.save is not None:
             require_file_name(self.save, "--save", SUFFIX)
         if self.plot is not None:
             require_file_name(self.plot, "--plot", *PICTURES)
+
+    def _draw(self, dataset: Dataset[Examples]) -> int:
+        """Print the curve and draw it."""
+        model = self.build(dataset)
+        train = self._batches(dataset.train) if untracked_groups(model) else None
+        found = example_weight_curve(model, self._batches(dataset.validation), train_batches=train)
+        if self.plot is not None:
+            with whole_file(self.plot, "--plot") as draft:
+                found.plot().savefig(draft)
+            sys.stderr.write(f"curve: {self.plot}\n")
+        sys.stdout.write(f"{found.to_json() if self.json_output else found}\n")
+        return 0
+
+    def _batches(self, examples: Examples) -> list[tuple[Tensor, Tensor]]:
+        return batches_of(examples, self.examples, self.batch_size)
 
     def _write(self, result: Tuning) -> None:
         if self.save is not None:

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from normkit.core.moments import Moments
 from normkit.diagnostics.measurement import Measurement, read_finite_rows
-from normkit.errors import DataError, OptionError
+from normkit.diagnostics.stand_in import standardised
+from normkit.errors import DataError
 from normkit.passes import (
     Data,
     Forward,
@@ -25,7 +26,6 @@ from normkit.passes import (
     untouched,
     unwrap,
 )
-from normkit.weights.attach import rules_of
 from normkit.weights.parametrizations import WeightStandardization
 
 Loss = Callable[[Any, Any], Tensor]
@@ -144,7 +144,7 @@ def lipschitz_terms(
         ['0']
     """
     model = unwrap(model, "measure")
-    rules = _standardised(model)
+    rules = standardised(model)
     data = Data(batches=batches, forward=forward or forward_batch)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in rules}
     num_batches = 0
@@ -161,21 +161,6 @@ def lipschitz_terms(
         )
     rows = [_row(name, model.get_submodule(name), rules[name], sums[name]) for name in rules]
     return LipschitzTerms(layers=tuple(rows), num_batches=num_batches)
-
-
-def _standardised(model: nn.Module) -> dict[str, WeightStandardization]:
-    found = {
-        name: rule
-        for name, module in model.named_modules()
-        for rule in rules_of(module)
-        if isinstance(rule, WeightStandardization)
-    }
-    if not found:
-        raise OptionError(
-            f"{type(model).__name__} has no standardised weight; nk.standardize_weights_(model) "
-            f"standardises them"
-        )
-    return found
 
 
 def _terms(

@@ -10,11 +10,10 @@ from typing import Any
 
 from normkit.errors import DataError, PackageError
 from normkit.lab.environment import code_hash
-from normkit.lab.records import TrainingRecord, append_record
-from normkit.lab.spec import TrainingSpec
-from normkit.lab.sweep import Watcher, failed, own_names
-from normkit.lab.train import Upkeep, run
+from normkit.lab.records import append_record
+from normkit.lab.spec import RunSpec
 from normkit.lab.user_code import PREFIX
+from normkit.lab.work import R, S, Upkeep, Watcher, Work
 from normkit.text import shortened
 
 ADDRESS = "RAY_ADDRESS"
@@ -22,7 +21,9 @@ CONNECT_S = 10
 TRIES_ELSEWHERE = 5  # of a run whose machine has gone
 
 
-def run_on_ray(specs: Sequence[TrainingSpec], upkeep: Upkeep, watcher: Watcher) -> None:
+def run_on_ray(
+    specs: Sequence[S], upkeep: Upkeep, watcher: Watcher[S, R], work: Work[S, R]
+) -> None:
     """Run each spec as a task of its own; its record comes home as soon as it ends.
 
     A task takes the run's threads as CPUs, and a GPU if it computes on one. If its machine goes,
@@ -33,6 +34,7 @@ def run_on_ray(specs: Sequence[TrainingSpec], upkeep: Upkeep, watcher: Watcher) 
         specs: Runs, handed out in this order.
         upkeep: Its folder is this machine's; checkpoints inside a run stay where it is run.
         watcher: Is told of records.
+        work: How they are done.
 
     Raises:
         PackageError: If Ray is not installed.
@@ -43,15 +45,16 @@ def run_on_ray(specs: Sequence[TrainingSpec], upkeep: Upkeep, watcher: Watcher) 
         raise DataError("runs on a cluster need a folder for their records; none was given")
     _require_known(specs)
     with joined_cluster() as ray:
-        work = ray.remote(max_retries=TRIES_ELSEWHERE)(_work)
+        remote = ray.remote(max_retries=TRIES_ELSEWHERE)(_done)
         away = replace(upkeep, folder=None)
         waiting = {
-            work.options(**_resources(spec)).remote(spec, away, code_hash()): spec for spec in specs
+            remote.options(**_resources(spec)).remote(spec, work, away, code_hash()): spec
+            for spec in specs
         }
         try:
             while waiting:
                 (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-                record = _record(ray, done, waiting.pop(done))
+                record = _record(ray, done, waiting.pop(done), work)
                 append_record(folder, record)
                 watcher.on_record(record)
         finally:
@@ -59,28 +62,33 @@ def run_on_ray(specs: Sequence[TrainingSpec], upkeep: Upkeep, watcher: Watcher) 
                 ray.cancel(task, force=True)
 
 
-def _resources(spec: TrainingSpec) -> dict[str, float]:
-    uses_gpu = spec.protocol.device.startswith("cuda")
-    return {"num_cpus": spec.protocol.threads, "num_gpus": 1 if uses_gpu else 0}
+def _resources(spec: RunSpec) -> dict[str, float]:
+    return {"num_cpus": spec.num_threads, "num_gpus": 1 if spec.uses_gpu else 0}
 
 
-def _work(spec: TrainingSpec, upkeep: Upkeep, expected: str) -> TrainingRecord:
+def _done(spec: S, work: Work[S, R], upkeep: Upkeep, expected: str) -> R:
     """What a machine of the cluster does."""
     if code_hash() != expected:
         raise DataError(
             f"this machine of the cluster ({os.uname().nodename}) has another version of normkit; "
             f"install the same one on all"
         )
-    return run(spec, lambda: None, upkeep)
+    return work.run(spec, _nothing, upkeep)
 
 
-def _record(ray: Any, task: Any, spec: TrainingSpec) -> TrainingRecord:  # noqa: ANN401 - Ray's
+def _nothing() -> None:
+    """Tell nobody of a step."""
+
+
+def _record(ray: Any, task: Any, spec: S, work: Work[S, R]) -> R:  # noqa: ANN401 - Ray's
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
     except ray.exceptions.RayError as error:
-        return failed(spec, f"its machine has gone {TRIES_ELSEWHERE} times ({shortened(error)})")
+        return work.failed(
+            spec, f"its machine has gone {TRIES_ELSEWHERE} times ({shortened(error)})"
+        )
 
 
 def _require_listener(address: str | None) -> None:
@@ -90,9 +98,9 @@ def _require_listener(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
-def _require_known(specs: Sequence[TrainingSpec]) -> None:
+def _require_known(specs: Sequence[RunSpec]) -> None:
     for spec in specs:
-        held = [n for n in own_names(spec.protocol) if n.startswith(PREFIX)]
+        held = [n for n in spec.own_names if n.startswith(PREFIX)]
         if held:
             raise DataError(
                 f"{', '.join(held)} is known only to this process; define the function at the top "

@@ -10,26 +10,28 @@ from normkit.errors import DataError, SpecError
 from normkit.lab.arms import parse_arms
 from normkit.lab.files import require_file, write_whole
 from normkit.lab.spec import Protocol, SweepSpec
+from normkit.lab.work import RunOptions
 from normkit.text import listed, printable, shortened
 
 CONFIG_NAME = "experiment.toml"
 NOTHING = "none"  # TOML has no empty value
 LISTS = ("norms", "batch_sizes", "seeds", "learning_rates")
-KNOWN = (*LISTS, *Protocol.model_fields)
+WAYS = tuple(RunOptions.model_fields)
+KNOWN = (*LISTS, *Protocol.model_fields, *WAYS)
 HEADER = (
-    "# What was compared. It runs again by: normkit compare --config FILE --out FOLDER\n"
+    "# What was compared, and how. It runs again by: normkit compare --config FILE\n"
     "# Options on the command line win over those here.\n"
 )
 
 
-def write_config(path: Path, sweep: SweepSpec) -> Path:
-    """Write everything that decides a sweep.
+def write_config(path: Path, sweep: SweepSpec, options: RunOptions) -> Path:
+    """Write everything that decides a sweep, and how its runs are done.
 
     Raises:
         DataError: If it cannot be written.
     """
     values = sweep.model_dump(mode="json", exclude={"protocol"})
-    values |= sweep.protocol.model_dump(mode="json")
+    values |= sweep.protocol.model_dump(mode="json") | options.model_dump(mode="json")
     lines = [f"{name} = {_toml(value)}" for name, value in values.items()]
     return write_whole(path, HEADER + "\n".join(lines) + "\n")
 
@@ -49,9 +51,10 @@ def read_config(path: Path) -> dict[str, Any]:
     values = {name.replace("-", "_"): _value(value) for name, value in found.items()}
     if "tune_lr" in values:
         values["learning_rates"] = values.pop("tune_lr")
-    augment = values.get("augment")
-    if isinstance(augment, str):
-        values["augment"] = tuple(augment.split(","))
+    for name in ("augment", "loggers"):
+        text = values.get(name)
+        if isinstance(text, str):
+            values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = sorted(set(values) - set(KNOWN))
     if unknown:
         raise SpecError(
@@ -74,8 +77,17 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:  # noqa: ANN
     lists = {name: _listed(values[name]) for name in LISTS if name in values}
     if "norms" in lists:
         lists["norms"] = tuple(str(arm) for part in lists["norms"] for arm in parse_arms(part))
-    own = {name: value for name, value in values.items() if name not in LISTS}
+    own = {name: value for name, value in values.items() if name not in (*LISTS, *WAYS)}
     return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | lists, spelled)
+
+
+def options_of(values: Mapping[str, Any], spelled: Any) -> RunOptions:  # noqa: ANN401 - a function
+    """How the runs are done, from values by name; others keep their defaults.
+
+    Raises:
+        SpecError: If one breaks its rule.
+    """
+    return RunOptions.checked({n: v for n, v in values.items() if n in WAYS}, spelled)
 
 
 def _listed(value: object) -> tuple[Any, ...]:

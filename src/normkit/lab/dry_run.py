@@ -43,8 +43,16 @@ class Estimate(Frozen):
         return self.num_runs * self.num_steps * self.step_time_s
 
 
-def estimate(sweep: SweepSpec, dataset: Dataset[Split]) -> list[Estimate]:
+def estimate(
+    sweep: SweepSpec, dataset: Dataset[Split], most_examples: int | None = None
+) -> list[Estimate]:
     """Take four steps of each cell on training pictures, and measure them.
+
+    Args:
+        sweep: What would be run.
+        dataset: Gives the pictures.
+        most_examples: Larger batches are measured by one step with so many examples, and time and
+            memory are scaled to the batch; by default nothing is scaled.
 
     Raises:
         NormError: If a network cannot be built.
@@ -52,31 +60,40 @@ def estimate(sweep: SweepSpec, dataset: Dataset[Split]) -> list[Estimate]:
     rates = max(1, len(sweep.learning_rates))
     num_runs = len(sweep.seeds) * rates
     return [
-        _cell(next(s for s in sweep.runs() if (s.norm, s.batch_size) == cell), dataset, num_runs)
+        _cell(
+            next(s for s in sweep.runs() if (s.norm, s.batch_size) == cell),
+            dataset,
+            num_runs,
+            most_examples,
+        )
         for cell in ((norm, size) for norm in sweep.norms for size in sweep.batch_sizes)
     ]
 
 
-def _cell(spec: TrainingSpec, dataset: Dataset[Split], num_runs: int) -> Estimate:
+def _cell(
+    spec: TrainingSpec, dataset: Dataset[Split], num_runs: int, most_examples: int | None
+) -> Estimate:
     protocol, num_examples = spec.protocol, len(dataset.train)
     updates = num_updates(num_examples, spec.batch_size, protocol)
     timetable = Timetable(protocol, updates, protocol.step_examples(spec.batch_size))
     device = parse_device(protocol.device)
+    size = min(spec.batch_size, num_examples, most_examples or spec.batch_size)
+    scale, num_timed = spec.batch_size / size, 1 if most_examples else NUM_TIMED_STEPS
     with threads_of(protocol.threads), seeded(spec.seed, device):
         model = built(spec, dataset).model
         loop = Loop(model, protocol, timetable.rate(0), device, dataset.num_classes)
-        part = dataset.train.take(torch.arange(min(spec.batch_size, num_examples)))
+        part = dataset.train.take(torch.arange(size))
         parts = [part.to(loop.device)] * protocol.accumulate
         loop.model.train()
         peak = peak_step_bytes(lambda: loop.step(parts), loop.network, loop.optimizer)
-        times = [_timed(loop, parts) for _ in range(NUM_TIMED_STEPS)]
+        times = [_timed(loop, parts) for _ in range(num_timed)]
     return Estimate(
         norm=spec.norm,
         batch_size=spec.batch_size,
         num_runs=num_runs,
         num_steps=timetable.num_steps,
-        step_time_s=median(times),
-        peak_bytes=peak,
+        step_time_s=scale * median(times),
+        peak_bytes=round(scale * peak),
     )
 
 

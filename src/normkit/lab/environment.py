@@ -75,10 +75,9 @@ def code_hash(*involved: str) -> str:
     Args:
         involved: Folders that a run of ``compare`` does without and this one does not.
     """
-    left_out = tuple(name for name in UNINVOLVED if name not in involved)
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in CODE_SUFFIXES):
         name = path.relative_to(PACKAGE).as_posix()
-        if not name.startswith(left_out):
+        if name.startswith(involved) or not name.startswith(UNINVOLVED):
             digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

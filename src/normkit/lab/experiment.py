@@ -14,6 +14,7 @@ from torch import nn
 
 from normkit.errors import PackageError, SpecError
 from normkit.lab.arms import Arm, parse_arms
+from normkit.lab.check import check
 from normkit.lab.comparison import Comparison, best_rates, compared
 from normkit.lab.config import CONFIG_NAME, write_config
 from normkit.lab.data.folder import PREFIX
@@ -36,16 +37,18 @@ from normkit.lab.records import (
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.resume import FOLDER
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.sweep import Watcher, check, default_workers, run_all
+from normkit.lab.sweep import carry_out, prepare, reached
 from normkit.lab.text import table_lines
-from normkit.lab.train import Upkeep, run
+from normkit.lab.train import TRAINING, run
 from normkit.lab.user_code import name_of
 from normkit.lab.verdict import Verdict, verdict_of
+from normkit.lab.work import Upkeep, Watcher, Way
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Show = Callable[[Sequence[TrainingSpec], int], AbstractContextManager[Watcher]]
+Told = Watcher[TrainingSpec, TrainingRecord]
+Show = Callable[[Sequence[TrainingSpec], int], AbstractContextManager[Told]]
 
 
 class Silent:
@@ -75,25 +78,6 @@ class Plan:
     sources: Sources
     num_examples: int
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How the runs are done, which changes nothing of their outcome.
-
-    Args:
-        out: Folder of records, report, checkpoints and weights.
-        num_workers: Runs at once; None for as many as the machine has room for.
-        upkeep: What is done beside each run.
-        cluster: ``"ray"`` for a Ray cluster, or None for this machine.
-        command: What makes the report again, for the page.
-    """
-
-    out: Path
-    num_workers: int | None = None
-    upkeep: Upkeep
-    cluster: str | None = None
-    command: str = ""
 
 
 def plan(sweep: SweepSpec, out: Path) -> Plan:
@@ -145,6 +129,8 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
                 f"{launch.size} processes were started to train each network together, and a "
                 f"cluster gives each run to a machine of its own; leave out torchrun or --cluster"
             )
+        if launch.size == 1:
+            prepare(sweep.runs(), way)
         found = launch.first(lambda: _begin(sweep, way, held, tell))
         if found.missing:
             _run(found, way, show if launch.is_first else _silent, launch)
@@ -156,10 +142,8 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
 def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], None]) -> Plan:
     """Plan, take the folder, and write down what was asked for."""
     found = plan(sweep, way.out)
-    if way.cluster is not None and found.missing:
-        from normkit.lab.cluster import joined_cluster  # noqa: PLC0415 - its package is an extra
-
-        held.enter_context(joined_cluster())
+    if found.missing:
+        held.enter_context(reached(way.cluster))
     usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
     held.enter_context(only_user(way.out))
     known = read_records(way.out, TrainingRecord).records  # of who held the folder until now, too
@@ -167,7 +151,7 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
     found = replace(found, missing=missing_runs(found.missing, ours))
     for note in found.notes:
         tell(note)
-    write_config(way.out / CONFIG_NAME, sweep)
+    write_config(way.out / CONFIG_NAME, sweep, way.options)
     return found
 
 
@@ -175,18 +159,11 @@ def _run(found: Plan, way: Way, show: Show, launch: Launch) -> None:
     with show(found.missing, found.num_examples) as watcher:
         if launch.size > 1:
             _run_together(found.missing, way, watcher, launch)
-        elif way.cluster is not None:
-            from normkit.lab.cluster import run_on_ray  # noqa: PLC0415 - its package is an extra
-
-            run_on_ray(found.missing, way.upkeep, watcher)
         else:
-            num_workers = way.num_workers or default_workers(found.sweep)
-            run_all(found.missing, way.out, num_workers, watcher, way.upkeep)
+            carry_out(found.missing, way, TRAINING, watcher)
 
 
-def _run_together(
-    specs: Sequence[TrainingSpec], way: Way, watcher: Watcher, launch: Launch
-) -> None:
+def _run_together(specs: Sequence[TrainingSpec], way: Way, watcher: Told, launch: Launch) -> None:
     """Train each network on all processes at once; the first one keeps the records."""
     for spec in specs:
         record = run(spec, lambda spec=spec: watcher.on_steps(spec, 1), way.upkeep)
@@ -195,7 +172,7 @@ def _run_together(
             watcher.on_record(record)
 
 
-def _silent(specs: Sequence[TrainingSpec], num_examples: int) -> AbstractContextManager[Watcher]:
+def _silent(specs: Sequence[TrainingSpec], num_examples: int) -> AbstractContextManager[Told]:
     return nullcontext(Silent())
 
 

@@ -22,7 +22,6 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=2)  # the others wait for the longest evaluation
 PAUSE_S = 0.2  # in which the group's threads let go of what they hold
-BACKEND = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ def _join() -> None:
         # A launcher's store outlives a group, and has the addresses of the last one.
         meeting = store.add(f"normkit/{rank}", 1)
         distributed.init_process_group(
-            BACKEND,
+            "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo",
             store=PrefixStore(f"normkit/meeting{meeting}", store),
             rank=rank,
             world_size=size,

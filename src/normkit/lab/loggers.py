@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from normkit.errors import PackageError, SpecError
@@ -29,15 +31,22 @@ def require_loggers(names: Sequence[str]) -> None:
             raise PackageError(f"the logger {name} needs its package: pip install {package}")
 
 
-def open_loggers(names: Sequence[str], folder: Path, spec: TrainingSpec) -> list["Logger"]:
-    """Begin the logs of a run.
+@contextmanager
+def open_loggers(
+    names: Sequence[str], folder: Path | None, spec: TrainingSpec
+) -> Generator[list["Logger"]]:
+    """Begin the logs of a run, and end them with the block.
 
     Args:
         names: Of ``PACKAGES``.
-        folder: Files go to its folder ``logs``.
+        folder: Files go to its folder ``logs``; by default the working folder's.
         spec: Names the run, and is noted where a logger has a place for it.
     """
-    return [Logger(name, folder / FOLDER, spec) for name in names]
+    with ExitStack() as held:
+        opened = [Logger(name, (folder or Path()) / FOLDER, spec) for name in names]
+        for logger in opened:
+            held.callback(logger.end)
+        yield opened
 
 
 class Logger:
@@ -68,9 +77,10 @@ Opened = tuple[Log, Callable[[], object]]
 
 
 def _fabric(name: str) -> Callable[[Path, str, Mapping[str, Any]], Opened]:
-    """A logger that Fabric has."""
+    """A logger that Fabric has; a run that goes on after a kill writes its files anew."""
 
     def opened(folder: Path, run: str, about: Mapping[str, Any]) -> Opened:
+        rmtree(folder / run, ignore_errors=True)
         loggers = importlib.import_module("lightning_fabric.loggers")
         logger = getattr(loggers, name)(str(folder), run, version="")
 

@@ -1,11 +1,8 @@
-"""Steps of training on Lightning Fabric: device, precision, processes, accumulation, clipping."""
+"""One step of training and one pass of evaluation: accumulation, clipping, several processes."""
 
 import importlib
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,95 +13,62 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit import param_groups, synchronize_
 from normkit.convert.target import pools_examples
-from normkit.errors import DataError, SpecError
+from normkit.errors import DataError
 from normkit.lab.data import Examples, Split
-from normkit.lab.launch import require_processes
+from normkit.lab.evaluation import Scores, scores_of
+from normkit.lab.fabric import make_fabric
 from normkit.lab.loading import Loading, loaded_batches
+from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol
-from normkit.lab.steps import Scores, num_steps_per_epoch, scores_of
 from normkit.lab.torchvision_ops import register_missing_operators
 
 
-@cache
-def _fabric_package() -> Any:  # noqa: ANN401 - a module, slow to import
-    import lightning_fabric  # noqa: PLC0415 - as above
+def make_optimizer(
+    params: Any,  # noqa: ANN401 - parameters, or groups of them
+    recipe: Recipe,
+    rate: float,
+    *,
+    fused: bool = False,
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer.
 
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it greets on every start
-    return lightning_fabric
-
-
-def require_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that a device lacks.
-
-    Raises:
-        SpecError: With those that it has.
+    Args:
+        params: Parameters, or groups of them.
+        recipe: Says which, and how.
+        rate: Learning rate.
+        fused: Whether it takes one pass over all weights.
     """
-    if precision == "16-mixed" and device.type == "cpu":
-        raise SpecError("precision 16-mixed needs a GPU; on the CPU give bf16-mixed or 32-true")
-    if precision == "bf16-mixed" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise SpecError("this GPU does not compute in bfloat16; give 16-mixed or 32-true")
+    options: dict[str, Any] = {"lr": rate, "weight_decay": recipe.weight_decay}
+    options |= {"fused": True} if fused else {}
+    if recipe.optimizer in ("sgd", "nesterov"):
+        nesterov = recipe.optimizer == "nesterov"
+        return torch.optim.SGD(params, momentum=recipe.momentum, nesterov=nesterov, **options)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(params, **options)
 
 
-def make_fabric(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN401 - Fabric
-    """Where and how a run computes.
-
-    Raises:
-        SpecError: If several processes were asked for and were not started, or the device lacks
-            the precision.
-    """
-    require_precision(protocol.precision, device)
-    require_processes(protocol.processes, protocol.strategy, device)
-    package = _fabric_package()
-    alone = protocol.processes == 1
-    devices: Any = 1 if device.type == "cpu" else [device.index or 0]
-    if not alone:
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", protocol.processes))
-    strategy: Any = "auto" if alone else protocol.strategy
-    if strategy == "fsdp":
-        sizes = {"data_parallel_size": protocol.processes, "tensor_parallel_size": 1}
-        strategy = package.strategies.ModelParallelStrategy(_sharded, **sizes)
-    elif not alone:
-        strategy = "ddp"
-    fabric = package.Fabric(
-        accelerator=device.type,
-        devices=devices,
-        num_nodes=1 if alone else protocol.processes // devices,
-        strategy=strategy,
-        precision=protocol.precision,
-    )
-    fabric.launch()
-    return fabric
-
-
-def _sharded(model: nn.Module, mesh: Any) -> nn.Module:  # noqa: ANN401 - a DeviceMesh
-    """Every process keeps a part of each parameter: FSDP2."""
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - needed by few
-
-    return fully_shard(model, mesh=mesh["data_parallel"])  # type: ignore[return-value]
-
-
-def make_optimizer(model: nn.Module, protocol: Protocol, rate: float) -> torch.optim.Optimizer:
-    """The recipe's optimizer; the norms' parameters decay by a rate of their own if it has one."""
-    groups: Any = model.parameters()
-    if protocol.norm_weight_decay is not None:
-        groups = param_groups(model, protocol.weight_decay, protocol.norm_weight_decay)
-    options: dict[str, Any] = {"lr": rate, "weight_decay": protocol.weight_decay}
-    if protocol.strategy != "fsdp" and protocol.precision != "16-mixed":
-        options["fused"] = True  # one pass over all weights
-    if protocol.optimizer in ("sgd", "nesterov"):
-        nesterov = protocol.optimizer == "nesterov"
-        return torch.optim.SGD(groups, momentum=protocol.momentum, nesterov=nesterov, **options)
-    kind = torch.optim.AdamW if protocol.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, **options)
+def _groups(model: nn.Module, recipe: Recipe) -> Any:  # noqa: ANN401 - as torch takes them
+    """All parameters; the norms' decay by a rate of their own if the recipe has one."""
+    if recipe.norm_weight_decay is None:
+        return model.parameters()
+    return param_groups(model, recipe.weight_decay, recipe.norm_weight_decay)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step of the optimizer found before it changed the weights."""
+    """What one step of the optimizer found before it changed the weights.
+
+    Args:
+        loss: Mean over the examples.
+        num_right: Examples that were classified rightly.
+        num_examples: Of all processes.
+        is_due: Whether a process wants a checkpoint after it.
+    """
 
     loss: float
     num_right: int
     num_examples: int
+    is_due: bool = False
 
 
 @dataclass(slots=True)
@@ -143,10 +107,11 @@ class Loop:
         model = torch.compile(self.network) if protocol.compile else self.network
         if self._is_sharded:
             self.model = self.fabric.setup_module(model)
-            optimizer = make_optimizer(self.model, protocol, self.rate)
+            optimizer = make_optimizer(_groups(self.model, protocol), protocol, self.rate)
             self.optimizer = self.fabric.setup_optimizers(optimizer)
         else:
-            optimizer = make_optimizer(self.network, protocol, self.rate)
+            groups, fused = _groups(self.network, protocol), protocol.precision != "16-mixed"
+            optimizer = make_optimizer(groups, protocol, self.rate, fused=fused)
             self.model, self.optimizer = self.fabric.setup(model, optimizer)
         if protocol.mixup:
             self._mix = _mixup(protocol.mixup, self.num_classes)
@@ -160,11 +125,12 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def step(self, parts: Sequence[Examples]) -> Step:
+    def step(self, parts: Sequence[Examples], *, is_due: bool = False) -> Step:
         """Add the gradients of batches, each weighted by its examples, and update the weights.
 
         Args:
             parts: Batches, on the device; a norm sees one at a time.
+            is_due: Whether this process wants a checkpoint, which all write after the same step.
         """
         self.optimizer.zero_grad(set_to_none=True)
         num_examples = sum(map(len, parts))
@@ -183,17 +149,17 @@ class Loop:
                 self.model, self.optimizer, max_norm=self.protocol.clip, error_if_nonfinite=False
             )
         self.optimizer.step()
-        return self._together(Step(total, num_right, num_examples))
+        return self._together(Step(total, num_right, num_examples, is_due))
 
     def _together(self, step: Step) -> Step:
         """What the step of all processes found."""
         if self.protocol.processes == 1:
             return step
-        values = [step.loss * step.num_examples, step.num_right, step.num_examples]
+        values = [step.loss * step.num_examples, step.num_right, step.num_examples, step.is_due]
         sums = self.fabric.all_reduce(
             torch.tensor(values, dtype=torch.float64, device=self.device), reduce_op="sum"
         ).tolist()
-        return Step(sums[0] / sums[2], int(sums[1]), int(sums[2]))
+        return Step(sums[0] / sums[2], int(sums[1]), int(sums[2]), sums[3] > 0)
 
     def _loss(self, part: Examples) -> tuple[Float[Tensor, "n k"], Float[Tensor, ""]]:
         inputs, targets = part.inputs, part.targets
@@ -218,6 +184,17 @@ class Loop:
         )
         self.model.train(was_training)
         return found
+
+    def scaler_state(self) -> dict[str, float]:
+        """How float16 gradients are scaled; nothing in other precisions."""
+        if self.protocol.precision != "16-mixed":
+            return {}
+        return self.fabric.strategy.precision.state_dict()
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Scale as :meth:`scaler_state` said."""
+        if state:
+            self.fabric.strategy.precision.load_state_dict(dict(state))
 
     def state(self) -> dict[str, Tensor]:
         """Weights and buffers, whole; where processes hold parts of them, all have to call it."""
@@ -269,6 +246,12 @@ def own_parts(
         for part, size in zip(whole, sizes, strict=True)
         if size > 1 or (size == 1 and batch_size == 1)
     ]
+
+
+def num_steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Batches of an epoch: the last one may be smaller, but not a single example."""
+    full, rest = divmod(num_examples, batch_size)
+    return full + (rest > 1 or (rest == 1 and full == 0))
 
 
 def num_updates(num_examples: int, batch_size: int, protocol: Protocol) -> int:

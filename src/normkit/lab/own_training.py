@@ -1,7 +1,7 @@
 """A run that a user's own function trains: any task, any framework."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -9,10 +9,12 @@ from torch import nn
 from normkit import convert_norm_
 from normkit.errors import DataError
 from normkit.lab.arms import Arm
+from normkit.lab.loggers import Logger
 from normkit.lab.records import Outcome
 from normkit.lab.slots import PlacedNorm
 from normkit.lab.spec import TrainingSpec
 from normkit.lab.user_code import load_function
+from normkit.text import shortened
 
 SCORE = "score"  # what a single number is called
 
@@ -61,12 +63,15 @@ class ApplyNorm:
         return model
 
 
-def train_by(spec: TrainingSpec, on_step: Callable[[], object]) -> Outcome:
+def train_by(
+    spec: TrainingSpec, on_step: Callable[[], object], loggers: Sequence[Logger] = ()
+) -> Outcome:
     """Let the user's function train, and read what it returns.
 
     The function is called as ``train(apply_norm, batch_size, seed, report)``. ``report()`` counts
-    a step for the display. It returns a number, or a dict of numbers by name, of which the first
-    is judged. A number that is not finite is a run that diverged.
+    a step for the display; numbers given to it by name, ``report(loss=0.5)``, go to the loggers,
+    as the scores do at the end. It returns a number, or a dict of numbers by name, of which the
+    first is judged. A number that is not finite is a run that diverged.
 
     Raises:
         DataError: If it returns something else.
@@ -74,10 +79,14 @@ def train_by(spec: TrainingSpec, on_step: Callable[[], object]) -> Outcome:
     function = load_function(spec.protocol.train or "", "--train")
     apply_norm, num_steps = ApplyNorm(spec), 0
 
-    def report(**_values: float) -> None:
+    def report(**values: float) -> None:
         nonlocal num_steps
         num_steps += 1
         on_step()
+        if values and loggers:
+            numbers = _numbers(values, spec.protocol.train or "")
+            for logger in loggers:
+                logger.log_metrics(numbers, num_steps)
 
     returned = function(apply_norm, spec.batch_size, spec.seed, report)
     scores = _scores(returned, spec.protocol.train or "")
@@ -86,6 +95,8 @@ def train_by(spec: TrainingSpec, on_step: Callable[[], object]) -> Outcome:
             f"{spec.protocol.train} never called apply_norm(model), so every norm would train the "
             f"same network; call it on the network before the optimizer is made"
         )
+    for logger in loggers:
+        logger.log_metrics(scores, num_steps)
     finite = all(map(math.isfinite, scores.values()))
     return Outcome(
         status="finished" if finite else "diverged",
@@ -95,6 +106,15 @@ def train_by(spec: TrainingSpec, on_step: Callable[[], object]) -> Outcome:
         num_parameters=apply_norm.num_parameters,
         num_steps=num_steps,
     )
+
+
+def _numbers(given: Mapping[str, object], name: str) -> dict[str, float]:
+    """What ``report`` was given, for the loggers."""
+    try:
+        return {key: float(value) for key, value in given.items()}  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        said = shortened(repr(given))
+        raise DataError(f"report(...) in {name} was given {said}; give it numbers") from error
 
 
 def _scores(returned: object, name: str) -> dict[str, float]:

@@ -163,7 +163,7 @@ class Recipe(Frozen):
             'sgd, learning rate 0.1 x examples of a step / 128, cosine'
         """
         scaled = f" x examples of a step / {self.lr_batch_size}" if self.lr_batch_size else ""
-        said = [self.optimizer, f"learning rate {self.base_lr:g}{scaled}", self._schedule_said()]
+        said = [self.optimizer, f"learning rate {self.base_lr:g}{scaled}", self.schedule_said]
         if self.optimizer in ("sgd", "nesterov"):
             said.append(f"momentum {self.momentum:g}")
         said.append(f"weight decay {self.weight_decay:g} on every parameter")
@@ -177,7 +177,9 @@ class Recipe(Frozen):
         said += [n.replace("_", " ") for n in ("compile", "channels_last") if getattr(self, n)]
         return ", ".join(said)
 
-    def _schedule_said(self) -> str:
+    @property
+    def schedule_said(self) -> str:
+        """The schedule in words."""
         match self.schedule:
             case "list":
                 shares = " and ".join(f"{100 * drop:.0f} %" for drop in self.lr_drops)

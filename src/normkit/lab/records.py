@@ -151,11 +151,6 @@ def read_records(folder: Path, kind: type[R]) -> Contents[R]:
     return read_lines(folder / RECORDS_NAME, kind)
 
 
-def of_data(records: Iterable[R], data_hash: str) -> tuple[R, ...]:
-    """Records of runs on data with this fingerprint, and those that do not say theirs."""
-    return tuple(record for record in records if record.data_hash in (None, data_hash))
-
-
 def latest(specs: Iterable[RunSpec], records: Iterable[R]) -> tuple[R, ...]:
     """The latest record of each run that has one, in the order of the specs."""
     found = {record.spec.key: record for record in records}

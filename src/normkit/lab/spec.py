@@ -33,6 +33,9 @@ class Protocol(Recipe):
     image_size: Count | None = Field(
         default=None, description="the height and width of the network's input, or none"
     )
+    hold_out: bool = Field(
+        default=True, description="yes, or no: validation examples are trained on as well"
+    )
     model: str = Field(default="small-resnet", description="the name of a model, or FILE.py:NAME")
     weights: str | None = Field(
         default=None, description="a .safetensors file that every run starts from, or none"
@@ -79,6 +82,21 @@ class RunSpec(Frozen):
     """Everything that decides a run; equal specs on one machine give equal outcomes."""
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return False
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of the run."""
+        return 1
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """What it names that may be known to this process only."""
+        return ()
+
+    @property
     def key(self) -> str:
         """Twelve hexadecimal digits that differ wherever the spec differs."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
@@ -97,6 +115,21 @@ class TrainingSpec(RunSpec):
     @classmethod
     def _canonical(cls, value: str) -> str:
         return str(Arm.parse(value))
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.protocol.device.startswith("cuda")
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of the run."""
+        return self.protocol.threads
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Functions and data that Python may have given."""
+        return (self.protocol.model, self.protocol.data, self.protocol.train or "")
 
     @property
     def file_name(self) -> str:

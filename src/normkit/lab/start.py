@@ -9,14 +9,23 @@ from normkit import convert_norm_, recalibrate
 from normkit.lab.arms import FROZEN, NONE, Arm
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints import Alterations, restored
-from normkit.lab.data import Dataset, Split, stratified_order
+from normkit.lab.data import Dataset, Split, open_data, stratified_order
 from normkit.lab.data.dataset import SPLIT_SEED
 from normkit.lab.models.build import apply_arm, build_model
-from normkit.lab.spec import TrainingSpec
+from normkit.lab.spec import Protocol, TrainingSpec
 
 NUM_CALIBRATION_EXAMPLES = 1000  # a pretrained network's new norms are fitted on so many
 CALIBRATION_BATCH_SIZE = 100
 FROZEN_AS = "bn"  # what the layer is whose statistics stand still
+
+
+def data_of(protocol: Protocol) -> Dataset[Split]:
+    """The data set of a protocol.
+
+    Raises:
+        NormError: If it is unknown or cannot be read.
+    """
+    return open_data(protocol.data, protocol.limit, protocol.image_size, protocol.hold_out)
 
 
 def built(spec: TrainingSpec, dataset: Dataset[Split]) -> BuiltModel:

@@ -169,7 +169,9 @@ _modules: dict[tuple[Path, str], ModuleType] = {}  # by file and what it said wh
 def _imported(path: Path, source: str, option: str) -> ModuleType:
     """Import a file under a name of its own, anew where it or what it imports has changed.
 
-    Its folder is where its imports are looked up; afterwards it is the last place for others.
+    Its folder is where its imports are looked up; afterwards it is the last place for others. No
+    compiled files are written there: Python would take one for an edited file of the same size and
+    second.
     """
     if (path, source) in _modules:
         return _modules[path, source]
@@ -183,6 +185,7 @@ def _imported(path: Path, source: str, option: str) -> ModuleType:
     sys.modules[name] = module  # what pickles its classes looks there
     register_missing_operators()  # it may import torchvision or timm
     sys.path.insert(0, folder)
+    wrote_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -191,6 +194,7 @@ def _imported(path: Path, source: str, option: str) -> ModuleType:
             raise
         raise SpecError(f"{option}: {path.name} cannot be imported: {told(error)}") from error
     finally:
+        sys.dont_write_bytecode = wrote_bytecode
         sys.path.remove(folder)
         if folder not in sys.path:
             sys.path.append(folder)

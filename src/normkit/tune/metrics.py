@@ -71,12 +71,12 @@ def read_metric(metric: Literal["loss", "accuracy"] | Score, larger_is_better: b
 
 
 def _loss(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
-    scores, target = _classes(output, batch)
+    scores, target = scores_and_targets(output, batch)
     return functional.cross_entropy(scores.double(), target, reduction="none")
 
 
 def _accuracy(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
-    scores, target = _classes(output, batch)
+    scores, target = scores_and_targets(output, batch)
     return (scores.argmax(1) == target).double()
 
 
@@ -86,7 +86,7 @@ KNOWN = {
 }
 
 
-def _classes(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def scores_and_targets(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     """Read the class scores ``(N, K)`` and the targets ``(N,)`` from an output and its batch.
 
     Raises:

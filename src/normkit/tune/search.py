@@ -9,18 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normkit.core.check import require_share
 from normkit.errors import DataError, OptionError
 from normkit.passes import Forward, all_or_nothing, as_list, forward_batch, require_unwrapped
 from normkit.tune.gain import Gain, paired_gain, standard_error
 from normkit.tune.gradient import descend
+from normkit.tune.grids import grid_for, read_grid
 from normkit.tune.layers import WeighedLayers, Weights, common_weight
 from normkit.tune.metrics import Metric, Score, read_metric
 from normkit.tune.result import CurvePoint, Tuning
 from normkit.tune.sweep import Sweep
 
-GRID = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
-"""Dense at both ends: small weights are best for batch norms, large ones for norms of examples."""
 BRACKET_WIDTH = 0.01  # The golden section search ends at this width.
 STEPS_BETWEEN = 8  # weights between two of the grid, for a metric without a gradient
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -34,7 +32,7 @@ def tune_example_weight(  # noqa: PLR0913 - model, data, metric and search have 
     batches: Iterable[Any],
     *,
     metric: Literal["loss", "accuracy"] | Score = "loss",
-    grid: Sequence[float] = GRID,
+    grid: Sequence[float] | None = None,
     per_layer: bool = False,
     refine: bool = True,
     forward: Forward | None = None,
@@ -64,7 +62,9 @@ def tune_example_weight(  # noqa: PLR0913 - model, data, metric and search have 
             independent examples that the model was not trained on. Read once and kept.
         metric: ``"loss"``, the cross entropy of scores ``(N, K)`` with targets ``(N,)``;
             ``"accuracy"``; or ``metric(output, batch)``, which gives one value for each example.
-        grid: Weights to try, from 0 to 1; the layers' present weights are always tried.
+        grid: Weights to try, from 0 to 1; the layers' present weights are always tried. By
+            default 14 weights that are dense at both ends, and three more just below 1 if a layer
+            has the weight 1, as norms of examples do.
         per_layer: Find a weight for each layer: 20 steps of Adam by the gradient of the metric,
             from the best common weight.
         refine: Also try weights between the neighbours of the grid's best point: by golden section
@@ -101,7 +101,8 @@ def tune_example_weight(  # noqa: PLR0913 - model, data, metric and search have 
         >>> type(model[1]).__name__, type(result.undo()[1]).__name__
         ('BatchNorm', 'BatchNorm2d')
     """
-    measured, alphas = read_metric(metric, larger_is_better), _read_grid(grid)
+    measured = read_metric(metric, larger_is_better)
+    alphas = None if grid is None else read_grid(grid)
     if per_layer and measured.binary:
         raise OptionError(
             "per_layer=True was given with metric='accuracy', which has no gradient to follow; "
@@ -111,6 +112,7 @@ def tune_example_weight(  # noqa: PLR0913 - model, data, metric and search have 
     layers = WeighedLayers(model)
     sweep = Sweep(layers, measured, forward or forward_batch, as_list(batches))
     layers.convert_()
+    alphas = alphas or grid_for(layers.weights.values())
     found = _search(sweep, alphas, per_layer, refine)
     layers.set_(found.alpha)
     return found
@@ -234,19 +236,6 @@ def golden_section(value: Callable[[float], float], low: float, high: float) -> 
         else:
             low, left = left, right
             right = low + GOLDEN * (high - low)
-
-
-def _read_grid(grid: Sequence[float]) -> tuple[float, ...]:
-    """Check the weights to try, and sort them.
-
-    Raises:
-        OptionError: If one lies outside 0 to 1, or there is none.
-    """
-    for alpha in grid:
-        require_share("grid", alpha)
-    if not grid:
-        raise OptionError("grid=() was given; give at least one weight, such as (0.1, 0.3)")
-    return tuple(sorted(set(map(float, grid))))
 
 
 def _require_others(alphas: tuple[float, ...], before: tuple[float, ...]) -> None:

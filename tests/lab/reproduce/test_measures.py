@@ -1,19 +1,33 @@
 """What presets measure and read off, against definitions and numbers made by hand."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import normkit as nk
+from normkit.lab.course import Hooks, first_batches
 from normkit.lab.data import load
+from normkit.lab.loop import Loop
 from normkit.lab.models import build_model
 from normkit.lab.reproduce import PRESETS, channels, disturbed, landscape_claims
-from normkit.lab.reproduce.networks import DrawnNorm, four_layers, seeded_network, vgg11
-from normkit.lab.reproduce.records import rounded
 from normkit.lab.reproduce.stack import readings
-from normkit.lab.reproduce.stack.run import measure_shift
-from normkit.lab.reproduce.training import Data, Training, endless
+from normkit.lab.reproduce.tasks.disturbed import first_norms
+from normkit.lab.reproduce.tasks.drawn import arm_of
+from normkit.lab.reproduce.tasks.networks import (
+    DrawnNorm,
+    four_layers,
+    seeded_network,
+    vgg11,
+)
+from normkit.lab.reproduce.tasks.records import rounded
+from normkit.lab.reproduce.tasks.run import run_one
+from normkit.lab.reproduce.tasks.settings import Data, Place, Plan, Training, recipe
+from normkit.lab.reproduce.tasks.stack import measure_shift
+from normkit.lab.work import Upkeep
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +97,7 @@ def test_equal_seeds_give_equal_weights_whatever_the_norm(digits, make):
 
 def test_without_norms_training_and_test_error_of_equal_sets_are_one():
     settings = PRESETS["estimation-shift"].at("tiny").settings
-    found = measure_shift(settings, "none", seed=1)
+    found = measure_shift(settings, "none", 1, Place())
     assert found["train_error"] == found["test_error"]
     assert found["iterations"] == [5, 10]
     assert (found["norms"], found["num_train"]) == ([], 60)
@@ -91,12 +105,12 @@ def test_without_norms_training_and_test_error_of_equal_sets_are_one():
 
 def test_the_shift_of_a_stack_is_that_of_its_last_state():
     settings = PRESETS["gnbn-small-training-sets"].at("tiny").settings
-    found = measure_shift(settings, "gnbn-16", seed=1)
+    found = measure_shift(settings, "gnbn-16", 1, Place())
     assert (found["norms"], found["num_train"]) == ([2, 4], 16)
     assert len(found["esm_std"]) == 1
     assert len(found["esm_std"][0]) == 2
     data = load("digits").test.inputs[:60].flatten(1).double()
-    small = measure_shift(settings, "bn-16", seed=1)
+    small = measure_shift(settings, "bn-16", 1, Place())
     assert small["input_shift"] == pytest.approx(found["input_shift"])
     assert 0 < found["input_shift"] < data.std(0).norm()
 
@@ -143,7 +157,7 @@ def test_readings_of_a_landscape():
 
 def test_readings_of_channels_and_disturbances():
     arms = {
-        channels.arm_of(m, s): {
+        arm_of(m, s): {
             "mean_spread": m,
             "scale_spread": s,
             "accuracy": 0.9 - 0.1 * m - 0.2 * s,
@@ -160,7 +174,7 @@ def test_readings_of_channels_and_disturbances():
 def test_the_first_norms_of_blocks_are_batch_norms_that_xbn_leaves(digits):
     model = seeded_network("small-resnet:width=4:blocks=3", "bn", digits, 0)
     nk.place_xbn_(model, position=2, norm="gn:2")
-    names = disturbed.first_norms(model, 6)
+    names = first_norms(model, 6)
     assert len(names) == 6
     assert all(isinstance(model.get_submodule(name), nk.BatchNorm) for name in names)
     second = [name.replace("norm1", "norm2") for name in names]
@@ -175,39 +189,87 @@ def test_pictures_shrink_by_averaging_squares():
     assert_close(half.test.targets, whole.test.targets)
 
 
-class Watched(Training):
-    """Training whose optimizers can be looked at."""
-
-    def make_optimizer(self, model):
-        OPTIMIZERS.append(super().make_optimizer(model))
-        return OPTIMIZERS[-1]
-
-
-OPTIMIZERS = []
-
-
-def test_training_slows_down_in_the_last_quarter_and_repeats_itself():
-    plan = Watched(data="digits", num_train=40, epochs=4, batch_size=20, learning_rate=0.1)
+def test_training_slows_down_in_the_last_quarter_and_repeats_itself(monkeypatch):
+    plan = Training(
+        data="digits", num_train=40, batch_size=20, recipe=recipe(0.1, epochs=4, momentum=0.5)
+    )
     data, ends, rates = plan.load_data(), [], []
+    set_rate = Loop.set_rate
+    monkeypatch.setattr(
+        Loop, "set_rate", lambda loop, rate: rates.append(rate) or set_rate(loop, rate)
+    )
     for _ in range(2):
-        model = seeded_network("mlp:depth=2:width=8", "bn", data, 0)
-        errors = plan.fit(
-            model, data.train, 0, lambda _: rates.append(OPTIMIZERS[-1].param_groups[0]["lr"])
+        model, numbers, losses = seeded_network("mlp:depth=2:width=8", "bn", data, 0), [], []
+        hooks = Hooks(
+            before_epoch=numbers.append, after_step=lambda *found, to=losses: to.append(found)
         )
-        ends.append((errors, [p.detach().clone() for p in model.parameters()]))
-    assert rates[:5] == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01])
+        plan.fit(model, data, 0, Place(), hooks)
+        ends.append((losses, [p.detach().clone() for p in model.parameters()]))
+    assert rates[:8] == pytest.approx([0.1] * 6 + [0.01] * 2)
     assert ends[0][0] == ends[1][0]
+    assert numbers == [0, 1, 2, 3, 4]
     for one, other in zip(ends[0][1], ends[1][1], strict=True):
         assert torch.equal(one, other)
 
 
-def test_endless_batches_are_epochs_in_new_orders(digits):
+def test_the_engine_trains_as_the_definition_says(digits):
+    """Momentum and weight decay written out, in float64, on the batches of the seed's orders."""
     few = digits.train.take(torch.arange(10))
-    parts = endless(few, 5, seed=1)
-    first, second = (torch.cat([next(parts).inputs, next(parts).inputs]) for _ in range(2))
-    assert not torch.equal(first, second)
-    assert_close(first.sum(0), few.inputs.sum(0))
-    assert_close(second.sum(0), few.inputs.sum(0))
+    model = seeded_network("mlp:depth=2:width=4", "bn", digits, 0).double()
+    doubled = replace(few, inputs=few.inputs.double())
+    plan = Plan(recipe(0.1, epochs=4, weight_decay=0.01), 4, 7)
+    expected, speed = copy.deepcopy(model), {n: 0.0 for n, _ in model.named_parameters()}
+    generator = torch.Generator().manual_seed(7)
+    for epoch in range(4):
+        for index in torch.randperm(10, generator=generator).split(4):
+            scores = expected(doubled.inputs[index]).log_softmax(1)
+            loss = -scores[torch.arange(len(index)), few.targets[index]].mean()
+            grads = torch.autograd.grad(loss, list(expected.parameters()))
+            with torch.no_grad():
+                for (name, p), grad in zip(expected.named_parameters(), grads, strict=True):
+                    speed[name] = 0.9 * speed[name] + grad + 0.01 * p
+                    p.sub_((0.1 if epoch < 3 else 0.01) * speed[name])
+    Place().train(model, replace(digits, train=doubled), plan, Hooks())
+    for (name, p), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert_close(p, wanted, msg=name)
+
+
+def test_the_first_batches_are_those_that_a_training_takes(digits):
+    few = digits.train.take(torch.arange(10))
+    seen = []
+    hooks = Hooks(before_step=lambda _, parts: seen.extend(parts))
+    model = seeded_network("mlp:depth=2:width=4", "bn", digits, 0)
+    Place().train(model, replace(digits, train=few), Plan(recipe(0.1, steps=5), 5, 1), hooks)
+    found = first_batches(few, 5, seed=1, num_steps=5)
+    assert len(found) == len(seen) == 5
+    for one, other in zip(found, seen, strict=True):
+        assert_close(one.inputs, other.inputs)
+    assert not torch.equal(found[0].inputs, found[2].inputs)
+    assert_close(torch.cat([found[2].inputs, found[3].inputs]).sum(0), few.inputs.sum(0))
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing may catch SIGKILL."""
+
+
+@pytest.mark.parametrize("name", ["output-noise", "gnbn", "landscape-along-gradient"])
+def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
+    spec = PRESETS[name].specs("tiny")[-1]
+    expected, count = run_one(spec), 0
+
+    def kill_at_the_second():
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise Killed
+
+    upkeep = Upkeep(folder=tmp_path, checkpoint_seconds=0)
+    with pytest.raises(Killed):
+        run_one(spec, kill_at_the_second, upkeep)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    count = 10
+    assert run_one(spec, upkeep=upkeep).values == expected.values
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_numbers_are_rounded_for_records():

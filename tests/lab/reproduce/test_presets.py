@@ -12,7 +12,7 @@ from normkit.lab.reproduce import (
     measured,
     run_missing,
 )
-from normkit.lab.reproduce.training import SIZES
+from normkit.lab.reproduce.tasks.settings import SIZES
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_all_that_differs_is_said_also_where_the_paper_is_silent():
         "num test 2000 (paper: 10000)",
         "pictures 14x14 grey (paper: 32x32 colour)",
         "held out a tenth of the training examples (paper: not said)",
-        "rate drop a tenth in the last quarter of the epochs (paper: not said)",
+        "rate drop times 0.1 after 75 % of the training (paper: not said)",
     ):
         assert difference in said
     said = PRESETS["disturbed-statistics"].differences("small")

@@ -6,15 +6,42 @@ from pathlib import Path
 import pytest
 
 from normkit.lab.reproduce import PRESETS, as_text, conclude, read_result
+from normkit.lab.reproduce.papers import PAPERS
+from normkit.lab.reproduce.tables.catalog import tables
+from normkit.lab.reproduce.tables.result import judged, read_table_result
 
 DOCS = Path(__file__).parents[3] / "docs"
 PATHS = [DOCS / "records" / f"reproduce-{name}.json" for name in PRESETS]
 
 
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("key", PAPERS)
+def test_the_page_of_a_paper_has_all_its_tables(key):
+    update = program("update_tables")
+    page = (DOCS / "tables" / f"{key}.md").read_text(encoding="utf-8")
+    assert update.page(key) == page
+    for table in tables().values():
+        assert (f"\n### {table.name}\n" in page) == (table.of == key)
+
+
+def test_verdicts_on_tables_are_those_of_their_runs():
+    for table in tables().values():
+        path = DOCS / "records" / f"reproduce-{table.name}.json"
+        if path.exists():
+            result = read_table_result(path)
+            assert result.scale == "small"
+            assert judged(table, "small", result.cells) == result.claims
+            assert (DOCS / "images" / f"reproduce-{table.name}.svg").exists()
+
+
 def test_the_page_has_the_tables_of_its_records():
-    spec = importlib.util.spec_from_file_location("update", DOCS / "update_reproduce.py")
-    update = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(update)
+    update = program("update_reproduce")
     page = (DOCS / "reproduce.md").read_text(encoding="utf-8")
     assert update.updated(page) == page
     for name in PRESETS:

@@ -3,9 +3,11 @@
 from normkit.lab.data.dataset import Dataset, Examples, Split, stratified_order
 from normkit.lab.data.files import MAX_CLASSES, read_examples
 from normkit.lab.data.opening import load, open_data
+from normkit.lab.data.papers import FOLDERS
 from normkit.lab.data.sources import READERS
 
 __all__ = [
+    "FOLDERS",
     "MAX_CLASSES",
     "READERS",
     "Dataset",

@@ -38,6 +38,14 @@ class Examples:
         """A split of these examples only."""
         return replace(self, inputs=self.inputs[index], targets=self.targets[index])
 
+    def joined(self, other: Self) -> Self:
+        """These examples and then the others."""
+        return replace(
+            self,
+            inputs=torch.cat([self.inputs, other.inputs]),
+            targets=torch.cat([self.targets, other.targets]),
+        )
+
     def own_scaling(self) -> "Scaling | None":
         """None: inputs are what a network gets."""
         return None
@@ -93,6 +101,10 @@ class Split(Protocol):
         """A split of these examples only."""
         ...
 
+    def joined(self, other: Self) -> Self:
+        """These examples and then the others, which are of the same source."""
+        ...
+
     def own_scaling(self) -> "Scaling | None":
         """What brings these pictures to mean 0 and standard deviation 1; None if they are."""
         ...
@@ -132,6 +144,14 @@ class Pictures:
     def keep(self, index: Int[Tensor, " k"]) -> Self:
         """A split of these examples only."""
         return replace(self, values=self.values[index], targets=self.targets[index])
+
+    def joined(self, other: Self) -> Self:
+        """These examples and then the others."""
+        return replace(
+            self,
+            values=torch.cat([self.values, other.values]),
+            targets=torch.cat([self.targets, other.targets]),
+        )
 
     def to(self, device: torch.device) -> Self:
         """The same examples on a device."""

@@ -29,7 +29,9 @@ DEFAULT_SIDE = 224  # of pictures that have different sizes
 SHARE_OF_MEMORY = 4  # pictures stay in memory up to a quarter of it
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """A picture's file, and its class."""
+
     path: Path
     label: int
 
@@ -60,9 +62,31 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
             f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
             f"train; put the training pictures there"
         )
-    classes = _classes(roots)
+    classes = class_names(roots)
+    return read_files(
+        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
+    )
+
+
+def read_files(
+    folder: Path,
+    files: Mapping[str, list[File]],
+    limit: int | None = None,
+    side: int | None = None,
+) -> Dataset[Split]:
+    """Read pictures whose parts are known.
+
+    Args:
+        folder: That they lie in.
+        files: ``train`` and maybe ``validation`` and ``test``.
+        limit: As in :func:`read_folder`.
+        side: Likewise.
+
+    Raises:
+        DataError: If no picture of a class can be read.
+    """
     reading = _Reading(folder)
-    parts = {part: reading.part(_files(root, classes)) for part, root in roots.items()}
+    parts = {name: reading.part(of_part) for name, of_part in files.items()}
     return _dataset(reading, reading.same_channels(parts), limit, side)
 
 
@@ -73,8 +97,12 @@ def _part(folder: Path, names: Sequence[str]) -> Path | None:
     )
 
 
-def _classes(roots: Mapping[str, Path]) -> list[str]:
-    """Names of the class folders, the same ones in all parts."""
+def class_names(roots: Mapping[str, Path]) -> list[str]:
+    """Names of the class folders, the same ones in all parts.
+
+    Raises:
+        DataError: If they differ, or there are fewer than two.
+    """
     named = {
         part: sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         for part, root in roots.items()
@@ -95,9 +123,14 @@ def _classes(roots: Mapping[str, Path]) -> list[str]:
     return classes
 
 
-def _files(root: Path, classes: Sequence[str]) -> list[_File]:
+def files_of(root: Path, classes: Sequence[str]) -> list[File]:
+    """Pictures in the class folders of a part.
+
+    Raises:
+        DataError: If a class has none.
+    """
     files = [
-        _File(path, label)
+        File(path, label)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
         if path.suffix.lower() in SUFFIXES and path.is_file()
@@ -119,7 +152,7 @@ def _files(root: Path, classes: Sequence[str]) -> list[_File]:
 class _Part(NamedTuple):
     """The pictures of a part that can be read, in memory if there is room."""
 
-    files: list[_File]
+    files: list[File]
     values: list[Shaped[Tensor, "c h w"]] | None
     shapes: set[tuple[int, ...]]
 
@@ -133,10 +166,10 @@ class _Reading:
     broken: list[Path] = field(default_factory=list)
     room: int = field(default_factory=lambda: memory_bytes() // SHARE_OF_MEMORY)
 
-    def part(self, files: list[_File]) -> _Part:
+    def part(self, files: list[File]) -> _Part:
         """Read the pictures of a part; only their headers if there are very many."""
         whole = len(files) <= DECODED_AT_ONCE
-        kept, values, shapes = list[_File](), list[Tensor](), set[tuple[int, ...]]()
+        kept, values, shapes = list[File](), list[Tensor](), set[tuple[int, ...]]()
         for file in files:
             try:
                 content = file.path.read_bytes() if whole else None

@@ -2,28 +2,30 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data.dataset import Dataset, Pictures, assembled, fingerprint_of
+from normkit.lab.data.dataset import Dataset, Pictures, assembled, fingerprint_of, hold_out
 from normkit.lab.data.idx import read_idx
 from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
+OF_FOLDERS = ("imagenet", "caltech256")  # read by ``papers.py``
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 
 class Source(NamedTuple):
-    """Pictures of a data set, and its own test split if it has one."""
+    """Pictures of a data set, and its own test and validation splits if it has them."""
 
     pictures: Pictures
     test: Pictures | None
+    validation: Pictures | None = None
 
 
 Reader = Callable[[], Source]
@@ -56,10 +58,12 @@ def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
     if name not in READERS:
         raise SpecError(
             f"there is no data set {printable(name)!r}; known are {', '.join(READERS)}, "
+            f"{', '.join(OF_FOLDERS)}, "
             f"folder:PATH with a folder for each class, and FILE.py:FUNCTION that makes data sets"
         )
-    pictures, test = READERS[name]()
-    parts = {"train": pictures} | ({} if test is None else {"test": test})
+    source = READERS[name]()
+    own = {"validation": source.validation, "test": source.test}
+    parts = {"train": source.pictures} | {part: p for part, p in own.items() if p is not None}
     return assembled(name, parts, fingerprint_of([*parts.values()]), limit)
 
 
@@ -98,7 +102,27 @@ def cifar100() -> Source:
 @reader("svhn")
 def svhn() -> Source:
     """99289 colour 32x32 house numbers."""
-    return _from_torchvision("SVHN")
+    return _from_torchvision("SVHN", *_SVHN)
+
+
+@reader("mnist")
+def mnist() -> Source:
+    """70000 grey 28x28 digits."""
+    return _from_torchvision("MNIST")
+
+
+@reader("cifar100-40k")
+def cifar100_40k() -> Source:
+    """CIFAR-100 with 40000 training and 10000 validation pictures: Summers and Dinneen, 4.1."""
+    source = _from_torchvision("CIFAR100")
+    kept, held = hold_out(source.pictures.targets, 0.2)
+    return Source(source.pictures.keep(kept), source.test, source.pictures.keep(held))
+
+
+@reader("svhn-extra")
+def svhn_extra() -> Source:
+    """630420 colour 32x32 house numbers: the easier ones of the part ``extra`` train as well."""
+    return _from_torchvision("SVHN", *_SVHN, {"split": "extra"})
 
 
 def _idx_pictures(part: str) -> Pictures:
@@ -107,23 +131,26 @@ def _idx_pictures(part: str) -> Pictures:
     return _pictures(images[:, None].numpy(), labels.numpy())
 
 
-def _from_torchvision(name: str) -> Source:
+_TRAIN_FLAGS = {"train": True}, {"train": False}
+_SVHN = {"split": "train"}, {"split": "test"}
+
+
+def _from_torchvision(name: str, *parts: Mapping[str, Any]) -> Source:
+    """A data set of torchvision's: the part to train on, the test, and more to train on."""
     register_missing_operators()
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)
     folder = data_folder()
-    # SVHN names its parts, the others say whether they train
-    parts = ({"split": "train"}, {"split": "test"}) if name == "SVHN" else _TRAIN_FLAGS
     try:
-        train, test = (dataset(folder, download=True, **part) for part in parts)
+        found = [dataset(folder, download=True, **part) for part in parts or _TRAIN_FLAGS]
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{name} is not in {folder} and cannot be downloaded ({error}); connect to the "
             f"network, or copy torchvision's files there, or set {FOLDER_VARIABLE} to their folder"
         ) from error
-    return Source(_torchvision_pictures(train), _torchvision_pictures(test))
-
-
-_TRAIN_FLAGS = ({"train": True}, {"train": False})
+    train, test, *more = map(_torchvision_pictures, found)
+    for others in more:
+        train = train.joined(others)
+    return Source(train, test)
 
 
 def _torchvision_pictures(dataset: object) -> Pictures:

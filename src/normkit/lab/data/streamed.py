@@ -57,6 +57,14 @@ class Streamed:
         """A split of these examples only."""
         return replace(self, positions=self.positions[index], targets=self.targets[index])
 
+    def joined(self, other: Self) -> Self:
+        """These examples and then the others, which are of the same source."""
+        return replace(
+            self,
+            positions=torch.cat([self.positions, other.positions]),
+            targets=torch.cat([self.targets, other.targets]),
+        )
+
     def own_scaling(self) -> Scaling | None:
         """Of some pictures of all classes; None if they are in floating point, taken as it is."""
         if self.picture(0).is_floating_point():

@@ -2,12 +2,16 @@
 
 from normkit.lab.models.architecture import ARCHITECTURES
 from normkit.lab.models.build import BuiltModel, apply_arm, build_model, parse_model
+from normkit.lab.models.cifar import CifarDenseNet, CifarResNet, ThinResNet
 from normkit.lab.slots import PlacedNorm
 
 __all__ = [
     "ARCHITECTURES",
     "BuiltModel",
+    "CifarDenseNet",
+    "CifarResNet",
     "PlacedNorm",
+    "ThinResNet",
     "apply_arm",
     "build_model",
     "parse_model",

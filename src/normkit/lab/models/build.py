@@ -44,7 +44,7 @@ def build_model(  # noqa: PLR0913 - all but the first by keyword
     Equal seeds give equal initial weights, whatever the norm.
 
     Args:
-        name: ``"small-resnet"``, ``"mlp:depth=20:width=128"``, ``"vgg11"``,
+        name: ``"small-resnet"``, ``"mlp:depth=20:width=128"``, ``"vgg11"``, ``"cifar-resnet"``,
             ``"torchvision:NAME"``, ``"timm:NAME"``, or a plain name of theirs.
         num_classes: Length of the network's output.
         input_shape: Channels, height and width of one input.

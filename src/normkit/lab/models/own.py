@@ -7,15 +7,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.errors import SpecError
 from normkit.lab.models.architecture import Task, architecture
 
+MAX_STAGES = 8
 VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
 @architecture("small-resnet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallResNet:
-    """A stem and two stages of residual blocks that halve the map and double the channels.
+    """A stem, and stages of residual blocks of which each halves the map and doubles the channels.
 
     Shortcuts have no parameters, so every norm of the network stands on the main path.
 
@@ -25,16 +27,23 @@ class SmallResNet:
 
     width: int = 16
     blocks: int = 1
+    stages: int = 2
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        widths = [2 * self.width] * self.blocks + [4 * self.width] * self.blocks
-        layers = [*_conv_norm_relu(task.input_shape[0], self.width)]
+        if self.stages > MAX_STAGES:
+            raise SpecError(
+                f"small-resnet was given stages={self.stages}; give 1 to {MAX_STAGES}, as each "
+                f"doubles the channels"
+            )
+        stages = [2 ** (at + 1) * self.width for at in range(self.stages)]
+        widths = [width for width in stages for _ in range(self.blocks)]
+        layers = [*conv_norm_relu(task.input_shape[0], self.width)]
         before = self.width
         for width in widths:
             layers.append(ResidualBlock(before, width))
             before = width
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
 
 
 class ResidualBlock(nn.Module):
@@ -80,7 +89,7 @@ class Mlp:
                 nn.BatchNorm1d(self.width),
                 nn.ReLU(),
             ]
-        return nn.Sequential(*layers, _head(self.width, task))
+        return nn.Sequential(*layers, head(self.width, task))
 
 
 @architecture("vgg11")
@@ -98,20 +107,22 @@ class Vgg11:
         layers: list[nn.Module] = []
         for stage in VGG11_WIDTHS:
             for num_channels in stage:
-                layers += _conv_norm_relu(before, num_channels)
+                layers += conv_norm_relu(before, num_channels)
                 before = num_channels
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
 
 
-def _conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
+def conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
+    """A 3x3 convolution, a batch norm and a ReLU."""
     conv = nn.Conv2d(num_in, num_out, 3, padding=1, bias=False)
     return conv, nn.BatchNorm2d(num_out), nn.ReLU()
 
 
-def _head(num_features: int, task: Task) -> nn.Linear:
+def head(num_features: int, task: Task) -> nn.Linear:
+    """The layer that gives the classes' scores."""
     return nn.Linear(num_features, task.num_classes)
 
 

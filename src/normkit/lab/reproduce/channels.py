@@ -5,72 +5,23 @@ from typing import Any
 import numpy as np
 
 from normkit.lab.figures import STYLES, label_axes
-from normkit.lab.frozen import Count
-from normkit.lab.reproduce.networks import four_layers
+from normkit.lab.reproduce.papers import QIAO
 from normkit.lab.reproduce.preset import (
     CIFAR10,
     NOT_SAID,
-    QIAO,
     Arms,
     Claim,
     Preset,
-    PresetTask,
     Runs,
     Size,
     by_seed,
 )
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import HOW_IT_TRAINS, Training
+from normkit.lab.reproduce.tasks.drawn import DRAWN, DrawnSettings
+from normkit.lab.reproduce.tasks.records import Values
+from normkit.lab.reproduce.tasks.settings import HOW_IT_TRAINS, recipe
 from normkit.lab.reproduce.verdict import BELOW, Criterion
-from normkit.lab.steps import evaluate
 
 FAILURE = 0.7  # accuracies below it are the paper's failures
-
-
-class DrawnSettings(Training):
-    """A network of four layers whose norms go to drawn means and scales.
-
-    Args:
-        width: Channels of each layer.
-        mean_spreads: Standard deviations of the means.
-        scale_spreads: Standard deviations of the logarithms of the scales.
-    """
-
-    width: Count = 32
-    mean_spreads: tuple[float, ...]
-    scale_spreads: tuple[float, ...]
-
-    @property
-    def arms(self) -> list[str]:
-        """Every pair of spreads."""
-        return [arm_of(m, s) for m in self.mean_spreads for s in self.scale_spreads]
-
-
-def arm_of(mean_spread: float, scale_spread: float) -> str:
-    """Name of a pair of spreads."""
-    return f"{mean_spread:g},{scale_spread:g}"
-
-
-def measure_drawn(settings: DrawnSettings, arm: str, seed: int) -> Values:
-    """Train and test one network.
-
-    Args:
-        settings: What is trained.
-        arm: The spreads of means and scales, with a comma between.
-        seed: Of weights, order and draws; the draws of all arms are equal but for their spread.
-
-    Returns:
-        Test accuracy.
-    """
-    mean_spread, scale_spread = map(float, arm.split(","))
-    dataset = settings.load_data()
-    model = four_layers(dataset, settings.width, (mean_spread, scale_spread), seed)
-    settings.fit(model, dataset.train, seed)
-    return {
-        "mean_spread": mean_spread,
-        "scale_spread": scale_spread,
-        "accuracy": evaluate(model, dataset.test).accuracy,
-    }
 
 
 def slope(arms: Arms, along: str, other: str) -> float:
@@ -158,7 +109,7 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 5",
         title="Channels normalised to drawn means and scales instead of 0 and 1",
-        task=PresetTask(name="drawn-channels", measure=measure_drawn),
+        task=DRAWN,
         arms=lambda settings: settings.arms,
         claims=CLAIMS,
         draw=draw_accuracies,
@@ -168,8 +119,7 @@ PRESETS = (
                     data="digits",
                     num_train=64,
                     num_test=50,
-                    epochs=1,
-                    learning_rate=0.05,
+                    recipe=recipe(0.05, epochs=1),
                     width=4,
                     mean_spreads=(0, 2),
                     scale_spreads=(0, 2),
@@ -182,9 +132,8 @@ PRESETS = (
                     num_train=4000,
                     num_test=2000,
                     shrink=2,
-                    epochs=3,
+                    recipe=recipe(0.05, epochs=3),
                     batch_size=64,
-                    learning_rate=0.05,
                     mean_spreads=(0, 1, 2, 4),
                     scale_spreads=(0, 1, 2, 4),
                 ),
@@ -193,9 +142,8 @@ PRESETS = (
             "paper": Size(
                 settings=DrawnSettings(
                     data="cifar10",
-                    epochs=20,
+                    recipe=recipe(0.05, epochs=20),
                     batch_size=128,
-                    learning_rate=0.05,
                     mean_spreads=(0, 0.5, 1, 2, 4),
                     scale_spreads=(0, 0.5, 1, 2, 4),
                 ),

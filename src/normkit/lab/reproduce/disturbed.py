@@ -3,90 +3,25 @@
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
-from normkit.lab.frozen import Count
-from normkit.lab.models.own import ResidualBlock
-from normkit.lab.reproduce.networks import seeded_network
+from normkit.lab.reproduce.papers import HUANG
 from normkit.lab.reproduce.preset import (
-    HUANG,
     IMAGENET,
     NOT_SAID,
     Arms,
     Claim,
     Preset,
-    PresetTask,
     Runs,
     Size,
     by_seed,
 )
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
+from normkit.lab.reproduce.tasks.disturbed import DISTURBED, DisturbedSettings
+from normkit.lab.reproduce.tasks.records import Values
+from normkit.lab.reproduce.tasks.settings import SMALL_RESNET, TINY_RESNET, recipe
 from normkit.lab.reproduce.verdict import ABOVE
-from normkit.lab.steps import evaluate
 
 LABELS = {"bn": "BN", "xbn-gn": "XBN with GN", "xbn-in": "XBN with IN"}
-
-
-class DisturbedSettings(Training):
-    """A residual network trained with BN or XBN and tested with disturbed statistics.
-
-    Args:
-        model: A small residual network.
-        groups: Of XBN's group norm.
-        deltas: Magnitudes of the disturbance.
-        num_blocks: The first norm of so many blocks is disturbed, from the first block on.
-        num_draws: Disturbances that accuracies are averaged over.
-    """
-
-    model: str
-    groups: Count
-    deltas: tuple[float, ...]
-    num_blocks: Count = 6
-    num_draws: Count = 5
-
-
-def measure_disturbed(settings: DisturbedSettings, arm: str, seed: int) -> Values:
-    """Train a network and test it with statistics disturbed by each magnitude.
-
-    Args:
-        settings: What is trained and disturbed.
-        arm: ``bn``, ``xbn-gn`` or ``xbn-in``.
-        seed: Of weights and order.
-
-    Returns:
-        Test accuracy without disturbance, and by magnitude (a mean over draws).
-    """
-    dataset = settings.load_data()
-    model = seeded_network(settings.model, "bn", dataset, seed)
-    norm = {"xbn-gn": f"gn:{settings.groups}", "xbn-in": "in"}.get(arm)
-    if norm is not None:
-        nk.place_xbn_(model, position=2, norm=norm)
-    settings.fit(model, dataset.train, seed)
-    chosen = first_norms(model, settings.num_blocks)
-    accuracies = []
-    for delta in settings.deltas:
-        found = []
-        for draw in range(1, settings.num_draws + 1):
-            with nk.disturb_statistics(
-                model, delta, seed=draw, where=lambda _layer, name: name in chosen
-            ):
-                found.append(evaluate(model, dataset.test).accuracy)
-        accuracies.append(float(np.mean(found)))
-    return {
-        "deltas": list(settings.deltas),
-        "undisturbed": evaluate(model, dataset.test).accuracy,
-        "accuracy": accuracies,
-        "layers": chosen,
-    }
-
-
-def first_norms(model: nn.Module, num_blocks: int) -> list[str]:
-    """Names of the first norm of each of the first blocks."""
-    blocks = [name for name, m in model.named_modules() if isinstance(m, ResidualBlock)]
-    return [f"{name}.norm1" for name in blocks[:num_blocks]]
 
 
 def drop(values: Values) -> float:
@@ -152,7 +87,7 @@ PRESETS = (
         paper=HUANG,
         figures="Fig. 8",
         title="Accuracy with disturbed statistics in the first norm of the first six blocks",
-        task=PresetTask(name="disturbed", measure=measure_disturbed),
+        task=DISTURBED,
         arms=lambda _settings: list(LABELS),
         claims=CLAIMS,
         draw=draw_disturbed,
@@ -160,7 +95,7 @@ PRESETS = (
             "tiny": Size(
                 settings=DisturbedSettings(
                     **TINY_RESNET,
-                    epochs=1,
+                    recipe=recipe(0.05, epochs=1),
                     deltas=(0.5, 1.0),
                     num_draws=2,
                 ),
@@ -169,7 +104,7 @@ PRESETS = (
             "small": Size(
                 settings=DisturbedSettings(
                     **SMALL_RESNET,
-                    epochs=8,
+                    recipe=recipe(0.05, epochs=8, weight_decay=1e-4),
                     deltas=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
                 ),
                 num_seeds=5,

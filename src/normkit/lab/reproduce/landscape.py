@@ -1,145 +1,24 @@
 """Gunawan et al., Figs. 6 to 10: loss landscape and gradient predictiveness, by both protocols."""
 
-from itertools import islice
 from typing import Any
 
-import torch
-from pydantic import Field
-from torch import nn
-from torch.nn import functional
-
-import normkit as nk
-from normkit.lab.data import Examples
 from normkit.lab.figures import Curve, draw_curves
-from normkit.lab.frozen import Count
+from normkit.lab.recipe import Recipe
 from normkit.lab.reproduce.landscape_claims import FIG_6_7_9, FIG_8_10, ranges
-from normkit.lab.reproduce.networks import NO_NORM, vgg11
+from normkit.lab.reproduce.papers import GUNAWAN
 from normkit.lab.reproduce.preset import (
     CIFAR10,
-    GUNAWAN,
     NOT_SAID,
     Preset,
-    PresetTask,
     Runs,
     Scale,
     Size,
 )
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import Data, endless
+from normkit.lab.reproduce.tasks.landscape import ALONG, L2, RATES, AlongSettings, LandscapeSettings
+from normkit.lab.reproduce.tasks.networks import NO_NORM
+from normkit.lab.reproduce.tasks.settings import recipe
 
-L2 = "+l2"
 LABELS = {NO_NORM: "no norm", "bn": "BN", "gn": "GN", "gnplus": "GNPlus (group first)"}
-
-
-class LandscapeSettings(Data):
-    """A VGG-11 trained by Adam with several learning rates from one start.
-
-    Args:
-        width: Channels of the first layer; the others in proportion.
-        groups: Of group norm.
-        batch_size: Examples of a step.
-        steps: Of training.
-        rates: Learning rates.
-        l2: Weight decay of the arms with ``+l2``, as Adam adds it to the gradient.
-    """
-
-    unused = ("num_test",)
-
-    width: Count
-    groups: Count
-    batch_size: Count
-    steps: Count
-    rates: tuple[float, ...] = (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
-    l2: float = Field(default=5e-5, ge=0)
-
-    def network(self, arm: str, seed: int) -> tuple[nn.Module, list[Any]]:
-        """The network of an arm, and the batches of all its steps."""
-        dataset = self.load_data()
-        norm = arm.removesuffix(L2)
-        spec = f"{norm}:{self.groups}" if norm in ("gn", "gnplus") else norm
-        parts = islice(endless(dataset.train, self.batch_size, seed), self.steps)
-        return vgg11(spec, dataset, self.width, seed), [_pair(part) for part in parts]
-
-
-class AlongSettings(LandscapeSettings):
-    """A VGG-11 trained with one learning rate and looked at along its gradients.
-
-    Args:
-        learning_rate: Of Adam.
-        etas: Steps along the gradient.
-        every: Steps between two looks.
-    """
-
-    learning_rate: float = Field(default=3e-4, gt=0)
-    etas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
-    every: Count = 10
-
-
-def _pair(part: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-    return part.inputs, part.targets
-
-
-def measure_rates(settings: LandscapeSettings, arm: str, seed: int) -> Values:
-    """Train copies with all learning rates, protocol ``multi_lr``.
-
-    Args:
-        settings: What is trained.
-        arm: A norm, alone or with ``+l2``.
-        seed: Of weights and order.
-
-    Returns:
-        By step, the least and the largest loss and change of the gradient.
-    """
-    model, batches = settings.network(arm, seed)
-    decay = settings.l2 if arm.endswith(L2) else 0.0
-    found = nk.gradient_landscape(
-        model,
-        batches,
-        protocol="multi_lr",
-        rates=settings.rates,
-        optimizer=lambda params, rate: torch.optim.Adam(params, lr=rate, weight_decay=decay),
-    )
-    steps = found.steps[1:]  # the first step has no gradient before it
-    return _curves(steps, [step.name for step in steps])
-
-
-def measure_along(settings: AlongSettings, arm: str, seed: int) -> Values:
-    """Train, and look along the gradient every few steps, protocol ``along_gradient``.
-
-    Args:
-        settings: What is trained.
-        arm: A norm.
-        seed: Of weights and order.
-
-    Returns:
-        As :func:`measure_rates`, and the effective smoothness, at the steps that were looked at.
-    """
-    model, batches = settings.network(arm, seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
-    looks, numbers = [], []
-    for number, batch in enumerate(batches):
-        if number % settings.every == 0:
-            found = nk.gradient_landscape(
-                model, [batch], protocol="along_gradient", rates=settings.etas
-            )
-            looks += found.steps
-            numbers.append(number)
-        optimizer.zero_grad()
-        functional.cross_entropy(model.train()(batch[0]), batch[1]).backward()
-        optimizer.step()
-    smoothness = [look.effective_smoothness for look in looks]
-    return _curves(looks, numbers) | {"effective_smoothness": smoothness}
-
-
-def _curves(steps: Any, numbers: list[int]) -> Values:  # noqa: ANN401 - rows of a landscape
-    names = {
-        "min_loss": "min_loss",
-        "max_loss": "max_loss",
-        "min_change": "min_gradient_change",
-        "max_change": "max_gradient_change",
-    }
-    curves = {name: [getattr(step, of) for step in steps] for name, of in names.items()}
-    return {"steps": numbers, **curves}
 
 
 def draw_landscape(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
@@ -178,13 +57,17 @@ def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:  # noqa: ANN40
         axes.set_yscale("log")
 
 
+def _trained(steps: int) -> Recipe:
+    return recipe(3e-4, steps=steps, optimizer="adam", schedule="constant")
+
+
 TINY = {
     "data": "digits",
     "num_train": 64,
     "width": 8,
     "groups": 2,
     "batch_size": 16,
-    "steps": 5,
+    "recipe": _trained(5),
     "rates": (1e-4, 5e-4),
 }
 SMALL = {
@@ -194,9 +77,9 @@ SMALL = {
     "width": 16,
     "groups": 8,
     "batch_size": 32,
-    "steps": 160,
+    "recipe": _trained(160),
 }
-WHOLE = {"data": "cifar10", "width": 64, "groups": 32, "batch_size": 128, "steps": 7820}
+WHOLE = {"data": "cifar10", "width": 64, "groups": 32, "batch_size": 128, "recipe": _trained(7820)}
 ORIGINAL = {
     **{name: said for name, said in CIFAR10.items() if name != "num_test"},
     "width": "64",
@@ -207,7 +90,6 @@ ORIGINAL = {
     "l2": "5e-05",
     "num_seeds": NOT_SAID,
 }
-RATES = PresetTask(name="landscape-rates", measure=measure_rates)
 RATES_SCALES: dict[Scale, Size] = {
     "tiny": Size(settings=LandscapeSettings(**TINY), num_seeds=3),
     "small": Size(settings=LandscapeSettings(**SMALL), num_seeds=3),
@@ -231,7 +113,7 @@ PRESETS = (
         paper=GUNAWAN,
         figures="Figs. 6, 7 and 9 (along the gradient, section 3.1)",
         title="Loss landscape and gradient predictiveness of VGG-11 along the gradient",
-        task=PresetTask(name="landscape-along", measure=measure_along),
+        task=ALONG,
         arms=lambda _settings: list(LABELS),
         claims=FIG_6_7_9,
         draw=draw_landscape,

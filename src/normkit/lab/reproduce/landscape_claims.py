@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from normkit.lab.reproduce.preset import Arms, Claim
-from normkit.lab.reproduce.records import Values
+from normkit.lab.reproduce.tasks.records import Values
 from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
 
 Kind = Literal["loss", "change"]  # the loss, or how far the gradient moves

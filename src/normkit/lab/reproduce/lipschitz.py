@@ -4,83 +4,27 @@ from typing import Any
 
 import numpy as np
 
-import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
-from normkit.lab.frozen import Count
-from normkit.lab.reproduce.networks import seeded_network
+from normkit.lab.reproduce.papers import QIAO
 from normkit.lab.reproduce.preset import (
     IMAGENET,
-    QIAO,
     Arms,
     Claim,
     Preset,
-    PresetTask,
     Runs,
     Size,
     by_seed,
 )
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import SMALL_RESNET, TINY_RESNET, Training
+from normkit.lab.reproduce.tasks.settings import SMALL_RESNET, TINY_RESNET, recipe
+from normkit.lab.reproduce.tasks.standardized import STANDARDIZED, StandardizedSettings
 from normkit.lab.reproduce.verdict import ABOVE, Criterion
-from normkit.lab.steps import evaluate
 
-PARTS = {"gn": (False, False), "center": (True, False), "scale": (False, True), "ws": (True, True)}
 LABELS = {
     "gn": "GN",
     "center": "GN, centred weights (eq. 11)",
     "scale": "GN, scaled weights (eq. 12)",
     "ws": "GN, both (WS)",
 }
-
-
-class StandardizedSettings(Training):
-    """A residual network trained with group norm and parts of weight standardization.
-
-    Args:
-        model: A small residual network.
-        groups: Of group norm.
-        num_batches: Training batches whose gradients are looked at, each epoch.
-    """
-
-    model: str
-    groups: Count
-    num_batches: Count = 1
-
-
-def measure_standardized(settings: StandardizedSettings, arm: str, seed: int) -> Values:
-    """Train, and with both parts take the shares of the gradient at each epoch's first batches.
-
-    Args:
-        settings: What is trained.
-        arm: ``gn``, ``center``, ``scale`` or ``ws``.
-        seed: Of weights and order.
-
-    Returns:
-        Training error by epoch, test accuracy, and for ``ws`` the shares by epoch.
-    """
-    dataset = settings.load_data()
-    model = seeded_network(settings.model, f"gn:{settings.groups}", dataset, seed)
-    center, scale = PARTS[arm]
-    if center or scale:
-        nk.standardize_weights_(model, center=center, scale=scale)
-    size = settings.batch_size
-    pairs = zip(dataset.train.inputs.split(size), dataset.train.targets.split(size), strict=True)
-    batches = list(pairs)[: settings.num_batches]
-    mean_shares, weight_shares = [], []
-
-    def look(epoch: int) -> None:
-        if arm == "ws" and epoch < settings.epochs:
-            layers = nk.lipschitz_terms(model, batches).layers
-            mean_shares.append(float(np.mean([row.mean_share for row in layers])))
-            weight_shares.append(float(np.mean([row.weight_share for row in layers])))
-
-    errors = settings.fit(model, dataset.train, seed, look)
-    return {
-        "train_error": errors,
-        "accuracy": evaluate(model, dataset.test).accuracy,
-        "mean_share": mean_shares,
-        "weight_share": weight_shares,
-    }
 
 
 def _share(arms: Arms, name: str) -> float:
@@ -156,17 +100,19 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 4",
         title="What centring and scaling of weights take out of the gradient, and bring",
-        task=PresetTask(name="standardized", measure=measure_standardized),
-        arms=lambda _settings: list(PARTS),
+        task=STANDARDIZED,
+        arms=lambda _settings: list(LABELS),
         claims=CLAIMS,
         draw=draw_standardized,
         scales={
             "tiny": Size(
-                settings=StandardizedSettings(**TINY_RESNET, epochs=2),
+                settings=StandardizedSettings(**TINY_RESNET, recipe=recipe(0.05, epochs=2)),
                 num_seeds=3,
             ),
             "small": Size(
-                settings=StandardizedSettings(**SMALL_RESNET, epochs=6, num_batches=4),
+                settings=StandardizedSettings(
+                    **SMALL_RESNET, recipe=recipe(0.05, epochs=6, weight_decay=1e-4), num_batches=4
+                ),
                 num_seeds=5,
             ),
         },

@@ -1,28 +1,22 @@
 """Gunawan et al., Figs. 5 and 11: training with noise on the output of every norm."""
 
-from contextlib import nullcontext
 from typing import Any
 
-import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
-from normkit.lab.frozen import Count
-from normkit.lab.reproduce.networks import vgg11
+from normkit.lab.reproduce.papers import GUNAWAN
 from normkit.lab.reproduce.preset import (
     CIFAR10,
-    GUNAWAN,
     NOT_SAID,
     Arms,
     Claim,
     Preset,
-    PresetTask,
     Runs,
     Size,
     by_seed,
 )
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import Training
+from normkit.lab.reproduce.tasks.noise import NOISE, NoiseSettings, arm_of
+from normkit.lab.reproduce.tasks.settings import recipe
 from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
-from normkit.lab.steps import evaluate
 
 NORMS = {"bn": "BN", "gn": "GN", "gnplus": "GNPlus"}
 GRANULARITIES = {
@@ -33,66 +27,6 @@ DRAWS = {"group": "group", "element": "value"}
 CHANCE = 0.1  # of ten classes
 
 
-class NoiseSettings(Training):
-    """A VGG-11 trained with noise.
-
-    Args:
-        width: Channels of the first layer; the others in proportion.
-        groups: Of group norm.
-        noise_mean: Of the noise.
-        noise_std: Standard deviation of the noise.
-    """
-
-    width: Count
-    groups: Count
-    noise_mean: float = 1e-3
-    noise_std: float = 1.001
-
-
-def arm_of(norm: str, granularity: str = "") -> str:
-    """Name of a norm with noise of a granularity, or without."""
-    return f"{norm}+{granularity}" if granularity else norm
-
-
-ARMS = [arm_of(norm, granularity) for granularity in ("", *GRANULARITIES) for norm in NORMS]
-
-
-def measure_noise(settings: NoiseSettings, arm: str, seed: int) -> Values:
-    """Train with noise, which there is none of at evaluation.
-
-    Args:
-        settings: What is trained.
-        arm: A norm, alone or with ``+group`` or ``+element``.
-        seed: Of weights, order and noise.
-
-    Returns:
-        Training error of each epoch; test accuracy before and after every epoch.
-    """
-    norm, _, granularity = arm.partition("+")
-    dataset = settings.load_data()
-    spec = norm if norm == "bn" else f"{norm}:{settings.groups}"
-    model = vgg11(spec, dataset, settings.width, seed)
-    accuracies = []
-    noise = (
-        nk.add_output_noise(
-            model,
-            mean=settings.noise_mean,
-            std=settings.noise_std,
-            granularity=granularity,  # type: ignore[arg-type]  # one of the two by the arm's name
-        )
-        if granularity
-        else nullcontext()
-    )
-    with noise:
-        errors = settings.fit(
-            model,
-            dataset.train,
-            seed,
-            lambda _epoch: accuracies.append(evaluate(model, dataset.test).accuracy),
-        )
-    return {"train_error": errors, "accuracy": accuracies}
-
-
 def final(arms: Arms, arm: str) -> float:
     """Test accuracy at the end."""
     return arms[arm]["accuracy"][-1]
@@ -101,6 +35,9 @@ def final(arms: Arms, arm: str) -> float:
 def lost(arms: Arms, norm: str, granularity: str) -> float:
     """Test accuracy that noise costs."""
     return final(arms, norm) - final(arms, arm_of(norm, granularity))
+
+
+ARMS = [arm_of(norm, granularity) for granularity in ("", *GRANULARITIES) for norm in NORMS]
 
 
 def _claims(granularity: str) -> tuple[Claim, ...]:
@@ -166,7 +103,7 @@ PRESETS = (
         paper=GUNAWAN,
         figures="Figs. 5 and 11",
         title="Training VGG-11 with noise on the output of every norm",
-        task=PresetTask(name="noise", measure=measure_noise),
+        task=NOISE,
         arms=lambda _settings: ARMS,
         claims=tuple(claim for granularity in GRANULARITIES for claim in _claims(granularity)),
         draw=draw_noise,
@@ -176,9 +113,7 @@ PRESETS = (
                     data="digits",
                     num_train=64,
                     num_test=50,
-                    epochs=1,
-                    optimizer="adam",
-                    learning_rate=1e-3,
+                    recipe=recipe(1e-3, epochs=1, optimizer="adam"),
                     width=8,
                     groups=2,
                 ),
@@ -190,10 +125,8 @@ PRESETS = (
                     num_train=3000,
                     num_test=2000,
                     shrink=2,
-                    epochs=5,
+                    recipe=recipe(1e-3, epochs=5, optimizer="adam"),
                     batch_size=64,
-                    optimizer="adam",
-                    learning_rate=1e-3,
                     width=16,
                     groups=8,
                 ),
@@ -202,10 +135,8 @@ PRESETS = (
             "paper": Size(
                 settings=NoiseSettings(
                     data="cifar10",
-                    epochs=50,
+                    recipe=recipe(1e-3, epochs=50, optimizer="adam"),
                     batch_size=128,
-                    optimizer="adam",
-                    learning_rate=1e-3,
                     width=64,
                     groups=32,
                 ),

@@ -11,8 +11,10 @@ import numpy as np
 
 from normkit.errors import SpecError
 from normkit.lab.figures import figure_file
-from normkit.lab.reproduce.records import PresetSpec, Values
-from normkit.lab.reproduce.training import Data
+from normkit.lab.reproduce.papers import Paper
+from normkit.lab.reproduce.tasks.records import PresetSpec, Values
+from normkit.lab.reproduce.tasks.settings import Data
+from normkit.lab.reproduce.tasks.task import PresetTask
 from normkit.lab.reproduce.verdict import Criterion, Verdict, judge
 
 Scale = Literal["tiny", "small", "paper"]
@@ -20,25 +22,6 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 
 Arms = Mapping[str, Values]  # what was measured with one seed, by arm
 Runs = Mapping[int, Arms]  # by seed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paper:
-    """A paper, as it is cited."""
-
-    authors: str
-    title: str
-
-
-HUANG = Paper(
-    authors="Huang et al.",
-    title="Delving into the Estimation Shift of Batch Normalization in a Network",
-)
-QIAO = Paper(
-    authors="Qiao et al.",
-    title="Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
-)
-GUNAWAN = Paper(authors="Gunawan et al.", title="Understanding and Improving Group Normalization")
 
 
 NOT_SAID = "not said"
@@ -80,19 +63,6 @@ class Claim:
     def judged(self, runs: Runs) -> Verdict:
         """The verdict of all seeds."""
         return judge([float(self.value(arms)) for arms in runs.values()], self.criterion)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PresetTask:
-    """Something that is run for each arm and seed.
-
-    Args:
-        name: In records.
-        measure: ``measure(settings, arm, seed)`` gives what was measured, as plain values.
-    """
-
-    name: str
-    measure: Callable[[Any, str, int], Values]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +124,12 @@ class Preset:
         with figure_file(path, figsize=self.size, layout="constrained") as figure:
             self.draw(figure, runs)
 
-    def specs(self, scale: Scale) -> tuple[PresetSpec, ...]:
+    def specs(self, scale: Scale, device: str = "cpu") -> tuple[PresetSpec, ...]:
         """All runs, seed by seed, so that every arm has a first result early."""
         size = self.at(scale)
-        settings = size.settings.model_dump(mode="json")
+        settings = size.settings.model_dump(mode="json", exclude_defaults=True)
         return tuple(
-            PresetSpec(task=self.task.name, settings=settings, arm=arm, seed=seed)
+            PresetSpec(task=self.task.name, settings=settings, arm=arm, seed=seed, device=device)
             for seed in range(1, size.num_seeds + 1)
             for arm in self.arms(size.settings)
         )

@@ -4,14 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from normkit.errors import DataError
 from normkit.lab.files import file_errors, write_whole
 from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
 from normkit.lab.reproduce.catalog import PRESETS, find_preset
 from normkit.lab.reproduce.preset import Preset, Scale
-from normkit.lab.reproduce.records import PresetRecord
 from normkit.lab.reproduce.run import measured
+from normkit.lab.reproduce.tasks.records import PresetRecord
 from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
 
 
@@ -102,19 +101,14 @@ def read_result(path: Path) -> Result:
 
 
 def results_in(folder: Path) -> list[Result]:
-    """Results of all presets that a folder has, in the order of the presets.
+    """Results of all figures that a folder has, in the order of the presets.
 
     Raises:
-        DataError: If there is none.
+        DataError: If one cannot be read.
     """
     paths = [result_path(folder, name) for name in PRESETS]
     with file_errors(folder):
-        found = [read_result(path) for path in paths if path.exists()]
-    if not found:
-        raise DataError(
-            f"{folder} has no results; normkit reproduce NAME --out {folder} makes them"
-        )
-    return found
+        return [read_result(path) for path in paths if path.exists()]
 
 
 def as_text(result: Result) -> str:

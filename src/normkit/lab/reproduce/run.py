@@ -1,25 +1,43 @@
-"""The runs of a preset that have no record yet."""
+"""The runs of a preset that have no record yet, and what they have measured."""
 
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from shutil import rmtree
 
-from normkit.lab.device import CPU, seeded, threads_of
-from normkit.lab.environment import code_hash, describe_environment
+from normkit.errors import DataError, SpecError
+from normkit.lab.check import check_kernels
+from normkit.lab.launch import num_launched
 from normkit.lab.lock import only_user
-from normkit.lab.records import latest, missing_runs, of_data, read_records, run_in_turn
+from normkit.lab.records import Sources, latest, missing_runs, read_records
 from normkit.lab.reproduce.preset import Preset, Scale
-from normkit.lab.reproduce.records import PresetRecord, PresetSpec, Values, rounded
+from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec, Values
+from normkit.lab.reproduce.tasks.run import RUNS, sources_of
+from normkit.lab.resume import FOLDER
+from normkit.lab.sweep import carry_out, prepare
+from normkit.lab.work import Upkeep, Watcher, Way
 
-NUM_THREADS = 1
-FOLDER = "lab/reproduce/"  # its code decides these runs and no others
+Show = Callable[[tuple[PresetSpec, ...]], Watcher[PresetSpec, PresetRecord]]
 
-# the record, how many are done, how many there are
-OnRun = Callable[[PresetRecord, int, int], object]
+
+class Silent:
+    """A watcher that tells nobody."""
+
+    def __init__(self, _specs: tuple[PresetSpec, ...]) -> None: ...
+
+    def on_steps(self, spec: PresetSpec, num_steps: int) -> None:
+        """Say nothing."""
+
+    def on_record(self, record: PresetRecord) -> None:
+        """Say nothing."""
 
 
 def run_missing(
-    preset: Preset, scale: Scale, folder: Path, on_run: OnRun = lambda *_: None
+    preset: Preset,
+    scale: Scale,
+    folder: Path,
+    show: Show = Silent,
+    way: Way | None = None,
+    device: str = "cpu",
 ) -> tuple[PresetRecord, ...]:
     """Run what has no record in the folder, and give the records of all runs.
 
@@ -27,44 +45,52 @@ def run_missing(
         preset: What to run.
         scale: How large.
         folder: Holds ``records.jsonl``, which presets share; a run that two presets need is done
-            once, and anew where the data set's files have changed.
-        on_run: Is told of each run that ends.
+            once, and anew where the data, or the code that decides it, have changed.
+        show: Gives the watcher of the runs that are missing.
+        way: How they are done; by default one after the other in this process.
+        device: Where each computes.
 
     Returns:
         Records in the order of the specs.
 
     Raises:
-        SpecError: If the preset has no such scale.
-        DataError: If data or records cannot be read or written, or another process works in the
-            folder.
+        SpecError: If the preset has no such scale, or several processes were started together.
+        DataError: If data or records cannot be read or written, another process works in the
+            folder, or runs failed.
     """
-    specs = preset.specs(scale)
+    specs = preset.specs(scale, device)
+    check_kernels()
+    if num_launched() > 1:
+        raise SpecError(
+            f"{num_launched()} processes were started together, and presets train each network on "
+            f"one; leave out torchrun, and give --workers or --cluster"
+        )
+    way = way or Way(out=folder, num_workers=1, upkeep=Upkeep(folder=folder))
+    prepare(specs, way)
     with only_user(folder):
-        data_hash = preset.at(scale).settings.fingerprint()
-        known = [*of_data(read_records(folder, PresetRecord).records, data_hash)]
-        missing = missing_runs(specs, known)
-        done = run_in_turn(missing, folder, lambda spec: run_one(preset, scale, spec))
-        for number, record in enumerate(done, start=1):
-            known.append(record)
-            on_run(record, number, len(missing))
-    return latest(specs, known)
+        sources = sources_of(preset.at(scale).settings)
+        missing = missing_runs(specs, _known(folder, sources))
+        carry_out(missing, way, RUNS, show(missing))
+        rmtree(folder / FOLDER, ignore_errors=True)  # also drafts that a kill has left
+        records = latest(specs, _known(folder, sources))
+    _require_whole(records)
+    return records
 
 
-def run_one(preset: Preset, scale: Scale, spec: PresetSpec) -> PresetRecord:
-    """Do one run; torch's random state is given back."""
-    settings = preset.at(scale).settings
-    environment = describe_environment(CPU, NUM_THREADS)
-    started = time.process_time()
-    with threads_of(NUM_THREADS), seeded(spec.seed):
-        values = preset.task.measure(settings, spec.arm, spec.seed)
-    return PresetRecord(
-        spec=spec,
-        values=rounded(values),
-        cpu_time_s=round(time.process_time() - started, 2),
-        environment=environment,
-        code_hash=code_hash(FOLDER),
-        data_hash=settings.fingerprint(),
-    )
+def _known(folder: Path, sources: Sources) -> list[PresetRecord]:
+    found = read_records(folder, PresetRecord).records
+    return [record for record in found if sources.made(record)]
+
+
+def _require_whole(records: Iterable[PresetRecord]) -> None:
+    """Refuse to judge by a part of the runs."""
+    failed = [record for record in records if not record.is_final]
+    if failed:
+        first = failed[0]
+        raise DataError(
+            f"{len(failed)} runs failed, the first one ({first.spec.arm}, seed {first.spec.seed}) "
+            f"with: {first.message}; the others are kept, and the same command tries these again"
+        )
 
 
 def measured(records: Iterable[PresetRecord]) -> dict[int, dict[str, Values]]:

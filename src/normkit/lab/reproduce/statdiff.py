@@ -4,66 +4,24 @@ from typing import Any
 
 import numpy as np
 
-import normkit as nk
 from normkit.lab.figures import Curve, draw_curves
-from normkit.lab.frozen import Count
-from normkit.lab.reproduce.networks import seeded_network
+from normkit.lab.reproduce.papers import QIAO
 from normkit.lab.reproduce.preset import (
     CIFAR10,
     NOT_SAID,
-    QIAO,
     Arms,
     Claim,
     Preset,
-    PresetTask,
     Runs,
     Size,
     by_seed,
 )
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.training import HOW_IT_TRAINS, SMALL_RESNET, TINY_RESNET, Training
+from normkit.lab.reproduce.tasks.records import Values
+from normkit.lab.reproduce.tasks.settings import HOW_IT_TRAINS, SMALL_RESNET, TINY_RESNET, recipe
+from normkit.lab.reproduce.tasks.statdiff import STATDIFF, StatDiffSettings
 from normkit.lab.reproduce.verdict import ABOVE, BELOW
-from normkit.lab.steps import evaluate
 
 NORMS = ("gn", "gn+ws", "ln", "ln+ws")
-
-
-class StatDiffSettings(Training):
-    """A residual network trained with group or layer norm.
-
-    Args:
-        model: A small residual network.
-        groups: Of group norm.
-    """
-
-    model: str
-    groups: Count
-
-
-def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int) -> Values:
-    """Train, and take StatDiff of the training examples before and after every epoch.
-
-    Args:
-        settings: What is trained.
-        arm: ``gn`` or ``ln``, alone or with ``+ws``.
-        seed: Of weights and order.
-
-    Returns:
-        Mean and spread of StatDiff over all groups by epoch, and test accuracy.
-    """
-    dataset = settings.load_data()
-    norm = arm.replace("gn", f"gn:{settings.groups}")
-    model = seeded_network(settings.model, norm, dataset, seed)
-    means, stds = [], []
-
-    def observe(_epoch: int) -> None:
-        parts = dataset.train.inputs.split(settings.batch_size)
-        found = nk.channel_difference(model, parts)
-        means.append(found.mean)
-        stds.append(found.std)
-
-    settings.fit(model, dataset.train, seed, observe)
-    return {"mean": means, "std": stds, "accuracy": evaluate(model, dataset.test).accuracy}
 
 
 def trained(values: Values) -> float:
@@ -137,17 +95,19 @@ PRESETS = (
         paper=QIAO,
         figures="Fig. 6",
         title="StatDiff of GN and LN, with and without weight standardization",
-        task=PresetTask(name="statdiff", measure=measure_statdiff),
+        task=STATDIFF,
         arms=lambda _settings: list(NORMS),
         claims=CLAIMS,
         draw=draw_statdiff,
         scales={
             "tiny": Size(
-                settings=StatDiffSettings(**TINY_RESNET, epochs=1),
+                settings=StatDiffSettings(**TINY_RESNET, recipe=recipe(0.05, epochs=1)),
                 num_seeds=3,
             ),
             "small": Size(
-                settings=StatDiffSettings(**SMALL_RESNET, epochs=6),
+                settings=StatDiffSettings(
+                    **SMALL_RESNET, recipe=recipe(0.05, epochs=6, weight_decay=1e-4)
+                ),
                 num_seeds=5,
             ),
         },

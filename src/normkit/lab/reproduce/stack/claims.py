@@ -1,6 +1,5 @@
 """What Huang et al. say of a stack of norms in their Figs. 2 to 5."""
 
-from normkit.lab.reproduce.networks import NO_NORM
 from normkit.lab.reproduce.preset import Claim
 from normkit.lab.reproduce.stack.readings import (
     early,
@@ -14,7 +13,8 @@ from normkit.lab.reproduce.stack.readings import (
     same_layers,
     slope,
 )
-from normkit.lab.reproduce.stack.run import BLOCKED
+from normkit.lab.reproduce.tasks.networks import NO_NORM
+from normkit.lab.reproduce.tasks.stack import BLOCKED
 from normkit.lab.reproduce.verdict import ABOVE, BELOW, Criterion
 
 FIG2 = (

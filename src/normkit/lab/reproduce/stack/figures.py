@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from normkit.lab.figures import Curve, draw_curves
-from normkit.lab.reproduce.networks import NO_NORM
 from normkit.lab.reproduce.preset import Runs, by_seed
 from normkit.lab.reproduce.stack.readings import of_norm
-from normkit.lab.reproduce.stack.run import BLOCKED
+from normkit.lab.reproduce.tasks.networks import NO_NORM
+from normkit.lab.reproduce.tasks.stack import BLOCKED
 
 
 def _draw_errors(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noqa: ANN401

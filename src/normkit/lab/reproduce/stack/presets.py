@@ -1,7 +1,7 @@
 """Huang et al., Figs. 2 to 5."""
 
-from normkit.lab.reproduce.networks import NO_NORM
-from normkit.lab.reproduce.preset import HUANG, NOT_SAID, Preset, Scale, Size
+from normkit.lab.reproduce.papers import HUANG
+from normkit.lab.reproduce.preset import NOT_SAID, Preset, Scale, Size
 from normkit.lab.reproduce.stack.claims import FIG2, FIG3, FIG4, FIG5
 from normkit.lab.reproduce.stack.figures import (
     draw_blocked,
@@ -9,12 +9,13 @@ from normkit.lab.reproduce.stack.figures import (
     draw_equal_sets,
     draw_samples,
 )
-from normkit.lab.reproduce.stack.run import BLOCKED, STACK, StackSettings
+from normkit.lab.reproduce.tasks.networks import NO_NORM
+from normkit.lab.reproduce.tasks.stack import BLOCKED, STACK, StackSettings, followed
 
 EQUAL: dict[Scale, Size] = {
     "tiny": Size(
         settings=StackSettings(
-            data="digits", num_test=60, depth=4, width=8, iterations=10, every=5, groups=2
+            data="digits", num_test=60, depth=4, width=8, recipe=followed(10), every=5, groups=2
         ),
         num_seeds=3,
     ),
@@ -28,7 +29,7 @@ SAMPLED: dict[Scale, Size] = {
             num_test=60,
             depth=4,
             width=8,
-            iterations=10,
+            recipe=followed(10),
             every=10,
             groups=2,
             sizes=(8, 16),

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from normkit.lab.reproduce.preset import Arms
-from normkit.lab.reproduce.records import Values
-from normkit.lab.reproduce.stack.run import BLOCKED
+from normkit.lab.reproduce.tasks.records import Values
+from normkit.lab.reproduce.tasks.stack import BLOCKED
 
 EARLY = 30  # iterations that the paper looks at
 

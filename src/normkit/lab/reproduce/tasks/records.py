@@ -16,25 +16,39 @@ class PresetSpec(RunSpec):
 
     Args:
         task: What is run.
-        settings: Of the task.
+        settings: Of the task, those that are not its defaults.
         arm: What is compared: a norm, a size of the training set.
         seed: Of weights, data and order.
+        device: Where it computes.
     """
 
     task: str
     settings: dict[str, Any]
     arm: str
     seed: int
+    device: str = "cpu"
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.device.startswith("cuda")
 
 
 class PresetRecord(Record[PresetSpec]):
     """One run of a preset: what was measured, and what it took.
 
-    The time is that of the processor, which other work on the machine does not lengthen.
+    The time is that of the processor, which other work on the machine does not lengthen. A run
+    that failed has no values and a message that says why.
     """
 
     values: Values
     cpu_time_s: float
+    message: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it ended as it should; a failed run is tried again."""
+        return self.message is None
 
 
 def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever a task measures

@@ -1,0 +1,276 @@
+"""A table of a paper: what was compared how, the paper's numbers, and its claims, in a file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from normkit.errors import SpecError
+from normkit.lab.config import KNOWN, sweep_of
+from normkit.lab.files import require_file
+from normkit.lab.frozen import Frozen
+from normkit.lab.reproduce.papers import PAPERS, Paper
+from normkit.lab.reproduce.preset import SCALES, Scale
+from normkit.lab.reproduce.tables.quantity import Cells, Quantity
+from normkit.lab.reproduce.verdict import Criterion, Side
+from normkit.lab.spec import Protocol, SweepSpec
+from normkit.text import listed, printable, shortened
+
+PRESETS = Path(__file__).parents[2] / "presets"
+ONLY = ""  # the name of the part of a table that has no parts
+CHOICES = ("arms", "specs", "parts", "without")
+Number = float | Literal["-", "unreadable"]
+"""A cell of the paper: a number, "-" for a training that failed, or one that cannot be read."""
+
+
+class TableClaim(Frozen):
+    """A sentence of a paper about a table, and the quantity that decides it.
+
+    Args:
+        text: What the paper says.
+        source: Where.
+        quantity: As :class:`Quantity` reads it, in percent or points of the table's measure.
+        side: On which side of the bound the paper says it lies.
+        bound: That bound.
+        scales: The scales that have what the quantity needs; by default all.
+    """
+
+    text: str
+    source: str
+    quantity: str
+    side: Side = "above"
+    bound: float = 0.0
+    scales: tuple[Scale, ...] = SCALES
+
+    @property
+    def criterion(self) -> Criterion:
+        """What the claim says of the quantity's mean over seeds."""
+        return Criterion(side=self.side, bound=self.bound)
+
+
+class Numbers(Frozen):
+    """The paper's table.
+
+    Args:
+        columns: A head for each column.
+        rows: Numbers of each row by its name, in percent.
+        note: What a reader must know of them.
+    """
+
+    columns: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[Number, ...]] = Field(default_factory=dict)
+    note: str = ""
+
+
+class Part(Frozen):
+    """Arms that are compared under one protocol.
+
+    Args:
+        name: Of the part; empty if the table has no parts.
+        arms: Labels and arms as ``normkit compare`` writes them.
+        sweep: All runs of the part.
+    """
+
+    name: str
+    arms: Mapping[str, str]
+    sweep: SweepSpec
+
+    def label(self, norm: str) -> str:
+        """The label of an arm."""
+        return list(self.arms)[list(self.sweep.norms).index(norm)]
+
+
+class Table(Frozen):
+    """A preset that repeats a table by the engine of ``compare``.
+
+    ``paper``, ``small`` and ``tiny`` hold options of ``normkit compare`` by name. Those of
+    ``paper`` are what the paper did; the other scales say what differs there. ``arms`` chooses
+    arms by label, ``specs`` puts others in the place of arms, ``parts`` holds options of single
+    parts, and ``without`` leaves parts out.
+
+    Args:
+        name: As EXPERIMENTS has it, such as ``Z-T2``.
+        of: Key of the paper.
+        place: Table and section.
+        title: What it shows.
+        measure: Accuracy or error, in percent.
+        score: Of the last epoch, or the median over the last five.
+        arms: Labels, and the arms that they stand for.
+        paper: What the paper did.
+        small: What differs at small scale.
+        tiny: What differs at tiny scale.
+        silent: Options that the paper does not state, so that those of ``paper`` are ours.
+        cannot: What of the paper's setting the engine does not do, in sentences.
+        numbers: The paper's.
+        claims: About the table.
+    """
+
+    name: str
+    of: Literal["zhou", "summers", "gunawan", "qiao", "huang"]
+    place: str
+    title: str
+    measure: Literal["accuracy", "error"] = "accuracy"
+    score: Literal["last epoch", "median of the last 5 epochs"] = "last epoch"
+    arms: dict[str, str]
+    paper: Mapping[str, Any]
+    small: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+    silent: tuple[str, ...] = ()
+    cannot: tuple[str, ...] = ()
+    numbers: Numbers = Numbers()
+    claims: tuple[TableClaim, ...] = ()
+
+    @property
+    def cited(self) -> Paper:
+        """The paper."""
+        return PAPERS[self.of]
+
+    def parts(self, scale: Scale, device: str = "cpu") -> tuple[Part, ...]:
+        """Everything that is run at a scale.
+
+        Raises:
+            SpecError: If an option of the file breaks its rule.
+        """
+        values = self._values(scale)
+        without = values.pop("without", ())
+        by_part = values.pop("parts", None) or {ONLY: {}}
+        return tuple(
+            self._part(name, {**values, **own, "device": device})
+            for name, own in by_part.items()
+            if name not in without
+        )
+
+    def _values(self, scale: Scale) -> dict[str, Any]:
+        """The paper's options, with those of the scale in their place."""
+        if scale == "paper":
+            return dict(self.paper)
+        own = dict(getattr(self, scale))
+        parts = {name: {**part} for name, part in self.paper.get("parts", {}).items()}
+        for name, part in own.pop("parts", {}).items():
+            parts[name] = parts.get(name, {}) | dict(part)
+        for part in parts.values():  # what the scale says of all parts wins over the paper's part
+            for option in set(part) & set(own):
+                del part[option]
+        merged = {**self.paper, **own} | ({"parts": parts} if parts else {})
+        if "epochs" in own or "steps" in own:
+            merged.pop("steps" if "epochs" in own else "epochs", None)
+        return merged
+
+    def _part(self, name: str, values: dict[str, Any]) -> Part:
+        labels, specs = values.pop("arms", tuple(self.arms)), values.pop("specs", {})
+        named = {*labels, *specs}
+        unknown = sorted(named - {*self.arms}) + sorted({*values} - {*KNOWN})
+        if unknown:
+            raise SpecError(
+                f"preset {self.name} names {listed(unknown)}; its arms are "
+                f"{listed(self.arms)}, and options are {', '.join(KNOWN)}"
+            )
+        arms = {label: (self.arms | specs)[label] for label in labels}
+        sweep = sweep_of({**values, "norms": tuple(arms.values())}, str)
+        return Part(name=name, arms=arms, sweep=sweep)
+
+    def cells(self, scale: Scale) -> Cells:
+        """The cells of the table at a scale."""
+        parts = self.parts(scale)
+        return Cells(
+            arms={part.name: list(part.arms) for part in parts},
+            batch_sizes={part.name: part.sweep.batch_sizes for part in parts},
+        )
+
+    def claims_at(self, scale: Scale) -> list[tuple[TableClaim, Quantity]]:
+        """Claims that a scale can decide, with their quantities.
+
+        Raises:
+            SpecError: If one names what the table does not have there.
+        """
+        cells = self.cells(scale)
+        return [
+            (claim, Quantity(claim.quantity, cells))
+            for claim in self.claims
+            if scale in claim.scales
+        ]
+
+    def unstated(self) -> tuple[str, ...]:
+        """Settings at paper scale that the paper does not state, so that they are ours."""
+        defaults = Protocol().model_dump()
+        return tuple(
+            f"{name.replace('_', ' ')} {_said(self.paper.get(name, defaults.get(name)))}"
+            for name in self.silent
+        )
+
+    def settings(self, scale: Scale) -> tuple[str, ...]:
+        """Model, data and recipe of each part, in words."""
+        return tuple(
+            f"{f'{part.name}: ' if part.name else ''}{protocol.title}, "
+            f"{protocol.epochs} epochs, {protocol.sentence}"
+            for part in self.parts(scale)
+            for protocol in (part.sweep.protocol,)
+        )
+
+    def differences(self, scale: Scale) -> tuple[str, ...]:
+        """Settings that are not the paper's, from the file: none is written by hand."""
+        ours, theirs = self._values(scale), dict(self.paper)
+        found = [
+            f"{name.replace('_', ' ')} {_said(ours.get(name))} (paper: {_said(theirs.get(name))})"
+            for name in dict.fromkeys([*theirs, *ours])
+            if name not in CHOICES and ours.get(name) != theirs.get(name)
+        ]
+        if "parts" in theirs or "parts" in ours:
+            found += self._differing_parts(ours, theirs)
+        labels, specs = ours.get("arms", tuple(self.arms)), ours.get("specs", {})
+        found += [
+            f"{label} {specs[label]} (paper: {self.arms[label]})"
+            for label in labels
+            if specs.get(label, self.arms[label]) != self.arms[label]
+        ]
+        left_out = [label for label in self.arms if label not in labels]
+        found += [f"without {listed(left_out)}"] if left_out else []
+        return (*found, *self.cannot)
+
+    def _differing_parts(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+        found = [f"without the part {name}" for name in ours.get("without", ())]
+        for name, part in ours.get("parts", {}).items():
+            own = theirs.get("parts", {}).get(name, {})
+            for option, value in part.items():
+                paper = own.get(option, theirs.get(option))
+                if value != paper and name not in ours.get("without", ()):
+                    what = f"{name}: {option.replace('_', ' ')} {_said(value)}"
+                    found.append(f"{what} (paper: {_said(paper)})")
+        return found
+
+
+def read_table(path: Path) -> Table:
+    """Read a preset's file.
+
+    Raises:
+        DataError: If there is none.
+        SpecError: If it is no TOML, or a value breaks its rule.
+    """
+    require_file(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{printable(path)} is no TOML file: {shortened(error)}") from error
+    return Table.checked(_tuples(values))
+
+
+def _tuples(value: Any) -> Any:  # noqa: ANN401 - whatever a TOML file holds
+    if isinstance(value, dict):
+        return {name: _tuples(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(inner) for inner in value)
+    return None if value == "none" else value
+
+
+def _said(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(_said, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""What presets run for each arm and seed: these files decide their records, and no others here."""

@@ -1,0 +1,23 @@
+"""What a task is: something that is run for each arm and seed of a preset."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from normkit.lab.reproduce.tasks.records import Values
+from normkit.lab.reproduce.tasks.settings import Data, Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PresetTask:
+    """Something that is run for each arm and seed.
+
+    Args:
+        name: In records.
+        settings: The kind of its settings.
+        measure: ``measure(settings, arm, seed, place)`` gives what was measured, as plain values.
+    """
+
+    name: str
+    settings: type[Data]
+    measure: Callable[[Any, str, int, Place], Values]

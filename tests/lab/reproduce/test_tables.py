@@ -1,0 +1,266 @@
+"""Tables of the papers: their files, quantities, runs, results, and dry runs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from normkit.cli import main
+from normkit.errors import SpecError
+from normkit.lab.experiment import _silent
+from normkit.lab.models import build_model
+from normkit.lab.reproduce.preset import SCALES
+from normkit.lab.reproduce.tables.catalog import find_table, tables
+from normkit.lab.reproduce.tables.dry_run import KNOWN, random_dataset
+from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
+from normkit.lab.reproduce.tables.result import Cell, Run, ours, read_table_result
+from normkit.lab.reproduce.tables.run import run_table
+from normkit.lab.reproduce.tables.table import Table, read_table
+from normkit.lab.work import Upkeep, Way
+
+EXPECTED = {
+    "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "S-F3", "S-3.3", "S-3.4", "Q-T1", "Q-T2", "Q-T3",
+    "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "H-T1", "H-T2", "H-T3", "H-F7", "Z-T1", "Z-T2",
+}  # fmt: skip
+CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
+PARTS = Cells({"a": ["BN", "GN"], "b": ["BN"]}, {"a": [2, 8], "b": [4]})
+SCORES = {
+    At("BN", "", 2): 60.0, At("BN", "", 8): 80.0, At("GN", "", 2): 75.0, At("GN", "", 8): None,
+}  # fmt: skip
+
+
+def test_every_table_is_there():
+    assert set(tables()) == EXPECTED
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_table_can_be_read_at_every_scale(name):
+    table = tables()[name]
+    for scale in SCALES:
+        claims = table.claims_at(scale)  # refuses a quantity of cells that are not there
+        assert len(claims) == sum(scale in claim.scales for claim in table.claims)
+        for part in table.parts(scale):
+            assert [part.label(norm) for norm in part.sweep.norms] == list(part.arms)
+    assert table.claims_at("small")
+    assert table.differences("paper") == table.cannot
+    assert len(table.differences("small")) > len(table.cannot)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GN(2) - BN(2)", 15.0),
+        ("BN(largest) - BN(smallest)", 20.0),
+        ("spread(BN(all))", 20.0),
+        ("mean(BN(all), GN(2)) * 2 + 1", 2 * (60 + 80 + 75) / 3 + 1),
+        ("max(BN(2), -GN(2)) / 4", 15.0),
+        ("diverged(GN(all))", 0.5),
+        ("diverged(BN(all), GN(8))", 1 / 3),
+    ],
+)
+def test_a_quantity_is_arithmetic_on_cells(text, expected):
+    assert Quantity(text, CELLS)(SCORES) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["GN(8) - BN(8)", "mean(GN(all))", "min(GN(8), BN(2))"])
+def test_a_quantity_of_a_run_that_diverged_is_no_number(text):
+    assert math.isnan(Quantity(text, CELLS)(SCORES))
+
+
+def test_parts_are_named_and_arms_that_a_part_has_not_are_passed_by():
+    scores = {At("BN", "a", 2): 1.0, At("BN", "a", 8): 2.0, At("BN", "b", 4): 6.0}
+    scores |= {At("GN", "a", 2): 3.0, At("GN", "a", 8): 5.0}
+    assert Quantity("BN(b)", PARTS)(scores) == 6
+    assert Quantity("GN(a, 8) - BN(a, largest)", PARTS)(scores) == 3
+    assert Quantity("mean(BN(all))", PARTS)(scores) == 3
+    assert Quantity("spread(GN(all))", PARTS)(scores) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("GN(2", "is no arithmetic"),
+        ("BN(all) - 1", "takes 'BN\\(all\\)', which is several numbers, as one"),
+        ("BN(all)", "gives several numbers; take their mean"),
+        ("XN(2)", "names XN\\(2\\), which the table does not have; its arms are BN, GN"),
+        ("BN(4)", "asks for 4; the batch sizes are \\[2, 8\\], smallest, largest and all"),
+        ("BN(a)", "asks for a; the batch sizes are"),
+        ("BN[2]", "has 'BN\\[2\\]', which is neither a number nor a cell"),
+        ("__import__('os')", "names __import__"),
+        ("mean()", "calls a function without cells"),
+        ("BN(2) ** 2", "which is neither a number nor a cell"),
+    ],
+)
+def test_a_quantity_that_cannot_be_computed_is_refused(text, message):
+    with pytest.raises(SpecError, match=message):
+        Quantity(text, CELLS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[arms]", "[arms]]"), "is no TOML file"),
+        (("epochs = 1\n", "epoch = 1\n"), "names epoch; its arms are BN, GN"),
+        (('measure = "error"', 'measure = "speed"'), "measure was given 'speed'"),
+        (("[tiny.specs]\nGN = ", "[tiny.specs]\nXN = "), "names XN; its arms are BN, SN"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(tmp_path, change, message):
+    name = "q-t8" if "measure" in change[0] or "epochs" in change[0] else "q-t2"
+    text = (Path(read_table.__code__.co_filename).parents[2] / f"presets/{name}.toml").read_text()
+    assert change[0] in text
+    path = tmp_path / "preset.toml"
+    path.write_text(text.replace(change[0], change[1], 1))
+    with pytest.raises(SpecError, match=message.replace("BN, GN", "BN, SN")):
+        read_table(path).parts("tiny")
+
+
+def one_seed(table: Table) -> Table:
+    return table.model_copy(update={"tiny": {**table.tiny, "seeds": (1,)}})
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_tiny_scale_of_a_table_runs_and_is_judged(name, tmp_path):
+    table = one_seed(tables()[name])
+    result = run_table(
+        table,
+        "tiny",
+        folder=tmp_path,
+        way=lambda folder: Way(out=folder, num_workers=1, upkeep=Upkeep(folder=folder)),
+        show=_silent,
+        tell=lambda note: None,
+    )
+    assert len(result.claims) == len(table.claims_at("tiny"))
+    assert all(judged.verdict.outcome == "not decided" for judged in result.claims)  # one seed
+    for cell in result.cells:
+        (run,) = cell.runs
+        assert run.score is None or 0 <= run.score <= 100
+
+
+def test_scores_come_from_the_records_seed_by_seed(tmp_path):
+    table = tables()["Q-T3"]
+    way = Way(out=tmp_path, num_workers=1, upkeep=Upkeep(folder=tmp_path))
+    given = {"folder": tmp_path, "show": _silent, "tell": lambda note: None}
+    result = run_table(table, "tiny", way=lambda _: way, **given)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    found = {
+        (record["spec"]["norm"], record["spec"]["seed"]): 100
+        - 100 * record["outcome"]["test_accuracy"]
+        for record in records
+    }
+    assert len(found) == 12
+    for cell in result.cells:
+        spec = table.tiny["specs"][cell.arm]
+        for run in cell.runs:
+            assert run.score == pytest.approx(found[spec, run.seed], abs=1e-3)
+    judged = next(j for j in result.claims if j.quantity == "WS(1) - CWN(1)")
+    by_hand = [found["gn:2+ws", seed] - found["gn:2+cwn", seed] for seed in (1, 2, 3)]
+    assert judged.verdict.values == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_a_cell_says_its_interval_and_what_diverged():
+    def cell(*scores):
+        runs = (Run(seed=s, score=score, learning_rate=0.1) for s, score in enumerate(scores))
+        return Cell(arm="BN", part="", batch_size=2, runs=tuple(runs))
+
+    assert str(cell(1.0, 2.0, 3.0)) == "2.00 ± 2.48"  # 4.303 / sqrt(3)
+    assert str(cell(1.0, None)) == "1.00 (1 of 2 diverged)"
+    assert str(cell(None)) == "1 of 1 diverged"
+
+
+def test_the_command_runs_judges_draws_and_reports_a_table(tmp_path, capsys):
+    given = ["reproduce", "h-t3", "--scale", "tiny", "--workers", "1", "--out", str(tmp_path)]
+    assert main(given) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("H-T3: Huang et al., ")
+    assert "smoothing" in output
+    assert "the paper's" in output
+    assert "XBN(mixup) - BN(mixup): " in output
+    result = read_table_result(tmp_path / "reproduce-H-T3.json")
+    assert ours(result)[0][1:] == ["smoothing", "mixup", "cosine", "together"]
+    assert (tmp_path / "reproduce-H-T3.svg").exists()
+    assert (tmp_path / "H-T3" / "mixup" / "report.html").exists()
+    assert main([*given, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["preset"] == "H-T3"
+    assert main(["reproduce", "--report", "--out", str(tmp_path)]) == 0
+    assert "### H-T3\n" in capsys.readouterr().out
+
+
+def test_parts_of_other_processes_are_named_with_the_command_that_starts_them(tmp_path, capsys):
+    given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["reproduce", "Z-T2", *given]) == 2
+    errors = capsys.readouterr().err
+    assert "Z-T2 is trained by 8 processes together, and 1 was started" in errors
+    assert "torchrun --nproc-per-node 8 -m normkit reproduce Z-T2 --scale paper" in errors
+
+
+def test_missing_data_are_said_with_their_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path / "data"))
+    given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["reproduce", "q-t3", *given]) == 2
+    errors = capsys.readouterr().err
+    assert f"{tmp_path / 'data' / 'imagenet'} is not there; put folders train and val" in errors
+    assert "Traceback" not in errors
+
+
+def test_tables_are_listed(capsys):
+    assert main(["reproduce", "z-T2", "--list"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("Z-T2: ResNet-50 on ImageNet, ")
+    assert "BGN is far ahead of batch norm at the smallest batch (Table 2)" in output
+    assert find_table("nothing") is None
+
+
+def test_a_dry_run_measures_each_cell_and_says_which_data_are_missing(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
+    table = tables()["G-T1"].model_copy(update={"paper": {**tables()["G-T1"].paper, "limit": 64}})
+    monkeypatch.setattr("normkit.cli.reproduce.find_table", lambda name: table)
+    out = tmp_path / "out"
+    assert main(["reproduce", "G-T1", "--scale", "paper", "--dry-run", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    assert "G-T1 plain at scale paper, on cifar10" in output
+    assert f"missing data: {tmp_path / 'cifar-10-batches-py'} is not there" in output
+    assert "Nothing" in output
+    assert not out.exists()
+
+
+def test_a_dry_run_of_a_figure_is_refused(tmp_path, capsys):
+    assert main(["reproduce", "gnbn", "--dry-run", "--out", str(tmp_path)]) == 2
+    assert "--dry-run was given with gnbn, but measures tables only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_paper_scale_can_be_built_exactly(name):
+    built = set()
+    for part in tables()[name].parts("paper"):
+        protocol, known = part.sweep.protocol, KNOWN[part.sweep.protocol.data]
+        key = protocol.model, known.input_shape, known.num_classes
+        if key in built:
+            continue
+        built.add(key)
+        with torch.device("meta"):
+            network = build_model(
+                protocol.model,
+                num_classes=known.num_classes,
+                input_shape=known.input_shape,
+                norm=part.sweep.norms[-1],
+                batch_size=part.sweep.batch_sizes[-1],
+            )
+        assert network.norms
+
+
+def test_random_pictures_have_the_sizes_of_the_data_set():
+    found = random_dataset("imagenet")
+    assert (len(found.train), len(found.validation), len(found.test)) == (
+        1153050,
+        128117,
+        50000,
+    )
+    assert found.train.take(torch.arange(2)).inputs.shape == (2, 3, 224, 224)
+    with pytest.raises(SpecError, match="the sizes of 'digits' are not known; known are cifar10"):
+        random_dataset("digits")
