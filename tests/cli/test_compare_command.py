@@ -100,8 +100,8 @@ def test_failed_runs_give_exit_code_1_and_the_others_go_on(compare, monkeypatch)
 
 def test_some_diverged_runs_are_a_result_and_no_failure(compare, monkeypatch):
     monkeypatch.setattr(
-        "normkit.lab.train._Training._take_rate",
-        lambda training: training.loop.set_rate(10.0 ** (30 * training.spec.seed - 32)),
+        "normkit.lab.train._Training._before_step",
+        lambda training, *_: training.course.loop.set_rate(10.0 ** (30 * training.spec.seed - 32)),
     )
     code, output, errors = compare("--norms", "ln", "--epochs", "3")
     assert code == 0
@@ -231,7 +231,7 @@ def test_unknown_kernels_in_the_environment_give_exit_code_2(compare, tmp_path, 
 def test_a_folder_in_a_files_place_gives_exit_code_2_before_training(
     compare, tmp_path, monkeypatch, name
 ):
-    monkeypatch.setattr("normkit.lab.experiment.run_all", None)
+    monkeypatch.setattr("normkit.lab.experiment.carry_out", None)
     (tmp_path / "out" / name).mkdir(parents=True)
     code, output, errors = compare()
     assert (code, output) == (2, "")
@@ -265,7 +265,7 @@ def test_an_interrupt_is_said_to_keep_what_is_finished(compare, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("normkit.lab.experiment.run_all", interrupted)
+    monkeypatch.setattr("normkit.lab.experiment.carry_out", interrupted)
     code, _, errors = compare()
     assert code == 130
     assert "interrupted; finished runs are kept" in errors
