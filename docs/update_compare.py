@@ -59,9 +59,11 @@ def table(comparison: Comparison) -> list[str]:
     """Accuracies and differences to the first norm, as Markdown."""
     first, sizes = comparison.norms[0], comparison.batch_sizes
     cells = {norm: [comparison.cell(norm, size) for size in sizes] for norm in comparison.norms}
-    rows = {f"`{norm}`": [percent(c.accuracy) for c in row] for norm, row in cells.items()}
+    rows = {
+        f"`{norm}`": [percent(c.accuracy) for c in row if c.accuracy] for norm, row in cells.items()
+    }
     for norm in comparison.norms[1:]:
-        differences = [points(cell.difference) for cell in cells[norm]]
+        differences = [points(cell.difference) for cell in cells[norm] if cell.difference]
         rows[f"`{norm}` {MINUS} `{first}`"] = differences
     head = ["norm", *(f"batch {size}" for size in sizes)]
     return [

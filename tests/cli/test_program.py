@@ -211,10 +211,13 @@ sys.exit(app.run(["list"]))
 """
 
 
-def test_an_interrupt_inside_of_an_exec_ends_with_130_too():
+def test_an_interrupt_inside_of_an_exec_ends_with_130_too(tmp_path):
+    """Started by -m, for Python looks at what it remembers only then."""
+    (tmp_path / "interrupted.py").write_text(INSIDE_OF_AN_EXEC)
     done = subprocess.run(
-        [sys.executable, "-c", INSIDE_OF_AN_EXEC], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "interrupted"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
     assert (done.returncode, done.stderr.count("interrupted")) == (130, 1), done.stderr
 
 
