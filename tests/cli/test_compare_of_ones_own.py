@@ -193,7 +193,7 @@ BAD = {
     "number": (["--clip", "much"], r"--clip was given 'much'; write numbers"),
     "both lengths": (["--epochs", "1", "--steps", "5"], r"epochs=1 and steps=5; give one of them"),
     "on and off": (["--compile", "--no-compile"], r"--compile and --no-compile were both given"),
-    "workers": (["--workers", "0"], r"--workers was given 0: .*; give runs at once, 1 or more"),
+    "data workers": (["--data-workers", "-1"], r"--data-workers was given -1: .*; give 0 to 1024"),
     "dry run": (["--train", "my.py:train", "--dry-run"], r"only that function knows; leave --dry"),
     "config": (["--config", "absent.toml"], r"absent.toml cannot be read"),
     "weights": (["--weights", "absent.safetensors"], r"absent.safetensors cannot be read"),

@@ -202,6 +202,25 @@ def test_an_interrupt_ends_with_130_and_leaves_no_half_file(tmp_path, command):
     }
 
 
+INSIDE_OF_AN_EXEC = """
+import sys
+from normkit.cli import app
+
+app.List.run = lambda command: exec("raise KeyboardInterrupt")
+sys.exit(app.run(["list"]))
+"""
+
+
+def test_an_interrupt_inside_of_an_exec_ends_with_130_too(tmp_path):
+    """Started by -m, for Python looks at what it remembers only then."""
+    (tmp_path / "interrupted.py").write_text(INSIDE_OF_AN_EXEC)
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("interrupted")) == (130, 1), done.stderr
+
+
 def test_an_interrupt_while_the_libraries_are_imported_is_no_traceback(tmp_path):
     (tmp_path / "torch.py").write_text(
         "import time\nprint('importing', flush=True)\ntime.sleep(60)"

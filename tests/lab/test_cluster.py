@@ -12,10 +12,11 @@ from normkit.lab.cluster import run_on_ray
 from normkit.lab.environment import code_hash
 from normkit.lab.experiment import Silent
 from normkit.lab.records import TrainingRecord, read_records
+from normkit.lab.reproduce import find_preset, run_missing
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.sweep import run_all
 from normkit.lab.train import TRAINING
-from normkit.lab.work import Upkeep
+from normkit.lab.work import Upkeep, Way
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
@@ -110,6 +111,18 @@ def test_the_same_command_gives_the_same_records(cluster, tmp_path, capfd):
     assert outcomes(tmp_path / "home") == outcomes(tmp_path / "away")
     assert len(outcomes(tmp_path / "away")) == 4
     assert "ray" not in capfd.readouterr().err.replace(str(tmp_path), "").lower()
+
+
+def test_presets_have_the_same_values_there(cluster, tmp_path):
+    preset, found = find_preset("gnbn"), []
+    for name, where in (("home", None), ("away", "ray")):
+        folder = tmp_path / name
+        folder.mkdir()
+        way = Way(out=folder, num_workers=1, upkeep=Upkeep(folder=folder), cluster=where)
+        records = run_missing(preset, "tiny", folder, way=way)
+        found.append([(record.spec, record.values) for record in records])
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
 
 
 def test_a_machine_with_another_version_of_normkit_is_refused(cluster, tmp_path, monkeypatch):

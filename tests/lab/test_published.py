@@ -1,5 +1,6 @@
 """The tables in the documentation are those of the records beside them."""
 
+import importlib.util
 import json
 import statistics
 from collections import defaultdict
@@ -36,6 +37,17 @@ def test_the_table_of_the_methods_is_that_of_its_records():
         values = list(by_seed.values())
         shown = rows[norm][2 if batch_size == 2 else 3].strip()
         assert shown == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def test_the_readme_has_the_tables_of_its_records():
+    spec = importlib.util.spec_from_file_location("update", DOCS / "update_compare.py")
+    update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update)
+    page = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert page.count("<!-- begin compare-") == 2
+    assert update.updated(page) == page
+    changed = page.replace(" ± 0.", " ± 1.")
+    assert update.updated(changed) == page != changed
 
 
 @pytest.mark.parametrize(

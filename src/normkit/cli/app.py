@@ -83,6 +83,9 @@ def _run(given: Sequence[str]) -> int:
     except NormError as error:
         return _refuse(error, given)
     except KeyboardInterrupt as interrupt:
+        # Where it came inside of an exec("..."), as dataclasses do while they are imported, Python
+        # remembers it until the next one, and would end the process by the signal.
+        exec("")
         keeps = isinstance(command, Compare | Reproduce)
         kept = "finished runs are kept" if keeps else "no file is half written"
         return _refuse(interrupt, given, f"interrupted; {kept}", EXIT_INTERRUPTED)

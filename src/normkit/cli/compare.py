@@ -16,6 +16,7 @@ from normkit.cli.shared import (
     decimals,
     flag,
     print_json,
+    require_counts,
     tell_of_corrupt_lines,
     whole_numbers,
 )
@@ -32,6 +33,7 @@ from normkit.lab.launch import is_spoken_for, num_launched
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
 from normkit.lab.spec import SweepSpec
+from normkit.lab.work import MAX_PROCESSES
 
 EXIT_FAILED_RUNS = 1
 DEFAULTS = {"norms": "bn,gn:8,bgn:auto", "batch_sizes": "2,8,32", "seeds": "1,2,3"}
@@ -90,6 +92,7 @@ class Compare(RecipeOptions):
         if self.dry_run:
             return self._estimate()
         with redirect_stdout(sys.stderr):  # downloads print to the output
+            require_counts(self, "workers", at_most=MAX_PROCESSES)
             values = self.values()
             sweep, options = self.sweep(values), options_of(values, flag)
             way = options.way(self.command(options.out))
