@@ -60,7 +60,7 @@ class FoldingRecord(Frozen):
 
 def measure(name: str, batch_size: int) -> Result:
     """Time a network of torchvision with statistics drawn at random."""
-    import torchvision  # noqa: PLC0415 - its operators must be there first
+    import torchvision  # its operators must be there first
 
     model = torchvision.models.get_model(name, weights=None).eval()
     for module in model.modules():

@@ -72,7 +72,7 @@ def liger_group_norm():
     """Liger's group norm as ``(x, weight, bias, channels, groups, eps)``; None where it is not."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
-    from liger_kernel.ops.group_norm import LigerGroupNormFunction  # noqa: PLC0415 - optional
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction  # optional
 
     return LigerGroupNormFunction.apply
 

@@ -75,7 +75,7 @@ def table(comparison: Comparison) -> list[str]:
 
 def take_picture(report: Path, path: Path, width: int, height: int = HEIGHT) -> None:
     """Picture the upper part of a report."""
-    from selenium import webdriver  # noqa: PLC0415 - for this alone
+    from selenium import webdriver  # for this alone
 
     options = webdriver.ChromeOptions()
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "hide-scrollbars"):

@@ -31,7 +31,7 @@ def main() -> int:
     """
     given = sys.argv[1:]
     if given == ["--version"]:
-        from importlib.metadata import version  # noqa: PLC0415 - for this alone
+        from importlib.metadata import version  # for this alone
 
         sys.stdout.write(f"normkit {version('normkit')}\n")
         return 0
@@ -39,7 +39,7 @@ def main() -> int:
         sys.stdout.write(help_text())
         return 0
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from normkit.cli import main as run  # noqa: PLC0415 - after the line before
+    from normkit.cli import main as run  # after the line before
 
     signal.signal(signal.SIGINT, handler)
     return run()

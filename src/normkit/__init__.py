@@ -162,8 +162,8 @@ LAZY_IMPORTS = {
 """Names that are imported at their first use, by module: building a model does not need them."""
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
-    import importlib  # noqa: PLC0415 - only needed here
+def __getattr__(name: str) -> Any:
+    import importlib
 
     if name == "weights":
         return importlib.import_module("normkit.weights")

@@ -141,7 +141,7 @@ def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion ne
     ghost_batch_size: int | None = None,
     where: Where | None = None,
     optimizer: Optimizer | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
     dry_run: bool = False,
 ) -> FourThings:
     """Apply the recipe of "Four Things" for a batch size to a model that is to be trained.
@@ -318,7 +318,7 @@ def _combined(norm: Norm, spec: str, batch_size: int, doing: Doing) -> Thing:
     return Thing(name=name, state="not used", what="the batch is large enough for each channel")
 
 
-def _decay(model: nn.Module, example_input: Any) -> tuple[bool, Thing]:  # noqa: ANN401
+def _decay(model: nn.Module, example_input: Any) -> tuple[bool, Thing]:
     """Decide whether the norms decay; if later norms undo it, decay does not help."""
     name = "weight decay on gamma and beta"
     what = "make the optimizer of .param_groups(weight_decay), which decays them like the weights"

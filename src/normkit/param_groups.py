@@ -32,7 +32,7 @@ def param_groups(
     bias_weight_decay: float | None = None,
     decay_gamma_to: int = 0,
     *,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
 ) -> list[dict[str, Any]]:
     r"""Sort a model's parameters into optimizer groups, each with its own weight decay.
 
@@ -136,12 +136,12 @@ def decay_gamma_to_one(optimizer: Optimizer) -> None:
     def stepped(
         self: Optimizer,
         closure: Callable[[], Any] | None = None,
-        **options: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        **options: Any,
+    ) -> Any:
         distance = _DistanceFromOne(self)
         given = () if closure is None else (distance.suspended_during(closure),)
 
-        def take_step() -> Any:  # noqa: ANN401
+        def take_step() -> Any:
             distance.take_()
             return step(*given, **options)
 
@@ -180,7 +180,7 @@ class _DistanceFromOne:
     def suspended_during(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Wrap a closure so that it sees the real parameters."""
 
-        def evaluated() -> Any:  # noqa: ANN401
+        def evaluated() -> Any:
             self.undo_()
             loss = closure()
             self.take_()
@@ -239,7 +239,7 @@ def _belongs_to_norm(model: nn.Module, owner: str) -> bool:
 
 def _warn_without_residual_paths(
     model: nn.Module,
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
     chosen: bool,
 ) -> None:
     """Warn if later norms undo the decay on norms, and no norm leads into a sum.
@@ -272,7 +272,7 @@ def _warn_without_residual_paths(
 
 def norms_without_residual_paths(
     model: nn.Module,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
 ) -> tuple[list[str], int]:
     """Name the norms whose weight decay a later norm undoes, and count all norms.
 

@@ -145,7 +145,7 @@ def recipe_of(name: str, text: str) -> Recipe:
 
 def _suggestion(name: str) -> str:
     """Suggest the spec that a name such as ``gn8``, ``GN-8`` or ``GroupNorm`` probably means."""
-    from difflib import get_close_matches  # noqa: PLC0415 - slow import
+    from difflib import get_close_matches  # slow import
 
     read = re.fullmatch(r"([a-z_ ]+)[^a-z0-9]*(\d{0,9})d?", name.lower())
     if read is None:

@@ -291,7 +291,7 @@ def test_what_goes_wrong_on_one_process_is_said_in_a_sentence(tmp_path, free_por
 
 @pytest.fixture(scope="module")
 def free_port():
-    import socket  # noqa: PLC0415 - only here
+    import socket  # only here
 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -413,7 +413,7 @@ def test_transforms_look_through_it(name):
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hardswish", "tanh"])
 def test_it_exports(activation, tmp_path):
-    import onnxruntime  # noqa: PLC0415 - slow
+    import onnxruntime  # slow
 
     layer = nk.BatchNorm(6, activation=activation).eval()
     x, residual = (randn(2, 6, 5, 3, seed=s, dtype=torch.float32) for s in (0, 1))

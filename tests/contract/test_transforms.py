@@ -263,7 +263,7 @@ def test_the_old_exporter_to_onnx_agrees(case, tmp_path):
 def test_tensorboard_draws_the_graph(case, tmp_path, monkeypatch):
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")  # read once a process: others look at stderr
     pytest.importorskip("tensorboard", reason="not beside the oldest torch")
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - it may not be there
+    from torch.utils.tensorboard import SummaryWriter  # it may not be there
 
     net, x = nn.Sequential(nn.Conv1d(3, 6, 1), case.make()), randn(4, 3, 9, dtype=torch.float32)
     net(x)

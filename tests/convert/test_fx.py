@@ -41,7 +41,7 @@ def test_a_converted_network_is_handled_as_any(name):
 
 
 def test_features_are_extracted_as_before():
-    from torchvision.models.feature_extraction import create_feature_extractor  # noqa: PLC0415
+    from torchvision.models.feature_extraction import create_feature_extractor
 
     model, x = build("torchvision:resnet18").eval(), images("torchvision:resnet18", 1)
     nk.convert_norm_(model, {"layer2": "gn:8+ws", "*": "bcn:8"})

@@ -23,6 +23,6 @@ def test_the_examples_print_what_the_page_shows(capsys):
 
 @pytest.mark.parametrize("name", re.findall(r'`"(\w+)"`', PAGE))
 def test_every_activation_that_it_names_exists(name):
-    from normkit.kernels.activations import KINDS  # noqa: PLC0415
+    from normkit.kernels.activations import KINDS
 
     assert name in KINDS

@@ -23,7 +23,7 @@ def trial_of(kind, seed):
 
 @pytest.mark.parametrize("kind", ["bn", "gn", "bcn"])
 def test_an_error_of_a_ten_thousandth_is_found_and_made_small(kind, monkeypatch):
-    from normkit.kernels import reference  # noqa: PLC0415 - what is broken here
+    from normkit.kernels import reference  # what is broken here
 
     right = reference.apply
     monkeypatch.setattr(reference, "apply", lambda x, *given: right(x, *given) * 1.0001)

@@ -65,7 +65,7 @@ def chromium():
         if os.environ.get("NORMKIT_REQUIRE_BROWSER") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    from selenium import webdriver  # noqa: PLC0415 -- only where there is a browser to drive
+    from selenium import webdriver  # only where there is a browser to drive
 
     options = webdriver.ChromeOptions()
     options.binary_location = binary

@@ -59,7 +59,7 @@ class Told(Silent):
 def nodes():
     """A cluster's address, and its two nodes with a CPU each; the head has none."""
     pytest.importorskip("ray", reason="Ray is not installed")
-    from ray.cluster_utils import Cluster  # noqa: PLC0415 - it may not be there
+    from ray.cluster_utils import Cluster  # it may not be there
 
     head = {"num_cpus": 0, "object_store_memory": MEMORY}
     cluster = Cluster(initialize_head=True, head_node_args=head)

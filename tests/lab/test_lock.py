@@ -64,7 +64,7 @@ def test_the_folder_is_free_after_an_exception(tmp_path):
 
 def test_the_lock_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
     """Between opening and locking, the process before may end and remove the file."""
-    import fcntl  # noqa: PLC0415 -- what is played here
+    import fcntl  # what is played here
 
     lock, calls = fcntl.flock, []
 

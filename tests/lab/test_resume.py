@@ -70,8 +70,8 @@ def test_a_killed_run_goes_on_bit_for_bit(name, tmp_path):
 
 def test_the_scale_of_float16_gradients_comes_back(tmp_path, monkeypatch):
     """On a CPU, where the lab refuses that precision and Fabric takes it as a plugin."""
-    from lightning_fabric import Fabric  # noqa: PLC0415 - slow to import
-    from lightning_fabric.plugins.precision import MixedPrecision  # noqa: PLC0415 - as above
+    from lightning_fabric import Fabric  # slow to import
+    from lightning_fabric.plugins.precision import MixedPrecision
 
     def scaling(_protocol, _device):
         return Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu"))

@@ -112,7 +112,7 @@ def test_what_is_no_module_is_refused(tool):
 @pytest.fixture
 def sharded():
     """A model whose parameters are shared out over one process."""
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - slow import
+    from torch.distributed.fsdp import fully_shard  # slow import
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield fully_shard(net())

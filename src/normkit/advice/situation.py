@@ -106,7 +106,7 @@ def examine(
     batch_size: int,
     training: bool,
     pretrained: bool | None,
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
 ) -> Situation:
     """Send one example through the model, and leave the model as it was.
 
@@ -186,7 +186,7 @@ def _norm(
     )
 
 
-def _follow(model: nn.Module, example_input: Any) -> Feeds | None:  # noqa: ANN401
+def _follow(model: nn.Module, example_input: Any) -> Feeds | None:
     try:
         return trace_feeds(model, example_input)
     except Exception:  # noqa: BLE001 - the model's own code may raise; a check reports the None
@@ -196,7 +196,7 @@ def _follow(model: nn.Module, example_input: Any) -> Feeds | None:  # noqa: ANN4
 def _watch(
     model: nn.Module,
     norms: list[nn.Module],
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
     alone: bool,
 ) -> dict[nn.Module, _Observed]:
     """Run the model and observe its norms; a norm that raises passes its input on unchanged."""
@@ -230,7 +230,7 @@ def _observe(
     """
 
     def make(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def observing(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def observing(*args: Any, **kwargs: Any) -> Any:
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             observed.shapes[tuple(x.shape)] = None
             observed.repeated |= _is_checkpointed(sys._getframe())
@@ -273,7 +273,7 @@ def example_of(model: nn.Module, input_shape: Shape) -> Tensor:
     return values.to(device=device_of(model), dtype=next(dtypes, torch.float32))
 
 
-def _count(example_input: Any) -> int:  # noqa: ANN401
+def _count(example_input: Any) -> int:
     """Count the examples of an example input, along the first axis of its first argument."""
     first = example_input
     if isinstance(first, dict):
@@ -285,7 +285,7 @@ def _count(example_input: Any) -> int:  # noqa: ANN401
     return max(len(first), 1) if isinstance(first, list) else 1
 
 
-def _described(example_input: Any) -> str:  # noqa: ANN401
+def _described(example_input: Any) -> str:
     if isinstance(example_input, Tensor):
         return f"an input of shape {tuple(example_input.shape)}"
     return f"the example input, a {type(example_input).__name__}"

@@ -28,7 +28,7 @@ def validate(
     input_shape: Sequence[int] | None = None,
     training: bool = True,
     pretrained: bool | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
 ) -> Findings:
     """Find problems with the norms of a model at a batch size.
 
@@ -93,7 +93,7 @@ def _require_plain(model: nn.Module) -> None:
     require_inspectable(model, "validate", sharded=True)
 
 
-def _example(model: nn.Module, input_shape: Sequence[int] | None, example_input: Any) -> Any:  # noqa: ANN401
+def _example(model: nn.Module, input_shape: Sequence[int] | None, example_input: Any) -> Any:
     if (input_shape is None) == (example_input is None):
         raise OptionError(
             "pass exactly one of input_shape=, the shape of one example such as (3, 224, 224), and "

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"normkit {__version__}\n")
         return 0
     try:
-        from normkit.cli.app import run  # noqa: PLC0415 - its packages are an extra
+        from normkit.cli.app import run  # its packages are an extra
 
         return run(given)
     except ModuleNotFoundError as error:

@@ -122,7 +122,7 @@ class Explain:
             console.print("+ws standardizes the weights before the norm, filter by filter.")
 
     def _write(self, layer: nn.Module, path: Path) -> None:
-        from normkit.lab.drawing.figure import write_figure  # noqa: PLC0415 - matplotlib is slow
+        from normkit.lab.drawing.figure import write_figure  # matplotlib is slow
 
         shape = self._shape()
         write_figure(path, panels_of(layer, shape), f"{self._spec()}, {shape}, {self._mode}")

@@ -55,7 +55,7 @@ class Calibration:
     calibrated: Agreement | None
 
 
-def tensors_of(output: Any) -> list[Tensor]:  # noqa: ANN401
+def tensors_of(output: Any) -> list[Tensor]:
     """Return the floating-point tensors of a model's output; 16-bit ones are cast to float32."""
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return [leaf.detach().float() for leaf in leaves if leaf.is_floating_point()]

@@ -30,7 +30,7 @@ def convert_norm_(  # noqa: PLR0913 - keyword options, each independent of the o
     calibrate: Iterable[Any] | None = None,
     forward: Forward | None = None,
     batch_size: int | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
     dry_run: bool = False,
 ) -> Conversion:
     """Replace the norms of a model by others, in place.
@@ -111,7 +111,7 @@ def convert_norm(  # noqa: PLR0913 - the options of convert_norm_, except the op
     calibrate: Iterable[Any] | None = None,
     forward: Forward | None = None,
     batch_size: int | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
     dry_run: bool = False,
 ) -> Conversion:
     """Replace the norms of a copy of a model; see ``convert_norm_``.

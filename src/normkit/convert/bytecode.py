@@ -99,7 +99,7 @@ class _Reader:
         self._index: object = None
         self._function: object = None  # the last function that was loaded, such as "getattr"
 
-    def read(self, name: str, value: Any) -> Iterator[Path]:  # noqa: ANN401 - as dis returns it
+    def read(self, name: str, value: Any) -> Iterator[Path]:
         """Process one instruction; yield the paths that it mentions."""
         before, self._path = self._path, None
         if name.startswith(LOADS):
@@ -116,7 +116,7 @@ class _Reader:
             if self._function in ("isinstance", "type"):
                 yield (*self._path, CLASS)
 
-    def _extend(self, before: Path, name: str, value: Any) -> None:  # noqa: ANN401
+    def _extend(self, before: Path, name: str, value: Any) -> None:
         """Set the new path after an instruction that uses the value with the path ``before``."""
         if name in ATTRIBUTES:
             self._path = (*before, value)
@@ -131,7 +131,7 @@ class _Reader:
         elif name in NEUTRAL:
             self._path = before
 
-    def _store(self, before: Path | None, value: Any) -> None:  # noqa: ANN401
+    def _store(self, before: Path | None, value: Any) -> None:
         """Assign the value with the path ``before`` to a local variable."""
         # STORE_FAST_LOAD_FAST has two names: it stores one variable and then loads another.
         stored, after = value if isinstance(value, tuple) else (value, None)

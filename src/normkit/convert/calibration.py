@@ -184,14 +184,14 @@ def _require_finite(population: Population, replacement: Replacement, which: str
         )
 
 
-def _watch(replacement: Replacement, population: Population) -> Any:  # noqa: ANN401
+def _watch(replacement: Replacement, population: Population) -> Any:
     """Add the old layer's outputs, before its activation, to a population; return the undo."""
     activation, _ = adapters_of(replacement.new)
 
     def see_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         population.add(feature_map(replacement.new, args[0]))
 
-    def see_output(_module: nn.Module, _args: Any, output: Tensor) -> None:  # noqa: ANN401
+    def see_output(_module: nn.Module, _args: Any, output: Tensor) -> None:
         population.add(feature_map(replacement.new, output))
 
     if activation is None:

@@ -18,12 +18,12 @@ from normkit.convert.swap import Swap
 from normkit.passes import attempt
 
 
-def execute_plan(  # noqa: PLR0913, PLR0917 - one argument for each choice of the user
+def execute_plan(  # noqa: PLR0913 - one argument for each choice of the user
     model: nn.Module,
     planned: ConversionPlan,
     standardize: Sequence[str],
     optimizer: Optimizer | None,
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
     dry_run: bool,
     calibrator: Calibrator | None = None,
 ) -> Conversion:

@@ -99,7 +99,7 @@ def _require_unbound(old: nn.Module, found: Iterable[str]) -> None:
         )
 
 
-def refers_to(value: Any, layer: nn.Module) -> bool:  # noqa: ANN401 - any attribute of a module
+def refers_to(value: Any, layer: nn.Module) -> bool:
     """Whether a value is the layer, a method of it, or a container of one of these."""
     if value is layer or getattr(value, "__self__", None) is layer:
         return True

@@ -43,7 +43,7 @@ class ForwardCheck:
             initialise them.
     """
 
-    def __init__(self, model: nn.Module, planned: ConversionPlan, example_input: Any) -> None:  # noqa: ANN401
+    def __init__(self, model: nn.Module, planned: ConversionPlan, example_input: Any) -> None:
         _require_filled(model)
         if not has_forward(model):
             raise TraceError(
@@ -110,7 +110,7 @@ def custom_forwards(model: nn.Module, planned: ConversionPlan) -> tuple[str, ...
     return tuple(dict.fromkeys(type(m).__name__ for m in own))
 
 
-def _norm_functions(model: nn.Module, example_input: Any) -> tuple[Left, ...]:  # noqa: ANN401
+def _norm_functions(model: nn.Module, example_input: Any) -> tuple[Left, ...]:
     try:
         return tuple(called_as_functions(trace_by_running(model, copied(example_input))))
     except Exception:  # noqa: BLE001 - some code runs, but fails under a torch function mode
@@ -130,7 +130,7 @@ def _require_filled(model: nn.Module) -> None:
             )
 
 
-def _succeeds(model: nn.Module, norms: Iterable[nn.Module], example_input: Any) -> bool:  # noqa: ANN401
+def _succeeds(model: nn.Module, norms: Iterable[nn.Module], example_input: Any) -> bool:
     try:
         _run(model, norms, example_input, training=True)
     except Exception:  # noqa: BLE001 - for instance, batch norm refuses a batch of one in training
@@ -141,7 +141,7 @@ def _succeeds(model: nn.Module, norms: Iterable[nn.Module], example_input: Any) 
 def _run(
     model: nn.Module,
     norms: Iterable[nn.Module],
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
     *,
     training: bool,
     refused: Refusals | None = None,
@@ -170,7 +170,7 @@ def _counting(
     norm: nn.Module, calls: Counter[nn.Module], refused: Refusals | None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def counted(*args: Any, **kwargs: Any) -> Any:
             calls[norm] += 1
             try:
                 return forward(*args, **kwargs)

@@ -40,7 +40,7 @@ def _norms_at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
     return (value for value in at if isinstance(value, nn.Module) and is_norm(value))
 
 
-def _lookup(value: Any, name: str) -> Iterable[Any]:  # noqa: ANN401 - any attribute or element
+def _lookup(value: Any, name: str) -> Iterable[Any]:
     """Return the attributes or elements that one name of a path refers to."""
     if isinstance(value, nn.Module):
         if name == EACH:

@@ -308,7 +308,7 @@ def layers_to_standardize(
     model: nn.Module,
     found: NamedNorms,
     specs: Mapping[nn.Module, NormSpec],
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
 ) -> tuple[str, ...]:
     """Return the names of the convolutions that feed a norm whose spec ends in ``+ws``.
 

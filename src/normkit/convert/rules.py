@@ -204,7 +204,7 @@ def _layer_norm(layer: nn.LayerNorm) -> Source:
 
 
 @rule(*norm_classes.FIXED)
-def _frozen(layer: Any) -> Source:  # noqa: ANN401
+def _frozen(layer: Any) -> Source:
     """Read a batch norm with fixed values, which become parameters without a gradient.
 
     Unlike the old layer, the new one updates its statistics in training.
@@ -245,7 +245,7 @@ for _names, _rule in (
     rule(*_names)(_with_activation(_rule))
 
 
-def _options(layer: Any) -> dict[str, Any]:  # noqa: ANN401
+def _options(layer: Any) -> dict[str, Any]:
     """Return the options according to the layer's parameters, whatever its flags say."""
     has_weight, has_bias = layer.weight is not None, layer.bias is not None
     return {"eps": layer.eps, "affine": has_weight or has_bias, "bias": has_bias or not has_weight}

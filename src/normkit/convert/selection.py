@@ -83,10 +83,10 @@ def find_hidden(model: nn.Module) -> list[HiddenNorm]:
 
 
 def _hidden_in(
-    value: Any,  # noqa: ANN401 - any attribute of a module
+    value: Any,
     name: str,
-    holder: Any,  # noqa: ANN401
-    key: Any,  # noqa: ANN401
+    holder: Any,
+    key: Any,
     seen: set[int],
 ) -> Iterator[HiddenNorm]:
     """Search containers, bound methods and modules that are not registered."""
@@ -98,7 +98,7 @@ def _hidden_in(
             yield from _hidden_in(part, name, value, each, seen)
 
 
-def _parts(value: Any) -> Mapping[Any, Any]:  # noqa: ANN401
+def _parts(value: Any) -> Mapping[Any, Any]:
     if isinstance(value, dict):
         return value
     if isinstance(value, nn.Module):
@@ -237,7 +237,7 @@ def _test(pattern: str) -> Callable[[str], bool]:
 
 
 def _require_matches(found: NamedNorms, tests: Mapping[str, Callable[[str], bool]]) -> None:
-    from difflib import get_close_matches  # noqa: PLC0415 - slow import
+    from difflib import get_close_matches  # slow import
 
     names = [name for several in found.values() for name in several]
     for pattern, matches in tests.items():

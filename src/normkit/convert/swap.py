@@ -41,7 +41,7 @@ class Location(NamedTuple):
         self._container[self.key] = layer
 
     @property
-    def _container(self) -> Any:  # noqa: ANN401 - a list or a dict
+    def _container(self) -> Any:
         return self.parent._modules if isinstance(self.parent, nn.Module) else self.parent
 
 
@@ -104,7 +104,7 @@ class Swap:
         model: nn.Module,
         replacements: Mapping[nn.Module, nn.Module],
         standardize: Sequence[str],
-        example_input: Any,  # noqa: ANN401
+        example_input: Any,
         edit: OptimizerEdit | None,
         preserve: bool = False,
     ) -> None:

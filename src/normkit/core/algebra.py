@@ -99,7 +99,7 @@ class EstimatedStatistics:
     partition: Partition  # the whole batch
     eps: float
 
-    def __call__(  # noqa: PLR0913, PLR0917 - a table, the parameters, and what the rule is given
+    def __call__(  # noqa: PLR0913 - a table, the parameters, and what the rule is given
         self,
         table: Moments,
         weight: PerChannel | None,

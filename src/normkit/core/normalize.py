@@ -128,7 +128,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        ctx: Any,
         x: Tensor,
         segment_size: int,
         algebra_and_known: tuple[Algebra, Known | None],
@@ -144,7 +144,7 @@ class _Normalize(torch.autograd.Function):
         return own(y.view_as(y) if known is not None and y is known[0] else y), mean, var
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -175,7 +175,7 @@ def _forward(
     return primitives(x).apply(x, table.mean, scale, center, segment_size), table
 
 
-def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
+def _gradient(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """Gradient of ``x`` and of each parameter in two passes over the map."""
     x, mean, var, *parameters = ctx.saved_tensors
     size = ctx.segment_size
@@ -240,7 +240,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         mean: Tensor,
         scale: Tensor,
@@ -252,7 +252,7 @@ class _Apply(torch.autograd.Function):
         return own(primitives(x).apply(x, mean, scale, center, segment_size))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, scale, center = ctx.saved_tensors
         wants_x, _, wants_scale, wants_center, _ = ctx.needs_input_grad
         grad, size = grads[0], ctx.segment_size

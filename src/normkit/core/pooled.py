@@ -26,7 +26,7 @@ from normkit.kernels.calls import EndedGradients, Gradients, Pooling, Running
 from normkit.typing import FeatureMap
 
 
-def normalize_pooled(  # noqa: PLR0913, PLR0917 - what one operator needs
+def normalize_pooled(  # noqa: PLR0913 - what one operator needs
     kernels: nodes.Kernels,
     x: FeatureMap,
     partition: Partition,
@@ -54,7 +54,7 @@ def normalize_pooled(  # noqa: PLR0913, PLR0917 - what one operator needs
         size = partition.segment_size(x.shape)
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
-    def again(*given: Any) -> Gradients:  # noqa: ANN401 - see Differentiable
+    def again(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
     pooling = Pooling(num_groups, run or 0, eps, by_channel)
@@ -89,7 +89,7 @@ def normalize_given(
         tables = fixed_tables(groups, partition, x.shape, Parameters(weight, bias, eps))
         return reference.apply(x, *tables, size)
 
-    def again(*given: Any) -> Gradients:  # noqa: ANN401
+    def again(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
     statistics, options = (groups.mean[0], groups.var[0]), (partition.num_groups, eps)

@@ -55,7 +55,7 @@ def _by_kernel(kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters) ->
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    def again(*given: Any) -> Gradients:  # noqa: ANN401
+    def again(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
     return nodes.normalize_positions(kernels, x, weight, bias, eps, again)[0]
@@ -120,7 +120,7 @@ class _NormalizePositions(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -132,7 +132,7 @@ class _NormalizePositions(torch.autograd.Function):
         return _affine((x - mean) * rstd, weight, bias).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted, grad = ctx.needs_input_grad[:3], grads[0]
         if torch.is_grad_enabled():

@@ -147,12 +147,12 @@ class _SumGradients(torch.autograd.Function):
     """What every process uses gets a gradient from every process."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         with torch.no_grad():
             total = _all_reduce(grads[0].contiguous(), ctx.group)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
@@ -164,11 +164,11 @@ class _NotTwice(torch.autograd.Function):
     """A derivative that is not differentiated again: what others contribute would be missing."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, total: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, grad: Tensor, total: Tensor) -> Tensor:
         return total.view_as(total)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise InputError(
             "a second derivative of statistics over several processes was asked for, which is not "
             "computed; set process_group=None or call .eval() for it"

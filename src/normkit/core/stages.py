@@ -120,7 +120,7 @@ def normalize_estimated(
     return y
 
 
-def normalize_composite(  # noqa: PLR0913, PLR0917 - everything that the method mixes
+def normalize_composite(  # noqa: PLR0913 - everything that the method mixes
     x: FeatureMap,
     composite: Composite,
     running: Running | None,

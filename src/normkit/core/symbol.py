@@ -52,11 +52,11 @@ class Symbol:
         """Each value times itself."""
         return self * self
 
-    def repeat_columns(self, width: int) -> Any:  # noqa: ANN401 - a Symbol that passes for a Tensor
+    def repeat_columns(self, width: int) -> Any:
         """Each column ``width`` times."""
         return self._resized("repeat", self.shape[1] * width, width) if width > 1 else self
 
-    def pooled(self, var: Any, num_groups: int, over_examples: bool) -> tuple[Any, Any]:  # noqa: ANN401
+    def pooled(self, var: Any, num_groups: int, over_examples: bool) -> tuple[Any, Any]:
         """Mean and variance of equal runs of columns, of each example or of all together.
 
         These are the means of what is pooled, ``var`` its variances.
@@ -92,7 +92,7 @@ class Symbol:
             raise NotFollowedError("no program divides tables: multiply by a torch.rsqrt")
         return self * (1.0 / other)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - never returns
+    def __getattr__(self, name: str) -> Any:
         raise NotFollowedError(f"no program has a step for a tensor's {name}")
 
     __radd__, __rmul__ = __add__, __mul__

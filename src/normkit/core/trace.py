@@ -83,7 +83,7 @@ def followed_in_graph(
     return _programs(formula, options, *numbers, known_size(num_channels), known, source)
 
 
-def _programs(*key: Any) -> Programs:  # noqa: ANN401
+def _programs(*key: Any) -> Programs:
     """A constant of a compiled graph: ``key`` decides all of it."""
     return followed(Composite(*key[:5]), *key[5:])
 

@@ -54,7 +54,7 @@ def normalize_traced(
     return (rows * scale + center).reshape(x.shape).to(x.dtype), Moments(*segments)
 
 
-def not_kept(function: Callable[..., Any], *inputs: Tensor) -> Any:  # noqa: ANN401
+def not_kept(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """``function(*inputs)``, which the compiler computes again in the backward pass.
 
     Left to itself it keeps what is as large as the map, next to ``x``, where graphs are long.
@@ -77,7 +77,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        ctx: Any,
         wide: Tensor,
         narrow: Tensor | None,
         partition: Partition,
@@ -92,7 +92,7 @@ class _Statistics(torch.autograd.Function):
         return groups.mean, groups.var, *segments
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, mean = ctx.saved_tensors
         partition = ctx.partition
         wide = x.to(table_dtype(x.dtype))
@@ -123,10 +123,10 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, table: Tensor) -> Tensor:
         whole = table.contiguous()
         return whole.as_strided(whole.shape, whole.stride())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]

@@ -20,6 +20,6 @@ def known_size(size: int) -> int:
 
 def known_number(number: float) -> float:
     """The number that a symbol stands for while ``torch.compile`` traces."""
-    from torch.fx.experimental.symbolic_shapes import guard_scalar  # noqa: PLC0415 - slow import
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow import
 
     return guard_scalar(number)

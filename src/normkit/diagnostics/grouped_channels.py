@@ -67,7 +67,7 @@ class GroupedChannels(Measurement):
             f"deviates by {min(row.new_std for row in self.layers) / loud:.3g} of the largest."
         )
 
-    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+    def plot(self) -> Any:
         """Draw the channels' densities before and after; what a ReLU makes zero is transparent.
 
         Raises:
@@ -158,7 +158,7 @@ def _require_channels(mean: Tensor, std: Tensor) -> None:
 
 
 def _draw(
-    axes: Any,  # noqa: ANN401 - of matplotlib
+    axes: Any,
     mean: float,
     std: float,
     color: str,

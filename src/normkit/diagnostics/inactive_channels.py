@@ -214,7 +214,7 @@ class Recorder(TorchFunctionMode):
         if self._running:
             self._running.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in RECTIFIERS and args and args[0].ndim > 1:
             self._note(args[0])
         return func(*args, **(kwargs or {}))

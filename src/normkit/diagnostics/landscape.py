@@ -182,7 +182,7 @@ class _Task:
     forward: Forward
     chosen: list[str]
 
-    def evaluate(self, model: nn.Module, batch: Any) -> tuple[float, list[Tensor]]:  # noqa: ANN401
+    def evaluate(self, model: nn.Module, batch: Any) -> tuple[float, list[Tensor]]:
         """Compute the loss of a batch and its gradient for every trainable parameter."""
         sent = moved(batch, device_of(model))
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -202,12 +202,12 @@ def _along_gradient(model: nn.Module, task: _Task, rates: tuple[float, ...]) -> 
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
 
-    def evaluate_untouched(batch: Any) -> tuple[float, list[Tensor]]:  # noqa: ANN401
+    def evaluate_untouched(batch: Any) -> tuple[float, list[Tensor]]:
         # Buffers and random states are restored, so every rate sees the same model and dropout.
         with untouched(model, training=True):
             return task.evaluate(model, batch)
 
-    def measure(number: int, batch: Any) -> Step:  # noqa: ANN401 - see passes.batches
+    def measure(number: int, batch: Any) -> Step:
         start, grads = evaluate_untouched(batch)
         first, losses, changes = task.chosen_gradient(model, grads), [start], []
         for rate in rates:

@@ -81,7 +81,7 @@ class LipschitzTerms(Measurement):
         )
 
 
-def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+def cross_entropy_of_pairs(output: Any, batch: Any) -> Tensor:
     """Mean cross entropy of scores ``(N, K)``, for batches ``(inputs, target)``.
 
     Raises:

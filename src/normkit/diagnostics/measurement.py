@@ -45,7 +45,7 @@ class Measurement(ABC):
         rows = [[_cell(getattr(row, name)) for name in names] for row in self.rows]
         return "\n".join(table_lines([[name.replace("_", " ") for name in names], *rows]))
 
-    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+    def plot(self) -> Any:
         """Plot the columns of ``drawn`` over the rows; return a matplotlib ``Figure``.
 
         Raises:
@@ -71,14 +71,14 @@ class Measurement(ABC):
         return "\n".join(part for part in (self.reading, self.table(), *left) if part)
 
 
-def new_figure(**options: Any) -> Any:  # noqa: ANN401
+def new_figure(**options: Any) -> Any:
     """Make a matplotlib ``Figure``; matplotlib is imported here, because only plots need it.
 
     Raises:
         PackageError: If matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - slow and optional
+        from matplotlib.figure import Figure  # slow and optional
     except ImportError as error:
         raise PackageError(
             f'matplotlib is not installed ({error}); pip install "normkit[lab]" brings it'
@@ -104,7 +104,7 @@ def read_finite_rows(rows: Sequence[Any], read: Callable[[Sequence[Any]], str]) 
     return " ".join(sentences)
 
 
-def _is_finite(row: Any) -> bool:  # noqa: ANN401 - a dataclass
+def _is_finite(row: Any) -> bool:
     values = (getattr(row, field.name) for field in fields(row))
     return all(not isinstance(value, float) or math.isfinite(value) for value in values)
 
@@ -119,7 +119,7 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever a dataclass holds
+def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     if (columns := getattr(value, "__dataclass_fields__", None)) is not None:

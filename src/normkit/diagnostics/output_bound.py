@@ -93,7 +93,7 @@ class OutputBound(Measurement):
             f"is {worst.bound:.3g})."
         )
 
-    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+    def plot(self) -> Any:
         """Draw bound and results over the norms, on a logarithmic axis.
 
         Raises:

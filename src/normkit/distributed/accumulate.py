@@ -206,14 +206,14 @@ class _ForwardWrapper:
         self._forward: Callable[..., Any] = norm.forward
         vars(norm)["forward"] = self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the norm's forward
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the norm's output."""
         end = [delayed.restore_buffers for delayed in self._delayed]
         return call_with_cleanup(
             lambda: self._call_and_record(args, kwargs), *end, save_grad_mode()
         )
 
-    def _call_and_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _call_and_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         accumulation = self._accumulation
         # A recomputed forward must not touch the buffers either, but its copies are discarded.
         if accumulation.inside or (is_second_look() and not accumulation.is_over):

@@ -140,7 +140,7 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and facts that only the user
     )
 
 
-def _admit(  # noqa: PLR0913, PLR0917 - the arguments of diagnose
+def _admit(  # noqa: PLR0913 - the arguments of diagnose
     model: nn.Module,
     train_batches: Iterable[Any],
     test_batches: Iterable[Any],
@@ -307,7 +307,7 @@ def _measure(
     measure: Callable[..., Measured],
     patient: Patient,
     notes: list[str],
-    **options: Any,  # noqa: ANN401 - options of the measure
+    **options: Any,
 ) -> Measured | None:
     """Take a measure of ``normkit.diagnostics`` on the test data, or note why it is impossible."""
     try:

@@ -87,7 +87,7 @@ class Judge:
         """
         losses, right = list[Tensor](), list[Tensor]()
 
-        def send(model: nn.Module, batch: Any) -> None:  # noqa: ANN401
+        def send(model: nn.Module, batch: Any) -> None:
             output = self._forward(model, batch)
             losses.append(self.metric.of(output, batch).cpu())
             if self.metric is KNOWN["loss"]:

@@ -50,7 +50,7 @@ class Patient:
         """All test batches."""
         return [*self.judge.halves[0], *self.judge.halves[1]]
 
-    def example(self) -> Any:  # noqa: ANN401 - whatever the model takes
+    def example(self) -> Any:
         """The model's arguments for the first training batch; None if ``forward=`` is given."""
         if self.forward is not forward_batch:
             return None
@@ -122,7 +122,7 @@ class Patient:
 def with_dropout(forward: Forward) -> Forward:
     """Return a forward function in which the model's dropout layers drop, as in training."""
 
-    def send(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    def send(model: nn.Module, batch: Any) -> Any:
         drops = [module for module in model.modules() if is_dropout(module)]
         for module in drops:
             module.training = True

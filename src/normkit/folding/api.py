@@ -30,7 +30,7 @@ from normkit.weights import bake_weights_
 
 @changes_nothing
 @torch.inference_mode(False)  # a copy created in inference mode could only run in inference mode
-def fold(model: nn.Module, example_input: Any) -> Folding:  # noqa: ANN401
+def fold(model: nn.Module, example_input: Any) -> Folding:
     r"""Multiply the norms of a copy of a trained model into its convolutions and linear layers.
 
     A norm that evaluates with running statistics is one scale and one shift for each channel,
@@ -147,7 +147,7 @@ def _replaced(model: nn.Module, rest: Mapping[nn.Module, nn.Module]) -> nn.Modul
     return model
 
 
-def _difference(before: Any, new: nn.Module, example_input: Any) -> float | None:  # noqa: ANN401
+def _difference(before: Any, new: nn.Module, example_input: Any) -> float | None:
     """Measure how much folding has changed the output.
 
     Raises:

@@ -28,7 +28,7 @@ Labels = Mapping[nn.Module, Tensor]
 def follow_channels(
     model: nn.Module,
     axes: Mapping[nn.Module, int],
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
 ) -> Labels:
     """Find, for each layer, the channel numbers that arrive in its input.
 
@@ -82,7 +82,7 @@ class _Run:
         self.seen: dict[nn.Module, Tensor] = {}
         self.size = 0
 
-    def send(self, model: nn.Module, example_input: Any) -> None:  # noqa: ANN401
+    def send(self, model: nn.Module, example_input: Any) -> None:
         """Call the model; afterwards ``seen`` has the input of each layer's first call."""
         with ExitStack() as stack:
             stack.enter_context(untouched(model))
@@ -94,7 +94,7 @@ class _Run:
                 call_with(model, copied(example_input))
 
     def _labelling(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def labelled(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def labelled(*args: Any, **kwargs: Any) -> Any:
             x, y = next(iter((*args, *kwargs.values()))), forward(*args, **kwargs)
             if isinstance(x, Tensor):
                 self.seen.setdefault(layer, _digits(x))

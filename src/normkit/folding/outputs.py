@@ -24,7 +24,7 @@ class ForwardResult(NamedTuple):
 
 def run(
     model: nn.Module,
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
     layers: Collection[nn.Module] = (),
 ) -> ForwardResult:
     """Send the example input through a model in its current mode.
@@ -38,7 +38,7 @@ def run(
     """
     calls: Counter[nn.Module] = Counter()
 
-    def count(layer: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
+    def count(layer: nn.Module, _args: Any, _output: Any) -> None:
         calls[layer] += 1
 
     with ExitStack() as stack:
@@ -49,7 +49,7 @@ def run(
         return ForwardResult(call_with(model, copied(example_input)), calls)
 
 
-def difference(before: Any, after: Any) -> float | None:  # noqa: ANN401
+def difference(before: Any, after: Any) -> float | None:
     r"""Compare two outputs of any structure: the largest error over the largest value.
 
     .. math::  \max_t \max_i |a_{ti} - b_{ti}| / \max_i |a_{ti}|
@@ -67,7 +67,7 @@ def difference(before: Any, after: Any) -> float | None:  # noqa: ANN401
     return max((each for each in found if each is not None), default=None)
 
 
-def tolerance(output: Any) -> float:  # noqa: ANN401
+def tolerance(output: Any) -> float:
     """Return the largest difference that rounding can explain, in an output's coarsest dtype."""
     dtypes = [leaf.dtype for leaf in tree_leaves(output) if _is_compared(leaf)]
     return 10 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5

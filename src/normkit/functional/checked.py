@@ -44,7 +44,7 @@ from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
-def normalize_single(  # noqa: PLR0913, PLR0917 - see the top of this file
+def normalize_single(  # noqa: PLR0913 - see the top of this file
     x: FeatureMap,
     partition: Partition,
     running: RunningStatistics | None,
@@ -78,7 +78,7 @@ def normalize_positional(
     return normalize_positions(x, parameters, valid)
 
 
-def whiten(  # noqa: PLR0913, PLR0917
+def whiten(  # noqa: PLR0913
     x: FeatureMap,
     num_groups: int,
     num_iterations: int,
@@ -95,7 +95,7 @@ def whiten(  # noqa: PLR0913, PLR0917
     return whiten_groups(x, num_groups, num_iterations, parameters, valid)
 
 
-def normalize_batch_then_group(  # noqa: PLR0913, PLR0917
+def normalize_batch_then_group(  # noqa: PLR0913
     x: FeatureMap,
     num_groups: int,
     running: Running | None,
@@ -124,7 +124,7 @@ def normalize_batch_then_group(  # noqa: PLR0913, PLR0917
     return normalize_composite(x, composite, running, training[0], slots, ranks, valid)
 
 
-def normalize_group_and_batch(  # noqa: PLR0913, PLR0917
+def normalize_group_and_batch(  # noqa: PLR0913
     x: FeatureMap,
     num_groups: int,
     order: Order,
@@ -150,7 +150,7 @@ def normalize_group_and_batch(  # noqa: PLR0913, PLR0917
     return normalize_composite(x, composite, running, training, slots, ranks, valid)
 
 
-def normalize_switched(  # noqa: PLR0913, PLR0917
+def normalize_switched(  # noqa: PLR0913
     x: FeatureMap,
     running: RunningStatistics | None,
     training: bool,
@@ -176,7 +176,7 @@ def normalize_switched(  # noqa: PLR0913, PLR0917
     return normalize_composite(x, composite, followed, training, slots, ranks, valid)
 
 
-def normalize_halves(  # noqa: PLR0913, PLR0917
+def normalize_halves(  # noqa: PLR0913
     x: FeatureMap,
     num_instance: int,
     running: RunningStatistics | None,

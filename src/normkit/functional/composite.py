@@ -33,7 +33,7 @@ from normkit.kernels.activations import ActivationName
 from normkit.typing import FeatureMap, PerChannel
 
 
-def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
+def group_norm_plus(  # noqa: PLR0913 - torch's order
     x: FeatureMap,
     num_groups: int,
     mix_logit: Tensor,
@@ -105,7 +105,7 @@ def group_norm_plus(  # noqa: PLR0913, PLR0917 - torch's order
     )
 
 
-def batch_channel_norm(  # noqa: PLR0913, PLR0917
+def batch_channel_norm(  # noqa: PLR0913
     x: FeatureMap,
     num_groups: int,
     running_mean: Tensor,
@@ -186,7 +186,7 @@ def batch_channel_norm(  # noqa: PLR0913, PLR0917
     )
 
 
-def switchable_norm(  # noqa: PLR0913, PLR0917
+def switchable_norm(  # noqa: PLR0913
     x: FeatureMap,
     mean_logits: Tensor,
     var_logits: Tensor,

@@ -193,7 +193,7 @@ def ghost_batch_norm(  # noqa: PLR0913
     return normalize_single(x, groups, running, parameters, training, name, ending=ending)
 
 
-def general_batch_group_norm(  # noqa: PLR0913, PLR0917 - torch's order
+def general_batch_group_norm(  # noqa: PLR0913 - torch's order
     x: FeatureMap,
     num_groups: int,
     examples_per_group: int | None = None,

@@ -108,7 +108,7 @@ def _ending(fused: Fused) -> str:
 
 
 @all_or_nothing
-def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:  # noqa: ANN401
+def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:
     """Let the norms of a model add and activate in their own pass, in place.
 
     Where a norm's result goes to an activation, or to a sum and then an activation, and nowhere
@@ -198,7 +198,7 @@ def _replace(owner: nn.Module, name: str) -> tuple[Any, ...]:
     return "module", holder, key, old
 
 
-def _put(what: str, owner: Any, key: Any, value: Any) -> None:  # noqa: ANN401
+def _put(what: str, owner: Any, key: Any, value: Any) -> None:
     if what == "class":
         owner.__class__ = value
     elif what == "module":
@@ -207,7 +207,7 @@ def _put(what: str, owner: Any, key: Any, value: Any) -> None:  # noqa: ANN401
         owner.activation, owner.negative_slope = value
 
 
-def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:  # noqa: ANN401
+def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
     with untouched(model, training=False), torch.no_grad():
         outputs = call_with(model, copied(example_input))
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

@@ -28,7 +28,7 @@ class _Frozen(nn.Module):
     def training(self, mode: bool) -> None:  # type: ignore[override]
         vars(self)["training"] = mode
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401 - object's own
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         make, arguments, *state = super().__reduce_ex__(protocol)
         kind = type(self)
         # The frozen class exists only at run time, so a pickle must name the original class.

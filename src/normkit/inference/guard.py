@@ -135,7 +135,7 @@ class Guard:
             for layer, counts in self._counted()
         )
 
-    def update(self, scaler: Any) -> None:  # noqa: ANN401 - a torch.amp.GradScaler, or one like it
+    def update(self, scaler: Any) -> None:
         """Call ``scaler.update()``; if the scaler skipped the step, undo the step's batches.
 
         Call this at every step instead of ``scaler.update()``. When gradients overflow, the scaler
@@ -298,12 +298,12 @@ class _Watch:
         self.counts: dict[str, _Counts] = {}
         """The counts of each layer, by the layer's name inside the norm."""
 
-    def before(self, norm: nn.Module, _args: Any) -> None:  # noqa: ANN401
+    def before(self, norm: nn.Module, _args: Any) -> None:
         """Copy the statistics before the norm runs."""
         for path, counts in self.counts.items():
             counts.keep(_part(norm, path))
 
-    def after(self, norm: nn.Module, _args: Any, _output: Any) -> None:  # noqa: ANN401
+    def after(self, norm: nn.Module, _args: Any, _output: Any) -> None:
         """Check the statistics when the norm has returned or raised."""
         for path, counts in self.counts.items():
             counts.judge(_part(norm, path))
@@ -324,7 +324,7 @@ def _stays_finite(before: Tensor, now: Tensor) -> Tensor:
     return largest < torch.inf  # False also for NaN
 
 
-def _owner(hook: Any) -> _Watch | None:  # noqa: ANN401
+def _owner(hook: Any) -> _Watch | None:
     owner = getattr(hook, "__self__", None)
     return owner if isinstance(owner, _Watch) else None
 

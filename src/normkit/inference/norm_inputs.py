@@ -133,9 +133,9 @@ def _watched(
     forward: Callable[..., Any],
     watch: _Function | _Method,
     missed: Missed,
-    *args: Any,  # noqa: ANN401 - whatever the layer takes
-    **named: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
+    *args: Any,
+    **named: Any,
+) -> Any:
     seen = watch.num_seen
     with watch.during():
         output = forward(*args, **named)
@@ -167,7 +167,7 @@ class _Method:
             del vars(self.layer)["_normalize"]
             handle.remove()
 
-    def _shown(self, x: Tensor, valid: Tensor | None, *ending: Any) -> Tensor:  # noqa: ANN401
+    def _shown(self, x: Tensor, valid: Tensor | None, *ending: Any) -> Tensor:
         self.num_seen += 1
         if valid is None:
             self._see(x)
@@ -205,7 +205,7 @@ class _Function(TorchFunctionMode):
         """Intercept torch's functions during a call of the layer."""
         return self
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         names, named = self._arguments.get(func), kwargs or {}
         call: Call = {} if names is None else dict(zip(names, args, strict=False)) | named
         if not call or not _is_own(self.layer, call):

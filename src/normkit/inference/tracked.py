@@ -163,7 +163,7 @@ def cuts_positions(layer: nn.Module, num_channels: int) -> bool:
 
 def valid_positions(
     norm: nn.Module,
-    x: Any,  # noqa: ANN401 - what a hook is given
+    x: Any,
     args: tuple[Any, ...],
     named: Mapping[str, Any],
 ) -> Tensor | None:
@@ -174,7 +174,7 @@ def valid_positions(
     return read_mask(mask, x, type(norm).__name__)
 
 
-def feature_map(layer: nn.Module, x: Any) -> Any:  # noqa: ANN401 - what a hook is given
+def feature_map(layer: nn.Module, x: Any) -> Any:
     """Return a layer's input as ``(N, C, *S)``.
 
     The classes of converted layers say whether they take the channels last. Torch's instance norms

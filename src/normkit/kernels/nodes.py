@@ -61,7 +61,7 @@ def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
     return False
 
 
-def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+def normalize_pooled(  # noqa: PLR0913 - the operator's own arguments
     kernels: Kernels,
     x: FeatureMap,
     weight: PerChannel | None,
@@ -99,9 +99,9 @@ def normalize_pooled(  # noqa: PLR0913, PLR0917 - the operator's own arguments
 class _Pooled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - torch's context has no public type
+        ctx: Any,
         x: Tensor,
-        *arguments: Any,  # noqa: ANN401 - of normalize_pooled, in its order
+        *arguments: Any,
     ) -> tuple[Tensor, Tensor]:
         weight, bias, pooling, running, differentiable, kernels = arguments
         operator = (kernels or REGISTERED).pooled_forward
@@ -111,11 +111,11 @@ class _Pooled(torch.autograd.Function):
         return y, table
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return *_three_gradients(ctx, grads[0], "pooled_backward"), None, None, None, None
 
 
-def normalize_given(  # noqa: PLR0913, PLR0917
+def normalize_given(  # noqa: PLR0913
     kernels: Kernels,
     x: FeatureMap,
     statistics: tuple[Tensor, Tensor],
@@ -137,7 +137,7 @@ def normalize_given(  # noqa: PLR0913, PLR0917
 
 class _Given(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         weight, bias, statistics, options, differentiable, kernels = arguments
         ctx.save_for_backward(x, weight, *statistics)
         ctx.options, ctx.kernels, ctx.differentiable = options, kernels, differentiable
@@ -145,7 +145,7 @@ class _Given(torch.autograd.Function):
         return (kernels or REGISTERED).evaluate_forward(x, *statistics, weight, bias, *options)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return *_three_gradients(ctx, grads[0], "evaluate_backward"), None, None, None, None
 
 
@@ -191,7 +191,7 @@ class Ended(NamedTuple):
         return y if self.activation.is_signed else residual
 
 
-def normalize_ended(  # noqa: PLR0913, PLR0917
+def normalize_ended(  # noqa: PLR0913
     kernels: Kernels,
     x: FeatureMap,
     residual: FeatureMap | None,
@@ -216,10 +216,10 @@ def normalize_ended(  # noqa: PLR0913, PLR0917
 class _Ended(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         residual: Tensor | None,
-        *arguments: Any,  # noqa: ANN401
+        *arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         weight, bias, ended, differentiable, kernels = arguments
         y, table = ended.compute(kernels, x, residual, weight, bias)
@@ -234,13 +234,13 @@ class _Ended(torch.autograd.Function):
         return y, table
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None:
             return (None,) * 7
         return *_ended_gradients(ctx, grads[0]), None, None, None
 
 
-def _ended_gradients(ctx: Any, grad: Tensor) -> EndedGradients:  # noqa: ANN401
+def _ended_gradients(ctx: Any, grad: Tensor) -> EndedGradients:
     """Gradients of x, residual, weight and bias; None where not wanted."""
     x, kept, weight, bias, *tables = ctx.saved_tensors
     wanted = wants_x, wants_residual, *wants = ctx.needs_input_grad[:4]
@@ -285,7 +285,7 @@ def normalize_positions(
 
 class _Positional(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         weight, bias, eps, differentiable, kernels = arguments
         y, table = (kernels or REGISTERED).positional_forward(x, weight, bias, eps)
         _keep(ctx, (x, weight, bias), table, differentiable)
@@ -293,7 +293,7 @@ class _Positional(torch.autograd.Function):
         return y, table
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return *_three_gradients(ctx, grads[0], "positional_backward"), None, None, None
 
 
@@ -330,7 +330,7 @@ def normalize_composite(
 
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         *parameters, options, buffers, differentiable, kernels = arguments
         programs, share = options
         operator = (kernels or REGISTERED).composite_forward
@@ -342,13 +342,13 @@ class _Composite(torch.autograd.Function):
         return y, table
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 9
         return *_composite_gradients(ctx, grads[0]), None, None, None, None
 
 
-def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:  # noqa: ANN401
+def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     x, first, second, third, fourth, table = ctx.saved_tensors
     parameters = (first, second, third, fourth)
     wanted = ctx.needs_input_grad[:5]
@@ -376,7 +376,7 @@ _RECORD_POOLED, _RECORD_GIVEN, _RECORD_ENDED, _RECORD_POSITIONAL, _RECORD_COMPOS
 
 
 def _keep(
-    ctx: Any,  # noqa: ANN401
+    ctx: Any,
     inputs: tuple[Tensor, Tensor | None, Tensor | None],
     table: Tensor,
     differentiable: Differentiable | None,
@@ -390,7 +390,7 @@ def _keep(
     ctx.set_materialize_grads(False)
 
 
-def _three_gradients(ctx: Any, grad: Tensor | None, name: str) -> Gradients:  # noqa: ANN401
+def _three_gradients(ctx: Any, grad: Tensor | None, name: str) -> Gradients:
     """Gradients of x, weight and bias, in the parameters' dtypes; None where not wanted."""
     if grad is None:
         return None, None, None

@@ -89,7 +89,7 @@ def define() -> None:
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse a real call that came here because one of its tensors is on the meta device."""
 
-    def checked(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the operator takes and returns
+    def checked(*arguments: Any) -> Any:
         devices = {a.device for a in arguments if isinstance(a, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(
@@ -118,7 +118,7 @@ def _table(x: Tensor, *shape: int | torch.SymInt, wide: bool = True) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
-def _pooled_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _pooled_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     num_groups, examples_per_group, _, channel_statistics = arguments[2:6]
     num_examples, num_channels = x.shape[:2]
     num_batches = 1
@@ -128,7 +128,7 @@ def _pooled_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noq
     return _result(x), _table(x, 2, num_cells)
 
 
-def _three(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _three(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     need_weight, need_bias = arguments[-2:]
     num_channels = x.shape[1]
     dweight = _table(x, num_channels if need_weight else 0, wide=False)
@@ -139,18 +139,18 @@ def _three(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # n
 def _ended_forward(
     x: Tensor,
     residual: Tensor | None,
-    *arguments: Any,  # noqa: ANN401
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     return _pooled_forward(x, *arguments)
 
 
-def _four(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _four(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     dx, dweight, dbias = _three(grad, x, *arguments)
     need_residual = arguments[-3]
     return dx, _result(x) if need_residual else _table(x, 0, wide=False), dweight, dbias
 
 
-def _composite_forward(x: Tensor, program: str, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _composite_forward(x: Tensor, program: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     num_examples, num_channels = x.shape[:2]
     return _result(x), _table(x, 2, num_examples * num_channels + parsed(program).kept_columns)
 
@@ -160,7 +160,7 @@ def _composite_backward(
     x: Tensor,
     table: Tensor,
     program: str,
-    *arguments: Any,  # noqa: ANN401
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     wanted = arguments[-1]
     sizes = [

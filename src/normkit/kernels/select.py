@@ -228,7 +228,7 @@ def primitives(x: Tensor) -> ModuleType:
     """The module whose ``moments``, ``apply``, ``reduce_grad`` and ``combine_grad`` take ``x``."""
     kernels = decide(x).kernels
     if kernels == "triton":
-        from normkit.kernels.triton import primitives as triton_primitives  # noqa: PLC0415 - slow
+        from normkit.kernels.triton import primitives as triton_primitives  # slow
 
         return triton_primitives
     return cpu_primitives if kernels == "cpu" else reference
@@ -305,7 +305,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _triton() -> ModuleType:
-    from normkit.kernels import triton  # noqa: PLC0415 - slow, and nothing for the CPU
+    from normkit.kernels import triton  # slow, and nothing for the CPU
 
     return triton
 

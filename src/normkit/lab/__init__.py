@@ -15,10 +15,10 @@ _HOMES = {
 __all__ = ["Recipe", "Result", "compare"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever has that name
+def __getattr__(name: str) -> Any:
     """Import what is asked for; the rest of the lab is not needed for it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415 - as above
+    from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)

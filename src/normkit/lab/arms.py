@@ -162,7 +162,7 @@ class Arm:
         self,
         model: nn.Module,
         *,
-        example_input: Any,  # noqa: ANN401
+        example_input: Any,
         batch_size: int | None = None,
         name: str = "",
     ) -> BuiltModel:
@@ -212,7 +212,7 @@ class Arm:
         norms = tuple(self._report(at, places[at].slot, spec) for at, spec in specs.items())
         return BuiltModel(model=model, norms=norms, standardized=changed)
 
-    def places_(self, model: nn.Module, example_input: Any, name: str) -> Mapping[str, Place]:  # noqa: ANN401
+    def places_(self, model: nn.Module, example_input: Any, name: str) -> Mapping[str, Place]:
         """Say what stands where, in the order of the modules; norms after a sum are added.
 
         Nothing else is changed.
@@ -252,7 +252,7 @@ class Arm:
     def _special_(
         self,
         model: nn.Module,
-        example_input: Any,  # noqa: ANN401
+        example_input: Any,
         rule: tuple[str, str],
     ) -> dict[str, NormSpec]:
         """What the placement puts where; that of IBN-Net-b is carried out."""
@@ -263,7 +263,7 @@ class Arm:
         own = self.norm if self.placement == IBN_A else None
         return {change.name: own or NormSpec.parse(change.new) for change in done.changes}
 
-    def _placing(self, model: nn.Module, example_input: Any) -> Conversion:  # noqa: ANN401
+    def _placing(self, model: nn.Module, example_input: Any) -> Conversion:
         """Place by the paper's tool, but for IBN-Net-b without changing anything."""
         if self.placement == IBN_B:
             return place_ibn_(model, "b", example_input=example_input)

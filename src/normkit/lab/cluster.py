@@ -80,7 +80,7 @@ def _nothing() -> None:
     """Tell nobody of a step."""
 
 
-def _record(ray: Any, task: Any, spec: S, work: Work[S, R]) -> R:  # noqa: ANN401 - Ray's
+def _record(ray: Any, task: Any, spec: S, work: Work[S, R]) -> R:
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
@@ -117,7 +117,7 @@ def joined_cluster() -> Iterator[Any]:
         DataError: If the cluster cannot be reached.
     """
     try:
-        import ray  # noqa: PLC0415 - an extra
+        import ray  # an extra
     except ModuleNotFoundError as error:
         raise PackageError(
             "--cluster ray needs Ray: pip install 'normkit[cluster]'; or leave --cluster out"

@@ -64,7 +64,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:  # noqa: ANN401 - a function
+def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:
     """A sweep from values by name.
 
     Args:
@@ -81,7 +81,7 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:  # noqa: ANN
     return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | lists, spelled)
 
 
-def options_of(values: Mapping[str, Any], spelled: Any) -> RunOptions:  # noqa: ANN401 - a function
+def options_of(values: Mapping[str, Any], spelled: Any) -> RunOptions:
     """How the runs are done, from values by name; others keep their defaults.
 
     Raises:

@@ -219,7 +219,7 @@ class Result:
             PackageError: If pandas is not installed.
         """
         try:
-            import pandas as pd  # noqa: PLC0415 - not needed otherwise
+            import pandas as pd  # not needed otherwise
         except ModuleNotFoundError as error:
             raise PackageError("frame() needs pandas: pip install pandas; or use rows()") from error
         return pd.DataFrame(self.rows())
@@ -231,7 +231,7 @@ class Result:
 
 def compare(  # noqa: PLR0913 - all but two by keyword
     model: str | Callable[..., nn.Module] = "small-resnet",
-    data: Any = "digits",  # noqa: ANN401 - a name, a folder, or data sets
+    data: Any = "digits",
     *,
     norms: str | Iterable[str] = ("bn", "gn:8", "bgn:auto"),
     batch_sizes: int | Iterable[int] = (2, 8, 32),
@@ -245,7 +245,7 @@ def compare(  # noqa: PLR0913 - all but two by keyword
     tune_lr: float | Iterable[float] = (),
     save_weights: bool = False,
     show: Show | None = None,
-    **protocol: Any,  # noqa: ANN401 - fields of Protocol
+    **protocol: Any,
 ) -> Result:
     """Train one network with several norms at several batch sizes, and say which is best.
 
@@ -322,14 +322,14 @@ def _recipe(given: Recipe | Mapping[str, Any] | None) -> Recipe:
     return given if isinstance(given, Recipe) else Recipe.checked(given or {})
 
 
-def _each(given: Any) -> tuple[Any, ...]:  # noqa: ANN401 - one value or several
+def _each(given: Any) -> tuple[Any, ...]:
     """Several values; one alone is read as the only one."""
     if isinstance(given, str):
         return parse_arms(given)
     return tuple(given) if isinstance(given, Iterable) else (given,)
 
 
-def _data_name(given: Any) -> str:  # noqa: ANN401 - as in compare
+def _data_name(given: Any) -> str:
     if isinstance(given, Path):
         return f"{PREFIX}{given}"
     return given if isinstance(given, str) else name_of(given, "data")

@@ -27,7 +27,7 @@ def require_precision(precision: str, device: torch.device) -> None:
         raise SpecError("this GPU does not compute in bfloat16; give 16-mixed or 32-true")
 
 
-def make_fabric(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN401 - Fabric, or alike
+def make_fabric(protocol: Protocol, device: torch.device) -> Any:
     """Where and how a run computes.
 
     Raises:
@@ -85,7 +85,7 @@ class Alone:
         )
 
 
-def _together(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN401 - Fabric
+def _together(protocol: Protocol, device: torch.device) -> Any:
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", protocol.processes))
     strategy: Any = "ddp"
     if protocol.strategy == "fsdp":
@@ -100,22 +100,22 @@ def _together(protocol: Protocol, device: torch.device) -> Any:  # noqa: ANN401 
     )
 
 
-def _launched(device: torch.device, **options: Any) -> Any:  # noqa: ANN401 - Fabric
+def _launched(device: torch.device, **options: Any) -> Any:
     fabric = _package().Fabric(accelerator=device.type, **options)
     fabric.launch()
     return fabric
 
 
 @cache
-def _package() -> Any:  # noqa: ANN401 - a module, slow to import
-    import lightning_fabric  # noqa: PLC0415 - as above
+def _package() -> Any:
+    import lightning_fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it greets on every start
     return lightning_fabric
 
 
-def _sharded(model: nn.Module, mesh: Any) -> nn.Module:  # noqa: ANN401 - a DeviceMesh
+def _sharded(model: nn.Module, mesh: Any) -> nn.Module:
     """Every process keeps a part of each parameter: FSDP2."""
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - needed by few
+    from torch.distributed.fsdp import fully_shard  # needed by few
 
     return fully_shard(model, mesh=mesh["data_parallel"])  # type: ignore[return-value]

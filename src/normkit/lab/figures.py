@@ -25,7 +25,7 @@ INK = "#1d2126"
 
 
 @contextmanager
-def figure_file(path: Path, **options: Any) -> Generator[Any]:  # noqa: ANN401 - of matplotlib
+def figure_file(path: Path, **options: Any) -> Generator[Any]:
     """Draw on a matplotlib figure in a block; it is written, whole, at the end.
 
     Args:
@@ -35,8 +35,8 @@ def figure_file(path: Path, **options: Any) -> Generator[Any]:  # noqa: ANN401 -
     Raises:
         DataError: If it cannot be written.
     """
-    import matplotlib as mpl  # noqa: PLC0415 - only who draws waits for it
-    from matplotlib.figure import Figure  # noqa: PLC0415 - as above
+    import matplotlib as mpl  # only who draws waits for it
+    from matplotlib.figure import Figure
 
     rules: dict[Any, Any] = {
         "svg.hashsalt": "normkit",
@@ -67,7 +67,7 @@ class Curve:
     values: Any
 
 
-def draw_curves(axes: Any, curves: Iterable[Curve], labels: Mapping[str, str]) -> None:  # noqa: ANN401
+def draw_curves(axes: Any, curves: Iterable[Curve], labels: Mapping[str, str]) -> None:
     """Draw lines in styles of their own.
 
     Args:
@@ -88,7 +88,7 @@ def draw_curves(axes: Any, curves: Iterable[Curve], labels: Mapping[str, str]) -
     axes.legend(fontsize=FONT_SIZE - 1)
 
 
-def label_axes(axes: Any, labels: Mapping[str, str]) -> None:  # noqa: ANN401 - of matplotlib
+def label_axes(axes: Any, labels: Mapping[str, str]) -> None:
     """Put title and names of axes, and a grid."""
     axes.set_title(labels["title"], fontsize=FONT_SIZE + 1)
     axes.set_xlabel(labels["x"], fontsize=FONT_SIZE)

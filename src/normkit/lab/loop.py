@@ -24,7 +24,7 @@ from normkit.lab.torchvision_ops import register_missing_operators
 
 
 def make_optimizer(
-    params: Any,  # noqa: ANN401 - parameters, or groups of them
+    params: Any,
     recipe: Recipe,
     rate: float,
     *,
@@ -47,7 +47,7 @@ def make_optimizer(
     return kind(params, **options)
 
 
-def _groups(model: nn.Module, recipe: Recipe) -> Any:  # noqa: ANN401 - as torch takes them
+def _groups(model: nn.Module, recipe: Recipe) -> Any:
     """All parameters; the norms' decay by a rate of their own if the recipe has one."""
     if recipe.norm_weight_decay is None:
         return model.parameters()

@@ -34,7 +34,7 @@ class ApplyNorm:
     def __call__(
         self,
         model: nn.Module,
-        example_input: Any = None,  # noqa: ANN401 - whatever the model takes
+        example_input: Any = None,
     ) -> nn.Module:
         """Replace the norms of a network in place.
 

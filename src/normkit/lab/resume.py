@@ -186,12 +186,12 @@ def _about(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _own_part(value: Any) -> Any:  # noqa: ANN401 - a state dict's
+def _own_part(value: Any) -> Any:
     """This process's part of a tensor that FSDP shares out; anything else as it is."""
     return value.to_local() if hasattr(value, LOCAL) else value
 
 
-def _like(whole: Any, part: Tensor) -> Tensor:  # noqa: ANN401 - it may be distributed
+def _like(whole: Any, part: Tensor) -> Tensor:
     """A process's part as the tensor that it is a part of; a step count is no part."""
     if not hasattr(whole, LOCAL) or part.dim() != whole.dim():
         return part

@@ -86,7 +86,7 @@ class Slot:
                 layer.train(training)(torch.empty(size * num_examples // PROBE_SIZE, *rest))
 
 
-def find_slots(model: nn.Module, example_input: Any, name: str) -> Mapping[str, Slot]:  # noqa: ANN401
+def find_slots(model: nn.Module, example_input: Any, name: str) -> Mapping[str, Slot]:
     """Find the norms of a model, and send an example through it, which leaves it as it was.
 
     Raises:
@@ -138,7 +138,7 @@ def is_batch_norm(norm: nn.Module) -> bool:
         return isinstance(norm, _BatchNorm | TrackingLayer)
 
 
-def _described(example_input: Any) -> str:  # noqa: ANN401
+def _described(example_input: Any) -> str:
     if isinstance(example_input, Tensor):
         return f"inputs of shape {tuple(example_input.shape[1:])}"
     return "the example input"

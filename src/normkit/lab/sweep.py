@@ -39,7 +39,7 @@ def carry_out(specs: Sequence[S], way: Way, work: Work[S, R], watcher: Watcher[S
     if not specs:
         return
     if way.cluster is not None:
-        from normkit.lab.cluster import run_on_ray  # noqa: PLC0415 - its package is an extra
+        from normkit.lab.cluster import run_on_ray  # its package is an extra
 
         run_on_ray(specs, way.upkeep, watcher, work)
         return
@@ -65,7 +65,7 @@ def reached(cluster: str | None) -> AbstractContextManager[Any]:
     """
     if cluster is None:
         return nullcontext()
-    from normkit.lab.cluster import joined_cluster  # noqa: PLC0415 - its package is an extra
+    from normkit.lab.cluster import joined_cluster  # its package is an extra
 
     return joined_cluster()
 

@@ -37,7 +37,7 @@ PREFIX = "python:"
 _seen: dict[tuple[str, int], str | None] = {}  # the source of a function when it was first given
 
 
-def name_of(given: Any, kind: str) -> str:  # noqa: ANN401 - a function or data sets
+def name_of(given: Any, kind: str) -> str:
     """A text that stands for what a user gave in Python.
 
     ``FILE.py:NAME`` for a function at the top of a file, which other processes and the command
@@ -57,7 +57,7 @@ def name_of(given: Any, kind: str) -> str:  # noqa: ANN401 - a function or data 
     return reference
 
 
-def _require_unchanged(reference: str, given: Any) -> None:  # noqa: ANN401 - as above
+def _require_unchanged(reference: str, given: Any) -> None:
     """Refuse a function whose file was edited after Python had read it."""
     now = source_hash(reference)
     if _seen.setdefault((reference, id(given)), now) != now:
@@ -67,7 +67,7 @@ def _require_unchanged(reference: str, given: Any) -> None:  # noqa: ANN401 - as
         )
 
 
-def _digest(given: Any, seen: frozenset[int] = frozenset()) -> str:  # noqa: ANN401 - as above
+def _digest(given: Any, seen: frozenset[int] = frozenset()) -> str:
     """Twelve digits over a function: its source, its defaults, and what it uses from around it.
 
     Functions and classes that it uses count by their source, as deep as they can be read; anything
@@ -149,7 +149,7 @@ def load_function(text: str, option: str) -> Callable[..., Any]:
     return function
 
 
-def held(text: str, option: str) -> Any:  # noqa: ANN401 - what a user gave
+def held(text: str, option: str) -> Any:
     """What Python gave under this name.
 
     Raises:

@@ -58,7 +58,7 @@ class NormLayer(nn.Module, ABC):
     _activation_name: ActivationName | None = None
     _negative_slope = 0.01
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - what __init__ takes
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Say in words what is wrong with a call that the constructor does not take."""
         if len(args) > 1 or kwargs:
             require_arguments(cls, args, kwargs)
@@ -253,7 +253,7 @@ class NormLayer(nn.Module, ABC):
             return self.option(option) != _SHOWN_IF_SET[option]
         return option not in _NOT_SHOWN and hasattr(self, option)
 
-    def option(self, name: str) -> Any:  # noqa: ANN401 - any option
+    def option(self, name: str) -> Any:
         """Value of a constructor's option that builds the layer as it is now."""
         if name == "bias":  # the attribute of that name is the parameter
             return self.has_shift or not self.affine
@@ -428,7 +428,7 @@ class TrackingLayer(NormLayer):
             value = torch.tensor(self.example_weight, dtype=torch.float64)
             destination[f"{prefix}example_weight"] = value
 
-    def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - torch's signature
+    def _load_from_state_dict(  # noqa: PLR0913 - torch's signature
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -513,12 +513,12 @@ class StageOption:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, layer: nn.Module | None, owner: type) -> Any:  # noqa: ANN401 - any option
+    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
         if layer is None:
             return self
         return getattr(getattr(layer, self.stages[0]), self.name)
 
-    def __set__(self, layer: nn.Module, value: Any) -> None:  # noqa: ANN401
+    def __set__(self, layer: nn.Module, value: Any) -> None:
         for stage in self.stages:
             if stage in layer._modules:  # the constructor sets options before there are stages
                 setattr(layer._modules[stage], self.name, value)

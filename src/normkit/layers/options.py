@@ -121,7 +121,7 @@ def signature_of(layer: type[nn.Module]) -> inspect.Signature:
     return inspect.Signature(ordered, __validate_parameters__=False)
 
 
-def default_of(layer: type[nn.Module], option: str) -> Any:  # noqa: ANN401 - any option
+def default_of(layer: type[nn.Module], option: str) -> Any:
     """Default of an option, where a constructor of the class or its bases has one; or None."""
     for kind in (kind for kind in layer.__mro__ if "__init__" in vars(kind)):
         parameter = inspect.signature(vars(kind)["__init__"]).parameters.get(option)
@@ -143,7 +143,7 @@ def require_arguments(
     name, known = layer.__name__, list(signature_of(layer).parameters)
     unknown = [option for option in options if option not in known]
     if unknown:
-        from difflib import get_close_matches  # noqa: PLC0415 - slow import
+        from difflib import get_close_matches  # slow import
 
         close = get_close_matches(unknown[0], known, n=1)
         raise ArgumentError(

@@ -21,7 +21,7 @@ Users pass one for batches of a form that ``forward_batch`` does not know.
 """
 
 
-def forward_batch(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+def forward_batch(model: nn.Module, batch: Any) -> Any:
     """Send a batch through a model: inputs, ``(inputs, target)``, or named arguments.
 
     Inputs are a tensor, a list of tensors (as detection models take), or a dict of named arguments.
@@ -48,7 +48,7 @@ def forward_batch(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
         ) from error
 
 
-def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the keyword arguments with which to call a model for a batch.
 
     Raises:
@@ -67,7 +67,7 @@ def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
     return args, named
 
 
-def _split(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+def _split(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split a batch into positional and keyword arguments, without checking the forward."""
     if isinstance(batch, Tensor) or (_is_list_of_tensors(batch) and _takes_list(model)):
         return (batch,), {}
@@ -119,19 +119,19 @@ def _takes_list(model: nn.Module) -> bool:
     return bool(parameters) and "list[" in str(parameters[0].annotation).lower()
 
 
-def _is_list_of_tensors(given: Any) -> bool:  # noqa: ANN401
+def _is_list_of_tensors(given: Any) -> bool:
     is_list = isinstance(given, tuple | list) and bool(given)
     return is_list and all(isinstance(each, Tensor) for each in given)
 
 
-def _described(batch: Any) -> str:  # noqa: ANN401
+def _described(batch: Any) -> str:
     kinds = [type(each).__name__ for each in batch] if isinstance(batch, tuple | list) else ()
     return f"a batch of type {type(batch).__name__}" + (
         f" ({', '.join(kinds[:5])})" if kinds else ""
     )
 
 
-def moved(batch: Any, device: torch.device | None) -> Any:  # noqa: ANN401
+def moved(batch: Any, device: torch.device | None) -> Any:
     """Return a batch with all of its tensors on a device; None leaves them where they are.
 
     Objects that torch's pytree does not know are moved by their own ``to`` method if they have one,
@@ -140,7 +140,7 @@ def moved(batch: Any, device: torch.device | None) -> Any:  # noqa: ANN401
     return batch if device is None else tree_map(partial(_moved, device), batch)
 
 
-def _moved(device: torch.device, leaf: Any) -> Any:  # noqa: ANN401
+def _moved(device: torch.device, leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.to(device, non_blocking=True)
     if callable(to := getattr(leaf, "to", None)):
@@ -156,7 +156,7 @@ def device_of(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
-def num_examples(batch: Any) -> int | None:  # noqa: ANN401
+def num_examples(batch: Any) -> int | None:
     """Count the examples of a batch, or return None if it contains no tensor with an axis.
 
     A list of input tensors counts its elements; other batches count along axis 0 of their first

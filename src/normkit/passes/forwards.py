@@ -33,13 +33,13 @@ def replaced_forward(module: nn.Module, make: Callable[[Function], Function]) ->
             vars(module)["forward"] = own
 
 
-def call_with(model: nn.Module, example_input: Any) -> Any:  # noqa: ANN401
+def call_with(model: nn.Module, example_input: Any) -> Any:
     """Call a model with a tuple of arguments, a dict of keyword arguments, or a single argument."""
     if isinstance(example_input, dict):
         return model(**example_input)
     return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
 
 
-def copied(example_input: Any) -> Any:  # noqa: ANN401
+def copied(example_input: Any) -> Any:
     """Copy the tensors of an example input, because a forward may modify its input in place."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_input)

@@ -57,7 +57,7 @@ class TemporaryHook:
     def __init__(self, act: Callable[..., Any]) -> None:
         self._act = act
 
-    def __call__(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - as torch's hooks
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """Call the hook function."""
         return self._act(*args, **named)
 
@@ -68,7 +68,7 @@ class TemporaryHook:
 class InertHook:
     """Takes the place of a ``TemporaryHook`` in a copy of the model, and does nothing."""
 
-    def __call__(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
+    def __call__(self, *_given: Any, **_named: Any) -> None:
         """Do nothing."""
 
 

@@ -36,7 +36,7 @@ def watch_entry(layer: nn.Module, on_input: OnInput) -> Generator[None]:
         handle.remove()
 
 
-def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     """Return the first positional or else the first keyword argument; None if there is none."""
     return args[0] if args else next(iter(named.values()), None)
 
@@ -44,7 +44,7 @@ def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:  # noq
 def first_calls(
     model: nn.Module,
     layers: Collection[nn.Module],
-    batch: Any,  # noqa: ANN401
+    batch: Any,
     forward: Forward = forward_batch,
     watch: WatchLayer = watch_entry,
 ) -> dict[nn.Module, int]:
@@ -59,7 +59,7 @@ def first_calls(
     """
     calls: dict[nn.Module, int] = {}
 
-    def count(layer: nn.Module, *_: Any) -> None:  # noqa: ANN401
+    def count(layer: nn.Module, *_: Any) -> None:
         calls[layer] = calls.get(layer, 0) + 1
 
     with ExitStack() as stack, torch.no_grad():
@@ -124,7 +124,7 @@ def show_inputs(
     for batch in batches:
         num_seen = 0
 
-        def count(*given: Any) -> None:  # noqa: ANN401
+        def count(*given: Any) -> None:
             nonlocal num_seen
             num_seen += 1
             on_input(*given)

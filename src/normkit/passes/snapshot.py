@@ -91,7 +91,7 @@ def _is_known(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] in ("torch", "normkit")
 
 
-def _save_attributes(owner: Any, every: bool = True) -> CleanupStep:  # noqa: ANN401
+def _save_attributes(owner: Any, every: bool = True) -> CleanupStep:
     """Save an object's class and attributes, or, unless ``every``, only those that torch manages.
 
     The content of torch's containers is saved too.
@@ -126,25 +126,25 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor.data) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
 
 
-def _copied(held: Any) -> Any:  # noqa: ANN401 - a dict, a list or a set
+def _copied(held: Any) -> Any:
     if isinstance(held, dict):
         return dict(held)  # ten times as fast as copy.copy() of an OrderedDict
     return set(held) if isinstance(held, set) else list(held)
 
 
-def _save_content(held: Any) -> CleanupStep:  # noqa: ANN401
+def _save_content(held: Any) -> CleanupStep:
     before = _copied(held)
     return lambda: _refill(held, before)
 
 
-def _refill(held: Any, before: Any) -> None:  # noqa: ANN401
+def _refill(held: Any, before: Any) -> None:
     """Restore the content and order of a container; the container stays the same object."""
     if not _has_content(held, before):
         held.clear()
         (held.extend if isinstance(held, list) else held.update)(before)
 
 
-def _has_content(held: Any, before: Any) -> bool:  # noqa: ANN401
+def _has_content(held: Any, before: Any) -> bool:
     if not held or not before:
         return not held and not before
     if isinstance(held, set):

@@ -139,12 +139,12 @@ def _why_hidden(module: nn.Module, sharded: bool) -> str:
     return ""
 
 
-def _calls_operators(module: Any) -> bool:  # noqa: ANN401 - torch.fx is not imported for this
+def _calls_operators(module: Any) -> bool:
     """Whether a graph calls operators of torch's dispatcher, as graphs of ``torch.export`` do."""
     return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
 
 
-def _norm_function(module: Any) -> str:  # noqa: ANN401 - torch.fx is not imported for this
+def _norm_function(module: Any) -> str:
     """Name of the first norm that a graph calls as a function; empty if there is none."""
     called = (node.target for node in module.graph.nodes if node.op == "call_function")
     norms = (each for each in called if any(part in str(each) for part in NORM_FUNCTIONS))

@@ -26,7 +26,7 @@ from normkit.tracing.kinds import (
 
 
 @changes_nothing
-def trace_by_running(model: nn.Module, example_input: Any) -> Graph:  # noqa: ANN401
+def trace_by_running(model: nn.Module, example_input: Any) -> Graph:
     """Record the calls of one forward in evaluation mode, without gradients.
 
     Args:
@@ -66,7 +66,7 @@ class _Recorder(TorchFunctionMode):
         self._depth = 0  # number of leaf modules that are being called; inside, nothing is recorded
         self.record("input", "input", (), inputs)
 
-    def record(self, name: str, kind: Any, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:  # noqa: ANN401
+    def record(self, name: str, kind: Any, inputs: Iterable[Any], outputs: Iterable[Any]) -> None:
         """Record a call as the latest one that made or changed the output tensors."""
         sources = [self._made_by.get(t) for t in inputs if isinstance(t, Tensor)]
         known = tuple(dict.fromkeys(index for index in sources if index is not None))
@@ -81,7 +81,7 @@ class _Recorder(TorchFunctionMode):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if self._depth == 0:
             name = plain_name(func)
@@ -93,10 +93,10 @@ class _Recorder(TorchFunctionMode):
     def register_hooks(self, name: str, module: nn.Module) -> tuple[RemovableHandle, ...]:
         """Record each call of a leaf module as one call; return the handles of the hooks."""
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._depth += 1
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._depth -= 1
             if self._depth == 0:
                 inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(output)

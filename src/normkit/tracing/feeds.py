@@ -49,7 +49,7 @@ class Feeds:
     how: str
 
 
-def trace_feeds(model: nn.Module, example_input: Any = None) -> Feeds:  # noqa: ANN401
+def trace_feeds(model: nn.Module, example_input: Any = None) -> Feeds:
     """Find the norms of a model and the convolutions and linear layers that feed them.
 
     A layer feeds a norm if its output reaches the norm directly, or through operations that only

@@ -34,7 +34,7 @@ class _Tracer(fx.Tracer):
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Call the module's forward without its hooks, because users' hooks expect tensors."""
         return super().call_module(m, m.forward, args, kwargs)
 

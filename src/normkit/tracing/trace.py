@@ -14,7 +14,7 @@ from normkit.tracing.kinds import is_norm
 from normkit.tracing.symbolic import trace_symbolically
 
 
-def trace(model: nn.Module, example_input: Any = None) -> Graph:  # noqa: ANN401
+def trace(model: nn.Module, example_input: Any = None) -> Graph:
     """Trace one forward of a model with ``torch.fx``, or else by running it on an example input.
 
     ``torch.fx`` traces the model in its current mode; the example input is sent through the model

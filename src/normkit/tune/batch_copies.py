@@ -60,7 +60,7 @@ class _WeightHook:
             layer._example_weight = weights
         return args, named
 
-    def _repeated(self, x: Any) -> Any:  # noqa: ANN401 - whatever a norm is given
+    def _repeated(self, x: Any) -> Any:
         """Repeat the input of the first norm, and of norms on branches that start before it."""
         if not isinstance(x, Tensor):
             return x
@@ -78,19 +78,19 @@ class _WeightHook:
         return alphas.repeat_interleave(size)[:, None]
 
 
-def repeated(batch: Any, num_copies: int) -> Any:  # noqa: ANN401 - whatever a batch is
+def repeated(batch: Any, num_copies: int) -> Any:
     """Repeat every tensor of a batch along the first axis."""
     return tree_map_only(Tensor, lambda t: torch.cat([t] * num_copies) if t.ndim else t, batch)
 
 
-def split(output: Any, num_copies: int) -> list[Any]:  # noqa: ANN401
+def split(output: Any, num_copies: int) -> list[Any]:
     """Split a model's output into the outputs of the copies.
 
     Raises:
         CopiesError: If it holds anything other than tensors that can be split.
     """
 
-    def part(leaf: Any, index: int) -> Any:  # noqa: ANN401
+    def part(leaf: Any, index: int) -> Any:
         if leaf is None:
             return None
         if not isinstance(leaf, Tensor) or not leaf.ndim or leaf.shape[0] % num_copies:
@@ -100,7 +100,7 @@ def split(output: Any, num_copies: int) -> list[Any]:  # noqa: ANN401
     return [tree_map(lambda leaf, i=i: part(leaf, i), output) for i in range(num_copies)]
 
 
-def agree(output: Any, expected: Any) -> bool:  # noqa: ANN401
+def agree(output: Any, expected: Any) -> bool:
     """Whether two outputs differ by no more than rounding."""
     pairs = list(zip(tree_leaves(output), tree_leaves(expected), strict=False))
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]

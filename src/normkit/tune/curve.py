@@ -111,7 +111,7 @@ class WeightCurve(Measurement):
             return f"loss {change} at {best.alpha:g}"
         return f"top {column[3:]} {100 * gain:+.2g} points at {best.alpha:g}"
 
-    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+    def plot(self) -> Any:
         """Draw a panel for each column; weights are spaced evenly, so that both ends are seen.
 
         Raises:
@@ -212,7 +212,7 @@ class _Classes(Metric):
     def __init__(self) -> None:
         super().__init__(name="accuracy and loss", score=scores_and_targets, larger_is_better=True)  # type: ignore[arg-type]
 
-    def of(self, output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+    def of(self, output: Any, batch: Any) -> Tensor:
         """Scores of a batch, ``(3, n)`` in float64; NaN for the first five of too few classes."""
         scores, target = scores_and_targets(output, batch)
         right = (scores.argmax(1) == target).double()

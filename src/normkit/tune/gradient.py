@@ -86,7 +86,7 @@ class _BatchCost:
         place: Place of the batch's first example among all examples.
     """
 
-    def __init__(self, sweep: Sweep, batch: Any, place: int) -> None:  # noqa: ANN401 - see passes
+    def __init__(self, sweep: Sweep, batch: Any, place: int) -> None:
         self.sweep, self.batch, self.place = sweep, batch, place
         self.num_examples = 0
 

@@ -32,7 +32,7 @@ class Metric:
     larger_is_better: bool
     binary: bool = False
 
-    def of(self, output: Any, batch: Any) -> Tensor:  # noqa: ANN401 - whatever a model takes and gives
+    def of(self, output: Any, batch: Any) -> Tensor:
         """Score a batch, ``(n,)`` in float64.
 
         Raises:
@@ -70,12 +70,12 @@ def read_metric(metric: Literal["loss", "accuracy"] | Score, larger_is_better: b
     return Metric(name=name, score=metric, larger_is_better=larger_is_better)
 
 
-def _loss(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+def _loss(output: Any, batch: Any) -> Tensor:
     scores, target = scores_and_targets(output, batch)
     return functional.cross_entropy(scores.double(), target, reduction="none")
 
 
-def _accuracy(output: Any, batch: Any) -> Tensor:  # noqa: ANN401
+def _accuracy(output: Any, batch: Any) -> Tensor:
     scores, target = scores_and_targets(output, batch)
     return (scores.argmax(1) == target).double()
 
@@ -86,7 +86,7 @@ KNOWN = {
 }
 
 
-def scores_and_targets(output: Any, batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def scores_and_targets(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """Read the class scores ``(N, K)`` and the targets ``(N,)`` from an output and its batch.
 
     Raises:
@@ -118,7 +118,7 @@ def _require_classes(target: Tensor, num_classes: int) -> None:
         )
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401
+def _shown(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"of type {type(value).__name__}"
     return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"

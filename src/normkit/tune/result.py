@@ -112,7 +112,7 @@ class Tuning:
         """
         return self._sweep.layers.undo()
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:  # noqa: ANN401 - no import here
+    def plot(self, path: str | PathLike[str] | None = None) -> Any:
         """Plot the gain over the weights; return matplotlib's figure.
 
         Args:
@@ -121,7 +121,7 @@ class Tuning:
         Raises:
             PackageError: If matplotlib is not installed.
         """
-        from normkit.tune.figure import draw  # noqa: PLC0415 - matplotlib is slow and optional
+        from normkit.tune.figure import draw  # matplotlib is slow and optional
 
         figure = draw(self)
         if path is not None:

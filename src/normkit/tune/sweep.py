@@ -77,14 +77,14 @@ class Sweep:
         with kernels, untouched(self.model, training=False):
             yield
 
-    def _plain(self, batch: Any, weights: Weights) -> Tensor:  # noqa: ANN401 - see passes.batches
+    def _plain(self, batch: Any, weights: Weights) -> Tensor:
         return self.metric.of(self._output(batch, weights), batch)
 
-    def _output(self, batch: Any, weights: Weights) -> Any:  # noqa: ANN401
+    def _output(self, batch: Any, weights: Weights) -> Any:
         self.layers.set_(weights)
         return self.forward(self.model, batch)
 
-    def _score_batch(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:  # noqa: ANN401
+    def _score_batch(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:
         if len(alphas) > 1 and self.how is None:
             self.how, self.max_copies = self._find_way(batch, alphas)
         while len(alphas) > 1 and self.how != WAYS[-1]:
@@ -104,11 +104,11 @@ class Sweep:
         size = -(-len(alphas) // num_parts)
         return (alphas[start : start + size] for start in range(0, len(alphas), size))
 
-    def _score_in_one_forward(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:  # noqa: ANN401
+    def _score_in_one_forward(self, batch: Any, alphas: tuple[float, ...]) -> Tensor:
         outputs = self._outputs(batch, alphas, self.how)
         return torch.stack([self.metric.of(output, batch) for output in outputs])
 
-    def _outputs(self, batch: Any, alphas: tuple[float, ...], how: How | None) -> list[Any]:  # noqa: ANN401
+    def _outputs(self, batch: Any, alphas: tuple[float, ...], how: How | None) -> list[Any]:
         at_norm = how == WAYS[0]
         given = batch if at_norm else repeated(batch, len(alphas))
         with weighed_by_copy(self.layers, alphas, repeat=at_norm):
@@ -120,7 +120,7 @@ class Sweep:
             self.how = WAYS[-1]
         self.max_copies = max(1, (self.max_copies or 1) // 2)
 
-    def _find_way(self, batch: Any, alphas: tuple[float, ...]) -> tuple[How, int]:  # noqa: ANN401
+    def _find_way(self, batch: Any, alphas: tuple[float, ...]) -> tuple[How, int]:
         """Find the first way that agrees with plain forwards on this batch.
 
         Returns:

@@ -42,7 +42,7 @@ def standardize_weights_(  # noqa: PLR0913 - the variants that published checkpo
     unbiased: bool = False,
     eps_to: EpsTo = "variance",
     gain: bool = False,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
 ) -> WeightReport:
     r"""Standardise the weights of the convolutions that feed a norm, in place.
 
@@ -113,7 +113,7 @@ def weight_norm_(
     where: Where | None = None,
     *,
     eps: float = LENGTH_EPS,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
 ) -> WeightReport:
     r"""Learn a separate length of each filter, in the convolutions that feed a norm, in place.
 
@@ -148,7 +148,7 @@ def centered_weight_norm_(
     *,
     gain: float = 1.414,
     eps: float = LENGTH_EPS,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
 ) -> WeightReport:
     r"""Give filters mean 0 and a learned length, in the convolutions that feed a norm, in place.
 
@@ -186,7 +186,7 @@ def attach_(
     make: Make,
     done: str,
     where: Where | None,
-    example_input: Any,  # noqa: ANN401
+    example_input: Any,
 ) -> WeightReport:
     """Reparametrise the weights of the chosen layers; check everything before changing anything.
 
@@ -242,7 +242,7 @@ def rules_of(module: nn.Module) -> list[Reparametrization]:
     return [rule for rule in chain if isinstance(rule, Reparametrization)]
 
 
-def _trace(model: nn.Module, where: Where | None, example_input: Any) -> Feeds | None:  # noqa: ANN401
+def _trace(model: nn.Module, where: Where | None, example_input: Any) -> Feeds | None:
     """Find which layers feed norms; None if the model cannot be traced and ``where`` decides."""
     try:
         return trace_feeds(model, example_input)

@@ -94,7 +94,7 @@ def _require_consistent_sharing(name: str, module: nn.Module, model: nn.Module) 
             )
 
 
-def _raw_weight(module: nn.Module) -> Any:  # noqa: ANN401 - a parameter, or a computed tensor
+def _raw_weight(module: nn.Module) -> Any:
     if parametrize.is_parametrized(module, "weight"):
         return module.get_submodule("parametrizations").get_submodule("weight").original
     return module._parameters.get("weight")

@@ -72,11 +72,11 @@ class WeightCache:
         cache[owner] = CachedWeight(sources, state, (value.detach(), table))
         return value
 
-    def _open(self, root: nn.Module, arguments: Any) -> None:  # noqa: ANN401
+    def _open(self, root: nn.Module, arguments: Any) -> None:
         if not torch.compiler.is_compiling():
             self._by_thread[threading.get_ident()] = {}
 
-    def _close(self, root: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ANN401
+    def _close(self, root: nn.Module, arguments: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._by_thread.pop(threading.get_ident(), None)
 

@@ -78,7 +78,7 @@ class Layout:
         return roles
 
 
-def find_layout(model: nn.Module, example_input: Any = None) -> Layout:  # noqa: ANN401
+def find_layout(model: nn.Module, example_input: Any = None) -> Layout:
     """Find the residual blocks of a model, and the norms before them.
 
     A block is a module whose own forward adds two branches: a residual branch with a chain of at
@@ -111,7 +111,7 @@ def find_layout(model: nn.Module, example_input: Any = None) -> Layout:  # noqa:
     )
 
 
-def _order(model: nn.Module, found: NamedNorms, example_input: Any) -> dict[nn.Module, int]:  # noqa: ANN401
+def _order(model: nn.Module, found: NamedNorms, example_input: Any) -> dict[nn.Module, int]:
     """Number the norms in the order of their calls; those whose calls are unknown come last."""
     names = {name: norm for norm, several in found.items() for name in several}
     called: dict[nn.Module, None] = {}

@@ -24,7 +24,7 @@ def place_gnbn_(
     norm: str | NormSpec = "gn:4",
     *,
     optimizer: Optimizer | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
     dry_run: bool = False,
 ) -> Conversion:
     """Replace the first, third, fifth, ... norm of a network by a batch-free norm, in place.
@@ -78,7 +78,7 @@ def place_gnbn_(
     return execute_plan(model, planned, standardize, optimizer, example_input, dry_run)
 
 
-def _called(model: nn.Module, found: NamedNorms, example_input: Any) -> list[nn.Module]:  # noqa: ANN401
+def _called(model: nn.Module, found: NamedNorms, example_input: Any) -> list[nn.Module]:
     """Return the norms in the order of their first calls."""
     names = {name: norm for norm, several in found.items() for name in several}
     calls = trace(model, example_input).calls

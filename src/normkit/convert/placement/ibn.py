@@ -30,7 +30,7 @@ def place_ibn_(
     variant: Variant = "a",
     *,
     optimizer: Optimizer | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
     dry_run: bool = False,
 ) -> Conversion:
     """Turn a residual network into an IBN-Net, in place.

@@ -27,7 +27,7 @@ def place_xbn_(  # noqa: PLR0913 - keyword options, each independent of the othe
     stem: bool = False,
     *,
     optimizer: Optimizer | None = None,
-    example_input: Any = None,  # noqa: ANN401
+    example_input: Any = None,
     dry_run: bool = False,
 ) -> Conversion:
     r"""Replace one batch norm of each residual block by a batch-free norm, in place.

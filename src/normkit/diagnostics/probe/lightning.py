@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
-def callback_of(probe: Probe) -> Any:  # noqa: ANN401 - a Callback, which need not be installed
+def callback_of(probe: Probe) -> Any:
     """Make a ``Callback`` that keeps the probe open during ``Trainer.fit``.
 
     Raises:
@@ -27,29 +27,29 @@ def callback_of(probe: Probe) -> Any:  # noqa: ANN401 - a Callback, which need n
         def __init__(self) -> None:
             self._last_step = 0
 
-        def on_train_start(self, trainer: Any, _module: Any) -> None:  # noqa: ANN401
+        def on_train_start(self, trainer: Any, _module: Any) -> None:
             """Open the probe."""
             self._last_step = trainer.global_step
             probe.start()
 
-        def on_train_batch_end(self, trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:  # noqa: ANN401
+        def on_train_batch_end(self, trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
             """Count a step, unless the optimizer only accumulates gradients."""
             if trainer.global_step != self._last_step:
                 self._last_step = trainer.global_step
                 probe.on_train_batch_end(outputs)
 
-        def on_train_end(self, *_: Any) -> None:  # noqa: ANN401
+        def on_train_end(self, *_: Any) -> None:
             """Close the probe."""
             probe.stop()
 
-        def on_exception(self, *_: Any) -> None:  # noqa: ANN401
+        def on_exception(self, *_: Any) -> None:
             """Close the probe after an error or an interruption."""
             probe.stop()
 
     return ProbeCallback()
 
 
-def _base() -> Any:  # noqa: ANN401
+def _base() -> Any:
     for package in PACKAGES:
         try:
             return importlib.import_module(package).Callback

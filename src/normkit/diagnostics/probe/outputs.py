@@ -13,7 +13,7 @@ from normkit.errors import DataError
 class Writer(Protocol):
     """The method of ``torch.utils.tensorboard.SummaryWriter`` that is used."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:  # noqa: ANN401
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number."""
         ...
 
@@ -21,7 +21,7 @@ class Writer(Protocol):
 class Logger(Protocol):
     """The method of a logger of Fabric, Lightning or the lab that is used."""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, /) -> Any:  # noqa: ANN401
+    def log_metrics(self, metrics: Mapping[str, float], step: int, /) -> Any:
         """Write all numbers of a step."""
         ...
 
@@ -106,14 +106,14 @@ def write_lines(path: Path, records: Iterable[ProbedStep]) -> None:
         file.writelines(record.to_json() + "\n" for record in records)
 
 
-def summary_writer(log_dir: str | Path) -> Any:  # noqa: ANN401 - tensorboard need not be installed
+def summary_writer(log_dir: str | Path) -> Any:
     """Make a writer for TensorBoard.
 
     Raises:
         DataError: If TensorBoard is not installed.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an optional package
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
     except ImportError as error:
         raise DataError(
             f"log_dir={str(log_dir)!r} was given, and TensorBoard is not installed; install it "

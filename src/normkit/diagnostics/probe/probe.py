@@ -197,7 +197,7 @@ class Probe:
         """All records as JSON; numbers that are not finite become null."""
         return self.history.to_json()
 
-    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+    def plot(self) -> Any:
         """Plot the recorded numbers over the steps; return a matplotlib ``Figure``.
 
         Raises:
@@ -213,7 +213,7 @@ class Probe:
         """
         write_lines(Path(path), self.records)
 
-    def callback(self, of: Literal["lightning", "transformers"] = "lightning") -> Any:  # noqa: ANN401
+    def callback(self, of: Literal["lightning", "transformers"] = "lightning") -> Any:
         """Make a callback for a ``Trainer``; Lightning Fabric takes the probe itself.
 
         Args:
@@ -228,7 +228,7 @@ class Probe:
             return TransformersCallback(self)
         return callback_of(self)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         """Raise an error that says how to give the probe to a ``Trainer``, if one asks for it."""
         if name.startswith("on_") or name in ("setup", "teardown", "state_key"):
             raise CallbackError(
@@ -241,7 +241,7 @@ class Probe:
         """Open the probe, at ``fabric.call("on_train_start")``."""
         self.start()
 
-    def on_train_batch_end(self, outputs: Any = None, *_given: Any, loss: Any = None) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, outputs: Any = None, *_given: Any, loss: Any = None) -> None:
         """Count a step, at ``fabric.call("on_train_batch_end", loss=loss)``.
 
         Args:
@@ -351,7 +351,7 @@ def _require_something(model: nn.Module, where: Where | None, params: Params | N
         raise OptionError("params= chooses none of the model's parameters")
 
 
-def _require_number(loss: Any) -> None:  # noqa: ANN401 - whatever was given
+def _require_number(loss: Any) -> None:
     """Check that a loss is one number, or None.
 
     Raises:

@@ -183,7 +183,7 @@ class ProbeHistory(Measurement):
             f"{', '.join(changes) or 'nothing can be compared'}."
         )
 
-    def plot(self) -> Any:  # noqa: ANN401 - a matplotlib figure, which need not be installed
+    def plot(self) -> Any:
         """Plot shifts, dead channels and gradients over the steps; return a ``Figure``.
 
         Raises:

@@ -19,24 +19,24 @@ class TransformersCallback:
     def __init__(self, probe: Probe) -> None:
         self._probe, self._is_counted = probe, False
 
-    def on_train_begin(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
+    def on_train_begin(self, *_given: Any, **_named: Any) -> None:
         """Open the probe; an interrupted training may have left it open, so close it first."""
         self._probe.stop()
         self._probe.start()
         self._is_counted = False
 
-    def on_optimizer_step(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
+    def on_optimizer_step(self, *_given: Any, **_named: Any) -> None:
         """Count a step before the Trainer clears its gradients."""
         self._probe.step()
         self._is_counted = True
 
-    def on_step_end(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
+    def on_step_end(self, *_given: Any, **_named: Any) -> None:
         """Count a step in old versions of transformers, which lack ``on_optimizer_step``."""
         if not self._is_counted:
             self._probe.step()
         self._is_counted = False
 
-    def on_train_end(self, *_given: Any, **_named: Any) -> None:  # noqa: ANN401
+    def on_train_end(self, *_given: Any, **_named: Any) -> None:
         """Close the probe."""
         self._probe.stop()
 
@@ -46,5 +46,5 @@ class TransformersCallback:
         return _ignore
 
 
-def _ignore(*_given: Any, **_named: Any) -> None:  # noqa: ANN401
+def _ignore(*_given: Any, **_named: Any) -> None:
     """Do nothing."""

@@ -147,7 +147,7 @@ class _Hook:
 class _Before(_Hook):
     """The hook that runs before the module."""
 
-    def __call__(self, module: nn.Module, *_given: Any) -> None:  # noqa: ANN401
+    def __call__(self, module: nn.Module, *_given: Any) -> None:
         if not torch.compiler.is_compiling() and module is self._module:
             self._watch.enter(self._name)
 
@@ -160,7 +160,7 @@ class _After(_Hook):
         module: nn.Module,
         args: tuple[Any, ...],
         named: dict[str, Any],
-        output: Any,  # noqa: ANN401
+        output: Any,
     ) -> None:
         if not torch.compiler.is_compiling() and module is self._module:
             failed = output is None and sys.exc_info()[0] is not None

@@ -45,7 +45,7 @@ def forward(
     return result
 
 
-def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     *parameters, given_mean, given_var, mean, var, counter, text = given
     program = parsed(text)
     source = Map.of(x)
@@ -90,7 +90,7 @@ def _rows(table: Tensor) -> Table:
     return Table(table, table.shape[1])
 
 
-def backward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+def backward(  # noqa: PLR0913 - the operator's own arguments
     grad: Tensor, x: Tensor, table: Tensor, text: str, parameters: Slots, share: float, wanted: int
 ) -> tuple[Tensor, ...]:
     """Gradient of x, and those of the parameters that are wanted, flat."""
@@ -108,7 +108,7 @@ def backward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
     return dx, *gradients
 
 
-def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:
     *parameters, text = given
     program = parsed(text)
     source = Map.of(x)

@@ -23,7 +23,7 @@ MOST_CHANNELS_OF_A_GROUP = composites.MOST_CHANNELS
 """Which a program holds; beyond, the layers compute their formula."""
 
 
-def pooled_forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in its order
+def pooled_forward(  # noqa: PLR0913 - the operator's own arguments, in its order
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -44,7 +44,7 @@ def pooled_forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments, in
     return result
 
 
-def pooled_backward(  # noqa: PLR0913, PLR0917
+def pooled_backward(  # noqa: PLR0913
     grad: Tensor,
     x: Tensor,
     table: Tensor,
@@ -60,7 +60,7 @@ def pooled_backward(  # noqa: PLR0913, PLR0917
     return planned(pooled.backward, (grad, x, table, weight), options)
 
 
-def evaluate_forward(  # noqa: PLR0913, PLR0917
+def evaluate_forward(  # noqa: PLR0913
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -73,7 +73,7 @@ def evaluate_forward(  # noqa: PLR0913, PLR0917
     return planned(pooled.forward_given, (x, mean, var, weight, bias), (eps,))
 
 
-def evaluate_backward(  # noqa: PLR0913, PLR0917
+def evaluate_backward(  # noqa: PLR0913
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -96,7 +96,7 @@ def positional_forward(
     return planned(positional.forward, (x, weight, bias), (eps,))
 
 
-def positional_backward(  # noqa: PLR0913, PLR0917
+def positional_backward(  # noqa: PLR0913
     grad: Tensor,
     x: Tensor,
     table: Tensor,
@@ -109,7 +109,7 @@ def positional_backward(  # noqa: PLR0913, PLR0917
     return planned(positional.backward, (grad, x, weight), (eps, need_weight, need_bias))
 
 
-def composite_forward(  # noqa: PLR0913, PLR0917
+def composite_forward(  # noqa: PLR0913
     x: Tensor,
     program: str,
     first: Tensor | None,
@@ -124,7 +124,7 @@ def composite_forward(  # noqa: PLR0913, PLR0917
     return composites.forward(x, program, parameters, share, Buffers(*buffers))
 
 
-def composite_backward(  # noqa: PLR0913, PLR0917
+def composite_backward(  # noqa: PLR0913
     grad: Tensor,
     x: Tensor,
     table: Tensor,

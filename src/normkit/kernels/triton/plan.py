@@ -61,7 +61,7 @@ def planned(
     tensors: Given,
     options: tuple[Hashable, ...] = (),
     rate: float | None = None,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """``function(*tensors, *options)`` by the plan of its kind.
 
     Args:
@@ -96,12 +96,12 @@ def planned(
 
 
 def launch(
-    kernel: Any,  # noqa: ANN401 - compiled or interpreted
+    kernel: Any,
     num_programs: int,
     tensors: Sequence[object],
     numbers: Sequence[object],
     num_warps: int = 4,
-    **constants: Any,  # noqa: ANN401 - numbers, flags and dtypes
+    **constants: Any,
 ) -> None:
     """Have a kernel started at this point of the plan.
 
@@ -172,7 +172,7 @@ class Launch:
 
     def __init__(
         self,
-        kernel: Any,  # noqa: ANN401
+        kernel: Any,
         num_programs: int,
         pieces: Sequence[object],
         numbers: tuple[object, ...],
@@ -235,7 +235,7 @@ class _Draft:
             self.reserved.append(t)
         return Piece(self._places[_identity(t)], int(t.storage_offset()) * t.itemsize, t.dtype)
 
-    def run(self, function: Callable[..., Any], options: tuple[Hashable, ...]) -> Any:  # noqa: ANN401
+    def run(self, function: Callable[..., Any], options: tuple[Hashable, ...]) -> Any:
         before = getattr(_drafts, "current", None)
         _drafts.current = self
         try:
@@ -254,11 +254,11 @@ class _OnlyShapes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401 - torch's signature
+        func: Any,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         if not (func.is_view or "empty" in func.overloadpacket.__name__):
             raise RuntimeError(f"a plan cannot carry out {func}: kernels compute, or its caller")
         return func(*args, **kwargs or {})
@@ -326,7 +326,7 @@ class Plan:
             one.pick = itemgetter(*picked)
         self._views = tuple(views)
 
-    def __call__(self, tensors: Given, addresses: list[Address]) -> Any:  # noqa: ANN401
+    def __call__(self, tensors: Given, addresses: list[Address]) -> Any:
         """Take memory, start the kernels, return the results."""
         if self._copies:
             tensors = self._copied(tensors, addresses)

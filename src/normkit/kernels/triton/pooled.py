@@ -74,7 +74,7 @@ class _Forward(NamedTuple):
         return follower_arguments(self.follower)[0]
 
 
-def forward(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+def forward(  # noqa: PLR0913 - the operator's own arguments
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -242,7 +242,7 @@ class _Backward(NamedTuple):
         return 0 if self.is_constant else self.layout.grouping.G
 
 
-def backward(  # noqa: PLR0913, PLR0917
+def backward(  # noqa: PLR0913
     grad: Tensor,
     x: Tensor,
     table: Tensor,

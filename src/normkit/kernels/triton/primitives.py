@@ -64,7 +64,7 @@ def _reduce_grad(grad: Tensor, x: Tensor, mean: Tensor, segment_size: int) -> tu
     return passes.reduce_whole(*maps, layout, Table.of(mean))
 
 
-def _combine_grad(  # noqa: PLR0913, PLR0917 - the operator's own arguments
+def _combine_grad(  # noqa: PLR0913 - the operator's own arguments
     grad: Tensor, x: Tensor, mean: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, segment_size: int
 ) -> Tensor:
     dx = result_like(x)

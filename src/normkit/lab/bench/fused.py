@@ -204,7 +204,7 @@ def _model(workload: Workload, norm: str | None) -> nn.Module:
 
 
 def _ours(model: nn.Module) -> nn.Module:
-    from normkit.convert import convert_norm_  # noqa: PLC0415 - slow
+    from normkit.convert import convert_norm_  # slow
 
     return convert_norm_(model, "bn").model
 

@@ -232,7 +232,7 @@ def decoded(path: Path, content: bytes | None = None) -> Shaped[Tensor, "c h w"]
     Raises:
         DataError: If it cannot be read.
     """
-    from PIL import Image  # noqa: PLC0415 - only where there are pictures
+    from PIL import Image  # only where there are pictures
 
     try:
         source = path.read_bytes() if content is None else content
@@ -245,7 +245,7 @@ def decoded(path: Path, content: bytes | None = None) -> Shaped[Tensor, "c h w"]
 
 
 def _header_shape(path: Path) -> tuple[int, ...]:
-    from PIL import Image  # noqa: PLC0415 - as above
+    from PIL import Image
 
     try:
         with Image.open(path) as picture:

@@ -119,7 +119,7 @@ class _Source:
         )
 
 
-def _part(dataset: Any, name: str) -> _Source:  # noqa: ANN401 - a user's
+def _part(dataset: Any, name: str) -> _Source:
     """Find the classes: by the attribute that most data sets have, else by looking at each."""
     if len(dataset) == 0:
         raise DataError(f"{name} has no examples; give one or more")
@@ -151,7 +151,7 @@ def _part(dataset: Any, name: str) -> _Source:  # noqa: ANN401 - a user's
     return _Source(dataset, targets, name)
 
 
-def _differs(dataset: Any, known: Any, name: str) -> bool:  # noqa: ANN401 - a user's
+def _differs(dataset: Any, known: Any, name: str) -> bool:
     """Whether the classes that are given differ from those that are written, as by a transform."""
     with users_errors(name), seeded(0):
         return any(int(dataset[at][1]) != int(known[at]) for at in _spread(len(dataset), NUM_TRIED))

@@ -74,7 +74,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file)
         self._folder, self._num_files = folder, 0
 
-    def persistent_id(self, obj: Any) -> int | None:  # noqa: ANN401 - whatever is pickled
+    def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Tensor) or obj.nbytes < LARGE_BYTES:
             return None
         self._folder.mkdir(parents=True, exist_ok=True)

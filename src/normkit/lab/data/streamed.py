@@ -77,7 +77,7 @@ class Streamed:
         return replace(self, scaling=scaling)
 
 
-def _bytes_of(values: Any, where: str) -> Shaped[Tensor, "1 h w"]:  # noqa: ANN401 - an array
+def _bytes_of(values: Any, where: str) -> Shaped[Tensor, "1 h w"]:
     """Grey values of 8 or 16 bits as bytes.
 
     Raises:
@@ -93,7 +93,7 @@ def _bytes_of(values: Any, where: str) -> Shaped[Tensor, "1 h w"]:  # noqa: ANN4
     return torch.from_numpy((values / scale).round()).to(torch.uint8)[None]
 
 
-def as_tensor(picture: Any, where: str) -> Shaped[Tensor, "c h w"]:  # noqa: ANN401 - a user's
+def as_tensor(picture: Any, where: str) -> Shaped[Tensor, "c h w"]:
     """A picture as channels, height and width: bytes of what PIL reads, a tensor as it is.
 
     Raises:
@@ -104,7 +104,7 @@ def as_tensor(picture: Any, where: str) -> Shaped[Tensor, "c h w"]:  # noqa: ANN
             return picture
         given = f"a tensor of shape {tuple(picture.shape)}"
     elif hasattr(picture, "convert"):
-        import numpy as np  # noqa: PLC0415 - only where pictures are PIL's
+        import numpy as np  # only where pictures are PIL's
 
         if picture.mode.startswith(("I", "F")):
             return _bytes_of(np.array(picture, dtype=np.float64), where)

@@ -15,7 +15,7 @@ CUTOUT_SHARE = 2  # a cutout's side is half the picture's: 16 of 32
 EVALUATION_SHARE = 0.875  # of a picture's shorter side, 224 of 256, is what a network sees
 
 
-def _transforms() -> Any:  # noqa: ANN401 - a module
+def _transforms() -> Any:
     register_missing_operators()
     return importlib.import_module("torchvision.transforms.v2")
 

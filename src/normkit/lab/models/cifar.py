@@ -48,7 +48,7 @@ class CifarDenseNet:
         return model
 
 
-def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], task: Task) -> Any:  # noqa: ANN401
+def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], task: Task) -> Any:
     """Build one of torchvision's networks, whose attributes pyright does not know.
 
     Raises:

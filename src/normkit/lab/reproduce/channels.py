@@ -69,7 +69,7 @@ CLAIMS = (
 )
 
 
-def draw_accuracies(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_accuracies(figure: Any, runs: Runs) -> None:
     """Circles that grow with accuracy over both spreads, each with its number; crosses fail."""
     axes = figure.subplots()
     arms = runs[min(runs)]

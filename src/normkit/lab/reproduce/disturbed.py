@@ -65,7 +65,7 @@ CLAIMS = (
 )
 
 
-def draw_disturbed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_disturbed(figure: Any, runs: Runs) -> None:
     """Accuracy by magnitude of the disturbance."""
     lines = [
         Curve(

@@ -21,12 +21,12 @@ from normkit.lab.reproduce.tasks.settings import recipe
 LABELS = {NO_NORM: "no norm", "bn": "BN", "gn": "GN", "gnplus": "GNPlus (group first)"}
 
 
-def draw_landscape(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_landscape(figure: Any, runs: Runs) -> None:
     """Ranges of the loss and of the gradient's change, by norm, on logarithmic axes."""
     _draw(figure, runs, LABELS)
 
 
-def draw_decayed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_decayed(figure: Any, runs: Runs) -> None:
     """The same with and without weight decay."""
     norms = ("bn", "gn", "gnplus")
     _draw(
@@ -36,7 +36,7 @@ def draw_decayed(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotl
     )
 
 
-def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:  # noqa: ANN401
+def _draw(figure: Any, runs: Runs, arms: dict[str, str]) -> None:
     kinds = {"loss": "range of the loss", "change": "range of the gradient's change"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
         steps = runs[min(runs)][next(iter(arms))]["steps"]

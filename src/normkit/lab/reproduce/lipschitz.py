@@ -75,7 +75,7 @@ CLAIMS = (
 )
 
 
-def draw_standardized(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_standardized(figure: Any, runs: Runs) -> None:
     """Training errors by epoch, and both shares on a logarithmic axis."""
     errors, shares = figure.subplots(1, 2)
     epochs = list(range(1, 1 + len(runs[min(runs)]["gn"]["train_error"])))

@@ -83,7 +83,7 @@ def _claims(granularity: str) -> tuple[Claim, ...]:
     )
 
 
-def draw_noise(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_noise(figure: Any, runs: Runs) -> None:
     """Test accuracy by epoch, without noise and with both kinds."""
     titles = {"": "no noise"} | {g: f"noise, a draw for each {of}" for g, of in DRAWS.items()}
     for axes, (granularity, title) in zip(

@@ -76,7 +76,7 @@ CLAIMS = (
 )
 
 
-def draw_statdiff(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_statdiff(figure: Any, runs: Runs) -> None:
     """Mean and spread of StatDiff by epoch."""
     names = {"mean": "StatDiff, mean over groups", "std": "StatDiff, deviation over groups"}
     for axes, (name, title) in zip(figure.subplots(1, 2), names.items(), strict=True):

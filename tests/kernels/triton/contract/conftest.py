@@ -52,8 +52,8 @@ def fast_interpreter(request, monkeypatch):
     marked ``addresses``: the maps of the others are small.
     """
     if INTERPRETED:
-        from triton.language import core  # noqa: PLC0415
-        from triton.runtime import interpreter  # noqa: PLC0415
+        from triton.language import core
+        from triton.runtime import interpreter
 
         def call(self, *args, **kwargs):
             if core.is_builtin(core.load):
@@ -80,14 +80,14 @@ def fast_interpreter(request, monkeypatch):
 @functools.cache
 def builtins_of(package):
     """Names in a part of triton's language that the interpreter replaces."""
-    from triton.language import core  # noqa: PLC0415
+    from triton.language import core
 
     return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
 
 
 def take_path(path, monkeypatch):
     """Let groups be taken whole, or the map be streamed over in small blocks with many parts."""
-    from normkit.kernels.triton import geometry, passes, plan, pooled  # noqa: PLC0415
+    from normkit.kernels.triton import geometry, passes, plan, pooled
 
     if path == "stream":
         for limits in ("FORWARD", "BACKWARD"):

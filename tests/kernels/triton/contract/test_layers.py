@@ -215,7 +215,7 @@ def test_an_offset_costs_no_digits(name, path, device):
 @pytest.mark.addresses
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 def test_64_bit_addresses_reach_the_same_elements(path, device, monkeypatch):
-    from normkit.kernels.triton import geometry  # noqa: PLC0415 - not without triton
+    from normkit.kernels.triton import geometry  # not without triton
 
     x = arrange(randn(2, 6, 9, dtype=torch.float32).to(device), "channels_last")
     results = []
@@ -326,7 +326,7 @@ COMPOSITES = ["bcn", "bcn-micro", "gnplus", "ibn", "sn"]
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_composites_take_three_launches_each_way(name, training, device, monkeypatch):
-    from normkit.kernels.triton import composite, passes, plan  # noqa: PLC0415 - needs triton
+    from normkit.kernels.triton import composite, passes, plan  # needs triton
 
     monkeypatch.setattr(plan, "_PLANS", {})
     seen = []
@@ -360,7 +360,7 @@ def test_formulas_that_no_layer_has(name, training, device):
 
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_groups_too_wide_for_one_launch_give_the_same(name, device, monkeypatch):
-    from normkit.kernels.triton import composite, plan  # noqa: PLC0415 - needs triton
+    from normkit.kernels.triton import composite, plan  # needs triton
 
     x = randn(5, 6, 4, dtype=torch.float64).to(device).requires_grad_()
 

@@ -58,8 +58,8 @@ def compiled_graphs(layer, x):
     """Output, gradients and buffers of a compiled layer, and the names of what its graphs call."""
     calls = []
 
-    from functorch.compile import make_boxed_func  # noqa: PLC0415 - slow
-    from torch._dynamo.backends.common import aot_autograd  # noqa: PLC0415
+    from functorch.compile import make_boxed_func  # slow
+    from torch._dynamo.backends.common import aot_autograd
 
     def note(graph, inputs):
         for node in graph.graph.nodes:  # what may change its inputs is called by way of another

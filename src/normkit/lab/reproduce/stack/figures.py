@@ -12,7 +12,7 @@ from normkit.lab.reproduce.tasks.networks import NO_NORM
 from normkit.lab.reproduce.tasks.stack import BLOCKED
 
 
-def _draw_errors(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noqa: ANN401
+def _draw_errors(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:
     first = next(iter(runs.values()))
     lines = [
         Curve(
@@ -26,7 +26,7 @@ def _draw_errors(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noq
     draw_curves(axes, lines, {"title": "errors", "x": "iteration", "y": "share wrong"})
 
 
-def _draw_layers(axes: Any, runs: Runs, arm: str, name: str, title: str) -> None:  # noqa: ANN401
+def _draw_layers(axes: Any, runs: Runs, arm: str, name: str, title: str) -> None:
     """The shift of about five layers over time."""
     first = next(iter(runs.values()))[arm]
     curves, places = by_seed(runs, arm, name), first["norms"]
@@ -39,7 +39,7 @@ def _draw_layers(axes: Any, runs: Runs, arm: str, name: str, title: str) -> None
     axes.set_yscale("log")
 
 
-def draw_equal_sets(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_equal_sets(figure: Any, runs: Runs) -> None:
     """Errors, and both shifts of several layers, over time."""
     errors, means, stds = figure.subplots(1, 3)
     _draw_errors(errors, runs, {"bn": "BN"})
@@ -47,7 +47,7 @@ def draw_equal_sets(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matpl
     _draw_layers(stds, runs, "bn", "esm_std", "ESM of the standard deviations")
 
 
-def draw_blocked(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_blocked(figure: Any, runs: Runs) -> None:
     """Errors of BN and GNBN, and the shift of GNBN's and BN's layers over time."""
     errors, blocked, plain = figure.subplots(1, 3)
     _draw_errors(errors, runs, {"bn": "BN", BLOCKED: "GNBN"})
@@ -63,7 +63,7 @@ def _sizes(runs: Runs, norm: str) -> list[str]:
     return [f"{norm}-{size}" for size in of_norm(first, norm)]
 
 
-def _draw_depth(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noqa: ANN401
+def _draw_depth(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:
     """The shift of every layer at the end."""
     first = next(iter(runs.values()))
     lines = [
@@ -75,14 +75,14 @@ def _draw_depth(axes: Any, runs: Runs, arms: Mapping[str, str]) -> None:  # noqa
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_samples(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_samples(figure: Any, runs: Runs) -> None:
     """Test errors by size of the training set, and the last shift by depth."""
     errors, depth = figure.subplots(1, 2)
     _draw_error_by_size(errors, runs, {"bn": "BN", NO_NORM: "no norm"})
     _draw_depth(depth, runs, {arm: f"BN, {arm[3:]} examples" for arm in _sizes(runs, "bn")})
 
 
-def draw_blocked_samples(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of matplotlib
+def draw_blocked_samples(figure: Any, runs: Runs) -> None:
     """The last shift of BN and GNBN by depth, and their test errors by size."""
     depth, errors = figure.subplots(1, 2)
     sizes = _sizes(runs, "bn")
@@ -95,7 +95,7 @@ def draw_blocked_samples(figure: Any, runs: Runs) -> None:  # noqa: ANN401 - of 
     _draw_error_by_size(errors, runs, {"bn": "BN", BLOCKED: "GNBN"})
 
 
-def _draw_error_by_size(axes: Any, runs: Runs, norms: Mapping[str, str]) -> None:  # noqa: ANN401
+def _draw_error_by_size(axes: Any, runs: Runs, norms: Mapping[str, str]) -> None:
     lines = [
         Curve(
             label=label,

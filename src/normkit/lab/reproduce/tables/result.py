@@ -259,7 +259,7 @@ def draw_table(result: TableResult, path: Path) -> None:
 
 
 def _draw(
-    axes: Any,  # noqa: ANN401 - of matplotlib
+    axes: Any,
     result: TableResult,
     columns: Sequence[tuple[str, int]],
     x: Sequence[int],

@@ -258,7 +258,7 @@ def read_table(path: Path) -> Table:
     return Table.checked(_tuples(values))
 
 
-def _tuples(value: Any) -> Any:  # noqa: ANN401 - whatever a TOML file holds
+def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(inner) for name, inner in value.items()}
     if isinstance(value, list):

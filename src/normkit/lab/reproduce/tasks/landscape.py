@@ -138,7 +138,7 @@ def measure_along(settings: AlongSettings, arm: str, seed: int, place: Place) ->
     return notes
 
 
-def _curves(steps: Any) -> Values:  # noqa: ANN401 - rows of a landscape
+def _curves(steps: Any) -> Values:
     return {name: [getattr(step, of) for step in steps] for name, of in CURVES.items()}
 
 

@@ -51,7 +51,7 @@ class PresetRecord(Record[PresetSpec]):
         return self.message is None
 
 
-def rounded(value: Any) -> Any:  # noqa: ANN401 - whatever a task measures
+def rounded(value: Any) -> Any:
     """The value with four significant digits; what is not finite becomes None.
 
     Example:

@@ -21,7 +21,7 @@ HELD_OUT = "a tenth of the training examples"
 HOW_IT_TRAINS = ("epochs", "batch_size", "optimizer", "learning_rate", "rate_drop", "weight_decay")
 
 
-def recipe(rate: float, **given: Any) -> Recipe:  # noqa: ANN401 - fields of Recipe
+def recipe(rate: float, **given: Any) -> Recipe:
     """A recipe whose learning rate stays as it is for any batch size, and drops once.
 
     Args:
