@@ -411,6 +411,8 @@ def test_transforms_look_through_it(name):
     assert_close((along * tangent).sum(), ((dx + dr) * tangent).sum())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")  # as in test_transforms
+@pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hardswish", "tanh"])
 def test_it_exports(activation, tmp_path):
     import onnxruntime  # slow
