@@ -199,10 +199,10 @@ def _stepper(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     if workload.autocast:
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    return lambda: _train_step(model, optimizer, batch)
+    return lambda: train_step(model, optimizer, batch)
 
 
-def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples) -> float:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples) -> float:
     """One step as one writes it by hand; gives the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     loss = functional.cross_entropy(model(batch.inputs), batch.targets)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.fusing import fuse_activations_
-from normkit.lab.bench.end_to_end import MOST_LOSS_DIFFERENCE, Setting, Workload
+from normkit.lab.bench.end_to_end import MOST_LOSS_DIFFERENCE, Setting, Workload, train_step
 from normkit.lab.bench.errors import BenchError
 from normkit.lab.bench.spec import RESNET50, Shape
 from normkit.lab.bench.timing import Budget, Call, Times, time_in_turns
@@ -26,7 +26,6 @@ from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import Environment, code_hash, describe_environment
 from normkit.lab.frozen import Frozen
 from normkit.lab.models import build_model
-from normkit.lab.steps import train_step
 from normkit.layers.over_batch import BatchNorm
 
 Side = Literal["torch", "separate", "fused"]
@@ -212,7 +211,7 @@ def _ours(model: nn.Module) -> nn.Module:
 def stepper(model: nn.Module, batch: Examples) -> Callable[[], float]:
     """A training step that gives its loss."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    return lambda: train_step(model, optimizer, batch)[0]
+    return lambda: train_step(model, optimizer, batch)
 
 
 def measure_peaks(workload: Workload, threads: int) -> dict[Side, int]:
