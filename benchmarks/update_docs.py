@@ -31,7 +31,7 @@ PAGES = (
     ROOT / "docs" / "triton.md",
     ROOT / "README.md",
 )
-MARKED = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- begin (\S+\.\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ COMMANDS = {
     "explain": "Draw a feature map with the elements that share statistics in one colour.",
     "list": "List the methods, data sets and models that the other commands know.",
     "bench": "Time our layers and torch's in turns, and show how they compare.",
-    "reproduce": "Repeat figures of the papers at small scale, and judge their claims by what "
-    "comes out.",
+    "reproduce": "Repeat figures and tables of the papers, and judge their claims by what comes "
+    "out.",
 }
 """The commands, each with the first sentence of its help."""
 

@@ -203,7 +203,7 @@ BAD = [
         ["--norms", "bn,gn:2+ws", "--model", "mlp:depth=2:width=20"],
         r"\+ws has nothing to standardise in model 'mlp:depth=2:width=20'.*leave \+ws out",
     ),
-    (["--workers", "0"], r"--workers was given 0: .*; give runs at once, 1 or more"),
+    (["--workers", "0"], r"--workers was given 0; give 1 or more, and 1024 at most"),
 ]
 
 

@@ -143,7 +143,7 @@ def test_a_file_that_holds_something_else_is_refused(tensors, said, normkit, che
         (("--examples", "0"), "--examples was given 0; give 1 or more"),
         (("--batch-size", "0"), "--batch-size was given 0; give 1 or more"),
         (("--checkpoints", "none.pt"), "none.pt cannot be read"),
-        (("--test-data", "mnist"), "there is no data set 'mnist'"),
+        (("--test-data", "emnist"), "there is no data set 'emnist'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(options, said, normkit, checkpoints, tmp_path):

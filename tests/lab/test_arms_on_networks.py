@@ -39,7 +39,7 @@ def build(arm, name):
             "mlp:depth=1:width=8",
             "gnbn/gn:4 replaces every other norm of a stack; choos",
         ),
-        ("ibn-b", NET, "ibn-b stands where IBN-Net-b .* after the sums .* needs 3 stages"),
+        ("ibn-b", NET, "ibn-b stands where IBN-Net-b .* after the sums .* needs at least 3 stages"),
         ("none+ws", "mlp", r"\+ws has nothing to standardise in model 'mlp'.*leave \+ws out"),
         ("bn+cwn", "mlp", r"\+cwn has nothing to standardise in model 'mlp'"),
     ],

@@ -46,7 +46,8 @@ def test_operators_tell_the_truth_to_tracers(device):
         "reduce_grad": (grad, x, segments),
         "combine_grad": (grad, x, segments, segments, segments, segments),
     }
-    assert calls.keys() == SCHEMAS.keys()
+    on_a_cpu_only = {name for name in SCHEMAS if name.startswith("ended_")}
+    assert calls.keys() == SCHEMAS.keys() - on_a_cpu_only
     for name, arguments in calls.items():
         utilities = ("test_schema", "test_faketensor")
         utilities += ("test_aot_dispatch_dynamic",) if THOROUGH else ()
