@@ -288,3 +288,25 @@ def test_the_help_says_of_each_command_what_the_command_says_of_itself():
     }
     assert first == normkit_program.COMMANDS
     assert all(sentence in normkit_program.help_text() for sentence in first.values())
+
+
+class Importing:
+    """A command that is interrupted, or not, while an extension module is imported."""
+
+    def __init__(self, interrupted):
+        self.interrupted = interrupted
+
+    def run(self):
+        try:
+            raise KeyboardInterrupt if self.interrupted else OSError("no such library")
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+
+
+def test_an_interrupt_while_an_extension_is_imported_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(app, "_parse", lambda given: Importing(interrupted=True))
+    assert app.run(["list"]) == 130
+    assert capsys.readouterr().err == "normkit: interrupted; no file is half written\n"
+    monkeypatch.setattr(app, "_parse", lambda given: Importing(interrupted=False))
+    with pytest.raises(ImportError, match="initialization failed"):
+        app.run(["list"])

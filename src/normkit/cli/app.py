@@ -82,13 +82,25 @@ def _run(given: Sequence[str]) -> int:
         return command.run()
     except NormError as error:
         return _refuse(error, given)
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, ImportError) as interrupt:
+        if not _is_interrupt(interrupt):
+            raise
         # Where it came inside of an exec("..."), as dataclasses do while they are imported, Python
         # remembers it until the next one, and would end the process by the signal.
         exec("")
         keeps = isinstance(command, Compare | Reproduce)
         kept = "finished runs are kept" if keeps else "no file is half written"
         return _refuse(interrupt, given, f"interrupted; {kept}", EXIT_INTERRUPTED)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a user's interrupt is behind an error.
+
+    One that comes while an extension module is imported ends in an ``ImportError``.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _refuse(

@@ -93,7 +93,7 @@ class Table(Frozen):
     parts, and ``without`` leaves parts out.
 
     Args:
-        name: As EXPERIMENTS has it, such as ``Z-T2``.
+        name: The first letter of the authors and the place, such as ``Z-T2``.
         of: Key of the paper.
         place: Table and section.
         title: What it shows.
