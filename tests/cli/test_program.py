@@ -15,7 +15,7 @@ import pytest
 
 import normkit as nk
 import normkit_program
-from normkit.cli import main
+from normkit.cli import app, main
 from normkit.cli.app import COMMANDS
 from normkit.cli.shared import print_json
 
