@@ -51,8 +51,9 @@ def estimate(
     Args:
         sweep: What would be run.
         dataset: Gives the pictures.
-        most_examples: Larger batches are measured by one step with so many examples, and time and
-            memory are scaled to the batch; by default nothing is scaled.
+        most_examples: One step of one batch of at most so many examples is measured; time and
+            memory are scaled to the batch, and time to the batches of a step. By default four whole
+            steps are measured, and nothing is scaled.
 
     Raises:
         NormError: If a network cannot be built.
@@ -83,7 +84,8 @@ def _cell(
         model = built(spec, dataset).model
         loop = Loop(model, protocol, timetable.rate(0), device, dataset.num_classes)
         part = dataset.train.take(torch.arange(size))
-        parts = [part.to(loop.device)] * protocol.accumulate
+        num_parts = 1 if most_examples else protocol.accumulate
+        parts = [part.to(loop.device)] * num_parts
         loop.model.train()
         peak = peak_step_bytes(lambda: loop.step(parts), loop.network, loop.optimizer)
         times = [_timed(loop, parts) for _ in range(num_timed)]
@@ -92,7 +94,7 @@ def _cell(
         batch_size=spec.batch_size,
         num_runs=num_runs,
         num_steps=timetable.num_steps,
-        step_time_s=scale * median(times),
+        step_time_s=scale * protocol.accumulate / num_parts * median(times),
         peak_bytes=round(scale * peak),
     )
 

@@ -13,7 +13,7 @@ from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.reproduce.preset import SCALES
 from normkit.lab.reproduce.tables.catalog import find_table, tables
-from normkit.lab.reproduce.tables.dry_run import KNOWN, random_dataset
+from normkit.lab.reproduce.tables.dry_run import KNOWN, estimate_table, random_dataset
 from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
 from normkit.lab.reproduce.tables.result import Cell, Run, ours, read_table_result
 from normkit.lab.reproduce.tables.run import run_table
@@ -227,6 +227,45 @@ def test_a_dry_run_measures_each_cell_and_says_which_data_are_missing(
     assert f"missing data: {tmp_path / 'cifar-10-batches-py'} is not there" in output
     assert "Nothing" in output
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("hold_out", "num_train"), [(False, 50_000), (True, 45_000)])
+def test_a_dry_run_counts_the_steps_of_the_whole_training(hold_out, num_train):
+    paper = {**tables()["G-T1"].paper, "hold_out": hold_out, "accumulate": 5}
+    table = tables()["G-T1"].model_copy(
+        update={"paper": {**paper, "arms": ("BN",), "parts": {"plain": {"weight_decay": 0.0}}}}
+    )
+    (part,) = estimate_table(table, "paper")
+    (cell,) = part.cells
+    assert cell.num_steps == 20 * math.ceil(num_train / (128 * 5))
+
+
+def test_records_of_other_processes_must_be_whole_and_of_this_code(tmp_path, monkeypatch):
+    tiny = {**tables()["Q-T8"].tiny, "seeds": (1,)}
+    table = tables()["Q-T8"].model_copy(update={"tiny": tiny})
+    given = {"folder": tmp_path, "show": _silent, "tell": lambda note: None}
+    given["way"] = lambda folder: Way(out=folder, num_workers=1, upkeep=Upkeep(folder=folder))
+    assert run_table(table, "tiny", **given).cells
+    parts = {name: dict(part) for name, part in tiny["parts"].items()}
+    parts["micro"]["processes"] = 2
+    split = table.model_copy(update={"tiny": {**tiny, "parts": parts}})
+    command = "Q-T8 micro is trained by 2 processes together, and 1 was started; .*torchrun"
+    with pytest.raises(SpecError, match=command):  # what is there was trained by one process
+        run_table(split, "tiny", **given)
+    path = tmp_path / "Q-T8" / "micro" / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:  # as if two had trained it; they cannot be started here
+        line["spec"]["protocol"]["processes"] = 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_table(split, "tiny", **given).cells
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    with pytest.raises(SpecError, match=command):
+        run_table(split, "tiny", **given)
+    for line in lines:
+        line["code_hash"] = "of another"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SpecError, match=command):
+        run_table(split, "tiny", **given)
 
 
 def test_a_dry_run_of_a_figure_is_refused(tmp_path, capsys):

@@ -23,6 +23,34 @@ class Judged(Frozen):
     criterion: Criterion
     verdict: Verdict
 
+    @property
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        return [
+            f"{self.verdict.outcome.upper()}: {self.claim} ({self.source})",
+            f"  {self.quantity}: {self.verdict}; claimed: {self.criterion}",
+        ]
+
+
+def claims_markdown(claims: Sequence[Judged], mark: str = "") -> list[str]:
+    """Claims and verdicts as a table.
+
+    Args:
+        claims: One a row.
+        mark: What stands around quantities.
+    """
+    rows = [
+        f"| {one.claim} ({one.source}) | {mark}{one.quantity}{mark} | {one.verdict} | "
+        f"{one.criterion} | **{one.verdict.outcome}** |"
+        for one in claims
+    ]
+    return [
+        "| the paper says | measured | mean [95 % interval] | claimed | verdict |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
 
 class Result(Frozen):
     """A preset that was run.
@@ -118,10 +146,7 @@ def as_text(result: Result) -> str:
         *(f"  {difference}" for difference in result.differences),
     ]
     for judged in result.claims:
-        lines += [
-            f"{judged.verdict.outcome.upper()}: {judged.claim} ({judged.source})",
-            f"  {judged.quantity}: {judged.verdict}; claimed: {judged.criterion}",
-        ]
+        lines += judged.lines
     return "\n".join(lines)
 
 
@@ -179,20 +204,12 @@ def _circumstances(result: Result) -> str:
 
 
 def _section(result: Result, images: str) -> str:
-    rows = [
-        f"| {judged.claim} ({judged.source}) | {judged.quantity} | {judged.verdict} | "
-        f"{judged.criterion} | **{judged.verdict.outcome}** |"
-        for judged in result.claims
-    ]
     title = find_preset(result.preset).title
     return "\n".join(
         [
             f"### {result.preset}\n",
             _circumstances(result),
             f"![{title}]({images}reproduce-{result.preset}.svg)\n",
-            "| the paper says | measured | mean [95 % interval] | claimed | verdict |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
+            *claims_markdown(result.claims),
         ]
     )

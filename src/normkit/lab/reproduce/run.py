@@ -73,7 +73,9 @@ def run_missing(
         carry_out(missing, way, RUNS, show(missing))
         rmtree(folder / FOLDER, ignore_errors=True)  # also drafts that a kill has left
         records = latest(specs, _known(folder, sources))
-    _require_whole(records)
+    require_whole(
+        (f"{r.spec.arm}, seed {r.spec.seed}", r.message) for r in records if not r.is_final
+    )
     return records
 
 
@@ -82,14 +84,21 @@ def _known(folder: Path, sources: Sources) -> list[PresetRecord]:
     return [record for record in found if sources.made(record)]
 
 
-def _require_whole(records: Iterable[PresetRecord]) -> None:
-    """Refuse to judge by a part of the runs."""
-    failed = [record for record in records if not record.is_final]
-    if failed:
-        first = failed[0]
+def require_whole(failed: Iterable[tuple[str, str | None]]) -> None:
+    """Refuse to judge by a part of the runs.
+
+    Args:
+        failed: Which runs failed, in words, and their messages.
+
+    Raises:
+        DataError: If there are any.
+    """
+    found = list(failed)
+    if found:
+        name, message = found[0]
         raise DataError(
-            f"{len(failed)} runs failed, the first one ({first.spec.arm}, seed {first.spec.seed}) "
-            f"with: {first.message}; the others are kept, and the same command tries these again"
+            f"{len(found)} runs failed, the first one ({name}) with: {message}; the others are "
+            f"kept, and the same command tries these again"
         )
 
 

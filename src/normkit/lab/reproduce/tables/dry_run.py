@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Self
 
@@ -12,13 +12,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from normkit.errors import SpecError
-from normkit.lab.data import Dataset, Examples, Split, open_data
+from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.data.dataset import VALIDATION_SHARE, Scaling
 from normkit.lab.data.sources import data_folder
 from normkit.lab.dry_run import Estimate, estimate
 from normkit.lab.frozen import Frozen
 from normkit.lab.reproduce.preset import Scale
 from normkit.lab.reproduce.tables.table import Table
+from normkit.lab.spec import Protocol
+from normkit.lab.start import data_of
 
 MOST_EXAMPLES = 16
 """A step of a larger batch is measured with so many examples, and its time and memory scaled."""
@@ -189,7 +191,7 @@ def estimate_table(table: Table, scale: Scale, device: str = "cpu") -> list[Part
     found = []
     for part in table.parts(scale, device):
         protocol = part.sweep.protocol
-        dataset, missing = _dataset(protocol.data, protocol.limit, protocol.image_size)
+        dataset, missing = _dataset(protocol)
         found.append(
             PartEstimate(
                 part=part.name,
@@ -201,8 +203,12 @@ def estimate_table(table: Table, scale: Scale, device: str = "cpu") -> list[Part
     return found
 
 
-def _dataset(name: str, limit: int | None, side: int | None) -> tuple[Dataset[Split], str | None]:
+def _dataset(protocol: Protocol) -> tuple[Dataset[Split], str | None]:
     """Random pictures for a data set of the papers, so that nothing is downloaded for a dry run."""
-    if name in KNOWN:
-        return random_dataset(name, limit), KNOWN[name].missing()
-    return open_data(name, limit, side), None
+    name = protocol.data
+    if name not in KNOWN:
+        return data_of(protocol), None
+    found = random_dataset(name, protocol.limit)
+    if not protocol.hold_out:
+        found = replace(found, train=found.train.joined(found.validation))
+    return found, KNOWN[name].missing()

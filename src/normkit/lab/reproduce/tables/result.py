@@ -15,7 +15,7 @@ from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.reproduce.preset import Scale
-from normkit.lab.reproduce.report import Judged, result_path
+from normkit.lab.reproduce.report import Judged, claims_markdown, result_path
 from normkit.lab.reproduce.tables.catalog import tables
 from normkit.lab.reproduce.tables.quantity import At
 from normkit.lab.reproduce.tables.table import Number, Numbers, Part, Table
@@ -292,11 +292,7 @@ def table_text(result: TableResult) -> str:
         lines += ["", "the paper's", *_aligned(theirs(result.numbers))]
         lines += [f"  {result.numbers.note}"] if result.numbers.note else []
     for one in result.claims:
-        lines += [
-            "",
-            f"{one.verdict.outcome.upper()}: {one.claim} ({one.source})",
-            f"  {one.quantity}: {one.verdict}; claimed: {one.criterion}",
-        ]
+        lines += ["", *one.lines]
     return "\n".join(lines)
 
 
@@ -309,11 +305,6 @@ def table_markdown(result: TableResult, images: str = "") -> str:
     """
     differences = "; ".join(result.differences) or "nothing"
     silent = f" The paper does not state {joined(result.silent)}." if result.silent else ""
-    rows = [
-        f"| {one.claim} ({one.source}) | `{one.quantity}` | {one.verdict} | "
-        f"{one.criterion} | **{one.verdict.outcome}** |"
-        for one in result.claims
-    ]
     return "\n".join(
         [
             f"### {result.preset}\n",
@@ -327,10 +318,7 @@ def table_markdown(result: TableResult, images: str = "") -> str:
             *_markdown(ours(result)),
             "",
             *_paper_markdown(result.numbers),
-            "| the paper says | measured | mean [95 % interval] | claimed | verdict |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
+            *claims_markdown(result.claims, "`"),
         ]
     )
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from normkit.errors import DataError, SpecError
+from normkit.errors import SpecError
 from normkit.lab.comparison import best_rates
 from normkit.lab.experiment import Show, perform
 from normkit.lab.launch import num_launched
-from normkit.lab.records import TrainingRecord, latest, read_records
+from normkit.lab.records import (
+    TrainingRecord,
+    latest,
+    missing_runs,
+    read_records,
+    sources_of,
+)
 from normkit.lab.reproduce.preset import Scale
+from normkit.lab.reproduce.run import require_whole
 from normkit.lab.reproduce.tables.result import TableResult, conclude_table
 from normkit.lab.reproduce.tables.table import Part, Table
+from normkit.lab.start import data_of
 from normkit.lab.work import Way
 
 
@@ -51,15 +59,27 @@ def run_table(  # noqa: PLR0913 - all but the first two by keyword
     found: dict[str, Sequence[TrainingRecord]] = {}
     for part in ours:
         place = folder / table.name / part.name if part.name else folder / table.name
-        found[part.name] = perform(part.sweep, way(place), show, tell).records
-        _require_whole(found[part.name])
+        records = found[part.name] = perform(part.sweep, way(place), show, tell).records
+        require_whole((_name(r), r.outcome.message) for r in records if not r.is_final)
     for part in parts:
         if part.name not in found:
-            kept = read_records(folder / table.name / part.name, TrainingRecord).records
-            found[part.name] = best_rates(part.sweep, latest(part.sweep.runs(), kept))
-            if not found[part.name]:
+            kept = _kept(part, folder / table.name / part.name)
+            if missing_runs(part.sweep.runs(), kept):
                 raise _other_processes(table, scale, part)
+            found[part.name] = best_rates(part.sweep, latest(part.sweep.runs(), kept))
     return conclude_table(table, scale, [(part, found[part.name]) for part in parts])
+
+
+def _kept(part: Part, folder: Path) -> list[TrainingRecord]:
+    """Records of a part that was trained by other processes, of the data and code as they are."""
+    protocol = part.sweep.protocol
+    sources = sources_of(protocol, data_of(protocol).fingerprint)
+    return [r for r in read_records(folder, TrainingRecord).records if sources.made(r)]
+
+
+def _name(record: TrainingRecord) -> str:
+    spec = record.spec
+    return f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
 
 
 def _other_processes(table: Table, scale: Scale, part: Part) -> SpecError:
@@ -72,15 +92,3 @@ def _other_processes(table: Table, scale: Scale, part: Part) -> SpecError:
         f"{'was' if num_launched() == 1 else 'were'} started; what has been done is kept; start: "
         f"{command}"
     )
-
-
-def _require_whole(records: Sequence[TrainingRecord]) -> None:
-    """Refuse to judge by a part of the runs."""
-    failed = [record for record in records if not record.is_final]
-    if failed:
-        first = failed[0]
-        raise DataError(
-            f"{len(failed)} runs failed, the first one ({first.spec.norm}, batch size "
-            f"{first.spec.batch_size}, seed {first.spec.seed}) with: {first.outcome.message}; the "
-            f"others are kept, and the same command tries these again"
-        )
