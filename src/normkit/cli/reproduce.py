@@ -41,14 +41,9 @@ from normkit.lab.reproduce import (
 from normkit.lab.reproduce.tables.catalog import find_table
 from normkit.lab.reproduce.tables.catalog import tables as known_tables
 from normkit.lab.reproduce.tables.dry_run import estimate_table
-from normkit.lab.reproduce.tables.result import (
-    TableResult,
-    draw_table,
-    table_markdown,
-    table_results_in,
-    table_text,
-    write_table,
-)
+from normkit.lab.reproduce.tables.figure import draw_table
+from normkit.lab.reproduce.tables.page import table_markdown, table_text
+from normkit.lab.reproduce.tables.result import TableResult, table_results_in, write_table
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table
 from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec

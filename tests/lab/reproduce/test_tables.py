@@ -14,8 +14,9 @@ from normkit.lab.models import build_model
 from normkit.lab.reproduce.preset import SCALES
 from normkit.lab.reproduce.tables.catalog import find_table, tables
 from normkit.lab.reproduce.tables.dry_run import KNOWN, estimate_table, random_dataset
+from normkit.lab.reproduce.tables.page import ours
 from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
-from normkit.lab.reproduce.tables.result import Cell, Run, ours, read_table_result
+from normkit.lab.reproduce.tables.result import Cell, Run, read_table_result
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table, read_table
 from normkit.lab.work import Upkeep, Way

@@ -85,9 +85,7 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             (50_000, 10_000, 100), SMALL, "cifar-100-python", validation_share=0.2
         ),
         "svhn": _known((73_257, 26_032, 10), SMALL, "train_32x32.mat"),
-        "svhn-extra": _known(
-            (604_388, 26_032, 10), SMALL, "extra_32x32.mat", validation_share=0.2
-        ),
+        "svhn-extra": _known((604_388, 26_032, 10), SMALL, "extra_32x32.mat", validation_share=0.2),
         "mnist": _known((60_000, 10_000, 10), GREY, "MNIST"),
         "imagenet": _known(
             (1_281_167, 50_000, 1000),
