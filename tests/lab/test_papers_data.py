@@ -168,6 +168,7 @@ def num_parameters(name, num_classes=10):
         ("cifar-resnet:depth=18", 11.17, 20),
         ("cifar-resnet:depth=50", 23.52, 53),
         ("cifar-densenet:depth=121", 6.96, 120),
+        ("cifar-densenet:depth=21", 0.02, 20),
     ],
 )
 def test_networks_for_32_pixels_have_their_depth_and_size(name, millions, num_convolutions):
@@ -183,7 +184,7 @@ def test_networks_for_32_pixels_have_their_depth_and_size(name, millions, num_co
     [
         ("thin-resnet:depth=21", "thin-resnet was given depth=21; give 6n \\+ 2"),
         ("cifar-resnet:depth=20", "cifar-resnet was given depth=20; give one of 18, 34, 50"),
-        ("cifar-densenet:depth=20", "cifar-densenet was given depth=20; give one of 121, 161"),
+        ("cifar-densenet:depth=20", "cifar-densenet was given depth=20; give one of 21, 121, 161"),
     ],
 )
 def test_depths_that_there_are_not_are_refused(name, message):

@@ -25,6 +25,7 @@ from normkit.text import listed, printable, shortened
 PRESETS = Path(__file__).parents[2] / "presets"
 ONLY = ""  # the name of the part of a table that has no parts
 CHOICES = ("arms", "specs", "parts", "without", "readings")
+ARMS = ("arms", "specs")  # where "none" is an arm
 WEIGHTS = "weights"  # folder of pretrained networks in that of the data
 Split = Literal["validation", "test"]
 Number = float | Literal["-", "unreadable"]
@@ -301,7 +302,10 @@ def read_table(path: Path) -> Table:
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _tuples(inner) for name, inner in value.items()}
+        return {
+            name: inner if name in ARMS and isinstance(inner, dict) else _tuples(inner)
+            for name, inner in value.items()
+        }
     if isinstance(value, list):
         return tuple(_tuples(inner) for inner in value)
     return None if value == "none" else value
