@@ -89,8 +89,8 @@ class Quantity:
     It is arithmetic on cells. ``BN(8)`` is the score of the arm ``BN`` at batch size 8;
     ``BN(r50)`` that of the part ``r50``, and ``BN(r50, 8)`` both. ``smallest``, ``largest`` and
     ``all`` stand for batch sizes. ``BN(8, tuned)`` is the reading ``tuned`` in place of the score,
-    and ``each`` stands for all readings. ``min``, ``max``, ``mean`` and ``spread`` take several cells, and
-    ``diverged(BN(8))`` is the share of cells whose run diverged.
+    and ``each`` stands for all readings. ``min``, ``max``, ``mean`` and ``spread`` take several
+    cells, and ``diverged(BN(8))`` is the share of cells whose run diverged.
 
     Args:
         text: The expression.

@@ -16,9 +16,10 @@ from normkit.convert.placement.blocks import find_layout
 from normkit.errors import SpecError
 from normkit.inference.tracked import tracked
 from normkit.lab.data import Dataset, Split
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, LOSS, TOP5, evaluate
 from normkit.lab.frozen import Frozen
-from normkit.lab.records import Epoch
+from normkit.lab.records import Outcome
+from normkit.lab.task import finite_scores
 from normkit.layers.base import TrackingLayer
 from normkit.text import listed
 from normkit.tune.grids import grid_for
@@ -28,8 +29,9 @@ Taken = Mapping[str, Values]  # by split
 PLAIN = "plain"
 EPOCHS = "epochs"
 SPLITS = ("validation", "test")
-OF_SPLITS = ("accuracy", "loss", "top-5 accuracy", "weight")
-OF_EPOCHS = ("training accuracy", "training loss", "validation accuracy", "validation loss")
+OF_SPLITS = (ACCURACY, LOSS, TOP5, "weight")
+TRAINING = {"training accuracy": "train_accuracy", "training loss": "train_loss"}
+OF_EPOCHS = TRAINING | {"validation accuracy": ACCURACY, "validation loss": LOSS}
 NUM_DRAWS, NUM_BLOCKS = 5, 6  # disturbed statistics: Huang et al., Fig. 8
 BATCH_SIZE = 256  # of pictures that statistics are measured on
 
@@ -52,7 +54,7 @@ class Reading(Frozen):
     ==================  ================================================================
 
     Networks without running statistics are evaluated as they were trained. A number is one of
-    ``accuracy`` (the default), ``loss``, ``top-5 accuracy`` and ``weight``, the example weight; of
+    ``accuracy`` (the default), ``loss``, ``top5_accuracy`` and ``weight``, the example weight; of
     ``epochs`` it is ``training accuracy``, ``training loss``, or those of validation.
 
     Args:
@@ -75,7 +77,7 @@ class Reading(Frozen):
             SpecError: If there is no such state or number.
         """
         state, _, number = (part.strip() for part in text.partition(":"))
-        numbers = OF_EPOCHS if state == EPOCHS else OF_SPLITS
+        numbers = tuple(OF_EPOCHS) if state == EPOCHS else OF_SPLITS
         if state != EPOCHS:
             _parsed(state)
         if (number or numbers[0]) not in numbers:
@@ -96,14 +98,19 @@ class Reading(Frozen):
 
     def value(self, taken: Mapping[str, Taken], split: str) -> float | None:
         """The number, of all that was taken of a network."""
-        return taken[self.state][split][self.number]
+        return taken[self.state][split].get(self.number)
 
-    def of_epochs(self, epochs: tuple[Epoch, ...]) -> float | None:
-        """The mean over the epochs of a training; None if one was not finite."""
-        part, _, what = self.number.partition(" ")
-        name = f"{'train' if part == 'training' else part}_{what}"
-        values = [getattr(epoch, name) for epoch in epochs]
-        return None if not values or None in values else sum(values) / len(values)
+    def of_epochs(self, outcome: Outcome) -> float | None:
+        """The mean over the epochs of a training; None if it diverged."""
+        values = [
+            getattr(epoch, OF_EPOCHS[self.number])
+            if self.number in TRAINING
+            else epoch.validation_scores.get(OF_EPOCHS[self.number])
+            for epoch in outcome.epochs
+        ]
+        if outcome.status == "diverged" or not values or None in values:
+            return None
+        return sum(values) / len(values)
 
 
 def take(model: nn.Module, dataset: Dataset[Split], state: str) -> Taken:
@@ -131,14 +138,9 @@ def _plain(model: nn.Module, dataset: Dataset[Split], _argument: Any = None) -> 
 
 
 def _scores(model: nn.Module, split: Split) -> Values:
-    found = evaluate(model, split)
+    found: Values = dict(finite_scores(evaluate(model, split)))
     weights = {m.example_weight for m in model.modules() if isinstance(m, TrackingLayer)}
-    return {
-        "accuracy": found.accuracy,
-        "loss": found.loss if math.isfinite(found.loss) else None,
-        "top-5 accuracy": found.top5_accuracy,
-        "weight": float(weights.pop()) if len(weights) == 1 else None,
-    }
+    return found | {"weight": float(weights.pop()) if len(weights) == 1 else None}
 
 
 def _weighed(model: nn.Module, dataset: Dataset[Split], weight: float) -> Taken:

@@ -192,70 +192,81 @@ def judged(table: Table, scale: Scale, cells: Sequence[Cell]) -> tuple[Judged, .
 
 
 def cells_of(table: Table, part: Part, results: Results) -> list[Cell]:
-    """The cells of a part."""
-    runs: dict[At, list[Run]] = {}
-    for record, taken in _by_run(results):
-        spec = record if isinstance(record, TrainingSpec) else record.spec
-        for reading in ("", *part.readings):
-            at = At(part.label(spec.norm), part.name, spec.batch_size, reading)
-            score = _number(table, part, record, taken, reading)
-            rate = spec.protocol.base_lr
-            runs.setdefault(at, []).append(Run(seed=spec.seed, score=score, learning_rate=rate))
+    """The cells of a part: a column for each score of the task, then one for each reading."""
+    runs = _by_run(results)
+    columns = table.columns_of(part.name)
+    found = [(column, "", score) for column, score in columns.items()]
+    found += [(column, reading, None) for column in columns for reading in part.readings]
     return [
-        Cell(arm=at.arm, part=at.part, batch_size=at.batch_size, reading=at.reading, runs=of)
-        for at in (
-            At(label, part.name, size, reading)
-            for label in part.arms
-            for size in part.sweep.batch_sizes
-            for reading in ("", *part.readings)
+        Cell(
+            arm=label,
+            part=column,
+            batch_size=size,
+            reading=reading,
+            runs=tuple(
+                Run(
+                    seed=run.spec.seed,
+                    score=run.number(table, part, reading, score),
+                    learning_rate=run.spec.protocol.base_lr,
+                )
+                for run in runs
+                if (run.spec.norm, run.spec.batch_size) == (part.sweep.norms[at], size)
+            ),
         )
-        for of in (tuple(runs.get(at, ())),)
+        for column, reading, score in found
+        for at, label in enumerate(part.arms)
+        for size in part.sweep.batch_sizes
     ]
 
 
-def _by_run(results: Results) -> list[tuple[TrainingRecord | TrainingSpec, Mapping[str, Taken]]]:
-    """The record of each training, or its spec if there was none, and what was read then."""
+class _OneRun(NamedTuple):
+    """A network: how it was trained, what came out, and what was read off it."""
+
+    spec: TrainingSpec
+    outcome: Outcome | None
+    taken: Mapping[str, Taken]
+
+    def number(self, table: Table, part: Part, reading: str, score: str | None) -> float | None:
+        """A score, or a reading where one is named, in the units of the table."""
+        how = part.readings[reading] if reading else Reading(state=PLAIN)
+        if not reading and self.outcome is not None:
+            value = _score(table, part, self.outcome, score)
+        elif not how.of_network and self.outcome is not None:
+            value = how.of_epochs(self.outcome)
+        else:
+            value = how.value(self.taken, part.on) if how.state in self.taken else None
+        if value is None or not how.is_share:
+            return value
+        return round(100 - 100 * value if table.measure == "error" else 100 * value, 4)
+
+
+def _by_run(results: Results) -> list[_OneRun]:
     read = {record.spec.training.key: record for record in results.readings}
     if results.trained is None:
-        return [(record.spec.training, record.values) for record in results.readings]
-    nothing: Mapping[str, Taken] = {}
+        return [_OneRun(record.spec.training, None, record.values) for record in results.readings]
     return [
-        (record, read[record.spec.key].values if record.spec.key in read else nothing)
+        _OneRun(
+            record.spec,
+            record.outcome,
+            read[record.spec.key].values if record.spec.key in read else {},
+        )
         for record in results.trained
     ]
 
 
-def _number(
-    table: Table,
-    part: Part,
-    run: TrainingRecord | TrainingSpec,
-    taken: Mapping[str, Taken],
-    name: str,
-) -> float | None:
-    """The score of a run, or a reading of it, in the units of the table."""
-    reading = part.readings.get(name, Reading(state=PLAIN))
-    if name and not reading.of_network and isinstance(run, TrainingRecord):
-        diverged = run.outcome.status == "diverged"
-        value = None if diverged else reading.of_epochs(run.outcome.epochs)
-    elif not name and isinstance(run, TrainingRecord):
-        value = _score(table, part, run.outcome)
-    else:
-        value = reading.value(taken, part.on) if reading.state in taken else None
-    if value is None or not reading.is_share:
-        return value
-    return round(100 * value if table.measure == "accuracy" else 100 - 100 * value, 4)
-
-
-def _score(table: Table, part: Part, outcome: Outcome) -> float | None:
-    """The share of right answers of a training that did not diverge."""
+def _score(table: Table, part: Part, outcome: Outcome, name: str | None) -> float | None:
+    """A score of the task, by default its first, of a training that did not diverge."""
+    name = name or next(iter(outcome.scores), None)
+    if name is None or outcome.status == "diverged":
+        return None
     median = table.score != "last epoch"
     if part.on == "test":
-        last_five = outcome.test_accuracy_median_of_5
-        return last_five if median and last_five is not None else outcome.test_accuracy
-    if outcome.status == "diverged" or not outcome.epochs:
-        return None
-    found = [epoch.validation_accuracy for epoch in outcome.epochs[-NUM_LAST_EPOCHS:]]
-    return statistics.median(found) if median else found[-1]
+        is_first = name == next(iter(outcome.scores))
+        last_five = outcome.median_of_5 if median and is_first else None
+        return outcome.scores.get(name) if last_five is None else last_five
+    found = [e.validation_scores.get(name) for e in outcome.epochs[-NUM_LAST_EPOCHS:]]
+    values = [value for value in found if value is not None]
+    return (statistics.median(values) if median else found[-1]) if values else None
 
 
 def _by_seed(cells: Sequence[Cell]) -> dict[int, Mapping[At, float | None]]:

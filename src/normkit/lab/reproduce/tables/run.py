@@ -33,8 +33,8 @@ from normkit.lab.reproduce.tables.readings import (
 from normkit.lab.reproduce.tables.result import Results, TableResult, conclude_table
 from normkit.lab.reproduce.tables.table import Part, Table
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.start import data_of
 from normkit.lab.sweep import carry_out
+from normkit.lab.task import parse_task
 from normkit.lab.work import Way
 
 
@@ -137,7 +137,7 @@ class _Silent:
 def _kept(part: Part, folder: Path) -> list[TrainingRecord]:
     """Records of a part that was trained by other processes, of the data and code as they are."""
     protocol = part.sweep.protocol
-    sources = sources_of(protocol, data_of(protocol).fingerprint)
+    sources = sources_of(protocol, parse_task(protocol.task).data(protocol).fingerprint)
     return [r for r in read_records(folder, TrainingRecord).records if sources.made(r)]
 
 
