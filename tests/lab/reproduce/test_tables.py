@@ -302,9 +302,16 @@ def test_records_of_other_processes_must_be_whole_and_of_this_code(tmp_path, mon
         run_table(split, "tiny", **given)
 
 
-def test_a_dry_run_of_a_figure_is_refused(tmp_path, capsys):
-    assert main(["reproduce", "gnbn", "--dry-run", "--out", str(tmp_path)]) == 2
-    assert "--dry-run was given with gnbn, but measures tables only" in capsys.readouterr().err
+def test_a_dry_run_of_networks_that_are_given_counts_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
+    paper = dict(tables()["S-F1"].paper)
+    part = paper["parts"]["mobilenet"] | {"data": "cifar10", "image_size": None}
+    table = tables()["S-F1"].model_copy(update={"paper": {**paper, "parts": {"mobilenet": part}}})
+    (found,) = estimate_table(table, "paper")
+    assert str(tmp_path / "weights" / "mobilenet_v2.safetensors") in found.missing
+    assert "cifar-10-batches-py is not there" in found.missing
+    num_states = 7  # plain and six weights
+    assert found.cells[0].num_steps == math.ceil(num_states * (5_000 + 10_000) / 128)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
