@@ -120,9 +120,10 @@ class Reading(Frozen):
             else epoch.validation_scores.get(OF_EPOCHS[self.number])
             for epoch in outcome.epochs
         ]
-        if outcome.status == "diverged" or not values or None in values:
+        finite = [value for value in values if value is not None]
+        if outcome.status == "diverged" or not values or len(finite) < len(values):
             return None
-        return sum(values) / len(values)
+        return sum(finite) / len(finite)
 
 
 def take(model: nn.Module, dataset: Dataset[Split], state: str) -> Taken:
