@@ -370,5 +370,8 @@ def test_random_pictures_have_the_sizes_of_the_data_set():
         50000,
     )
     assert found.train.take(torch.arange(2)).inputs.shape == (2, 3, 224, 224)
+    (nasnet,) = (part for part in tables()["S-F1"].parts("paper") if part.name == "nasnet")
+    protocol = nasnet.sweep.protocol
+    assert parse_task(protocol.task).sample(protocol).data.input_shape == (3, 331, 331)
     with pytest.raises(SpecError, match="the sizes of 'digits' are not known; known are cifar10"):
         random_dataset("digits")
