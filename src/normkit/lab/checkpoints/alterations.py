@@ -106,7 +106,8 @@ def restored(model: nn.Module, path: Path) -> nn.Module:
         model = _weighed(alterations.apply_(model), tensors)
     except NormError as error:
         raise DataError(
-            f"{printable(path)} says that it has other norms, which do not fit the model: {error}"
+            f"{printable(path)} says that it has other norms, which do not fit the model: {error}; "
+            f"check --model"
         ) from error
     load_tensors_(model, tensors, path)
     return model
