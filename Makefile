@@ -76,7 +76,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch "setuptools>=77" wheel
 	touch $@
 
-$(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py normkit_build.py $(wildcard csrc/*)
+$(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py normkit_build.py src/normkit/version.py $(wildcard csrc/*)
 	$(PIP) --no-build-isolation --editable ".[lab]"
 	touch $@
 
