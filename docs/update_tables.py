@@ -11,12 +11,9 @@ from pathlib import Path
 from normkit.lab.reproduce.papers import PAPERS
 from normkit.lab.reproduce.report import result_path
 from normkit.lab.reproduce.tables.catalog import tables
-from normkit.lab.reproduce.tables.result import (
-    draw_table,
-    read_table_result,
-    table_markdown,
-    unrun_markdown,
-)
+from normkit.lab.reproduce.tables.figure import draw_table
+from normkit.lab.reproduce.tables.page import table_markdown, unrun_markdown
+from normkit.lab.reproduce.tables.result import read_table_result
 from normkit.lab.reproduce.tables.table import Table
 
 DOCS = Path(__file__).parent

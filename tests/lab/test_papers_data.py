@@ -53,7 +53,9 @@ def test_caltech_is_split_by_class_and_the_same_each_time(data_folder):
     for label, (name, number) in enumerate((("ape", 85), ("bat", 90))):
         for at in range(number):
             picture(folder / name / f"{at:03}.png", 100 * label + at)
+    picture(folder / "257.clutter" / "000.png", 255)
     found = open_data("caltech256", side=4)
+    assert found.num_classes == 2
     parts = (found.train, found.validation, found.test)
     assert [len(part) for part in parts] == [80, 20, 60]
     for part in parts:
@@ -115,7 +117,7 @@ def test_extra_pictures_of_svhn_train_and_are_not_tested(monkeypatch):
     forget_data()
     found = open_data("svhn-extra")
     forget_data()
-    assert (len(found.train), len(found.validation), len(found.test)) == (45, 5, 5)
+    assert (len(found.train), len(found.validation), len(found.test)) == (40, 10, 5)
     written = torch.cat([found.train.values, found.validation.values])[:, 0, 0, 0]
     assert torch.bincount(written.int()).tolist() == [20, 0, 30]
     assert set(found.test.values.unique().tolist()) == {1}
@@ -166,6 +168,7 @@ def num_parameters(name, num_classes=10):
         ("cifar-resnet:depth=18", 11.17, 20),
         ("cifar-resnet:depth=50", 23.52, 53),
         ("cifar-densenet:depth=121", 6.96, 120),
+        ("cifar-densenet:depth=21", 0.02, 20),
     ],
 )
 def test_networks_for_32_pixels_have_their_depth_and_size(name, millions, num_convolutions):
@@ -181,7 +184,7 @@ def test_networks_for_32_pixels_have_their_depth_and_size(name, millions, num_co
     [
         ("thin-resnet:depth=21", "thin-resnet was given depth=21; give 6n \\+ 2"),
         ("cifar-resnet:depth=20", "cifar-resnet was given depth=20; give one of 18, 34, 50"),
-        ("cifar-densenet:depth=20", "cifar-densenet was given depth=20; give one of 121, 161"),
+        ("cifar-densenet:depth=20", "cifar-densenet was given depth=20; give one of 21, 121, 161"),
     ],
 )
 def test_depths_that_there_are_not_are_refused(name, message):

@@ -15,16 +15,25 @@ from normkit.lab.models import build_model
 from normkit.lab.reproduce.preset import SCALES
 from normkit.lab.reproduce.tables.catalog import find_table, tables
 from normkit.lab.reproduce.tables.dry_run import estimate_table
+from normkit.lab.reproduce.tables.page import ours
 from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
-from normkit.lab.reproduce.tables.result import Cell, Run, conclude_table, ours, read_table_result
+from normkit.lab.reproduce.tables.result import (
+    Cell,
+    Results,
+    Run,
+    conclude_table,
+    read_table_result,
+)
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table, read_table
 from normkit.lab.task import parse_task
 from normkit.lab.work import Upkeep, Way
 
 EXPECTED = {
-    "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "S-F3", "S-3.3", "S-3.4", "Q-T1", "Q-T2", "Q-T3",
-    "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "H-T1", "H-T2", "H-T3", "H-F7", "Z-T1", "Z-T2",
+    "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "G-F2", "G-F3", "G-F4",
+    "S-F1", "S-F2", "S-F3", "S-F4", "S-F5", "S-3.3", "S-3.4", "S-B",
+    "Q-T1", "Q-T2", "Q-T3", "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "Q-F8",
+    "H-T1", "H-T2", "H-T3", "H-F7", "H-F8", "H-GW", "Z-T1", "Z-T2",
 }  # fmt: skip
 CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
 PARTS = Cells({"a": ["BN", "GN"], "b": ["BN"]}, {"a": [2, 8], "b": [4]})
@@ -154,7 +163,9 @@ def test_a_table_shows_several_scores_of_a_run(parts, record):
     names = ["a_accuracy", "a_loss", "b_accuracy", "b_loss"] if parts else ["accuracy", "loss"]
     assert table.cells("paper").parts == names
     runs = [record(seed=seed, scores={"accuracy": 0.1 * seed, "loss": 0.5}) for seed in (1, 2)]
-    result = conclude_table(table, "paper", [(part, runs) for part in table.parts("paper")])
+    result = conclude_table(
+        table, "paper", [(part, Results(runs, ())) for part in table.parts("paper")]
+    )
     assert [cell.part for cell in result.cells] == names
     assert [cell.scores for cell in result.cells] == [[10, 20], [50, 50]] * (len(names) // 2)
     assert Quantity(f"mean(BN({names[1]}))", table.cells("paper"))(
@@ -291,9 +302,16 @@ def test_records_of_other_processes_must_be_whole_and_of_this_code(tmp_path, mon
         run_table(split, "tiny", **given)
 
 
-def test_a_dry_run_of_a_figure_is_refused(tmp_path, capsys):
-    assert main(["reproduce", "gnbn", "--dry-run", "--out", str(tmp_path)]) == 2
-    assert "--dry-run was given with gnbn, but measures tables only" in capsys.readouterr().err
+def test_a_dry_run_of_networks_that_are_given_counts_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
+    paper = dict(tables()["S-F1"].paper)
+    part = paper["parts"]["mobilenet"] | {"data": "cifar10", "image_size": None}
+    table = tables()["S-F1"].model_copy(update={"paper": {**paper, "parts": {"mobilenet": part}}})
+    (found,) = estimate_table(table, "paper")
+    assert str(tmp_path / "weights" / "mobilenet_v2.safetensors") in found.missing
+    assert "cifar-10-batches-py is not there" in found.missing
+    num_states = 7  # plain and six weights
+    assert found.cells[0].num_steps == math.ceil(num_states * (5_000 + 10_000) / 128)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

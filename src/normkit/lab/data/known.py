@@ -74,7 +74,7 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             (50_000, 10_000, 100), SMALL, "cifar-100-python", validation_share=0.2
         ),
         "svhn": _known((73_257, 26_032, 10), SMALL, "train_32x32.mat"),
-        "svhn-extra": _known((604_388, 26_032, 10), SMALL, "extra_32x32.mat"),
+        "svhn-extra": _known((604_388, 26_032, 10), SMALL, "extra_32x32.mat", validation_share=0.2),
         "mnist": _known((60_000, 10_000, 10), GREY, "MNIST"),
         "imagenet": _known(
             (1_281_167, 50_000, 1000),
@@ -83,10 +83,11 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             holds="folders train and val, with a folder of pictures for each class in both",
         ),
         "caltech256": _known(
-            (12_850, 7_710, 257),
+            (12_800, 7_680, 256),
             (3, 299, 299),
             "256_ObjectCategories",
             holds="a folder of pictures for each class",
+            validation_share=0.2,
         ),
     }
 )

@@ -16,6 +16,7 @@ IMAGENET_SIDE, CALTECH_SIDE = 224, 299
 MAX_DIGITS = 9
 CALTECH_SIZES = {"train": 40, "validation": 10, "test": 30}
 """Pictures of each class: Summers and Dinneen, section 4.1."""
+CLUTTER = "clutter"  # ends the name of Caltech-256's folder 257
 
 
 def imagenet(limit: int | None = None, side: int | None = None) -> Dataset[Split]:
@@ -45,7 +46,8 @@ def caltech256(
 ) -> Dataset[Split]:
     """Caltech-256: of each class 40 pictures for training, 10 for validation, 30 for the test.
 
-    They are drawn at random; the others are left out.
+    They are drawn at random; the others are left out, and so is the folder of clutter, which is
+    none of the 256 categories.
 
     Args:
         limit: Training pictures to keep; None for all.
@@ -56,7 +58,8 @@ def caltech256(
         DataError: If the folder is not there, or a class has fewer than 80 pictures.
     """
     folder = _folder("256_ObjectCategories", "a folder of pictures for each class")
-    files = files_of(folder, class_names({"train": folder}))
+    classes = [name for name in class_names({"train": folder}) if not name.endswith(CLUTTER)]
+    files = files_of(folder, classes)
     parts: dict[str, list[File]] = {part: [] for part in CALTECH_SIZES}
     generator = torch.Generator().manual_seed(seed)
     for label in sorted({file.label for file in files}):

@@ -124,7 +124,7 @@ class NormSlots:
             SpecError: If it cannot, naming the arm, the place and the batch size, or if the
                 network has no places for it.
         """
-        arm = Arm.parse(norm)
+        arm = Arm.parse(norm).at(batch_size)
         for at, place in self.places(arm).items():
             try:
                 place.try_out(batch_size, num_examples)

@@ -12,7 +12,8 @@ from normkit.lab.models.own import ResidualBlock, conv_norm_relu, head
 from normkit.lab.torchvision_ops import register_missing_operators
 
 DEPTHS = (18, 34, 50, 101, 152)
-DENSE_DEPTHS = (121, 161, 169, 201)
+SMALL_DENSE_DEPTH = 21
+DENSE_DEPTHS = (SMALL_DENSE_DEPTH, 121, 161, 169, 201)
 THIN_WIDTHS = (16, 32, 64)
 
 
@@ -36,13 +37,19 @@ class CifarResNet:
 @architecture("cifar-densenet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CifarDenseNet:
-    """torchvision's DenseNet, with the stem of ``cifar-resnet``."""
+    """torchvision's DenseNet, with the stem of ``cifar-resnet``.
+
+    Depth 21 is ours, for small machines: four blocks of two layers that add 8 channels each.
+    """
 
     depth: int = 121
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        model = _torchvision_model("densenet", self.depth, DENSE_DEPTHS, task)
+        if self.depth == SMALL_DENSE_DEPTH:
+            model = _small_densenet(task)
+        else:
+            model = _torchvision_model("densenet", self.depth, DENSE_DEPTHS, task)
         stem = model.features
         stem.conv0, stem.pool0 = _stem(stem.conv0, task), nn.Identity()
         return model
@@ -61,6 +68,13 @@ def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], task: T
     models = importlib.import_module("torchvision.models")
     builder = models.get_model_builder(f"{family}{depth}")
     return builder(weights=None, num_classes=task.num_classes)
+
+
+def _small_densenet(task: Task) -> Any:
+    register_missing_operators()
+    models = importlib.import_module("torchvision.models")
+    sizes = {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16}
+    return models.DenseNet(**sizes, num_classes=task.num_classes)
 
 
 def _stem(replaced: nn.Conv2d, task: Task) -> nn.Conv2d:
