@@ -115,7 +115,7 @@ def test_a_quantity_that_cannot_be_computed_is_refused(text, message):
     [
         (("[arms]", "[arms]]"), "is no TOML file"),
         (("epochs = 1\n", "epoch = 1\n"), "names epoch; its arms are BN, GN"),
-        (('measure = "error"', 'measure = "speed"'), "measure was given 'speed'"),
+        (('measure = "error"', "measure = 1"), "measure was given 1"),
         (("[tiny.specs]\nGN = ", "[tiny.specs]\nXN = "), "names XN; its arms are BN, SN"),
     ],
 )
