@@ -72,7 +72,7 @@ def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels,
     """Return the kernels of the call, or of its first part, and the reasons for all parts."""
     found = [decide(x, call, is_computed=False) for call in layer.routes(x, mask is not None)]
     reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
-    reason, apart = "; then: ".join(reasons), layer.why_apart()
+    reason, apart = "; then: ".join(reasons), layer.why_separate()
     if apart is not None:
         reason = f"{reason}, each norm by itself, because {apart}"
     return found[0].kernels, reason

@@ -1,4 +1,4 @@
-"""`normkit compare` started by torchrun: all processes train each network, the first one speaks."""
+"""`normkit compare` started by torchrun: all processes train each network, the first one prints."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def finished(process, timeout_s=150):
     try:
         return process.communicate(timeout=timeout_s)
     finally:
-        process.terminate()  # it ends its processes
+        process.terminate()  # torchrun then ends its processes
 
 
 def compare(port, *arguments):
@@ -119,7 +119,7 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(trained, one, both):
 
 
 def test_statistics_of_each_process_alone_train_another_network(trained):
-    """So that the test above can fail."""
+    """Check that the test above can fail."""
     epochs, weights = ends_of(trained / "apart")["bn"]
     expected, same_weights = ends_of(trained / "both")["bn"]
     assert (epochs - expected).abs().max() > 1e-3
@@ -236,7 +236,7 @@ def test_the_threads_of_the_group_end_with_it(tmp_path, free_port):
 
 
 def test_an_interrupted_process_ends_the_others(tmp_path, free_port):
-    """Killed is the second process, while the first waits for it or still works."""
+    """The second process is killed while the first waits for it or still works."""
     out = tmp_path / "out"
     long = [*SMALL, "--seeds", ",".join(map(str, range(400))), "--out", str(out)]
     done = compare(free_port, *long)
@@ -280,7 +280,7 @@ class Net(nn.Module):
 
 
 def test_what_goes_wrong_on_one_process_is_said_in_a_sentence(tmp_path, free_port):
-    """Nobody knows what the others wait for, so that the launcher ends all."""
+    """The other processes would wait forever, so the launcher ends all of them."""
     (tmp_path / "net.py").write_text(FAILING)
     model = ["--model", f"{tmp_path}/net.py:Net", "--norms", "bn", "--batch-sizes", "4"]
     done = compare(free_port, *TINY, *model, "--out", str(tmp_path / "out"))

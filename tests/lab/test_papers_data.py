@@ -96,7 +96,7 @@ def test_names_and_arguments_that_there_are_not_are_refused(text, message):
 
 @pytest.mark.parametrize("name", ["imagenet", "caltech256"])
 def test_a_folder_that_is_missing_is_named(data_folder, name):
-    with pytest.raises(DataError, match=r"is not there; put .* into it, or set NORMKIT_DATA"):
+    with pytest.raises(DataError, match=r"does not exist; put .* into it, or set NORMKIT_DATA"):
         open_data(name)
 
 

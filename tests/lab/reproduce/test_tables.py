@@ -236,7 +236,7 @@ def test_missing_data_are_said_with_their_place(tmp_path, capsys, monkeypatch):
     given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["reproduce", "q-t3", *given]) == 2
     errors = capsys.readouterr().err
-    assert f"{tmp_path / 'data' / 'imagenet'} is not there; put folders train and val" in errors
+    assert f"{tmp_path / 'data' / 'imagenet'} does not exist; put folders train and val" in errors
     assert "Traceback" not in errors
 
 

@@ -1,4 +1,4 @@
-"""Networks to compare norms in: small ones of our own, torchvision's and timm's."""
+"""Networks for comparing norms: small ones of our own, torchvision's and timm's."""
 
 from normkit.lab.models.architecture import ARCHITECTURES
 from normkit.lab.models.build import BuiltModel, apply_arm, build_model, parse_model
