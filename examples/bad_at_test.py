@@ -46,9 +46,8 @@ def accuracy(model):
     return (model(data.test.inputs).argmax(1) == data.test.targets).float().mean().item()
 
 
-print(
-    f"in training mode: {accuracy(model.train()):.0%}, in evaluation mode: {accuracy(model.eval()):.0%}"
-)
+training, evaluation = accuracy(model.train()), accuracy(model.eval())
+print(f"in training mode: {training:.0%}, in evaluation mode: {evaluation:.0%}")
 
 # > in training mode: 98%, in evaluation mode: 42%
 

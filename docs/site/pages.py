@@ -21,6 +21,8 @@ ROOT_PAGES = {
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "tutorials/index.md",
 }
+HOME = "docs/site/home.md"
+HIDDEN = "---\nhide: [navigation]\n---\n"  # a sidebar with nothing but the page itself
 LINK = re.compile(r"(?<=\])\(([^)\s:]+)\)")
 FENCE = re.compile(r"^ *```")
 ITEM = re.compile(r"^( *)(?:[-*]|\d+\.) ")
@@ -30,8 +32,9 @@ CONTINUED = re.compile(r"^ *(?:[-*>|#]|\d+\. |$)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages, a list of the records, and every other file that a page links to."""
     for source, target in ROOT_PAGES.items():
-        text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, target, content=relinked(text, source, target)))
+        text = relinked((ROOT / source).read_text(encoding="utf-8"), source, target)
+        text = home(text) if target == "index.md" else text
+        files.append(File.generated(config, target, content=text))
     files.append(File.generated(config, "records/index.md", content=list_of_records()))
     for source in sorted(linked_files()):
         files.append(File.generated(config, site_path(source), abs_src_path=str(ROOT / source)))
@@ -43,6 +46,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is None:
         markdown = relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
     return with_lists(markdown)
+
+
+def home(readme: str) -> str:
+    """The README as the first page: where to begin stands before the first code."""
+    begin = relinked((ROOT / HOME).read_text(encoding="utf-8"), HOME, "index.md")
+    return HIDDEN + readme.replace("```python", f"{begin}\n```python", 1)
 
 
 def site_path(source: str) -> str | None:

@@ -84,7 +84,10 @@ def page(source: str) -> str:
     parts = [f"# {title.rstrip('.')}", text.strip()]
     for section in sections(source):
         parts += [f"## {section.title}" if section.title else "", section.text]
-        parts += [_fenced("python", section.code), _fenced("text", section.printed)]
+        parts += [
+            _fenced("python", section.code),
+            _fenced("{ .text .printed .no-copy }", section.printed),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
