@@ -15,6 +15,7 @@ from normkit.lab.evaluation import evaluate
 from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.records import Epoch, Outcome
+from normkit.lab.reproduce.tables.analyses import ANALYSES
 from normkit.lab.reproduce.tables.catalog import tables
 from normkit.lab.reproduce.tables.figure import draw_table, panels_of
 from normkit.lab.reproduce.tables.page import ours, table_markdown, table_text
@@ -141,6 +142,28 @@ def test_a_network_without_running_statistics_is_as_it_was(dataset, state):
     assert take(model, dataset, state) == take(model, dataset, "plain")
 
 
+def test_analyses_are_means_over_the_layers_on_validation_examples():
+    data = load("digits")
+    given = {"num_classes": 10, "input_shape": (1, 8, 8)}
+    model = build_model("small-resnet:width=4", norm="gn:2+ws", **given).model.eval()
+    held = data.validation
+    pairs = [(held.inputs[at : at + 32], held.targets[at : at + 32]) for at in range(0, 128, 32)]
+    rows = nk.similarity_propagation(model, pairs).layers[1:]
+    expected = {"ratio": nk.singularity_ratio(model).ratio}
+    assert take(model, data, "singularity") == {"validation": expected, "test": expected}
+    found = take(model, data, "similarity")["test"]
+    assert found["before"] == pytest.approx(np.mean([row.input_difference for row in rows]))
+    assert found["after"] == pytest.approx(np.mean([row.output_difference for row in rows]))
+    steps = nk.projected_updates(model, pairs, rate=0.1).layers
+    ratios = np.log([row.rate_ratio for row in steps])
+    assert take(model, data, "projected")["test"]["ratio"] == pytest.approx(np.exp(ratios.mean()))
+    hessian = take(model, data, "hessian")["test"]
+    assert 0 < hessian["least"] <= hessian["reduction"] < 1
+    plain = build_model("small-resnet:width=4", norm="gn:2", **given).model.eval()
+    assert take(plain, data, "hessian")["test"] == {"reduction": None, "least": None}
+    assert take(plain, data, "bound")["test"]["training"] <= 1
+
+
 def test_readings_of_the_epochs_are_their_means():
     def epoch(loss, accuracy):
         scores = {"accuracy": accuracy, "loss": loss}
@@ -174,7 +197,7 @@ def test_a_reading_that_there_is_not_is_refused(text, message):
 
 
 def test_every_state_is_explained():
-    for state in STATES:
+    for state in (*STATES, *ANALYSES):
         assert state in Reading.__doc__
 
 

@@ -31,8 +31,8 @@ from normkit.lab.work import Upkeep, Way
 
 EXPECTED = {
     "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "G-F2", "G-F3", "G-F4",
-    "S-F1", "S-F2", "S-F3", "S-F4", "S-F5", "S-3.3", "S-3.4", "S-B",
-    "Q-T1", "Q-T2", "Q-T3", "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "Q-F8",
+    "S-F1", "S-F2", "S-F3", "S-F4", "S-F5", "S-3.3", "S-3.4", "S-B", "S-A",
+    "Q-T1", "Q-T2", "Q-T3", "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "Q-F8", "Q-A",
     "H-T1", "H-T2", "H-T3", "H-F7", "H-F8", "H-GW", "Z-T1", "Z-T2",
 }  # fmt: skip
 CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
@@ -246,6 +246,24 @@ def test_tables_are_listed(capsys):
     assert output.startswith("Z-T2: ResNet-50 on ImageNet, ")
     assert "BGN is far ahead of batch norm at the smallest batch (Table 2)" in output
     assert find_table("nothing") is None
+
+
+ROWS = (
+    "G-T1 G-T2 G-T3 G-T4 G-F2 G-F3 G-F4 G-A5 S-F1 S-F2 S-F3 S-F4 S-F5 S-3.3 S-3.4 S-B Q-T1 Q-T2 "
+    "Q-T3 Q-T4 Q-T5 Q-T6 Q-T7 Q-T8 Q-F4 Q-F5 Q-F6 Q-F8 Q-A S-A H-F2 H-F3 H-F4 H-F5 H-F7 H-F8 H-T1 "
+    "H-T2 H-T3 H-GW Z-T1 Z-T2 Z-F1"
+)
+"""Rows of the papers' tables and figures on classification, and of their analyses."""
+
+
+def test_every_row_has_a_preset_that_is_listed(capsys):
+    assert main(["reproduce", "--list"]) == 0
+    heads = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    listed = {name for head in heads if not head.startswith(" ") for name in head.split(", ")}
+    assert {*ROWS.split()} <= listed
+    for name in ROWS.split():
+        assert main(["reproduce", name.lower(), "--list"]) == 0
+        assert name in capsys.readouterr().out.partition(":")[0].split(", ")
 
 
 def test_a_dry_run_measures_each_cell_and_says_which_data_are_missing(

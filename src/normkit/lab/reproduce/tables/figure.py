@@ -57,7 +57,11 @@ def panels_of(result: TableResult) -> list[Panel]:
 
 
 def _number(result: TableResult, column: Column) -> str:
-    return Reading.parse(result.readings[column.reading]).number if column.reading else OF_SPLITS[0]
+    """What is drawn on axes of its own: a score, or a number of an analysis."""
+    if not column.reading:
+        return OF_SPLITS[0]
+    reading = Reading.parse(result.readings[column.reading])
+    return f"{reading.state}: {reading.number}" if reading.is_analysis else reading.number
 
 
 def _shared(result: TableResult, columns: Sequence[Column], parts: set[str]) -> list[list[Column]]:

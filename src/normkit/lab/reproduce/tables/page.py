@@ -52,7 +52,7 @@ def table_markdown(result: TableResult, images: str = "") -> str:
             f"![{result.title}]({images}reproduce-{result.preset}.svg)\n",
             (
                 f"Ours, {result.measured}: mean ± 95 % interval over seeds; code "
-                f"`{result.code_hash}`.{_readings(result.readings)}\n"
+                f"{result.code_hash}.{_readings(result.readings)}\n"
             ),
             *_markdown(ours(result)),
             "",

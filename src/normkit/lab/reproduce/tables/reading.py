@@ -19,6 +19,7 @@ from normkit.lab.data import Dataset, Split
 from normkit.lab.evaluation import ACCURACY, LOSS, TOP5, evaluate
 from normkit.lab.frozen import Frozen
 from normkit.lab.records import Outcome
+from normkit.lab.reproduce.tables.analyses import ANALYSES, analysed
 from normkit.lab.task import finite_scores
 from normkit.layers.base import TrackingLayer
 from normkit.text import listed
@@ -51,11 +52,19 @@ class Reading(Frozen):
     disturbed=D         by statistics disturbed by ``D`` in the first norm of the first six
                         residual blocks; a mean over five draws
     epochs              not at all: means over the epochs of the training
+    hessian             not at all: ``nk.hessian_norms``, ``reduction`` and ``least``
+    projected           not at all: ``nk.projected_updates``, ``projected``, ``raw``, ``ratio``
+    singularity         not at all: ``nk.singularity_ratio``, ``ratio``
+    similarity          not at all: ``nk.similarity_propagation``, ``before``, ``after``,
+                        ``predicted``
+    bound               not at all: ``nk.output_bound``, the largest share of the bound in
+                        ``training`` and at ``evaluation``
     ==================  ================================================================
 
     Networks without running statistics are evaluated as they were trained. A number is one of
     ``accuracy`` (the default), ``loss``, ``top5_accuracy`` and ``weight``, the example weight; of
-    ``epochs`` it is ``training accuracy``, ``training loss``, or those of validation.
+    ``epochs`` it is ``training accuracy``, ``training loss``, or those of validation. Analyses look
+    at 128 validation examples.
 
     Args:
         state: How the network is evaluated.
@@ -77,9 +86,7 @@ class Reading(Frozen):
             SpecError: If there is no such state or number.
         """
         state, _, number = (part.strip() for part in text.partition(":"))
-        numbers = tuple(OF_EPOCHS) if state == EPOCHS else OF_SPLITS
-        if state != EPOCHS:
-            _parsed(state)
+        numbers = _numbers(state)
         if (number or numbers[0]) not in numbers:
             raise SpecError(
                 f"a reading {text!r} was given; the numbers of {state} are {listed(numbers)}"
@@ -90,6 +97,11 @@ class Reading(Frozen):
     def is_share(self) -> bool:
         """Whether the number is a share, which tables have in percent."""
         return self.number.endswith("accuracy")
+
+    @property
+    def is_analysis(self) -> bool:
+        """Whether it is no score."""
+        return self.state in ANALYSES
 
     @property
     def of_network(self) -> bool:
@@ -108,9 +120,10 @@ class Reading(Frozen):
             else epoch.validation_scores.get(OF_EPOCHS[self.number])
             for epoch in outcome.epochs
         ]
-        if outcome.status == "diverged" or not values or None in values:
+        finite = [value for value in values if value is not None]
+        if outcome.status == "diverged" or not values or len(finite) < len(values):
             return None
-        return sum(values) / len(values)
+        return sum(finite) / len(finite)
 
 
 def take(model: nn.Module, dataset: Dataset[Split], state: str) -> Taken:
@@ -126,6 +139,8 @@ def take(model: nn.Module, dataset: Dataset[Split], state: str) -> Taken:
     Raises:
         SpecError: If there is no such state.
     """
+    if state in ANALYSES:
+        return dict.fromkeys(SPLITS, analysed(model, dataset, state))
     name, argument = _parsed(state)
     model = copy.deepcopy(model)
     if not tracked(model):
@@ -228,11 +243,24 @@ STATES: Mapping[str, Callable[[nn.Module, Dataset[Split], Any], Taken]] = Mappin
 WITH_NUMBER = ("weight", "disturbed")
 
 
+def _numbers(state: str) -> tuple[str, ...]:
+    """The numbers of a state, the first one being the default."""
+    if state in ANALYSES:
+        return ANALYSES[state][1]
+    if state == EPOCHS:
+        return tuple(OF_EPOCHS)
+    _parsed(state)
+    return OF_SPLITS
+
+
 def _parsed(state: str) -> tuple[str, float | None]:
     name, equals, argument = state.partition("=")
     if name not in STATES or bool(equals) != (name in WITH_NUMBER):
         known = [f"{known}=NUMBER" if known in WITH_NUMBER else known for known in STATES]
-        raise SpecError(f"a reading {state!r} was given; the states are {listed([*known, EPOCHS])}")
+        known += [EPOCHS, *ANALYSES]
+        raise SpecError(
+            f"a reading {state!r} was given; the states are {listed(known, len(known))}"
+        )
     try:
         return name, float(argument) if equals else None
     except ValueError as error:

@@ -112,11 +112,15 @@ def _network(spec: ReadingSpec, folder: Path | None, on_step: OnStep) -> nn.Modu
 def _given(training: TrainingSpec) -> nn.Module:
     """A network with the weights of a file, whose norms are replaced by those of the same kind."""
     protocol, dataset = training.protocol, data_of(training.protocol)
-    shapes = {"input_shape": dataset.input_shape}
-    model = build_model(protocol.model, num_classes=dataset.num_classes, **shapes).model
-    model = restored(model, Path(protocol.weights or ""))
-    given = {"batch_size": training.batch_size, "name": protocol.model}
-    return apply_arm(model, training.norm, **given, **shapes).model
+    shape = dataset.input_shape
+    built_model = build_model(protocol.model, num_classes=dataset.num_classes, input_shape=shape)
+    return apply_arm(
+        restored(built_model.model, Path(protocol.weights or "")),
+        training.norm,
+        batch_size=training.batch_size,
+        input_shape=shape,
+        name=protocol.model,
+    ).model
 
 
 def failed(spec: ReadingSpec, message: str) -> ReadingRecord:

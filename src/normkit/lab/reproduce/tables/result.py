@@ -154,7 +154,7 @@ def conclude_table(
     parts, results = [part for part, _ in found], [results for _, results in found]
     trained = [record for each in results for record in each.trained or ()]
     read = [record for each in results for record in each.readings]
-    splits = joined(dict.fromkeys(part.on for part in parts))
+    splits = joined(list(dict.fromkeys(part.on for part in parts)))
     score = table.score if any(part.trained for part in parts) else "of given weights"
     return TableResult(
         preset=table.name,

@@ -327,7 +327,7 @@ def _said(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, tuple):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(_said, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
