@@ -143,9 +143,8 @@ class Adversarial(Task):
         return loss, running
 
     def data(self, protocol: Protocol) -> Dataset[Split]:
-        """The data set of a protocol, with what a norm sees among its notes."""
-        dataset = data_of(protocol)
-        return replace(dataset, notes=(*dataset.notes, *self.sentences))
+        """The data set of a protocol."""
+        return data_of(protocol)
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures in place of a data set that papers name; others as they are."""

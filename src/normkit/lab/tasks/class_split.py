@@ -39,15 +39,6 @@ class ClassSplit:
     validation: tuple[int, ...]
     novel: tuple[int, ...]
 
-    @property
-    def sentence(self) -> str:
-        """The classes in words."""
-        held = f", validation episodes from {listed(self.validation)}" if self.validation else ""
-        return (
-            f"classes {listed(self.base)} are learnt, test episodes are drawn from "
-            f"{listed(self.novel)}{held}"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -143,7 +134,7 @@ def divided(
     validation, test = (_of(splits[part], classes.base) for part in ("validation", "test"))
     everywhere = [splits[part] for part in ("test", "validation", "train")]
     novel = _pool([_of(split, classes.novel) for split in everywhere], per_class)
-    notes = (*dataset.notes, classes.sentence)
+    notes = dataset.notes
     if classes.validation:
         held = _pool([_of(split, classes.validation) for split in everywhere], per_class)
     else:

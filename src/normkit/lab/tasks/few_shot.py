@@ -47,10 +47,7 @@ if TYPE_CHECKING:
 
 SHOTS: Mapping[str, int] = MappingProxyType({"one_shot": 1, "five_shot": 5})
 MINI_IMAGENET = "mini-imagenet"
-MINI_HOLDS = (
-    "folders train, val and test with a folder of pictures for each of 64, 16 and 20 classes"
-)
-NUM_VALIDATION_EPISODES = 100
+VALIDATION_SHARE = 6  # in validation there are a sixth as many episodes as in the test
 SEEDS: Mapping[str, int] = MappingProxyType({"test": 0, "validation": 1})
 """Of the episodes, which are the same ones for all norms and runs."""
 
@@ -98,15 +95,19 @@ class FewShot(Task):
         return max(SHOTS.values()) + 1
 
     @property
-    def sentence(self) -> str:
-        """Which statistics normalise pictures of novel classes, for the report."""
+    def sentences(self) -> tuple[str, ...]:
+        """Which classes are novel, and which statistics normalise their pictures."""
         by = {
             "base": "the running statistics that the base classes left",
             "support": "statistics that are measured anew on each episode's labelled pictures",
             "episode": "statistics that are measured anew on each episode's labelled pictures and "
             "queries together",
         }[self.statistics]
-        return f"pictures of novel classes are normalised by {by}"
+        which = (
+            f"novel are the classes of the folder test, where it has others than train, else "
+            f"{self.novel} that are drawn by seed {self.split_seed}"
+        )
+        return which, f"their pictures are normalised by {by}"
 
     def data(self, protocol: Protocol) -> FewShotData:
         """The data set of a protocol, divided into classes to learn and to be judged on."""
@@ -117,8 +118,7 @@ class FewShot(Task):
                 f"given {len(classes.novel)}; give few-shot:novel={self.ways} or more, or fewer "
                 f"ways"
             )
-        found = self._divided(dataset, classes, protocol.limit)
-        return replace(found, notes=(*found.notes, self.sentence))
+        return self._divided(dataset, classes, protocol.limit)
 
     def _opened(self, protocol: Protocol) -> tuple[Dataset[Split], ClassSplit]:
         text, side = protocol.data, protocol.image_size
@@ -134,8 +134,9 @@ class FewShot(Task):
             return dataset, classes
         if text == MINI_IMAGENET:
             raise DataError(
-                f"{printable(data_folder() / MINI_IMAGENET)} does not have {MINI_HOLDS}; put them "
-                f"there, or set {FOLDER_VARIABLE} to the folder above"
+                f"{printable(data_folder() / MINI_IMAGENET)} does not have "
+                f"{KNOWN[MINI_IMAGENET].holds}; put them there, or set {FOLDER_VARIABLE} to the "
+                f"folder above"
             )
         dataset = open_data(text, None, side, protocol.hold_out)
         return dataset, chosen_classes(dataset, self.novel, self.validation, self.split_seed)
@@ -241,7 +242,7 @@ class FewShotRun(TaskRun):
     def evaluate(self, loop: Loop, held: Held) -> dict[str, float]:
         """Mean accuracies of episodes with halves of their 95 % intervals, and that of the base."""
         number = self._task.episodes
-        number = min(number, NUM_VALIDATION_EPISODES) if held == "validation" else number
+        number = max(number // VALIDATION_SHARE, 2) if held == "validation" else number
         means, intervals = dict[str, float](), dict[str, float]()
         for name, shots in SHOTS.items():
             episodes = self._task.drawn(self._data, held, shots, number)
