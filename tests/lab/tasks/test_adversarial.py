@@ -165,6 +165,14 @@ def test_more_steps_in_the_test_find_more_errors():
     assert weak["robust"] > strong["robust"]
 
 
+def test_a_part_of_the_test_pictures_can_be_judged():
+    task = f"{STRONG}:test_pictures=30"
+    scores = run(spec_of(task=task)).outcome.scores
+    assert all((30 * score) % 1 == pytest.approx(0, abs=1e-9) for score in scores.values())
+    training, _, _ = started(task=task)
+    assert training._held["test"].targets.bincount().tolist() == [3] * 10
+
+
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     spec = spec_of(norm="gn:2")
     whole = run(spec)

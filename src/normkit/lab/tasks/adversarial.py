@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from normkit.errors import DataError, SpecError
 from normkit.lab.check import check_pictures
-from normkit.lab.data import Dataset, Examples, Split
-from normkit.lab.data.dataset import Pictures
+from normkit.lab.data import Dataset, Examples, Split, stratified_order
+from normkit.lab.data.dataset import SPLIT_SEED, Pictures
 from normkit.lab.evaluation import require_scores, shared_out
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
@@ -98,6 +98,9 @@ class Adversarial(Task):
     )
     clean_share: float = Field(
         default=0, ge=0, lt=1, description="the share of the clean batch in the loss, in [0, 1)"
+    )
+    test_pictures: int | None = Field(
+        default=None, ge=1, description="the test pictures that are judged, at most, or none: all"
     )
     low: float | None = Field(
         default=None, description="the value of black before pictures are scaled, or none: 0"
@@ -222,9 +225,11 @@ class AdversarialRun(TaskRun):
     ) -> None:
         super().__init__(network, dataset.train)
         pixels = _range_of_sample(dataset) or task.pixels_of(dataset)
-        self._task, self._protocol, self._dataset = task, protocol, dataset
+        self._task, self._protocol, self._num_classes = task, protocol, dataset.num_classes
         self._attack = task.attack(pixels, task.steps)
         self._test_attack = task.attack(pixels, task.test_steps or task.steps)
+        judged = stratified_order(dataset.test.targets, SPLIT_SEED)[: task.test_pictures]
+        self._held = {"validation": dataset.validation, "test": dataset.test.keep(judged)}
 
     def loss(self, model: nn.Module, part: Examples) -> Found:
         """The cross-entropy of the attacked batch, mixed with that of the clean one."""
@@ -245,7 +250,7 @@ class AdversarialRun(TaskRun):
         return nullcontext() if does else buffers_kept(self.network)
 
     def _cross_entropy(self, scores: Any, part: Examples) -> Float[Tensor, ""]:
-        require_scores(scores, len(part), self._dataset.num_classes)
+        require_scores(scores, len(part), self._num_classes)
         smoothing = self._protocol.label_smoothing
         return functional.cross_entropy(scores, part.targets, label_smoothing=smoothing)
 
@@ -268,7 +273,7 @@ class AdversarialRun(TaskRun):
 
         Every evaluation attacks from the same starts, so that epochs can be compared.
         """
-        split = self._dataset.validation if held == "validation" else self._dataset.test
+        split = self._held[held]
         starts = torch.Generator(loop.device).manual_seed(STARTS_SEED)
         right = torch.zeros(3, dtype=torch.float64, device=loop.device)
         for index in shared_out(len(split), *loop.share):
