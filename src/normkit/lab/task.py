@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "classification": "normkit.lab.tasks.classification:Classification",
+        "adversarial": "normkit.lab.tasks.adversarial:Adversarial",
+        "few-shot": "normkit.lab.tasks.few_shot:FewShot",
     }
 )
 """Module and class of each task; its file is imported when it is first asked for."""
@@ -205,6 +207,11 @@ class Task(Frozen, ABC):
         """The name, and the options that are not at their defaults."""
         given = self.model_dump(mode="json", exclude_defaults=True)
         return ":".join([self.name, *(f"{key}={_written(value)}" for key, value in given.items())])
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What a report should say of it, such as what running statistics are learned from."""
+        return ()
 
     @abstractmethod
     def data(self, protocol: Settings) -> Any:

@@ -1,5 +1,6 @@
 """Opening a data set by a name, a folder, a function, or data sets that a user has given."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,11 +35,15 @@ def open_data(
         SpecError: If there is no such data set or function.
         DataError: If it cannot be read.
     """
-    key = (text, limit, side)
-    if key not in _opened:
-        hold_data(key, _read(text, limit, side))
-    found = _opened[key]
+    found = opened_once((text, limit, side), lambda: _read(text, limit, side))
     return found if hold_out else replace(found, train=found.train.joined(found.validation))
+
+
+def opened_once(key: Key, read: Callable[[], Dataset[Split]]) -> Dataset[Split]:
+    """The data set that was opened last if it was opened by this key, else what is read now."""
+    if key not in _opened:
+        hold_data(key, read())
+    return _opened[key]
 
 
 def _read(text: str, limit: int | None, side: int | None) -> Dataset[Split]:

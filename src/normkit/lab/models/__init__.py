@@ -2,7 +2,8 @@
 
 from normkit.lab.models.architecture import ARCHITECTURES
 from normkit.lab.models.build import BuiltModel, apply_arm, build_model, parse_model
-from normkit.lab.models.cifar import CifarDenseNet, CifarResNet, ThinResNet
+from normkit.lab.models.cifar import CifarDenseNet, CifarResNet, ThinResNet, WideResNet
+from normkit.lab.models.resnet12 import ResNet12
 from normkit.lab.slots import PlacedNorm
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "CifarDenseNet",
     "CifarResNet",
     "PlacedNorm",
+    "ResNet12",
     "ThinResNet",
+    "WideResNet",
     "apply_arm",
     "build_model",
     "parse_model",
