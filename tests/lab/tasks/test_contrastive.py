@@ -78,7 +78,7 @@ def test_a_step_down_the_gradient_brings_classes_together_and_apart():
     before = contrastive_discrepancy([(source, target)])
     (gradient,) = torch.autograd.grad(before, target)
     after = contrastive_discrepancy([(source, target - 0.5 * gradient)])
-    assert float(after) < float(before)
+    assert after.item() < before.item()
 
 
 def test_no_gradient_goes_through_the_width():

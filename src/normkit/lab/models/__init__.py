@@ -3,6 +3,7 @@
 from normkit.lab.models.architecture import ARCHITECTURES
 from normkit.lab.models.build import BuiltModel, apply_arm, build_model, parse_model
 from normkit.lab.models.cifar import CifarDenseNet, CifarResNet, ThinResNet
+from normkit.lab.models.darts import Darts
 from normkit.lab.slots import PlacedNorm
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "BuiltModel",
     "CifarDenseNet",
     "CifarResNet",
+    "Darts",
     "PlacedNorm",
     "ThinResNet",
     "apply_arm",
