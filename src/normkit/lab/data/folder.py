@@ -53,6 +53,19 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
         DataError: If there are no pictures, fewer than two classes, a class is in one part and
             not in another, or no picture can be read.
     """
+    roots = part_folders(folder)
+    classes = class_names(roots)
+    return read_files(
+        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
+    )
+
+
+def part_folders(folder: Path) -> dict[str, Path]:
+    """The folders ``train``, ``val`` and ``test`` of a folder; itself to train on without them.
+
+    Raises:
+        DataError: If it is no folder, or has parts and no ``train``.
+    """
     if not folder.is_dir():
         raise DataError(f"{printable(folder)} is no folder; give one that has a folder per class")
     found = {part: _part(folder, names) for part, names in PARTS.items()}
@@ -62,10 +75,7 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
             f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
             f"train; put the training pictures there"
         )
-    classes = class_names(roots)
-    return read_files(
-        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
-    )
+    return roots
 
 
 def read_files(

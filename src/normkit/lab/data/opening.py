@@ -12,7 +12,8 @@ from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
 Key = tuple[str, int | None, int | None]
-_opened: dict[Key, Dataset[Split]] = {}  # the last one that was opened
+NUM_KEPT = 2  # of a task that has two
+_opened: dict[Key, Dataset[Split]] = {}  # the last ones that were opened, the last one last
 
 
 def open_data(
@@ -74,11 +75,13 @@ def forget_data() -> None:
 
 def hold_data(key: Key, dataset: Dataset[Split]) -> None:
     """Give this data set when it is next asked for by what it was opened by."""
-    _opened.clear()
+    _opened.pop(key, None)
+    while len(_opened) >= NUM_KEPT:
+        del _opened[next(iter(_opened))]
     _opened[key] = dataset
 
 
 def opened_data() -> tuple[Key, Dataset[Split]] | None:
     """The data set that was opened last; None if a user's function made it."""
-    found = next(iter(_opened.items()), None)
+    found = next(reversed(_opened.items()), None)
     return None if found is None or is_reference(found[0][0]) else found
