@@ -12,18 +12,18 @@ from normkit.errors import DataError, SpecError
 from normkit.lab.data.dataset import Pictures, Split
 from normkit.text import printable
 
-Shift = Callable[[UInt8[Tensor, "n c h w"]], UInt8[Tensor, "n c h w"]]
+Shift = Callable[[UInt8[Tensor, "n c h w"], int], UInt8[Tensor, "n c h w"]]
 DEGREES = 30
 BLUR_DEVIATION = 0.06  # of the blur's Gaussian, as a share of the side: 1.7 of 28 pixels
 NUM_TEXTURES, TEXTURE_CELLS = 256, 7  # backgrounds that there are; bright and dark cells of a side
 ROWS_AT_ONCE = 4096
 
 
-def _invert(pictures: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
-    return 255 - pictures
+def _invert(pictures: UInt8[Tensor, "n c h w"], top: int) -> UInt8[Tensor, "n c h w"]:
+    return top - pictures
 
 
-def _rotate(pictures: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
+def _rotate(pictures: UInt8[Tensor, "n c h w"], _top: int) -> UInt8[Tensor, "n c h w"]:
     angle = torch.tensor(DEGREES * torch.pi / 180)
     cos, sin = float(angle.cos()), float(angle.sin())
     turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(pictures), 2, 3)
@@ -32,7 +32,7 @@ def _rotate(pictures: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
     return turned.round().clamp(0, 255).to(torch.uint8)
 
 
-def _blur(pictures: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
+def _blur(pictures: UInt8[Tensor, "n c h w"], _top: int) -> UInt8[Tensor, "n c h w"]:
     found, num_channels = pictures.float(), pictures.shape[1]
     for axis in (2, 3):
         deviation = BLUR_DEVIATION * pictures.shape[axis]
@@ -47,10 +47,10 @@ def _blur(pictures: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
     return found.round().clamp(0, 255).to(torch.uint8)
 
 
-def _texture(pictures: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
+def _texture(pictures: UInt8[Tensor, "n c h w"], top: int) -> UInt8[Tensor, "n c h w"]:
     generator = torch.Generator().manual_seed(0)
     cells = torch.rand(NUM_TEXTURES, 1, TEXTURE_CELLS, TEXTURE_CELLS, generator=generator)
-    textures = functional.interpolate(255 * cells, size=pictures.shape[2:], mode="bilinear")
+    textures = functional.interpolate(top * cells, size=pictures.shape[2:], mode="bilinear")
     # a picture's values choose its texture, so that it has the same one wherever it stands
     chosen = textures[pictures.sum((1, 2, 3), dtype=torch.int64) % NUM_TEXTURES]
     return torch.maximum(pictures, chosen.round().to(torch.uint8))
@@ -62,7 +62,7 @@ SHIFTS: Mapping[str, Shift] = MappingProxyType(
 """Changes of pictures of bytes, by name."""
 
 
-def shifted(split: Split, names: str) -> Pictures:
+def shifted(split: Split, names: str, top: int = 255) -> Pictures:
     """The pictures of a split, changed.
 
     ======== ====================================================================
@@ -75,6 +75,7 @@ def shifted(split: Split, names: str) -> Pictures:
     Args:
         split: Pictures of bytes, in memory.
         names: One of ``SHIFTS``, or several with ``+`` between, in order.
+        top: The brightest value that there can be; 16 for scikit-learn's digits.
 
     Raises:
         SpecError: If a name is unknown.
@@ -93,5 +94,5 @@ def shifted(split: Split, names: str) -> Pictures:
         )
     parts = split.values.split(ROWS_AT_ONCE)
     for name in names.split("+"):
-        parts = [SHIFTS[name](part) for part in parts]
+        parts = [SHIFTS[name](part, top) for part in parts]
     return Pictures(values=torch.cat(list(parts)), targets=split.targets, scaling=split.scaling)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -100,12 +100,14 @@ def target_text(target: str) -> str:
 
 def _with_shift(source: Dataset[Split], names: str) -> Domains:
     positions = torch.arange(len(source.train))
+    values = getattr(source.train, "values", torch.empty(0))
+    options: Any = {"names": names, "top": int(values.max()) if values.numel() else 255}
     target = Dataset(
         name=f"{source.name} {names}",
         num_classes=source.num_classes,
-        train=shifted(source.train.keep(positions[1::2]), names),
-        validation=shifted(source.validation, names),
-        test=shifted(source.test, names),
+        train=shifted(source.train.keep(positions[1::2]), **options),
+        validation=shifted(source.validation, **options),
+        test=shifted(source.test, **options),
         fingerprint=f"{source.fingerprint} {names}",
     )
     return Domains(replace(source, train=source.train.keep(positions[::2])), target)
