@@ -20,7 +20,7 @@ from normkit.lab.check import check_pictures
 from normkit.lab.data import Split
 from normkit.lab.data.known import KNOWN, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
-from normkit.lab.frozen import Count
+from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.build import build_model
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
@@ -87,10 +87,10 @@ class DomainAdaptation(Task):
         description="the distance (1 - cos) / 2 from its cluster's centre up to which a target "
         "example is trained on; above 0, and 1 for all of them",
     )
-    fewest: Count = Field(
+    fewest: WrittenCount = Field(
         default=3, description="target examples that a class needs to be trained on, 1 or more"
     )
-    per_class: Count = Field(
+    per_class: WrittenCount = Field(
         default=3, description="examples of each class in a batch, for each domain, 1 or more"
     )
     stop: float = Field(
