@@ -54,6 +54,19 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
         DataError: If there are no pictures or fewer than two classes, a class is missing in one
             part, or no picture can be read.
     """
+    roots = part_folders(folder)
+    classes = class_names(roots)
+    return read_files(
+        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
+    )
+
+
+def part_folders(folder: Path) -> dict[str, Path]:
+    """The folders ``train``, ``val`` and ``test`` of a folder; itself to train on without them.
+
+    Raises:
+        DataError: If it is no folder, or has parts and no ``train``.
+    """
     if not folder.is_dir():
         raise DataError(f"{printable(folder)} is not a folder; give one with a folder per class")
     roots = part_folders(folder) or {"train": folder}
@@ -62,10 +75,7 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
             f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
             f"train; put the training pictures there"
         )
-    classes = class_names(roots)
-    return read_files(
-        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
-    )
+    return roots
 
 
 def read_files(

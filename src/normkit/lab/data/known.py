@@ -96,6 +96,15 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             holds="a folder of pictures for each class",
             validation_share=0.2,
         ),
+        **{
+            f"office31-{domain}": _known(
+                (num_pictures - num_pictures // 5, num_pictures // 5, 31),
+                LARGE,
+                f"office31/{domain}",
+                holds="a folder of pictures for each of 31 classes",
+            )
+            for domain, num_pictures in (("amazon", 2817), ("dslr", 498), ("webcam", 795))
+        },
     }
 )
 

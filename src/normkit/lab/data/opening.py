@@ -13,7 +13,8 @@ from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
 Key = tuple[str, int | None, int | None]
-_opened: dict[Key, Dataset[Split]] = {}  # only the data set that was opened last
+NUM_KEPT = 2  # a task may have two data sets
+_opened: dict[Key, Dataset[Split]] = {}  # those opened last, in this order
 
 
 def open_data(
@@ -80,11 +81,13 @@ def forget_data() -> None:
 
 def hold_data(key: Key, dataset: Dataset[Split]) -> None:
     """Make ``open_data`` return this data set when it is next called with this key."""
-    _opened.clear()
+    _opened.pop(key, None)
+    while len(_opened) >= NUM_KEPT:
+        del _opened[next(iter(_opened))]
     _opened[key] = dataset
 
 
 def opened_data() -> tuple[Key, Dataset[Split]] | None:
     """The data set that was opened last, with its key; None if a user's function made it."""
-    found = next(iter(_opened.items()), None)
+    found = next(reversed(_opened.items()), None)
     return None if found is None or is_reference(found[0][0]) else found

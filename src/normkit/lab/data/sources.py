@@ -16,7 +16,8 @@ from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
-OF_FOLDERS = ("imagenet", "caltech256")  # these are read by ``papers.py``
+OFFICE = ("office31-amazon", "office31-dslr", "office31-webcam")
+OF_FOLDERS = ("imagenet", "caltech256", *OFFICE)  # these are read by ``papers.py``
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 

@@ -3,6 +3,7 @@
 from normkit.lab.models.architecture import ARCHITECTURES
 from normkit.lab.models.build import BuiltModel, apply_arm, build_model, parse_model
 from normkit.lab.models.cifar import CifarDenseNet, CifarResNet, ThinResNet, WideResNet
+from normkit.lab.models.darts import Darts
 from normkit.lab.models.resnet12 import ResNet12
 from normkit.lab.slots import PlacedNorm
 
@@ -11,6 +12,7 @@ __all__ = [
     "BuiltModel",
     "CifarDenseNet",
     "CifarResNet",
+    "Darts",
     "PlacedNorm",
     "ResNet12",
     "ThinResNet",
