@@ -48,9 +48,9 @@ def serve_detection() -> None:
     missing = register_missing_operators()
     importlib.import_module("torchvision.ops")
     if missing:
-        boxes, pooling = (sys.modules[f"torchvision.ops.{name}"] for name in ("boxes", "poolers"))
+        boxes, regions = (sys.modules[f"torchvision.ops.{name}"] for name in ("boxes", "roi_align"))
         vars(boxes)["_assert_has_ops"] = lambda: None
-        vars(pooling)["roi_align"] = roi_align
+        vars(regions)["_roi_align"] = _roi_align  # theirs is compiled anew for many shapes
 
 
 def _compiled_operators_load() -> bool:
@@ -155,6 +155,19 @@ def roi_align(
             part = torch.einsum("krh,chw->kcrw", rows[chosen], x[at])
             found = found.index_copy(0, chosen, part @ columns[chosen, None].mT)
     return found.to(input.dtype)
+
+
+def _roi_align(  # noqa: PLR0913 - as torchvision calls it
+    input: Float[Tensor, "n c h w"],
+    rois: Float[Tensor, "k 5"],
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Float[Tensor, "k c a b"]:
+    size = (pooled_height, pooled_width)
+    return roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
 
 
 def _shares(
