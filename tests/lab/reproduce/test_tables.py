@@ -9,11 +9,12 @@ import torch
 
 from normkit.cli import main
 from normkit.errors import SpecError
+from normkit.lab.data.known import KNOWN, random_dataset
 from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.reproduce.preset import SCALES
 from normkit.lab.reproduce.tables.catalog import find_table, tables
-from normkit.lab.reproduce.tables.dry_run import KNOWN, estimate_table, random_dataset
+from normkit.lab.reproduce.tables.dry_run import estimate_table
 from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
 from normkit.lab.reproduce.tables.result import Cell, Run, ours, read_table_result
 from normkit.lab.reproduce.tables.run import run_table
@@ -147,7 +148,7 @@ def test_scores_come_from_the_records_seed_by_seed(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     found = {
         (record["spec"]["norm"], record["spec"]["seed"]): 100
-        - 100 * record["outcome"]["test_accuracy"]
+        - 100 * record["outcome"]["scores"]["accuracy"]
         for record in records
     }
     assert len(found) == 12

@@ -182,10 +182,9 @@ def _cells(table: Table, part: Part, records: Sequence[TrainingRecord]) -> list[
 
 
 def _score(table: Table, record: TrainingRecord) -> float | None:
-    outcome = record.outcome
-    value = outcome.test_accuracy
-    if table.score != "last epoch" and outcome.test_accuracy_median_of_5 is not None:
-        value = outcome.test_accuracy_median_of_5
+    value = record.score
+    if table.score != "last epoch" and record.outcome.median_of_5 is not None:
+        value = record.outcome.median_of_5
     if value is None:
         return None
     return round(100 * value if table.measure == "accuracy" else 100 - 100 * value, 4)
