@@ -83,7 +83,7 @@ def test_a_record_says_what_happened_in_each_epoch(protocol):
     )
     assert [e.test_scores == {} for e in outcome.epochs] == [True, True, False]
     assert outcome.scores == outcome.epochs[-1].test_scores
-    assert list(outcome.scores)[0] == "accuracy"
+    assert next(iter(outcome.scores)) == "accuracy"
     assert outcome.median_of_5 is None
     assert record.step_time_s > 0
     assert record.environment.torch == torch.__version__
