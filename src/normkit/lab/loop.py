@@ -102,7 +102,6 @@ class Loop:
             fused = protocol.precision != "16-mixed"
             optimizer = make_optimizer(groups, protocol, self.rate, fused=fused)
             self.model, self.optimizer = self.fabric.setup(model, optimizer)
-        self.set_rate(self.rate)
 
     @property
     def _is_sharded(self) -> bool:
