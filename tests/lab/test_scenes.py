@@ -82,13 +82,13 @@ def test_class_maps_follow_the_masks(drawn):
     assert bool((found[~example.masks.any(0)] == 0).all())
 
 
-def test_single_objects_are_found_with_their_classes(drawn):
-    found, _ = drawn
-    few = found.limited(30)
-    labels, part = single_items(few)
-    assert 0 < len(part) < 30
-    assert all(len(part[at].labels) == 1 for at in range(len(part)))
-    assert labels.tolist() == [int(part[at].labels[0]) - 1 for at in range(len(part))]
+def test_single_objects_fill_small_pictures():
+    pictures, classes = single_items(SCENES, 30)
+    assert pictures.shape == (30, 1, 24, 24)
+    assert float(pictures.min()) == 0
+    assert float(pictures.max()) == 1
+    assert set(classes.tolist()) <= set(range(10))
+    assert torch.equal(pictures, single_items(SCENES, 30)[0])
 
 
 def test_boxes_of_no_masks_have_four_columns():
@@ -97,7 +97,9 @@ def test_boxes_of_no_masks_have_four_columns():
 
 @pytest.mark.parametrize("text", ["scenes:size=3", "scenes:side=0", "scenes:side=9:side=9"])
 def test_unknown_options_of_scenes_are_refused(text):
-    with pytest.raises(SpecError, match=r"it takes side=N, most=N, items=NAME, each once"):
+    with pytest.raises(
+        SpecError, match=r"it takes side=N, most=N, smallest=N, .*items=NAME, each once"
+    ):
         scenes(text)
 
 

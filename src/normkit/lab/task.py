@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "classification": "normkit.lab.tasks.classification:Classification",
+        "detection": "normkit.lab.tasks.detection:Detection",
+        "instance-segmentation": "normkit.lab.tasks.detection:InstanceSegmentation",
     }
 )
 """Module and class of each task; its file is imported when it is first asked for."""

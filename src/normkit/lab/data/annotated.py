@@ -138,14 +138,7 @@ class Parts(Generic[E]):
 
     def with_validation_in_training(self) -> Self:
         """The same, where validation examples are trained on as well."""
-        source, held = self.train.source, self.validation.source
-        if source is not held:
-            raise DataError(
-                f"{self.name} has a validation part of its own, which cannot be trained on as "
-                f"well; leave --no-hold-out out"
-            )
-        positions = torch.cat([self.train.positions, self.validation.positions])
-        return replace(self, train=replace(self.train, positions=positions))
+        return replace(self, train=Part.of(Chained((self.train, self.validation))))
 
 
 def held_out(source: Source[E], share: float, seed: int = 0) -> tuple[Part[E], Part[E]]:
@@ -158,6 +151,23 @@ def held_out(source: Source[E], share: float, seed: int = 0) -> tuple[Part[E], P
     num_held = min(len(source) - 1, max(1, round(share * len(source))))
     rest, held = order[num_held:].sort().values, order[:num_held].sort().values
     return Part(source=source, positions=rest), Part(source=source, positions=held)
+
+
+@dataclass(frozen=True, slots=True)
+class Chained(Generic[E]):
+    """The examples of several parts, one after the other."""
+
+    parts: Sequence[Part[E]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, at: int) -> E:
+        for part in self.parts:
+            if at < len(part):
+                return part[at]
+            at -= len(part)
+        raise IndexError(at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ single frame nor the set of frames tells them apart.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import torch
@@ -21,7 +21,7 @@ from normkit.lab.data.named import Options, read_options
 from normkit.lab.data.scenes import generator_of
 from normkit.lab.data.sources import read
 
-NUM_CLIPS = {"train": 2000, "validation": 200, "test": 400}
+NUM_CLIPS = {"train": 2000, "validation": 200, "test": 500}
 SEEDS = {"train": 11, "validation": 12, "test": 13}
 NOISE = 12.0  # standard deviation of what is added to each frame, in bytes
 
@@ -70,6 +70,7 @@ class Clip:
     label: int
 
 
+@lru_cache(maxsize=2)
 def clips(text: str = "clips") -> Parts[Clip]:
     """Clips of a data set's pictures; test clips show its test pictures.
 

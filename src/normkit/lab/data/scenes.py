@@ -4,8 +4,8 @@ Boxes, masks and the class of each pixel are known. The scene at a position is d
 and the position alone, so that nothing has to be kept.
 """
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -17,10 +17,9 @@ from normkit.lab.data.dataset import Pictures
 from normkit.lab.data.named import Options, read_options
 from normkit.lab.data.sources import read
 
-NUM_SCENES = {"train": 2000, "validation": 200, "test": 400}
-SEEDS = {"train": 1, "validation": 2, "test": 3}  # of the scenes, not of a run
+NUM_SCENES = {"train": 2000, "validation": 50}
+SEEDS = {"train": 1, "validation": 2, "test": 3, "single": 4}  # of the scenes, not of a run
 INK = 40  # values above it belong to the object, where its brightest is 255
-SMALLEST, LARGEST = 0.22, 0.55  # side of an object, as a share of the canvas
 VISIBLE = 0.6  # no object hides more than the rest of another one
 NUM_TRIES = 8  # places that are tried for an object
 NOISE, GREY = 18.0, 70.0  # standard deviation of the noise, and largest grey value below it
@@ -33,14 +32,21 @@ class SceneOptions(Options):
     Args:
         side: Height and width of a scene.
         most: Largest number of objects.
+        smallest: Side of the smallest object, in percent of the scene's.
+        largest: Side of the largest object, likewise.
+        test: Number of test scenes.
         items: Data set whose pictures are the objects.
     """
 
     side: int = 96
     most: int = 5
+    smallest: int = 22
+    largest: int = 55
+    test: int = 200
     items: str = "fashion-mnist"
 
 
+@lru_cache(maxsize=2)
 def scenes(text: str = "scenes") -> Parts[Annotated]:
     """Scenes of a data set's pictures; test scenes show its test pictures.
 
@@ -68,7 +74,7 @@ def scenes(text: str = "scenes") -> Parts[Annotated]:
 
 def _part(items: Pictures, options: SceneOptions, name: str) -> Part[Annotated]:
     draw = partial(draw_scene, items, options, SEEDS[name])
-    return Part.of(Drawn(draw, NUM_SCENES[name]))
+    return Part.of(Drawn(draw, NUM_SCENES.get(name, options.test)))
 
 
 def generator_of(seed: int, at: int) -> torch.Generator:
@@ -98,7 +104,7 @@ def draw_scene(items: Pictures, options: SceneOptions, seed: int, at: int) -> An
     for index in torch.randint(len(items), (number,), generator=generator):
         picture = items.picture(int(index))
         for _ in range(NUM_TRIES):
-            placed, mask = _placed(picture, options.side, generator)
+            placed, mask = _placed(picture, options, generator)
             if mask.any() and _leaves_visible(mask, visible, whole):
                 visible = [other & ~mask for other in visible]
                 canvas = torch.where(mask, placed, canvas)
@@ -133,11 +139,12 @@ def _canvas(num_channels: int, side: int, generator: torch.Generator) -> Float[T
 
 
 def _placed(
-    picture: UInt8[Tensor, "c h w"], side: int, generator: torch.Generator
+    picture: UInt8[Tensor, "c h w"], options: SceneOptions, generator: torch.Generator
 ) -> tuple[Float[Tensor, "c side side"], Bool[Tensor, "side side"]]:
     """A picture at a random scale and place on an empty canvas, and the pixels that it covers."""
-    share = SMALLEST + (LARGEST - SMALLEST) * float(torch.rand((), generator=generator))
-    own = max(4, round(share * side))
+    side, chance = options.side, float(torch.rand((), generator=generator))
+    percent = options.smallest + (options.largest - options.smallest) * chance
+    own = max(4, round(percent * side / 100))
     bright = picture[None].float() * (255 / max(1, int(picture.max())))
     scaled = functional.interpolate(bright, size=(own, own), mode="bilinear", antialias=True)[0]
     y, x = torch.randint(side - own + 1, (2,), generator=generator).tolist()
@@ -156,9 +163,26 @@ def _leaves_visible(
     )
 
 
-def single_items(parts: Parts[Annotated]) -> tuple[Int[Tensor, " n"], Part[Annotated]]:
-    """Labels from 0 and scenes that show one object only, to pretrain a network on."""
-    chosen = [at for at in range(len(parts.train)) if len(parts.train[at].labels) == 1]
-    kept = parts.train.keep(torch.tensor(chosen, dtype=torch.int64))
-    labels = [kept[at].labels[0] - 1 for at in range(len(kept))]
-    return torch.stack(labels), kept
+@lru_cache(maxsize=1)
+def single_items(text: str, number: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+    """Pictures in [0, 1] of half a scene's side, each of one object that is as large as in scenes.
+
+    Args:
+        text: Name of the scenes, whose training pictures are shown.
+        number: Pictures.
+
+    Returns:
+        The pictures, and their classes from 0.
+    """
+    options = read_options(SceneOptions, text)
+    half = replace(
+        options,
+        side=options.side // 2,
+        most=1,
+        smallest=2 * options.smallest,
+        largest=min(95, 2 * options.largest),
+    )
+    items = read(options.items).train
+    drawn = [draw_scene(items, half, SEEDS["single"], at) for at in range(number)]
+    pictures = torch.stack([each.picture for each in drawn]).float() / 255
+    return pictures, torch.stack([each.labels[0] for each in drawn]) - 1

@@ -4,7 +4,7 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,13 +13,14 @@ from torch import nn
 from normkit import freeze_statistics
 from normkit.lab.arms import FROZEN, NONE, Arm
 from normkit.lab.changes import BuiltModel
-from normkit.lab.frozen import Count, Frozen
+from normkit.lab.frozen import Frozen
 from normkit.lab.models.features import Level, chosen_levels, levels_of, require_same_maps
 from normkit.lab.slots import PROBE_SIZE, is_batch_norm
 from normkit.lab.torchvision_ops import serve_detection
 
 BoxHead = Literal["2fc", "4conv1fc"]
-Outside = Literal["none", "heads", "fpn+heads"]
+Outside = Literal["backbone", "heads", "fpn+heads"]
+Size = Annotated[int, Field(ge=1, le=2**16)]
 LEAST_STRIDE = 4  # of the pyramid's first map
 BOX_SIDE, MASK_SIDE = 7, 14  # of what is cut out for the heads
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -29,21 +30,24 @@ GREY_MEAN, GREY_STD = [0.2], [0.2]
 class DetectorOptions(Frozen):
     """What decides a detector besides its backbone and its norm."""
 
-    masks: bool = Field(default=False, description="yes for Mask R-CNN, no for Faster R-CNN")
+    masks: ClassVar[bool] = False
+    """Whether it is a Mask R-CNN."""
+
     head: BoxHead = Field(default="2fc", description="2fc or 4conv1fc: the head of boxes")
     norms: Outside = Field(
-        default="none",
-        description="none, heads or fpn+heads: where norms stand besides the backbone",
+        default="backbone",
+        description="backbone, heads (and backbone) or fpn+heads: where norms stand",
     )
     freeze: bool = Field(
         default=False,
         description="yes or no: running statistics of the backbone's batch norms stand still",
     )
-    channels: Count = Field(default=256, description="channels of pyramid and heads, 1 or more")
-    hidden: Count = Field(default=1024, description="features of a box head, 1 or more")
-    anchor: Count = Field(default=8, description="side of an anchor, times the map's stride")
-    proposals: Count = Field(default=2000, description="proposals of a picture, 1 or more")
-    rois: Count = Field(default=512, description="regions that heads are trained on, a picture")
+    channels: Size = Field(default=256, description="channels of pyramid and heads, 1 or more")
+    hidden: Size = Field(default=1024, description="features of a box head, 1 or more")
+    anchor: Size = Field(default=8, description="side of an anchor, times the map's stride")
+    proposals: Size = Field(default=2000, description="proposals of a picture, 1 or more")
+    detections: Size = Field(default=100, description="objects found in a picture, at most")
+    rois: Size = Field(default=512, description="regions that heads are trained on, a picture")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +96,9 @@ def detector(
     """
     serve_detection()
     name = type(backbone.model).__name__
-    levels = chosen_levels(
-        levels_of(backbone.model, pictures.shape, name), LEAST_STRIDE, name
-    )
+    levels = chosen_levels(levels_of(backbone.model, pictures.shape, name), LEAST_STRIDE, name)
     names = require_same_maps(backbone.model, levels, pictures.shape, name)
-    outer = outside_arm(arm) if options.norms != "none" else None
+    outer = outside_arm(arm) if options.norms != "backbone" else None
     model = _assembled(backbone.model, levels, names, outer is not None, options, pictures)
     norms = tuple(replace(p, name=f"backbone.body.{p.name}") for p in backbone.norms)
     kept = {at for at, _ in model.named_modules()}
@@ -114,7 +116,7 @@ def detector(
     return built if outer is None else _with_outer_norms(built, outer, levels, options, batch_size)
 
 
-def _assembled(  # noqa: PLR0913 - parts of one network
+def _assembled(
     body: nn.Module,
     levels: tuple[Level, ...],
     names: dict[str, str],
@@ -124,7 +126,8 @@ def _assembled(  # noqa: PLR0913 - parts of one network
 ) -> Any:
     library = importlib.import_module("torchvision.models.detection")
     faster, mask = (
-        importlib.import_module(f"{library.__name__}.{name}") for name in ("faster_rcnn", "mask_rcnn")
+        importlib.import_module(f"{library.__name__}.{name}")
+        for name in ("faster_rcnn", "mask_rcnn")
     )
     in_heads = nn.BatchNorm2d if has_norms else None
     in_pyramid = in_heads if options.norms == "fpn+heads" else None
@@ -183,6 +186,7 @@ def _proposing(levels: tuple[Level, ...], options: DetectorOptions) -> dict[str,
         "rpn_pre_nms_top_n_test": max(1, options.proposals // 2),
         "rpn_post_nms_top_n_test": max(1, options.proposals // 2),
         "box_batch_size_per_image": options.rois,
+        "box_detections_per_img": options.detections,
     }
 
 

@@ -27,9 +27,7 @@ class Level:
     shape: tuple[int, int, int]
 
 
-def levels_of(
-    model: nn.Module, input_shape: tuple[int, int, int], name: str
-) -> tuple[Level, ...]:
+def levels_of(model: nn.Module, input_shape: tuple[int, int, int], name: str) -> tuple[Level, ...]:
     """Find the last map of each size that a classifier goes through.
 
     Args:
