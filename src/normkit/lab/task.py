@@ -32,6 +32,8 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "classification": "normkit.lab.tasks.classification:Classification",
         "detection": "normkit.lab.tasks.detection:Detection",
         "instance-segmentation": "normkit.lab.tasks.detection:InstanceSegmentation",
+        "segmentation": "normkit.lab.tasks.segmentation:Segmentation",
+        "video": "normkit.lab.tasks.video:Video",
     }
 )
 """Module and class of each task; its file is imported when it is first asked for."""

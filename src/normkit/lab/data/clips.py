@@ -21,7 +21,7 @@ from normkit.lab.data.named import Options, read_options
 from normkit.lab.data.scenes import generator_of
 from normkit.lab.data.sources import read
 
-NUM_CLIPS = {"train": 2000, "validation": 200, "test": 500}
+NUM_CLIPS = {"train": 2000, "validation": 200}
 SEEDS = {"train": 11, "validation": 12, "test": 13}
 NOISE = 12.0  # standard deviation of what is added to each frame, in bytes
 
@@ -49,11 +49,13 @@ class ClipOptions(Options):
     Args:
         side: Height and width of a frame.
         frames: Frames of a clip.
+        test: Number of test clips.
         items: Data set whose pictures are shown.
     """
 
     side: int = 40
     frames: int = 8
+    test: int = 500
     items: str = "fashion-mnist"
 
 
@@ -98,7 +100,9 @@ def clips(text: str = "clips") -> Parts[Clip]:
 
 
 def _part(items: Pictures, options: ClipOptions, name: str) -> Part[Clip]:
-    return Part.of(Drawn(partial(draw_clip, items, options, SEEDS[name]), NUM_CLIPS[name]))
+    return Part.of(
+        Drawn(partial(draw_clip, items, options, SEEDS[name]), NUM_CLIPS.get(name, options.test))
+    )
 
 
 def draw_clip(items: Pictures, options: ClipOptions, seed: int, at: int) -> Clip:
