@@ -34,6 +34,10 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "few-shot": "normkit.lab.tasks.few_shot:FewShot",
         "domain-adaptation": "normkit.lab.tasks.domain_adaptation:DomainAdaptation",
         "search": "normkit.lab.tasks.search:Search",
+        "detection": "normkit.lab.tasks.detection:Detection",
+        "instance-segmentation": "normkit.lab.tasks.detection:InstanceSegmentation",
+        "segmentation": "normkit.lab.tasks.segmentation:Segmentation",
+        "video": "normkit.lab.tasks.video:Video",
     }
 )
 """Module and class of each task; its file is imported when it is first asked for."""
