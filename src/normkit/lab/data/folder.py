@@ -54,14 +54,14 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
         DataError: If there are no pictures or fewer than two classes, a class is missing in one
             part, or no picture can be read.
     """
-    roots = part_folders(folder)
+    roots = training_folders(folder)
     classes = class_names(roots)
     return read_files(
         folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
     )
 
 
-def part_folders(folder: Path) -> dict[str, Path]:
+def training_folders(folder: Path) -> dict[str, Path]:
     """The folders ``train``, ``val`` and ``test`` of a folder; itself to train on without them.
 
     Raises:
