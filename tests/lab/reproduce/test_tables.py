@@ -25,6 +25,7 @@ from normkit.lab.work import Upkeep, Way
 EXPECTED = {
     "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "S-F3", "S-3.3", "S-3.4", "Q-T1", "Q-T2", "Q-T3",
     "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "H-T1", "H-T2", "H-T3", "H-F7", "Z-T1", "Z-T2",
+    "Z-T5", "Z-T6",
 }  # fmt: skip
 CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
 PARTS = Cells({"a": ["BN", "GN"], "b": ["BN"]}, {"a": [2, 8], "b": [4]})
