@@ -1,7 +1,7 @@
 """Attacks by projected gradient descent: small changes of pixels that raise a network's loss."""
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -135,7 +135,7 @@ def buffers_kept(network: nn.Module) -> Generator[None]:
             module._buffers.update(buffers)
 
 
-def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[None]:
+def autocast_of(precision: str, device: torch.device) -> torch.autocast:
     """What Fabric's precision does around a forward, for forwards past it."""
     dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision.endswith("mixed"))

@@ -54,34 +54,35 @@ def with_cosines_(
     Raises:
         SpecError: If the network does not end in a linear layer.
     """
-    at = _last_linear(network, example)
-    if at is None:
+    found = _last_linear(network, example)
+    if found is None:
         raise SpecError(
             f"model {name!r} does not end in an nn.Linear, whose place a classifier by cosines "
             f"takes; let the result of forward be that of its last nn.Linear"
         )
-    layer = network.get_submodule(at)
+    at, layer = found
     with seeded(seed):
         classifier = CosineClassifier(layer.in_features, num_classes).to(layer.weight)
     network.set_submodule(at, classifier)
     return at
 
 
-def _last_linear(network: nn.Module, example: Tensor) -> str | None:
-    """Name of the linear layer whose result is the network's own."""
-    results: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, at=at: results.__setitem__(at, output))
-        for at, module in network.named_modules()
-        if at and isinstance(module, nn.Linear)
-    ]
+def _last_linear(network: nn.Module, example: Tensor) -> tuple[str, nn.Linear] | None:
+    """The linear layer whose result is the network's own, with its name."""
+    layers = {at: m for at, m in network.named_modules() if at and isinstance(m, nn.Linear)}
+    results: dict[nn.Module, Tensor] = {}
+
+    def note(layer: nn.Module, _given: object, result: Tensor) -> None:
+        results[layer] = result
+
+    handles = [layer.register_forward_hook(note) for layer in layers.values()]
     try:
         with untouched(network, training=False), torch.no_grad():
             result = network(example)
     finally:
         for handle in handles:
             handle.remove()
-    return next((at for at, output in results.items() if output is result), None)
+    return next(((at, m) for at, m in layers.items() if results.get(m) is result), None)
 
 
 def features_of(
