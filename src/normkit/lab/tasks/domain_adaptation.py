@@ -26,7 +26,7 @@ from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
 from normkit.lab.task import Found, Held, Sample, Task, TaskRun
-from normkit.lab.tasks.clustering import Clusters, class_centers, spherical_clusters
+from normkit.lab.tasks.clustering import class_centers, spherical_clusters
 from normkit.lab.tasks.contrastive import contrastive_discrepancy
 from normkit.lab.tasks.domain_norms import (
     Domain,
@@ -201,8 +201,8 @@ class AdaptationRun(TaskRun):
             kept[:] = [inputs[0].flatten(1)]
 
         self._classifier.register_forward_pre_hook(keep)  # a copy of the network has it, too
-        self._clusters: Clusters | None = None
-        self._last_distance = 1.0
+        self._has_clusters = False
+        self._center_distance = 1.0
         self._members = torch.full((len(target),), NOT_A_MEMBER)
 
     def parameters(self, network: nn.Module, recipe: Recipe) -> Any:
@@ -257,13 +257,13 @@ class AdaptationRun(TaskRun):
         """Shares that are right in the target and in the source; by ``can`` clusters anew."""
         found = {}
         clusters = self._task.method == "can" and held == "validation"
-        if clusters and self._clusters is not None:
+        if clusters and self._has_clusters:
             self._cluster(loop)
         for domain, dataset in (("target", self._data.target), ("source", self._data.source)):
             split = dataset.validation if held == "validation" else dataset.test
             found[domain] = self._accuracy(loop, split, domain)
         if self._task.method == "can":
-            found["center_distance"] = self._last_distance
+            found["center_distance"] = self._center_distance
             found["clustered"] = float((self._members != NOT_A_MEMBER).float().mean())
         return found
 
@@ -300,11 +300,11 @@ class AdaptationRun(TaskRun):
         centers = class_centers(
             self._features(loop, source, "source"), source.targets.cpu(), self._data.num_classes
         )
-        self._clusters = spherical_clusters(self._features(loop, target, "target"), centers)
+        found = spherical_clusters(self._features(loop, target, "target"), centers)
         loop.model.train(was_training)
-        self._last_distance = self._clusters.center_distance
-        self.is_done = self._last_distance < self._task.stop
-        members = self._clusters.certain(self._task.distance, self._task.fewest)
+        self._has_clusters, self._center_distance = True, found.center_distance
+        self.is_done = found.center_distance < self._task.stop
+        members = found.certain(self._task.distance, self._task.fewest)
         self._members.fill_(NOT_A_MEMBER)
         for label, positions in members.items():
             self._members[positions] = label
@@ -320,12 +320,12 @@ class AdaptationRun(TaskRun):
 
     def state(self) -> dict[str, Tensor]:
         """The classes of the target's examples."""
-        return {"members": self._members, "distance": torch.tensor(self._last_distance)}
+        return {"members": self._members, "has_clusters": torch.tensor(self._has_clusters)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on with these classes."""
         self._members.copy_(state["members"])
-        self._last_distance = float(state["distance"])
+        self._has_clusters = bool(state["has_clusters"])
         labels = self._members.unique().tolist()
         self.examples.members = {
             label: (self._members == label).nonzero()[:, 0]
