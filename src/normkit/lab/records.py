@@ -77,37 +77,50 @@ class Record(Frozen, Generic[S]):
 R = TypeVar("R", bound=Record)
 
 
-class Epoch(Frozen):
-    """What one epoch came to; accuracies are shares, losses mean cross-entropies.
+Scores = Mapping[str, float | None]
+"""What a network is judged by, by name; None for what is not finite."""
 
-    Training figures are taken while training, so from the weights of every step; a loss that is
-    not finite is ``None``.
+
+class Epoch(Frozen):
+    """What one epoch came to.
+
+    Args:
+        learning_rate: Of its first step.
+        train_loss: Mean loss of the training examples, from the weights of every step.
+        train_accuracy: Share of them that was right then; None where the task does not count them.
+        validation_scores: The task's scores on the validation examples after the epoch.
+        test_scores: The same on the test examples; empty for epochs that are not tested.
     """
 
     learning_rate: float
     train_loss: float
-    train_accuracy: float
-    validation_loss: float | None
-    validation_accuracy: float
-    test_accuracy: float | None = None
-    test_top5_accuracy: float | None = None
+    train_accuracy: float | None = None
+    validation_scores: Scores = Field(default_factory=dict)
+    test_scores: Scores = Field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        """Every number by name, such as ``test_accuracy``; those that there are not left out."""
+        found = self.model_dump(exclude={"validation_scores", "test_scores"})
+        found |= {f"validation_{name}": value for name, value in self.validation_scores.items()}
+        found |= {f"test_{name}": value for name, value in self.test_scores.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Outcome(Frozen):
     """What a run came to: the part of a record that equal specs repeat exactly.
 
     A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite. ``scores``
-    are what a user's own training function returned, the one to be judged first.
+    are the task's scores on the test examples after the last epoch, or what a user's own training
+    function returned, the one to be judged first; ``median_of_5`` is the median of that one over
+    the last five epochs.
     """
 
     status: Literal["finished", "diverged", "failed"]
     message: str | None = None
     diverged_step: int | None = None
     epochs: tuple[Epoch, ...] = ()
-    test_accuracy: float | None = None
-    test_accuracy_median_of_5: float | None = None
-    test_top5_accuracy: float | None = None
-    scores: Mapping[str, float] = Field(default_factory=dict)
+    scores: Scores = Field(default_factory=dict)
+    median_of_5: float | None = None
     norms: tuple[PlacedNorm, ...] = ()
     num_parameters: int | None = None
     num_steps: int = 0
@@ -129,8 +142,8 @@ class TrainingRecord(Record[TrainingSpec]):
 
     @property
     def score(self) -> float | None:
-        """What it is judged by: the first of its own scores, else the test accuracy."""
-        return next(iter(self.outcome.scores.values()), self.outcome.test_accuracy)
+        """What it is judged by: the first of its scores; None if it has none."""
+        return next(iter(self.outcome.scores.values()), None)
 
 
 def append_record(folder: Path, record: Record) -> None:
