@@ -26,7 +26,7 @@ HIDDEN = "---\nhide: [navigation]\n---\n"  # a sidebar with nothing but the page
 LINK = re.compile(r"(?<=\])\(([^)\s:]+)\)")
 FENCE = re.compile(r"^ *```")
 ITEM = re.compile(r"^( *)(?:[-*]|\d+\.) ")
-CONTINUED = re.compile(r"^ *(?:[-*>|#]|\d+\. |$)")
+OTHER = re.compile(r"^ *(?:[-*] |[>|#]|\d+\. |```)|^    ")  # begins no paragraph
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -104,11 +104,12 @@ def list_of_records() -> str:
 
 def with_lists(markdown: str) -> str:
     """Put an empty line before each list that begins right after a paragraph."""
-    lines, in_code = [], False
+    lines, is_code, is_paragraph = [], False, False
     for line in markdown.split("\n"):
-        item, before = ITEM.match(line), lines[-1] if lines else ""
-        if item and not in_code and not CONTINUED.match(before) and not before.startswith(" "):
+        if is_paragraph and not is_code and ITEM.match(line):
             lines.append("")
-        in_code ^= bool(FENCE.match(line))
+        is_code ^= bool(FENCE.match(line))
+        is_paragraph = bool(line.strip()) and (is_paragraph or not lines or not lines[-1].strip())
+        is_paragraph = is_paragraph and not OTHER.match(line)
         lines.append(line)
     return "\n".join(lines)
