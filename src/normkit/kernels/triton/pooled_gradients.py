@@ -107,10 +107,10 @@ def backward(  # noqa: PLR0913 - the operator's own arguments
 ) -> Three:
     """Gradients of x, weight and bias; empty where not wanted."""
     pooling, nothing = (num_groups, examples_per_group, eps), (None, None, None)
-    dx, _, *found = backward_ended(
+    dx, _, dweight, dbias = backward_ended(
         grad, x, table, weight, *nothing, *pooling, 0, 0.0, False, *wanted
     )
-    return dx, *found
+    return dx, dweight, dbias
 
 
 def backward_ended(  # noqa: PLR0913
@@ -134,8 +134,7 @@ def backward_ended(  # noqa: PLR0913
     ending = Ending.of(residual, activation, slope, result)
     call = _backward(grouping, (grad, x), (table, table), (weight, bias), eps, wanted[1:], ending)
     tile = tile_of(call.layout, x, TWO_MAPS)
-    run = _in_two if tile is None else _in_tiles
-    return run(call, tile, wanted[0])
+    return _in_two(call, wanted[0]) if tile is None else _in_tiles(call, tile, wanted[0])
 
 
 def backward_given(
@@ -149,10 +148,10 @@ def backward_given(
 ) -> Three:
     """Gradients of x, weight and bias, with constant statistics."""
     nothing = (None, None, None)
-    dx, _, *found = backward_given_ended(
+    dx, _, dweight, dbias = backward_given_ended(
         grad, x, mean, var, weight, *nothing, eps, 0, 0.0, False, *wanted
     )
-    return dx, *found
+    return dx, dweight, dbias
 
 
 def backward_given_ended(  # noqa: PLR0913
@@ -174,7 +173,7 @@ def backward_given_ended(  # noqa: PLR0913
     statistics = in_one_piece(mean), in_one_piece(var)
     ending = Ending.of(residual, activation, slope, result)
     call = _backward(grouping, (grad, x), statistics, (weight, bias), eps, wanted[1:], ending)
-    return _in_two(call._replace(is_constant=True), None, wanted[0])
+    return _in_two(call._replace(is_constant=True), wanted[0])
 
 
 def _backward(  # noqa: PLR0913
@@ -233,7 +232,7 @@ class _Sums(NamedTuple):
         return self.of_segments.numel() // 2, self.of_groups.numel() // 2
 
 
-def _in_two(call: _Backward, tile: None, needs_residual: bool) -> Four:
+def _in_two(call: _Backward, needs_residual: bool) -> Four:
     grouping, (_, x, dx) = call.layout.grouping, call.tensors
     if needs_residual or call.ending.added is not None:
         call = call._replace(passed=result_like(x))
