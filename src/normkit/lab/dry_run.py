@@ -91,7 +91,7 @@ class Steps(NamedTuple):
 def measure_steps(
     run: TaskRun, protocol: Protocol, batch_size: int, most_examples: int | None = None
 ) -> Steps:
-    """Take a few steps of a training, and measure them.
+    """Take a few steps of a training, and measure them on one process.
 
     Args:
         run: The training.
@@ -103,7 +103,8 @@ def measure_steps(
     timetable = Timetable(protocol, updates, protocol.step_examples(batch_size))
     size = min(batch_size, len(run.examples), most_examples or batch_size)
     scale = batch_size / size
-    loop = Loop(run.network, protocol, timetable.rate(0), parse_device(protocol.device), run)
+    alone = protocol.model_copy(update={"processes": 1, "strategy": "auto"})
+    loop = Loop(run.network, alone, timetable.rate(0), parse_device(protocol.device), run)
     part = run.examples.take(torch.arange(size))
     num_parts = 1 if most_examples else protocol.accumulate
     parts = [part.to(loop.device)] * num_parts

@@ -293,6 +293,16 @@ def test_a_dry_run_counts_the_steps_of_the_whole_training(hold_out, num_train):
     assert cell.num_steps == 20 * math.ceil(num_train / (128 * 5))
 
 
+def test_a_dry_run_of_several_processes_measures_one_of_them():
+    table = tables()["Z-T2"]
+    changed = {"model": "small-resnet:width=4", "data": "cifar10", "image_size": None}
+    paper = {**table.paper, **changed, "batch_sizes": (2,), "arms": ("BN",)}
+    (part,) = estimate_table(table.model_copy(update={"paper": paper}), "paper")
+    (cell,) = part.cells
+    assert cell.num_steps == 120 * 50_000 // (2 * table.paper["processes"])
+    assert cell.step_time_s > 0
+
+
 def test_records_of_other_processes_must_be_whole_and_of_this_code(tmp_path, monkeypatch):
     tiny = {**tables()["Q-T8"].tiny, "seeds": (1,)}
     table = tables()["Q-T8"].model_copy(update={"tiny": tiny})
@@ -361,5 +371,8 @@ def test_random_pictures_have_the_sizes_of_the_data_set():
         50000,
     )
     assert found.train.take(torch.arange(2)).inputs.shape == (2, 3, 224, 224)
+    (nasnet,) = (part for part in tables()["S-F1"].parts("paper") if part.name == "nasnet")
+    protocol = nasnet.sweep.protocol
+    assert parse_task(protocol.task).sample(protocol).data.input_shape == (3, 331, 331)
     with pytest.raises(SpecError, match="the sizes of 'digits' are not known; known are cifar10"):
         random_dataset("digits")

@@ -144,7 +144,7 @@ class RandomPictures:
 
 
 def random_dataset(
-    name: str, limit: int | None = None, hold_out: bool = True
+    name: str, limit: int | None = None, hold_out: bool = True, side: int | None = None
 ) -> Dataset[RandomPictures]:
     """Random pictures of the sizes that a data set has.
 
@@ -152,6 +152,7 @@ def random_dataset(
         name: A key of ``KNOWN``.
         limit: Training examples to keep.
         hold_out: Whether validation examples are kept from training.
+        side: Height and width of what the network gets; by default the data set's.
 
     Raises:
         SpecError: If nothing is known of it.
@@ -163,9 +164,12 @@ def random_dataset(
     num_train = min(limit or known.num_train, known.num_train - held_out)
     num_train += 0 if hold_out else held_out
 
+    channels, height, width = known.input_shape
+    shape = (channels, side or height, side or width)
+
     def split(size: int) -> RandomPictures:
         targets = torch.arange(size) % known.num_classes
-        return RandomPictures(targets=targets, input_shape=known.input_shape)
+        return RandomPictures(targets=targets, input_shape=shape)
 
     return Dataset(
         name=name,
