@@ -140,6 +140,24 @@ def test_the_file_says_how_runs_are_done_and_the_command_line_wins(mine, capsys)
     assert f"--out {mine / 'there'}" in page
 
 
+def test_the_other_commands_take_the_same_model_and_data(mine, capsys):
+    own = ["--model", "my.py:make_model", "--data", "folder:photos"]
+    out = ["--out", "runs/first", "--save-weights", "--norms", "bn", "--batch-sizes", "8"]
+    assert compare(capsys, *own, *out, "--seeds", "1", "--epochs", "1", "--workers", "1")[0] == 0
+    (weights,) = (mine / "runs/first/weights").glob("*.safetensors")
+    trained = [*own, "--checkpoint", str(weights)]
+    assert main(["validate", *trained, "--batch-size", "8"]) == 0
+    assert main(["convert", *trained, "--to", "gn:4"]) == 0
+    assert "converted" in capsys.readouterr().out
+    assert main(["tune", *trained, "--examples", "20"]) == 0
+    assert main(["diagnose", *trained, "--examples", "20"]) in (0, 1)
+    page = (mine / "runs/diagnose/report.html").read_text()
+    assert "my.py:make_model on folder:photos" in page
+    for command in ("tune", "diagnose"):
+        assert main([command, "--model", "my.py:make_model", "--checkpoint", str(weights)]) == 2
+        assert "--data" in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(mine, capsys):
     code, cells, _ = compare(
         capsys, "--model", "my.py:make_model", "--data", "folder:photos", *SMALL, "--dry-run",

@@ -31,14 +31,13 @@ def record():
             learning_rate=0.1,
             train_loss=1.0,
             train_accuracy=0.4,
-            validation_loss=1.1,
-            validation_accuracy=0.45,
-            test_accuracy=accuracy,
+            validation_scores={"accuracy": 0.45, "loss": 1.1},
+            test_scores={} if accuracy is None else {"accuracy": accuracy},
         )
         given = {
             "status": "finished",
             "epochs": (epoch,),
-            "test_accuracy": accuracy,
+            "scores": {} if accuracy is None else {"accuracy": accuracy},
             "norms": (PlacedNorm(name="2", norm=norm, num_features=8, num_positions=1),),
             "peak_bytes": 1000,
         }

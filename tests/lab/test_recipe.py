@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from normkit.errors import SpecError
-from normkit.lab.data import Examples
+from normkit.lab.data import Dataset, Examples
 from normkit.lab.loop import Loop, grouped, num_updates, own_parts
 from normkit.lab.recipe import Recipe, Timetable
 from normkit.lab.spec import Protocol
+from normkit.lab.tasks.classification import ClassificationRun
 
 
 def rates(recipe, steps_per_epoch=4, step_examples=128):
@@ -97,7 +98,14 @@ def examples(num, seed=1):
 
 def loop_of(**recipe):
     protocol = Protocol(**recipe)
-    return Loop(small_net(), protocol, 0.1, torch.device("cpu"), 3)
+    return loop_with(small_net(), protocol)
+
+
+def loop_with(net, protocol):
+    whole = examples(10)
+    dataset = Dataset(name="drawn", num_classes=3, train=whole, validation=whole, test=whole)
+    run = ClassificationRun(net, protocol, dataset)
+    return Loop(net, protocol, 0.1, torch.device("cpu"), run)
 
 
 def weights_of(network):
@@ -154,7 +162,7 @@ def test_optimizers_are_those_of_torch(name, oracle):
 
 def test_norms_decay_by_a_rate_of_their_own():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3))
-    loop = Loop(net, Protocol(norm_weight_decay=0.0), 0.1, torch.device("cpu"), 3)
+    loop = loop_with(net, Protocol(norm_weight_decay=0.0))
     decay = {id(p): g["weight_decay"] for g in loop.optimizer.param_groups for p in g["params"]}
     assert decay[id(net[2].weight)] == decay[id(net[2].bias)] == 0.0
     assert decay[id(net[1].weight)] == 1e-4
@@ -195,6 +203,6 @@ def test_half_precision_needs_a_gpu():
 
 def test_a_network_that_gives_something_else_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    loop = Loop(net, Protocol(), 0.1, torch.device("cpu"), 3)
+    loop = loop_with(net, Protocol())
     with pytest.raises(Exception, match=r"gave \(10, 5\) for 10 examples of 3 classes"):
         loop.step([examples(10)])

@@ -38,10 +38,11 @@ class Validate(ModelOptions):
         Raises:
             NormError: If an option breaks its rule.
         """
+        dataset = self.opened()
         found = validate(
-            self.build().train(not self.evaluation),
+            self.build(dataset).train(not self.evaluation),
             batch_size=self.batch_size,
-            input_shape=self.shape(),
+            input_shape=self.shape(dataset),
             training=not self.evaluation,
         )
         if self.json_output:

@@ -34,7 +34,7 @@ class Convert(ModelOptions):
     """Names of the norms to replace, separated by commas: layer1.*, or re: and a regular
     expression (default: all)."""
     calibrate: str | None = None
-    """Data set to calibrate on: digits, fashion-mnist, cifar10, cifar100 or svhn."""
+    """Data set to calibrate on, written as that of --data."""
     examples: int = 512
     """Training examples to calibrate on."""
     batch_size: int = 64
@@ -52,11 +52,12 @@ class Convert(ModelOptions):
             NormError: If an option breaks its rule, or the model cannot be converted.
         """
         self._check()
-        dataset = None if self.calibrate is None else load(self.calibrate)
+        examples = None if self.calibrate is None else load(self.calibrate)
+        dataset = self.opened() or examples
         done = convert_norm_(
             self.build(dataset),
             self.to if self.where is None else self._map(),
-            calibrate=None if dataset is None else self._batches(dataset),
+            calibrate=None if examples is None else self._batches(examples),
             batch_size=self.batch_size,
             example_input=self.example(dataset),
         )

@@ -33,9 +33,10 @@ class Diagnose(ModelOptions):
     symptoms in the layers. The exit code is 1 if a cause was found.
     """
 
-    train_data: str
-    """Training examples: the name of a data set, or a .safetensors file with inputs and targets."""
-    test_data: str
+    train_data: str | None = None
+    """Training examples: a data set written as that of --data, or a .safetensors file with inputs
+    and targets (default: --data)."""
+    test_data: str | None = None
     """Test examples, in the same forms; a fix that uses one half of them is judged by the other."""
     batch_size: int = 32
     """Examples in a batch of the training."""
@@ -100,12 +101,17 @@ class Diagnose(ModelOptions):
         Raises:
             NormError: If there is no such data set, or a file cannot be used.
         """
-        if self.train_data == self.test_data and self.train_data.endswith(SUFFIX):
+        train_name, test_name = self.train_data or self.data, self.test_data or self.data
+        if train_name is None or test_name is None:
             raise SpecError(
-                f"--train-data and --test-data were both given {self.train_data!r}; give a file of "
-                f"test examples that the model was not trained on"
+                "no examples were given; give --data, or both --train-data and --test-data"
             )
-        train, test = _read(self.train_data, "train"), _read(self.test_data, "test")
+        if train_name == test_name and train_name.endswith(SUFFIX):
+            raise SpecError(
+                f"training and test examples were both given as {train_name!r}; give test examples "
+                f"that the model was not trained on"
+            )
+        train, test = _read(train_name, "train"), _read(test_name, "test")
         shapes = train.inputs.shape[1:], test.inputs.shape[1:]
         if shapes[0] != shapes[1]:
             raise SpecError(
@@ -115,7 +121,7 @@ class Diagnose(ModelOptions):
         num_classes = int(max(train.targets.max(), test.targets.max())) + 1
         none = train.take(torch.arange(0))
         return Dataset(
-            name=self.train_data, num_classes=num_classes, train=train, validation=none, test=test
+            name=train_name, num_classes=num_classes, train=train, validation=none, test=test
         )
 
     def _earlier(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -140,7 +146,9 @@ class Diagnose(ModelOptions):
     def _write(self, found: Diagnosis, folder: Path) -> None:
         text = found.to_json()
         write_whole(folder / DIAGNOSIS_NAME, text + "\n")
-        report = write_diagnosis(folder, found, f"{self.model} on {self.test_data}", self.command())
+        report = write_diagnosis(
+            folder, found, f"{self.model} on {self.test_data or self.data}", self.command()
+        )
         sys.stdout.write((text if self.json_output else str(found)) + "\n")
         if not self.json_output:
             sys.stdout.write(f"report: {report}\n")

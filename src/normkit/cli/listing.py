@@ -18,6 +18,7 @@ from normkit.lab.arms import ARMS
 from normkit.lab.changes import WEIGHTS
 from normkit.lab.data import FOLDERS, READERS
 from normkit.lab.models import ARCHITECTURES
+from normkit.lab.task import TASKS
 from normkit.recipes import METHODS
 
 METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in short)")
@@ -25,7 +26,7 @@ METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """List the methods, data sets and models that the other commands know."""
+    """List the methods, data sets, models and tasks that the other commands know."""
 
     method: Annotated[str, tyro.conf.Positional, METHOD] = ""
     """Print all facts about this method: bn, gn, ..., ws, wn, cwn, iew."""
@@ -55,6 +56,7 @@ class List:
             "weights": [f"+{name}" for name in WEIGHTS],
             "data": [*READERS, *FOLDERS],
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
+            "tasks": list(TASKS),
         }
         if self.json_output:
             methods = [method.as_dict() for method in CATALOG.values()]

@@ -9,7 +9,7 @@ from torch import nn
 from normkit.cli.shared import require_counts, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import Alterations, restored
-from normkit.lab.data import MAX_CLASSES, Dataset
+from normkit.lab.data import MAX_CLASSES, Dataset, load
 from normkit.lab.models import build_model
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
@@ -20,7 +20,10 @@ class ModelOptions:
     """Options that select a model and its weights."""
 
     model: str
-    """Network: small-resnet, mlp, vgg11, or torchvision:NAME or timm:NAME."""
+    """Network: small-resnet, mlp, vgg11, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION."""
+    data: str | None = None
+    """Data set that it is for: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH, or
+    FILE.py:FUNCTION."""
     checkpoint: Path | None = None
     """File with the weights: .safetensors, or one that torch.save wrote. Norms that were replaced
     before saving are replaced again."""
@@ -29,6 +32,14 @@ class ModelOptions:
     input_shape: str | None = None
     """Channels, height and width of an input (default: the data set's if there is one, else
     3,224,224)."""
+
+    def opened(self) -> Dataset | None:
+        """The data set of ``--data``; None if none was given.
+
+        Raises:
+            NormError: If there is no such data set, or it cannot be read.
+        """
+        return None if self.data is None else load(self.data)
 
     def build(self, dataset: Dataset | None = None) -> nn.Module:
         """Build the model and load its weights; without a checkpoint they are random.

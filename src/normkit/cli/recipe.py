@@ -30,6 +30,9 @@ class RecipeOptions:
     model: str | None = None
     """Network: small-resnet, mlp, vgg11, any name of torchvision's or timm's, or FILE.py:FUNCTION
     that makes one (default: small-resnet)."""
+    task: str | None = None
+    """What the network is trained for: one of the tasks of normkit list, with options as in
+    NAME:option=value (default: classification)."""
     train: str | None = None
     """FILE.py:FUNCTION that trains in place of model, data and recipe."""
     better: Literal["higher", "lower"] | None = None

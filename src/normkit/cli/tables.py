@@ -75,7 +75,7 @@ def duration_text(seconds: float) -> str:
 
 
 def _accuracy_table(comparison: Comparison, verdict: Verdict) -> Table:
-    what = "Test accuracy, %" if comparison.is_share else comparison.metric
+    what = f"Test {comparison.metric}, %" if comparison.is_share else comparison.metric
     table = _empty_table(comparison, f"{what}: mean ± standard deviation over seeds")
     scored = partial(_accuracy, comparison.is_share)
     for norm in comparison.norms:

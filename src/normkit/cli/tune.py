@@ -14,7 +14,7 @@ from normkit.cli.model import ModelOptions
 from normkit.cli.shared import batches_of, print_json, require_counts, require_file_name
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
-from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.data import Dataset, Examples
 from normkit.lab.data.files import SUFFIX
 from normkit.lab.files import whole_file
 from normkit.tune import Gain, Tuning, example_weight_curve, tune_example_weight
@@ -32,8 +32,6 @@ class Tune(ModelOptions):
     test examples. If the gain on the validation examples may be noise, the weight stays 0.
     """
 
-    data: str
-    """Data set: digits, fashion-mnist, cifar10, cifar100 or svhn."""
     metric: Literal["loss", "accuracy"] = "loss"
     """The metric that the weight is chosen for."""
     per_layer: Flag = False
@@ -62,7 +60,9 @@ class Tune(ModelOptions):
             NormError: If an option breaks its rule, or the model cannot be tuned.
         """
         self._check()
-        dataset = load(self.data)
+        dataset = self.opened()
+        if dataset is None:
+            raise SpecError("--data is missing; give the data set whose examples choose and test")
         if self.curve:
             return self._draw(dataset)
         result = tune_example_weight(

@@ -5,11 +5,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from normkit.lab.evaluation import ACCURACY
 from normkit.lab.frozen import Frozen
 from normkit.lab.records import TrainingRecord, latest
 from normkit.lab.spec import SweepSpec
-
-ACCURACY = "accuracy"
 
 N = TypeVar("N", int, float)
 
@@ -101,8 +100,8 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
 def best_rates(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[TrainingRecord, ...]:
     """Records with the learning rate that is best for their norm and batch size.
 
-    The best rate has the highest mean validation accuracy over the seeds after the last epoch.
-    Rates with which all runs finished come before those with a diverged or failed run.
+    The best rate has the highest mean validation score over the seeds after the last epoch. Rates
+    with which all runs finished come before those with a diverged or failed run.
     """
     if not sweep.learning_rates:
         return tuple(records)
@@ -117,7 +116,8 @@ def best_rates(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[Tra
 
 def _validation(records: Sequence[TrainingRecord]) -> tuple[int, float]:
     finished = [r for r in records if r.outcome.status == "finished" and r.outcome.epochs]
-    accuracies = [r.outcome.epochs[-1].validation_accuracy for r in finished]
+    scores = [next(iter(r.outcome.epochs[-1].validation_scores.values())) for r in finished]
+    accuracies = [0.0 if score is None else score for score in scores]
     return (len(finished) - len(records), statistics.fmean(accuracies) if accuracies else 0.0)
 
 

@@ -77,37 +77,50 @@ class Record(Frozen, Generic[S]):
 R = TypeVar("R", bound=Record)
 
 
-class Epoch(Frozen):
-    """The results of one epoch; accuracies are shares, losses mean cross-entropies.
+Scores = Mapping[str, float | None]
+"""Scores of a network by name; None for a score that is not finite."""
 
-    Training loss and accuracy are averages over the steps, each with the weights of that step. A
-    loss that is not finite is ``None``.
+
+class Epoch(Frozen):
+    """The results of one epoch.
+
+    Args:
+        learning_rate: Learning rate of the first step.
+        train_loss: Mean loss of the training examples, each with the weights of its step.
+        train_accuracy: Share of them that was right then; None if the task does not count them.
+        validation_scores: The task's scores on the validation examples after the epoch.
+        test_scores: The same scores on the test examples; empty for epochs that are not tested.
     """
 
     learning_rate: float
     train_loss: float
-    train_accuracy: float
-    validation_loss: float | None
-    validation_accuracy: float
-    test_accuracy: float | None = None
-    test_top5_accuracy: float | None = None
+    train_accuracy: float | None = None
+    validation_scores: Scores = Field(default_factory=dict)
+    test_scores: Scores = Field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        """Every number that is not None, by name, such as ``test_accuracy``."""
+        found = self.model_dump(exclude={"validation_scores", "test_scores"})
+        found |= {f"validation_{name}": value for name, value in self.validation_scores.items()}
+        found |= {f"test_{name}": value for name, value in self.test_scores.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Outcome(Frozen):
     """The outcome of a run, which is exactly the same for equal specs on one machine.
 
     A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite. ``scores``
-    are the values that a user's own training function returned; the first one is judged.
+    are the task's scores on the test examples after the last epoch, or the values that a user's
+    own training function returned; the first one is judged. ``median_of_5`` is the median of that
+    one over the last five epochs.
     """
 
     status: Literal["finished", "diverged", "failed"]
     message: str | None = None
     diverged_step: int | None = None
     epochs: tuple[Epoch, ...] = ()
-    test_accuracy: float | None = None
-    test_accuracy_median_of_5: float | None = None
-    test_top5_accuracy: float | None = None
-    scores: Mapping[str, float] = Field(default_factory=dict)
+    scores: Scores = Field(default_factory=dict)
+    median_of_5: float | None = None
     norms: tuple[PlacedNorm, ...] = ()
     num_parameters: int | None = None
     num_steps: int = 0
@@ -129,8 +142,8 @@ class TrainingRecord(Record[TrainingSpec]):
 
     @property
     def score(self) -> float | None:
-        """The value that is judged: the first of a user's own scores, else the test accuracy."""
-        return next(iter(self.outcome.scores.values()), self.outcome.test_accuracy)
+        """The value that is judged: the first of the scores; None if there is none."""
+        return next(iter(self.outcome.scores.values()), None)
 
 
 def append_record(folder: Path, record: Record) -> None:

@@ -9,15 +9,17 @@ import torch
 
 from normkit.cli import main
 from normkit.errors import SpecError
+from normkit.lab.data.known import KNOWN, random_dataset
 from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.reproduce.preset import SCALES
 from normkit.lab.reproduce.tables.catalog import find_table, tables
-from normkit.lab.reproduce.tables.dry_run import KNOWN, estimate_table, random_dataset
+from normkit.lab.reproduce.tables.dry_run import estimate_table
 from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
-from normkit.lab.reproduce.tables.result import Cell, Run, ours, read_table_result
+from normkit.lab.reproduce.tables.result import Cell, Run, conclude_table, ours, read_table_result
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table, read_table
+from normkit.lab.task import parse_task
 from normkit.lab.work import Upkeep, Way
 
 EXPECTED = {
@@ -43,6 +45,7 @@ def test_a_table_can_be_read_at_every_scale(name):
         assert len(claims) == sum(scale in claim.scales for claim in table.claims)
         for part in table.parts(scale):
             assert [part.label(norm) for norm in part.sweep.norms] == list(part.arms)
+            assert set(table.scores) <= set(parse_task(part.sweep.protocol.task).scores)
     assert table.claims_at("small")
     assert table.differences("paper") == table.cannot
     assert len(table.differences("small")) > len(table.cannot)
@@ -139,6 +142,26 @@ def test_the_tiny_scale_of_a_table_runs_and_is_judged(name, tmp_path):
         assert run.score is None or 0 <= run.score <= 100
 
 
+@pytest.mark.parametrize("parts", [(), ("a", "b")])
+def test_a_table_shows_several_scores_of_a_run(parts, record):
+    values = {
+        "name": "T", "of": "zhou", "place": "Table", "title": "t", "arms": {"BN": "bn"},
+        "scores": ("accuracy", "loss"), "small": {}, "tiny": {},
+        "paper": {"batch_sizes": (10,), "seeds": (1, 2)}
+        | ({"parts": {name: {} for name in parts}} if parts else {}),
+    }  # fmt: skip
+    table = Table.checked(values)
+    names = ["a_accuracy", "a_loss", "b_accuracy", "b_loss"] if parts else ["accuracy", "loss"]
+    assert table.cells("paper").parts == names
+    runs = [record(seed=seed, scores={"accuracy": 0.1 * seed, "loss": 0.5}) for seed in (1, 2)]
+    result = conclude_table(table, "paper", [(part, runs) for part in table.parts("paper")])
+    assert [cell.part for cell in result.cells] == names
+    assert [cell.scores for cell in result.cells] == [[10, 20], [50, 50]] * (len(names) // 2)
+    assert Quantity(f"mean(BN({names[1]}))", table.cells("paper"))(
+        {At("BN", name, 10): float(at) for at, name in enumerate(names)}
+    ) == 1  # fmt: skip
+
+
 def test_scores_come_from_the_records_seed_by_seed(tmp_path):
     table = tables()["Q-T3"]
     way = Way(out=tmp_path, num_workers=1, upkeep=Upkeep(folder=tmp_path))
@@ -147,7 +170,7 @@ def test_scores_come_from_the_records_seed_by_seed(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     found = {
         (record["spec"]["norm"], record["spec"]["seed"]): 100
-        - 100 * record["outcome"]["test_accuracy"]
+        - 100 * record["outcome"]["scores"]["accuracy"]
         for record in records
     }
     assert len(found) == 12

@@ -186,6 +186,11 @@ class Dataset(Generic[S_co]):
     notes: tuple[str, ...] = ()  # notes for the user, for example about pictures that are left out
 
     @property
+    def num_examples(self) -> int:
+        """Training examples."""
+        return len(self.train)
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one input."""
         return self.train.input_shape

@@ -35,7 +35,7 @@ def accuracy_chart(
         )
         for style, norm in enumerate(comparison.norms)
     ]
-    title = "test accuracy, %" if comparison.is_share else comparison.metric
+    title = f"test {comparison.metric}, %" if comparison.is_share else comparison.metric
     return line_chart(lines, frame, Axis(title="batch size", ticks=ticks), title)
 
 
@@ -95,13 +95,14 @@ def loss_chart(comparison: Comparison, records: Iterable[TrainingRecord], batch_
 def validation_chart(
     comparison: Comparison, records: Iterable[TrainingRecord], batch_size: int
 ) -> Chart:
-    """Validation accuracy by epoch at one batch size."""
-    return _curves(
-        comparison,
-        select_size(records, batch_size),
-        lambda e: 100 * e.validation_accuracy,
-        "validation accuracy, %",
-    )
+    """The first score on the validation examples by epoch, at one batch size."""
+
+    def score(epoch: Epoch) -> float | None:
+        value = next(iter(epoch.validation_scores.values()), None)
+        return None if value is None else 100 * value
+
+    title = f"validation {comparison.metric}, %"
+    return _curves(comparison, select_size(records, batch_size), score, title)
 
 
 def select_size(records: Iterable[TrainingRecord], batch_size: int) -> list[TrainingRecord]:

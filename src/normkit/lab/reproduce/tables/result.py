@@ -161,34 +161,38 @@ def judged(table: Table, scale: Scale, cells: Sequence[Cell]) -> tuple[Judged, .
 
 
 def _cells(table: Table, part: Part, records: Sequence[TrainingRecord]) -> list[Cell]:
-    found: dict[tuple[str, int], list[Run]] = {}
-    for record in records:
-        run = Run(
-            seed=record.spec.seed,
-            score=_score(table, record),
-            learning_rate=record.spec.protocol.base_lr,
-        )
-        found.setdefault((record.spec.norm, record.spec.batch_size), []).append(run)
     return [
         Cell(
             arm=label,
-            part=part.name,
+            part=column,
             batch_size=size,
-            runs=tuple(found.get((part.sweep.norms[at], size), ())),
+            runs=tuple(
+                _run(table, score, record)
+                for record in records
+                if (record.spec.norm, record.spec.batch_size) == (part.sweep.norms[at], size)
+            ),
         )
+        for column, score in table.columns_of(part.name).items()
         for at, label in enumerate(part.arms)
         for size in part.sweep.batch_sizes
     ]
 
 
-def _score(table: Table, record: TrainingRecord) -> float | None:
-    outcome = record.outcome
-    value = outcome.test_accuracy
-    if table.score != "last epoch" and outcome.test_accuracy_median_of_5 is not None:
-        value = outcome.test_accuracy_median_of_5
+def _run(table: Table, score: str | None, record: TrainingRecord) -> Run:
+    return Run(
+        seed=record.spec.seed,
+        score=_score(table, score, record),
+        learning_rate=record.spec.protocol.base_lr,
+    )
+
+
+def _score(table: Table, score: str | None, record: TrainingRecord) -> float | None:
+    value = record.score if score is None else record.outcome.scores.get(score)
+    if score is None and table.score != "last epoch" and record.outcome.median_of_5 is not None:
+        value = record.outcome.median_of_5
     if value is None:
         return None
-    return round(100 * value if table.measure == "accuracy" else 100 - 100 * value, 4)
+    return round(100 - 100 * value if table.measure == "error" else 100 * value, 4)
 
 
 def _by_seed(cells: Sequence[Cell]) -> dict[int, Mapping[At, float | None]]:

@@ -20,7 +20,7 @@ from normkit.lab.reproduce.preset import Scale
 from normkit.lab.reproduce.run import require_whole
 from normkit.lab.reproduce.tables.result import TableResult, conclude_table
 from normkit.lab.reproduce.tables.table import Part, Table
-from normkit.lab.start import data_of
+from normkit.lab.task import parse_task
 from normkit.lab.work import Way
 
 
@@ -73,7 +73,7 @@ def run_table(  # noqa: PLR0913 - all but the first two by keyword
 def _kept(part: Part, folder: Path) -> list[TrainingRecord]:
     """Records of a part that was trained by other processes, of the data and code as they are."""
     protocol = part.sweep.protocol
-    sources = sources_of(protocol, data_of(protocol).fingerprint)
+    sources = sources_of(protocol, parse_task(protocol.task).data(protocol).fingerprint)
     return [r for r in read_records(folder, TrainingRecord).records if sources.made(r)]
 
 

@@ -97,7 +97,10 @@ class Table(Frozen):
         of: Key of the paper.
         place: Table and section.
         title: What it shows.
-        measure: Accuracy or error, in percent.
+        measure: What the numbers are, in percent: accuracy, error (what is missing to 100), or
+            what a task calls its scores.
+        scores: Names of the task's scores that the table shows, if it is more than the first. They
+            are told apart as parts are: ``clean``, or ``r50_box`` if the table has parts, too.
         score: Of the last epoch, or the median over the last five.
         arms: Labels, and the arms that they stand for.
         paper: What the paper did.
@@ -113,7 +116,8 @@ class Table(Frozen):
     of: Literal["zhou", "summers", "gunawan", "qiao", "huang"]
     place: str
     title: str
-    measure: Literal["accuracy", "error"] = "accuracy"
+    measure: str = "accuracy"
+    scores: tuple[str, ...] = ()
     score: Literal["last epoch", "median of the last 5 epochs"] = "last epoch"
     arms: dict[str, str]
     paper: Mapping[str, Any]
@@ -175,11 +179,19 @@ class Table(Frozen):
 
     def cells(self, scale: Scale) -> Cells:
         """The cells of the table at a scale."""
-        parts = self.parts(scale)
+        columns = [
+            (name, part) for part in self.parts(scale) for name in self.columns_of(part.name)
+        ]
         return Cells(
-            arms={part.name: list(part.arms) for part in parts},
-            batch_sizes={part.name: part.sweep.batch_sizes for part in parts},
+            arms={name: list(part.arms) for name, part in columns},
+            batch_sizes={name: part.sweep.batch_sizes for name, part in columns},
         )
+
+    def columns_of(self, part: str) -> dict[str, str | None]:
+        """What a part's scores are called in the table, and which they are; None for the first."""
+        if not self.scores:
+            return {part: None}
+        return {f"{part}_{score}" if part else score: score for score in self.scores}
 
     def claims_at(self, scale: Scale) -> list[tuple[TableClaim, Quantity]]:
         """Claims that a scale can decide, with their quantities.

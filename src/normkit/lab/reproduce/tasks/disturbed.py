@@ -5,7 +5,7 @@ from torch import nn
 
 import normkit as nk
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.models.own import ResidualBlock
 from normkit.lab.reproduce.tasks.networks import seeded_network
@@ -58,11 +58,11 @@ def measure_disturbed(settings: DisturbedSettings, arm: str, seed: int, place: P
             with nk.disturb_statistics(
                 model, delta, seed=draw, where=lambda _layer, name: name in chosen
             ):
-                found.append(evaluate(model, dataset.test).accuracy)
+                found.append(evaluate(model, dataset.test)[ACCURACY])
         accuracies.append(float(np.mean(found)))
     return {
         "deltas": list(settings.deltas),
-        "undisturbed": evaluate(model, dataset.test).accuracy,
+        "undisturbed": evaluate(model, dataset.test)[ACCURACY],
         "accuracy": accuracies,
         "layers": chosen,
     }

@@ -1,7 +1,7 @@
 """A network of four layers whose norms go to drawn means and scales."""
 
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import four_layers
 from normkit.lab.reproduce.tasks.records import Values
@@ -52,7 +52,7 @@ def measure_drawn(settings: DrawnSettings, arm: str, seed: int, place: Place) ->
     return {
         "mean_spread": mean_spread,
         "scale_spread": scale_spread,
-        "accuracy": evaluate(model, dataset.test).accuracy,
+        "accuracy": evaluate(model, dataset.test)[ACCURACY],
     }
 
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import normkit as nk
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import vgg11
 from normkit.lab.reproduce.tasks.records import Values
@@ -61,7 +61,7 @@ def measure_noise(settings: NoiseSettings, arm: str, seed: int, place: Place) ->
         else nullcontext()
     )
     hooks = Hooks(
-        before_epoch=lambda _: notes["accuracy"].append(evaluate(model, dataset.test).accuracy),
+        before_epoch=lambda _: notes["accuracy"].append(evaluate(model, dataset.test)[ACCURACY]),
         after_epoch=lambda epoch: notes["train_error"].append(1 - epoch.accuracy),
         notes=notes,
     )

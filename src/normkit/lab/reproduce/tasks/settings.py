@@ -15,6 +15,7 @@ from normkit.lab.loop import Step
 from normkit.lab.recipe import Recipe
 from normkit.lab.resume import Checkpoint
 from normkit.lab.spec import Protocol
+from normkit.lab.tasks.classification import ClassificationRun
 from normkit.lab.work import OnStep
 
 HELD_OUT = "a tenth of the training examples"
@@ -71,13 +72,10 @@ class Place:
             hooks.after_step(num_steps, step)
             self.on_step()
 
+        protocol = Protocol(data=dataset.name, device=str(self.device), **plan.recipe.model_dump())
         course = Course(
-            network=network,
-            protocol=Protocol(
-                data=dataset.name, device=str(self.device), **plan.recipe.model_dump()
-            ),
-            examples=dataset.train,
-            num_classes=dataset.num_classes,
+            task=ClassificationRun(network, protocol, dataset),
+            protocol=protocol,
             batch_size=plan.batch_size,
             seed=plan.seed,
             hooks=replace(hooks, after_step=after_step),

@@ -10,7 +10,7 @@ import normkit as nk
 from normkit.lab.course import Hooks
 from normkit.lab.data import Dataset, Examples
 from normkit.lab.data.dataset import stratified_order
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.loop import Step
 from normkit.lab.recipe import Recipe
@@ -108,7 +108,7 @@ def _followed(
         if is_measured(iteration):  # what the iterations so far have left
             rows = _shift(model, train)
             notes["iterations"].append(iteration)
-            notes["test_error"].append(1 - evaluate(model, train.test).accuracy)
+            notes["test_error"].append(1 - evaluate(model, train.test)[ACCURACY])
             notes["esm_mean"].append(rows["esm_mean"])
             notes["esm_std"].append(rows["esm_std"])
             notes["input_shift"] = rows["input_shift"]

@@ -4,7 +4,7 @@ import numpy as np
 
 import normkit as nk
 from normkit.lab.course import EpochSoFar, Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import seeded_network
 from normkit.lab.reproduce.tasks.records import Values
@@ -63,7 +63,7 @@ def measure_standardized(
 
     hooks = Hooks(before_epoch=look, after_epoch=note_error, notes=notes)
     settings.fit(model, dataset, seed, place, hooks)
-    return notes | {"accuracy": evaluate(model, dataset.test).accuracy}
+    return notes | {"accuracy": evaluate(model, dataset.test)[ACCURACY]}
 
 
 STANDARDIZED = PresetTask(

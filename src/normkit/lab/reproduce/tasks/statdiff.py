@@ -2,7 +2,7 @@
 
 import normkit as nk
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import seeded_network
 from normkit.lab.reproduce.tasks.records import Values
@@ -46,7 +46,7 @@ def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int, place: Pla
         notes["std"].append(found.std)
 
     settings.fit(model, dataset, seed, place, Hooks(before_epoch=observe, notes=notes))
-    return notes | {"accuracy": evaluate(model, dataset.test).accuracy}
+    return notes | {"accuracy": evaluate(model, dataset.test)[ACCURACY]}
 
 
 STATDIFF = PresetTask(name="statdiff", settings=StatDiffSettings, measure=measure_statdiff)
