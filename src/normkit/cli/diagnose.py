@@ -108,8 +108,8 @@ class Diagnose(ModelOptions):
             )
         if train_name == test_name and train_name.endswith(SUFFIX):
             raise SpecError(
-                f"training and test examples were both given as {train_name!r}; give a file of "
-                f"test examples that the model was not trained on"
+                f"training and test examples were both given as {train_name!r}; give test examples "
+                f"that the model was not trained on"
             )
         train, test = _read(train_name, "train"), _read(test_name, "test")
         shapes = train.inputs.shape[1:], test.inputs.shape[1:]

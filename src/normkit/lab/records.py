@@ -78,18 +78,18 @@ R = TypeVar("R", bound=Record)
 
 
 Scores = Mapping[str, float | None]
-"""What a network is judged by, by name; None for what is not finite."""
+"""Scores of a network by name; None for a score that is not finite."""
 
 
 class Epoch(Frozen):
     """The results of one epoch.
 
     Args:
-        learning_rate: Of its first step.
-        train_loss: Mean loss of the training examples, from the weights of every step.
-        train_accuracy: Share of them that was right then; None where the task does not count them.
+        learning_rate: Learning rate of the first step.
+        train_loss: Mean loss of the training examples, each with the weights of its step.
+        train_accuracy: Share of them that was right then; None if the task does not count them.
         validation_scores: The task's scores on the validation examples after the epoch.
-        test_scores: The same on the test examples; empty for epochs that are not tested.
+        test_scores: The same scores on the test examples; empty for epochs that are not tested.
     """
 
     learning_rate: float
@@ -99,7 +99,7 @@ class Epoch(Frozen):
     test_scores: Scores = Field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
-        """Every number by name, such as ``test_accuracy``; those that there are not left out."""
+        """Every number that is not None, by name, such as ``test_accuracy``."""
         found = self.model_dump(exclude={"validation_scores", "test_scores"})
         found |= {f"validation_{name}": value for name, value in self.validation_scores.items()}
         found |= {f"test_{name}": value for name, value in self.test_scores.items()}
@@ -110,9 +110,9 @@ class Outcome(Frozen):
     """The outcome of a run, which is exactly the same for equal specs on one machine.
 
     A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite. ``scores``
-    are the task's scores on the test examples after the last epoch, or what a user's own training
-    function returned, the one to be judged first; ``median_of_5`` is the median of that one over
-    the last five epochs.
+    are the task's scores on the test examples after the last epoch, or the values that a user's
+    own training function returned; the first one is judged. ``median_of_5`` is the median of that
+    one over the last five epochs.
     """
 
     status: Literal["finished", "diverged", "failed"]
@@ -142,7 +142,7 @@ class TrainingRecord(Record[TrainingSpec]):
 
     @property
     def score(self) -> float | None:
-        """The value that is judged: the first of its scores; None if it has none."""
+        """The value that is judged: the first of the scores; None if there is none."""
         return next(iter(self.outcome.scores.values()), None)
 
 
