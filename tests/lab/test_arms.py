@@ -12,7 +12,7 @@ from torch.nn import functional
 import normkit as nk
 from normkit.inference.freeze import is_frozen
 from normkit.lab.arms import ARMS, Arm, parse_arms
-from normkit.lab.changes import WEIGHTS
+from normkit.lab.changes import WEIGHTS, remove_norms_
 from normkit.lab.models import build_model
 from normkit.lab.models.build import apply_arm
 from normkit.lab.spec import TrainingSpec
@@ -206,6 +206,16 @@ def test_none_keeps_the_activation_inside_of_a_norm():
             has_act = not isinstance(norm.act, nn.Identity)
             torch.testing.assert_close(rest(x), x.relu() if has_act else x)
     assert any(norm.norm == "none" for norm in bare.norms)
+
+
+def test_none_keeps_the_activation_of_our_norms():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nk.BatchNorm(4, activation="leaky_relu", negative_slope=0.5)
+    )
+    x = torch.randn(2, 3, 6, 6)
+    expected = nn.functional.leaky_relu(model[0](x), 0.5)
+    remove_norms_((model, (x,)), "ours")
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_ibn_b_has_instance_norm_in_the_stem_and_after_the_sums_of_two_stages():

@@ -1,4 +1,4 @@
-"""What presets there are, and what tables would take, for the terminal."""
+"""Lists of presets and tables, and estimates of tables, for the terminal."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def print_list(presets: Sequence[Preset], tables: Sequence[Table], as_json: bool
 def print_table_estimates(
     found: Mapping[str, Sequence[PartEstimate]], scale: Scale, as_json: bool
 ) -> None:
-    """Print what each part of some tables would take."""
+    """Print the estimated time and memory of each part of some tables."""
     if as_json:
         print_json(
             {

@@ -34,7 +34,8 @@ EXPECTED = {
     "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "G-F2", "G-F3", "G-F4",
     "S-F1", "S-F2", "S-F3", "S-F4", "S-F5", "S-3.3", "S-3.4", "S-B", "S-A",
     "Q-T1", "Q-T2", "Q-T3", "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "Q-F8", "Q-A",
-    "H-T1", "H-T2", "H-T3", "H-F7", "H-F8", "H-GW", "Z-T1", "Z-T2",
+    "H-T1", "H-T2", "H-T3", "H-F7", "H-F8", "H-GW", "Z-T1", "Z-T2", "Z-T3", "Z-T4",
+    "Z-T5", "Z-T6",
 }  # fmt: skip
 CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
 PARTS = Cells({"a": ["BN", "GN"], "b": ["BN"]}, {"a": [2, 8], "b": [4]})
@@ -165,7 +166,7 @@ def test_a_quantity_that_cannot_be_computed_is_refused(text, message):
     [
         (("[arms]", "[arms]]"), "is no TOML file"),
         (("epochs = 1\n", "epoch = 1\n"), "names epoch; its arms are BN, GN"),
-        (('measure = "error"', 'measure = "speed"'), "measure was given 'speed'"),
+        (('measure = "error"', "measure = 1"), "measure was given 1"),
         (("[tiny.specs]\nGN = ", "[tiny.specs]\nXN = "), "names XN; its arms are BN, SN"),
     ],
 )
@@ -286,7 +287,7 @@ def test_missing_data_are_said_with_their_place(tmp_path, capsys, monkeypatch):
     given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["reproduce", "q-t3", *given]) == 2
     errors = capsys.readouterr().err
-    assert f"{tmp_path / 'data' / 'imagenet'} is not there; put folders train and val" in errors
+    assert f"{tmp_path / 'data' / 'imagenet'} does not exist; put folders train and val" in errors
     assert "Traceback" not in errors
 
 

@@ -82,6 +82,13 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             "imagenet",
             holds="folders train and val, with a folder of pictures for each class in both",
         ),
+        "mini-imagenet": _known(
+            (60_000, 0, 100),
+            (3, 84, 84),
+            "mini-imagenet",
+            holds="folders train, val and test with a folder of pictures for each of 64, 16 and "
+            "20 classes",
+        ),
         "caltech256": _known(
             (12_800, 7_680, 256),
             (3, 299, 299),
@@ -89,6 +96,15 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             holds="a folder of pictures for each class",
             validation_share=0.2,
         ),
+        **{
+            f"office31-{domain}": _known(
+                (num_pictures - num_pictures // 5, num_pictures // 5, 31),
+                LARGE,
+                f"office31/{domain}",
+                holds="a folder of pictures for each of 31 classes",
+            )
+            for domain, num_pictures in (("amazon", 2817), ("dslr", 498), ("webcam", 795))
+        },
     }
 )
 

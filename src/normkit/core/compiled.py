@@ -1,13 +1,13 @@
-r"""What ``torch.compile`` sees of a call on a GPU: one operator, and torch's own beside it.
+r"""A call on a GPU under ``torch.compile``: one operator for the statistics, torch's for the rest.
 
-An operator is closed to the compiler, which would read and write the map once more for each
-activation, residual or cast beside it. So only the statistics are one operator, ``moments``: exact,
-and one pass over the map. What follows on tables and on the map are torch's operations, which the
-compiler fuses with whatever stands beside them, in the backward pass also the sums. For that it
-keeps ``x`` and tables.
+The compiler cannot fuse into an operator: it would read and write the map once more for each
+activation, residual or cast beside the norm. So only the statistics are an operator, ``moments``,
+which is exact and one pass over the map. The rest are torch's operations on tables and on the map,
+which the compiler fuses with their neighbours; in backward it fuses the sums as well. It keeps
+``x`` and tables for backward.
 
-Tables are float64, maps at least float32. ``y`` is written around a mean that float32 holds; what
-is left of the mean is in the table of centers.
+Tables are float64, maps at least float32. ``y`` is written around the mean rounded to float32; the
+rounding error is added to the table of centers.
 """
 
 from __future__ import annotations
@@ -27,43 +27,44 @@ from normkit.kernels.reference import table_dtype
 from normkit.typing import FeatureMap, GroupTable, SegmentTable
 
 Tables = tuple[SegmentTable, SegmentTable, SegmentTable]
-"""Mean, scale and center of each segment, of every example or of all."""
+"""Mean, scale and center of each segment, with one row per example or one row for all."""
 
 
-def normalize_traced(
+def normalize_compiled(
     x: FeatureMap,
     partition: Partition,
     algebra: Callable[[Moments], Tables],
 ) -> tuple[FeatureMap, Moments]:
-    """Normalise by what ``algebra`` makes of the statistics of the input's own groups.
+    """Normalise by the tables that ``algebra`` computes from the statistics of the input's groups.
 
     Returns:
         The result in the dtype of ``x``, and the moments of its segments, without a gradient.
     """
     wide = x.to(table_dtype(x.dtype))
-    narrow = None if wide.dtype == x.dtype else x  # a tensor twice is more than Dynamo traces
+    narrow = None if wide.dtype == x.dtype else x  # Dynamo cannot trace one tensor passed twice
     mean, var, *segments = _Statistics.apply(wide, narrow, partition)
     segment_size = partition.segment_size(x.shape)
     mean, scale, center = algebra(Moments(mean, var))
     near = mean.detach().to(wide.dtype)
     center = center + (near - mean) * scale
     near, scale, center = (
-        _spread(_Once.apply(t.to(wide.dtype)), x, segment_size) for t in (near, scale, center)
+        _spread(_Materialized.apply(t.to(wide.dtype)), x, segment_size)
+        for t in (near, scale, center)
     )
-    rows = not_kept(torch.sub, reference.segments(wide, segment_size), near)
+    rows = recomputed_in_backward(torch.sub, reference.segments(wide, segment_size), near)
     return (rows * scale + center).reshape(x.shape).to(x.dtype), Moments(*segments)
 
 
-def not_kept(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """``function(*inputs)``, which the compiler computes again in the backward pass.
+def recomputed_in_backward(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Return ``function(*inputs)``, which the compiler must recompute in the backward pass.
 
-    Left to itself it keeps what is as large as the map, next to ``x``, where graphs are long.
+    In long graphs the compiler would otherwise keep a second map beside ``x``.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _spread(table: SegmentTable, x: FeatureMap, segment_size: int) -> Tensor:
-    """A table as it broadcasts to ``reference.segments`` of ``x``."""
+    """Reshape a table so that it broadcasts to ``reference.segments`` of ``x``."""
     num_segments = math.prod(x.shape[2:]) // segment_size
     return table.reshape(table.shape[0], x.shape[1], num_segments, 1)
 
@@ -71,8 +72,8 @@ def _spread(table: SegmentTable, x: FeatureMap, segment_size: int) -> Tensor:
 class _Statistics(torch.autograd.Function):
     """Moments of groups, and of segments without a gradient; the gradient of ``wide`` is pointwise.
 
-    ``wide`` is the map in the dtype of tables, so that a gradient is rounded once; ``narrow`` is
-    what lies in memory.
+    ``wide`` is the map cast to at least float32, so that its gradient is rounded once. ``narrow``
+    is the map itself, which the operator reads.
     """
 
     @staticmethod
@@ -83,7 +84,8 @@ class _Statistics(torch.autograd.Function):
         partition: Partition,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = wide if narrow is None else narrow
-        segment_size = partition.segment_size(x.shape)  # an argument would be a constant
+        # Not an argument of forward: Dynamo would make it a constant of the graph.
+        segment_size = partition.segment_size(x.shape)
         segments = torch.ops.normkit.moments.default(x, segment_size, True)
         groups = partition.pool(Moments(*segments))
         ctx.save_for_backward(x, groups.mean)
@@ -101,7 +103,7 @@ class _Statistics(torch.autograd.Function):
         factor = 2 * by_var
         shift = by_mean + factor * (near - mean)
         near, factor, shift = (
-            partition.expand(_Once.apply(t.to(wide.dtype)), x.shape[0], ctx.num_segments)
+            partition.expand(_Materialized.apply(t.to(wide.dtype)), x.shape[0], ctx.num_segments)
             for t in (near, factor, shift)
         )
         size = partition.segment_size(x.shape)
@@ -109,17 +111,18 @@ class _Statistics(torch.autograd.Function):
 
 
 def _by_value(grad: GroupTable, partition: Partition, x: FeatureMap) -> GroupTable:
-    """A gradient of groups ``(B, G)``, shared among the values of each."""
+    """Divide a gradient of groups ``(B, G)`` by the number of values in each group."""
     full, last = partition.group_sizes(x.shape)
     if partition.examples_per_group in (None, 1) or full == last:
         return grad / full
     return torch.cat((grad[:-1] / full, grad[-1:] / last))
 
 
-class _Once(torch.autograd.Function):
-    """A table as it is, computed before the map is: inductor would compute it for every element.
+class _Materialized(torch.autograd.Function):
+    """The identity, which makes inductor compute a table before it computes the map.
 
-    That is how it treats pointwise operations; a tensor that is viewed by strides must exist.
+    Inductor would otherwise fuse the table's pointwise operations into the map's and repeat them
+    for every element. A tensor that is viewed by strides must exist in memory.
     """
 
     @staticmethod
