@@ -45,7 +45,7 @@ SCORES = {
 
 
 def test_every_table_is_there():
-    assert set(tables()) == EXPECTED
+    assert set(tables()) >= EXPECTED  # tables of other tasks have tests of their own
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -294,7 +294,7 @@ def test_missing_data_are_said_with_their_place(tmp_path, capsys, monkeypatch):
 def test_tables_are_listed(capsys):
     assert main(["reproduce", "z-T2", "--list"]) == 0
     output = capsys.readouterr().out
-    assert output.startswith("Z-T2: ResNet-50 on ImageNet, ")
+    assert output.startswith("Z-T2, Z-F1: ResNet-50 on ImageNet, ")
     assert "BGN is far ahead of batch norm at the smallest batch (Table 2)" in output
     assert find_table("nothing") is None
 
