@@ -28,6 +28,7 @@ from normkit.lab.reproduce.tables.result import (
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table, read_table
 from normkit.lab.task import parse_task
+from normkit.lab.text import MISSING
 from normkit.lab.work import Upkeep, Way
 
 EXPECTED = {
@@ -253,6 +254,7 @@ def test_a_cell_says_its_interval_and_what_diverged():
     assert str(cell(1.0, 2.0, 3.0)) == "2.00 ± 2.48"  # 4.303 / sqrt(3)
     assert str(cell(1.0, None)) == "1.00 (1 of 2 diverged)"
     assert str(cell(None)) == "1 of 1 diverged"
+    assert str(cell(None).model_copy(update={"reading": "reduction"})) == MISSING
 
 
 def test_the_command_runs_judges_draws_and_reports_a_table(tmp_path, capsys):
