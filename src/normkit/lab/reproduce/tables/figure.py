@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from normkit.lab.figures import Curve, draw_curves, figure_file
 from normkit.lab.reproduce.tables.reading import OF_SPLITS, Reading
 from normkit.lab.reproduce.tables.result import Column, TableResult
 
+MAX_WIDE = 3  # panels beside each other
 MAX_NAMES = 6  # beyond, the names below an axis are written upwards
 
 
@@ -33,10 +35,14 @@ def draw_table(result: TableResult, path: Path) -> None:
         DataError: If it cannot be written.
     """
     panels = panels_of(result)
-    with figure_file(path, figsize=(5 * len(panels), 4), layout="constrained") as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for each, panel in zip(axes, panels, strict=True):
+    wide = min(MAX_WIDE, len(panels))
+    high = math.ceil(len(panels) / wide)
+    with figure_file(path, figsize=(5 * wide, 4 * high), layout="constrained") as figure:
+        axes = figure.subplots(high, wide, squeeze=False).flatten()
+        for each, panel in zip(axes, panels, strict=False):
             _draw(each, result, panel)
+        for each in axes[len(panels) :]:
+            each.remove()
 
 
 def panels_of(result: TableResult) -> list[Panel]:
@@ -61,7 +67,7 @@ def _number(result: TableResult, column: Column) -> str:
     if not column.reading:
         return OF_SPLITS[0]
     reading = Reading.parse(result.readings[column.reading])
-    return f"{reading.state}: {reading.number}" if reading.is_analysis else reading.number
+    return reading.state if reading.is_analysis else reading.number
 
 
 def _shared(result: TableResult, columns: Sequence[Column], parts: set[str]) -> list[list[Column]]:
