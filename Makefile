@@ -10,7 +10,7 @@ WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE :=
 SECONDS ?= 600
 
-.PHONY: demo test test-oldest test-newest fuzz wheel test-wheel lint format types clean
+.PHONY: demo docs test test-oldest test-newest fuzz wheel test-wheel lint format types clean
 
 demo: $(VENV)/.lab
 	$(BIN)/normkit compare --data digits --model small-resnet --norms bn,gn:8,bgn:auto \
@@ -18,6 +18,10 @@ demo: $(VENV)/.lab
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --doctest-modules src tests
+
+# The site, into build/site; warnings and links that lead nowhere are errors.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Each search of tests/fuzz for so many seconds, with what it has tried.
 fuzz: $(VENV)/.test
@@ -106,5 +110,5 @@ $(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py normkit_build.py src/normki
 	touch $@
 
 $(VENV)/.test: $(VENV)/.lab
-	$(PIP) --no-build-isolation --editable ".[lab,test]"
+	$(PIP) --no-build-isolation --editable ".[lab,test,docs,trainers]"
 	touch $@

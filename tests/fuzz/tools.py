@@ -1,4 +1,4 @@
-"""Every tool that is given a model, as it is tried: what is prepared, and what is interrupted."""
+"""Every tool that takes a model: how a test prepares it, and the call that is interrupted."""
 
 from __future__ import annotations
 

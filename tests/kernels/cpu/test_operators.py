@@ -1,4 +1,4 @@
-"""PositionalNorm, given statistics, the four primitives; and what the tracers are told."""
+"""PositionalNorm, given statistics, the four primitives, and the shape functions for tracers."""
 
 import shutil
 import subprocess
@@ -214,7 +214,7 @@ def test_a_missing_library_is_a_plain_reason(monkeypatch, tmp_path):
     try:
         assert not cpu.available()
         with pytest.raises(
-            RuntimeError, match=r"were not built: .* no word of why; with torch and"
+            RuntimeError, match=r"were not built: .* has left no reason; install torch and"
         ):
             cpu.require()
         (tmp_path / "not_built.txt").write_text("the compiler failed:\nc++ -c x.cpp\n")
@@ -292,7 +292,7 @@ def test_the_first_slow_call_of_a_process_is_told_with_its_reason_and_the_way_ou
     assert done.stdout == (
         "normkit computes on the CPU without its C++ kernels, with the same results and several "
         "times slower: the CPU kernels were not built: no C++ compiler was found when normkit was "
-        "built; with torch and a C++ compiler there, run `pip install --no-build-isolation "
+        "built; install torch and a C++ compiler, then run `pip install --no-build-isolation "
         "--no-deps --force-reinstall .` in the folder of normkit's sources\n"
     )
 
