@@ -241,6 +241,19 @@ def recipe_for(batch_size: int) -> tuple[Norm, str]:
     return norm, ABOVE_READING if nearest == 8 and batch_size < 8 else source
 
 
+def spec_for(batch_size: int) -> str:
+    """Return the spec of what norms become for a batch size, unless the user sets a number.
+
+    Raises:
+        OptionError: As ``recipe_for``.
+
+    Example:
+        >>> [spec_for(size) for size in (1, 2, 8, 128)]
+        ['gn:max=32', 'gbgn:max=32', 'ghost:4', 'ghost:16']
+    """
+    return _spec(recipe_for(batch_size)[0], batch_size, None, None)
+
+
 def ghost_size(batch_size: int) -> int:
     """Number of examples in a ghost batch: two or more equal parts of at most 16 examples.
 

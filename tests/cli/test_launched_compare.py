@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from normkit.cli.app import run
 from normkit.errors import DataError, SpecError
 from normkit.lab.launch import Launch, is_spoken_for, launched, own_device, require_processes
+from normkit.lab.records import Epoch
 
 TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
 SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "4,8", "--seeds", "1,2", "--json"]
@@ -102,7 +103,8 @@ def ends_of(folder):
         assert record["outcome"]["status"] == "finished", record["outcome"]["message"]
         norm = record["spec"]["norm"]
         (weights,) = folder.glob(f"weights/{norm.replace(':', '_')}-*.safetensors")
-        figures = [v for e in record["outcome"]["epochs"] for v in e.values() if v is not None]
+        epochs = [Epoch(**epoch) for epoch in record["outcome"]["epochs"]]
+        figures = [value for epoch in epochs for value in epoch.figures().values()]
         found[norm] = torch.tensor(figures, dtype=torch.float64), load_file(weights)
     return found
 

@@ -90,6 +90,26 @@ def revert(bench, spec):
     return done.revert
 
 
+@tool("apply_recipe")
+def rebuild(bench):
+    recipe = nk.convert_norm(bench.model, {"stem": "gn:2", "stage1": "bcn:2+ws"}).recipe()
+    return lambda: nk.apply_recipe(bench.model, recipe, optimizer=bench.optimizer)
+
+
+@tool("back_to_torch_")
+def back_to_torch(bench):
+    nk.convert_norm_(bench.model, {"stem": "gn:2", "stage1": "bn"}, optimizer=bench.optimizer)
+    return lambda: nk.back_to_torch_(
+        bench.model, optimizer=bench.optimizer, example_input=bench.batches[0][0]
+    )
+
+
+@tool("Conversion.back_to_torch")
+def conversion_back_to_torch(bench):
+    done = nk.convert_norm_(bench.model, {"stage1": "in"}, optimizer=bench.optimizer)
+    return lambda: done.back_to_torch(optimizer=bench.optimizer)
+
+
 @tool("convert_norm", measures=True)
 def convert_a_copy(bench):
     return lambda: nk.convert_norm(bench.model, {"stem": "gn:2"}, calibrate=bench.data())

@@ -105,6 +105,19 @@ def test_what_is_said_is_what_is_done(case, training, masked, change, decided, s
 
 
 @needs_kernels
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_an_activation_in_the_same_pass_is_said_and_done(case, started):
+    layer = case.make(dtype=torch.float64, activation="silu")
+    started.clear()
+    layer(X)
+    at_once = "ended_forward" in started
+    said = nk.explain(layer, X).reason
+    assert said.endswith("; silu in the same pass" if at_once else "; then silu")
+    plain = case.make(dtype=torch.float64)
+    assert "silu" not in nk.explain(plain, X).reason
+
+
+@needs_kernels
 def test_who_moves_the_buffers_is_said_and_done(monkeypatch):
     moved, follow = [], nk.core.running.RunningStatistics.follow_
     monkeypatch.setattr(

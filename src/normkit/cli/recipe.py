@@ -69,6 +69,9 @@ class RecipeOptions:
     lr_drops: str | None = None
     """Schedule list: shares of the training after which the rate drops (default: 81/164 and
     122/164)."""
+    lr_values: str | None = None
+    """With schedule list: shares of the first rate after each drop, separated by commas (default:
+    lr-factor at each)."""
     lr_every: float | None = None
     """Schedule step: epochs between two drops (default: 30)."""
     lr_factor: float | None = None
@@ -139,8 +142,8 @@ class RecipeOptions:
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     """Parse the options that are lists, or a number or ``none``."""
     found = dict(values)
-    if "lr_drops" in found:
-        found["lr_drops"] = decimals("--lr-drops", found["lr_drops"])
+    for name in sorted({"lr_drops", "lr_values"} & set(found)):
+        found[name] = decimals(flag(name), found[name])
     if "out" in found:
         found["out"] = str(found["out"])
     if "loggers" in found:

@@ -38,17 +38,13 @@ from normkit.lab.reproduce import (
     run_missing,
     write_result,
 )
+from normkit.lab.reproduce.dry_run import estimate_preset
 from normkit.lab.reproduce.tables.catalog import find_table
 from normkit.lab.reproduce.tables.catalog import tables as known_tables
 from normkit.lab.reproduce.tables.dry_run import estimate_table
-from normkit.lab.reproduce.tables.result import (
-    TableResult,
-    draw_table,
-    table_markdown,
-    table_results_in,
-    table_text,
-    write_table,
-)
+from normkit.lab.reproduce.tables.figure import draw_table
+from normkit.lab.reproduce.tables.page import table_markdown, table_text
+from normkit.lab.reproduce.tables.result import TableResult, table_results_in, write_table
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table
 from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec
@@ -86,8 +82,8 @@ class Reproduce:
     checkpoint_seconds: float = SECONDS
     """Seconds between two checkpoints of a run, from which it continues after it was killed."""
     dry_run: Flag = False
-    """Train nothing: build every arm of tables as the scale says, take a step of each on random
-    pictures, and print runs, steps, time, memory, and which data are missing."""
+    """Train nothing: build every arm as the scale says, take a step of each on random pictures, and
+    print runs, steps, time, memory, and which data are missing."""
     list_presets: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
     """List the presets and the claims of each, and run nothing."""
     report: Flag = False
@@ -158,15 +154,11 @@ class Reproduce:
         return tuple({table.name: table for table in named if table is not None}.values())
 
     def _estimate(self, presets: Sequence[Preset], tables: Sequence[Table]) -> None:
-        """Print the estimated time and memory of tables."""
-        if presets:
-            raise SpecError(
-                f"--dry-run was given with {', '.join(p.name for p in presets)}, but measures "
-                f"tables only; tables are {', '.join(known_tables())}"
-            )
+        """Print the estimated time and memory of figures and tables."""
         device = str(parse_device(self.device))
         with redirect_stdout(sys.stderr):  # downloads print to the output
-            found = {table.name: estimate_table(table, self.scale, device) for table in tables}
+            found = {p.name: [estimate_preset(p, self.scale, device)] for p in presets}
+            found |= {table.name: estimate_table(table, self.scale, device) for table in tables}
         print_table_estimates(found, self.scale, self.json_output)
 
     def _report(self) -> None:

@@ -19,10 +19,6 @@ from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
-ENDED = "ended_forward"
-"""Operator of kernels that add and activate in the norm's pass; with other kernels torch does that
-afterwards."""
-
 
 def normalize_batch(
     x: FeatureMap,
@@ -37,9 +33,7 @@ def normalize_batch(
     way, _, _, operators = decide(x, call)
     if way == "operator":
         kernels_move = call.why_torch_moves is None
-        at_once = ending if ending is None or hasattr(operators, ENDED) else None
-        y = normalize_pooled(operators, x, partition, running, parameters, kernels_move, at_once)
-        return y if at_once is ending else ended(y, ending)
+        return normalize_pooled(operators, x, partition, running, parameters, kernels_move, ending)
     weight, bias, eps = parameters
     if way == "graph":
         y, table = _normalize_traced(x, partition, parameters)
@@ -100,8 +94,6 @@ def _normalize_fixed(
     """Normalise by given group statistics ``(1, G)``."""
     way, _, _, operators = decide(x)
     if way == "operator":
-        at_once = ending if ending is None or hasattr(operators, ENDED) else None
-        y = normalize_given(operators, x, partition, groups, parameters, at_once)
-        return y if at_once is ending else ended(y, ending)
+        return normalize_given(operators, x, partition, groups, parameters, ending)
     tables = fixed_tables(groups, partition, x.shape, parameters)
     return ended(apply_tables(x, *tables, partition.segment_size(x.shape)), ending)

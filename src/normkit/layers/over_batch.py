@@ -10,6 +10,7 @@ from normkit.core.check import require_channel_groups, require_count
 from normkit.core.partition import Partition
 from normkit.layers.base import SegmentLayer
 from normkit.layers.options import TrackingOptions
+from normkit.layers.rebuilt import RefusingEps
 
 
 class InnerBatchNorm(SegmentLayer):
@@ -33,6 +34,8 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
     Training uses the batch's statistics, evaluation the running ones. State dict, buffers and
     results are those of ``torch.nn.BatchNorm1d/2d/3d``, for any number of spatial axes. The class
     is a subclass of their base class ``_BatchNorm``, so tools that look for that class find it.
+    Tools that make another layer of it are refused while it has an activation, which they would
+    lose.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -59,6 +62,12 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
         >>> norm(torch.randn(4, 6, 5, 7)).shape
         torch.Size([4, 6, 5, 7])
     """
+
+    eps = RefusingEps()  # type: ignore[assignment]
+
+    def _lost_by_others(self) -> str | None:
+        """What a batch norm of another library would lack of this one."""
+        return None if self.activation is None else f"activation={self.activation!r}"
 
 
 class BatchGroupNorm(SegmentLayer):

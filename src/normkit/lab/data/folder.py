@@ -54,19 +54,28 @@ def read_folder(folder: Path, limit: int | None = None, side: int | None = None)
         DataError: If there are no pictures or fewer than two classes, a class is missing in one
             part, or no picture can be read.
     """
+    roots = training_folders(folder)
+    classes = class_names(roots)
+    return read_files(
+        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
+    )
+
+
+def training_folders(folder: Path) -> dict[str, Path]:
+    """The folders ``train``, ``val`` and ``test`` of a folder; itself to train on without them.
+
+    Raises:
+        DataError: If it is no folder, or has parts and no ``train``.
+    """
     if not folder.is_dir():
         raise DataError(f"{printable(folder)} is not a folder; give one with a folder per class")
-    found = {part: _part(folder, names) for part, names in PARTS.items()}
-    roots = {part: root for part, root in found.items() if root is not None} or {"train": folder}
+    roots = part_folders(folder) or {"train": folder}
     if "train" not in roots:
         raise DataError(
             f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
             f"train; put the training pictures there"
         )
-    classes = class_names(roots)
-    return read_files(
-        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
-    )
+    return roots
 
 
 def read_files(
@@ -91,6 +100,12 @@ def read_files(
     return _dataset(reading, reading.same_channels(parts), limit, side)
 
 
+def part_folders(folder: Path) -> dict[str, Path]:
+    """Find the folders of ``train``, ``validation`` and ``test`` in a folder."""
+    found = {part: _part(folder, names) for part, names in PARTS.items()}
+    return {part: root for part, root in found.items() if root is not None}
+
+
 def _part(folder: Path, names: Sequence[str]) -> Path | None:
     """The folder of a part, in upper or lower case; None if there is none."""
     return next(
@@ -104,10 +119,7 @@ def class_names(roots: Mapping[str, Path]) -> list[str]:
     Raises:
         DataError: If the names differ between parts, or there are fewer than two classes.
     """
-    named = {
-        part: sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        for part, root in roots.items()
-    }
+    named = {part: class_folders(root) for part, root in roots.items()}
     classes, place = named["train"], printable(roots["train"])
     if len(classes) < 2:
         raise DataError(
@@ -122,6 +134,11 @@ def class_names(roots: Mapping[str, Path]) -> list[str]:
                 f"{'is' if len(differing) == 1 else 'are'} in only one of them; give both the same"
             )
     return classes
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def files_of(root: Path, classes: Sequence[str]) -> list[File]:

@@ -1,5 +1,6 @@
 """Opening a data set by a name, a folder, a function, or data sets that a user has given."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,8 @@ from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
 Key = tuple[str, int | None, int | None]
-_opened: dict[Key, Dataset[Split]] = {}  # only the data set that was opened last
+NUM_KEPT = 2  # a task may have two data sets
+_opened: dict[Key, Dataset[Split]] = {}  # those opened last, in this order
 
 
 def open_data(
@@ -34,11 +36,15 @@ def open_data(
         SpecError: If there is no such data set or function.
         DataError: If it cannot be read.
     """
-    key = (text, limit, side)
-    if key not in _opened:
-        hold_data(key, _read(text, limit, side))
-    found = _opened[key]
+    found = opened_once((text, limit, side), lambda: _read(text, limit, side))
     return found if hold_out else replace(found, train=found.train.joined(found.validation))
+
+
+def opened_once(key: Key, read: Callable[[], Dataset[Split]]) -> Dataset[Split]:
+    """The data set that was opened last if it was opened by this key, else what is read now."""
+    if key not in _opened:
+        hold_data(key, read())
+    return _opened[key]
 
 
 def _read(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
@@ -75,11 +81,13 @@ def forget_data() -> None:
 
 def hold_data(key: Key, dataset: Dataset[Split]) -> None:
     """Make ``open_data`` return this data set when it is next called with this key."""
-    _opened.clear()
+    _opened.pop(key, None)
+    while len(_opened) >= NUM_KEPT:
+        del _opened[next(iter(_opened))]
     _opened[key] = dataset
 
 
 def opened_data() -> tuple[Key, Dataset[Split]] | None:
     """The data set that was opened last, with its key; None if a user's function made it."""
-    found = next(iter(_opened.items()), None)
+    found = next(reversed(_opened.items()), None)
     return None if found is None or is_reference(found[0][0]) else found

@@ -1,6 +1,7 @@
 """Folders of pictures that the papers train on, with the papers' splits."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -8,14 +9,15 @@ import torch
 
 from normkit.errors import DataError, SpecError
 from normkit.lab.data.dataset import SPLIT_SEED, Dataset, Split
-from normkit.lab.data.folder import File, class_names, files_of, read_files
-from normkit.lab.data.sources import FOLDER_VARIABLE, OF_FOLDERS, data_folder
+from normkit.lab.data.folder import File, class_names, files_of, read_files, read_folder
+from normkit.lab.data.sources import FOLDER_VARIABLE, OF_FOLDERS, OFFICE, data_folder
 from normkit.text import printable
 
 IMAGENET_SIDE, CALTECH_SIDE = 224, 299
 MAX_DIGITS = 9
 CALTECH_SIZES = {"train": 40, "validation": 10, "test": 30}
 """Pictures of each class: Summers and Dinneen, section 4.1."""
+CLUTTER = "clutter"  # ends the name of Caltech-256's folder 257
 
 
 def imagenet(limit: int | None = None, side: int | None = None) -> Dataset[Split]:
@@ -45,7 +47,8 @@ def caltech256(
 ) -> Dataset[Split]:
     """Read Caltech-256: of each class 40 pictures to train, 10 for validation, 30 for the test.
 
-    The pictures are drawn at random; the others are left out.
+    They are drawn at random; the others are left out, and so is the folder of clutter, which is
+    none of the 256 categories.
 
     Args:
         limit: Number of training pictures to keep; None for all.
@@ -56,7 +59,8 @@ def caltech256(
         DataError: If the folder does not exist, or a class has fewer than 80 pictures.
     """
     folder = _folder("256_ObjectCategories", "a folder of pictures for each class")
-    files = files_of(folder, class_names({"train": folder}))
+    classes = [name for name in class_names({"train": folder}) if not name.endswith(CLUTTER)]
+    files = files_of(folder, classes)
     parts: dict[str, list[File]] = {part: [] for part in CALTECH_SIZES}
     generator = torch.Generator().manual_seed(seed)
     for label in sorted({file.label for file in files}):
@@ -74,8 +78,35 @@ def caltech256(
     return read_files(folder, parts, limit, side or CALTECH_SIDE)
 
 
+def office31(limit: int | None = None, side: int | None = None, *, domain: str) -> Dataset[Split]:
+    """Office-31's pictures of a domain, which is a folder as its authors give it.
+
+    Args:
+        limit: Training pictures to keep; None for all.
+        side: Height and width of what the network gets; 224 by default.
+        domain: ``amazon``, ``dslr`` or ``webcam``.
+
+    Raises:
+        DataError: If the folder is not there.
+    """
+    name = f"office31/{domain}"
+    folder = _folder(name, "a folder of pictures for each of 31 classes, or images with these")
+    own = folder / "images"
+    return read_folder(own if own.is_dir() else folder, limit, side or IMAGENET_SIDE)
+
+
 FOLDERS: Mapping[str, Callable[[int | None, int | None], Dataset[Split]]] = MappingProxyType(
-    dict(zip(OF_FOLDERS, (imagenet, caltech256), strict=True))
+    dict(
+        zip(
+            OF_FOLDERS,
+            (
+                imagenet,
+                caltech256,
+                *(partial(office31, domain=n.partition("-")[2]) for n in OFFICE),
+            ),
+            strict=True,
+        )
+    )
 )
 """Data sets that are folders of pictures, by name."""
 SEED = "caltech256:seed="

@@ -16,7 +16,8 @@ from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
-OF_FOLDERS = ("imagenet", "caltech256")  # these are read by ``papers.py``
+OFFICE = ("office31-amazon", "office31-dslr", "office31-webcam")
+OF_FOLDERS = ("imagenet", "caltech256", *OFFICE)  # these are read by ``papers.py``
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 
@@ -114,15 +115,21 @@ def mnist() -> Source:
 @reader("cifar100-40k")
 def cifar100_40k() -> Source:
     """CIFAR-100 with 40000 training and 10000 validation pictures: Summers and Dinneen, 4.1."""
-    source = _from_torchvision("CIFAR100")
-    kept, held = hold_out(source.pictures.targets, 0.2)
-    return Source(source.pictures.keep(kept), source.test, source.pictures.keep(held))
+    return _fifth_held_out(_from_torchvision("CIFAR100"))
 
 
 @reader("svhn-extra")
 def svhn_extra() -> Source:
-    """630420 colour 32x32 house numbers, with the easier ones of ``extra`` in the training set."""
-    return _from_torchvision("SVHN", *_SVHN, {"split": "extra"})
+    """630420 colour 32x32 house numbers, with the part ``extra``: Summers and Dinneen, 4.1.
+
+    Of the 604388 that are not for the test, a fifth is for validation.
+    """
+    return _fifth_held_out(_from_torchvision("SVHN", *_SVHN, {"split": "extra"}))
+
+
+def _fifth_held_out(source: Source) -> Source:
+    kept, held = hold_out(source.pictures.targets, 0.2)
+    return Source(source.pictures.keep(kept), source.test, source.pictures.keep(held))
 
 
 def _idx_pictures(part: str) -> Pictures:

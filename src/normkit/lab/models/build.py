@@ -123,7 +123,7 @@ class NormSlots:
         Raises:
             SpecError: If a norm does not fit its place, or the network has no places for the arm.
         """
-        arm = Arm.parse(norm)
+        arm = Arm.parse(norm).at(batch_size)
         for at, place in self.places(arm).items():
             try:
                 place.try_out(batch_size, num_examples)

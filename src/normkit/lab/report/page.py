@@ -11,6 +11,7 @@ from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report import figures
 from normkit.lab.report.results import RESULTS_NAME, csv_text
+from normkit.lab.task import parse_task
 from normkit.lab.text import MISSING, percent, points, size_text
 from normkit.lab.verdict import verdict_of
 
@@ -67,6 +68,7 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
             records=records,
             command=command,
             protocol=records[0].spec.protocol if records else None,
+            task=parse_task(records[0].spec.protocol.task) if records else None,
             environments=_distinct_environments(records),
             kernels=sorted({r.environment.kernels or "not recorded" for r in records}),
             code_hashes=sorted({record.code_hash for record in records}),
