@@ -2,6 +2,8 @@
 
 import itertools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from normkit.lab.evaluation import require_scores
 from normkit.lab.fabric import require_precision
 from normkit.lab.launch import require_processes
 from normkit.lab.loop import num_updates, own_parts
-from normkit.lab.models.build import norm_slots
+from normkit.lab.models.build import NormSlots, norm_slots
 from normkit.lab.recipe import Timetable
 from normkit.lab.spec import CLASSIFICATION, Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
@@ -51,28 +53,47 @@ def check(sweep: SweepSpec) -> TaskData | None:
     return data
 
 
-def check_pictures(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+def check_pictures(
+    sweep: SweepSpec,
+    dataset: Dataset[Split],
+    build: Callable[[TrainingSpec, Any], BuiltModel] = built,
+) -> None:
     """The checks of a task whose network gives a score for each class of a picture.
+
+    Args:
+        sweep: What is asked for.
+        dataset: Its data.
+        build: Makes a run's network.
 
     Raises:
         NormError: If there are too few examples, a norm does not fit, or the network gives
             something else.
     """
     protocol = sweep.protocol
-    _check_sizes(sweep, dataset)
+    check_sizes(sweep, dataset)
     slots = norm_slots(protocol.model, dataset.num_classes, dataset.input_shape)
+    check_norms(sweep, slots, len(dataset.train))
     arms = [Arm.parse(norm) for norm in sweep.norms]
-    for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
-        for length in _batch_lengths(protocol, len(dataset.train), batch_size):
-            slots.check(arm, batch_size, length)
     for at, arm in enumerate(arms):
         if at == 0 or not arm.is_plain:  # whether a model has what it asks for shows in the model
             spec = TrainingSpec(
                 protocol=protocol, norm=str(arm), batch_size=sweep.batch_sizes[0], seed=0
             )
-            network = built(spec, dataset)
+            network = build(spec, dataset)
             if at == 0:
                 _check_outputs(network, dataset, protocol.model)
+
+
+def check_norms(sweep: SweepSpec, slots: NormSlots, num_examples: int) -> None:
+    """Refuse norms that do not fit a network at one of the batch sizes.
+
+    Raises:
+        SpecError: Naming the norm, the layer and the batch size.
+    """
+    arms = [Arm.parse(norm) for norm in sweep.norms]
+    for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
+        for length in _batch_lengths(sweep.protocol, num_examples, batch_size):
+            slots.check(arm, batch_size, length)
 
 
 def _refuse_useless(sweep: SweepSpec) -> None:
@@ -116,8 +137,12 @@ def _batch_lengths(protocol: Protocol, num_examples: int, batch_size: int) -> se
     return {len(part) for part in own_parts(order, batch_size, 0, protocol.processes)}
 
 
-def _check_sizes(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
-    """Refuse too few examples for the classes, or for a batch that was asked for."""
+def check_sizes(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+    """Refuse too few examples for the classes, or for a batch that was asked for.
+
+    Raises:
+        SpecError: With the numbers.
+    """
     limit, num_examples = sweep.protocol.limit, len(dataset.train)
     if limit is not None and limit < dataset.num_classes:
         raise SpecError(

@@ -136,7 +136,7 @@ class Course:
 
     def train(self) -> None:
         """Do all steps that are left."""
-        while self.num_epochs < self.timetable.num_epochs:
+        while self.num_epochs < self.timetable.num_epochs and not self.task.is_done:
             if not self.epoch.num_steps:
                 self.epoch.learning_rate = self.timetable.rate(self.num_steps)
                 self.hooks.before_epoch(self.num_epochs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "classification": "normkit.lab.tasks.classification:Classification",
+        "adversarial": "normkit.lab.tasks.adversarial:Adversarial",
+        "few-shot": "normkit.lab.tasks.few_shot:FewShot",
+        "domain-adaptation": "normkit.lab.tasks.domain_adaptation:DomainAdaptation",
+        "search": "normkit.lab.tasks.search:Search",
+        "detection": "normkit.lab.tasks.detection:Detection",
+        "instance-segmentation": "normkit.lab.tasks.detection:InstanceSegmentation",
+        "segmentation": "normkit.lab.tasks.segmentation:Segmentation",
+        "video": "normkit.lab.tasks.video:Video",
     }
 )
 """Module and class of each task; its file is imported when it is first asked for."""
@@ -129,6 +137,9 @@ class TaskRun(ABC):
         examples: What an epoch goes through.
     """
 
+    is_done = False
+    """Whether the training ends here; read when an epoch has been judged on validation examples."""
+
     def __init__(self, network: nn.Module, examples: Source) -> None:
         self.network, self.examples = network, examples
 
@@ -206,6 +217,11 @@ class Task(Frozen, ABC):
         given = self.model_dump(mode="json", exclude_defaults=True)
         return ":".join([self.name, *(f"{key}={_written(value)}" for key, value in given.items())])
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What a report should say of it, such as what running statistics are learned from."""
+        return ()
+
     @abstractmethod
     def data(self, protocol: Settings) -> Any:
         """The data of a protocol, as :class:`TaskData` describes it.
@@ -263,13 +279,13 @@ def parse_task(text: str) -> Task:
         >>> str(parse_task("classification"))
         'classification'
     """
-    name, *arguments = text.split(":")
+    name, *pieces = text.split(":")
     if name not in TASKS:
         raise SpecError(f"there is no task {name!r}; known are {', '.join(TASKS)}")
     module, _, found = TASKS[name].partition(":")
     kind: type[Task] = getattr(import_module(module), found)
     values: dict[str, object] = {}
-    for argument in arguments:
+    for argument in _arguments(pieces):
         key, is_given, value = argument.partition("=")
         if not is_given or key in values or key not in kind.model_fields:
             known = ", ".join(f"{option}=..." for option in kind.model_fields)
@@ -279,6 +295,17 @@ def parse_task(text: str) -> Task:
             )
         values[key] = None if value == "none" else value
     return kind.checked(values, lambda option: f"{name}:{option}")
+
+
+def _arguments(pieces: Iterable[str]) -> list[str]:
+    """Arguments as they were before a colon in a value, as in ``target=my.py:make``, cut them."""
+    found: list[str] = []
+    for piece in pieces:
+        if "=" in piece or not found:
+            found.append(piece)
+        else:
+            found[-1] += f":{piece}"
+    return found
 
 
 def require_batches(sweep: SweepSpec, name: str, num_examples: int) -> None:

@@ -222,7 +222,7 @@ class _Training:
         loop, num_epochs = self.course.loop, self.course.timetable.num_epochs
         validation = loop.evaluate("validation")
         num_tested = NUM_LAST_EPOCHS if num_epochs >= NUM_LAST_EPOCHS else 1
-        tests = len(self.epochs) >= num_epochs - num_tested
+        tests = self.course.task.is_done or len(self.epochs) >= num_epochs - num_tested
         test = loop.evaluate("test") if tests else {}
         return Epoch(
             learning_rate=epoch.learning_rate,
