@@ -173,9 +173,11 @@ class TaskRun(ABC):
 
         A group's ``lr_scale`` multiplies the schedule's learning rate.
         """
-        if recipe.norm_weight_decay is None:
+        of_norms, towards = recipe.norm_weight_decay, recipe.decay_gamma_to
+        if of_norms is None and not towards:
             return network.parameters()
-        return param_groups(network, recipe.weight_decay, recipe.norm_weight_decay)
+        of_norms = recipe.weight_decay if of_norms is None else of_norms
+        return param_groups(network, recipe.weight_decay, of_norms, decay_gamma_to=towards)
 
     def begin_epoch(self, loop: Loop, num_epochs: int) -> None:  # noqa: B027 - mostly nothing
         """Do what is due before an epoch.
