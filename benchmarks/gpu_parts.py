@@ -65,7 +65,8 @@ class Bench:
     sizes: Sizes
     budget: Budget
     record: dict = field(default_factory=lambda: {
-        "contract": {}, "checks": [], "steps": [], "layers": [], "bandwidth": [], "profile": {},
+        "contract": {}, "checks": [], "steps": [], "fused": [], "layers": [], "bandwidth": [],
+        "profile": {},
     })  # fmt: skip
 
     def draw(self, shape, dtype, layout, seed=0):
@@ -89,13 +90,14 @@ class Bench:
 def parts_of(bench):
     """All of it, most important first, with the seconds that each may count on."""
     return [
-        Part("contract", 110, partial(contract, bench)),
+        Part("contract", 90, partial(contract, bench)),
         Part("checks", 15, partial(checks, bench)),
-        Part("steps", 70, partial(steps, bench)),
-        Part("compiled steps", 120, partial(compiled_steps, bench)),
-        Part("calls", 65, partial(calls, bench)),
-        Part("graphs", 40, partial(graphs, bench)),
+        Part("steps", 60, partial(steps, bench)),
+        Part("compiled steps", 95, partial(compiled_steps, bench)),
+        Part("calls", 55, partial(calls, bench)),
+        Part("graphs", 35, partial(graphs, bench)),
         Part("bandwidth", 15, partial(bandwidth, bench)),
+        Part("fused steps", 75, partial(fused_steps, bench)),
         Part("profile", 10, partial(profile, bench)),
         Part("Liger's and compiled layers", 15, partial(others, bench)),
     ]
@@ -134,22 +136,12 @@ def steps(bench):
 
 
 def _steps(bench, batch_size):
-    made, found = {}, {}
-    for (kind, whose), norm in norms_of(bench.sizes.groups).items():
-        before = torch.cuda.memory_allocated()
-        step = _trainer(bench, norm, batch_size)
-        first_loss = float(step())
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before
-        made[kind, whose] = step
-        found[kind, whose] = {"first_loss": first_loss, "peak_mib": round(peak / MIB)}
-    times = times_us(made, bench.sizes.rounds_of_steps)
+    norms = norms_of(bench.sizes.groups)
+    makers = {key: partial(_trainer, bench, norm, batch_size) for key, norm in norms.items()}
+    found = _measured(bench, makers)
     for (kind, whose), values in found.items():
         bench.record["steps"].append({
-            "norm": kind, "whose": whose, "batch_size": batch_size, "way": "eager",
-            "step_ms": times[kind, whose] / 1e3, **values,
+            "norm": kind, "whose": whose, "batch_size": batch_size, "way": "eager", **values,
         })  # fmt: skip
 
 
@@ -181,10 +173,61 @@ def _compiled_step(bench, kind, whose):
     })  # fmt: skip
 
 
-def _trainer(bench, norm, batch_size, backend=None):
+SIDES = {"torch": (nn.BatchNorm2d, False), "ours": (nk.BatchNorm, False),
+         "fused": (nk.BatchNorm, True)}  # fmt: skip
+"""Batch norms, and whether they take the activations and sums behind them into their pass."""
+
+
+def fused_steps(bench):
+    """A ResNet-50 with batch norms that take what follows into their pass, at its largest batch.
+
+    Eager beside torch's and ours one by one; then each compiled, while there is time.
+    """
+    batch_size = max(bench.sizes.step_batches)
+    eager = {side: partial(_side, bench, side, batch_size) for side in SIDES}
+    bench.budget.attempt("eager", partial(_fused, bench, eager, "eager"), NEEDED_S["steps"])
+    for side in ("fused", "torch", "ours"):
+        one = {side: partial(_side, bench, side, batch_size, bench.sizes.backend)}
+        run = partial(_fused, bench, one, "compiled")
+        bench.budget.attempt(f"{side}, compiled", run, NEEDED_S["compiled"])
+
+
+def _side(bench, side, batch_size, backend=None):
+    norm, is_fused = SIDES[side]
+    return _trainer(bench, norm, batch_size, backend, is_fused)
+
+
+def _fused(bench, makers, way):
+    torch.compiler.reset()
+    batch_size = max(bench.sizes.step_batches)
+    bench.record["fused"] += [
+        {"whose": side, "way": way, "batch_size": batch_size, **values}
+        for side, values in _measured(bench, makers).items()
+    ]
+
+
+def _measured(bench, makers):
+    """Of steps that are made one after another and timed in turns: time, first loss and memory."""
+    made, found = {}, {}
+    for name, make in makers.items():
+        before = torch.cuda.memory_allocated()
+        made[name] = step = make()
+        first_loss = float(step())
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+        found[name] = {"first_loss": first_loss, "peak_mib": round(peak / MIB)}
+    times = times_us(made, bench.sizes.rounds_of_steps)
+    return {name: {"step_ms": times[name] / 1e3, **values} for name, values in found.items()}
+
+
+def _trainer(bench, norm, batch_size, backend=None, is_fused=False):
     """A training step of a new network, which returns its loss."""
     torch.manual_seed(0)
     model = resnet50(norm, bench.sizes.depths, bench.sizes.width).to(bench.device)
+    if is_fused:
+        nk.fuse_activations_(model)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     image = (batch_size, 3, bench.sizes.image, bench.sizes.image)

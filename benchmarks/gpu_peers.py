@@ -86,13 +86,14 @@ class Bottleneck(nn.Module):
         self.main = nn.Sequential(
             nn.Conv2d(before, width, 1, bias=False), norm(width), nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 3, stride, 1, bias=False), norm(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, after, 1, bias=False), norm(after),
+            nn.Conv2d(width, after, 1, bias=False),
         )  # fmt: skip
+        self.norm = norm(after)
         past = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
         self.past = nn.Identity() if stride == 1 and before == after else past
 
     def forward(self, x):  # noqa: D102 - torch's
-        return functional.relu(self.main(x) + self.past(x), inplace=True)
+        return functional.relu(self.norm(self.main(x)) + self.past(x), inplace=True)
 
 
 def resnet50(norm, depths=(3, 4, 6, 3), width=64):

@@ -13,6 +13,8 @@ from pathlib import Path
 WANTED = {"bn": 1.0, "gn": 1.3, "ln": 1.3, "in": 1.3, "bgn": 1.3, "pn": 1.3, "bcn": 2.0}
 """How many times torch's speed each norm is to have."""
 WANTED_OF_COPY = 0.8
+FUSED_SIDES = ("torch", "ours", "fused")
+WANTED_OF_FUSED = {"eager": 1 / 0.9, "compiled": 1.0}
 WAYS = {"calls": "called", "host": "Python alone", "graph": "in a graph"}
 
 
@@ -92,6 +94,27 @@ def _side_by_side(torch, ours):
         for key, style in (("step_ms", ".1f"), ("peak_mib", "d"))
     )
     return *times, ratio, *memory
+
+
+def fused(record):
+    """Steps of a ResNet-50 with batch norms, without and with what follows them in their pass."""
+    found = {}
+    for row in record.get("fused", ()):
+        found.setdefault((row["way"], row["batch_size"]), {})[row["whose"]] = row
+    rows = []
+    for (way, batch_size), by in found.items():
+        times = [_or_dash(by.get(side), "step_ms", ".1f") for side in FUSED_SIDES]
+        memory = [_or_dash(by.get(side), "peak_mib", "d") for side in FUSED_SIDES]
+        ratio = "-"
+        if {"torch", "fused"} <= by.keys():
+            wanted = WANTED_OF_FUSED[way]
+            ratio = _against(by["torch"]["step_ms"] / by["fused"]["step_ms"], wanted)
+        rows.append([way, batch_size, *times, ratio, *memory])
+    if not rows:
+        return "Steps with what follows in the norm's pass: not measured."
+    words = [*(f"{side}, ms" for side in FUSED_SIDES), "torch / fused"]
+    memory = [f"{side}, MiB" for side in FUSED_SIDES]
+    return table(("batch norm and what follows", "batch", *words, *memory), rows)
 
 
 def largest_steps(record):
@@ -189,7 +212,7 @@ def left_out(record):
     return f"Left out, and named in the record: {', '.join(parts) or 'nothing'}."
 
 
-EVERYTHING = (setting, right, steps, layers, others, bandwidth, profile, left_out)
+EVERYTHING = (setting, right, steps, fused, layers, others, bandwidth, profile, left_out)
 TABLES = {made.__name__: made for made in (*EVERYTHING, largest_steps)}
 """What pages may show, by name."""
 

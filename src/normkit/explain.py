@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
 from normkit.kernels.select import NAMES, Decision, Kernels, decide, details
-from normkit.layers.base import NormLayer
+from normkit.layers.base import NormLayer, SegmentLayer
 from normkit.sharing import Part, parts
 
 
@@ -72,10 +72,18 @@ def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels,
     """Return the kernels of the call, or of its first part, and the reasons for all parts."""
     found = [decide(x, call, is_computed=False) for call in layer.routes(x, mask is not None)]
     reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
-    reason, apart = "; then: ".join(reasons), layer.why_apart()
+    reason, apart = "; then: ".join(reasons), layer.why_separate()
     if apart is not None:
         reason = f"{reason}, each norm by itself, because {apart}"
-    return found[0].kernels, reason
+    return found[0].kernels, reason + _of_activation(layer, found)
+
+
+def _of_activation(layer: NormLayer, found: list[Decision]) -> str:
+    """Who applies a layer's activation, where it has one."""
+    if layer.activation is None:
+        return ""
+    at_once = isinstance(layer, SegmentLayer) and found[0].way == "operator"
+    return f"; {layer.activation} in the same pass" if at_once else f"; then {layer.activation}"
 
 
 def _in_full(decision: Decision) -> str:

@@ -68,6 +68,19 @@ def test_a_step_without_a_counterpart_has_dashes(report):
     assert "| group norm, compiled | 2 | - | 3.2 | - | - | - |" in report.steps({"steps": [step]})
 
 
+def test_fused_steps_stand_beside_torchs_bold_where_they_miss(report):
+    rows = [
+        {"whose": whose, "way": way, "batch_size": 128, "step_ms": ms, "peak_mib": 7}
+        for way, whose, ms in (
+            ("eager", "torch", 10.0), ("eager", "fused", 9.5), ("compiled", "fused", 5.0),
+        )
+    ]  # fmt: skip
+    lines = report.fused({"fused": rows}).splitlines()
+    assert lines[2] == "| eager | 128 | 10.0 | - | 9.5 | **1.05** | 7 | - | 7 |"
+    assert lines[3] == "| compiled | 128 | - | - | 5.0 | - | - | - | 7 |"
+    assert "not measured" in report.fused({})
+
+
 def test_triton_md_lists_every_file_of_the_kernels():
     listed = re.findall(r"`([\w.]+\.py)`", TRITON.split("## What they are")[1].split("\n- **")[0])
     there = {path.name for path in (ROOT / "src/normkit/kernels/triton").glob("*.py")}

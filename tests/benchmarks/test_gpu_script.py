@@ -42,6 +42,29 @@ def test_steps_are_measured_with_every_norm_eager_and_compiled(parts, bench):
     assert all(row["compile_s"] >= 0 for row in rows[4:])
 
 
+def test_steps_with_what_follows_in_the_norms_pass_are_measured_eager_and_compiled(parts, bench):
+    parts.fused_steps(bench)
+    assert not bench.budget.errors
+    rows = bench.record["fused"]
+    sides = ["torch", "ours", "fused"]
+    assert [row["whose"] for row in rows if row["way"] == "eager"] == sides
+    assert sorted(row["whose"] for row in rows if row["way"] == "compiled") == sorted(sides)
+    assert min(row["step_ms"] for row in rows) > 0
+    for row in rows:  # it is the same network
+        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=2e-2)
+    shown = importlib.import_module("gpu_report").fused(bench.record).splitlines()
+    assert shown[0].split(" | ")[2:6] == ["torch, ms", "ours, ms", "fused, ms", "torch / fused"]
+    assert [line.split(" | ")[0] for line in shown[2:]] == ["| eager", "| compiled"]
+
+
+def test_a_network_to_be_fused_has_every_sum_and_activation_in_its_norms(parts, bench):
+    peers = importlib.import_module("gpu_peers")
+    model = peers.resnet50(parts.nk.BatchNorm, (1, 1), 8)
+    done = parts.nk.fuse_activations_(model)
+    assert len(done.fused) == 1 + 3 * 2
+    assert sum(each.residual for each in done.fused) == 2
+
+
 def test_every_layer_is_timed_called_on_the_host_and_in_a_graph(parts, bench):
     parts.calls(bench)
     parts.graphs(bench)
@@ -152,6 +175,11 @@ def test_all_of_it_runs_in_the_interpreter_and_leaves_a_record(benchmarks, tmp_p
     assert record["errors"] == []
     assert {check["kernels"] for check in record["checks"]} == {"triton"}
     assert record["contract"]["passed"] >= 1
-    assert [len(record[part]) for part in ("checks", "steps", "bandwidth")] == [13, 8, 5]
+    assert [len(record[part]) for part in ("checks", "steps", "fused", "bandwidth")] == [
+        13,
+        8,
+        6,
+        5,
+    ]
     assert f"record: {out}" in done.stdout
     assert "No errors." in done.stdout

@@ -1,4 +1,4 @@
-"""What tools that look for torch's classes do to our layers: the table of docs/export.md."""
+"""Effects of tools that look for torch's classes on our layers: the table of docs/export.md."""
 
 import pytest
 import torch
@@ -7,16 +7,21 @@ from torch.ao.quantization import fuse_modules
 from torch.func import replace_all_batch_norm_modules_
 from torch.fx.experimental.optimization import fuse
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 import normkit as nk
 from cases import MAIN, TOLERANCE, randn
+from normkit.convert.adapters import adapt_
+from normkit.convert.source import Activation
+from normkit.errors import OptionError
 from normkit.lab.torchvision_ops import register_missing_operators
 
 register_missing_operators()
 
+from timm.layers import convert_splitbn_model  # noqa: E402
+from timm.layers import convert_sync_batchnorm as convert_timms  # noqa: E402
 from timm.optim import param_groups_weight_decay  # noqa: E402 - after the missing operators
 from timm.utils.model import freeze_batch_norm_2d  # noqa: E402
 from torchvision.ops._utils import split_normalization_params  # noqa: E402
@@ -74,6 +79,38 @@ def test_conversion_to_sync_batch_norm_keeps_values():
     assert type(synchronized[1]) is nn.SyncBatchNorm
     assert synchronized[1].eps == 0.25
     assert_close(synchronized(IMAGES), layer(IMAGES))
+
+
+REBUILDERS = {
+    "torch's": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "timm's": convert_timms,
+    "split": convert_splitbn_model,
+    "folded into a convolution": lambda model: fuse_conv_bn_eval(nn.Conv2d(3, 6, 3).eval(), model),
+    "folded into a linear map": lambda model: fuse_linear_bn_eval(nn.Linear(3, 6).eval(), model),
+}
+
+
+@pytest.mark.parametrize("name", REBUILDERS)
+def test_who_would_lose_an_activation_is_refused(name):
+    rebuild, layer = REBUILDERS[name], nk.BatchNorm(6, activation="relu").eval()
+    for _ in range(2):  # frozen too
+        with pytest.raises(OptionError, match=r"would make a layer without its activation='relu'"):
+            rebuild(layer)
+        nk.freeze_statistics(layer)
+    layer.activation = None
+    assert isinstance(rebuild(layer), nn.Module)
+    assert layer.eps == 1e-5
+
+
+@pytest.mark.parametrize("name", ["torch's", "folded into a convolution"])
+def test_what_a_conversion_has_added_is_not_lost_either(name):
+    act = Activation(nn.Identity(), nn.Mish())
+    adapted = adapt_(nk.BatchNorm(6).eval(), act, channels_last=False)
+    with pytest.raises(OptionError, match=r"without its activation module; normkit\.synchronize_"):
+        REBUILDERS[name](adapted)
+    adapted = adapt_(nk.BatchNorm(6).eval(), act, channels_last=True)
+    with pytest.raises(OptionError, match="its last axis of channels and activation module"):
+        REBUILDERS[name](adapted)
 
 
 def test_fusing():

@@ -1,4 +1,4 @@
-"""What ``explain`` says of a call is what the call then does."""
+"""``explain`` says what a call then does."""
 
 import copy
 import sys
@@ -102,6 +102,19 @@ def test_what_is_said_is_what_is_done(case, training, masked, change, decided, s
     assert bool(started) == bool(ways & {"operator", "tables"})
     assert any("forward" in name for name in started) == ("operator" in ways)
     assert ("torch's operators on tables" in said.reason) == ("tables" in ways)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_an_activation_in_the_same_pass_is_said_and_done(case, started):
+    layer = case.make(dtype=torch.float64, activation="silu")
+    started.clear()
+    layer(X)
+    at_once = "ended_forward" in started
+    said = nk.explain(layer, X).reason
+    assert said.endswith("; silu in the same pass" if at_once else "; then silu")
+    plain = case.make(dtype=torch.float64)
+    assert "silu" not in nk.explain(plain, X).reason
 
 
 @needs_kernels

@@ -12,7 +12,7 @@ from torch.nn import functional
 import normkit as nk
 from normkit.inference.freeze import is_frozen
 from normkit.lab.arms import ARMS, Arm, parse_arms
-from normkit.lab.changes import WEIGHTS
+from normkit.lab.changes import WEIGHTS, remove_norms_
 from normkit.lab.models import build_model
 from normkit.lab.models.build import apply_arm
 from normkit.lab.spec import TrainingSpec
@@ -33,7 +33,9 @@ def build(arm, name=NET, **options):
 # --- read and written ---
 
 
-@pytest.mark.parametrize("text", [*EVERY, "ibn-b", "xbn-p1-d2/in", "ibn-a:ratio=0.25+ws"])
+@pytest.mark.parametrize(
+    "text", [*EVERY, "ibn-b", "four-things+ws", "xbn-p1-d2/in", "ibn-a:ratio=0.25+ws"]
+)
 def test_an_arm_prints_as_it_was_written(text):
     assert str(Arm.parse(text)) == text
     assert Arm.parse(Arm.parse(text)) == Arm.parse(text)
@@ -169,6 +171,19 @@ def test_an_arm_puts_its_norm_where_its_paper_does_and_bn_elsewhere(arm):
     assert built.model.training
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 128])
+def test_four_things_are_those_of_the_tool(batch_size):
+    built = build("four-things", batch_size=batch_size)
+    other = build(None).model
+    nk.four_things(other, batch_size)
+    assert [str(m) for m in built.model.modules()] == [str(m) for m in other.modules()]
+
+
+def test_four_things_need_a_batch_size():
+    with pytest.raises(nk.SpecError, match="four-things is chosen by the batch size; give batch"):
+        build("four-things")
+
+
 def test_none_leaves_no_norm():
     built = build("none")
     assert all(type(built.model.get_submodule(name)) is nn.Identity for name in NORMS)
@@ -191,6 +206,16 @@ def test_none_keeps_the_activation_inside_of_a_norm():
             has_act = not isinstance(norm.act, nn.Identity)
             torch.testing.assert_close(rest(x), x.relu() if has_act else x)
     assert any(norm.norm == "none" for norm in bare.norms)
+
+
+def test_none_keeps_the_activation_of_our_norms():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nk.BatchNorm(4, activation="leaky_relu", negative_slope=0.5)
+    )
+    x = torch.randn(2, 3, 6, 6)
+    expected = nn.functional.leaky_relu(model[0](x), 0.5)
+    remove_norms_((model, (x,)), "ours")
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_ibn_b_has_instance_norm_in_the_stem_and_after_the_sums_of_two_stages():

@@ -30,6 +30,18 @@ def test_a_list_drops_between_epochs_as_the_papers_do():
     assert found == pytest.approx([rate for rate in expected for _ in range(3)], rel=1e-12)
 
 
+def test_a_list_may_say_what_the_rate_is_after_each_drop():
+    """As Gidaris and Komodakis: 0.1, and 0.006, 0.0012, 0.00024 from epochs 20, 40 and 50 of 60."""
+    recipe = Recipe(
+        epochs=60, lr_drops=(20 / 60, 40 / 60, 50 / 60), lr_values=(0.06, 0.012, 0.0024)
+    )
+    expected = [0.1] * 20 + [0.006] * 20 + [0.0012] * 10 + [0.00024] * 10
+    assert rates(recipe, steps_per_epoch=1) == pytest.approx(expected, rel=1e-12)
+    assert "0.06 and 0.012 and 0.0024 of it after 33 % and 67 % and 83 %" in recipe.sentence
+    with pytest.raises(SpecError, match="2 lr_values for 3 lr_drops; give one for each drop"):
+        Recipe.checked({"epochs": 60, "lr_drops": (0.2, 0.4, 0.6), "lr_values": (0.1, 0.01)})
+
+
 def test_a_step_schedule_drops_every_so_many_epochs():
     found = rates(Recipe(epochs=5, schedule="step", lr_every=2), steps_per_epoch=2)
     assert found == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 2)

@@ -1,4 +1,4 @@
-"""`normkit list`: what can be named on the command line."""
+"""`normkit list`: lists the names that the other commands know."""
 
 import shutil
 import sys
@@ -29,7 +29,7 @@ class List:
     """List the methods, data sets, models and tasks that the other commands know."""
 
     method: Annotated[str, tyro.conf.Positional, METHOD] = ""
-    """Say all about this method: bn, gn, ..., ws, wn, cwn, iew."""
+    """Print all facts about this method: bn, gn, ..., ws, wn, cwn, iew."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON, and nothing else, to the standard output."""
 
@@ -73,7 +73,7 @@ class List:
 
 
 def print_methods() -> None:
-    """Print every method: formula, statistics, what is learned and kept, source."""
+    """Print every method: formula, statistics, parameters, kept tensors, source."""
     table = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
     table.add_column("spec", no_wrap=True)
     table.add_column("formula; statistics; what is learned, and kept for backward; source")
@@ -84,7 +84,7 @@ def print_methods() -> None:
 
 
 def print_arms() -> None:
-    """Print what `normkit compare` takes besides a norm throughout."""
+    """Print the arms that `normkit compare` takes besides norms."""
     table = Table.grid("", "", padding=(0, 2))
     for arm, meaning in ARMS.items():
         table.add_row(Text(arm, style="bold"), Text(meaning))
@@ -92,7 +92,7 @@ def print_arms() -> None:
 
 
 def print_method(method: Method) -> None:
-    """Print all about one method."""
+    """Print all facts about one method."""
     console = Terminal()
     console.print(Text(method.name, style="bold"), Text(method.summary), sep="\n")
     table = Table.grid("", "", padding=(0, 2))

@@ -1,4 +1,4 @@
-"""The options that say which model a command is about."""
+"""Options that select a model, shared by several commands."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, and with which weights."""
+    """Options that select a model and its weights."""
 
     model: str
     """Network: small-resnet, mlp, vgg11, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION."""
@@ -25,11 +25,13 @@ class ModelOptions:
     """Data set that it is for: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH, or
     FILE.py:FUNCTION."""
     checkpoint: Path | None = None
-    """File with its weights: .safetensors, or what torch.save wrote; saved norms come with it."""
+    """File with the weights: .safetensors, or one that torch.save wrote. Norms that were replaced
+    before saving are replaced again."""
     num_classes: int | None = None
-    """Length of its output: the data set's if one is given, else 1000."""
+    """Length of the output (default: the data set's if there is one, else 1000)."""
     input_shape: str | None = None
-    """Channels, height and width of an input: the data set's if one is given, else 3,224,224."""
+    """Channels, height and width of an input (default: the data set's if there is one, else
+    3,224,224)."""
 
     def opened(self) -> Dataset | None:
         """The data set of ``--data``; None if none was given.
@@ -43,7 +45,7 @@ class ModelOptions:
         """Build the model and load its weights; without a checkpoint they are random.
 
         Args:
-            dataset: Says what the options do not.
+            dataset: Gives the number of classes and the input shape if the options do not.
 
         Raises:
             SpecError: If the model is unknown or cannot take the inputs.
@@ -62,7 +64,7 @@ class ModelOptions:
         return model.eval()
 
     def alterations(self) -> Alterations:
-        """What was done to the norms of the checkpoint."""
+        """The changes to the norms that the checkpoint records."""
         return Alterations() if self.checkpoint is None else Alterations.read(self.checkpoint)
 
     def shape(self, dataset: Dataset | None = None) -> tuple[int, int, int]:
@@ -83,5 +85,5 @@ class ModelOptions:
         return shape
 
     def example(self, dataset: Dataset | None = None) -> torch.Tensor:
-        """Give two inputs of zeros, for following the model."""
+        """Return two inputs of zeros, for tracing the model."""
         return torch.zeros(2, *self.shape(dataset))

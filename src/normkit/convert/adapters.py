@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normkit.convert.source import Activation
 from normkit.core.mask import Mask
+from normkit.kernels.activations import ActivationName
 from normkit.layers.base import NormLayer
 
 ACTIVATED, CHANNELS_LAST = "Act", "ChannelsLast"
@@ -27,6 +28,11 @@ class _Adapted(NormLayer):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return _empty, (self.base, self.kinds), self.__dict__
+
+    def _lost_by_others(self) -> str | None:
+        """What a tool would lose that makes another layer of this one, as of a batch norm."""
+        words = {ACTIVATED: "activation module", CHANNELS_LAST: "last axis of channels"}
+        return " and ".join(words[kind] for kind in self.kinds)
 
 
 class _Activated(_Adapted):
@@ -81,6 +87,25 @@ def adapters_of(layer: nn.Module) -> tuple[Activation | None, bool]:
     kinds = layer.kinds if isinstance(layer, _Adapted) else ()
     activation = Activation(layer.drop, layer.act) if isinstance(layer, _Activated) else None
     return activation, CHANNELS_LAST in kinds
+
+
+def modules_after(norm: nn.Module, activation: Activation | None) -> dict[str, nn.Module]:
+    """What a norm of any library does after normalising, by name, in the order of its forward."""
+    found: dict[str, nn.Module] = {}
+    if isinstance(norm, NormLayer) and norm.activation is not None:
+        found["activation"] = _module_of(norm.activation, norm.negative_slope)
+    if activation is not None:
+        found |= {"drop": activation.drop, "act": activation.act}
+    return found
+
+
+def _module_of(name: ActivationName, negative_slope: float) -> nn.Module:
+    """The activation of a layer as a module of torch."""
+    kinds: dict[str, type[nn.Module]] = {
+        "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
+        "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu6": nn.ReLU6,
+    }  # fmt: skip
+    return nn.LeakyReLU(negative_slope) if name == "leaky_relu" else kinds[name]()
 
 
 @cache

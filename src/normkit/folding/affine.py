@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normkit.convert.adapters import modules_after
 from normkit.convert.rules import key_of, read
 from normkit.convert.source import Source
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import ConversionError
-from normkit.kernels.activations import ActivationName
 from normkit.layers.base import BUFFERS, NormLayer, SegmentLayer, TrackingLayer, is_watched
 
 OWN_STATISTICS = "it evaluates by each example's own statistics"
@@ -137,20 +137,8 @@ def to_float64(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
-def activation_module(name: ActivationName, negative_slope: float) -> nn.Module:
-    """The activation of a layer as a module of torch."""
-    kinds: dict[str, type[nn.Module]] = {
-        "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
-        "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu6": nn.ReLU6,
-    }  # fmt: skip
-    return nn.LeakyReLU(negative_slope) if name == "leaky_relu" else kinds[name]()
-
-
-def _rest(norm: nn.Module, following: dict[str, nn.Module], source: Source) -> nn.Module:
+def _rest(norm: nn.Module, stages: dict[str, nn.Module], source: Source) -> nn.Module:
     """Return the modules that stay in a norm's place, under the names they have in the norm."""
-    activation = () if source.activation is None else source.activation
-    parts = following | dict(zip(("drop", "act"), activation, strict=False))
-    if isinstance(norm, NormLayer) and norm.activation is not None:
-        parts["activation"] = activation_module(norm.activation, norm.negative_slope)
+    parts = {**stages, **modules_after(norm, source.activation)}
     kept = OrderedDict((n, m) for n, m in parts.items() if not isinstance(m, nn.Identity))
     return nn.Sequential(kept) if kept else nn.Identity()

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from torch import nn
 
 from normkit import NormSpec, standardize_weights_
+from normkit.convert.adapters import modules_after
 from normkit.convert.rules import read
 from normkit.convert.selection import find_hidden, find_norms
 from normkit.errors import SpecError
@@ -127,7 +128,5 @@ def remove_norms_(call: Call, name: str) -> None:
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
-    activation = read(norm).activation
-    if activation is None:
-        return nn.Identity()
-    return nn.Sequential(OrderedDict(drop=activation.drop, act=activation.act))
+    parts = modules_after(norm, read(norm).activation)
+    return nn.Sequential(OrderedDict(parts)) if parts else nn.Identity()

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,8 +53,17 @@ def check(sweep: SweepSpec) -> TaskData | None:
     return data
 
 
-def check_pictures(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+def check_pictures(
+    sweep: SweepSpec,
+    dataset: Dataset[Split],
+    build: Callable[[TrainingSpec, Any], BuiltModel] = built,
+) -> None:
     """The checks of a task whose network gives a score for each class of a picture.
+
+    Args:
+        sweep: What is asked for.
+        dataset: Its data.
+        build: Makes a run's network.
 
     Raises:
         NormError: If there are too few examples, a norm does not fit, or the network gives
@@ -68,7 +79,7 @@ def check_pictures(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
             spec = TrainingSpec(
                 protocol=protocol, norm=str(arm), batch_size=sweep.batch_sizes[0], seed=0
             )
-            network = built(spec, dataset)
+            network = build(spec, dataset)
             if at == 0:
                 _check_outputs(network, dataset, protocol.model)
 

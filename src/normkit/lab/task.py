@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "classification": "normkit.lab.tasks.classification:Classification",
+        "adversarial": "normkit.lab.tasks.adversarial:Adversarial",
+        "few-shot": "normkit.lab.tasks.few_shot:FewShot",
         "domain-adaptation": "normkit.lab.tasks.domain_adaptation:DomainAdaptation",
         "search": "normkit.lab.tasks.search:Search",
+        "detection": "normkit.lab.tasks.detection:Detection",
+        "instance-segmentation": "normkit.lab.tasks.detection:InstanceSegmentation",
+        "segmentation": "normkit.lab.tasks.segmentation:Segmentation",
+        "video": "normkit.lab.tasks.video:Video",
     }
 )
 """Module and class of each task; its file is imported when it is first asked for."""
@@ -210,6 +216,11 @@ class Task(Frozen, ABC):
         """The name, and the options that are not at their defaults."""
         given = self.model_dump(mode="json", exclude_defaults=True)
         return ":".join([self.name, *(f"{key}={_written(value)}" for key, value in given.items())])
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What a report should say of it, such as what running statistics are learned from."""
+        return ()
 
     @abstractmethod
     def data(self, protocol: Settings) -> Any:

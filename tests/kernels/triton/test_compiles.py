@@ -19,7 +19,8 @@ from normkit.core.composite import (
     instance_beside_batch,
     switched,
 )
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
+from normkit.kernels.activations import Activation, Kind
 from normkit.kernels.triton import composite, operators, plan, primitives
 
 HOPPER = 90
@@ -55,6 +56,44 @@ def test_every_kernel_of_the_layers_compiles():
     assert all(kernel.asm["cubin"] for _, kernel in found)
 
 
+def ended_kernels(step, kind, added, capability):
+    """Names and machine code of the kernels of a call both ways, by own and by given statistics."""
+    dtype, layout, shape, num_groups, examples, by_channel = step
+    found = []
+    pooling, given = (num_groups, examples, 1e-5, by_channel), (num_groups, 1e-5)
+    statistics = torch.zeros(num_groups), torch.ones(num_groups)
+    for own, options in (((), calls.Pooling(*pooling)), (statistics, given)):
+        x, residual = (torch.zeros(shape, dtype=dtype) for _ in range(2))
+        x = x.contiguous(memory_format=layout).requires_grad_()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight, bias = (torch.zeros(shape[1], dtype=wide, requires_grad=True) for _ in range(2))
+        ending = nodes.Ended(Activation(kind, 0.1), own, options)
+        residual = residual.requires_grad_() if added else None
+        with compiled_for(capability) as kernels:
+            y, _ = nodes.normalize_ended(operators, x, residual, weight, bias, ending)
+            y.backward(torch.zeros_like(y))
+        found += kernels
+    assert all(kernel.asm["cubin"] for _, kernel in found)
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+def test_every_kernel_that_goes_on_to_an_activation_compiles(added, monkeypatch):
+    monkeypatch.setattr(plan, "_PLANS", {})
+    kinds = (Kind.RELU, Kind.GELU, Kind.SILU, Kind.TANH)
+    found = [
+        ended_kernels(step, kind, added, HOPPER) for step, kind in zip(STEPS, kinds, strict=True)
+    ]
+    assert set().union(*found) == {*KERNELS, "apply_kernel"}
+
+
+@pytest.mark.parametrize("capability", [80, HOPPER])
+@pytest.mark.parametrize("kind", list(Kind)[1:], ids=lambda kind: kind.name)
+def test_every_activation_compiles(kind, capability, monkeypatch):
+    monkeypatch.setattr(plan, "_PLANS", {})
+    assert len(ended_kernels(STEPS[2], kind, True, capability)) > 2
+
+
 COMPOSITES = {  # what is computed, and how many values each parameter has
     "batch then group": (Composite(batch_then_group, (8, 1e-5), 1e-5), (64, 64, 8, 8)),
     "group first": (Composite(group_and_batch, (8, 1e-5, "group-first"), 1e-5), (64, 64, 1)),
@@ -79,7 +118,7 @@ def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
         ("own", "mixed", "estimates"))  # fmt: skip
     found = []
     for source in sources:
-        programs = followed(formula, 64, sizes, source)
+        programs = programs_of(formula, 64, sizes, source)
         slots = [torch.zeros(size, requires_grad=True) for size in sizes]
         slots += [None] * (4 - len(sizes))
         moments = torch.zeros(64), torch.ones(64)  # as many as there are channels, or more

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no T
 
 from kernels.triton.without_gpu import started_on
 from normkit.core.composite import Composite, batch_then_group
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
 from normkit.kernels.triton import composite, operators, plan
 
 HOPPER = 90
@@ -110,7 +110,7 @@ def test_options_and_absent_tensors_have_their_own_plans(started):
 
 def test_a_rate_that_changes_with_every_step_needs_no_new_plan(started):
     x, mean, var = map_of((4, 16, 3, 3)), torch.zeros(16), torch.ones(16)
-    programs = followed(Composite(batch_then_group, (4, 1e-5), 1e-5), 16, (16,) * 4, "estimates")
+    programs = programs_of(Composite(batch_then_group, (4, 1e-5), 1e-5), 16, (16,) * 4, "estimates")
     for step in range(1, 4):
         forward(x, (mean, var, None, 1 / step))
         slots, buffers = (mean, var, mean, var), (None, None, mean, var, None)
@@ -157,6 +157,14 @@ def test_every_kind_of_call_takes_at_most_two_launches_each_way(started):
             ways = [len(started)]
             operators.pooled_backward(x, x, table, weight, *pooling, True, True)
             ways.append(len(started) - ways[0])
+            assert max(ways) <= 2, (num_groups, examples, layout, [name for name, *_ in started])
+            if channels or layout is torch.channels_last:  # which endings do not change
+                continue
+            needs = (weight, weight, *pooling, 3, 0.0)
+            operators.ended_forward(x, x, *needs[:5], channels, *needs[5:])
+            ways.append(len(started) - sum(ways))
+            operators.ended_backward(x, x, table, x, None, *needs, True, True, True)
+            ways.append(len(started) - sum(ways))
             assert max(ways) <= 2, (num_groups, examples, layout, [name for name, *_ in started])
         started.clear()
         mean = torch.zeros(64)

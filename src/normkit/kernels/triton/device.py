@@ -32,6 +32,15 @@ def columns(l, SP, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_or(HAS: tl.constexpr, default, values, at, inside):
+    """Values of a table, in the dtype of ``default``; ``default`` where there is no table."""
+    found = default
+    if HAS:
+        found = tl.load(values + at, mask=inside, other=0.0).to(default.dtype)
+    return found
+
+
+@triton.jit
 def split(value, ACC: tl.constexpr):
     """A float64 number as the sum of two of ``ACC``: 1e4 and a part of 1e-4 of it both survive."""
     high = value.to(ACC)

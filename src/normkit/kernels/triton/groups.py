@@ -26,6 +26,7 @@ from normkit.kernels.triton.device import (
     row_starts,
     sum_block,
 )
+from normkit.kernels.triton.endings import slope_of
 from normkit.kernels.triton.streams import load_block, place, write_normalized
 
 
@@ -306,15 +307,16 @@ def keep_moments(
 @triton.jit
 def normalize_groups_kernel(
     x, y, weight, bias, parts, segment_parts, table, running_mean, running_var, counter,
-    rate_high, rate_low,
-    SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span, E, J, G, R, RUNS, plane, segment_plane,
-    num_cells, eps_high, eps_low,
+    rate_high, rate_low, residual,
+    SN, SC, SP, YN, YC, YP, RN, RC, RP, K, Q, L, SPLITS, span, E, J, G, R, RUNS, plane,
+    segment_plane, num_cells, eps_high, eps_low, slope_high, slope_low,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
-    HAS_COUNTER: tl.constexpr, HAS_CHANNELS: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
+    HAS_COUNTER: tl.constexpr, HAS_CHANNELS: tl.constexpr,
+    ADDED: tl.constexpr, ACT: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr,
     BR: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Pool, normalise, scale and shift; the table's cells and running statistics on the way.
+    """Pool, normalise, scale, shift, and what follows; on the way the table and running statistics.
 
     ``HAS_CHANNELS``: behind the groups' cells are the whole batch's of channels, which running
     statistics then follow.
@@ -353,7 +355,9 @@ def normalize_groups_kernel(
         factor *= tl.load(weight + k // Q, mask=inside, other=0.0).to(ACC)
     if HAS_BIAS:
         shift = tl.load(bias + k // Q, mask=inside, other=0.0).to(ACC)
+    adds = row_starts(n, k, RN, RC, RP, Q, L, WIDE, ALIGN)
+    slope = slope_of(slope_high, slope_low, ACC)
     write_normalized(
-        x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
-        BL, ONCE, ACC, WIDE,
+        x, y, residual, value, rows, outs, adds, start, stop, inside, SP, YP, RP,
+        high, low, factor, shift, slope, ADDED, ACT, BL, ONCE, ACC, WIDE,
     )  # fmt: skip

@@ -14,9 +14,9 @@ from normkit.kernels.calls import Buffers
 from normkit.kernels.operators import NAMESPACE, SCHEMAS, define
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import composite as composites
-from normkit.kernels.triton import pooled, positional, primitives
+from normkit.kernels.triton import pooled, pooled_gradients, positional, primitives
 from normkit.kernels.triton.plan import INTERPRETED, count_change, planned
-from normkit.kernels.triton.pooled import Results
+from normkit.kernels.triton.pooled_gradients import Four, Three
 
 MOST_CHANNELS_OF_A_POSITION = positional.MOST_CHANNELS
 MOST_CHANNELS_OF_A_GROUP = composites.MOST_CHANNELS
@@ -39,7 +39,31 @@ def pooled_forward(  # noqa: PLR0913 - the operator's own arguments, in its orde
     """Normalise by the statistics of ``x``'s own groups: ``y`` and the statistics."""
     buffers = running_mean, running_var, num_batches_tracked
     pooling = num_groups, examples_per_group, eps, channel_statistics
-    result = planned(pooled.forward, (x, weight, bias, *buffers), pooling, momentum)
+    result = planned(pooled.forward, (x, weight, bias, *buffers, None), pooling, momentum)
+    count_change(buffers)
+    return result
+
+
+def ended_forward(  # noqa: PLR0913
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    examples_per_group: int,
+    eps: float,
+    channel_statistics: bool,
+    activation: int,
+    slope: float,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same, then ``act(y + residual)``."""
+    buffers = running_mean, running_var, num_batches_tracked
+    options = num_groups, examples_per_group, eps, channel_statistics, activation, slope
+    result = planned(pooled.forward, (x, weight, bias, *buffers, residual), options, momentum)
     count_change(buffers)
     return result
 
@@ -54,10 +78,31 @@ def pooled_backward(  # noqa: PLR0913
     eps: float,
     need_weight: bool,
     need_bias: bool,
-) -> Results:
+) -> Three:
     """Gradients of x, weight and bias."""
     options = num_groups, examples_per_group, eps, need_weight, need_bias
-    return planned(pooled.backward, (grad, x, table, weight), options)
+    return planned(pooled_gradients.backward, (grad, x, table, weight), options)
+
+
+def ended_backward(  # noqa: PLR0913
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    examples_per_group: int,
+    eps: float,
+    activation: int,
+    slope: float,
+    *needs: bool,
+) -> Four:
+    """Gradients of x, residual, weight and bias."""
+    tensors = grad, x, table, weight, bias, residual, result
+    options = num_groups, examples_per_group, eps, activation, slope, *needs
+    return planned(pooled_gradients.backward_ended, tensors, options)
 
 
 def evaluate_forward(  # noqa: PLR0913
@@ -70,7 +115,24 @@ def evaluate_forward(  # noqa: PLR0913
     eps: float,
 ) -> Tensor:
     """Normalise by given statistics ``(num_groups,)``."""
-    return planned(pooled.forward_given, (x, mean, var, weight, bias), (eps,))
+    return planned(pooled.forward_given, (x, mean, var, weight, bias, None), (eps,))
+
+
+def ended_evaluate_forward(  # noqa: PLR0913
+    x: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> Tensor:
+    """The same, then ``act(y + residual)``."""
+    tensors = x, mean, var, weight, bias, residual
+    return planned(pooled.forward_given, tensors, (eps, activation, slope))
 
 
 def evaluate_backward(  # noqa: PLR0913
@@ -83,10 +145,31 @@ def evaluate_backward(  # noqa: PLR0913
     eps: float,
     need_weight: bool,
     need_bias: bool,
-) -> Results:
+) -> Three:
     """Gradients of x, weight and bias; the statistics are constants."""
     options = eps, need_weight, need_bias
-    return planned(pooled.backward_given, (grad, x, mean, var, weight), options)
+    return planned(pooled_gradients.backward_given, (grad, x, mean, var, weight), options)
+
+
+def ended_evaluate_backward(  # noqa: PLR0913
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: int,
+    slope: float,
+    *needs: bool,
+) -> Four:
+    """Gradients of x, residual, weight and bias; the statistics are constants."""
+    tensors = grad, x, mean, var, weight, bias, residual, result
+    options = eps, activation, slope, *needs
+    return planned(pooled_gradients.backward_given_ended, tensors, options)
 
 
 def positional_forward(
@@ -104,7 +187,7 @@ def positional_backward(  # noqa: PLR0913
     eps: float,
     need_weight: bool,
     need_bias: bool,
-) -> Results:
+) -> Three:
     """Gradients of x, weight and bias; the table is not needed, for ``x`` is read anyway."""
     return planned(positional.backward, (grad, x, weight), (eps, need_weight, need_bias))
 

@@ -19,6 +19,7 @@ from normkit.kernels.triton.geometry import (
     Layout,
     Map,
     Stream,
+    Strides,
     ceil_div,
     power_of_two,
     stream_blocks,
@@ -54,6 +55,60 @@ class Parts(NamedTuple):
     first: Tensor
     second: Tensor
     stream: Stream
+
+
+class Ending(NamedTuple):
+    """What follows a norm, as kernels take it; in a layout its map is the last but one.
+
+    Args:
+        added: Added before the activation, or where ``is_result`` what a gradient's kernel reads
+            in its place.
+        is_result: Whether that is the result, whose sign is that of the sum.
+        activation: A number of ``kernels.activations.Kind``.
+        slope: Of a leaky ReLU below 0.
+    """
+
+    added: Map | None = None
+    is_result: bool = False
+    activation: int = 0
+    slope: float = 0.0
+
+    @classmethod
+    def of(
+        cls, residual: Tensor | None, activation: int, slope: float, result: Tensor | None = None
+    ) -> Ending:
+        """Of an operator's arguments."""
+        added = residual if result is None else result
+        found = None if added is None else Map.of(added)
+        return cls(found, result is not None, activation, slope)
+
+    @property
+    def maps(self) -> tuple[Map, ...]:
+        """What a layout must know of."""
+        return () if self.added is None else (self.added,)
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What kernels read."""
+        return None if self.added is None else self.added.tensor
+
+    @property
+    def reads_norm(self) -> bool:
+        """Whether a gradient's kernel computes the normalised map again."""
+        return self.activation > 0 and not self.is_result
+
+    @property
+    def flags(self) -> Constants:
+        """What kernels are compiled for."""
+        added = 0 if self.added is None else 1 + self.is_result
+        return {"ADDED": added, "ACT": self.activation}
+
+    def strides(self, layout: Layout) -> Strides:
+        """Of what is added, in a layout."""
+        return layout.strides[-2] if self.added is not None else Strides(0, 0, 0)
+
+
+NO_ENDING = Ending()
 
 
 class Statistics(NamedTuple):
@@ -148,9 +203,17 @@ def pool_rows(parts: Parts, layout: Layout, out: tuple[Tensor, Tensor]) -> None:
 
 
 def apply_groups(
-    x: Map, y: Map, layout: Layout, statistics: Statistics, affine: tuple[Tensor | None, ...]
+    x: Map,
+    y: Map,
+    layout: Layout,
+    statistics: Statistics,
+    affine: tuple[Tensor | None, ...],
+    ending: Ending,
 ) -> None:
-    """Normalise by the statistics of groups, then the channels' scale and shift."""
+    """Normalise by the statistics of groups, then the channels' scale and shift, and what follows.
+
+    The layout is of ``x``, what is added, and ``y``.
+    """
     weight, bias = affine
     grouping = layout.grouping
     tables = (statistics.mean, statistics.var, weight, bias)
@@ -160,7 +223,7 @@ def apply_groups(
         "HAS_SCALE": weight is not None,
         "HAS_CENTER": bias is not None,
     }
-    _apply((x, y), layout, tables, indices, flags)
+    _apply((x, y), layout, tables, indices, flags, ending)
 
 
 def apply_segments(x: Map, y: Map, layout: Layout, tables: tuple[Table, Table, Table]) -> None:
@@ -178,16 +241,18 @@ def _apply(
     tables: tuple[Tensor | None, ...],
     indices: tuple[object, ...],
     flags: Constants,
+    ending: Ending = NO_ENDING,
 ) -> None:
     x, y = (m.tensor for m in maps)
     stream = stream_of(layout, x, PROGRAMS_THAT_WRITE)
-    strides = (*layout.strides[0], *layout.strides[1])
+    strides = (*layout.strides[0], *layout.strides[-1], *ending.strides(layout))
     launch(
         apply_kernel,
         stream.num_programs,
-        (x, y, *tables),
-        (*strides, *_cut(layout.grouping, stream), *indices),
+        (x, y, *tables, ending.tensor),
+        (*strides, *_cut(layout.grouping, stream), *indices, *halves(ending.slope)),
         **flags,
+        **ending.flags,
         **stream_constants(stream, x, layout),
     )
 

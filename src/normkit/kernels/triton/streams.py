@@ -20,6 +20,7 @@ from normkit.kernels.triton.device import (
     row_starts,
     split,
 )
+from normkit.kernels.triton.endings import activated, slope_of
 
 
 @triton.jit
@@ -121,29 +122,39 @@ def cells(n, k, E, J, ROW, WIDE: tl.constexpr):
 
 @triton.jit
 def write_normalized(
-    x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
+    x, y, residual, value, rows, outs, adds, start, stop, inside, SP, YP, RP,
+    high, low, factor, shift, slope,
+    ADDED: tl.constexpr, ACT: tl.constexpr,
     BL: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``factor * (x - mean) + shift`` of a part of segments, whose first block is ``value``."""
+    """``factor * (x - mean) + shift`` of a part of segments, whose first block is ``value``.
+
+    And what follows: ``ADDED``, a residual; ``ACT``, an activation.
+    """
     for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
         first = start + block * BL
+        added = load_unless(ADDED == 0, value, residual, adds, first, stop, inside, RP, BL, WIDE)
         ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
         unit = (value.to(ACC) - high[:, None]) - low[:, None]
         result = unit * factor[:, None] + shift[:, None]
+        if ADDED:
+            result += added.to(ACC)
+        result = activated(result, slope, ACT)
         store_block(y, result, outs, first, stop, inside, YP, BL, WIDE)
         value = ahead
 
 
 @triton.jit
 def apply_kernel(
-    x, y, mean, var, scale, center,
-    SN, SC, SP, YN, YC, YP, K, Q, L, SPLITS, span,
-    E, J, MEAN_ROW, SCALE_ROW, CENTER_ROW, eps_high, eps_low,
+    x, y, mean, var, scale, center, residual,
+    SN, SC, SP, YN, YC, YP, RN, RC, RP, K, Q, L, SPLITS, span,
+    E, J, MEAN_ROW, SCALE_ROW, CENTER_ROW, eps_high, eps_low, slope_high, slope_low,
     POOLED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CENTER: tl.constexpr,
+    ADDED: tl.constexpr, ACT: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``scale * (x - mean) + center``.
+    """``scale * (x - mean) + center``, and what follows.
 
     ``POOLED``: the mean and variance are those of groups, scale and center those of channels, and
     the scale is divided by the standard deviation.
@@ -167,9 +178,11 @@ def apply_kernel(
     if HAS_CENTER:
         center_at = k // Q if POOLED else cells(n, k, 1, 1, CENTER_ROW, WIDE)
         shift = tl.load(center + center_at, mask=inside, other=0.0).to(ACC)
+    adds = row_starts(n, k, RN, RC, RP, Q, L, WIDE, ALIGN)
+    slope = slope_of(slope_high, slope_low, ACC)
     write_normalized(
-        x, y, value, rows, outs, start, stop, inside, SP, YP, high, low, factor, shift,
-        BL, ONCE, ACC, WIDE,
+        x, y, residual, value, rows, outs, adds, start, stop, inside, SP, YP, RP,
+        high, low, factor, shift, slope, ADDED, ACT, BL, ONCE, ACC, WIDE,
     )  # fmt: skip
 
 

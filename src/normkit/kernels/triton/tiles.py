@@ -14,12 +14,14 @@ import triton.language as tl
 from normkit.kernels.triton.device import (
     columns,
     count_batch,
+    load_or,
     move,
     reciprocal_root,
     row_starts,
     split,
     sum_block,
 )
+from normkit.kernels.triton.endings import activated, gradient_of_sum, slope_of
 
 
 @triton.jit
@@ -51,20 +53,42 @@ def of_rows(values, g, G, k, inside, Q, ACC: tl.constexpr, SINGLE: tl.constexpr)
 
 
 @triton.jit
+def of_rows_or(
+    HAS: tl.constexpr, default: tl.constexpr, values, g, G, k, inside, Q,
+    BG: tl.constexpr, ACC: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """The same, to be multiplied with a block; ``default`` where there are no values."""
+    found = tl.full((BG, 1), default, ACC)
+    if HAS:
+        found = of_rows(values, g, G, k, inside, Q, ACC, SINGLE)
+    return found[:, :, None]
+
+
+@triton.jit
+def places(n, k, l, SN, SC, SP, Q, L, WIDE: tl.constexpr, ALIGN: tl.constexpr):
+    """Addresses of a block's elements in a map."""
+    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE, ALIGN)
+    return rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+
+
+@triton.jit
 def tile_forward_kernel(
-    x, y, weight, bias, table, running_mean, running_var, counter, rate_high, rate_low,
-    SN, SC, SP, YN, YC, YP, N, Q, L, E, J, G, num_cells,
-    eps_high, eps_low,
+    x, y, weight, bias, table, running_mean, running_var, counter, rate_high, rate_low, residual,
+    SN, SC, SP, YN, YC, YP, RN, RC, RP, N, Q, L, E, J, G, num_cells,
+    eps_high, eps_low, slope_high, slope_low,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RUNNING: tl.constexpr, HAS_COUNTER: tl.constexpr,
+    ADDED: tl.constexpr, ACT: tl.constexpr,
     BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise groups; their means and variances go to ``table``, float64 ``(2, num_cells)``."""
+    """Normalise groups; their means and variances go to ``table``, float64 ``(2, num_cells)``.
+
+    And what follows: ``ADDED``, a residual; ``ACT``, an activation.
+    """
     run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL, ALIGN)
     l = tl.arange(0, BL)
-    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+    at = places(n, k, l, SN, SC, SP, Q, L, WIDE, ALIGN)
     value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
     corner = row_starts(run * E, g * J, SN, SC, SP, Q, L, WIDE, 1)
     shift = tl.load(x + corner, mask=g < G, other=0.0).to(ACC)
@@ -79,8 +103,11 @@ def tile_forward_kernel(
     result = unit * factor[:, :, None]
     if HAS_BIAS:
         result += of_rows(bias, g, G, k, rows_inside, Q, ACC, SINGLE)[:, :, None]
-    outs = row_starts(n[None, :], k, YN, YC, YP, Q, L, WIDE, ALIGN)
-    out_at = outs[:, :, None] + columns(l, YP, WIDE)[None, None, :]
+    if ADDED:
+        added_at = places(n, k, l, RN, RC, RP, Q, L, WIDE, ALIGN)
+        result += tl.load(residual + added_at, mask=inside, other=0.0).to(ACC)
+    result = activated(result, slope_of(slope_high, slope_low, ACC), ACT)
+    out_at = places(n, k, l, YN, YC, YP, Q, L, WIDE, ALIGN)
     tl.store(y + out_at, result.to(y.dtype.element_ty), mask=inside)
     cell = run.to(tl.int64) * G + g
     tl.store(table + cell, mean, mask=g < G)
@@ -95,16 +122,19 @@ def tile_forward_kernel(
 
 @triton.jit
 def tile_backward_kernel(
-    g_map, x, dx, weight, table, sums, sums_x,
-    GN, GC, GP, SN, SC, SP, DN, DC, DP, N, Q, L, E, J, G, K, num_cells, eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, BY_RUN: tl.constexpr, BY_ROW: tl.constexpr,
+    g_map, x, dx, weight, bias, table, sums, sums_x, added_map, passed,
+    GN, GC, GP, SN, SC, SP, DN, DC, DP, RN, RC, RP, N, Q, L, E, J, G, K, num_cells,
+    eps_high, eps_low, slope_high, slope_low,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BY_RUN: tl.constexpr, BY_ROW: tl.constexpr,
+    ADDED: tl.constexpr, ACT: tl.constexpr, PASSES: tl.constexpr,
     BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of groups' elements, and the parts of the parameters' gradients.
 
     Sums of ``g`` and of ``g * (x - mean) / std`` go to tables ``(B, K)`` (``BY_RUN``, for groups of
-    one segment) or ``(N, K)`` (``BY_ROW``).
+    one segment) or ``(N, K)`` (``BY_ROW``). ``PASSES``: the gradient behind an activation goes to
+    ``passed``, which lies as ``dx`` does.
     """
     run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL, ALIGN)
     l = tl.arange(0, BL)
@@ -112,14 +142,21 @@ def tile_backward_kernel(
     high, low = split(tl.load(table + cell, mask=g < G, other=0.0), ACC)
     var = tl.load(table + num_cells + cell, mask=g < G, other=1.0)
     rstd = reciprocal_root(var, eps_high, eps_low, ACC)
-    rows = row_starts(n[None, :], k, SN, SC, SP, Q, L, WIDE, ALIGN)
-    at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
+    at = places(n, k, l, SN, SC, SP, Q, L, WIDE, ALIGN)
     value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
     unit = ((value - high[:, None, None]) - low[:, None, None]) * rstd[:, None, None]
     unit = tl.where(inside, unit, 0.0)
-    grads = row_starts(n[None, :], k, GN, GC, GP, Q, L, WIDE, ALIGN)
-    grad_at = grads[:, :, None] + columns(l, GP, WIDE)[None, None, :]
+    grad_at = places(n, k, l, GN, GC, GP, Q, L, WIDE, ALIGN)
     grad = tl.load(g_map + grad_at, mask=inside, other=0.0).to(ACC)
+    scale = of_rows_or(HAS_WEIGHT, 1.0, weight, g, G, k, rows_inside, Q, BG, ACC, SINGLE)
+    shift = of_rows_or(HAS_BIAS, 0.0, bias, g, G, k, rows_inside, Q, BG, ACC, SINGLE)
+    added_at = places(n, k, l, RN, RC, RP, Q, L, WIDE, ALIGN)
+    added = load_or(ADDED > 0, grad, added_map, added_at, inside)
+    slope = slope_of(slope_high, slope_low, ACC)
+    grad = gradient_of_sum(grad, unit * scale + shift, added, slope, ADDED, ACT)
+    out_at = places(n, k, l, DN, DC, DP, Q, L, WIDE, ALIGN)
+    if PASSES:
+        tl.store(passed + out_at, grad.to(passed.dtype.element_ty), mask=inside)
     if BY_RUN:
         out = run.to(tl.int64) * K + g
         tl.store(sums + out, sum_block(grad, BG, BR, BL), mask=g < G)
@@ -128,12 +165,9 @@ def tile_backward_kernel(
         row_out = n.to(tl.int64)[None, :] * K + k
         tl.store(sums + row_out, tl.sum(grad, axis=2), mask=rows_inside)
         tl.store(sums_x + row_out, tl.sum(grad * unit, axis=2), mask=rows_inside)
-    if HAS_WEIGHT:
-        grad = grad * of_rows(weight, g, G, k, rows_inside, Q, ACC, SINGLE)[:, :, None]
+    grad = grad * scale
     by_unit = sum_block(grad * unit, BG, BR, BL) / size
-    shift = sum_block(grad, BG, BR, BL) / size
-    result = grad - shift[:, None, None] - unit * by_unit[:, None, None]
+    level = sum_block(grad, BG, BR, BL) / size
+    result = grad - level[:, None, None] - unit * by_unit[:, None, None]
     result = result * rstd[:, None, None]
-    outs = row_starts(n[None, :], k, DN, DC, DP, Q, L, WIDE, ALIGN)
-    out_at = outs[:, :, None] + columns(l, DP, WIDE)[None, None, :]
     tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)

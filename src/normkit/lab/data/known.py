@@ -74,7 +74,7 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             (50_000, 10_000, 100), SMALL, "cifar-100-python", validation_share=0.2
         ),
         "svhn": _known((73_257, 26_032, 10), SMALL, "train_32x32.mat"),
-        "svhn-extra": _known((604_388, 26_032, 10), SMALL, "extra_32x32.mat"),
+        "svhn-extra": _known((604_388, 26_032, 10), SMALL, "extra_32x32.mat", validation_share=0.2),
         "mnist": _known((60_000, 10_000, 10), GREY, "MNIST"),
         "imagenet": _known(
             (1_281_167, 50_000, 1000),
@@ -82,11 +82,19 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             "imagenet",
             holds="folders train and val, with a folder of pictures for each class in both",
         ),
+        "mini-imagenet": _known(
+            (60_000, 0, 100),
+            (3, 84, 84),
+            "mini-imagenet",
+            holds="folders train, val and test with a folder of pictures for each of 64, 16 and "
+            "20 classes",
+        ),
         "caltech256": _known(
-            (12_850, 7_710, 257),
+            (12_800, 7_680, 256),
             (3, 299, 299),
             "256_ObjectCategories",
             holds="a folder of pictures for each class",
+            validation_share=0.2,
         ),
         **{
             f"office31-{domain}": _known(
@@ -136,7 +144,7 @@ class RandomPictures:
 
 
 def random_dataset(
-    name: str, limit: int | None = None, hold_out: bool = True
+    name: str, limit: int | None = None, hold_out: bool = True, side: int | None = None
 ) -> Dataset[RandomPictures]:
     """Random pictures of the sizes that a data set has.
 
@@ -144,6 +152,7 @@ def random_dataset(
         name: A key of ``KNOWN``.
         limit: Training examples to keep.
         hold_out: Whether validation examples are kept from training.
+        side: Height and width of what the network gets; by default the data set's.
 
     Raises:
         SpecError: If nothing is known of it.
@@ -155,9 +164,12 @@ def random_dataset(
     num_train = min(limit or known.num_train, known.num_train - held_out)
     num_train += 0 if hold_out else held_out
 
+    channels, height, width = known.input_shape
+    shape = (channels, side or height, side or width)
+
     def split(size: int) -> RandomPictures:
         targets = torch.arange(size) % known.num_classes
-        return RandomPictures(targets=targets, input_shape=known.input_shape)
+        return RandomPictures(targets=targets, input_shape=shape)
 
     return Dataset(
         name=name,

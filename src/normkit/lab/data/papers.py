@@ -1,4 +1,4 @@
-"""Folders of pictures that the papers train on, with the splits that they say."""
+"""Folders of pictures that the papers train on, with the papers' splits."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,19 +17,20 @@ IMAGENET_SIDE, CALTECH_SIDE = 224, 299
 MAX_DIGITS = 9
 CALTECH_SIZES = {"train": 40, "validation": 10, "test": 30}
 """Pictures of each class: Summers and Dinneen, section 4.1."""
+CLUTTER = "clutter"  # ends the name of Caltech-256's folder 257
 
 
 def imagenet(limit: int | None = None, side: int | None = None) -> Dataset[Split]:
-    """ImageNet's folders ``train`` and ``val``; the papers test on the second.
+    """Read ImageNet's folders ``train`` and ``val``; the papers test on ``val``.
 
     A tenth of the training pictures is held out for validation.
 
     Args:
-        limit: Training pictures to keep; None for all.
-        side: Height and width of what the network gets; 224 by default.
+        limit: Number of training pictures to keep; None for all.
+        side: Height and width of the network's inputs; 224 by default.
 
     Raises:
-        DataError: If the folders are not there.
+        DataError: If the folders do not exist.
     """
     folder = _folder("imagenet", "folders train and val, with a folder for each class in both")
     roots = {"train": folder / "train", "test": folder / "val"}
@@ -44,20 +45,22 @@ def imagenet(limit: int | None = None, side: int | None = None) -> Dataset[Split
 def caltech256(
     limit: int | None = None, side: int | None = None, *, seed: int = SPLIT_SEED
 ) -> Dataset[Split]:
-    """Caltech-256: of each class 40 pictures for training, 10 for validation, 30 for the test.
+    """Read Caltech-256: of each class 40 pictures to train, 10 for validation, 30 for the test.
 
-    They are drawn at random; the others are left out.
+    They are drawn at random; the others are left out, and so is the folder of clutter, which is
+    none of the 256 categories.
 
     Args:
-        limit: Training pictures to keep; None for all.
-        side: Height and width of what the network gets; 299 by default.
+        limit: Number of training pictures to keep; None for all.
+        side: Height and width of the network's inputs; 299 by default.
         seed: Decides which pictures are drawn.
 
     Raises:
-        DataError: If the folder is not there, or a class has fewer than 80 pictures.
+        DataError: If the folder does not exist, or a class has fewer than 80 pictures.
     """
     folder = _folder("256_ObjectCategories", "a folder of pictures for each class")
-    files = files_of(folder, class_names({"train": folder}))
+    classes = [name for name in class_names({"train": folder}) if not name.endswith(CLUTTER)]
+    files = files_of(folder, classes)
     parts: dict[str, list[File]] = {part: [] for part in CALTECH_SIZES}
     generator = torch.Generator().manual_seed(seed)
     for label in sorted({file.label for file in files}):
@@ -113,13 +116,13 @@ def open_folder(text: str, limit: int | None, side: int | None) -> Dataset[Split
     """Open a data set of ``FOLDERS``; None if the text names none.
 
     Args:
-        text: One of their names, or ``caltech256:seed=N``.
-        limit: Training pictures to keep; None for all.
-        side: Height and width of what the network gets; None for the data set's default.
+        text: A key of ``FOLDERS``, or ``caltech256:seed=N``.
+        limit: Number of training pictures to keep; None for all.
+        side: Height and width of the network's inputs; None for the data set's default.
 
     Raises:
-        SpecError: If an argument is given that the data set does not take.
-        DataError: If its folder is not there, or has too few pictures.
+        SpecError: If the data set does not take the argument in the text.
+        DataError: If the data set's folder does not exist, or has too few pictures.
     """
     if text in FOLDERS:
         return FOLDERS[text](limit, side)
@@ -141,7 +144,7 @@ def _folder(name: str, holds: str) -> Path:
     folder = data_folder() / name
     if not folder.is_dir():
         raise DataError(
-            f"{printable(folder)} is not there; put {holds} into it, or set {FOLDER_VARIABLE} to "
-            f"the folder above"
+            f"{printable(folder)} does not exist; put {holds} into it, or set {FOLDER_VARIABLE} "
+            f"to the folder above it"
         )
     return folder

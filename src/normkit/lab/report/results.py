@@ -1,4 +1,4 @@
-"""The runs of a sweep as a table for other programs."""
+"""The runs of a sweep as a CSV table for other programs."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ COLUMNS: Mapping[str, Callable[[TrainingRecord], object]] = {
 
 
 def csv_text(records: Sequence[TrainingRecord]) -> str:
-    """A row for each run under a row of names; a value that a run does not have is empty.
+    """A row of column names, then a row for each run; a value that a run does not have is empty.
 
     The test scores of the runs follow at the end, each in a column ``test_NAME``. Accuracies are
     shares, times in seconds, memory in bytes.

@@ -71,7 +71,7 @@ class Classification(Task):
         if protocol.data not in KNOWN:
             return Sample(data_of(protocol))
         return Sample(
-            random_dataset(protocol.data, protocol.limit, protocol.hold_out),
+            random_dataset(protocol.data, protocol.limit, protocol.hold_out, protocol.image_size),
             KNOWN[protocol.data].missing(),
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normkit.errors import DataError
 from normkit.lab.data import Dataset, Examples, Split, open_data
-from normkit.lab.data.folder import PREFIX, class_names, part_folders
+from normkit.lab.data.folder import PREFIX, class_names, training_folders
 from normkit.lab.data.shifts import SHIFTS, shifted
 from normkit.lab.loading import Loading, loaded_batches
 from normkit.lab.spec import Protocol
@@ -123,7 +123,7 @@ def _check_class_names(source: str, target: str) -> None:
     if not (source.startswith(PREFIX) and target.startswith(PREFIX)):
         return
     folders = [Path(text.removeprefix(PREFIX)) for text in (source, target)]
-    names = [set(class_names(part_folders(folder))) for folder in folders]
+    names = [set(class_names(training_folders(folder))) for folder in folders]
     if names[0] != names[1]:
         only = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
         said = [

@@ -87,11 +87,13 @@ def builtins_of(package):
 
 def take_path(path, monkeypatch):
     """Let groups be taken whole, or the map be streamed over in small blocks with many parts."""
-    from normkit.kernels.triton import geometry, passes, plan, pooled
+    from normkit.kernels.triton import geometry, passes, plan, pooled, pooled_gradients
 
     if path == "stream":
-        for limits in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(pooled, limits, geometry.Limits(0, 1))
+        for module, limits in (
+            (pooled, "ONE_MAP"), (pooled, "TWO_MAPS"), (pooled_gradients, "TWO_MAPS")
+        ):  # fmt: skip
+            monkeypatch.setattr(module, limits, geometry.Limits(0, 1))
         monkeypatch.setattr(passes, "ELEMENTS", 8)
         monkeypatch.setattr(plan, "_PLANS", {})
 

@@ -379,7 +379,7 @@ def test_groups_too_wide_for_one_launch_give_the_same(name, device, monkeypatch)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["bn", "gn"])
+@pytest.mark.parametrize("name", ["pn", "bcn"])
 def test_an_activation_and_a_residual_come_after_the_kernels(name, training, device):
     plain = CASES[name].make().to(device).train(training)
     ending = CASES[name].make(activation="silu").to(device).train(training)

@@ -1,0 +1,48 @@
+"""Refusing tools of other libraries that make a layer of their own from one of our batch norms.
+
+Theirs has no activation, and what they make would train without one and say nothing. None of them
+asks whether it may, but every one reads ``eps``: there a layer can refuse.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from normkit.errors import OptionError
+
+REBUILDERS = frozenset(
+    {
+        "convert_sync_batchnorm",  # torch's and timm's
+        "convert_splitbn_model",
+        "fuse_conv_bn_eval",
+        "fuse_linear_bn_eval",
+    }
+)
+"""Functions of torch and timm that make another layer of any ``_BatchNorm``."""
+
+
+class RefusingEps:
+    """The option ``eps`` of a layer, refused to those functions where they would lose a part of it.
+
+    The layer says in ``_lost_by_others()`` what that would be, in words, or None.
+    """
+
+    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if not torch.compiler.is_compiling():
+            lost = layer._lost_by_others()  # type: ignore[operator]
+            if lost is not None and (tool := sys._getframe(1).f_code.co_name) in REBUILDERS:
+                raise OptionError(
+                    f"{tool} was given {layer!r} and would make a layer without its {lost}; "
+                    f"normkit.synchronize_ and normkit.fold keep it, or take it out before "
+                    f"(Fusion.revert() undoes normkit.fuse_activations_)"
+                )
+        return vars(layer)["eps"]
+
+    def __set__(self, layer: nn.Module, value: float) -> None:
+        vars(layer)["eps"] = value
