@@ -33,6 +33,7 @@ from normkit.lab.tasks.domain_norms import (
     separate_norms_,
     start_target_from_source,
     use_domain,
+    zero_of_target,
 )
 from normkit.lab.tasks.domains import (
     Aligned,
@@ -227,7 +228,9 @@ class AdaptationRun(TaskRun):
         scores, _ = self._forward(model, part.labelled.inputs, "source")
         targets, smoothing = part.labelled.targets, self._protocol.label_smoothing
         loss = functional.cross_entropy(scores, targets, label_smoothing=smoothing)
-        if part.aligned is not None:
+        if part.aligned is None:
+            loss = loss + zero_of_target(model)
+        else:
             loss = loss + self._task.weight * self._discrepancy(model, part.aligned)
         return Found(loss, int((scores.argmax(1) == targets).sum()))
 
