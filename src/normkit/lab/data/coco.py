@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -216,10 +217,12 @@ def mask_of(segmentation: Any, size: tuple[int, int], where: str) -> Bool[Tensor
             f"{where} has the mask {printable(segmentation, 60)}; give polygons "
             f"[[x, y, x, y, x, y, ...]] or a run-length encoding"
         )
-    if isinstance(segmentation, Mapping) and not isinstance(segmentation.get("counts"), list):
-        return torch.from_numpy(coco_masks.decode(segmentation)).bool()
-    runs = coco_masks.frPyObjects(segmentation, *size)
-    found = coco_masks.decode(runs if isinstance(runs, list) else [runs])
+    runs = segmentation
+    if not isinstance(segmentation, Mapping) or isinstance(segmentation.get("counts"), list):
+        runs = coco_masks.frPyObjects(segmentation, *size)
+    with warnings.catch_warnings():  # pycocotools 2.0.11 beside numpy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = coco_masks.decode(runs if isinstance(runs, list) else [runs])
     return torch.from_numpy(found).any(-1)
 
 
