@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from normkit import param_groups
 from normkit.errors import SpecError
 from normkit.lab.changes import BuiltModel
+from normkit.lab.data.known import Sample
 from normkit.lab.frozen import Frozen
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol as Settings
@@ -102,18 +103,6 @@ class TaskData(Protocol):
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one input."""
         ...
-
-
-class Sample(NamedTuple):
-    """Data for a dry run.
-
-    Args:
-        data: As large as what they stand for, with random values, drawn when they are taken.
-        missing: Which files a training needs, and where to put them; None if they are there.
-    """
-
-    data: Any
-    missing: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ EXPECTED = {
     "S-F1", "S-F2", "S-F3", "S-F4", "S-F5", "S-3.3", "S-3.4", "S-B", "S-A",
     "Q-T1", "Q-T2", "Q-T3", "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "Q-F8", "Q-A",
     "H-T1", "H-T2", "H-T3", "H-F7", "H-F8", "H-GW", "Z-T1", "Z-T2", "Z-T3", "Z-T4",
-    "Z-T5", "Z-T6",
+    "Z-T5", "Z-T6", "Z-T7", "Q-T9", "Q-T10", "Q-T11", "Q-T12", "H-T4", "H-T5", "H-T6",
 }  # fmt: skip
 CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
 PARTS = Cells({"a": ["BN", "GN"], "b": ["BN"]}, {"a": [2, 8], "b": [4]})
