@@ -99,4 +99,3 @@ distributed.destroy_process_group()
 # - They hold few, over several GPUs with a fast connection: synchronize.
 # - They hold one or two on one GPU: take another norm. [BatchNorm fails me at batch
 # 2](batch_of_two.py) finds out which.
-
