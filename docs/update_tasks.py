@@ -11,7 +11,8 @@ from pathlib import Path
 
 from normkit.lab.reproduce.report import result_path
 from normkit.lab.reproduce.tables.catalog import tables
-from normkit.lab.reproduce.tables.result import read_table_result, table_markdown, unrun_markdown
+from normkit.lab.reproduce.tables.page import table_markdown, unrun_markdown
+from normkit.lab.reproduce.tables.result import read_table_result
 
 DOCS = Path(__file__).parent
 PAGES = sorted((DOCS / "tasks").glob("*.md"))
