@@ -14,7 +14,7 @@ from normkit.lab.reproduce.tables.reading import OF_SPLITS, Reading
 from normkit.lab.reproduce.tables.result import Column, TableResult
 
 MAX_WIDE = 3  # panels beside each other
-MAX_NAMES = 6  # beyond, the names below an axis are written upwards
+MAX_LETTERS = 60  # of all names below axes together; longer ones stand upright
 
 
 class Panel(NamedTuple):
@@ -100,7 +100,8 @@ def _draw(axes: Any, result: TableResult, panel: Panel) -> None:
     curves = [curve for arm in result.arms if (curve := _curve(result, arm, arm, places))]
     draw_curves(axes, curves, {"title": "", "x": "", "y": y})
     names = [head_of(column, result) for column in panel.columns]
-    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > MAX_NAMES else 0)
+    too_long = sum(map(len, names)) > MAX_LETTERS
+    axes.set_xticks(range(len(names)), names, rotation=90 if too_long else 0)
 
 
 def _over_sizes(result: TableResult, panel: Panel) -> list[Curve]:
