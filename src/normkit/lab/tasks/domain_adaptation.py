@@ -17,7 +17,7 @@ from normkit.errors import SpecError
 from normkit.inference.tracked import keeps_statistics
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
-from normkit.lab.data import Split
+from normkit.lab.data import Dataset, Split
 from normkit.lab.data.known import KNOWN, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
 from normkit.lab.frozen import WrittenCount
@@ -265,7 +265,11 @@ class AdaptationRun(TaskRun):
         clusters = self._task.method == "can" and held == "validation"
         if clusters and self._has_clusters:
             self._cluster(loop)
-        for domain, dataset in (("target", self._data.target), ("source", self._data.source)):
+        domains: dict[Domain, Dataset[Split]] = {
+            "target": self._data.target,
+            "source": self._data.source,
+        }
+        for domain, dataset in domains.items():
             split = dataset.validation if held == "validation" else dataset.test
             found[domain] = self._accuracy(loop, split, domain)
         if self._task.method == "can":
