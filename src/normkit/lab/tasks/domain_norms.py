@@ -3,7 +3,7 @@
 import copy
 from typing import Any, Literal
 
-from jaxtyping import Float
+import torch
 from torch import Tensor, nn
 
 from normkit.convert.selection import find_norms
@@ -47,13 +47,20 @@ def use_domain(model: nn.Module, domain: Domain) -> None:
             module.domain = domain
 
 
-def zero_of_target(model: nn.Module) -> Float[Tensor, ""] | float:
-    """Zero, through which the target's norms get gradients of zero in a step without the target.
+def start_momentum_of_target(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the target's parameters a momentum of zero where SGD has none for them yet.
 
-    torch's fused SGD fails where a parameter gets its first gradient after others have had theirs.
+    torch's fused SGD fails where some parameters have a momentum and others, whose first gradient
+    comes later, have none.
     """
-    norms = (module.target for module in model.modules() if isinstance(module, DomainNorm))
-    return sum((0 * p.sum() for norm in norms for p in norm.parameters()), 0.0)
+    if not optimizer.defaults.get("momentum"):
+        return
+    for module in model.modules():
+        if isinstance(module, DomainNorm):
+            for parameter in module.target.parameters():
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def start_target_from_source(model: nn.Module) -> None:

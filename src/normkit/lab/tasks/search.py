@@ -303,8 +303,8 @@ class RetrainingRun(ClassificationRun):
         found = super().loss(scores, part)  # type: ignore[arg-type]  # it is only called
         if not extra:
             return found
-        options = {"label_smoothing": self._smoothing}
-        loss = functional.cross_entropy(extra[0], part.targets, **options)
+        smoothing = self._smoothing
+        loss = functional.cross_entropy(extra[0], part.targets, label_smoothing=smoothing)
         return replace(found, loss=found.loss + self._auxiliary * loss)
 
     def state(self) -> dict[str, Tensor]:
