@@ -7,6 +7,7 @@ It takes minutes on one core. The figures are ``docs/images/task-detection.png``
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def draw_detection(path: Path) -> None:
         axes[1, 0].set_ylabel("found")
 
 
-def _scene(axes: object, picture: torch.Tensor, shown: tuple) -> None:
+def _scene(axes: Any, picture: torch.Tensor, shown: tuple) -> None:
     boxes, labels, masks = shown
     colours = picture[..., None].expand(-1, -1, 3).float() / 255
     colours = colours.clone()

@@ -94,12 +94,12 @@ def scores_and_targets(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """
     way_out = "pass a function (output, batch) that gives one value for each example instead"
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-        pair = isinstance(batch, tuple | list) and len(batch) > 1
-        given = f"a target of type {type(batch[1] if pair else batch).__name__}"
-        if not pair:
-            given = f"a batch of type {type(batch).__name__}"
+        of_pair = [type(each).__name__ for each in batch][1:2] if _is_sequence(batch) else []
+        given = (
+            f"target of type {of_pair[0]}" if of_pair else f"batch of type {type(batch).__name__}"
+        )
         raise DataError(
-            f"{given} was given; loss and accuracy take pairs (inputs, target) with a tensor of "
+            f"a {given} was given; loss and accuracy take pairs (inputs, target) with a tensor of "
             f"classes as target; {way_out}"
         )
     target = batch[1]
@@ -111,6 +111,10 @@ def scores_and_targets(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
         )
     _require_classes(target, output.shape[1])
     return output, target.long()
+
+
+def _is_sequence(batch: Any) -> bool:
+    return isinstance(batch, tuple | list)
 
 
 def _require_classes(target: Tensor, num_classes: int) -> None:

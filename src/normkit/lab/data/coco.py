@@ -1,6 +1,7 @@
 """Folders of pictures with annotations as COCO's: of one's own, or COCO itself."""
 
 import hashlib
+import importlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -204,8 +205,7 @@ def mask_of(segmentation: Any, size: tuple[int, int], where: str) -> Bool[Tensor
     Raises:
         DataError: If it is of another size, or of another form.
     """
-    from pycocotools import mask as coco_masks  # of the lab's extra
-
+    coco_masks: Any = importlib.import_module("pycocotools.mask")
     if isinstance(segmentation, Mapping) and tuple(segmentation.get("size", ())) != size:
         given = " by ".join(map(str, reversed(list(segmentation.get("size", ())))))
         raise DataError(

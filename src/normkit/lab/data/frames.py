@@ -15,7 +15,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from normkit.errors import DataError, SpecError
-from normkit.lab.data.annotated import Part, Parts, held_out
+from normkit.lab.data.annotated import Part, Parts, Source, held_out
 from normkit.lab.data.clips import Clip, clips
 from normkit.lab.data.folder import PARTS as PART_NAMES
 from normkit.lab.data.folder import PREFIX, SUFFIXES, class_names, decoded
@@ -236,14 +236,16 @@ def read_something(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
             [classes.index(label) for _, label in rows],
             side,
         )
-    rest, held = held_out(parts["train"], VALIDATION_SHARE)
+    trained: Source[Clip | ClipFiles] = parts["train"]
+    judged: Source[Clip | ClipFiles] = parts["validation"]
+    rest, held = held_out(trained, VALIDATION_SHARE)
     return Parts(
         name=SOMETHING,
         num_classes=len(classes),
         input_shape=(3, side, side),
         train=rest,
         validation=held,
-        test=Part.of(parts["validation"]),
+        test=Part.of(judged),
         fingerprint=hashlib.sha256(repr(sorted(parts["train"].labels)).encode()).hexdigest()[:12],
         class_names=tuple(classes),
     )

@@ -19,7 +19,7 @@ from normkit.lab.data.sources import read
 
 NUM_SCENES = {"train": 2000, "validation": 50}
 SEEDS = {"train": 1, "validation": 2, "test": 3, "single": 4}  # of the scenes, not of a run
-INK = 40  # values above it belong to the object, where its brightest is 255
+INK = 10  # values above it belong to the object, where its brightest is 255
 VISIBLE = 0.6  # no object hides more than the rest of another one
 NUM_TRIES = 8  # places that are tried for an object
 NOISE, GREY = 18.0, 70.0  # standard deviation of the noise, and largest grey value below it

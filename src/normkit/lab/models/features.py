@@ -42,9 +42,7 @@ def levels_of(model: nn.Module, input_shape: tuple[int, int, int], name: str) ->
     maps = _maps(model, input_shape)
     last = {tuple(found.shape[2:]): (at, found) for at, found in maps.items()}
     levels = tuple(
-        Level(name=at, stride=round(input_shape[1] / found.shape[2]), shape=tuple(found.shape[1:]))
-        for at, found in last.values()
-        if found.shape[2] > 1
+        _level(at, input_shape[1], found) for at, found in last.values() if found.shape[2] > 1
     )
     if not levels:
         raise SpecError(
@@ -52,6 +50,11 @@ def levels_of(model: nn.Module, input_shape: tuple[int, int, int], name: str) ->
             f"choose a ResNet such as torchvision:resnet50, or small-resnet"
         )
     return levels
+
+
+def _level(name: str, height: int, found: Tensor) -> Level:
+    channels, *sides = found.shape[1:]
+    return Level(name=name, stride=round(height / sides[0]), shape=(channels, sides[0], sides[1]))
 
 
 def _maps(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, Tensor]:

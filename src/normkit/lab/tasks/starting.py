@@ -63,8 +63,7 @@ def learned_on_items(spec: TrainingSpec, data: Parts[Any], num_epochs: int) -> d
     with seeded(spec.seed):
         model = classifier(spec, data, learned_norm(Arm.parse(spec.norm))).model
         orders = torch.Generator().manual_seed(spec.seed)
-        options = {"momentum": MOMENTUM, "weight_decay": DECAY}
-        optimizer = torch.optim.SGD(model.parameters(), RATE, **options)
+        optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, num_epochs * (NUM_ITEMS // BATCH_SIZE)
         )
