@@ -25,7 +25,7 @@ DifferentiableEnded = Callable[
     EndedGradients,
 ]
 """``(grad, (x, weight, bias), kept, wanted)`` to the gradients of x, residual, weight and bias, in
-operations that autograd can differentiate again; ``kept`` is what ``nodes.Ended.keeps`` says."""
+operations that autograd can differentiate again; ``kept`` is what ``kept_beside`` says."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """A composite's parameters, in the order of its formula."""
 DifferentiableComposite = Callable[
@@ -33,6 +33,13 @@ DifferentiableComposite = Callable[
 ]
 """``(grad, x, table, parameters, wanted)`` to the gradients of x and the parameters, in operations
 that autograd can differentiate again."""
+
+
+DifferentiableEndedComposite = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]
+]
+"""The same of what follows too: ``(grad, x, kept, table, parameters, wanted)``, wanted being of x,
+the residual and the parameters; ``kept`` is what ``kept_beside`` says."""
 
 
 class Pooling(NamedTuple):

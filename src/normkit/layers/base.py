@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class NormLayer(nn.Module, ABC):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     __signature__ = ConstructorSignature()
+    ending_operator: ClassVar[str | None] = None
+    """The operator of kernels that add and activate in its pass; None: that comes afterwards."""
     # of a layer that an earlier version has pickled
     _activation = NO_ACTIVATION
     _activation_name: ActivationName | None = None
@@ -169,11 +171,16 @@ class NormLayer(nn.Module, ABC):
 
     def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
         """Normalise, add and activate: one after the other, unless a layer does it at once."""
+        if self.ending_operator is not None:  # then _normalize takes the ending too
+            return self._normalize(x, valid, ending)  # pyright: ignore[reportCallIssue]
         return ended(self._normalize(x, valid), ending, valid)
 
     @abstractmethod
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        """Normalise what has been checked, by the statistics of valid positions."""
+        """Normalise what has been checked, by the statistics of valid positions.
+
+        Layers that have an ``ending_operator`` also take an ``Ending``, and go on to it.
+        """
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
         name = type(self).__name__
@@ -454,6 +461,8 @@ class SegmentLayer(TrackingLayer):
     ``example_weight`` parts of one and the rest of the other.
     """
 
+    ending_operator = "ended_forward"
+
     @property
     @abstractmethod
     def partition(self) -> Partition:
@@ -487,9 +496,6 @@ class SegmentLayer(TrackingLayer):
         return normalize_single(
             x, self.partition, running, parameters, training, name, ranks, valid, ending
         )
-
-    def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
-        return self._normalize(x, valid, ending)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides who computes each part of a call on ``x``: for ``explain``."""
