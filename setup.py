@@ -17,6 +17,10 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
+NOT_BY_MSVC = (
+    "the kernels are written with vector types that GCC and Clang have and MSVC has not, so there "
+    "are none on Windows"
+)
 REASON_NAME = "not_built.txt"  # beside the library, where there is none
 FLAGS = [
     "-std=c++17",
@@ -54,6 +58,8 @@ def torch_or_reason() -> Path:
 def compiler_or_reason() -> list[str]:
     """How the compiler is called."""
     found = compiler()
+    if sys.platform == "win32" or (found and Path(found[0]).stem == "cl"):
+        raise NotBuiltError(NOT_BY_MSVC)
     if found is None:
         raise NotBuiltError("no C++ compiler was found when normkit was built")
     return found

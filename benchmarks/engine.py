@@ -22,6 +22,7 @@ from normkit.lab.loading import Loading
 from normkit.lab.loop import Loop
 from normkit.lab.models import build_model
 from normkit.lab.spec import Protocol
+from normkit.lab.tasks.classification import ClassificationRun
 
 CPU = parse_device("cpu")
 MODEL = "small-resnet:width=16:blocks=2"
@@ -59,7 +60,9 @@ def measure(batch_size):
     dataset = open_data("digits")
     options = {"num_classes": 10, "input_shape": dataset.input_shape, "norm": "bn"}
     protocol = Protocol(model=MODEL)
-    loop = Loop(build_model(MODEL, **options).model.train(), protocol, 0.01, CPU, 10)
+    network = build_model(MODEL, **options).model.train()
+    run = ClassificationRun(network, protocol, dataset)
+    loop = Loop(network, protocol, 0.01, CPU, run)
     model = build_model(MODEL, **options).model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=1e-4, fused=True)
     bare, engine = [], []

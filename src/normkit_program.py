@@ -57,7 +57,8 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "normkit COMMAND --help has the options of a command; normkit --version the version.",
+            "normkit COMMAND --help has the options of a command; normkit --version the version;",
+            "normkit --tyro-print-completion bash (or zsh) the completion for your shell.",
             "",
         ]
     )

@@ -102,7 +102,7 @@ def masked(valid):
 
 
 def are_valid(x):
-    """Which elements have a say in statistics; of what is no map, all."""
+    """Which elements count in statistics; all of them if the tensor is not a map."""
     if VALID and x.ndim == VALID[-1].ndim:
         return VALID[-1].expand_as(x)
     return torch.ones_like(x, dtype=torch.bool)

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from normkit.by_batch_size import FourThings, four_things
     from normkit.convert import (
         Conversion,
+        apply_recipe,
+        back_to_torch_,
         convert_norm,
         convert_norm_,
         place_gnbn_,
@@ -105,6 +107,8 @@ LAZY_IMPORTS = {
     "normkit.by_batch_size": ("FourThings", "four_things"),
     "normkit.convert": (
         "Conversion",
+        "apply_recipe",
+        "back_to_torch_",
         "convert_norm",
         "convert_norm_",
         "place_gnbn_",
@@ -237,6 +241,8 @@ __all__ = [
     "__version__",
     "accumulate_statistics",
     "add_output_noise",
+    "apply_recipe",
+    "back_to_torch_",
     "bake_weights_",
     "build",
     "channel_difference",

@@ -1,4 +1,4 @@
-"""The recipe of "Four Things" for a batch size: apply it to a model, describe it, revert it."""
+"""The recipe of "Four Things" for a batch size: applied to a model, described and reverted."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from normkit.passes import all_or_nothing, require_unwrapped
 
 State = Literal["done", "would be done", "left to you", "not used"]
 Doing = tuple[State, str]
-"""The state of the changes to norms, and the verb for them: became or would become."""
+"""The state of the changes to norms, and their verb: "became" or, in a dry run, "would become"."""
 Where = Callable[[nn.Module, str], bool]
 KINDS = (_BatchNorm, nn.GroupNorm, BatchNorm, GhostBatchNorm, GeneralBatchGroupNorm, GroupNorm)
 """Classes of norms that the recipe replaces; all others stay."""
 LARGEST_GHOST = 16
-"""Most examples of a ghost batch, unless the user sets the number; the paper tunes it."""
+"""Largest number of examples in a ghost batch by default; the paper tunes the number."""
 SMALLEST_GHOST = 4
 
 READING = (
@@ -41,7 +41,7 @@ PRINTED: Mapping[int, tuple[Norm, str]] = {
     4: ("batch and group", READING),
     8: ("ghost", "printed for batches of 8 and more (section 4.2)"),
 }
-"""The norm and its source by batch size; other sizes take the nearest one in log2."""
+"""The norm and its source by batch size; other sizes take the entry that is nearest in log2."""
 ABOVE_READING = (
     "our reading for batches of 6 and 7, where the paper prints no recipe: nearer to 8 than to 4"
 )
@@ -49,13 +49,13 @@ ABOVE_READING = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thing:
-    """One of the four, at a batch size.
+    """One of the four things, at a batch size.
 
     Args:
-        name: What it is.
-        state: Whether it is done (in a dry run: would be), left to the user, or not used at this
-            batch size.
-        what: What was done, what to do, or why not.
+        name: Name of the method.
+        state: Whether the method is applied (in a dry run: would be), left to the user, or not
+            used at this batch size.
+        what: What was done, what the user should do, or why the method is not used.
     """
 
     name: str
@@ -68,15 +68,15 @@ class Thing:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FourThings:
-    """The recipe for a batch size as it was applied; prints as a list of the four.
+    """The recipe for a batch size as it was applied; printing it lists the four things.
 
     Args:
-        model: The model with the recipe's norms; of a dry run the model as it is.
+        model: The model with the recipe's norms; after a dry run, the unchanged model.
         batch_size: Examples that one process normalises together.
-        spec: What its batch and group norms became.
-        source: Whether the paper prints this recipe, or how we read it.
-        things: The four, in the order of the paper.
-        conversion: What was done to the norms.
+        spec: The norm that replaced the model's batch and group norms.
+        source: Where the paper prints this recipe, or how we read the paper.
+        things: The four things, in the order of the paper.
+        conversion: The report of the conversion of norms.
         decays_norms: Whether ``param_groups`` decays the norms' weights and biases.
     """
 
@@ -91,32 +91,32 @@ class FourThings:
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """The norms that became others."""
+        """The norms that were replaced."""
         return self.conversion.changes
 
     @property
     def left(self) -> tuple[Thing, ...]:
-        """What is left to the user."""
+        """The things that are left to the user."""
         return tuple(thing for thing in self.things if thing.state == "left to you")
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups with the recipe's weight decay; see ``nk.param_groups``.
 
         Args:
-            weight_decay: Of weights and biases; also of the norms' where ``decays_norms``, else
-                theirs is 0.
+            weight_decay: Weight decay of weights and biases, and of the norms' ones if
+                ``decays_norms``; otherwise the norms have weight decay 0.
 
         Raises:
-            OptionError: As ``nk.param_groups`` does.
+            OptionError: As in ``nk.param_groups``.
         """
         of_norms = weight_decay if self.decays_norms else 0.0
         return param_groups(self.model, weight_decay, of_norms, example_input=self._example_input)
 
     def revert(self) -> nn.Module:
-        """Put the old norms back, as ``Conversion.revert`` does; return the model.
+        """Put the old norms back, as ``Conversion.revert`` does, and return the model.
 
         Raises:
-            OptionError: If they were replaced again since; nothing is changed then.
+            OptionError: If the norms were replaced again since; then nothing is changed.
         """
         self.model = self.conversion.revert()
         return self.model
@@ -133,7 +133,7 @@ class FourThings:
 
 
 @all_or_nothing
-def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion needs to know
+def four_things(  # noqa: PLR0913 - the options that the paper tunes, and those of conversion
     model: nn.Module,
     batch_size: int,
     *,
@@ -157,19 +157,19 @@ def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion ne
     8 and more    ghost batch norm                yes                 yes
     ============  ==============================  ==================  =====================
 
-    Norms are replaced in place. The other two things are the user's: make the optimizer of
+    Norms are replaced in place. Two things are left to the user: build the optimizer from
     ``.param_groups(weight_decay)``, and after training call ``nk.tune_example_weight`` with
-    held-out data. Printing the result says which of these there are.
+    held-out data. The printed result says which of these to do.
 
     Args:
-        model: Has batch norms or group norms of torch, timm or normkit; others stay.
+        model: A model with batch norms or group norms of torch, timm or normkit; other norms stay.
         batch_size: Examples that one process normalises together in training.
         num_groups: Channel groups for batch sizes up to 5; by default the largest divisor of the
-            channels up to 32.
-        ghost_batch_size: Examples of a ghost batch for batch sizes from 6 on. By default equal
-            parts of the batch of up to 16 examples, two at least. The paper tunes it.
-        where: ``where(module, name)`` says which of the norms are meant; by default all.
-        optimizer: Follows, as in ``nk.convert_norm_``; its weight decays stay as they are.
+            channels that is at most 32.
+        ghost_batch_size: Examples in a ghost batch for batch sizes from 6. By default the batch is
+            cut into two or more equal parts of at most 16 examples. The paper tunes the number.
+        where: ``where(module, name)`` selects the norms to replace; by default all.
+        optimizer: Optimizer to adapt, as in ``nk.convert_norm_``; its weight decays stay the same.
         example_input: As in ``nk.convert_norm_``.
         dry_run: Only report what would be done.
 
@@ -177,9 +177,9 @@ def four_things(  # noqa: PLR0913 - what the paper tunes, and what conversion ne
         What was done and what is left, with ``changes``, ``param_groups`` and ``revert``.
 
     Raises:
-        OptionError: If a number is no count, of no use at this batch size, or a ghost batch is
-            larger than the batch; or the model has no such norm.
-        NormError: As ``nk.convert_norm_`` does.
+        OptionError: If a number is not an integer of at least 1 or not used at this batch size, a
+            ghost batch is larger than the batch, or the model has no such norm.
+        NormError: As in ``nk.convert_norm_``.
 
     Source:
         Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, sections
@@ -229,7 +229,7 @@ def recipe_for(batch_size: int) -> tuple[Norm, str]:
     """Return the norm for a batch size, and the source of this choice.
 
     Raises:
-        OptionError: If it is no whole number of at least 1.
+        OptionError: If the batch size is not an integer of at least 1.
 
     Example:
         >>> [recipe_for(size)[0] for size in (1, 2, 3, 5, 6, 128)]
@@ -241,11 +241,24 @@ def recipe_for(batch_size: int) -> tuple[Norm, str]:
     return norm, ABOVE_READING if nearest == 8 and batch_size < 8 else source
 
 
-def ghost_size(batch_size: int) -> int:
-    """Examples of a ghost batch: equal parts of up to 16, two parts at least.
+def spec_for(batch_size: int) -> str:
+    """Return the spec of what norms become for a batch size, unless the user sets a number.
 
-    Where no number of parts from the smallest on divides the batch into parts of four examples or
-    more, the last part is a little smaller.
+    Raises:
+        OptionError: As ``recipe_for``.
+
+    Example:
+        >>> [spec_for(size) for size in (1, 2, 8, 128)]
+        ['gn:max=32', 'gbgn:max=32', 'ghost:4', 'ghost:16']
+    """
+    return _spec(recipe_for(batch_size)[0], batch_size, None, None)
+
+
+def ghost_size(batch_size: int) -> int:
+    """Number of examples in a ghost batch: two or more equal parts of at most 16 examples.
+
+    If no number of parts divides the batch into equal parts of at least 4 examples, the last part
+    is a little smaller.
 
     Example:
         >>> [ghost_size(size) for size in (6, 8, 16, 32, 40, 128, 13)]
@@ -283,7 +296,8 @@ def _require_norms(model: nn.Module) -> None:
     require_unwrapped(model, "convert")
     if not any(isinstance(module, KINDS) for module in model.modules()):
         raise OptionError(
-            f"{type(model).__name__} has no batch norm and no group norm, which the recipe is for"
+            f"{type(model).__name__} has no batch norm and no group norm, which the recipe "
+            f"replaces; call it with a model that has one"
         )
 
 
@@ -319,7 +333,7 @@ def _combined(norm: Norm, spec: str, batch_size: int, doing: Doing) -> Thing:
 
 
 def _decay(model: nn.Module, example_input: Any) -> tuple[bool, Thing]:
-    """Decide whether the norms decay; if later norms undo it, decay does not help."""
+    """Decide whether norms decay: decay does not help if later norms undo its effect."""
     name = "weight decay on gamma and beta"
     what = "make the optimizer of .param_groups(weight_decay), which decays them like the weights"
     try:

@@ -35,8 +35,8 @@ class Method:
         batch_in_training: Whether outputs in training depend on the other examples of the batch.
         evaluation: The statistics used at evaluation, which never depend on the other examples.
         kept: The tensors that are kept for backward, besides parameters.
-        num_maps_kept: How many of these are as large as the input.
-        learned: What a method without a layer learns.
+        num_maps_kept: The number of kept tensors that are as large as the input.
+        learned: The parameters of a method without a layer.
     """
 
     spec: str
@@ -57,12 +57,12 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """What it does: the first line of its docstring."""
+        """The first line of the definition's docstring."""
         return self._docstring().partition("\n")[0]
 
     @property
     def source(self) -> str:
-        """The paper it comes from: the *Source* section of its docstring."""
+        """The paper of the method: the *Source* section of the definition's docstring."""
         after = self._docstring().partition("\nSource:\n")[2]
         return " ".join(after.partition("\n\n")[0].split())
 
@@ -219,7 +219,7 @@ _METHODS = (
         formula=_normalized("bc") + ", b = ⌊n / B'⌋",
         groups="a channel, over a run of B' examples",
         batch_in_training=True,
-        evaluation=f"{RUNNING} of the channel, which follow the whole batch",
+        evaluation=f"{RUNNING} of the channel, taken over the whole batch",
     ),
     Method(
         spec="gbgn",
@@ -244,8 +244,8 @@ _METHODS = (
         example="bcn:8:micro",
         name="Batch-Channel Normalization",
         formula="y = GN(BN(x)), an affine in each",
-        groups="a channel, over the whole batch (with micro: running estimates that it moves); "
-        "then a run of C/G channels of an example",
+        groups="a channel, over the whole batch (with micro: running estimates that the batch "
+        "updates first); then a run of C/G channels of an example",
         batch_in_training=True,
         evaluation=f"{RUNNING} of the channel; then the example's own statistics",
     ),
@@ -295,7 +295,7 @@ _METHODS = (
         example="",
         name="Inference Example Weighing",
         formula="μ = α μ_n + (1 − α) μ_run, σ² = α E_n[x²] + (1 − α)(σ²_run + μ²_run) − μ²",
-        groups="those of the layer that it is set on, which trains as without it",
+        groups="those of the layer that it is set on; training does not change",
         batch_in_training=True,
         evaluation="α parts of the example's own statistics, 1 − α of the running ones",
     ),

@@ -72,7 +72,7 @@ def _kernels(layer: NormLayer, x: Tensor, mask: Tensor | None) -> tuple[Kernels,
     """Return the kernels of the call, or of its first part, and the reasons for all parts."""
     found = [decide(x, call, is_computed=False) for call in layer.routes(x, mask is not None)]
     reasons = list(dict.fromkeys(_in_full(decision) for decision in found))
-    reason, apart = "; then: ".join(reasons), layer.why_apart()
+    reason, apart = "; then: ".join(reasons), layer.why_separate()
     if apart is not None:
         reason = f"{reason}, each norm by itself, because {apart}"
     return found[0].kernels, reason + _of_activation(layer, found)
@@ -84,7 +84,7 @@ def _of_activation(layer: NormLayer, found: list[Decision]) -> str:
         return ""
     operator, first = layer.ending_operator, found[0]
     can = operator is not None and hasattr(first.operators, operator)
-    at_once = can and first.way == "operator" and layer.why_apart() is None
+    at_once = can and first.way == "operator" and layer.why_separate() is None
     return f"; {layer.activation} in the same pass" if at_once else f"; then {layer.activation}"
 
 

@@ -83,7 +83,7 @@ class Elsewhere(nn.Module):
 
 
 class MyNorm(nn.Module):
-    """A norm that nobody knows."""
+    """A norm of an unknown class."""
 
     def forward(self, x):
         return x

@@ -1,4 +1,4 @@
-"""What one command has saved, every command reads."""
+"""Every command reads what another command has saved."""
 
 import copy
 from pathlib import Path

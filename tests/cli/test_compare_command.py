@@ -129,7 +129,7 @@ def test_a_corrupt_line_is_told_by_number_and_left_where_it_is(compare, tmp_path
     before = path.read_bytes()
     code, _, errors = compare()
     assert code == 0
-    assert f"line 2 of {path} is no record" in errors
+    assert f"line 2 of {path} is not a record" in errors
     assert "it is left out, the others are used" in errors
     assert path.read_bytes() == before
 
@@ -176,7 +176,10 @@ BAD = [
     (["--data", "nope"], r"no data set 'nope'; known are digits, fashion-mnist"),
     (["--model", "resnet17"], r"no model 'resnet17'; write .*close names are resnet18"),
     (["--device", "tpu"], r"no device 'tpu' here; choose auto or cpu"),
-    (["--batch-sizes", "2,x"], r"--batch-sizes was given '2,x', of which 'x' is no whole number"),
+    (
+        ["--batch-sizes", "2,x"],
+        r"--batch-sizes was given '2,x', in which 'x' is not a whole number",
+    ),
     (["--batch-sizes", "0"], r"--batch-sizes was given 0: .*greater than or equal to 1"),
     (["--seeds", "1,1"], r"name 1 more than once"),
     (["--seeds", "9" * 23], r"--seeds was given 9+: .*less than or equal to 9223372036854775807"),

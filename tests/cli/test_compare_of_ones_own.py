@@ -1,4 +1,4 @@
-"""`normkit compare` on a network, pictures and a training of one's own."""
+"""`normkit compare` with a user's own network, pictures and training function."""
 
 import json
 import re
@@ -140,6 +140,24 @@ def test_the_file_says_how_runs_are_done_and_the_command_line_wins(mine, capsys)
     assert f"--out {mine / 'there'}" in page
 
 
+def test_the_other_commands_take_the_same_model_and_data(mine, capsys):
+    own = ["--model", "my.py:make_model", "--data", "folder:photos"]
+    out = ["--out", "runs/first", "--save-weights", "--norms", "bn", "--batch-sizes", "8"]
+    assert compare(capsys, *own, *out, "--seeds", "1", "--epochs", "1", "--workers", "1")[0] == 0
+    (weights,) = (mine / "runs/first/weights").glob("*.safetensors")
+    trained = [*own, "--checkpoint", str(weights)]
+    assert main(["validate", *trained, "--batch-size", "8"]) == 0
+    assert main(["convert", *trained, "--to", "gn:4"]) == 0
+    assert "converted" in capsys.readouterr().out
+    assert main(["tune", *trained, "--examples", "20"]) == 0
+    assert main(["diagnose", *trained, "--examples", "20"]) in (0, 1)
+    page = (mine / "runs/diagnose/report.html").read_text()
+    assert "my.py:make_model on folder:photos" in page
+    for command in ("tune", "diagnose"):
+        assert main([command, "--model", "my.py:make_model", "--checkpoint", str(weights)]) == 2
+        assert "--data" in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(mine, capsys):
     code, cells, _ = compare(
         capsys, "--model", "my.py:make_model", "--data", "folder:photos", *SMALL, "--dry-run",
@@ -180,12 +198,12 @@ BAD = {
         ["--model", "broken.py:make"],
         r"broken.py cannot be imported: NameError: name 'undefined' .*\(broken.py, line 2\)",
     ),
-    "no module": (["--model", "my.py:no_model"], r"my.py:no_model gave a str; it gives an nn.Mod"),
+    "no module": (["--model", "my.py:no_model"], r"my.py:no_model gave a str; it must return an"),
     "no function": (["--model", "my.py:nothing"], r"my.py has no such function; it has Net, make_"),
     "no norm": (["--model", "plain.py:make"], r"norm"),
     "classes differ": (["--data", "folder:other"], r"cow, dog are in only one of them; give both"),
     "empty folder": (["--data", "folder:empty"], r"needs a folder of pictures for each class"),
-    "no folder": (["--data", "folder:absent"], r"absent is no folder"),
+    "no folder": (["--data", "folder:absent"], r"absent is not a folder"),
     "larger batch": (["--batch-sizes", "400"], r"--batch-sizes was given 400, but photos has 145 "),
     "precision": (["--precision", "16-mixed"], r"16-mixed needs a GPU; on the CPU give bf16-mixed"),
     "logger": (["--loggers", "pen"], r"no logger 'pen'; known are tensorboard, csv, wandb, mlflow"),
@@ -194,7 +212,10 @@ BAD = {
     "both lengths": (["--epochs", "1", "--steps", "5"], r"epochs=1 and steps=5; give one of them"),
     "on and off": (["--compile", "--no-compile"], r"--compile and --no-compile were both given"),
     "data workers": (["--data-workers", "-1"], r"--data-workers was given -1: .*; give 0 to 1024"),
-    "dry run": (["--train", "my.py:train", "--dry-run"], r"only that function knows; leave --dry"),
+    "dry run": (
+        ["--train", "my.py:train", "--dry-run"],
+        r"only the function knows its steps; leave --dry",
+    ),
     "config": (["--config", "absent.toml"], r"absent.toml cannot be read"),
     "weights": (["--weights", "absent.safetensors"], r"absent.safetensors cannot be read"),
 }

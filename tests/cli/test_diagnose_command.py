@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused_in_words(options, said, normkit, checkpoints,
 def test_random_weights_are_not_diagnosed(normkit, tmp_path):
     code, _, errors = normkit(*SMALL, *DIGITS, "--out", str(tmp_path))
     assert code == 2
-    assert "--checkpoint is missing: random weights have nothing to diagnose" in errors
+    assert "--checkpoint is missing; give the file with the trained weights" in errors
 
 
 def test_one_file_is_not_both(normkit, checkpoints, tmp_path):
@@ -164,4 +164,4 @@ def test_one_file_is_not_both(normkit, checkpoints, tmp_path):
     good = ("--checkpoint", str(checkpoints / "good.pt"), "--out", str(tmp_path))
     code, _, errors = normkit(*SMALL, "--train-data", path, "--test-data", path, *good)
     assert code == 2
-    assert "says nothing about its test" in errors
+    assert "was not trained on" in errors

@@ -94,7 +94,7 @@ def test_auto_follows_the_shape(explain):
         (["bgn:7", "--shape", "4,8,6,6"], r"has 288 elements, which 7 groups do not divide"),
         (["bn", "--shape", "4"], r"--shape was given '4'; it has the numbers of examples and"),
         (["bn", "--shape", "4,0,3"], r"--shape was given '4,0,3'; it has"),
-        (["bn", "--shape", "4,x"], r"--shape was given '4,x', of which 'x' is no whole number"),
+        (["bn", "--shape", "4,x"], r"--shape was given '4,x', in which 'x' is not a whole number"),
         (["bn", "--shape", "99999,99999"], r"at most 16777216 are numbered; give fewer"),
         (["sn", "--num-groups", "4"], r"sn, which has no number of groups; these have: gn, bgn"),
         (["gn:2", "--num-groups", "4"], r"gn:2, which says the groups itself; give gn --num"),

@@ -1,4 +1,4 @@
-"""`normkit compare` started by torchrun: all processes train each network, the first one speaks."""
+"""`normkit compare` started by torchrun: all processes train each network, the first one prints."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from normkit.cli.app import run
 from normkit.errors import DataError, SpecError
 from normkit.lab.launch import Launch, is_spoken_for, launched, own_device, require_processes
+from normkit.lab.records import Epoch
 
 TINY = ["compare", "--model", "mlp:depth=2:width=8", "--limit", "40", "--epochs", "1"]
 SMALL = [*TINY, "--norms", "bn,ln", "--batch-sizes", "4,8", "--seeds", "1,2", "--json"]
@@ -58,7 +59,7 @@ def finished(process, timeout_s=150):
     try:
         return process.communicate(timeout=timeout_s)
     finally:
-        process.terminate()  # it ends its processes
+        process.terminate()  # torchrun then ends its processes
 
 
 def compare(port, *arguments):
@@ -102,7 +103,8 @@ def ends_of(folder):
         assert record["outcome"]["status"] == "finished", record["outcome"]["message"]
         norm = record["spec"]["norm"]
         (weights,) = folder.glob(f"weights/{norm.replace(':', '_')}-*.safetensors")
-        figures = [v for e in record["outcome"]["epochs"] for v in e.values() if v is not None]
+        epochs = [Epoch(**epoch) for epoch in record["outcome"]["epochs"]]
+        figures = [value for epoch in epochs for value in epoch.figures().values()]
         found[norm] = torch.tensor(figures, dtype=torch.float64), load_file(weights)
     return found
 
@@ -117,7 +119,7 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(trained, one, both):
 
 
 def test_statistics_of_each_process_alone_train_another_network(trained):
-    """So that the test above can fail."""
+    """Check that the test above can fail."""
     epochs, weights = ends_of(trained / "apart")["bn"]
     expected, same_weights = ends_of(trained / "both")["bn"]
     assert (epochs - expected).abs().max() > 1e-3
@@ -234,7 +236,7 @@ def test_the_threads_of_the_group_end_with_it(tmp_path, free_port):
 
 
 def test_an_interrupted_process_ends_the_others(tmp_path, free_port):
-    """Killed is the second process, while the first waits for it or still works."""
+    """The second process is killed while the first waits for it or still works."""
     out = tmp_path / "out"
     long = [*SMALL, "--seeds", ",".join(map(str, range(400))), "--out", str(out)]
     done = compare(free_port, *long)
@@ -278,7 +280,7 @@ class Net(nn.Module):
 
 
 def test_what_goes_wrong_on_one_process_is_said_in_a_sentence(tmp_path, free_port):
-    """Nobody knows what the others wait for, so that the launcher ends all."""
+    """The other processes would wait forever, so the launcher ends all of them."""
     (tmp_path / "net.py").write_text(FAILING)
     model = ["--model", f"{tmp_path}/net.py:Net", "--norms", "bn", "--batch-sizes", "4"]
     done = compare(free_port, *TINY, *model, "--out", str(tmp_path / "out"))

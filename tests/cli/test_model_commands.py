@@ -105,7 +105,7 @@ def test_only_the_named_norms_are_converted(normkit):
         (("--to", "gn:5"), "cannot be converted; nothing was changed"),
         (("--to", "gm:5"), "gm"),
         (("--to", "gn:4", "--save", "weights.pt"), "its name ends in .safetensors"),
-        (("--to", "gn:4", "--where", "layer1,,bn"), "write names with commas between"),
+        (("--to", "gn:4", "--where", "layer1,,bn"), "write names separated by commas"),
         (("--to", "gn:4", "--num-classes", "0"), "--num-classes was given 0; give 1 or more"),
         (("--to", "gn:4", "--examples", "0"), "--examples was given 0; give 1 or more"),
         (("--to", "gn:4", "--calibrate", "nothing"), "there is no data set 'nothing'"),

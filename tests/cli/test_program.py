@@ -310,3 +310,40 @@ def test_an_interrupt_while_an_extension_is_imported_is_one(monkeypatch, capsys)
     monkeypatch.setattr(app, "_parse", lambda given: Importing(interrupted=False))
     with pytest.raises(ImportError, match="initialization failed"):
         app.run(["list"])
+
+
+COMPLETE = """
+source {script}
+COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_tyro_normkit
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory):
+    done = program("--tyro-print-completion", "bash", text=True)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path_factory.mktemp("completion") / "normkit"
+    path.write_text(done.stdout)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("normkit comp", ["compare"]),
+        ("normkit reproduce --scale ''", ["tiny", "small", "paper"]),
+        ("normkit compare --batch-s", ["--batch-sizes"]),
+    ],
+)
+def test_bash_completes_commands_and_options(completion, words, expected):
+    script = COMPLETE.format(script=completion, words=words)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+
+
+def test_the_completion_for_zsh_is_of_this_program():
+    assert program("--tyro-print-completion", "zsh", text=True).stdout.startswith(
+        "#compdef normkit\n"
+    )

@@ -1,4 +1,4 @@
-"""``act(norm(x) + residual)`` of every layer against the float64 oracle, and what it keeps."""
+"""``act(norm(x) + residual)`` of every layer against the float64 oracle, and its kept tensors."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What every layer and function says to input it cannot take."""
+"""Error messages of every layer and function for invalid input."""
 
 import copy
 import inspect

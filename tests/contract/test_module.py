@@ -1,4 +1,4 @@
-"""What every layer is as a torch module: repr, copies, checkpoints, dtypes, modes."""
+"""Every layer as a torch module: repr, copies, checkpoints, dtypes, modes."""
 
 import copy
 import pickle

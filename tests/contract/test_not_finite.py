@@ -1,4 +1,4 @@
-"""One value that is not finite reaches what depends on it by the definition, and nothing else."""
+"""One value that is not finite affects exactly the results that depend on it by definition."""
 
 import pytest
 import torch

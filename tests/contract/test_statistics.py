@@ -1,4 +1,4 @@
-"""When running statistics move, by how much, and to which digits."""
+"""When running statistics are updated, by how much, and how precisely."""
 
 import pytest
 import torch

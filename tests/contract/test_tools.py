@@ -1,4 +1,4 @@
-"""What tools that look for torch's classes do to our layers: the table of docs/export.md."""
+"""Effects of tools that look for torch's classes on our layers: the table of docs/export.md."""
 
 import pytest
 import torch

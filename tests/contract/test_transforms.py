@@ -247,7 +247,7 @@ def test_fx_cannot_look_inside_a_layer():
 @pytest.mark.filterwarnings("ignore")  # torch.jit itself is deprecated
 @pytest.mark.parametrize("case", EVERY, ids=str)
 def test_the_old_exporter_to_onnx_agrees(case, tmp_path):
-    """The one that was before ``dynamo=True``, by a trace."""
+    """The older exporter without ``dynamo=True``, which traces."""
     net, x = nn.Sequential(nn.Conv1d(3, 6, 1), case.make()), randn(4, 3, 9, dtype=torch.float32)
     net(x)
     net.eval()

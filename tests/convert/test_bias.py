@@ -1,4 +1,4 @@
-"""A scale without a shift stays one, whatever becomes what."""
+"""A norm with a scale and no shift keeps that in every conversion."""
 
 import pytest
 import torch

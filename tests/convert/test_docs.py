@@ -3,14 +3,22 @@
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
+from types import ModuleType
+
+from normkit.lab.torchvision_ops import register_missing_operators
 
 FOLDER = Path(__file__).parents[2] / "docs"
 PAGE = (FOLDER / "convert.md").read_text()
 
 
-def test_the_examples_run_and_print_what_stands_below(capsys):
-    namespace = {}
+def test_the_examples_run_and_print_what_stands_below(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    register_missing_operators()  # this machine's torchvision may be built for another torch
+    page = ModuleType("page")  # timm registers a model in the module of its function
+    monkeypatch.setitem(sys.modules, "page", page)
+    namespace = vars(page)
     blocks = re.findall(r"```python\n([\s\S]*?)```\n\n?((?:    .*\n)*)", PAGE)
     for source, printed in blocks:
         exec(source, namespace)

@@ -1,4 +1,4 @@
-"""What acts is carried: buffers rather than flags, sizes of values rather than numbers said."""
+"""Conversion transfers what takes effect: buffers, not flags; shapes, not stated numbers."""
 
 import copy
 

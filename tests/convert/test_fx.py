@@ -1,4 +1,4 @@
-"""What conversion puts in can be traced, copied and pickled as what was there."""
+"""Layers that conversion has built can be traced, copied and pickled like the old ones."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What others have hung on a norm goes with it, or is refused by name."""
+"""Hooks and attributes that were added to a norm are transferred, or refused by name."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""An optimizer goes on as if nothing had happened to the parameters that stay."""
+"""An optimizer continues unchanged for the parameters that stay."""
 
 import pytest
 import torch

@@ -82,7 +82,7 @@ class InALambda(Reader):
 
 
 class Elsewhere(Reader):
-    """No code of the class says what is read."""
+    """The code of the class does not show which attribute is read."""
 
     def forward(self, x):
         return normalized(self.bn, x)

@@ -28,7 +28,7 @@ def sync_batch_norm_act():
 
 
 def trained(layer):
-    """A layer whose parameters and buffers are nobody's defaults, in float64."""
+    """A layer in float64 whose parameters and buffers all differ from the defaults."""
     layer = layer.double()
     generator = torch.Generator().manual_seed(0)
     for value in [*layer.parameters(), *layer.buffers()]:

@@ -1,4 +1,4 @@
-"""Which norms are meant, and everything that is refused before anything changes."""
+"""Which norms are selected, and what is refused before anything changes."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from formulas import FORMULAS, results
 from normkit.core.composite import Composite, own_groups
 from normkit.core.normalize import Affine
 from normkit.core.stages import normalize_composite
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
 from normkit.kernels.program import STEPS, parsed
 
 PAGE = (Path(__file__).parents[2] / "docs" / "composites.md").read_text()
@@ -83,7 +83,7 @@ def test_these_formulas_use_every_step():
     used = set()
     for formula, sizes in FORMULAS.values():
         for source in ("own", "given", "mixed", "estimates"):
-            programs = followed(Composite(formula, (), 1e-2), 12, sizes, source)
+            programs = programs_of(Composite(formula, (), 1e-2), 12, sizes, source)
             assert programs.why_not is None
             for text in programs[:2]:
                 program = parsed(text)
@@ -97,7 +97,7 @@ def test_what_no_program_has_a_step_for_is_computed_on_tables():
         return lambda table, *given: Affine(table.var.abs(), table.mean.exp())
 
     composite = Composite(absolute, (), 1e-2, has_batch=False)
-    assert "step for a tensor's abs" in followed(composite, 4, (), "own").why_not
+    assert "step for a tensor's abs" in programs_of(composite, 4, (), "own").why_not
     x = randn(2, 4, 6)
     with nk.use_kernels("cpu"):
         y = normalize_composite(x, composite, None, True, (), None, None)
@@ -112,5 +112,5 @@ def test_running_statistics_that_would_follow_the_wrong_input_are_refused():
 
         return formula
 
-    with pytest.raises(TypeError, match=r"after_another sees something else .* batch_input"):
-        followed(Composite(after_another, (), 1e-2), 4, (), "own")
+    with pytest.raises(TypeError, match=r"after_another normalises another input .* batch_input"):
+        programs_of(Composite(after_another, (), 1e-2), 4, (), "own")

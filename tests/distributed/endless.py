@@ -1,4 +1,4 @@
-"""A process that trains until somebody else is gone."""
+"""A process that trains until another process has ended."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,8 @@ TESTS = Path(__file__).parent.parent
 
 def start(module, size, folder, *arguments):
     """Start ``python -m MODULE RANK SIZE FOLDER ...`` for each rank."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", module, str(rank), str(size), str(folder), *arguments],

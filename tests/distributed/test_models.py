@@ -1,4 +1,4 @@
-"""Models whose norms look at all processes' batches, against one process with all of them."""
+"""Models whose norms use the batches of all processes, against one process with all of them."""
 
 import pytest
 import torch

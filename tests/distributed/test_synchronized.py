@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused_in_words(found):
     for rank, each in enumerate(found[2]):
         said = each["refused"]
         assert "more than 1 value per statistics group" in said["single"]
-        assert "cannot talk; set process_group=None or call .eval()" in said["transform"]
+        assert "cannot exchange them; set process_group=None or call .eval()" in said["transform"]
         assert said["first"]
         assert "a second derivative of statistics over several processes" in said["second"]
         assert said["evaluates alone"] == rank

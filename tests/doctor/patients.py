@@ -1,4 +1,4 @@
-"""A good model, and the same model broken in one way each."""
+"""A good model, and copies that are each broken in one way."""
 
 import copy
 

@@ -89,7 +89,7 @@ def test_a_norm_of_tokens_folds(kind):
 
 
 class Behind(Tokens):
-    """The norm comes first, and the layer sees it turned."""
+    """The norm comes first, and the layer gets its output transposed."""
 
     def __init__(self):
         super().__init__(8, 4)
@@ -135,7 +135,7 @@ def test_channels_that_a_reshape_mixes_stay():
 
 
 class Elsewhere(Tokens):
-    """The layer's values are used turned as well."""
+    """The layer's output is also used transposed."""
 
     def forward(self, x):
         x = self.layer(x)

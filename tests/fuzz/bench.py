@@ -19,7 +19,7 @@ class Calls:
         self.arm()
 
     def arm(self, at=None, error=None, then=lambda: None):
-        """Count anew.
+        """Reset the count.
 
         Args:
             at: Number of the call that raises, from 1; None only counts.
@@ -92,7 +92,9 @@ class Net(nn.Module):
 
 
 class Bench:
-    """What a tool is tried on. Every call of the user's own code is counted, and may raise.
+    """The surroundings in which a tool is tested.
+
+    Every call of the user's own code is counted, and may raise.
 
     Args:
         prepare: ``prepare(bench)`` gets it ready, and gives the call that is interrupted.

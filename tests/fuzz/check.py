@@ -1,4 +1,4 @@
-"""What a trial must give, by the definitions and by how far rounding may move them."""
+"""The expected results of a trial: the definitions, and the largest effect of rounding on them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fuzz.trial import (
 
 DRAWS = 4
 MORE_DRAWS = 40  # before anything is called a finding
-HUGE = 1e24  # a variance whose rsqrt is so small that its cube is none in float32
+HUGE = 1e24  # the cube of the rsqrt of such a variance underflows in float32
 MARGIN = 6  # the largest of a few draws is below the largest there can be
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something of a trial's last step that is not as it must be."""
+    """A wrong result in the last step of a trial."""
 
     trial: Trial
     what: str  # "y", "gradient of x", "running_var", "refused", ...
@@ -42,7 +42,7 @@ class Finding:
 
     @property
     def sort(self):
-        """What two findings of one fault have in common."""
+        """Key that two findings of the same fault have in common."""
         options = dict(self.trial.options)
         kind = self.trial.kind + ("-micro" if options.get("micro_batch") else "")
         step = self.trial.steps[-1]
@@ -95,7 +95,7 @@ def check_step(trial, layer, step):  # noqa: PLR0911 - one for each thing that m
 
 @contextmanager
 def masked(trial, step):
-    """Let the definitions see valid positions only, where the step has a mask."""
+    """Restrict the definitions to valid positions if the step has a mask."""
     if not step.mask:
         yield
         return
@@ -104,7 +104,7 @@ def masked(trial, step):
 
 
 def not_zero(trial, step, results):
-    """A result that is not 0 where the mask leaves nothing, or None."""
+    """A finding if a result is not 0 at invalid positions, else None."""
     outside = ~valid_in(trial, step).expand(shape_of(trial, step))
     names = [name for name in ("y", "gradient of x") if name in results]
     return next((name for name in names if not (results[name][outside] == 0).all()), None)
@@ -112,7 +112,7 @@ def not_zero(trial, step, results):
 
 @contextmanager
 def threads(number):
-    """Let torch, and the kernels, use so many, and afterwards one."""
+    """Let torch and the kernels use this number of threads, and one afterwards."""
     torch.set_num_threads(number)
     try:
         yield
@@ -121,7 +121,7 @@ def threads(number):
 
 
 def put_in_mode(layer, trial, step):
-    """The mode of a step; what ``"off"`` and ``"frozen"`` do is undone by the next."""
+    """Set the mode of a step; the next step undoes ``"off"`` and ``"frozen"``."""
     if trial.tracks:
         nk.thaw_statistics(layer)
         statistics(layer).track_running_stats = not step.mode.startswith("off")
@@ -131,7 +131,7 @@ def put_in_mode(layer, trial, step):
 
 
 def leaves_of(layer, x):
-    """Everything that wants a gradient, by name."""
+    """All tensors that require a gradient, by name."""
     leaves = {"x": x} if x.requires_grad else {}
     return leaves | {n: p for n, p in layer.named_parameters() if p.requires_grad}
 
@@ -184,7 +184,7 @@ def must_be_refused(trial, step):
 
 
 def may_be_refused(trial, step):
-    """Also where the only value of a group is not valid."""
+    """Whether a group has a single value, counting invalid ones."""
     return must_be_refused(trial, replace(step, mask="")) or must_be_refused(trial, step)
 
 
@@ -192,7 +192,7 @@ def may_be_refused(trial, step):
 
 
 def compare(trial, step, layer, before, results):
-    """What is not as the definitions have it, or None."""
+    """The first difference from the definitions, or None."""
     x = values_of(trial, step)
     if not x.numel():
         return compare_empty(trial, layer, before, results)
@@ -209,7 +209,7 @@ def compare(trial, step, layer, before, results):
 
 
 def compare_empty(trial, layer, before, results):
-    """Nothing in, nothing out, and nothing moves."""
+    """Check that an empty input gives an empty output and changes no buffer."""
     for name, value in results.items():
         wanted = before.get(name, torch.zeros_like(value))
         if not torch.equal(value.nan_to_num(), wanted.nan_to_num()):
@@ -223,7 +223,7 @@ def kind_of(trial):
 
 
 def expected(trial, step, layer, before, arithmetic, shift=0):
-    """Everything that the step gives, in float64, by names as in ``check_step``."""
+    """All results of the step in float64, with the names of ``check_step``."""
     x = (clean_of(trial, step) + shift).requires_grad_()
     own = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
     with oracle.arithmetic(arithmetic):
@@ -270,7 +270,7 @@ def formula(trial, step, parameters_and_x, layer, before, arithmetic):
 
 
 def has_values(trial, step):
-    """Which running values a batch has something to say of: those with a valid value."""
+    """Which running values a batch updates: those of groups with a valid value."""
     valid = valid_in(trial, step)
     if trial.kind != "bgn":
         return valid.any()  # each channel has the same positions
@@ -280,7 +280,7 @@ def has_values(trial, step):
 
 
 def as_on_tables(trial, buffer, arithmetic):
-    """A buffer as the formula takes it: narrower than it is, maybe."""
+    """A buffer in the dtype of the formula, which may be narrower than the buffer."""
     values = buffer.double()
     return values if buffer.dtype == wide(trial) else arithmetic.rounded(values)
 
@@ -290,7 +290,7 @@ def unit_of(dtype):
 
 
 def errors_allowed(trial, step, layer, before, exact_and_recorded, draws):
-    """By how much each result may differ from the exact one."""
+    """The largest difference of each result from the exact one that is allowed."""
     exact, recorded = exact_and_recorded
     call = partial(expected, trial, step, layer, before)
     around = trial.kernels == "cpu" and step.mode in ("train", "off") and trial.kind != "gw"
@@ -314,7 +314,7 @@ def errors_allowed(trial, step, layer, before, exact_and_recorded, draws):
     )
     if trial.dtype != "float64" and widest > HUGE:
         largest |= {n: t + inf for n, t in largest.items() if n.startswith("gradient")}
-    margin = MARGIN * (1 + (trial.dtype == "float64"))  # where the oracle itself errs as much
+    margin = MARGIN * (1 + (trial.dtype == "float64"))  # the oracle itself may have such an error
     return {n: margin * largest[n] + stored(trial, n, value, before) for n, value in exact.items()}
 
 
@@ -331,18 +331,18 @@ def wide(trial):
 
 
 def direct_size(sizes):
-    """Magnitude of what is added up in a gradient, however much of it cancels.
+    """Magnitude of the terms that a gradient sums, even if they cancel.
 
-    ``sizes`` is what the statistics do not take part in; they take away means of it.
+    ``sizes`` is the part without the statistics, which subtract means of it.
     """
     ids = (oracle.group_ids(kind, sizes.shape) for kind in ("bn", "ln"))
     return sizes + sum(oracle.Exact().mean(sizes, i) for i in ids)
 
 
 def relative(errors, y):
-    """Errors of a channel's results, in parts of their size.
+    """Relative errors of a channel's results.
 
-    By as much a channel's distances from its mean are wrong, which are multiplied with the
+    The distances from a channel's mean have the same relative errors, and are multiplied by the
     gradient: also where the gradients of two stages cancel.
     """
     ids = oracle.group_ids("bn", y.shape)
@@ -351,10 +351,10 @@ def relative(errors, y):
 
 
 def levelled(trial, errors, sizes):
-    """No error below its group's mean: that two of them cancel in an element is chance.
+    """Raise every error to its group's mean: errors that cancel in one element do so by chance.
 
-    Nor is there a bound where rounding moves a group's results by a tenth of their size: how much
-    more it moves them is not known from a few draws.
+    There is no bound if rounding changes a group's results by a tenth of their size, because a few
+    draws do not show how much more it can change them.
     """
     kind, options = (trial.kind, grouping(trial)) if trial.kind in oracle.RULES else ("bn", {})
     ids = oracle.group_ids(kind, errors.shape, **options)
@@ -363,8 +363,8 @@ def levelled(trial, errors, sizes):
 
 
 def stored(trial, name, value, before):
-    """The error of putting a result into its dtype."""
-    if name in before:  # a buffer: old and new are added
+    """The error of rounding a result to its dtype."""
+    if name in before:  # a buffer is a sum of an old and a new value
         dtype, sizes = before[name].dtype, value.abs() + before[name].abs()
         if not dtype.is_floating_point:
             return torch.zeros_like(value, dtype=torch.float64)
@@ -382,7 +382,7 @@ def is_wrong(found, exact, bound):
 
 
 def wrong_elements(found, exact, bound):
-    """Where a result is too far away, or finite where it must not be, or the other way round."""
+    """Where a result differs too much, or is finite where it should not be, or the reverse."""
     if found.shape != exact.shape:
         return torch.ones(())
     limit = torch.finfo(found.dtype).max if found.dtype.is_floating_point else inf
@@ -395,7 +395,7 @@ def wrong_elements(found, exact, bound):
 
 
 def describe(found, exact, bound):
-    """Say where the worst element is and by how much."""
+    """Describe the element with the largest difference."""
     wrong = wrong_elements(found, exact, bound)
     if found.shape != exact.shape:
         return f"shape: {tuple(found.shape)} instead of {tuple(exact.shape)}"

@@ -25,7 +25,7 @@ UNSURVIVABLE = {
     ("distributed/accumulate.py", "__enter__"),
     ("distributed/accumulate.py", "__exit__"),
 }
-"""Functions that Python calls for ``with``: nobody can act on what comes before their first line.
+"""Functions that Python calls for ``with``; an exception before their first line cannot be handled.
 
 ``Probe`` has such ones too; it then ends when it is collected.
 """
@@ -101,7 +101,7 @@ def _first_line(code):
 
 @contextmanager
 def shortened():
-    """Let what takes long do less of it."""
+    """Shorten slow operations."""
     doctor, gradient = map(import_module, ("normkit.doctor.diagnose", "normkit.tune.gradient"))
     with (
         patch.object(doctor, "DELTAS", doctor.DELTAS[:1]),
@@ -113,7 +113,7 @@ def shortened():
 
 @dataclass
 class Profile:
-    """What a tool runs when nothing interrupts it.
+    """Record of a tool's run without interruption.
 
     Args:
         tool: The tool.
@@ -174,7 +174,7 @@ def profiled(tool, path):
 
 @shortened()
 def carried_out(trial, tool, path, benches):
-    """Carry out a trial; say what is not as it was before, or not as it must be.
+    """Run a trial, and report what differs from the state before, or is wrong.
 
     Args:
         trial: What is raised.
@@ -193,7 +193,7 @@ def carried_out(trial, tool, path, benches):
         found += [*differences(*states), *tool.check(bench)]
         if not found and not tool.moves:
             benches.append(bench)
-    if found:  # the next trial shall not suffer from this one
+    if found:  # so that this trial does not affect the next one
         torch.set_grad_enabled(True)
         while torch.overrides._get_current_function_mode_stack():
             torch.overrides._pop_mode()
@@ -220,7 +220,7 @@ def _run(bench, trial, lines):
 
 
 def _swallowed(trial, lines, raised):
-    """Say where Ctrl-C has come to nothing, or an exception became one that nobody expects."""
+    """Report if Ctrl-C was swallowed, or an exception was replaced by an unexpected one."""
     last = trial.errors[1] if lines.hit else None if trial.call is None else trial.errors[0]
     if last not in (None, "RuntimeError", type(raised).__name__):
         yield f"{last} has become {raised!r}"

@@ -1,10 +1,10 @@
-"""How far rounding may move a result: the definitions in an arithmetic that errs on purpose.
+"""The effect of rounding on a result: the definitions in an arithmetic with deliberate errors.
 
 Every operation of the oracle gets an error as large as an implementation of tables may make: half
 a unit in the last place of each result, and for a sum of ``n`` terms ``sqrt(n)`` units of the sum
 of their magnitudes (Higham & Mary 2019, A New Approach to Probabilistic Rounding Error Analysis).
-The signs are drawn. What several such results differ by is what the numbers at hand allow: an
-offset, a tiny variance or a far channel then costs what it must, and no tolerance is guessed.
+The signs are random. The differences between several such results are the allowed error. So an
+offset, a tiny variance or a distant channel enlarge it as they must, without a guessed tolerance.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.autograd import Function
 
 import oracle
 
-TABLE = torch.finfo(torch.float64).eps  # of what the C++ kernels keep in float64
-NEARBY = 8  # values whose mean the C++ kernels sum around: one of them may be the farthest
+TABLE = torch.finfo(torch.float64).eps  # unit of values that the C++ kernels keep in float64
+NEARBY = 8  # values whose mean the C++ kernels subtract before they sum; one may be an outlier
 
 
 class Recorded(oracle.Exact):
-    """Exact, and keeps all statistics in the order in which they are asked for."""
+    """Exact arithmetic that records all statistics in the order in which they are computed."""
 
     def __init__(self):
         self.means = []
@@ -30,7 +30,7 @@ class Recorded(oracle.Exact):
 
 
 class Given(oracle.Exact):
-    """Exact, with statistics that were recorded, through which no gradient flows."""
+    """Exact arithmetic with recorded statistics, through which no gradient flows."""
 
     def __init__(self, recorded):
         self.means = iter(recorded.means)
@@ -40,18 +40,18 @@ class Given(oracle.Exact):
 
 
 class Rounding(oracle.Exact):
-    """Errors of ``unit``, the distance from 1 to the next number, with signs drawn from ``seed``.
+    """Arithmetic with errors of ``unit``, the distance from 1 to the next number, and random signs.
 
-    With ``recorded``, a statistic errs from its exact value and not from what earlier errors have
-    made of it: a fused kernel knows the second stage's statistics from the first stage's table, so
-    that the errors of two stages need not cancel as they do where each looks at the map.
+    With ``recorded``, the error is added to the exact statistic and not to one that earlier errors
+    have changed: a fused kernel computes the second stage's statistics from the first stage's
+    table, so the errors of two stages need not cancel, as they do if each stage reads the map.
 
     Args:
-        unit: Of the dtype that is computed in.
+        unit: Unit of the dtype of the computation.
         around_the_mean: Sums are taken of distances from a mean of a few values, in float64, as
             the C++ kernels do, so that an offset costs nothing.
-        recorded: The exact statistics, or None to take those of the values at hand.
-        seed: Of the signs.
+        recorded: The exact statistics, or None to compute them from the values.
+        seed: Seed of the signs.
     """
 
     def __init__(self, unit, around_the_mean, recorded, seed):
@@ -60,11 +60,11 @@ class Rounding(oracle.Exact):
         self.generator = torch.Generator().manual_seed(seed)
 
     def signs(self, shape):
-        """As many times 1 as -1."""
+        """Random signs, 1 or -1 with equal probability."""
         return torch.randint(0, 2, shape, generator=self.generator, dtype=torch.float64) * 2 - 1
 
     def magnitude(self, x, center, ids):
-        """Of what is added up in a mean of ``x``."""
+        """Magnitude of the terms that are summed for a mean of ``x``."""
         x = x.detach()
         if self.around_the_mean:
             apart = (x - center.detach()).abs()
@@ -101,7 +101,7 @@ class Rounding(oracle.Exact):
         return _Used.apply(values, self)
 
     def error_of_means(self, sizes, ids):
-        """At every element, of the mean of its group, where terms of these sizes are added."""
+        """Error of the mean of each element's group, for terms of these magnitudes."""
         inside = oracle.are_valid(sizes)
         where = ids[inside]
         counts = torch.bincount(where, minlength=int(ids.max()) + 1).clamp(min=1)
@@ -109,9 +109,9 @@ class Rounding(oracle.Exact):
         return (self.error_of_sums(sums, counts) / counts)[ids]
 
     def error_of_segments(self, x):
-        """Of the means of every example's channels, around which a kernel sums and writes.
+        """Error of the mean of each example's channels, which a kernel subtracts.
 
-        In float64 also of their deviations: a running mean moves by units while it is summed.
+        In float64 also the error of their deviations, because a running mean is rounded too.
         """
         x, ids, exact = x.double(), oracle.group_ids("in", x.shape), oracle.Exact()
         apart = x - exact.mean(x, ids)
@@ -122,20 +122,20 @@ class Rounding(oracle.Exact):
         return shift + apart * self.error_of_means(x.abs(), ids) / deviation
 
     def error_of_sums(self, sums, counts):
-        """Of sums of so many terms, whose magnitudes have these sums."""
+        """Error of sums of ``counts`` terms, for these sums of magnitudes."""
         growth = counts.clamp(min=16).sqrt()  # a few operations on tables follow every sum
         return self.signs(sums.shape) * self.unit * growth * sums
 
 
 def farthest(apart, ids):
-    """The largest distance in every element's group; of the finite and valid ones."""
+    """The largest finite distance in each element's group, over valid positions."""
     known = oracle.are_valid(apart) & apart.isfinite()
     largest = torch.zeros(int(ids.max()) + 1, dtype=apart.dtype)
     return largest.scatter_reduce_(0, ids[known], apart[known], "amax")[ids]
 
 
 class _Mean(Function):
-    """Each group's mean is its own transpose."""
+    """The mean of each group; the operation is its own transpose."""
 
     @staticmethod
     def forward(ctx, values, ids, sizes, exact, rounding):

@@ -11,7 +11,7 @@ from fuzz.trial import Step, Trial
 
 
 def smallest(finding: Finding, tries: int = 300) -> Finding:
-    """Make it simpler step by step, as long as it fails in the same place."""
+    """Simplify a trial step by step, as long as it fails in the same place."""
     left = tries
     found = finding
     while left > 0:
@@ -29,7 +29,7 @@ def smallest(finding: Finding, tries: int = 300) -> Finding:
 
 
 def check_quietly(trial):
-    """A shrunk trial may be impossible: that is no finding."""
+    """Treat an impossible trial as one without a finding."""
     try:
         return check(trial)
     except Exception:  # noqa: BLE001 - whatever it is, the trial is not what is looked for
@@ -37,7 +37,7 @@ def check_quietly(trial):
 
 
 def simpler(trial: Trial) -> Iterator[Trial]:
-    """Trials with one thing less."""
+    """Trials in which one part is simplified."""
     yield from with_fewer_steps(trial)
     yield from with_smaller_maps(trial)
     yield from with_fewer_channels(trial)
@@ -87,7 +87,7 @@ def with_option(trial, name, value):
 
 
 def simpler_steps(step: Step, per_example: int) -> Iterator[Step]:
-    """Steps with one thing less."""
+    """Steps in which one part is simplified."""
     for less in (1, 2, step.num_examples // 2, step.num_examples - 1):
         if 0 < less < step.num_examples:
             kept = tuple((p % (less * per_example), v) for p, v in step.bad)

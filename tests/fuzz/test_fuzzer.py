@@ -1,4 +1,4 @@
-"""The fuzzer finds what is wrong, makes it small, and writes it down so that it runs."""
+"""The fuzzer finds faults, simplifies them, and writes them as scripts that run."""
 
 import random
 import subprocess

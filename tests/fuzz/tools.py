@@ -1,4 +1,4 @@
-"""Every tool that is given a model, as it is tried: what is prepared, and what is interrupted."""
+"""Every tool that takes a model: how a test prepares it, and the call that is interrupted."""
 
 from __future__ import annotations
 
@@ -88,6 +88,26 @@ def revert(bench, spec):
     bench.model.eval().double()
     bench.watched.append(done)
     return done.revert
+
+
+@tool("apply_recipe")
+def rebuild(bench):
+    recipe = nk.convert_norm(bench.model, {"stem": "gn:2", "stage1": "bcn:2+ws"}).recipe()
+    return lambda: nk.apply_recipe(bench.model, recipe, optimizer=bench.optimizer)
+
+
+@tool("back_to_torch_")
+def back_to_torch(bench):
+    nk.convert_norm_(bench.model, {"stem": "gn:2", "stage1": "bn"}, optimizer=bench.optimizer)
+    return lambda: nk.back_to_torch_(
+        bench.model, optimizer=bench.optimizer, example_input=bench.batches[0][0]
+    )
+
+
+@tool("Conversion.back_to_torch")
+def conversion_back_to_torch(bench):
+    done = nk.convert_norm_(bench.model, {"stage1": "in"}, optimizer=bench.optimizer)
+    return lambda: done.back_to_torch(optimizer=bench.optimizer)
 
 
 @tool("convert_norm", measures=True)

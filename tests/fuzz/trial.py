@@ -1,4 +1,4 @@
-"""One trial of a layer: everything that decides it, drawn from a seed."""
+"""One trial of a layer: all its settings, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def draw(kind, random):
 
 
 def parameter_dtypes(dtype):
-    """What the parameters of a layer may be, given its input's."""
+    """Possible dtypes of a layer's parameters, for the dtype of its input."""
     if dtype == "float64":
         return ("float64", "float64", "float32")
     if dtype == "float32":
@@ -237,7 +237,7 @@ def draw_step(trial, random):
 
 
 def shape_of(trial, step):
-    """Of the step's map."""
+    """Shape of the step's map."""
     return (step.num_examples, trial.num_features, *trial.spatial)
 
 
@@ -264,13 +264,13 @@ def values_of(trial, step):
 
 
 def junk_like(x):
-    """What padding may hold."""
+    """Values for the padding."""
     junk = torch.tensor([nan, inf, -1e4, 3.0], dtype=x.dtype)
     return junk.repeat(x.numel() // 4 + 1)[: x.numel()].reshape(x.shape)
 
 
 def mask_of(trial, step):
-    """What the layer is given as ``mask``."""
+    """The layer's argument ``mask``."""
     if not step.mask:
         return None
     shape = (step.num_examples, *trial.spatial)
@@ -281,7 +281,7 @@ def mask_of(trial, step):
 
 
 def valid_in(trial, step):
-    """Which positions have a say, ``(N, 1, *S)``."""
+    """The valid positions, ``(N, 1, *S)``."""
     mask = mask_of(trial, step)
     if mask is None:
         mask = torch.ones(step.num_examples, *trial.spatial, dtype=torch.bool)
@@ -291,7 +291,7 @@ def valid_in(trial, step):
 
 
 def patterned(x, pattern):
-    """Normal values made special."""
+    """Normal values with special ones among them."""
     if not x.numel() or pattern == "normal":
         return x
     if pattern == "constant":
@@ -309,7 +309,7 @@ def patterned(x, pattern):
 
 
 def gradient_of(trial, step):
-    """The gradient that comes back to the step's result."""
+    """The gradient of the step's result."""
     shape, dtype = shape_of(trial, step), getattr(torch, trial.dtype)
     if step.grad_layout == "one":
         return torch.ones((), dtype=dtype).expand(shape)
@@ -317,7 +317,7 @@ def gradient_of(trial, step):
 
 
 def arranged(x, layout):  # noqa: PLR0911 - a line a layout
-    """``x`` in other memory; what overlaps there takes the values of its first places."""
+    """``x`` with other strides; overlapping elements take the first of their values."""
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":

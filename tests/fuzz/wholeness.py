@@ -85,14 +85,14 @@ def _of_torch():
     )
     yield (
         ("torch", "kernels"),
-        (select._asked.kernels, len(select._asked.blocks), len(select._asked.own())),
+        (select._request.kernels, len(select._request.blocks), len(select._request.own())),
     )
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     yield ("torch", "stance"), None if dynamo is None else str(dynamo._stance)
 
 
 class Same:
-    """Equal to what holds the very same object, or an equal number or word."""
+    """Compares by identity of objects, or by equality of numbers and strings."""
 
     def __init__(self, value):
         self.value = value

@@ -1,4 +1,4 @@
-"""What is measured: images of different brightness in batches of several sizes, and a network."""
+"""Data and a network to measure: images of different brightness in batches of several sizes."""
 
 import torch
 from torch import nn

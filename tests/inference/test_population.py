@@ -1,4 +1,4 @@
-"""Merged statistics against one look at the concatenated data, in float64."""
+"""Merged statistics against those of the concatenated data, in float64."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What ``explain`` says of a call is what the call then does."""
+"""``explain`` says what a call then does."""
 
 import copy
 import sys

@@ -1,6 +1,3 @@
-import os
-import shutil
-
 import pytest
 
 from normkit.lab.environment import Environment
@@ -31,14 +28,13 @@ def record():
             learning_rate=0.1,
             train_loss=1.0,
             train_accuracy=0.4,
-            validation_loss=1.1,
-            validation_accuracy=0.45,
-            test_accuracy=accuracy,
+            validation_scores={"accuracy": 0.45, "loss": 1.1},
+            test_scores={} if accuracy is None else {"accuracy": accuracy},
         )
         given = {
             "status": "finished",
             "epochs": (epoch,),
-            "test_accuracy": accuracy,
+            "scores": {} if accuracy is None else {"accuracy": accuracy},
             "norms": (PlacedNorm(name="2", norm=norm, num_features=8, num_positions=1),),
             "peak_bytes": 1000,
         }
@@ -54,25 +50,3 @@ def record():
         )
 
     return make
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A browser; without one these tests fail where it is required, else they are skipped."""
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        reason = "chromium and chromedriver are not both on the path"
-        if os.environ.get("NORMKIT_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from selenium import webdriver  # only where there is a browser to drive
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=driver)
-    browser = webdriver.Chrome(options=options, service=service)
-    yield browser
-    browser.quit()

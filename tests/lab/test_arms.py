@@ -33,7 +33,9 @@ def build(arm, name=NET, **options):
 # --- read and written ---
 
 
-@pytest.mark.parametrize("text", [*EVERY, "ibn-b", "xbn-p1-d2/in", "ibn-a:ratio=0.25+ws"])
+@pytest.mark.parametrize(
+    "text", [*EVERY, "ibn-b", "four-things+ws", "xbn-p1-d2/in", "ibn-a:ratio=0.25+ws"]
+)
 def test_an_arm_prints_as_it_was_written(text):
     assert str(Arm.parse(text)) == text
     assert Arm.parse(Arm.parse(text)) == Arm.parse(text)
@@ -167,6 +169,19 @@ def test_an_arm_puts_its_norm_where_its_paper_does_and_bn_elsewhere(arm):
         assert {place.name: place.norm for place in built.norms} == expected
     assert built.standardized == ()
     assert built.model.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 128])
+def test_four_things_are_those_of_the_tool(batch_size):
+    built = build("four-things", batch_size=batch_size)
+    other = build(None).model
+    nk.four_things(other, batch_size)
+    assert [str(m) for m in built.model.modules()] == [str(m) for m in other.modules()]
+
+
+def test_four_things_need_a_batch_size():
+    with pytest.raises(nk.SpecError, match="four-things is chosen by the batch size; give batch"):
+        build("four-things")
 
 
 def test_none_leaves_no_norm():

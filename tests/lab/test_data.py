@@ -123,7 +123,7 @@ def test_a_cut_idx_file_says_what_is_missing(tmp_path):
 def test_an_idx_file_that_ends_in_its_header_is_an_error_too(tmp_path, axes):
     path = tmp_path / "images.gz"
     path.write_bytes(gzip.compress(bytes([0, 0, 8, axes]) + b"\1\0\0"))
-    with pytest.raises(DataError, match="breaks off in its header; copy the file anew"):
+    with pytest.raises(DataError, match="ends in the middle of its header; copy the file again"):
         read_idx(path)
 
 

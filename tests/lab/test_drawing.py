@@ -52,7 +52,7 @@ def test_the_middle_of_what_is_too_large_is_left_out():
 
 
 def test_letters_that_come_again_are_said_to():
-    assert "letters come again" in drawn("pn", (2, 1, 8, 8))[-1]
+    assert "letters repeat" in drawn("pn", (2, 1, 8, 8))[-1]
     assert drawn("pn", (2, 1, 5, 6))[-1] == ""
 
 
@@ -70,7 +70,7 @@ def test_letters_that_come_again_are_said_to():
             "bcn:1:micro",
             (2, 2, 3),
             [
-                "batch stage: 2 groups, running estimates moved by 6 elements each",
+                "batch stage: 2 groups, running estimates updated with 6 elements each",
                 "channel stage: 2 groups, statistics over 6 elements each",
             ],
         ),
@@ -83,7 +83,7 @@ def test_titles_say_over_how_many_elements(spec, shape, titles):
 def test_titles_of_evaluation_say_what_is_running():
     panels = panels_of(nk.BatchNorm(2, example_weight=0.25).eval(), (2, 2, 3))
     assert [panel.title for panel in panels] == [
-        "2 groups, running statistics: no element has a say in another's, with a weight of 0.75",
+        "2 groups, running statistics, which do not depend on the input, with a weight of 0.75",
         "4 groups, statistics over 3 elements each, with a weight of 0.25",
     ]
 

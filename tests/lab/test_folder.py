@@ -78,7 +78,7 @@ def test_the_fingerprint_changes_with_a_picture_and_with_a_folder(photos):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda root: None, r"is no folder; give one that has a folder per class"),
+        (lambda root: None, r"is not a folder; give one with a folder per class"),
         (lambda root: root.mkdir(), r"has no folder; it needs a folder of pictures for each class"),
         (lambda root: fill(root, classes=("cat",)), r"has cat; it needs a folder of pictures"),
         (lambda root: fill(root, per_class=0), r"has no pictures in its class folders"),
@@ -109,7 +109,7 @@ def test_grey_pictures_become_coloured_beside_coloured_ones(tmp_path):
 
 
 def test_a_centre_is_what_evaluation_sees():
-    """A constant frame around a constant centre, twice as large as what is seen."""
+    """A constant frame around a constant centre, in pictures twice as large as the centre crop."""
     picture = torch.zeros(1, 64, 64, dtype=torch.uint8)
     picture[:, 4:60, 4:60] = 200
     seen = at_size(picture, (28, 28))  # 64 to 32, of which the middle 28 are seen
@@ -206,7 +206,7 @@ def test_floating_pictures_are_what_the_network_gets():
         (lambda: (tensors(0), tensors(3)), r"mine \(train\) has no examples"),
         (lambda: [1, 2, 3], r"mine \(train\) gave a int at position 0"),
         (lambda: [(torch.zeros(3), 1)], r"example 0 of mine .* a tensor of shape \(3,\) as its"),
-        (lambda: [(torch.zeros(1, 2, 2), "cat")], r"classes that are no whole numbers"),
+        (lambda: [(torch.zeros(1, 2, 2), "cat")], r"classes that are not whole numbers"),
         (
             lambda: ([(torch.zeros(1, 2, 2), 0)], [(torch.zeros(1, 2, 2), 5)]),
             r"has the classes \[5\]",

@@ -34,8 +34,15 @@ def logged(spec, tmp_path):
 
     def log(name):
         record = run(spec, upkeep=Upkeep(folder=tmp_path, loggers=(name,)))
-        epochs = [epoch.model_dump() for epoch in record.outcome.epochs]
-        return [{k: v for k, v in epoch.items() if v is not None} for epoch in epochs]
+        epochs = record.outcome.epochs
+        assert "accuracy" in epochs[0].validation_scores
+        return [
+            {"learning_rate": e.learning_rate, "train_loss": e.train_loss}
+            | {"train_accuracy": e.train_accuracy}
+            | {f"validation_{name}": value for name, value in e.validation_scores.items()}
+            | {f"test_{name}": value for name, value in e.test_scores.items()}
+            for e in epochs
+        ]
 
     return log
 

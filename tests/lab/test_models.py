@@ -12,6 +12,7 @@ from normkit.lab.models.architecture import architecture
 from normkit.lab.models.build import norm_slots
 
 OURS = ("small-resnet", "small-resnet:width=8:blocks=2", "mlp:depth=3:width=16", "vgg11")
+OURS += ("wide-resnet:depth=10:width=1", "resnet12:width=4")
 ZOO = (
     "torchvision:resnet18",  # takes norm_layer=
     "mobilenet_v3_small",  # a plain name; takes norm_layer= through nested blocks

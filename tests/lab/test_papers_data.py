@@ -53,7 +53,9 @@ def test_caltech_is_split_by_class_and_the_same_each_time(data_folder):
     for label, (name, number) in enumerate((("ape", 85), ("bat", 90))):
         for at in range(number):
             picture(folder / name / f"{at:03}.png", 100 * label + at)
+    picture(folder / "257.clutter" / "000.png", 255)
     found = open_data("caltech256", side=4)
+    assert found.num_classes == 2
     parts = (found.train, found.validation, found.test)
     assert [len(part) for part in parts] == [80, 20, 60]
     for part in parts:
@@ -94,7 +96,7 @@ def test_names_and_arguments_that_there_are_not_are_refused(text, message):
 
 @pytest.mark.parametrize("name", ["imagenet", "caltech256"])
 def test_a_folder_that_is_missing_is_named(data_folder, name):
-    with pytest.raises(DataError, match=r"is not there; put .* into it, or set NORMKIT_DATA"):
+    with pytest.raises(DataError, match=r"does not exist; put .* into it, or set NORMKIT_DATA"):
         open_data(name)
 
 
@@ -115,7 +117,7 @@ def test_extra_pictures_of_svhn_train_and_are_not_tested(monkeypatch):
     forget_data()
     found = open_data("svhn-extra")
     forget_data()
-    assert (len(found.train), len(found.validation), len(found.test)) == (45, 5, 5)
+    assert (len(found.train), len(found.validation), len(found.test)) == (40, 10, 5)
     written = torch.cat([found.train.values, found.validation.values])[:, 0, 0, 0]
     assert torch.bincount(written.int()).tolist() == [20, 0, 30]
     assert set(found.test.values.unique().tolist()) == {1}
@@ -161,11 +163,17 @@ def num_parameters(name, num_classes=10):
 @pytest.mark.parametrize(
     ("name", "millions", "num_convolutions"),
     [  # as He et al. print them: 0.27, 1.7; and torchvision's less its stem, plus 3x3 of 64
+        # Zagoruyko and Komodakis count 36.5 million, and three shortcuts among the convolutions
         ("thin-resnet:depth=20", 0.27, 19),
         ("thin-resnet:depth=110", 1.73, 109),
         ("cifar-resnet:depth=18", 11.17, 20),
         ("cifar-resnet:depth=50", 23.52, 53),
         ("cifar-densenet:depth=121", 6.96, 120),
+        ("cifar-densenet:depth=21", 0.02, 20),
+        ("wide-resnet:depth=28:width=10", 36.48, 28),
+        ("wide-resnet:depth=40:width=4", 8.95, 40),
+        ("wide-resnet:depth=10:width=2", 0.304, 10),
+        ("resnet12", 8.00, 16),  # about 8 million where the channels are 64, 128, 256 and 512
     ],
 )
 def test_networks_for_32_pixels_have_their_depth_and_size(name, millions, num_convolutions):
@@ -180,8 +188,9 @@ def test_networks_for_32_pixels_have_their_depth_and_size(name, millions, num_co
     ("name", "message"),
     [
         ("thin-resnet:depth=21", "thin-resnet was given depth=21; give 6n \\+ 2"),
+        ("wide-resnet:depth=12", "wide-resnet was given depth=12; give 6n \\+ 4, such as 10"),
         ("cifar-resnet:depth=20", "cifar-resnet was given depth=20; give one of 18, 34, 50"),
-        ("cifar-densenet:depth=20", "cifar-densenet was given depth=20; give one of 121, 161"),
+        ("cifar-densenet:depth=20", "cifar-densenet was given depth=20; give one of 21, 121, 161"),
     ],
 )
 def test_depths_that_there_are_not_are_refused(name, message):
@@ -201,3 +210,29 @@ def test_a_stem_for_32_pixels_keeps_the_map(name, first_block):
     )
     model.eval()(torch.randn(2, 3, 32, 32))
     assert shapes == [(2, 64, 32, 32)]
+
+
+def test_a_wide_network_normalises_before_it_convolves():
+    model = build_model("wide-resnet:width=2", num_classes=10).model
+    norms = [m.num_features for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms == [16, 32, 32, 64, 64, 128, 128]
+    stages = [m.conv1.stride[0] for m in model.modules() if hasattr(m, "conv1")]
+    assert stages == [1, 2, 2]
+    block = model[1].eval()
+    x = torch.randn(2, 16, 8, 8)
+    activated = torch.relu(block.norm1(x))  # its input is normalised before the shortcut, too
+    y = block.conv2(torch.relu(block.norm2(block.conv1(activated))))
+    assert torch.equal(block(x), y + block.shortcut(activated))
+
+
+@pytest.mark.parametrize("size", [84, 28, 8])
+def test_twelve_convolutions_halve_the_map_as_long_as_there_is_one(size):
+    model = build_model("resnet12:width=4", num_classes=3, input_shape=(1, size, size)).model
+    maps = []
+    for module in model:
+        if hasattr(module, "conv3"):
+            module.register_forward_hook(lambda m, i, o: maps.append(o.shape[1:]))
+    assert model(torch.randn(2, 1, size, size)).shape == (2, 3)
+    assert [tuple(m) for m in maps] == [
+        (4 * 2**at, max(1, size >> at), max(1, size >> at)) for at in range(4)
+    ]

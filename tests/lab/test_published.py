@@ -23,7 +23,7 @@ def accuracies(name):
         record = json.loads(line)
         spec, outcome = record["spec"], record["outcome"]
         assert outcome["status"] == "finished"
-        found[spec["norm"], spec["batch_size"]][spec["seed"]] = 100 * outcome["test_accuracy"]
+        found[spec["norm"], spec["batch_size"]][spec["seed"]] = 100 * outcome["scores"]["accuracy"]
     return found
 
 

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from normkit.errors import SpecError
-from normkit.lab.data import Examples
+from normkit.lab.data import Dataset, Examples
 from normkit.lab.loop import Loop, grouped, num_updates, own_parts
 from normkit.lab.recipe import Recipe, Timetable
 from normkit.lab.spec import Protocol
+from normkit.lab.tasks.classification import ClassificationRun
 
 
 def rates(recipe, steps_per_epoch=4, step_examples=128):
@@ -27,6 +28,18 @@ def test_a_list_drops_between_epochs_as_the_papers_do():
     found = rates(Recipe(epochs=164), steps_per_epoch=3)
     expected = [0.1] * 81 + [0.01] * 41 + [0.001] * 42
     assert found == pytest.approx([rate for rate in expected for _ in range(3)], rel=1e-12)
+
+
+def test_a_list_may_say_what_the_rate_is_after_each_drop():
+    """As Gidaris and Komodakis: 0.1, and 0.006, 0.0012, 0.00024 from epochs 20, 40 and 50 of 60."""
+    recipe = Recipe(
+        epochs=60, lr_drops=(20 / 60, 40 / 60, 50 / 60), lr_values=(0.06, 0.012, 0.0024)
+    )
+    expected = [0.1] * 20 + [0.006] * 20 + [0.0012] * 10 + [0.00024] * 10
+    assert rates(recipe, steps_per_epoch=1) == pytest.approx(expected, rel=1e-12)
+    assert "0.06 and 0.012 and 0.0024 of it after 33 % and 67 % and 83 %" in recipe.sentence
+    with pytest.raises(SpecError, match="2 lr_values for 3 lr_drops; give one for each drop"):
+        Recipe.checked({"epochs": 60, "lr_drops": (0.2, 0.4, 0.6), "lr_values": (0.1, 0.01)})
 
 
 def test_a_step_schedule_drops_every_so_many_epochs():
@@ -97,7 +110,14 @@ def examples(num, seed=1):
 
 def loop_of(**recipe):
     protocol = Protocol(**recipe)
-    return Loop(small_net(), protocol, 0.1, torch.device("cpu"), 3)
+    return loop_with(small_net(), protocol)
+
+
+def loop_with(net, protocol):
+    whole = examples(10)
+    dataset = Dataset(name="drawn", num_classes=3, train=whole, validation=whole, test=whole)
+    run = ClassificationRun(net, protocol, dataset)
+    return Loop(net, protocol, 0.1, torch.device("cpu"), run)
 
 
 def weights_of(network):
@@ -154,7 +174,7 @@ def test_optimizers_are_those_of_torch(name, oracle):
 
 def test_norms_decay_by_a_rate_of_their_own():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3))
-    loop = Loop(net, Protocol(norm_weight_decay=0.0), 0.1, torch.device("cpu"), 3)
+    loop = loop_with(net, Protocol(norm_weight_decay=0.0))
     decay = {id(p): g["weight_decay"] for g in loop.optimizer.param_groups for p in g["params"]}
     assert decay[id(net[2].weight)] == decay[id(net[2].bias)] == 0.0
     assert decay[id(net[1].weight)] == 1e-4
@@ -195,6 +215,6 @@ def test_half_precision_needs_a_gpu():
 
 def test_a_network_that_gives_something_else_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    loop = Loop(net, Protocol(), 0.1, torch.device("cpu"), 3)
+    loop = loop_with(net, Protocol())
     with pytest.raises(Exception, match=r"gave \(10, 5\) for 10 examples of 3 classes"):
         loop.step([examples(10)])

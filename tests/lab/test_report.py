@@ -156,7 +156,7 @@ def test_the_runs_are_written_as_csv_beside_the_report(wide_sweep, records, tmp_
     found = rows[0]
     first = records[0]
     assert (found["norm"], found["batch_size"], found["seed"]) == ("bn", "2", "1")
-    assert float(found["test_accuracy"]) == first.outcome.test_accuracy
+    assert float(found["test_accuracy"]) == first.outcome.scores["accuracy"]
     assert (float(found["step_time_s"]), found["peak_bytes"]) == (0.001, "1000")
     diverged = next(row for row in rows if row["status"] == "diverged")
     assert (diverged["norm"], diverged["test_accuracy"]) == ("bn", "")

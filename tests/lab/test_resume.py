@@ -116,14 +116,16 @@ def test_every_random_state_comes_back(tmp_path):
     random.gauss(0, 1)
     np.random.standard_normal()  # noqa: NPY002 - the global state, with half a pair kept
     checkpoint = Checkpoint(tmp_path / "x.safetensors")
-    checkpoint.write(net, optimizer, {"a": [1, None]})
+    checkpoint.write(net, optimizer, {"a": [1, None]}, {"seen": torch.tensor([3, 4])})
 
     def draws():
         return (random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(),  # noqa: NPY002
                 torch.rand(3).tolist())  # fmt: skip
 
     expected = draws()
-    assert checkpoint.read(net, optimizer) == {"a": [1, None]}
+    saved = checkpoint.read(net, optimizer)
+    assert saved.about == {"a": [1, None]}
+    assert saved.extra["seen"].tolist() == [3, 4]
     assert draws() == expected
 
 

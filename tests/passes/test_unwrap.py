@@ -1,4 +1,4 @@
-"""Models that nobody can look into are refused by every tool, with the way out."""
+"""Models that hide their layers are refused by every tool, with the way out."""
 
 import pytest
 import torch

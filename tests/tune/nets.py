@@ -42,7 +42,7 @@ def plain_net(norm=nn.BatchNorm2d):
 
 
 class Bypass(nn.Module):
-    """A residual block of which the first norm is in the branch: the sum sees both."""
+    """A residual block whose first norm is in the branch, so the shortcut bypasses it."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Bypass(nn.Module):
 
 
 class Branches(nn.Module):
-    """Two norms side by side, none of which sees what the other puts out."""
+    """Two parallel norms, whose inputs do not depend on each other."""
 
     def __init__(self):
         super().__init__()

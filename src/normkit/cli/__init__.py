@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program ``normkit``.
 
     Args:
-        arguments: What follows the program's name; ``None`` for the command line's own.
+        arguments: The words after the program's name; ``None`` takes those of the command line.
 
     Returns:
         The exit code: 0, 1 if runs failed, 2 for bad input, 130 after an interrupt.

@@ -1,4 +1,4 @@
-"""Lets ``python -m normkit.cli`` stand for ``normkit``."""
+"""Makes ``python -m normkit.cli`` run the program ``normkit``."""
 
 import sys
 

@@ -23,9 +23,9 @@ class Validate(ModelOptions):
     """
 
     batch_size: int
-    """Examples of a batch that one process computes."""
+    """Examples in a batch of one process."""
     evaluation: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Ask about evaluation only."""
+    """Check evaluation instead of training."""
     json_output: Json = False
     """Print the findings as JSON, and nothing else, to the standard output."""
 
@@ -38,10 +38,11 @@ class Validate(ModelOptions):
         Raises:
             NormError: If an option breaks its rule.
         """
+        dataset = self.opened()
         found = validate(
-            self.build().train(not self.evaluation),
+            self.build(dataset).train(not self.evaluation),
             batch_size=self.batch_size,
-            input_shape=self.shape(),
+            input_shape=self.shape(dataset),
             training=not self.evaluation,
         )
         if self.json_output:
@@ -53,18 +54,18 @@ class Validate(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Recommend:
-    """Rank norms for a batch size, with what the papers measured."""
+    """Rank norms for a batch size, with the papers' measurements."""
 
     batch_size: int
-    """Examples of a batch that one process computes."""
+    """Examples in a batch of one process."""
     workers: int | None = None
-    """Number of processes, if the batch size is of all of them together."""
+    """Number of processes; the batch size then is that of all of them together."""
     pretrained: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Weights trained with batch norm are to be kept."""
+    """Keep weights that were trained with batch norm."""
     task: Task = "classification"
-    """What the network is for."""
+    """The network's task."""
     details: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the reasons, the evidence and the limits of each."""
+    """Print the reasons, the evidence and the limits for each norm."""
     json_output: Json = False
     """Print everything as JSON, and nothing else, to the standard output."""
 

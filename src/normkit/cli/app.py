@@ -1,4 +1,4 @@
-"""The program `normkit`: its commands, and what it says when something is wrong."""
+"""The program `normkit`: its commands, its error messages and its exit codes."""
 
 import json
 import re
@@ -25,8 +25,8 @@ from normkit.errors import NormError, SpecError
 from normkit.text import escaped, shortened
 
 EXIT_BAD_INPUT = 2  # tyro's own code for a flag that it does not know
-LONGEST_WORD = 400  # of an error's message; a path or a list of numbers may be long
-EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that nobody listens to any more
+LONGEST_WORD = 400  # characters of a word in an error message; longer ones are cut
+EXIT_BROKEN_PIPE = 141  # what a shell reports if the reader of the output is gone
 EXIT_INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 COMMANDS = {
@@ -47,13 +47,13 @@ Command = (
 
 
 def run(given: Sequence[str]) -> int:
-    """Parse the command line, run the command, and say what is wrong.
+    """Parse the command line, run the command, and report errors.
 
-    With ``--json`` the standard output gets JSON in any case: errors are an object with the keys
+    With ``--json`` the standard output is always JSON: an error is an object with the keys
     ``error`` and ``type``.
 
     Args:
-        given: What follows the program's name.
+        given: The words after the program's name.
 
     Returns:
         The exit code: 0, 1 if runs failed, 2 for bad input, 130 after an interrupt.
@@ -64,12 +64,12 @@ def run(given: Sequence[str]) -> int:
             code = _run(given)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         drop_output()
         return EXIT_BROKEN_PIPE if is_closed(sys.stderr) else 0
     except OSError as error:
         if error.filename is not None:
-            raise  # of a file, so not of the output
+            raise  # the error is about a file, not about the output
         drop_output()
         sys.stderr.write(f"normkit: the output cannot be written: {error.strerror}\n")
         return EXIT_BAD_INPUT
@@ -85,8 +85,8 @@ def _run(given: Sequence[str]) -> int:
     except (KeyboardInterrupt, ImportError) as interrupt:
         if not _is_interrupt(interrupt):
             raise
-        # Where it came inside of an exec("..."), as dataclasses do while they are imported, Python
-        # remembers it until the next one, and would end the process by the signal.
+        # If the interrupt came inside an exec("..."), which dataclasses call at import, Python
+        # would remember it and end the process by the signal. Another exec clears that.
         exec("")
         keeps = isinstance(command, Compare | Reproduce)
         kept = "finished runs are kept" if keeps else "no file is half written"
@@ -94,9 +94,9 @@ def _run(given: Sequence[str]) -> int:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether a user's interrupt is behind an error.
+    """Whether an error was caused by a user's interrupt.
 
-    One that comes while an extension module is imported ends in an ``ImportError``.
+    An interrupt during the import of an extension module is raised as an ``ImportError``.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
@@ -106,7 +106,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
 def _refuse(
     error: BaseException, given: Sequence[str], text: str = "", code: int = EXIT_BAD_INPUT
 ) -> int:
-    """Say what is wrong, in one sentence, and where it was asked for also as JSON."""
+    """Write an error to the standard error, and with ``--json`` also as JSON."""
     said = text or _said(error)
     sys.stderr.write(f"normkit: {said}\n")
     if "--json" in given:
@@ -115,36 +115,37 @@ def _refuse(
 
 
 def _said(error: BaseException) -> str:
-    """What an error says, without control characters, and endless words cut."""
+    """The text of an error, without control characters and with long words cut."""
     return re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:40]}...", escaped(str(error)))
 
 
 def _parse(given: Sequence[str]) -> Command:
-    """Read the command line.
+    """Parse the command line; tyro prints its own errors and exits, unless ``--json`` is given.
 
     Raises:
-        SpecError: If it cannot be read and ``--json`` is in it, or it has an endless number.
+        SpecError: If a number is too long, or ``--json`` is given and tyro cannot parse the rest.
     """
-    endless = [word for word in given if re.fullmatch(rf"[+-]?\d{{{MAX_DIGITS},}}", word)]
-    if endless:
+    long = [word for word in given if re.fullmatch(rf"[+-]?\d{{{MAX_DIGITS},}}", word)]
+    if long:
         raise SpecError(
-            f"a number of {len(endless[0])} digits was given, {endless[0][:20]}...; no option "
+            f"a number of {len(long[0])} digits was given, {long[0][:20]}...; no option "
             f"takes one so long"
         )
     if "--json" not in given:
         return _read(given)
-    with redirect_stderr(StringIO()) as told:
+    with redirect_stderr(StringIO()) as written:
         try:
-            _read([word for word in given if word != "--json"])  # its complaints name no --json
+            # Parse without --json first: tyro's error should name the wrong option, not --json.
+            _read([word for word in given if word != "--json"])
             return _read(given)
         except SystemExit as stop:
             if stop.code in (0, None):
                 raise
-            raise SpecError(_unboxed(told.getvalue())) from stop
+            raise SpecError(_unboxed(written.getvalue())) from stop
 
 
 def _unboxed(text: str) -> str:
-    """What stands under the title of tyro's box, to the next rule, in one line."""
+    """The first paragraph in the box that tyro draws around an error, in one line."""
     sides, rule = "|\N{BOX DRAWINGS LIGHT VERTICAL}", "-\N{BOX DRAWINGS LIGHT HORIZONTAL} "
     lines = [line.strip(sides) for line in text.splitlines()[1:]]
     below = dropwhile(lambda line: not line.strip(rule), lines)

@@ -1,4 +1,4 @@
-"""`normkit bench`: our layers against torch's, in one run."""
+"""`normkit bench`: times our layers and torch's in one run."""
 
 import sys
 from collections.abc import Generator
@@ -41,41 +41,42 @@ from normkit.spec import parse_specs
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time our layers and torch's in turns, and show how they compare.
+    """Time our layers and torch's in turns, and compare them.
 
-    Nothing is compared unless outputs and input gradients agree.
+    Times are compared only if outputs and input gradients agree.
     """
 
     norms: str = "bn,gn:32,in,ln"
-    """Norms, with commas between."""
+    """Norms, separated by commas."""
     shapes: str = "resnet50"
     """Shapes of the maps: resnet50, small, or a file with a JSON list of [C, H, W]."""
     batch_sizes: str = "2,32"
-    """Batch sizes, with commas between."""
+    """Batch sizes, separated by commas."""
     dtype: str = "float32"
     """The maps' dtype: float32, float64, bfloat16 or float16."""
     memory_format: str = "contiguous"
     """The maps' layout: contiguous or channels_last."""
     against: str = "torch,composition"
-    """Peers: torch's layers, compositions of its operators where it has none, compile."""
+    """Peers: torch's layers; compositions of torch's operators, for norms without a layer in torch;
+    compile."""
     device: str = "cpu"
     """Where to compute: auto, cpu or cuda."""
     threads: int | None = None
     """CPU threads; torch's own number if not given."""
     repeats: int = 200
-    """The most times that a call is timed."""
+    """Largest number of times that a call is timed."""
     budget_s: float = 0.5
-    """Seconds after which a call is not repeated, five times at least."""
+    """Seconds after which a call is no longer repeated; it is timed at least five times."""
     end_to_end: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Time training steps of whole networks instead of layers."""
     fused: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Time batch norm and ReLU in one pass, beside one after the other, and whole networks so."""
+    """Time batch norm and ReLU in one pass and separately, in layers and in whole networks."""
     out: Path | None = None
     """File for the record (JSON); a chart is written beside it."""
     render: Path | None = None
-    """Measure nothing: print a record's tables as Markdown and draw its chart anew."""
+    """Measure nothing: print the tables of this record as Markdown and draw its chart again."""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the times of every shape, too."""
+    """Also print the times of every shape."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
@@ -96,7 +97,7 @@ class Bench:
         return self._run_end_to_end() if self.end_to_end else self._run_layers()
 
     def spec(self) -> BenchSpec:
-        """What the options ask for.
+        """The benchmark that the options describe.
 
         Raises:
             SpecError: If an option breaks its rule.
@@ -199,7 +200,7 @@ def _as_json(record: BenchRecord) -> dict[str, object]:
 
 @contextmanager
 def _progress(total: float) -> Generator[Progress]:
-    """Show how far the measurements are, and how long the rest will take."""
+    """Show the progress of the measurements, and the time that is left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -208,7 +209,7 @@ def _progress(total: float) -> Generator[Progress]:
         TimeRemainingColumn(),
         TextColumn("remaining"),
     )
-    # a redraw takes time from what is timed: once a second is enough
+    # Redrawing disturbs the measurement, so it happens only once per second.
     with Progress(*columns, console=Terminal(stderr=True), refresh_per_second=1) as display:
         display.add_task("measuring", total=total)
         yield display

@@ -1,4 +1,4 @@
-"""The terminal's tables of a benchmark."""
+"""Tables of a benchmark for the terminal."""
 
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +15,7 @@ SIDES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
 
 def print_bench(record: BenchRecord, verbose: bool) -> None:
-    """Print ratios by norm and batch size, the tiny map, the targets, and if wanted each shape."""
+    """Print ratios by norm and batch size, the tiny map, the targets, and if verbose each shape."""
     console = Terminal()
     console.print(_ratio_table(record))
     console.print(_tiny_table(record))
@@ -27,7 +27,7 @@ def print_bench(record: BenchRecord, verbose: bool) -> None:
 
 
 def print_end_to_end(record: EndToEndRecord) -> None:
-    """Print the times of the training steps, and where it was measured their memory."""
+    """Print the times of the training steps, and their memory if it was measured."""
     table = Table(title="Training step")
     table.add_column("network", no_wrap=True)
     for name in ("input", "norm", "torch, ms", "ours, ms", "torch / ours", "peak MiB"):
@@ -46,8 +46,8 @@ def print_end_to_end(record: EndToEndRecord) -> None:
 
 
 def print_fused(record: FusedRecord) -> None:
-    """Print how many times as long torch's layers and our separate ones take as the fused ones."""
-    table = _table("Forward and backward, time of the others in times of one pass", "what")
+    """Print the times of torch's layers and of our separate ones, divided by the fused ones'."""
+    table = _table("Forward and backward, time divided by that of one pass", "what")
     for name in ("torch's", "ours, one by one"):
         table.add_column(name, justify="right")
     for residual in (False, True):
@@ -62,7 +62,7 @@ def print_fused(record: FusedRecord) -> None:
 
 
 def _ratio_table(record: BenchRecord) -> Table:
-    table = _table("Time of the peer in times of ours, geometric mean, slowest shape", "norm")
+    table = _table("Time of the peer divided by ours, geometric mean, slowest shape", "norm")
     table.add_column("against")
     for size in record.spec.batch_sizes:
         table.add_column(f"batch {size}", justify="right")
@@ -84,7 +84,7 @@ def _cell_text(cell: BenchCell) -> str:
 
 
 def _tiny_table(record: BenchRecord) -> Table:
-    table = _table("The tiny map 2x64x8x8: microseconds, and of nn.BatchNorm2d's time", "norm")
+    table = _table("The tiny map 2x64x8x8: microseconds (divided by nn.BatchNorm2d's time)", "norm")
     for timed in TIMED:
         table.add_column(SIDES[timed], justify="right")
     for row in tiny_rows(record):
@@ -98,7 +98,7 @@ def _tiny_text(row: Row, timed: Timed) -> str:
 
 
 def _shape_table(record: BenchRecord) -> Table:
-    table = _table("Every shape: milliseconds of ours and of its peer, and their ratio", "norm")
+    table = _table("Every shape: milliseconds of ours and the peer, and their ratio", "norm")
     table.add_column("map")
     table.add_column("against")
     for timed in TIMED:

@@ -1,4 +1,4 @@
-"""`normkit compare`: which norm wins at which batch size, and at what cost."""
+"""`normkit compare`: which norm is best at which batch size, and at what cost."""
 
 import shlex
 import sys
@@ -37,46 +37,46 @@ from normkit.lab.work import MAX_PROCESSES
 
 EXIT_FAILED_RUNS = 1
 DEFAULTS = {"norms": "bn,gn:8,bgn:auto", "batch_sizes": "2,8,32", "seeds": "1,2,3"}
-UNTOLD = ("json_output", "workers", "dry_run", "data_workers")  # decide nothing of the report
+NOT_REPEATED = ("json_output", "workers", "dry_run", "data_workers")  # do not change the report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(RecipeOptions):
-    """Train one network with several norms at several batch sizes, and show which wins.
+    """Train one network with several norms at several batch sizes, and show which is best.
 
     Runs that have a record in the output folder are not repeated, unless the data, the model's
     source or normkit has changed. Processes that torchrun started train each network together.
     """
 
     norms: str | None = None
-    """Norms, or arms such as xbn/gn:64, ibn-a or none (normkit list), with commas between;
-    differences are taken to the first (default: bn,gn:8,bgn:auto)."""
+    """Norms, or arms such as xbn/gn:64, ibn-a or none (normkit list), separated by commas; the
+    others are compared with the first (default: bn,gn:8,bgn:auto)."""
     batch_sizes: str | None = None
-    """Examples that a norm sees at a time, with commas between (default: 2,8,32)."""
+    """Examples that a norm sees at a time, separated by commas (default: 2,8,32)."""
     seeds: str | None = None
-    """Seeds, with commas between; each cell runs all of them (default: 1,2,3)."""
+    """Seeds, separated by commas; each norm and batch size runs all of them (default: 1,2,3)."""
     tune_lr: str | None = None
-    """Learning rates in place of --base-lr, with commas between: each norm at each batch size gets
+    """Learning rates in place of --base-lr, separated by commas: each norm at each batch size gets
     the one that is best on validation data."""
     device: str | None = None
     """Where to compute: auto, cpu or cuda (default: auto)."""
     workers: int | None = None
-    """Runs at once; as many as the machine has room for if not given."""
+    """Runs at the same time; by default as many as the machine has room for."""
     data_workers: int | None = None
     """Processes of each run that read pictures ahead (default: 0)."""
     cluster: Literal["ray"] | None = None
-    """Do the runs on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
+    """Run on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
     checkpoint_seconds: float | None = None
-    """Seconds between two checkpoints of a run, from which it goes on after it was killed
+    """Seconds between two checkpoints of a run, from which it continues after it was killed
     (default: 60)."""
     save_weights: Given = False
     """Write the trained weights to the folder weights beside the records."""
     no_save_weights: Given = False
-    """Do not, though the file says so."""
+    """Do not write the weights, even if the file given by --config says so."""
     loggers: str | None = None
-    """Loggers that get each epoch's figures: tensorboard, csv, wandb, mlflow, commas between."""
+    """Loggers of each epoch's values, separated by commas: tensorboard, csv, wandb, mlflow."""
     dry_run: Given = False
-    """Train nothing: print runs, steps, estimated time and memory from measured steps."""
+    """Train nothing: print runs and steps, and time and memory estimated from measured steps."""
     out: Path | None = None
     """Folder for records.jsonl, results.csv, report.html and experiment.toml (default:
     runs/compare)."""
@@ -106,7 +106,7 @@ class Compare(RecipeOptions):
         return _exit_code(result.records)
 
     def sweep(self, given: Mapping[str, Any]) -> SweepSpec:
-        """What the options ask for.
+        """The sweep that the options describe.
 
         Args:
             given: The options of the command line and the file, by name.
@@ -129,7 +129,7 @@ class Compare(RecipeOptions):
         return sweep_of(values, flag)
 
     def command(self, out: str) -> str:
-        """The command line that repeats this, every option that was given named.
+        """The command line that repeats this run, with every option that was given.
 
         Args:
             out: The output folder.
@@ -137,19 +137,19 @@ class Compare(RecipeOptions):
         words = ["normkit", "compare"]
         for option in fields(self):
             value = out if option.name == "out" else getattr(self, option.name)
-            if option.name in UNTOLD or value == option.default:
+            if option.name in NOT_REPEATED or value == option.default:
                 continue
             words += [flag(option.name)] + ([] if value is True else [str(value)])
         return shlex.join(words)
 
     def _estimate(self) -> int:
-        with redirect_stdout(sys.stderr):  # as above
+        with redirect_stdout(sys.stderr):  # downloads print to the output
             sweep = self.sweep(self.values())
             dataset = check(sweep)
             if dataset is None:
                 raise SpecError(
-                    "--dry-run was given with --train, whose steps only that function knows; leave "
-                    "--dry-run out, or try one norm, batch size and seed"
+                    "--dry-run was given with --train, but only the function knows its steps; "
+                    "leave --dry-run out, or try one norm, batch size and seed"
                 )
             found = estimate(sweep, dataset)
         if self.json_output:
@@ -167,7 +167,7 @@ class Compare(RecipeOptions):
             verdict = result.verdict
             found["verdict"] = verdict.model_dump(mode="json") | {"lines": verdict.lines}
             found |= {name: str(path) for name, path in paths.items()}
-            found["troubled"] = [_trouble(r) for r in records if r.outcome.status != "finished"]
+            found["troubled"] = [_as_json(r) for r in records if r.outcome.status != "finished"]
             print_json(found)
         else:
             print_tables(comparison, records, paths)
@@ -178,7 +178,7 @@ def _tell(note: str) -> None:
 
 
 def _exit_code(records: Sequence[TrainingRecord]) -> int:
-    """1 if a run failed, or none has a result; that some diverge is a result."""
+    """1 if a run failed, or if no run finished; otherwise 0, because divergence is a result."""
     ends = {record.outcome.status for record in records}
     if ends == {"diverged"}:
         sys.stderr.write(
@@ -188,7 +188,7 @@ def _exit_code(records: Sequence[TrainingRecord]) -> int:
     return EXIT_FAILED_RUNS if "failed" in ends or "finished" not in ends else 0
 
 
-def _trouble(record: TrainingRecord) -> dict[str, object]:
+def _as_json(record: TrainingRecord) -> dict[str, object]:
     return {
         "norm": record.spec.norm,
         "batch_size": record.spec.batch_size,

@@ -1,4 +1,4 @@
-"""`normkit convert`: other norms in a model, and its weights in a file."""
+"""`normkit convert`: replaces the norms of a model, and saves its weights."""
 
 import re
 import sys
@@ -22,22 +22,23 @@ from normkit.text import shortened
 class Convert(ModelOptions):
     """Replace the norms of a model by others and save its weights.
 
-    With --calibrate the new layers are set so that they put out what the old ones did on training
-    examples of that data set; the report tells how near the outputs then are to the original's.
+    With --calibrate the scales and shifts of the new layers are fitted to the outputs of the old
+    ones, on training examples of that data set; the report says how close the model's outputs are.
     """
 
     to: str
-    """What the norms become: gn:32, gn:max=8, bcn:32+ws, ..."""
+    """The new norms: gn:32, gn:max=8, bcn:32+ws, ..."""
     save: Path | None = None
     """File for the weights; its name ends in .safetensors. Without it nothing is written."""
     where: str | None = None
-    """Names of norms, with commas between: layer1.*, or re: with a regular expression; else all."""
+    """Names of the norms to replace, separated by commas: layer1.*, or re: and a regular
+    expression (default: all)."""
     calibrate: str | None = None
-    """Data set to calibrate on: digits, fashion-mnist, cifar10, cifar100 or svhn."""
+    """Data set to calibrate on, written as that of --data."""
     examples: int = 512
     """Training examples to calibrate on."""
     batch_size: int = 64
-    """Examples of a batch while calibrating; for bgn:auto, of a training batch."""
+    """Examples in a batch of calibration; for bgn:auto, in a training batch."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print the report as JSON, and nothing else, to the standard output."""
 
@@ -51,11 +52,12 @@ class Convert(ModelOptions):
             NormError: If an option breaks its rule, or the model cannot be converted.
         """
         self._check()
-        dataset = None if self.calibrate is None else load(self.calibrate)
+        examples = None if self.calibrate is None else load(self.calibrate)
+        dataset = self.opened() or examples
         done = convert_norm_(
             self.build(dataset),
             self.to if self.where is None else self._map(),
-            calibrate=None if dataset is None else self._batches(dataset),
+            calibrate=None if examples is None else self._batches(examples),
             batch_size=self.batch_size,
             example_input=self.example(dataset),
         )
@@ -75,7 +77,7 @@ class Convert(ModelOptions):
             require_file_name(self.save, "--save", SUFFIX)
 
     def _about(self, done: Conversion) -> dict[str, str]:
-        """What to know for loading the weights."""
+        """Facts that are needed to load the weights, for the file's metadata."""
         about = {"model": self.model, "norms": self.to, "where": self.where or ""}
         about |= self.alterations().after(done).metadata()
         return {name: value for name, value in about.items() if value}
@@ -86,7 +88,7 @@ class Convert(ModelOptions):
             _require_pattern(pattern)
         if "" in patterns:
             raise SpecError(
-                f"--where was given {self.where!r}; write names with commas between, such as "
+                f"--where was given {self.where!r}; write names separated by commas, such as "
                 f"'layer1.*,layer2.*'"
             )
         return dict.fromkeys(patterns, self.to)
@@ -96,12 +98,12 @@ class Convert(ModelOptions):
 
 
 def _require_pattern(pattern: str) -> None:
-    """Refuse a regular expression that cannot be read, for whatever reason."""
+    """Refuse a regular expression that Python cannot compile."""
     try:
         re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
     except (re.error, RecursionError, OverflowError) as error:
         raise SpecError(
-            f"--where was given {shortened(pattern)!r}, which is no regular expression: {error}"
+            f"--where was given {shortened(pattern)!r}, which is not a regular expression: {error}"
         ) from error
 
 

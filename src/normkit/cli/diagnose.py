@@ -1,4 +1,4 @@
-"""`normkit diagnose`: why a trained model evaluates badly, and what helps."""
+"""`normkit diagnose`: explains why a trained model evaluates badly, and what helps."""
 
 import shlex
 import sys
@@ -21,7 +21,7 @@ from normkit.lab.files import usable_folder, write_whole
 from normkit.lab.report import DIAGNOSIS_NAME, REPORT_NAME, write_diagnosis
 
 EXIT_CAUSES = 1
-TEST_BATCH_SIZE = 64  # at least: smaller test batches would take long
+TEST_BATCH_SIZE = 64  # smallest size of test batches; smaller ones would take long
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -29,20 +29,21 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 class Diagnose(ModelOptions):
     """Find out why a trained model evaluates badly, by how much, and what helps.
 
-    Test losses with different running statistics are compared, and what each gains is explained by
-    the signs that the layers show. The exit code is 1 if a cause was found.
+    The command compares test losses with different running statistics, and explains the gains by
+    symptoms in the layers. The exit code is 1 if a cause was found.
     """
 
-    train_data: str
-    """Training examples: the name of a data set, or a .safetensors file with inputs and targets."""
-    test_data: str
-    """Test examples, likewise; what looks at one half of them is judged by the other."""
+    train_data: str | None = None
+    """Training examples: a data set written as that of --data, or a .safetensors file with inputs
+    and targets (default: --data)."""
+    test_data: str | None = None
+    """Test examples, in the same forms; a fix that uses one half of them is judged by the other."""
     batch_size: int = 32
-    """Examples of a batch in training."""
+    """Examples in a batch of the training."""
     checkpoints: str | None = None
-    """Earlier checkpoints of the model, with commas between, the oldest first."""
+    """Earlier checkpoints of the model, separated by commas, the oldest first."""
     examples: int | None = None
-    """Training and test examples to use, of each at most so many; all if not given."""
+    """Largest number of training examples and of test examples to use (default: all)."""
     try_: Annotated[bool, tyro.conf.arg(name="try"), tyro.conf.FlagCreatePairsOff] = False
     """Try fixes on copies of the model, and measure what each gains."""
     out: Path = Path("runs/diagnose")
@@ -61,7 +62,9 @@ class Diagnose(ModelOptions):
         """
         require_counts(self, "batch_size", "examples")
         if self.checkpoint is None:
-            raise SpecError("--checkpoint is missing: random weights have nothing to diagnose")
+            raise SpecError(
+                "--checkpoint is missing; give the file with the trained weights to diagnose"
+            )
         folder = usable_folder(self.out, DIAGNOSIS_NAME, REPORT_NAME)
         dataset = self.dataset()
         model = self.build(dataset)
@@ -77,14 +80,17 @@ class Diagnose(ModelOptions):
         return EXIT_CAUSES if found.causes else 0
 
     def _train_batches(self, examples: Examples) -> list[tuple[Tensor, Tensor]]:
-        """Batches as in training; what --examples cuts is not taken for a small last batch."""
+        """Training batches; if --examples cuts the data, all of them are full.
+
+        A last batch that is small only because of --examples would look like a fault of training.
+        """
         kept = self.examples
         if kept is not None and kept < len(examples) and kept > self.batch_size:
             kept -= kept % self.batch_size
         return batches_of(examples, kept, self.batch_size)
 
     def _test_batches(self, examples: Examples) -> list[tuple[Tensor, Tensor]]:
-        """Two batches or more."""
+        """At least two test batches."""
         number = min(len(examples), self.examples or len(examples))
         size = min(max(self.batch_size, TEST_BATCH_SIZE), -(-number // 2))
         return batches_of(examples, number, size)
@@ -95,22 +101,27 @@ class Diagnose(ModelOptions):
         Raises:
             NormError: If there is no such data set, or a file cannot be used.
         """
-        if self.train_data == self.test_data and self.train_data.endswith(SUFFIX):
+        train_name, test_name = self.train_data or self.data, self.test_data or self.data
+        if train_name is None or test_name is None:
             raise SpecError(
-                f"--train-data and --test-data were both given {self.train_data!r}; what a model "
-                f"was trained on says nothing about its test"
+                "no examples were given; give --data, or both --train-data and --test-data"
             )
-        train, test = _read(self.train_data, "train"), _read(self.test_data, "test")
+        if train_name == test_name and train_name.endswith(SUFFIX):
+            raise SpecError(
+                f"training and test examples were both given as {train_name!r}; give test examples "
+                f"that the model was not trained on"
+            )
+        train, test = _read(train_name, "train"), _read(test_name, "test")
         shapes = train.inputs.shape[1:], test.inputs.shape[1:]
         if shapes[0] != shapes[1]:
             raise SpecError(
                 f"--train-data has inputs of shape {tuple(shapes[0])} and --test-data of "
-                f"{tuple(shapes[1])}; both are for one model"
+                f"{tuple(shapes[1])}; give data of one shape, which the model takes"
             )
         num_classes = int(max(train.targets.max(), test.targets.max())) + 1
         none = train.take(torch.arange(0))
         return Dataset(
-            name=self.train_data, num_classes=num_classes, train=train, validation=none, test=test
+            name=train_name, num_classes=num_classes, train=train, validation=none, test=test
         )
 
     def _earlier(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -122,7 +133,7 @@ class Diagnose(ModelOptions):
         return {name: earlier_state(model, path) for name, path in zip(names, paths, strict=True)}
 
     def command(self) -> str:
-        """The command line that repeats this, every option that decides something named."""
+        """The command line that repeats this diagnosis, with every option that changes it."""
         words = ["normkit", "diagnose"]
         for option in fields(self):
             value, name = getattr(self, option.name), option.name.rstrip("_")
@@ -135,7 +146,9 @@ class Diagnose(ModelOptions):
     def _write(self, found: Diagnosis, folder: Path) -> None:
         text = found.to_json()
         write_whole(folder / DIAGNOSIS_NAME, text + "\n")
-        report = write_diagnosis(folder, found, f"{self.model} on {self.test_data}", self.command())
+        report = write_diagnosis(
+            folder, found, f"{self.model} on {self.test_data or self.data}", self.command()
+        )
         sys.stdout.write((text if self.json_output else str(found)) + "\n")
         if not self.json_output:
             sys.stdout.write(f"report: {report}\n")

@@ -1,4 +1,4 @@
-"""`normkit explain`: which elements of a feature map share statistics, drawn."""
+"""`normkit explain`: draws which elements of a feature map share statistics."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ from normkit.lab.drawing.terminal import draw_lines
 from normkit.recipes import MAX_NUMBER, METHODS
 from normkit.spec import SIZES, NormSpec
 
-MAX_ELEMENTS = 2**24  # every element gets a number: 128 MB of them
+MAX_ELEMENTS = 2**24  # the numbers of their groups take 128 MB
 PICTURES = (".png", ".svg")
 
 
@@ -28,16 +28,16 @@ PICTURES = (".png", ".svg")
 class Explain:
     """Draw a feature map with the elements that share statistics in one colour.
 
-    A letter and a colour stand for a group; examples (n) go down, channels (c) to the right, and a
-    block has the positions of one channel. A layer made of several norms has a picture for each.
+    A letter and a colour stand for a group. Examples (n) go down, channels (c) to the right; a
+    block holds the positions of one channel. A layer of several norms has one drawing for each.
     """
 
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
     """The norm: bn, gn:4, bgn:8, ghost:2, gbgn:4:examples=2, bcn:4:micro, ..."""
     shape: str = "4,8,6,6"
-    """Shape of the map, with commas between: examples, channels, sizes of a channel."""
+    """Shape of the map, separated by commas: examples, channels, spatial sizes."""
     num_groups: int | None = None
-    """Groups, where the spec does not say how many."""
+    """Number of groups, if the spec does not contain it."""
     eval: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Explain evaluation instead of training."""
     out: Path | None = None
@@ -58,7 +58,7 @@ class Explain:
         layer, x = self._layer(), torch.randn(self._shape())
         explanation = explain(layer, x)
         with torch.no_grad():
-            layer(x)  # refuses what it refuses in earnest
+            layer(x)  # raises an error if the layer does not take such an input
         if self.out is not None:
             require_file_name(self.out, "--out", *PICTURES)
             self._write(layer, self.out)

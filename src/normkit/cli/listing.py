@@ -1,4 +1,4 @@
-"""`normkit list`: what can be named on the command line."""
+"""`normkit list`: lists the names that the other commands know."""
 
 import shutil
 import sys
@@ -18,6 +18,7 @@ from normkit.lab.arms import ARMS
 from normkit.lab.changes import WEIGHTS
 from normkit.lab.data import FOLDERS, READERS
 from normkit.lab.models import ARCHITECTURES
+from normkit.lab.task import TASKS
 from normkit.recipes import METHODS
 
 METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in short)")
@@ -25,10 +26,10 @@ METHOD = tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all, in
 
 @dataclass(frozen=True, kw_only=True)
 class List:
-    """List the methods, data sets and models that the other commands know."""
+    """List the methods, data sets, models and tasks that the other commands know."""
 
     method: Annotated[str, tyro.conf.Positional, METHOD] = ""
-    """Say all about this method: bn, gn, ..., ws, wn, cwn, iew."""
+    """Print all facts about this method: bn, gn, ..., ws, wn, cwn, iew."""
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON, and nothing else, to the standard output."""
 
@@ -55,6 +56,7 @@ class List:
             "weights": [f"+{name}" for name in WEIGHTS],
             "data": [*READERS, *FOLDERS],
             "models": [*ARCHITECTURES, "torchvision:NAME", "timm:NAME"],
+            "tasks": list(TASKS),
         }
         if self.json_output:
             methods = [method.as_dict() for method in CATALOG.values()]
@@ -71,7 +73,7 @@ class List:
 
 
 def print_methods() -> None:
-    """Print every method: formula, statistics, what is learned and kept, source."""
+    """Print every method: formula, statistics, parameters, kept tensors, source."""
     table = Table(title="Methods", title_justify="left", title_style="bold", show_lines=True)
     table.add_column("spec", no_wrap=True)
     table.add_column("formula; statistics; what is learned, and kept for backward; source")
@@ -82,7 +84,7 @@ def print_methods() -> None:
 
 
 def print_arms() -> None:
-    """Print what `normkit compare` takes besides a norm throughout."""
+    """Print the arms that `normkit compare` takes besides norms."""
     table = Table.grid("", "", padding=(0, 2))
     for arm, meaning in ARMS.items():
         table.add_row(Text(arm, style="bold"), Text(meaning))
@@ -90,7 +92,7 @@ def print_arms() -> None:
 
 
 def print_method(method: Method) -> None:
-    """Print all about one method."""
+    """Print all facts about one method."""
     console = Terminal()
     console.print(Text(method.name, style="bold"), Text(method.summary), sep="\n")
     table = Table.grid("", "", padding=(0, 2))

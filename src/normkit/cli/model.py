@@ -1,4 +1,4 @@
-"""The options that say which model a command is about."""
+"""Options that select a model, shared by several commands."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import nn
 from normkit.cli.shared import require_counts, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import Alterations, restored
-from normkit.lab.data import MAX_CLASSES, Dataset
+from normkit.lab.data import MAX_CLASSES, Dataset, load
 from normkit.lab.models import build_model
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
@@ -17,22 +17,35 @@ NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, and with which weights."""
+    """Options that select a model and its weights."""
 
     model: str
-    """Network: small-resnet, mlp, vgg11, or torchvision:NAME or timm:NAME."""
+    """Network: small-resnet, mlp, vgg11, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION."""
+    data: str | None = None
+    """Data set that it is for: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH, or
+    FILE.py:FUNCTION."""
     checkpoint: Path | None = None
-    """File with its weights: .safetensors, or what torch.save wrote; saved norms come with it."""
+    """File with the weights: .safetensors, or one that torch.save wrote. Norms that were replaced
+    before saving are replaced again."""
     num_classes: int | None = None
-    """Length of its output: the data set's if one is given, else 1000."""
+    """Length of the output (default: the data set's if there is one, else 1000)."""
     input_shape: str | None = None
-    """Channels, height and width of an input: the data set's if one is given, else 3,224,224."""
+    """Channels, height and width of an input (default: the data set's if there is one, else
+    3,224,224)."""
+
+    def opened(self) -> Dataset | None:
+        """The data set of ``--data``; None if none was given.
+
+        Raises:
+            NormError: If there is no such data set, or it cannot be read.
+        """
+        return None if self.data is None else load(self.data)
 
     def build(self, dataset: Dataset | None = None) -> nn.Module:
         """Build the model and load its weights; without a checkpoint they are random.
 
         Args:
-            dataset: Says what the options do not.
+            dataset: Gives the number of classes and the input shape if the options do not.
 
         Raises:
             SpecError: If the model is unknown or cannot take the inputs.
@@ -51,7 +64,7 @@ class ModelOptions:
         return model.eval()
 
     def alterations(self) -> Alterations:
-        """What was done to the norms of the checkpoint."""
+        """The changes to the norms that the checkpoint records."""
         return Alterations() if self.checkpoint is None else Alterations.read(self.checkpoint)
 
     def shape(self, dataset: Dataset | None = None) -> tuple[int, int, int]:
@@ -72,5 +85,5 @@ class ModelOptions:
         return shape
 
     def example(self, dataset: Dataset | None = None) -> torch.Tensor:
-        """Give two inputs of zeros, for following the model."""
+        """Return two inputs of zeros, for tracing the model."""
         return torch.zeros(2, *self.shape(dataset))

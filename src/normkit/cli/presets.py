@@ -1,4 +1,4 @@
-"""What presets there are, and what tables would take, for the terminal."""
+"""Lists of presets and tables, and estimates of tables, for the terminal."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ def print_list(presets: Sequence[Preset], tables: Sequence[Table], as_json: bool
         print_json([*map(_described, presets), *map(_described_table, tables)])
         return
     for preset in presets:
-        sys.stdout.write(f"{preset.name}: {preset.title}\n")
+        sys.stdout.write(f"{', '.join((preset.name, *preset.rows))}: {preset.title}\n")
         scales = ", ".join(scale for scale in SCALES if scale in preset.scales)
         sys.stdout.write(f"  {preset.paper.authors}, {preset.figures}; scales {scales}\n")
         for claim in preset.claims:
             sys.stdout.write(f"  - {claim.text} ({claim.source})\n")
     for table in tables:
-        sys.stdout.write(f"{table.name}: {table.title}\n")
+        sys.stdout.write(f"{', '.join((table.name, *table.also))}: {table.title}\n")
         sys.stdout.write(f"  {table.cited.authors}, {table.place}; scales {', '.join(SCALES)}\n")
         for claim in table.claims:
             sys.stdout.write(f"  - {claim.text} ({claim.source})\n")
@@ -31,7 +31,7 @@ def print_list(presets: Sequence[Preset], tables: Sequence[Table], as_json: bool
 def print_table_estimates(
     found: Mapping[str, Sequence[PartEstimate]], scale: Scale, as_json: bool
 ) -> None:
-    """Print what each part of some tables would take."""
+    """Print the estimated time and memory of each part of some tables."""
     if as_json:
         print_json(
             {
@@ -52,6 +52,7 @@ def print_table_estimates(
 def _described(preset: Preset) -> dict[str, object]:
     return {
         "name": preset.name,
+        "rows": list(preset.rows),
         "title": preset.title,
         "paper": f"{preset.paper.authors}, {preset.paper.title}",
         "figures": preset.figures,
@@ -66,6 +67,7 @@ def _described(preset: Preset) -> dict[str, object]:
 def _described_table(table: Table) -> dict[str, object]:
     return {
         "name": table.name,
+        "rows": list(table.also),
         "title": table.title,
         "paper": str(table.cited),
         "figures": table.place,

@@ -11,12 +11,12 @@ from normkit.lab.check import num_steps
 from normkit.lab.records import TrainingRecord
 from normkit.lab.spec import TrainingSpec
 
-STEP_OVERHEAD = 32  # a training step costs about as much as that many examples
+STEP_OVERHEAD = 32  # the fixed cost of a training step, in examples
 
 
 @contextmanager
 def sweep_progress(specs: Sequence[TrainingSpec], num_examples: int) -> Generator["SweepProgress"]:
-    """Show how far the runs are, and how long the rest will take, until the block ends."""
+    """Show the progress of the runs and the time that is left, until the block ends."""
     columns = (
         TextColumn("{task.fields[ended]} of {task.fields[runs]} runs"),
         BarColumn(),
@@ -42,12 +42,12 @@ class SweepProgress:
         )
 
     def on_steps(self, spec: TrainingSpec, num_steps: int) -> None:
-        """Advance by steps of a run in flight."""
+        """Advance by some steps of a run."""
         self._done[spec.key] += num_steps
         self._display.advance(self._task, _cost(spec, num_steps))
 
     def on_record(self, record: TrainingRecord) -> None:
-        """Advance to the end of a run, however it ended."""
+        """Advance to the end of a run, whether it finished or failed."""
         spec = record.spec
         rest = self._whole_cost(spec) - _cost(spec, self._done[spec.key])
         self._num_ended += 1

@@ -1,4 +1,4 @@
-"""The options of a recipe and of what it trains; one that is not given is None."""
+"""Options that describe a training; an option that was not given is None."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,28 +20,31 @@ SWITCHES = ("compile", "channels_last", "synchronize_statistics", "save_weights"
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """Options that decide a training; each wins over the file given by --config."""
+    """Options that decide a training; they replace values of the file given by --config."""
 
     config: Path | None = None
-    """TOML file with any of these options by name, as experiment.toml beside the records."""
+    """TOML file with any of these options by name, such as experiment.toml beside the records."""
     data: str | None = None
     """Data set: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH with a folder for each
     class, or FILE.py:FUNCTION that gives data sets (default: digits)."""
     model: str | None = None
     """Network: small-resnet, mlp, vgg11, any name of torchvision's or timm's, or FILE.py:FUNCTION
     that makes one (default: small-resnet)."""
+    task: str | None = None
+    """What the network is trained for: one of the tasks of normkit list, with options as in
+    NAME:option=value (default: classification)."""
     train: str | None = None
     """FILE.py:FUNCTION that trains in place of model, data and recipe."""
     better: Literal["higher", "lower"] | None = None
-    """Which scores of --train are better (default: higher)."""
+    """Whether higher or lower scores of --train are better (default: higher)."""
     weights: str | None = None
     """File of weights (.safetensors) that every run starts from; new norms are calibrated."""
     image_size: int | None = None
     """Height and width of the network's input, for folders and functions."""
     limit: int | None = None
-    """Training examples to keep; all if not given."""
+    """Number of training examples to use (default: all)."""
     hold_out: Switch = None
-    """Whether validation examples are kept from training (default: they are)."""
+    """Whether validation examples are kept out of training (default: they are)."""
     epochs: int | None = None
     """Passes over the training data (default: 4)."""
     steps: int | None = None
@@ -49,16 +52,16 @@ class RecipeOptions:
     optimizer: Literal["sgd", "nesterov", "adam", "adamw"] | None = None
     """Optimizer (default: sgd)."""
     base_lr: float | None = None
-    """Learning rate of a step of so many examples as --lr-batch-size says (default: 0.1)."""
+    """Learning rate for steps of --lr-batch-size examples (default: 0.1)."""
     lr_batch_size: str | None = None
-    """Examples of a step that --base-lr is for; the rate is scaled with the examples. With none it
-    is taken as it is (default: 128)."""
+    """Number of examples in a step that --base-lr is for; the rate is scaled with the actual
+    number. none does not scale (default: 128)."""
     momentum: float | None = None
     """Momentum of SGD (default: 0.9)."""
     weight_decay: float | None = None
     """Weight decay (default: 0.0001)."""
     norm_weight_decay: str | None = None
-    """Weight decay of the norms' parameters; with none that of all others (default: none)."""
+    """Weight decay of the norms' parameters; none uses --weight-decay (default: none)."""
     schedule: Literal["list", "step", "cosine", "polynomial", "exponential", "constant"] | None = (
         None
     )
@@ -66,47 +69,50 @@ class RecipeOptions:
     lr_drops: str | None = None
     """Schedule list: shares of the training after which the rate drops (default: 81/164 and
     122/164)."""
+    lr_values: str | None = None
+    """With schedule list: shares of the first rate after each drop, separated by commas (default:
+    lr-factor at each)."""
     lr_every: float | None = None
     """Schedule step: epochs between two drops (default: 30)."""
     lr_factor: float | None = None
-    """What a drop multiplies the rate by; exponential: to its end (default: 0.1)."""
+    """Factor of the rate at a drop; schedule exponential: at the end of training (default: 0.1)."""
     lr_power: float | None = None
     """Schedule polynomial: its power (default: 0.9)."""
     warmup: float | None = None
     """Epochs (steps with --steps) in which the rate grows from 0 (default: 0)."""
     accumulate: int | None = None
-    """Batches whose gradients are added for a step (default: 1)."""
+    """Number of batches whose gradients are added for one step (default: 1)."""
     clip: str | None = None
-    """Largest norm of the gradient; none for no clipping (default: none)."""
+    """Largest norm of the gradient; none does not clip (default: none)."""
     augment: str | None = None
-    """Changes of training pictures, with commas between: crop, flip, cutout, imagenet."""
+    """Augmentations of training pictures, separated by commas: crop, flip, cutout, imagenet."""
     label_smoothing: float | None = None
     """Label smoothing (default: 0)."""
     mixup: float | None = None
-    """Alpha of mixup; 0 for none (default: 0)."""
+    """Alpha of mixup; 0 switches it off (default: 0)."""
     drop_path: float | None = None
-    """Share of residual branches left out in training, in timm's networks (default: 0)."""
+    """Share of residual branches that training drops, in timm's networks (default: 0)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
     """Precision of the training (default: 32-true)."""
     compile: Given = False
     """Compile the network by torch.compile."""
     no_compile: Given = False
-    """Do not, though the file says so."""
+    """Do not compile, even if the file given by --config says so."""
     channels_last: Given = False
     """Keep maps and weights in channels_last."""
     no_channels_last: Given = False
-    """Do not, though the file says so."""
+    """Do not use channels_last, even if the file given by --config says so."""
     threads: int | None = None
     """CPU threads of one run (default: 1)."""
     strategy: Literal["auto", "ddp", "fsdp"] | None = None
     """How the processes that torchrun started train one network together (default: ddp)."""
     synchronize_statistics: Given = False
-    """Let norms share their statistics over the processes."""
+    """Compute the norms' statistics over the batches of all processes."""
     no_synchronize_statistics: Given = False
-    """Do not, though the file says so."""
+    """Do not synchronize, even if the file given by --config says so."""
 
     def values(self) -> dict[str, Any]:
-        """What was asked for, by name: in the file, and on the command line, which wins.
+        """The given options by name; those of the command line replace those of the file.
 
         Raises:
             SpecError: If a list or a number cannot be read.
@@ -123,7 +129,7 @@ class RecipeOptions:
         return found | _read(values)
 
     def _switched(self) -> dict[str, bool]:
-        """Switches that were given, on or off."""
+        """The switches that were given, on or off."""
         switches = [name for name in SWITCHES if hasattr(self, name)]
         on = {name for name in switches if getattr(self, name)}
         off = {name for name in switches if getattr(self, f"no_{name}")}
@@ -134,10 +140,10 @@ class RecipeOptions:
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the options that are lists, or a number or none."""
+    """Parse the options that are lists, or a number or ``none``."""
     found = dict(values)
-    if "lr_drops" in found:
-        found["lr_drops"] = decimals("--lr-drops", found["lr_drops"])
+    for name in sorted({"lr_drops", "lr_values"} & set(found)):
+        found[name] = decimals(flag(name), found[name])
     if "out" in found:
         found["out"] = str(found["out"])
     if "loggers" in found:

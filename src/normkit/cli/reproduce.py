@@ -1,4 +1,4 @@
-"""`normkit reproduce`: figures and tables of the papers, and whether their claims held."""
+"""`normkit reproduce`: repeats the papers' figures and tables, and judges their claims."""
 
 import sys
 import time
@@ -38,17 +38,13 @@ from normkit.lab.reproduce import (
     run_missing,
     write_result,
 )
+from normkit.lab.reproduce.dry_run import estimate_preset
 from normkit.lab.reproduce.tables.catalog import find_table
 from normkit.lab.reproduce.tables.catalog import tables as known_tables
 from normkit.lab.reproduce.tables.dry_run import estimate_table
-from normkit.lab.reproduce.tables.result import (
-    TableResult,
-    draw_table,
-    table_markdown,
-    table_results_in,
-    table_text,
-    write_table,
-)
+from normkit.lab.reproduce.tables.figure import draw_table
+from normkit.lab.reproduce.tables.page import table_markdown, table_text
+from normkit.lab.reproduce.tables.result import TableResult, table_results_in, write_table
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table
 from normkit.lab.reproduce.tasks.records import PresetRecord, PresetSpec
@@ -63,10 +59,10 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce:
-    """Repeat figures and tables of the papers, and judge their claims by what comes out.
+    """Repeat figures and tables of the papers, and judge their claims by the results.
 
     A claim held if the 95 % interval of its number over the seeds fulfils it, did not hold if the
-    interval breaks it, and is not decided otherwise. Runs that have a record are not repeated.
+    interval contradicts it, and is not decided otherwise. Runs that have a record are not repeated.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, NAMES] = ()
@@ -76,18 +72,18 @@ class Reproduce:
     out: Path = Path("runs/reproduce")
     """Folder for records.jsonl, and for each preset reproduce-NAME.json and its figure."""
     figure: Literal["svg", "png", "pdf"] = "svg"
-    """What the figure is written as."""
+    """File format of the figure."""
     device: str = "cpu"
     """Where each run computes: auto, cpu or cuda."""
     workers: int | None = None
-    """Runs at once; as many as the machine has room for if not given."""
+    """Runs at the same time; by default as many as the machine has room for."""
     cluster: Literal["ray"] | None = None
-    """Do the runs on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
+    """Run on a Ray cluster: that of RAY_ADDRESS, or one that is started here."""
     checkpoint_seconds: float = SECONDS
-    """Time between two checkpoints of a run, from which it goes on after it was killed."""
+    """Seconds between two checkpoints of a run, from which it continues after it was killed."""
     dry_run: Flag = False
-    """Train nothing: build every arm of tables as the scale says, take a step of each on random
-    pictures, and print runs, steps, time, memory, and which data are missing."""
+    """Train nothing: build every arm as the scale says, take a step of each on random pictures, and
+    print runs, steps, time, memory, and which data are missing."""
     list_presets: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
     """List the presets and the claims of each, and run nothing."""
     report: Flag = False
@@ -133,7 +129,7 @@ class Reproduce:
         return Way(out=folder, num_workers=self.workers, upkeep=upkeep, cluster=self.cluster)
 
     def _presets(self) -> tuple[Preset, ...]:
-        """The figures that were named, each once; with ``all`` those that have the scale."""
+        """The named figures, each once; ``all`` selects those that have the scale."""
         named = [
             find_preset(name)
             for name in dict.fromkeys(self.names)
@@ -151,22 +147,18 @@ class Reproduce:
         return tuple(named)
 
     def _tables(self) -> tuple[Table, ...]:
-        """The tables that were named, each once; with ``all`` every one."""
+        """The named tables, each once; ``all`` selects every one."""
         if ALL in self.names:
             return tuple(known_tables().values())
         named = (find_table(name) for name in self.names)
         return tuple({table.name: table for table in named if table is not None}.values())
 
     def _estimate(self, presets: Sequence[Preset], tables: Sequence[Table]) -> None:
-        """Print what tables would take."""
-        if presets:
-            raise SpecError(
-                f"--dry-run was given with {', '.join(p.name for p in presets)}, but measures "
-                f"tables only; tables are {', '.join(known_tables())}"
-            )
+        """Print the estimated time and memory of figures and tables."""
         device = str(parse_device(self.device))
         with redirect_stdout(sys.stderr):  # downloads print to the output
-            found = {table.name: estimate_table(table, self.scale, device) for table in tables}
+            found = {p.name: [estimate_preset(p, self.scale, device)] for p in presets}
+            found |= {table.name: estimate_table(table, self.scale, device) for table in tables}
         print_table_estimates(found, self.scale, self.json_output)
 
     def _report(self) -> None:
@@ -237,7 +229,7 @@ def _tell(note: str) -> None:
 
 @dataclass(slots=True)
 class _Lines:
-    """Says of each run that ends how many are done and about how long the rest takes."""
+    """Writes a line for each run that ends, with the number of runs and the time that is left."""
 
     name: str
     total: int
@@ -245,7 +237,7 @@ class _Lines:
     started: float = field(default_factory=time.monotonic)
 
     def on_steps(self, spec: PresetSpec, num_steps: int) -> None:
-        """Say nothing of single steps."""
+        """Write nothing for single steps."""
 
     def on_record(self, record: PresetRecord) -> None:
         """Write a line."""

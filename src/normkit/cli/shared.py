@@ -1,4 +1,4 @@
-"""What commands share: flags, lists of numbers, what is said of files."""
+"""Functions that commands share: flags, numbers, checks of files, JSON."""
 
 import json
 import math
@@ -18,15 +18,15 @@ MAX_COUNT = 2**31 - 1
 
 
 def flag(name: str) -> str:
-    """How the flag of an option is typed: ``"--batch-sizes"`` for ``"batch_sizes"``."""
+    """The flag of an option: ``"--batch-sizes"`` for ``"batch_sizes"``."""
     return f"--{name.replace('_', '-')}"
 
 
 def require_counts(command: object, *names: str, at_most: int = MAX_COUNT) -> None:
-    """Check options that count something; one that was not given is None.
+    """Check options that are counts; an option that was not given is None.
 
     Raises:
-        SpecError: If one is below 1 or too large.
+        SpecError: If an option is below 1 or too large.
     """
     for name in names:
         given = getattr(command, name)
@@ -37,20 +37,20 @@ def require_counts(command: object, *names: str, at_most: int = MAX_COUNT) -> No
 
 
 def require_seconds(flag: str, given: float) -> None:
-    """Check a time.
+    """Check an option that is a time.
 
     Raises:
-        SpecError: If it is below 0, or no number.
+        SpecError: If it is below 0 or not a number.
     """
     if not given >= 0:
         raise SpecError(f"{flag} was given {given}; give 0 or more")
 
 
 def require_file_name(path: Path, option: str, *suffixes: str) -> None:
-    """Check a file that is to be written, before anything is done.
+    """Check, before any work is done, that a file can be written.
 
     Raises:
-        SpecError: If its name ends in something else.
+        SpecError: If its name does not end in one of the suffixes.
         DataError: If it cannot be written.
     """
     if path.suffix not in suffixes:
@@ -60,17 +60,17 @@ def require_file_name(path: Path, option: str, *suffixes: str) -> None:
 
 
 def batches_of(examples: Examples, at_most: int | None, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The first examples, all if no number is given, as batches of inputs and targets."""
+    """Cut the first examples, or all if ``at_most`` is None, into batches of inputs and targets."""
     kept = (examples.inputs[:at_most], examples.targets[:at_most])
     return list(zip(*(values.split(size) for values in kept), strict=True))
 
 
 def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Read ``"2,8,32"``.
+    """Parse a list of integers such as ``"2,8,32"``.
 
     Args:
-        flag: Name of the flag, for the message.
-        text: What it was given.
+        flag: Name of the flag, for the error message.
+        text: The text to parse.
 
     Raises:
         SpecError: If a part is not a whole number.
@@ -79,18 +79,18 @@ def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
     wrong = [p for p in parts if not (p.isascii() and p.isdecimal()) or len(p) > MAX_DIGITS]
     if wrong:
         raise SpecError(
-            f"{flag} was given {text!r}, of which {', '.join(map(repr, wrong))} is no whole "
-            f"number; write whole numbers with commas between, such as 2,8,32"
+            f"{flag} was given {text!r}, in which {', '.join(map(repr, wrong))} is not a whole "
+            f"number; write whole numbers separated by commas, such as 2,8,32"
         )
     return tuple(int(part) for part in parts)
 
 
 def decimals(flag: str, text: str) -> tuple[float, ...]:
-    """Read ``"0.3,1,3"``.
+    """Parse a list of numbers such as ``"0.3,1,3"``.
 
     Args:
-        flag: Name of the flag, for the message.
-        text: What it was given.
+        flag: Name of the flag, for the error message.
+        text: The text to parse.
 
     Raises:
         SpecError: If a part is not a finite number.
@@ -101,22 +101,22 @@ def decimals(flag: str, text: str) -> tuple[float, ...]:
         found = (math.nan,)
     if not all(map(math.isfinite, found)):
         raise SpecError(
-            f"{flag} was given {text!r}; write numbers with commas between, such as 0.3,1,3"
+            f"{flag} was given {text!r}; write numbers separated by commas, such as 0.3,1,3"
         )
     return found
 
 
 def tell_of_corrupt_lines(contents: Contents, path: Path) -> None:
-    """Say on the standard error which lines of a file of records are left out, and why."""
+    """Report on the standard error which lines of a file are not read as records, and why."""
     for line in contents.corrupt:
         sys.stderr.write(
-            f"normkit: line {line.number} of {printable(path)} is no record "
+            f"normkit: line {line.number} of {printable(path)} is not a record "
             f"({printable(line.reason)}); it is left out, the others are used\n"
         )
 
 
 def print_json(value: object) -> None:
-    """Print a value as JSON, which has no word for numbers that are not finite: they are null."""
+    """Print a value as JSON; NaN and infinity, which JSON does not have, become null."""
     sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
 
 

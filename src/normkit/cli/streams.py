@@ -1,4 +1,4 @@
-"""The standard streams: closed ones, and those that cannot write every character."""
+"""Standard streams that may be closed, or that cannot write every character."""
 
 import codecs
 import os
@@ -38,15 +38,15 @@ MIN_COLUMNS = 40
 
 
 class Terminal(Console):
-    """A console that leaves it to the program what a closed pipe means."""
+    """A console that raises an error if its pipe is closed, so that the program can handle it."""
 
     def on_broken_pipe(self) -> NoReturn:
-        """Raise the ``BrokenPipeError`` that brought us here again."""
+        """Raise the current ``BrokenPipeError`` again."""
         raise  # noqa: PLE0704 - rich calls this while it handles the error
 
 
 def prepare_streams() -> None:
-    """Make the standard output and error such that any text can be written to them."""
+    """Set up the standard output and error so that any text can be written to them."""
     codecs.register_error(HANDLER, _plainly)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -58,7 +58,7 @@ def prepare_streams() -> None:
 
 @contextmanager
 def wide_enough() -> Generator[None]:
-    """Let nothing be cut for a narrow terminal, which then breaks the lines itself."""
+    """Format for at least ``MIN_COLUMNS`` columns; a narrower terminal breaks the lines itself."""
     before = os.environ.get("COLUMNS")
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
@@ -71,14 +71,14 @@ def wide_enough() -> Generator[None]:
 
 
 def drop_output() -> None:
-    """Send what is still to be written to the standard output nowhere: nobody can take it."""
+    """Discard what is still to be written to the standard output, whose reader is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_closed(stream: TextIO) -> bool:
-    """Whether the other end of a pipe is gone, so that the command has ended in the middle."""
+    """Whether the other end of a pipe is closed."""
     poll = select.poll()
-    poll.register(stream, 0)  # errors alone, which are told in any case
+    poll.register(stream, 0)  # no events: poll reports errors in any case
     return bool(poll.poll(0))
 
 
@@ -89,7 +89,7 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def _plain(char: str) -> str:
-    """The character in ASCII, as well as it goes."""
+    """The character in ASCII, or the nearest there is."""
     if char in PLAIN:
         return PLAIN[char]
     name = unicodedata.name(char, "")

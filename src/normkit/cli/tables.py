@@ -1,4 +1,4 @@
-"""The terminal's tables of a comparison."""
+"""Tables of a comparison for the terminal."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ from normkit.lab.verdict import Verdict, verdict_of
 def print_tables(
     comparison: Comparison, records: Iterable[TrainingRecord], paths: Mapping[str, Path]
 ) -> None:
-    """Print the verdict, accuracy and cost, what went wrong, and where the files are."""
+    """Print the verdict, accuracy and cost, the runs that did not finish, and the files' paths."""
     console = Terminal()
     verdict = verdict_of(comparison)
     answer, *others = verdict.lines
@@ -36,7 +36,7 @@ def print_tables(
 
 
 def print_estimates(cells: Sequence[Estimate]) -> None:
-    """Print what each cell of a sweep would take."""
+    """Print the estimated time and memory of each cell of a sweep."""
     table = Table(title="What it would take", title_justify="left", title_style="bold")
     table.add_column("norm")
     for name in ("batch", "runs", "steps a run", "time a step", "memory", "time in all"):
@@ -62,7 +62,7 @@ def print_estimates(cells: Sequence[Estimate]) -> None:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever are between 1 and 100.
+    """Write a duration in the unit (s, min or h) in which it is below 100.
 
     Example:
         >>> duration_text(240)
@@ -75,7 +75,7 @@ def duration_text(seconds: float) -> str:
 
 
 def _accuracy_table(comparison: Comparison, verdict: Verdict) -> Table:
-    what = "Test accuracy, %" if comparison.is_share else comparison.metric
+    what = f"Test {comparison.metric}, %" if comparison.is_share else comparison.metric
     table = _empty_table(comparison, f"{what}: mean ± standard deviation over seeds")
     scored = partial(_accuracy, comparison.is_share)
     for norm in comparison.norms:

@@ -1,4 +1,4 @@
-"""`normkit tune`: the example weight of a trained model, chosen on held-out data."""
+"""`normkit tune`: chooses the example weight of a trained model on held-out data."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from normkit.cli.model import ModelOptions
 from normkit.cli.shared import batches_of, print_json, require_counts, require_file_name
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
-from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.data import Dataset, Examples
 from normkit.lab.data.files import SUFFIX
 from normkit.lab.files import whole_file
 from normkit.tune import Gain, Tuning, example_weight_curve, tune_example_weight
@@ -26,25 +26,23 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Tune(ModelOptions):
-    """Choose how much of its own statistics each example has at evaluation, and test it.
+    """Choose the share of the example's own statistics at evaluation, and test it.
 
-    The weight is chosen on the data set's validation examples; what it gains is then measured on
-    the test examples, which have no part in choosing. If the gain may be noise the weight stays 0.
+    The weight is chosen on the data set's validation examples. Its gain is then measured on the
+    test examples. If the gain on the validation examples may be noise, the weight stays 0.
     """
 
-    data: str
-    """Data set: digits, fashion-mnist, cifar10, cifar100 or svhn."""
     metric: Literal["loss", "accuracy"] = "loss"
-    """What the weight is to be best for."""
+    """The metric that the weight is chosen for."""
     per_layer: Flag = False
-    """Find a weight for each layer, by gradient; for the loss only."""
+    """Find a weight for each layer by its gradient; only for the loss."""
     curve: Flag = False
     """Choose nothing: print accuracy and loss of the validation examples at many weights. Group
     norms without running statistics get those of the training examples."""
     examples: int | None = None
-    """Validation and test examples to use, of each at most so many; all if not given."""
+    """Largest number of validation examples and of test examples to use (default: all)."""
     batch_size: int = 100
-    """Examples of a batch."""
+    """Examples in a batch."""
     save: Path | None = None
     """File for the weights; its name ends in .safetensors. Without it nothing is written."""
     plot: Path | None = None
@@ -62,7 +60,9 @@ class Tune(ModelOptions):
             NormError: If an option breaks its rule, or the model cannot be tuned.
         """
         self._check()
-        dataset = load(self.data)
+        dataset = self.opened()
+        if dataset is None:
+            raise SpecError("--data is missing; give the data set whose examples choose and test")
         if self.curve:
             return self._draw(dataset)
         result = tune_example_weight(

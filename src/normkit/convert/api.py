@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from normkit.convert.calibration import Calibrator
-from normkit.convert.execute import execute_plan
+from normkit.convert.execute import execute_plan, to_torch_
 from normkit.convert.plan import layers_to_standardize, make_plan
 from normkit.convert.report import Conversion
 from normkit.convert.selection import SpecMap, Where, choose, find_norms
@@ -99,7 +99,10 @@ def convert_norm_(  # noqa: PLR0913 - keyword options, each independent of the o
     calibrator = None
     if calibrate is not None and not dry_run:
         calibrator = Calibrator(model, planned.replacements, calibrate, forward)
-    return execute_plan(model, planned, standardize, optimizer, example_input, dry_run, calibrator)
+    preserved = () if calibrator is None else standardize
+    return execute_plan(
+        model, planned, standardize, optimizer, example_input, dry_run, calibrator, preserved
+    )
 
 
 @changes_nothing
@@ -149,3 +152,41 @@ def convert_norm(  # noqa: PLR0913 - the options of convert_norm_, except the op
         example_input=example_input,
         dry_run=dry_run,
     )
+
+
+@all_or_nothing
+def back_to_torch_(
+    model: nn.Module,
+    where: Where | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    example_input: Any = None,
+) -> Conversion:
+    """Replace normkit's layers by torch's that compute the same, in place.
+
+    It is for models that were built with normkit's layers; after a conversion, and for what becomes
+    what, see ``Conversion.back_to_torch``.
+
+    Args:
+        model: Changed in place.
+        where: ``where(module, name)`` returns whether to replace a layer.
+        optimizer: Checked as in ``convert_norm_``.
+        example_input: As in ``convert_norm_``. Batch and instance norms need it, because torch has
+            a class for each number of spatial axes.
+
+    Returns:
+        A report with the model, which can be reverted.
+
+    Raises:
+        OptionError: If torch has none of the layers, or the model is wrapped or compiled.
+        ConversionError: If something that was added to a layer cannot be transferred.
+        TraceError: If the model does not accept the example input.
+
+    Example:
+        >>> from normkit import BatchNorm
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNorm(8))
+        >>> type(back_to_torch_(model, example_input=torch.zeros(2, 3, 8, 8)).model[1]).__name__
+        'BatchNorm2d'
+    """
+    require_unwrapped(model, "convert")
+    return to_torch_(model, where, {}, optimizer, example_input)

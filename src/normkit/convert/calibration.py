@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ class Calibrator:
         ]
         for new, num_calls in progress(calls.items(), "calibrating norms", len(calls)):
             replacement = self._replacements[new]
-            reason = self._calibrate(_LayerInModel(model, replacement.new, num_calls))
+            layer = cast(NormLayer, replacement.new)  # only norms of specs are calibrated
+            reason = self._calibrate(_LayerInModel(model, layer, num_calls))
             skipped += [(replacement.change.name, reason)] if reason else []
         calibrated = self._outputs(model, "measuring the calibrated model")
         return Calibration(

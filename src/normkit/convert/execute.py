@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,12 @@ from normkit.convert.calibration import Calibrator
 from normkit.convert.forward_check import ForwardCheck, custom_forwards
 from normkit.convert.optimizer import Exchange, OptimizerEdit, require_optimizer
 from normkit.convert.plan import ConversionPlan, remaining_parameters
+from normkit.convert.recipe import ConversionRecipe
 from normkit.convert.report import Change, Conversion
+from normkit.convert.selection import Where
 from normkit.convert.swap import Swap
+from normkit.convert.to_torch import plan_to_torch
+from normkit.layers.base import NormLayer
 from normkit.passes import attempt
 
 
@@ -26,6 +30,7 @@ def execute_plan(  # noqa: PLR0913 - one argument for each choice of the user
     example_input: Any,
     dry_run: bool,
     calibrator: Calibrator | None = None,
+    preserved: Collection[str] = (),
 ) -> Conversion:
     """Change the model as planned, unless it is a dry run; if anything fails, undo everything.
 
@@ -37,12 +42,14 @@ def execute_plan(  # noqa: PLR0913 - one argument for each choice of the user
         example_input: Sent through the model before and after, to check the forward.
         dry_run: Whether to only report what would be done.
         calibrator: Calibrates the new norms afterwards.
+        preserved: Those convolutions whose filters keep their gains and offsets, as learned
+            parameters.
     """
     edit = None if optimizer is None else _edit(model, planned, optimizer)
     parts = (*planned.replacements, *planned.insertions)
     replacements = {part.old: part.new for part in parts}
-    preserve = calibrator is not None
-    swap = Swap(model, replacements, standardize, example_input, edit, preserve)
+    keeps_values = calibrator is not None
+    swap = Swap(model, replacements, standardize, example_input, edit, preserved, keeps_values)
     is_checked = example_input is not None and not dry_run
     check = ForwardCheck(model, planned, example_input) if is_checked else None
     result = Conversion(
@@ -53,6 +60,8 @@ def execute_plan(  # noqa: PLR0913 - one argument for each choice of the user
         unchecked=() if check or calibrator else custom_forwards(model, planned),
         dry_run=dry_run,
         _swap=swap,
+        _recipe=_recipe(planned, standardize, preserved),
+        _to_torch=to_torch_,
     )
 
     def work() -> Conversion:
@@ -65,6 +74,32 @@ def execute_plan(  # noqa: PLR0913 - one argument for each choice of the user
         return result
 
     return attempt(work, *swap.changed)
+
+
+def to_torch_(
+    model: nn.Module,
+    where: Where | None,
+    olds: Mapping[nn.Module, nn.Module],
+    optimizer: Optimizer | None,
+    example_input: Any,
+) -> Conversion:
+    """Replace normkit's layers by torch's; see ``plan_to_torch`` and ``execute_plan``."""
+    planned = plan_to_torch(model, where, olds, example_input)
+    return execute_plan(model, planned, (), optimizer, example_input, dry_run=False)
+
+
+def _recipe(
+    planned: ConversionPlan, standardize: Sequence[str], preserved: Collection[str]
+) -> ConversionRecipe | None:
+    """Write down how a model of the same kind gets this structure; None if no spec says it."""
+    if not all(isinstance(each.new, NormLayer) for each in planned.replacements):
+        return None
+    return ConversionRecipe(
+        norms={each.change.name: each.change.new for each in planned.replacements},
+        after_sum=tuple(each.block for each in planned.insertions),
+        standardized=tuple(standardize),
+        preserved=tuple(name for name in standardize if name in preserved),
+    )
 
 
 def _with_warnings(

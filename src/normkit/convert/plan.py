@@ -40,7 +40,7 @@ class Replacement:
     """A norm, the layer that replaces it, and what is reported."""
 
     old: nn.Module
-    new: NormLayer
+    new: nn.Module
     change: Change
 
 
@@ -53,6 +53,7 @@ class Insertion:
         new: The module that replaces it: the same module with the norm.
         layer: The norm.
         beside: An optimizer holds the norm's parameters in the group of this layer's parameters.
+        block: Name of the residual block after whose sum the norm comes.
         change: What is reported.
     """
 
@@ -60,6 +61,7 @@ class Insertion:
     new: nn.Module
     layer: NormLayer
     beside: nn.Module
+    block: str
     change: Change
 
 

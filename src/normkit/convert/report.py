@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from normkit.convert.agreement import Calibration, rows
+from normkit.convert.recipe import ConversionRecipe
 from normkit.convert.swap import Swap
+from normkit.errors import OptionError
 from normkit.passes import attempt
 from normkit.text import by_reason, listed, module_name, table_lines
 from normkit.tracing.graph import Graph
@@ -83,6 +87,29 @@ class Conversion:
     dry_run: bool = False
     calibration: Calibration | None = None
     _swap: Swap = field(kw_only=True)
+    _recipe: ConversionRecipe | None = field(kw_only=True, default=None)
+    _to_torch: Callable[..., Conversion] = field(kw_only=True)  # what executes plans imports this
+
+    def recipe(self) -> dict[str, Any]:
+        """What was done to the structure, for ``apply_recipe`` on a new model of the same kind.
+
+        Returns:
+            A dict that ``json.dumps`` takes, of names and specs. It has no values of parameters.
+
+        Raises:
+            OptionError: If the new norms are torch's, which no spec names.
+
+        Example:
+            >>> import normkit as nk
+            >>> nk.convert_norm_(nn.Sequential(nn.BatchNorm2d(8)), "gn:4").recipe()
+            {'format': 1, 'norms': {'0': 'gn:4'}}
+        """
+        if self._recipe is None:
+            raise OptionError(
+                "this conversion made norms of torch, which a recipe does not name; the recipe of "
+                "the conversion before it has the same names in its state dict: keep that one"
+            )
+        return self._recipe.as_dict()
 
     def revert(self) -> nn.Module:
         """Restore the old layers, weights and parameter groups; return the model.
@@ -101,6 +128,44 @@ class Conversion:
     def _revert(self) -> nn.Module:
         self.model = self._swap.revert()
         return self.model
+
+    def back_to_torch(
+        self, *, optimizer: Optimizer | None = None, example_input: Any = None
+    ) -> Conversion:
+        """Replace the new layers by torch's that compute the same, for tools that look for these.
+
+        These are ``BatchNorm1d/2d/3d``, ``SyncBatchNorm`` for ``bn`` over several processes,
+        ``InstanceNorm1d/2d/3d``, ``GroupNorm`` for ``gn`` and ``ln``, and ``LayerNorm`` for ``pn``
+        with channels on the last axis. Parameters stay the same objects, and names in the state
+        dict stay. Layers that torch does not have stay, and the report says why.
+
+        Args:
+            optimizer: Checked as in ``convert_norm_``.
+            example_input: Sent through the model, as in ``convert_norm_``. It also tells the number
+                of spatial axes where the class of the old layer does not.
+
+        Returns:
+            A report with the model, which can be reverted.
+
+        Raises:
+            OptionError: If torch has none of the layers, or this was a dry run.
+            ConversionError: If something that was added to a layer cannot be transferred.
+            TraceError: If the model does not accept the example input.
+
+        Example:
+            >>> import normkit as nk
+            >>> done = nk.convert_norm_(nn.Sequential(nn.BatchNorm2d(8)), "gn:4")
+            >>> isinstance(done.back_to_torch().model[0], nn.GroupNorm)
+            True
+        """
+        if self.dry_run:
+            raise OptionError("a dry run has changed nothing; convert first")
+        olds = self._swap.olds
+
+        def is_new(module: nn.Module, _: str) -> bool:
+            return module in olds
+
+        return self._to_torch(self.model, is_new, olds, optimizer, example_input)
 
     def __repr__(self) -> str:
         return f"<Conversion: {self._summary()}>"

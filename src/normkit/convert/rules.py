@@ -75,7 +75,7 @@ def read(module: nn.Module) -> Source:
             "normkit.thaw_statistics first and freeze the new layer afterwards, or leave it out "
             "with where="
         )
-    _require_unmodified(module)
+    require_unmodified(module)
     values = [*module._parameters.values(), *module._buffers.values()]
     if any(map(is_lazy, values)):
         raise ConversionError(
@@ -95,7 +95,7 @@ def read(module: nn.Module) -> Source:
     return found(module)
 
 
-def _require_unmodified(module: nn.Module) -> None:
+def require_unmodified(module: nn.Module) -> None:
     """Refuse a layer that was modified in ways that cannot be transferred to a new layer.
 
     Raises:

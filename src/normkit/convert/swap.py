@@ -5,7 +5,7 @@ No other module of ``normkit.convert`` changes a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -94,24 +94,27 @@ class Swap:
         standardize: Names of the convolutions whose weights to standardise.
         example_input: Used to trace the model if ``torch.fx`` cannot.
         edit: The changes to the optimizer.
-        preserve: Whether the new layers will be calibrated. Standardised weights then preserve the
-            gain and offset of each filter, and ``revert`` also restores the values of parameters
-            that old and new layers share, because calibration changes them.
+        preserved: Those of these convolutions whose filters keep their gains and offsets, as
+            learned parameters.
+        keeps_values: Whether ``revert`` also restores the values of parameters that old and new
+            layers share, because calibration changes them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each a different part of the change
         self,
         model: nn.Module,
         replacements: Mapping[nn.Module, nn.Module],
         standardize: Sequence[str],
         example_input: Any,
         edit: OptimizerEdit | None,
-        preserve: bool = False,
+        preserved: Collection[str] = (),
+        keeps_values: bool = False,
     ) -> None:
         self.old, self.new = model, replacements.get(model, model)
         self._locations = list(_locations(model, replacements))
         self._pairs = [LayerPair(o, n, _placement(n, model)) for o, n in replacements.items()]
-        self._standardize = frozenset(standardize)
+        preserved = frozenset(preserved).intersection(standardize)
+        self._standardize = {False: frozenset(standardize) - preserved, True: preserved}
         self._convolutions = [
             SavedConvolution(layer, type(layer), dict(layer._parameters), dict(layer._modules))
             for layer in map(model.get_submodule, standardize)
@@ -119,20 +122,14 @@ class Swap:
         self._hooks = frozenset((*model._forward_hooks, *model._forward_pre_hooks))
         self._example_input = example_input
         self._edit, self._weights_edit = edit, None
-        self._preserve = preserve
-        kept = [p for old in replacements for p in old.parameters()] if preserve else []
+        kept = [p for old in replacements for p in old.parameters()] if keeps_values else []
         self._values = [(parameter, parameter.detach().clone()) for parameter in kept]
 
     def apply(self) -> nn.Module:
         """Make all changes; return the model, or the new norm if the model is itself a norm."""
-        if self._standardize:
-            chosen = self._standardize
-            standardize_weights_(
-                self.old,
-                lambda _, name: name in chosen,
-                preserve=self._preserve,
-                example_input=self._example_input,
-            )
+        for preserve, chosen in self._standardize.items():
+            if chosen:
+                self._standardize_weights(chosen, preserve)
         for location in self._locations:
             location.put(location.new)
         if self._edit is not None:
@@ -142,11 +139,24 @@ class Swap:
         self._example_input = None
         return self.new
 
+    def _standardize_weights(self, chosen: Collection[str], preserve: bool) -> None:
+        standardize_weights_(
+            self.old,
+            lambda _, name: name in chosen,
+            preserve=preserve,
+            example_input=self._example_input,
+        )
+
     @property
     def changed(self) -> list[nn.Module | Optimizer]:
         """Everything that ``apply`` and ``revert`` change: model, old layers and optimizer."""
         optimizers = [] if self._edit is None else [self._edit.optimizer]
         return [self.old, self.new, *(pair.old for pair in self._pairs), *optimizers]
+
+    @property
+    def olds(self) -> dict[nn.Module, nn.Module]:
+        """For each new layer, the old one."""
+        return {pair.new: pair.old for pair in self._pairs}
 
     def revert(self) -> nn.Module:
         """Restore everything that ``apply`` has changed, unless it is restored already.

@@ -1,7 +1,7 @@
-"""What single-partition layers do on tables: from moments to one scale and center per segment.
+"""The algebra of single-partition layers: from a table of moments to scale and center per segment.
 
-A rule is hashed by identity (``eq=False``), here and in ``composite``: to trace a call of one,
-``torch.compile`` of torch 2.11 hashes it before its fields are set.
+Rules are compared and hashed by identity (``eq=False``), here and in ``composite``, because
+``torch.compile`` of torch 2.11 hashes a dataclass before its fields are set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GroupStatistics:
     def __call__(
         self, table: Moments, weight: PerChannel | None, bias: PerChannel | None
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         return standardize(table, self.groups(table), self, weight, bias)
 
     def groups(self, table: Moments) -> Moments:
@@ -65,12 +65,12 @@ class WeighedStatistics:
         running_mean: GroupTable,
         running_var: GroupTable,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         groups = self.groups(table, running_mean, running_var)
         return standardize(table, groups, self, weight, bias)
 
     def groups(self, table: Moments, running_mean: GroupTable, running_var: GroupTable) -> Moments:
-        """Statistics of every group, ``(B, G)``: one row where all is the running ones."""
+        """Statistics of every group, ``(B, G)``; one row if only running statistics are used."""
         running = Moments(running_mean, running_var)
         weight = self.example_weight
         if not isinstance(weight, Tensor) and weight == 0:
@@ -78,13 +78,13 @@ class WeighedStatistics:
         own = self.partition.pool(table)
         if isinstance(weight, Tensor):
             return own.blend(running, weight.to(own.mean.dtype))
-        # At 1 the running statistics have no say, even where they are not finite.
+        # Blending with weight 0 would pass on running statistics that are NaN or infinite.
         return own if weight == 1 else own.blend(running, weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EstimatedStatistics:
-    r"""Normalise by running estimates that have just moved towards the batch.
+    r"""Update running estimates with the batch, then normalise by them.
 
     .. math::  \hat m \leftarrow \hat m + r (\mu - \hat m), \quad
                \hat v \leftarrow \hat v + r (\overline{(x - \hat m_{old})^2} - \hat v)
@@ -99,7 +99,7 @@ class EstimatedStatistics:
     partition: Partition  # the whole batch
     eps: float
 
-    def __call__(  # noqa: PLR0913 - a table, the parameters, and what the rule is given
+    def __call__(  # noqa: PLR0913 - the table, the parameters, and the arguments of ``groups``
         self,
         table: Moments,
         weight: PerChannel | None,
@@ -109,7 +109,7 @@ class EstimatedStatistics:
         rate: Tensor,
         rows: Tensor | None = None,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         groups = self.groups(table, old_mean, old_var, rate, rows)
         return standardize(table, groups, self, weight, bias)
 
@@ -121,15 +121,17 @@ class EstimatedStatistics:
         rate: Tensor,
         rows: Tensor | None = None,
     ) -> Moments:
-        """Estimates after this batch, ``(1, G)``; ``rows`` are what several processes saw of it.
+        """Estimates after this batch, ``(1, G)``.
 
-        The rate is data like the old estimates: a checkpoint's second look brings others.
+        ``rows`` are the gathered statistics of all processes, if several have parts of the batch.
+        The rate is an argument and not a field, because checkpoint recomputation calls the same
+        rule with the rate 0.
         """
         batch = self.partition.pool(table.detach()) if rows is None else merge(rows)
         if rows is not None:
             batch = batch.map(lambda t: t.to(old_mean.dtype))
         if batch.count is not None:
-            rate = rate * (batch.count > 0)  # a channel without valid values moves nothing
+            rate = rate * (batch.count > 0)  # without valid values a channel's estimate stays
         distance = (batch.mean - old_mean).square() + batch.var  # mean of (x - old_mean)^2
         mean = old_mean + rate * (batch.mean - old_mean)
         return Moments(mean, old_var + rate * (distance - old_var), batch.count)
@@ -137,33 +139,33 @@ class EstimatedStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SynchronizedStatistics:
-    """Normalise by the statistics of all processes' batches together."""
+    """Normalise by the statistics of the batches of all processes together."""
 
     partition: Partition  # the whole batch
-    gathered: Partition  # what is exchanged: the same, or finer
+    gathered: Partition  # the groups whose statistics are exchanged: the same, or smaller ones
     eps: float
     ranks: dist.ProcessGroup
 
     def __call__(
         self, table: Moments, weight: PerChannel | None, bias: PerChannel | None, rows: Tensor
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         return standardize(table, self.groups(table, rows), self, weight, bias)
 
     def groups(self, table: Moments, rows: Tensor) -> Moments:
         """Statistics of every group, ``(1, G)``."""
-        own = self.gathered.pool(table.counted(1))  # counted: an empty part has no mean
+        own = self.gathered.pool(table.counted(1))  # without counts an empty part would give NaN
         return self.partition.pool(merge_with_own(rows, own, self.ranks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SynchronizedRuns:
-    """Normalise by the statistics of runs of examples that may span several processes' batches."""
+    """Normalise by statistics of runs of examples, which may span several processes' batches."""
 
     partition: Partition  # runs of examples of all processes
     eps: float
     ranks: dist.ProcessGroup
-    place: slice  # of this process's examples
+    place: slice  # this process's examples among those of all processes
 
     def __call__(
         self,
@@ -174,7 +176,7 @@ class SynchronizedRuns:
         var: SegmentTable,
         count: SegmentTable,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         start, stop = self.place.start, self.place.stop
         whole = Moments(
             torch.cat((mean[:start], table.mean.to(mean.dtype), mean[stop:])),
@@ -188,8 +190,8 @@ class SynchronizedRuns:
 
 
 Rule = GroupStatistics | WeighedStatistics | EstimatedStatistics | SynchronizedStatistics
-"""Where a stage takes its statistics from: own groups, a mixture with running ones, estimates,
-the groups of several processes."""
+"""How a stage gets its statistics: from its own groups, from these mixed with running statistics,
+from running estimates, or from the groups of several processes."""
 
 
 def standardize(
@@ -199,7 +201,7 @@ def standardize(
     weight: PerChannel | None,
     bias: PerChannel | None,
 ) -> Affine:
-    """Scale and center that give every group mean 0 and variance 1, then the channel's affine."""
+    """Give every group mean 0 and variance 1, then apply each channel's weight and bias."""
     shape = table.mean.shape
 
     def spread(values: GroupTable) -> SegmentTable:
@@ -215,7 +217,7 @@ def standardize(
 def fixed_tables(
     groups: Moments, partition: Partition, shape: Sequence[int], parameters: Parameters
 ) -> tuple[SegmentTable, SegmentTable, SegmentTable]:
-    """Tables of mean, scale and center that normalise by given group statistics ``(B, G)``."""
+    """Tables of mean, scale and center for normalising by given group statistics ``(B, G)``."""
     num_segments = math.prod(shape[1:]) // partition.segment_size(shape)
     mean, var = (partition.expand(t, shape[0], num_segments) for t in (groups.mean, groups.var))
     weight, bias, eps = parameters
@@ -226,7 +228,7 @@ def fixed_tables(
 
 
 def per_segment(values: PerChannel, like: SegmentTable) -> SegmentTable:
-    """Repeat one value a channel, ``(C,)``, over the channel's segments: ``(1, K)``."""
+    """Repeat the value of each channel, ``(C,)``, over the channel's segments: ``(1, K)``."""
     if isinstance(values, Symbol):
         return values.repeat_columns(like.shape[1] // values.shape[1])
     repeats = like.shape[1] // values.shape[0]

@@ -1,4 +1,4 @@
-"""What a feature map must be, said before anything is computed."""
+"""Checks of feature maps and options, made before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def require_feature_map(x: Tensor, num_features: int | None, name: str) -> None:
-    """Refuse what is not a floating-point ``(N, C, *S)`` with the right number of channels.
+    """Refuse anything but a floating-point map ``(N, C, *S)`` with the right number of channels.
 
     Raises:
         InputTypeError: If the dtype is not one of float32, float64, bfloat16, float16.
@@ -66,10 +66,10 @@ def require_per_channel(values: Tensor | None, shape: Sequence[int], what: str, 
 
 
 def require_count(name: str, value: int) -> int:
-    """Refuse what is not a whole number of at least 1; return it as an ``int``.
+    """Refuse anything but an integer of at least 1; return it as an ``int``.
 
     Raises:
-        OptionError: With the name and the value.
+        OptionError: If it is not an integer or is below 1.
     """
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
@@ -86,8 +86,8 @@ def require_channel_groups(num_groups: int, num_features: int) -> int:
     """Refuse groups that do not cut the channels into equal runs; return their number.
 
     Raises:
-        OptionError: If either is no count.
-        PartitionError: With the divisors that would do.
+        OptionError: If either number is not an integer of at least 1.
+        PartitionError: If the groups do not divide the channels; the message lists the divisors.
     """
     num_features = require_count("num_features", num_features)
     num_groups = require_count("num_groups", num_groups)
@@ -96,17 +96,17 @@ def require_channel_groups(num_groups: int, num_features: int) -> int:
 
 
 def require_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse what is not one of the known words.
+    """Refuse a value that is not one of the known ones.
 
     Raises:
-        OptionError: With those that are known.
+        OptionError: If it is unknown; the message lists the known values.
     """
     if value not in known:
         raise OptionError(f"{name}={value!r} was given; it is one of: {', '.join(known)}")
 
 
 def require_eps(eps: float) -> None:
-    """Refuse what cannot be added to a variance.
+    """Refuse an ``eps`` that cannot be added to a variance.
 
     Raises:
         OptionError: If it is negative or not finite.
@@ -116,7 +116,7 @@ def require_eps(eps: float) -> None:
 
 
 def require_share(name: str, value: float) -> None:
-    """Refuse what is not a share.
+    """Refuse a value that does not lie from 0 to 1.
 
     Raises:
         OptionError: If it does not lie from 0 to 1.
@@ -126,7 +126,7 @@ def require_share(name: str, value: float) -> None:
 
 
 def require_update_rate(value: float | None) -> float:
-    """Refuse a rate at which the estimates would not move, or overshoot.
+    """Refuse an update rate with which estimates would stay unchanged or overshoot the batch.
 
     Raises:
         OptionError: If it does not lie in (0, 1].

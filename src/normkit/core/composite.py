@@ -1,11 +1,12 @@
-r"""Composites as algebra: what several norms in a row, or mixed, do to one segment.
+r"""Composites as algebra on tables: several norms in a row, or mixed, are one affine map.
 
-A norm maps every segment affinely, so the next norm's statistics follow from the table:
-``mean' = center``, ``var' = scale^2 * var``. Whatever the composite, one ``(scale, center)`` per
-segment comes out: it costs two passes over the map, and backward keeps ``x`` and tables.
+A norm maps every segment affinely, so the table gives the moments of its output, and with them the
+next norm's statistics: ``mean' = center``, ``var' = scale^2 * var``. Every composite therefore
+results in one ``(scale, center)`` per segment. It takes two passes over the map, and backward keeps
+``x`` and tables.
 
 Every rule is called as ``rule(table, weight, bias, *given)``; ``given`` are the running mean and
-variance ``(1, C)`` where the rule looks at them, and nothing in training.
+variance ``(1, C)`` if the rule reads them, and nothing in training.
 """
 
 from __future__ import annotations
@@ -27,23 +28,22 @@ Order = Literal["group-first", "batch-first", "parallel"]
 
 
 Algebra = Callable[..., Affine]
-"""What a composite does on tables: from the moments of the segments, the parameters, and what the
-batch stage's rule is given, to scale and center. Where the batch stage sees something else than the
-map, it has a method ``batch_input``."""
+"""Maps the moments of the segments, the parameters, and the tables given to the batch stage's rule
+to scale and center. If the batch stage's input is not the map itself, the object has a method
+``batch_input``."""
 
 
 class Composite(NamedTuple):
-    """Which composite: its formula, apart from where the batch stage takes its statistics.
+    """A composite's formula and options, without the rule of its batch stage.
 
-    The formula is followed once for all calls with the same composite, so that everything here is
-    compared and nothing of it is a tensor.
+    The formula is traced once for all calls with an equal composite; the fields are compared, so
+    none of them is a tensor.
 
     Args:
-        formula: From the batch stage's rule, and the options, to what is done on tables.
+        formula: Called with the batch stage's rule and the options, returns the algebra on tables.
         options: Numbers of groups, ``eps`` of other norms, an order.
         batch_eps: Added to the batch stage's variances.
-        num_beside: First channels that the batch stage does not see, and whose norm does not see
-            the others.
+        num_beside: Number of first channels that another norm normalises beside the batch stage.
         has_batch: Whether there is a batch stage.
     """
 
@@ -54,16 +54,16 @@ class Composite(NamedTuple):
     has_batch: bool = True
 
     def num_batch_channels(self, num_channels: int) -> int:
-        """Channels that the batch stage sees."""
+        """Number of channels that the batch stage normalises."""
         return num_channels - self.num_beside if self.has_batch else 0
 
     def algebra(self, batch: Rule) -> Algebra:
-        """What is done on tables, where the batch stage has this rule."""
+        """The algebra on tables if the batch stage has this rule."""
         return self.formula(batch, *self.options)
 
 
 def batch_input(algebra: Algebra, table: Moments) -> Moments:
-    """Moments of what the batch stage sees, which running statistics follow."""
+    """Moments of the batch stage's input, which running statistics track."""
     own = getattr(algebra, "batch_input", None)
     return table if own is None else own(table)
 
@@ -76,24 +76,24 @@ def own_groups(num_groups: int, eps: float) -> GroupStatistics:
 
 
 def batch_then_group(batch: Rule, num_groups: int, eps: float) -> BatchThenGroup:
-    """Batch-channel normalization."""
+    """Formula of batch-channel normalization."""
     return BatchThenGroup(batch=batch, group=own_groups(num_groups, eps))
 
 
 def group_and_batch(batch: Rule, num_groups: int, eps: float, order: Order) -> GroupAndBatch:
-    """GNPlus."""
+    """Formula of GroupNormPlus."""
     return GroupAndBatch(group=own_groups(num_groups, eps), batch=batch, order=order)
 
 
 def switched(batch: Rule, eps: float, uses_batch: bool) -> SwitchedStatistics:
-    """Switchable normalization."""
+    """Formula of switchable normalization."""
     return SwitchedStatistics(
         layer=own_groups(1, eps), batch=batch if uses_batch else None, eps=eps
     )
 
 
 def instance_beside_batch(batch: Rule, num_instance: int, eps: float) -> InstanceBesideBatch:
-    """IBN-a."""
+    """Formula of IBN-a."""
     return InstanceBesideBatch(instance=own_groups(num_instance, eps), batch=batch)
 
 
@@ -113,7 +113,7 @@ class BatchThenGroup:
         group_bias: Tensor | None,
         *given: Tensor,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         first = self.batch(table, batch_weight, batch_bias, *given)
         return chain(first, self.group(table.transform(*first), group_weight, group_bias))
 
@@ -137,7 +137,7 @@ class GroupAndBatch:
         mix_logit: Tensor,
         *given: Tensor,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         group, batch = self._stages(table, given)
         share = torch.sigmoid(mix_logit.to(table.mean.dtype))
         scale = share * group.scale + (1 - share) * batch.scale
@@ -145,7 +145,7 @@ class GroupAndBatch:
         return rescale(Affine(scale, center), weight, bias)
 
     def batch_input(self, table: Moments) -> Moments:
-        """Moments of what the batch norm sees."""
+        """Moments of the batch norm's input."""
         if self.order != "group-first":
             return table
         return table.transform(*self.group(table, None, None))
@@ -181,7 +181,7 @@ class SwitchedStatistics:
         var_logits: Tensor,
         *given: Tensor,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         sources = [table, self.layer.groups(table)]  # tables that broadcast to (N, C)
         if self.batch is not None:
             sources.append(self.batch.groups(table, *given))
@@ -206,7 +206,7 @@ class InstanceBesideBatch:
         batch_bias: PerChannel | None,
         *given: Tensor,
     ) -> Affine:
-        """Scale and center of every segment."""
+        """Compute scale and center of every segment."""
         first, rest = self.split(table)
         left = self.instance(first, instance_weight, instance_bias)
         right = self.batch(rest, batch_weight, batch_bias, *given)
@@ -224,12 +224,12 @@ class InstanceBesideBatch:
 
 
 def chain(first: Affine, second: Affine) -> Affine:
-    """Do ``second``, which normalises the output of ``first``, after ``first``."""
+    """Apply ``first``, then ``second``, which normalises the output of ``first``."""
     return Affine(first.scale * second.scale, second.center)
 
 
 def rescale(unit: Affine, weight: PerChannel | None, bias: PerChannel | None) -> Affine:
-    """Add the channel's scale and shift after everything else."""
+    """Apply each channel's weight and bias to the result."""
     scale, center = unit
     if weight is not None:
         factor = per_segment(weight, center)

@@ -1,10 +1,11 @@
-"""The ways a partition's statistics are used: the input's, the running ones, a mixture."""
+"""Single-partition norms: by the input's statistics, the running ones, or a mixture."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, WeighedStatistics, fixed_tables
+from normkit.core.compiled import normalize_compiled
 from normkit.core.ending import Ending, ended
 from normkit.core.mask import Valid, on_valid
 from normkit.core.moments import Moments
@@ -14,7 +15,6 @@ from normkit.core.partition import Partition
 from normkit.core.pooled import normalize_given, normalize_pooled
 from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics
-from normkit.core.traced import normalize_traced
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
@@ -28,7 +28,7 @@ def normalize_batch(
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them."""
+    """Normalise by the statistics of the input's own groups, and update ``running`` with them."""
     call = batch_route(running, False, valid is not None)
     way, _, _, operators = decide(x, call)
     if way == "operator":
@@ -49,12 +49,12 @@ def normalize_batch(
 def _normalize_traced(
     x: FeatureMap, partition: Partition, parameters: Parameters
 ) -> tuple[FeatureMap, Moments]:
-    """Compute what the pooled operator does in a graph that a compiler looks into."""
+    """Do what the pooled operator does, in operations that a compiler can fuse."""
 
     def tables(groups: Moments) -> tuple[Tensor, Tensor, Tensor]:
         return fixed_tables(groups, partition, x.shape, parameters)
 
-    return normalize_traced(x, partition, tables)
+    return normalize_compiled(x, partition, tables)
 
 
 def normalize_evaluation(
@@ -65,7 +65,7 @@ def normalize_evaluation(
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise by running statistics and ``example_weight`` parts of the example's own."""
+    """Normalise by running statistics, mixed with a share of the example's own statistics."""
     own = Partition(num_groups=partition.num_groups, examples_per_group=1)
     share = running.example_weight
     if not isinstance(share, Tensor) and share == 1:

@@ -1,8 +1,8 @@
 r"""Padded inputs: statistics over valid positions only.
 
-A mask gives every segment a number of values of its own. Pooling weighs the segments by these
-numbers, and the algebra on tables stays the same. What is invalid is set to 0 before anything is
-computed, so that not even a NaN there has a say, and comes out as 0.
+With a mask, segments have different numbers of valid values. Pooling weights the segments by these
+numbers, and the algebra on tables stays the same. Invalid values are set to 0 before anything is
+computed, so that even a NaN among them has no effect; the output there is 0.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from normkit.kernels.reference import segments
 from normkit.typing import FeatureMap, SegmentTable
 
 Mask = Tensor
-"""Boolean ``(N, *S)``, True where a position is valid, or whole numbers ``(N,)``: how many of the
-first positions along the last axis are."""
+"""Boolean ``(N, *S)``, True where a position is valid, or integers ``(N,)``: how many of the first
+positions along the last axis are valid."""
 Valid = Bool[Tensor, "n 1 *s"]
 
 
 def read_mask(mask: Mask, x: FeatureMap, name: str) -> Valid:
-    """Which positions are valid, ``(N, 1, *S)``.
+    """Convert either form of a mask to booleans ``(N, 1, *S)``.
 
     Raises:
-        InputTypeError: If the mask is no tensor of booleans or whole numbers.
+        InputTypeError: If the mask is not a tensor of booleans or integers.
         InputError: If its shape, its device or a length does not fit the input.
     """
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
@@ -50,7 +50,7 @@ def read_mask(mask: Mask, x: FeatureMap, name: str) -> Valid:
     if mask.dtype == torch.bool and tuple(mask.shape) in (shape, (x.shape[0], 1, *x.shape[2:])):
         return mask.reshape(x.shape[0], 1, *x.shape[2:])
     if mask.dtype != torch.bool and mask.shape == x.shape[:1] and x.ndim > 2:
-        return _up_to(mask, x, name)
+        return _mask_of_lengths(mask, x, name)
     raise InputError(
         f"{name} was given a mask of {mask.dtype} and shape {tuple(mask.shape)} for an input of "
         f"shape {tuple(x.shape)}; it takes booleans {shape}, one for each position (mask.bool()), "
@@ -58,7 +58,7 @@ def read_mask(mask: Mask, x: FeatureMap, name: str) -> Valid:
     )
 
 
-def _up_to(lengths: Tensor, x: FeatureMap, name: str) -> Valid:
+def _mask_of_lengths(lengths: Tensor, x: FeatureMap, name: str) -> Valid:
     size = x.shape[-1]
     if not needs_plain_formula() and lengths.numel():
         least, most = int(lengths.min()), int(lengths.max())
@@ -72,26 +72,26 @@ def _up_to(lengths: Tensor, x: FeatureMap, name: str) -> Valid:
 
 
 def without_invalid(x: FeatureMap, valid: Valid) -> FeatureMap:
-    """The same map with 0 where it is not valid."""
+    """Return the map with 0 at invalid positions."""
     return x.masked_fill(~valid, 0)
 
 
 def on_valid(
     x: FeatureMap, valid: Valid | None, normalize: Callable[[FeatureMap], FeatureMap]
 ) -> FeatureMap:
-    """Normalise element by element, with 0 for what is not valid before and after."""
+    """Apply an elementwise norm, with 0 at invalid positions before and after."""
     if valid is None:
         return normalize(x)
     return without_invalid(normalize(without_invalid(x, valid)), valid)
 
 
 def masked_moments(x: FeatureMap, valid: Valid, segment_size: int) -> Moments:
-    """Moments of the valid values of every segment; 0 where there are none.
+    """Moments of the valid values of every segment; 0 in segments without valid values.
 
     Args:
-        x: Feature map with 0 where it is not valid.
-        valid: Which positions are.
-        segment_size: Elements of a segment.
+        x: Feature map, with 0 at invalid positions.
+        valid: Mask of the valid positions.
+        segment_size: Number of elements in a segment.
     """
     rows = segments(x, segment_size)
     inside = segments(valid.to(x.dtype), segment_size)
@@ -103,7 +103,7 @@ def masked_moments(x: FeatureMap, valid: Valid, segment_size: int) -> Moments:
 
 
 def count_valid(valid: Valid, num_channels: int, segment_size: int) -> SegmentTable:
-    """Valid values of every segment, ``(N, K)``."""
+    """Number of valid values in every segment, ``(N, K)``."""
     count = segments(valid.double(), segment_size).sum(dim=-1)
     return count.expand(-1, num_channels, -1).flatten(1)
 
@@ -113,12 +113,12 @@ def require_valid_values(
 ) -> None:
     """Refuse a mask that leaves a statistics group a single value, whose variance is 0.
 
-    A group without any valid value is no error: nothing of it is in the result.
+    A group without any valid value is not an error, because the whole group is 0 in the output.
 
     Raises:
-        PartitionError: With the place of the group.
+        PartitionError: If a group has a single valid value; the message says which group.
     """
-    if needs_plain_formula():  # the values of the mask are not at hand
+    if needs_plain_formula():  # under a trace or transform the mask's values cannot be read
         return
     for partition in partitions:
         size = partition.segment_size(shape)

@@ -13,8 +13,8 @@ from torch import Tensor
 class Moments:
     """Mean and biased variance of each cell, in the unit of ``x`` and of ``x`` squared.
 
-    The cells are segments ``(N, K)`` as measured, or statistics groups ``(B, G)`` once pooled.
-    ``count`` is how many values stand behind each cell; None where all have equally many.
+    The cells are segments ``(N, K)``, or after pooling statistics groups ``(B, G)``. ``count`` is
+    the number of values in each cell; None if all cells have equally many.
     """
 
     mean: Tensor
@@ -22,21 +22,21 @@ class Moments:
     count: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Moments:
-        """Do the same to every table."""
+        """Apply a function to every table."""
         return Moments(fn(self.mean), fn(self.var), None if self.count is None else fn(self.count))
 
     def counted(self, segment_size: int) -> Moments:
-        """Return the same numbers with a ``count``: at first that of the elements of a segment."""
+        """Return the same moments with a ``count``, which is ``segment_size`` if there was none."""
         if self.count is not None:
             return self
         return Moments(self.mean, self.var, torch.full_like(self.mean, segment_size))
 
     def detach(self) -> Moments:
-        """Return the same numbers without a gradient."""
-        return self.map(lambda t: t.detach())  # of whatever stands for a table, too
+        """Return the same moments without a gradient."""
+        return self.map(lambda t: t.detach())  # not Tensor.detach: a table may be a Symbol
 
     def transform(self, scale: Tensor, center: Tensor) -> Moments:
-        r"""Moments of :math:`y = scale \cdot (x - mean) + center`, without a look at ``x``."""
+        r"""Moments of :math:`y = scale \cdot (x - mean) + center`, computed without ``x``."""
         return Moments(center, scale.square() * self.var, self.count)
 
     def blend(self, other: Moments, weight: float | Tensor) -> Moments:
@@ -49,6 +49,7 @@ class Moments:
         """
         spread = weight * self.var + (1 - weight) * other.var
         between = weight * (1 - weight) * (self.mean - other.mean).square()
-        # lerp starts from the nearer of the two means: a far one would cost digits of the result.
+        # torch.lerp computes from the end that the weight is nearer to, which keeps more digits
+        # than weight * m1 + (1 - weight) * m2 if one of the means is large.
         mean = torch.lerp(other.mean.to(self.mean.dtype), self.mean, weight)
         return Moments(mean, spread + between, self.count)

@@ -1,9 +1,9 @@
-r"""The one way through: moments, the layer's algebra on tables, apply; and its gradient.
+r"""Normalisation in three steps: moments, the layer's algebra on tables, apply; and its gradient.
 
 .. math::  y = scale \cdot (x - mean) + center
 
-with one ``(scale, center)`` per segment. Writing ``y`` around the segment's own mean keeps large
-offsets from cancelling. Backward has the same shape: one pass for ``sum(g)`` and
+with one ``(scale, center)`` per segment. ``y`` is written around the segment's own mean, so that a
+large offset does not cancel. Backward has the same steps: one pass for ``sum(g)`` and
 ``sum(g * (x - mean))``, the transpose of the algebra on tables, one pass for
 ``dx = k1*g + k2*(x - mean) + k3``. Only ``x`` and tables are kept for it.
 """
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normkit.core.compiled import normalize_compiled
 from normkit.core.mask import Valid, masked_moments, on_valid, without_invalid
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
-from normkit.core.traced import normalize_traced
 from normkit.core.transforms import needs_plain_formula
 from normkit.kernels import reference
 from normkit.kernels.reference import table_dtype
@@ -29,22 +29,23 @@ from normkit.typing import FeatureMap, SegmentTable
 
 
 class Affine(NamedTuple):
-    """What a norm does to each segment: ``scale * (x - mean) + center``."""
+    """The affine map of each segment: ``scale * (x - mean) + center``."""
 
     scale: SegmentTable
     center: SegmentTable
 
 
 Algebra = Callable[..., Affine]
-"""From ``Moments`` of the segments and parameters, in differentiable operations on tables."""
+"""Maps ``Moments`` of the segments and parameters to scale and center, by differentiable operations
+on tables."""
 
 
 Known = tuple[FeatureMap | None, Moments]
-"""A result and its moments, or the moments alone."""
+"""A result that was computed before, or None, and the moments of the input."""
 
 
 def measure(x: FeatureMap, segment_size: int, valid: Valid | None = None) -> Moments:
-    """Moments ``(N, K)`` of the segments, or of their valid values, without a gradient."""
+    """Compute the moments ``(N, K)`` of the segments' valid values, without a gradient."""
     if x.shape[0] == 0:
         table = x.new_zeros(0, math.prod(x.shape[1:]) // segment_size, dtype=table_dtype(x.dtype))
         return Moments(table, table)
@@ -63,23 +64,24 @@ def normalize(
     valid: Valid | None = None,
     way: Way = "tables",
 ) -> tuple[FeatureMap, Moments]:
-    """Normalise ``x`` by what ``algebra`` makes of its segments' moments.
+    """Normalise ``x`` by the scale and center that ``algebra`` computes from its moments.
 
     Args:
         x: Feature map, ``(N, C, *S)``, not empty.
         segment_size: Elements ``L`` of a segment; divides the positions of a channel.
         algebra: ``algebra(moments, *parameters)``; a gradient flows through it.
-        parameters: Tensors that the algebra uses and that may want a gradient.
-        known: What the same call returned before: the result then gets a gradient of its own, but
-            is not computed again. With None for the result: the moments alone.
-        valid: Which positions have a say in the statistics; the others come out 0.
-        way: How the call is computed, if ``"graph"``: what a compiler looks into.
+        parameters: Tensors that the algebra uses and that may require a gradient.
+        known: Moments, and if known the result, of an earlier call on the same input. They are not
+            computed again, but the result gets a gradient.
+        valid: Mask of the positions that count in the statistics; the result is 0 at the others.
+        way: The decided way; only ``"graph"`` makes a difference here: then the call is computed
+            in operations that a compiler can fuse.
 
     Returns:
         The result in the dtype and layout of ``x``, and the detached moments ``(N, K)``.
     """
     if way == "graph":
-        y, table = _traced(x, segment_size, algebra, parameters)
+        y, table = _compiled(x, segment_size, algebra, parameters)
     elif needs_plain_formula() or valid is not None:
         y, table = plain(x, segment_size, algebra, parameters, valid)
     else:
@@ -95,8 +97,9 @@ def plain(
     parameters: tuple[Tensor | None, ...],
     valid: Valid | None = None,
 ) -> tuple[FeatureMap, Moments]:
-    """Compute what ``normalize`` does in plain operators: any derivative, vmap, export, masks."""
-    wide = x.to(table_dtype(x.dtype))  # once: the parts of its gradient are added up in this dtype
+    """Do what ``normalize`` does in plain operators: any derivative, vmap, export, masks."""
+    # Cast once, so that autograd adds up the parts of the gradient in the wide dtype.
+    wide = x.to(table_dtype(x.dtype))
     if valid is None:
         table = Moments(*reference.moments(wide, segment_size))
     else:
@@ -109,10 +112,10 @@ def plain(
     return on_valid(wide, valid, apply), table
 
 
-def _traced(
+def _compiled(
     x: FeatureMap, segment_size: int, algebra: Algebra, parameters: tuple[Tensor | None, ...]
 ) -> tuple[FeatureMap, Moments]:
-    """Compute what ``normalize`` does in a graph that a compiler looks into."""
+    """Do what ``normalize`` does, in operations that a compiler can fuse."""
 
     def tables(table: Moments) -> tuple[Tensor, Tensor, Tensor]:
         scale, center = algebra(table, *parameters)
@@ -120,7 +123,7 @@ def _traced(
 
     num_segments = x.shape[1] * (math.prod(x.shape[2:]) // segment_size)
     segments = Partition(num_groups=num_segments, examples_per_group=1)
-    return normalize_traced(x, segments, tables)
+    return normalize_compiled(x, segments, tables)
 
 
 class _Normalize(torch.autograd.Function):
@@ -141,7 +144,7 @@ class _Normalize(torch.autograd.Function):
         ctx.segment_size, ctx.algebra = segment_size, algebra
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return own(y.view_as(y) if known is not None and y is known[0] else y), mean, var
+        return as_non_view(y.view_as(y) if known is not None and y is known[0] else y), mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -229,7 +232,7 @@ def apply_tables(
     center: SegmentTable,
     segment_size: int,
 ) -> FeatureMap:
-    """``scale * (x - mean) + center`` with given tables, of which ``mean`` gets no gradient."""
+    """Compute ``scale * (x - mean) + center`` with given tables; ``mean`` gets no gradient."""
     if needs_plain_formula():
         return reference.apply(x, mean, scale, center, segment_size)
     return _Apply.apply(x, mean, scale, center, segment_size)
@@ -249,7 +252,7 @@ class _Apply(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, mean, scale, center)
         ctx.segment_size = segment_size
-        return own(primitives(x).apply(x, mean, scale, center, segment_size))
+        return as_non_view(primitives(x).apply(x, mean, scale, center, segment_size))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -276,8 +279,8 @@ class _Apply(torch.autograd.Function):
         return dx, None, dscale, dcenter, None
 
 
-def own(y: Tensor) -> Tensor:
-    """Not as a view: of a view made in an autograd node, autograd refuses in-place operations."""
+def as_non_view(y: Tensor) -> Tensor:
+    """Return a non-view: autograd rejects in-place operations on views made in a Function."""
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
 
@@ -287,7 +290,7 @@ def differentiable_gradient(
     wanted: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Gradient of ``plain(*inputs)`` that can be differentiated again; None where not wanted."""
+    """Differentiable gradients of ``plain(*inputs)``; None for inputs that want none."""
     sources = [t for t, want in zip(inputs, wanted, strict=True) if t is not None and want]
     found = iter(torch.autograd.grad(plain(*inputs), sources, grad, create_graph=True))
     return [next(found) if want else None for want in wanted]

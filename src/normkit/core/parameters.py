@@ -1,4 +1,4 @@
-"""What a layer learns or is given beside the statistics."""
+"""A layer's parameters, and the result of an empty input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from normkit.typing import FeatureMap, PerChannel
 
 
 class Parameters(NamedTuple):
-    """What a layer adds to the statistics: scale and shift of each channel, and ``eps``."""
+    """Scale and shift of each channel, and ``eps``."""
 
     weight: PerChannel | None
     bias: PerChannel | None
@@ -18,6 +18,6 @@ class Parameters(NamedTuple):
 
 
 def empty_result(x: FeatureMap, *parameters: Tensor | None) -> FeatureMap:
-    """Nothing to normalise, yet the parameters get zero gradients instead of none."""
+    """Return an empty map whose backward gives the parameters gradients of zero, not None."""
     sums = [p.sum().to(x.dtype) for p in parameters if p is not None]
     return x + sum(sums) if sums else x.clone()

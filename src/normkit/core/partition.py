@@ -32,17 +32,17 @@ class Partition(NamedTuple):
     ===================  ===============  ======================
 
     Args:
-        num_groups: Number of equal runs an example is cut into. A run may cover many channels,
-            or be a part of one.
+        num_groups: Number of equal runs that an example is cut into. A run may cover many
+            channels, or be a part of one.
         examples_per_group: Consecutive examples that share statistics; None is the whole batch.
-            When it does not divide the batch the last run is the smaller remainder.
+            If it does not divide the batch, the last run is the smaller remainder.
     """
 
     num_groups: int
     examples_per_group: int | None = None
 
     def segment_size(self, shape: Sequence[int]) -> int:
-        """Elements ``L`` of the largest runs that share both their channel and their group.
+        """Number of elements ``L`` in a segment: the largest run within one channel and one group.
 
         Raises:
             PartitionError: If the groups do not divide an example of this shape.
@@ -57,7 +57,7 @@ class Partition(NamedTuple):
         return _greatest_common_divisor(num_positions, example_size // self.num_groups)
 
     def group_sizes(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Elements in a full group and in the last, possibly smaller, one."""
+        """Number of elements in a full group and in the last group, which may be smaller."""
         num_examples, per_example = shape[0], math.prod(shape[1:]) // self.num_groups
         if self.examples_per_group is None or self.examples_per_group >= num_examples:
             return num_examples * per_example, num_examples * per_example
@@ -65,7 +65,7 @@ class Partition(NamedTuple):
         return run * per_example, ((num_examples - 1) % run + 1) * per_example
 
     def describe_group(self, shape: Sequence[int]) -> str:
-        """Say what the smallest group of a feature map of this shape is made of."""
+        """Describe the smallest group of a feature map of this shape."""
         num_examples, num_channels, num_positions = shape[0], shape[1], math.prod(shape[2:])
         examples = (num_examples - 1) % self._examples(num_examples) + 1
         size = num_channels * num_positions // self.num_groups
@@ -76,8 +76,8 @@ class Partition(NamedTuple):
     def pool(self, table: Moments) -> Moments:
         """Pool segments ``(N, K)`` into groups ``(B, G)`` by the law of total variance.
 
-        Segments have equally many elements, so plain means are exact, or each has its ``count``.
-        The variance is a sum of squares, so it is never negative and nothing cancels. A group
+        Segments without a ``count`` have equally many elements, so plain means are exact. The
+        variance is a sum of squares, so it is never negative and nothing cancels. A counted group
         without any value has mean 0 and variance 1.
         """
         if isinstance(table.mean, Symbol):
@@ -91,7 +91,7 @@ class Partition(NamedTuple):
         return self._pool_with_remainder(table, self._examples(num_examples))
 
     def expand(self, groups: GroupTable, num_examples: int, num_segments: int) -> SegmentTable:
-        """Give every segment its group's value: ``(B, G)`` to ``(N, K)``; B = 1 to ``(1, K)``."""
+        """Repeat each group's value for its segments: ``(B, G)`` to ``(N, K)``, or ``(1, K)``."""
         rows, columns = groups.shape[0], num_segments // self.num_groups
         if isinstance(groups, Symbol):
             return groups.repeat_columns(columns)
@@ -140,20 +140,20 @@ def _pool_counted(mean: Tensor, var: Tensor, count: Tensor) -> Moments:
 
 
 def divisors(size: int) -> list[int]:
-    """All divisors of ``size``, in rising order."""
+    """All divisors of ``size``, in increasing order."""
     low = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return low + [size // d for d in reversed(low) if d * d != size]
 
 
 def _greatest_common_divisor(a: int, b: int) -> int:
-    """Do what ``math.gcd`` does, in steps that ``torch.compile`` can follow."""
+    """Compute ``math.gcd`` in steps that ``torch.compile`` can trace."""
     while b:
         a, b = b, a % b
     return a
 
 
 def largest_divisor(n: int, at_most: int) -> int:
-    """Largest divisor of ``n`` that is not above ``at_most``.
+    """Largest divisor of ``n`` that is at most ``at_most``.
 
     Raises:
         PartitionError: If ``n`` or ``at_most`` is below 1.
@@ -183,13 +183,13 @@ def require_divides(num_groups: int, size: int, given: str) -> None:
 
 
 def require_variance(partition: Partition, shape: Sequence[int], name: str) -> None:
-    """Refuse groups of a single value, whose variance is zero and whose output is constant.
+    """Refuse groups of a single value, whose variance is 0 and whose output is constant.
 
     Raises:
         PartitionError: If the smallest group has one element.
     """
     if math.prod(shape[1:]) != partition.num_groups:
-        return  # a group has several values of one example
+        return  # each group has several values of every example
     _, smallest = partition.group_sizes(shape)
     if smallest == 1:
         _refuse_single(partition, shape, name)
@@ -198,13 +198,16 @@ def require_variance(partition: Partition, shape: Sequence[int], name: str) -> N
 def require_counted_variance(
     partition: Partition, shape: Sequence[int], groups: Moments, name: str
 ) -> None:
-    """Do the same where the groups' values are counted, because others have some of them.
+    """Refuse groups of a single value, where other processes may hold more values of a group.
 
     Args:
         partition: The groups.
-        shape: Of this process's part of the batch.
-        groups: Statistics of the groups, counted.
-        name: Who refuses.
+        shape: Shape of this process's part of the batch.
+        groups: Statistics of the groups over all processes, with counts.
+        name: The called layer or function, for the error message.
+
+    Raises:
+        PartitionError: If a group has one element.
     """
     if groups.count is not None and bool((groups.count == 1).any()):
         _refuse_single(partition, (1, *shape[1:]), name)
@@ -219,7 +222,7 @@ def _refuse_single(partition: Partition, shape: Sequence[int], name: str) -> NoR
 
 
 def _ways_to_more_values(partition: Partition, shape: Sequence[int]) -> str:
-    """What gives a group of one value more: only what its partition depends on."""
+    """Ways to give the groups of this partition more values."""
     ways = ["a larger map"] if len(shape) > 2 else []
     if shape[1] > 1:
         ways.append("fewer groups, or a norm over several channels (GroupNorm, LayerNorm)")
@@ -234,7 +237,7 @@ def _ways_to_more_values(partition: Partition, shape: Sequence[int]) -> str:
 
 
 def has_single_values(x: FeatureMap) -> bool:
-    """Whether a channel of an example is one value: only then can a group of channels be."""
+    """Whether a channel of an example is one value; if not, no group of channels can be one."""
     return x.numel() == x.shape[0] * x.shape[1]
 
 

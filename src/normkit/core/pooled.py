@@ -1,8 +1,8 @@
-"""The short way for single-partition layers: pooling and its transpose inside the kernels.
+"""Single-partition layers in one operator: pooling and its gradient are computed in the kernel.
 
 On small maps a dozen operations on tiny tables cost more than the passes over the map, so the
-kernels do them. What they compute is ``normalize`` with ``GroupStatistics``, and ``apply_tables``
-with ``fixed_tables``; second derivatives are taken of those.
+kernels include them. They compute ``normalize`` with ``GroupStatistics``, and ``apply_tables`` with
+``fixed_tables``; second derivatives are those of these formulas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
-from normkit.core.running import RunningStatistics, is_second_look
+from normkit.core.running import RunningStatistics, is_recomputing
 from normkit.kernels import ended_nodes, nodes, reference
 from normkit.kernels.activations import Activation, pass_back
 from normkit.kernels.calls import Gradients, Pooling, Running
@@ -35,39 +35,39 @@ def normalize_pooled(  # noqa: PLR0913 - what one operator needs
     kernels_move: bool,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise by the statistics of the input's own groups; ``running`` follows them.
+    """Normalise by the statistics of the input's own groups, and update ``running`` with them.
 
-    Kernels move the buffers where they can, but not while ``torch.compile`` traces: a traced node
-    must not change its inputs.
+    The kernels update the buffers if ``kernels_move`` says that they can. Torch's operators do it
+    while ``torch.compile`` traces, because a traced node must not change its inputs.
     """
     weight, bias, eps = parameters
     if x.shape[1] % partition.num_groups:
-        partition.segment_size(x.shape)  # refuses what does not divide
+        partition.segment_size(x.shape)  # raises if the groups do not divide the map
     num_groups, run = partition
     by_channel = running is not None and (run is not None or running.mean.shape[0] != num_groups)
-    # After by_channel: the table of a checkpoint's second look must have the same size. (Under a
-    # torch.func transform no kernels are chosen.)
-    if running is not None and is_second_look():
+    # This comes after by_channel is decided, because checkpoint recomputation must save a table of
+    # the same size. (torch.func transforms also freeze the buffers, but never get here.)
+    if running is not None and is_recomputing():
         running = None
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         size = partition.segment_size(x.shape)
         return plain(x, size, GroupStatistics(partition=partition, eps=eps), (weight, bias))[0]
 
-    def again(*given: Any) -> Gradients:
+    def differentiable(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
     pooling = Pooling(num_groups, run or 0, eps, by_channel)
-    follower = None
+    moved = None
     if running is not None and kernels_move and not torch.compiler.is_compiling():
         mean, var, count, momentum, _ = running
-        follower = Running(mean, var, count, momentum or 0.0)
+        moved = Running(mean, var, count, momentum or 0.0)
     if ending is None:
-        y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, follower, again)
+        y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, moved, differentiable)
     else:
-        call = ended_nodes.Ended(ending.activation, (), pooling, follower)
+        call = ended_nodes.Ended(ending.activation, (), pooling, moved)
         y, table = _normalize_ended(kernels, x, parameters, ending, call, formula)
-    if running is not None and follower is None:
+    if running is not None and moved is None:
         mean, var = table[:, -running.mean.numel() :]
         running.follow_(Moments(mean, var), running.partition.group_sizes(x.shape)[0])
     return y
@@ -89,14 +89,14 @@ def normalize_given(
         tables = fixed_tables(groups, partition, x.shape, Parameters(weight, bias, eps))
         return reference.apply(x, *tables, size)
 
-    def again(*given: Any) -> Gradients:
+    def differentiable(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
     statistics, options = (groups.mean[0], groups.var[0]), (partition.num_groups, eps)
     if ending is not None:
         call = ended_nodes.Ended(ending.activation, statistics, options)
         return _normalize_ended(kernels, x, parameters, ending, call, formula)[0]
-    return nodes.normalize_given(kernels, x, statistics, weight, bias, options, again)
+    return nodes.normalize_given(kernels, x, statistics, weight, bias, options, differentiable)
 
 
 def _normalize_ended(
@@ -107,13 +107,13 @@ def _normalize_ended(
     call: ended_nodes.Ended,
     formula: Callable[..., Tensor],
 ) -> tuple[FeatureMap, Any]:
-    """Go on to ``act(norm(x) + residual)``, ``formula`` being the norm."""
+    """Compute ``act(norm(x) + residual)``; ``formula`` is the norm in plain operators."""
     weight, bias, _ = parameters
-    again = ended_again(formula, ending.activation, ending.residual is not None)
+    again = differentiable_ended(formula, ending.activation, ending.residual is not None)
     return ended_nodes.normalize_ended(kernels, x, ending.residual, weight, bias, call, again)
 
 
-def ended_again(
+def differentiable_ended(
     formula: Callable[..., Tensor], activation: Activation, has_residual: bool
 ) -> Callable[..., Any]:
     """Gradients of ``act(formula(x, *parameters) + residual)`` that can be differentiated again.
@@ -121,7 +121,8 @@ def ended_again(
     Of ``(grad, (x, *parameters), kept, wanted)``, wanted being of x, the residual and parameters.
     """
 
-    def again(  # no reference to the residual, which would keep it
+    # This function must not refer to the residual: autograd would keep the tensor until backward.
+    def differentiable(
         grad: Tensor,
         inputs: tuple[Tensor | None, ...],
         kept: Tensor | None,
@@ -139,7 +140,7 @@ def ended_again(
 
         return tuple(differentiable_gradient(whole, (x, kept, *parameters), wanted, grad))
 
-    return again
+    return differentiable
 
 
 def differentiable_gradients(
@@ -150,6 +151,6 @@ def differentiable_gradients(
     weight: Tensor | None,
     wanted: tuple[bool, bool, bool],
 ) -> Gradients:
-    """Gradients that can be differentiated again, of the formula in plain operators."""
+    """Gradients of ``formula(x, weight, bias)`` that autograd can differentiate again."""
     dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
     return dx, dweight, dbias

@@ -1,6 +1,6 @@
-r"""The exception: statistics across the channels of one position.
+r"""Statistics across the channels of one position, which no partition into segments can express.
 
-The steps are those of ``normalize`` along the other axis. With :math:`\hat g = \gamma g`,
+The steps are those of ``normalize`` along the channel axis. With :math:`\hat g = \gamma g`,
 
 .. math::  dx = r \, (\hat g - \overline{\hat g} - \hat x \, \overline{\hat g \hat x})
 
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normkit.core.compiled import recomputed_in_backward
 from normkit.core.ending import Ending, ended
 from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.pooled import differentiable_gradients, ended_again
+from normkit.core.pooled import differentiable_ended, differentiable_gradients
 from normkit.core.routes import POSITIONAL
-from normkit.core.traced import not_kept
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
 from normkit.kernels import ended_nodes, nodes
@@ -57,7 +57,7 @@ def _normalized(x: FeatureMap, parameters: Parameters, valid: Valid | None) -> F
     if way == "operator":
         return _by_kernel(operators, x, parameters, None)
     if way == "graph":
-        return _traced(x, *parameters)
+        return _compiled(x, *parameters)
     if needs_plain_formula():
         return _plain(x, *parameters)
     return _NormalizePositions.apply(x, *parameters)
@@ -66,21 +66,21 @@ def _normalized(x: FeatureMap, parameters: Parameters, valid: Valid | None) -> F
 def _by_kernel(
     kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters, ending: Ending | None
 ) -> FeatureMap:
-    """Do all of it in the kernel; second derivatives are those of the plain formula."""
+    """Normalise in one operator; second derivatives are those of the plain formula."""
     weight, bias, eps = parameters
 
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    def again(*given: Any) -> Gradients:
+    def differentiable(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
     if ending is not None:
         call = ended_nodes.Ended(ending.activation, (), (eps,), of_positions=True)
-        again_ended = ended_again(formula, ending.activation, ending.residual is not None)
+        again_ended = differentiable_ended(formula, ending.activation, ending.residual is not None)
         given = (kernels, x, ending.residual, weight, bias, call, again_ended)
         return ended_nodes.normalize_ended(*given)[0]
-    return nodes.normalize_positions(kernels, x, weight, bias, eps, again)[0]
+    return nodes.normalize_positions(kernels, x, weight, bias, eps, differentiable)[0]
 
 
 def require_channels(shape: Sequence[int], name: str) -> None:
@@ -103,20 +103,19 @@ def _plain(
     return _affine((x - mean) * rstd, weight, bias).to(x.dtype)
 
 
-def _traced(
+def _compiled(
     x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, eps: float
 ) -> FeatureMap:
-    """Compute the formula for a compiler, around a mean that float32 holds.
-
-    It makes one pass of it, with what stands beside it, and in the backward pass another.
-    """
+    """Compute the formula in operations that a compiler fuses into one pass each way."""
 
     def centre(wide: Tensor) -> tuple[Tensor, Tensor]:
+        # Subtract the mean twice: its rounding error, which is large under a large offset, is the
+        # mean of what is left after the first subtraction.
         near = wide - wide.mean(dim=1, keepdim=True).detach()
         mean, rstd = _statistics(near, eps)
         return near - mean, rstd
 
-    centred, rstd = not_kept(centre, x.to(table_dtype(x.dtype)))
+    centred, rstd = recomputed_in_backward(centre, x.to(table_dtype(x.dtype)))
     return _affine(centred * rstd, weight, bias).to(x.dtype)
 
 
@@ -133,12 +132,12 @@ def _affine(y: Tensor, weight: PerChannel | None, bias: PerChannel | None) -> Te
 
 
 def _across(values: PerChannel, like: Tensor) -> Tensor:
-    """Line one value a channel up with the channel axis."""
+    """Reshape one value per channel so that it broadcasts along the channel axis."""
     return values.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 2))
 
 
 class _NormalizePositions(torch.autograd.Function):
-    """Keeps ``x`` and one mean and scale per position."""
+    """Keeps ``x`` and one mean and one scale per position for backward."""
 
     @staticmethod
     def forward(

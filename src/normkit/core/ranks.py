@@ -1,14 +1,14 @@
-r"""Statistics over several processes: their tables are gathered, and gradients of them summed.
+r"""Statistics over several processes: moments are gathered, and their gradients summed.
 
-Every process puts its moments with the number of its values on one table; what all have put
-there is pooled by the law of total variance, an empty batch with weight 0:
+Every process contributes its moments and the number of its values. They are pooled by the law of
+total variance; an empty batch has weight 0:
 
 .. math::  n = \sum_r n_r, \quad M = \sum_r \frac{n_r}{n} m_r, \quad
            V = \sum_r \frac{n_r}{n} \left(v_r + (m_r - M)^2\right)
 
-That is one all-gather forward. Backward, each process knows what its own loss says of the pooled
-statistics; one all-reduce adds up what all losses say. Both are in float64: processes may have
-tables of different dtypes, and these are small.
+Forward takes one all-gather. In backward each process has the gradient of its own loss with respect
+to the pooled statistics; one all-reduce adds these gradients. Both communicate small tables in
+float64, because processes may compute in different dtypes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from normkit.kernels.select import transform
 
 World = Literal["world"]
 ProcessGroup = dist.ProcessGroup | World | None
-"""Whose batches count as one batch: a group's, everybody's, or this process's alone."""
+"""Processes whose batches count as one batch: a group, all of them, or this process alone."""
 
 
 def active_group(process_group: ProcessGroup) -> dist.ProcessGroup | None:
-    """The group to talk to; None where there is nobody else.
+    """The group to exchange statistics with; None if it has no other process.
 
     Raises:
-        InputError: Inside a transform, where processes cannot talk.
+        InputError: Inside a transform, where processes cannot communicate.
     """
     if process_group is None or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -42,14 +42,14 @@ def active_group(process_group: ProcessGroup) -> dist.ProcessGroup | None:
     why = transform()
     if why is not None:
         raise InputError(
-            f"statistics over several processes were asked for, but {why}, inside of which they "
-            f"cannot talk; set process_group=None or call .eval() for that"
+            f"statistics over several processes were asked for, but {why}, where processes cannot "
+            f"exchange them; set process_group=None or call .eval() for that"
         )
     return group
 
 
 class HeldGroup:
-    """A group as an attribute: copies of a layer share it, files cannot hold it."""
+    """A group as a layer's attribute: copies of the layer share it, and pickling it is refused."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -59,16 +59,16 @@ class HeldGroup:
 
     def __reduce__(self) -> NoReturn:
         raise OptionError(
-            "a layer with process_group= set to a group was pickled, which cannot be; set it to "
-            "None or 'world' before, or save the state_dict()"
+            "a layer with process_group= set to a group was pickled, but a process group cannot be "
+            "saved; set process_group to None or 'world' first, or save the state_dict()"
         )
 
 
 def held_group(value: ProcessGroup) -> HeldGroup | World | None:
-    """Check a group that was given, and hold it.
+    """Check the option ``process_group``, and wrap a group.
 
     Raises:
-        OptionError: If it is none.
+        OptionError: If it is not a group, ``"world"`` or None.
     """
     if value is None:
         return None
@@ -83,10 +83,10 @@ def held_group(value: ProcessGroup) -> HeldGroup | World | None:
 
 
 def gather(batch: Moments, group: dist.ProcessGroup) -> Tensor:
-    """Exchange the moments ``(1, G)`` of this process's values, which are counted; no gradient.
+    """Exchange the counted moments ``(1, G)`` of this process's values, without a gradient.
 
     Returns:
-        Means, variances and numbers of values of each process, ``(R, 3 G)``.
+        Means, variances and counts, one row per process, ``(R, 3 G)``.
     """
     tables = (batch.mean, batch.var, _counts(batch))
     return _all_gather(torch.cat(tables, dim=1).detach().double(), group)
@@ -97,14 +97,14 @@ def _counts(table: Moments) -> Tensor:
 
 
 def merge(rows: Tensor) -> Moments:
-    """Moments of all processes' values, ``(1, G)`` in float64, from what was gathered."""
+    """Moments of all processes' values, ``(1, G)`` in float64, from the gathered rows."""
     return _merge(*rows.chunk(3, dim=1))
 
 
 def merge_with_own(rows: Tensor, own: Moments, group: dist.ProcessGroup) -> Moments:
-    """Do that with this process's moments, which have a gradient, in the place of its row.
+    """Merge the gathered rows, with this process's differentiable moments in place of its row.
 
-    The gradient is then the sum over all processes' losses.
+    Their gradient is summed over the losses of all processes.
     """
     rank = dist.get_rank(group)
     mean, var, count = rows.chunk(3, dim=1)
@@ -125,7 +125,7 @@ def gather_examples(table: Moments, group: dist.ProcessGroup) -> tuple[Moments, 
     """Exchange the counted moments of every example, ``(N, K)``, in the order of the processes.
 
     Returns:
-        The moments of all examples in float64, counted, and where this process's are among them.
+        The counted moments of all examples in float64, and the slice of this process's examples.
     """
     rows = torch.stack((table.mean, table.var, _counts(table))).detach().double()
     sizes = _all_gather(rows.new_full((1,), rows.shape[1]), group).long().tolist()
@@ -138,13 +138,13 @@ def gather_examples(table: Moments, group: dist.ProcessGroup) -> tuple[Moments, 
 
 
 def sum_gradients(statistics: Moments, group: dist.ProcessGroup) -> Moments:
-    """Give the same statistics; their gradient is the sum over all processes' losses."""
+    """Return the same statistics, whose gradient is summed over the losses of all processes."""
     both = _SumGradients.apply(torch.stack((statistics.mean, statistics.var)), group)
     return Moments(both[0], both[1], statistics.count)
 
 
 class _SumGradients(torch.autograd.Function):
-    """What every process uses gets a gradient from every process."""
+    """The identity; backward sums the gradient over all processes."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -156,12 +156,12 @@ class _SumGradients(torch.autograd.Function):
         with torch.no_grad():
             total = _all_reduce(grads[0].contiguous(), ctx.group)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return _NotTwice.apply(grads[0], total), None
+            return _OnceDifferentiable.apply(grads[0], total), None
         return total, None
 
 
-class _NotTwice(torch.autograd.Function):
-    """A derivative that is not differentiated again: what others contribute would be missing."""
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient that refuses to be differentiated: the other processes' part would be missing."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, total: Tensor) -> Tensor:
@@ -170,8 +170,8 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise InputError(
-            "a second derivative of statistics over several processes was asked for, which is not "
-            "computed; set process_group=None or call .eval() for it"
+            "a second derivative of statistics over several processes was asked for, which normkit "
+            "does not compute; set process_group=None or call .eval() for it"
         )
 
 
@@ -180,7 +180,7 @@ def _with_row(rows: Tensor, index: int, row: Tensor) -> Tensor:
 
 
 def _all_gather(row: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Put together what every process has, along the first axis; also while compiling."""
+    """Concatenate the rows of all processes along the first axis; works under compilation too."""
     operators = torch.ops._c10d_functional
     found = operators.all_gather_into_tensor(row, dist.get_world_size(group), group.group_name)
     return operators.wait_tensor(found)

@@ -1,7 +1,7 @@
-"""What about a call decides who computes it, beside its input: see ``kernels.select.decide``.
+"""What decides, beside the input, which kernels compute a call: see ``kernels.select.decide``.
 
-A layer says it of its next call, for ``normkit.explain``; the functions that compute say it of the
-call at hand, by the same functions.
+``normkit.explain`` asks a layer for the routes of its next call; the functions that compute a call
+use the same functions.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _IMMOVABLE = Call(why_torch_moves=f"they are {NOT_MOVABLE}")
 
 
 def batch_route(running: Running | None, is_part: bool, is_masked: bool) -> Call:
-    """A single norm by the input's own statistics, which ``running`` follows.
+    """Route of a single norm that uses the input's own statistics and updates ``running``.
 
     Args:
-        running: Buffers that move.
+        running: Buffers that the call updates.
         is_part: Whether other processes have parts of the batch.
         is_masked: Whether statistics are of valid positions only.
     """
@@ -49,7 +49,7 @@ def batch_route(running: Running | None, is_part: bool, is_masked: bool) -> Call
 
 
 def evaluation_route(running: RunningStatistics, is_masked: bool) -> Call:
-    """A single norm by running statistics, ``example_weight`` parts of them the example's own."""
+    """Route of a single norm by running statistics, mixed with the example's own."""
     share = running.example_weight
     if not isinstance(share, Tensor) and share == 0:
         return ORDINARY
@@ -59,24 +59,24 @@ def evaluation_route(running: RunningStatistics, is_masked: bool) -> Call:
 
 
 def stage_route(is_part: bool, is_masked: bool) -> Call:
-    """The batch stage of a composite by itself, by estimates."""
+    """Route of a composite's estimating batch stage when it is computed alone."""
     if is_masked:
         return MASKED
     return SYNCHRONIZED if is_part else ALONE
 
 
 def composite_route(
-    running: Running | None, training: bool, is_part: bool, is_masked: bool, is_halves: bool
+    running: Running | None, training: bool, is_part: bool, is_masked: bool, is_beside: bool
 ) -> Call:
-    """A composite; ``is_halves`` where its norms are on different channels."""
+    """Route of a composite; ``is_beside`` if its norms take different channels."""
     if is_masked:
         return MASKED
     if is_part:
         return SYNCHRONIZED
     if running is not None and isinstance(running.example_weight, Tensor):
         return MANY_WEIGHTS
-    follower = batch_route(running, False, False)
-    if follower is _IMMOVABLE and isinstance(running, RunningEstimates):
+    single = batch_route(running, False, False)
+    if single is _IMMOVABLE and isinstance(running, RunningEstimates):
         return IMMOVABLE_ESTIMATES
-    call = ORDINARY if is_halves else _COMPOSITE
-    return follower._replace(span=call.span) if training and follower is not ORDINARY else call
+    call = ORDINARY if is_beside else _COMPOSITE
+    return single._replace(span=call.span) if training and single is not ORDINARY else call

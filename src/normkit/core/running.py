@@ -17,16 +17,16 @@ from normkit.typing import SegmentTable
 
 
 class RunningStatistics(NamedTuple):
-    """Buffers that follow the statistics of the training batches.
+    """Buffers that training updates with the statistics of each batch.
 
     Args:
         mean: Running mean over the whole batch, a value for each channel or each BGN group.
-        var: Running unbiased variance, likewise.
-        num_batches_tracked: Counts the updates; None counts nothing.
-        momentum: Weight of the new value; None averages all batches counted so far equally (without
-            a count nothing moves, as in torch).
+        var: Running unbiased variance, of the same shape.
+        num_batches_tracked: Number of updates so far; None counts none.
+        momentum: Weight of the new value; None averages all counted batches equally (without a
+            count the buffers stay as they are, as in torch).
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1; a tensor
-            ``(N, 1)`` has one for each example.
+            ``(N, 1)`` has one share per example.
     """
 
     mean: Tensor
@@ -37,27 +37,27 @@ class RunningStatistics(NamedTuple):
 
     @property
     def partition(self) -> Partition:
-        """Which elements of a batch stand behind one value of the buffers."""
+        """Which elements of a batch share one value of the buffers."""
         return Partition(num_groups=self.mean.shape[0])
 
     def update_(self, table: Moments, shape: Sequence[int]) -> None:
-        """Follow the statistics of a batch of this shape, from its segments' ``(N, K)``."""
-        if are_still():
+        """Update the buffers with a batch of this shape, from its segments' moments ``(N, K)``."""
+        if buffers_are_frozen():
             return
         batch = self.partition.pool(table)
         sizes = self.partition.group_sizes(shape)[0] if batch.count is None else batch.count[0]
         self.follow_(Moments(batch.mean[0], batch.var[0]), sizes)
 
     def follow_(self, batch: Moments, num_values: int | Tensor) -> None:
-        r"""Move towards the statistics of one batch, in place and without a gradient.
+        r"""Update the buffers with the statistics of one batch, in place, without a gradient.
 
         .. math::  m \leftarrow (1 - r) m + r \mu, \quad
                    V \leftarrow (1 - r) V + r \frac{n}{n-1} \sigma^2
 
         Args:
             batch: Moments in the shape of the buffers, biased.
-            num_values: How many values ``n`` stand behind each, as a number or as a tensor that
-                broadcasts to the buffers. Where a tensor has 0, nothing moves.
+            num_values: Number of values ``n`` in each, as an integer or as a tensor that broadcasts
+                to the buffers. Where a tensor is 0, the buffers stay as they are.
         """
         with torch.no_grad():
             if isinstance(num_values, Tensor):
@@ -65,7 +65,7 @@ class RunningStatistics(NamedTuple):
                 correction = num_values / (num_values - 1).clamp(min=1)
                 rate = self._count(counted.any()) * counted.to(self.mean.dtype)
             else:
-                correction = num_values / max(num_values - 1, 1)  # one value: its variance, 0
+                correction = num_values / max(num_values - 1, 1)  # one value has variance 0
                 rate = self._count(1)
             self.mean.lerp_(batch.mean.to(self.mean.dtype), rate)
             self.var.lerp_((batch.var * correction).to(self.var.dtype), rate)
@@ -73,7 +73,8 @@ class RunningStatistics(NamedTuple):
     def groups(self, partition: Partition, dtype: torch.dtype) -> Moments:
         """Pool the buffers into the groups of ``partition``, ``(1, G)``.
 
-        A copy: a backward pass must not see what later updates write into the buffers.
+        The result is a copy, because later updates of the buffers must not change what a backward
+        pass uses.
         """
         mean, var = (t.to(dtype, copy=True)[None] for t in (self.mean, self.var))
         if mean.shape[1] == partition.num_groups:
@@ -88,26 +89,28 @@ class RunningStatistics(NamedTuple):
             return self.momentum
         if self.num_batches_tracked is None:
             return 0.0
-        # In the dtype of the buffers: torch divides integers in float32.
+        # Torch takes the reciprocal of an integer in float32, so it is cast first.
         return self.num_batches_tracked.to(self.mean.dtype).reciprocal()
 
 
 Recent = deque[tuple[Tensor, Moments]]
-"""The latest batches: the sum of each channel's means, which tells them apart, and the estimates
-that normalised them. A checkpoint looks again when the buffers may have moved on."""
+"""The latest batches: each channel's sum of means, which identifies a batch, and the estimates that
+normalised it. Checkpoint recomputation needs them, because the buffers may have changed since."""
 
 
 class RunningEstimates(NamedTuple):
-    """Buffers that are moved first and then normalise: Algorithm 1 of batch-channel normalization.
+    """Buffers that a forward first updates and then normalises by.
+
+    Algorithm 1 of batch-channel normalization.
 
     Args:
         mean: Estimated mean, ``(C,)``, 0 at first.
         var: Estimated biased variance, ``(C,)``, 1 at first.
-        num_batches_tracked: Counts the updates; None counts nothing.
-        update_rate: Weight of the new value; at 0 the estimates stand still.
+        num_batches_tracked: Number of updates so far; None counts none.
+        update_rate: Weight of the new value; at 0 the estimates stay as they are.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1; a tensor
-            ``(N, 1)`` has one for each example.
-        recent: What has been normalised lately; None keeps no account.
+            ``(N, 1)`` has one share per example.
+        recent: The latest batches, for checkpoint recomputation; None keeps none.
     """
 
     mean: Tensor
@@ -117,11 +120,13 @@ class RunningEstimates(NamedTuple):
     example_weight: float | Tensor
     recent: Recent | None = None
 
-    def as_they_were(self, means: SegmentTable) -> RunningEstimates:
-        """The estimates that normalised a batch with these means at its first look, to stay.
+    def used_for_the_batch(self, means: SegmentTable) -> RunningEstimates:
+        """The estimates that normalised the batch with these means in its first forward.
+
+        Their update rate is 0, so that recomputation does not update them.
 
         Raises:
-            InputError: If none of the latest batches had them.
+            InputError: If none of the latest batches had these means.
         """
         if self.recent is None:
             return self._replace(update_rate=0.0)
@@ -130,21 +135,22 @@ class RunningEstimates(NamedTuple):
             if _is_same(seen, sums):
                 return self._replace(mean=moved.mean, var=moved.var, update_rate=0.0)
         raise InputError(
-            f"a layer with moving estimates was called during a backward pass on an input that "
-            f"none of its last {self.recent.maxlen} training forwards has seen; what a checkpoint "
-            f"computes again must be the same (preserve_rng_state=True), or leave the layer outside"
+            f"a layer with running estimates was called during a backward pass on an input that "
+            f"none of its last {self.recent.maxlen} training forwards has seen; gradient "
+            f"checkpointing must recompute the same input (preserve_rng_state=True), or leave the "
+            f"layer outside of the checkpoint"
         )
 
     def remember(self, means: SegmentTable, moved: Moments) -> None:
-        """Keep account of a batch's means ``(N, C)`` and of the estimates that normalised it."""
-        if self.recent is None or are_still() or torch.compiler.is_compiling():
+        """Store a batch's means ``(N, C)`` and the estimates that normalised it."""
+        if self.recent is None or buffers_are_frozen() or torch.compiler.is_compiling():
             return
         mean, var = (t.detach().flatten().clone() for t in (moved.mean, moved.var))
         self.recent.append((means.detach().sum(dim=0), Moments(mean, var)))
 
     def follow_(self, moved: Moments) -> None:
-        """Keep the estimates ``(1, C)`` that have just normalised a batch."""
-        if are_still() or self.update_rate == 0:
+        """Write the estimates ``(1, C)`` that have just normalised a batch into the buffers."""
+        if buffers_are_frozen() or self.update_rate == 0:
             return
         with torch.no_grad():
             self.mean.copy_(moved.mean[0])
@@ -162,18 +168,17 @@ def _is_same(seen: Tensor, sums: Tensor) -> bool:
 
 
 Running = RunningStatistics | RunningEstimates
-"""Buffers of a layer, and how they move."""
+"""Buffers of a layer, and how a training forward updates them."""
 
 
-def are_still() -> bool:
-    """Whether a forward must leave the buffers alone.
+def buffers_are_frozen() -> bool:
+    """Whether a forward must not update the buffers.
 
-    A checkpoint's second look is no new batch, nor are the inputs inside a ``torch.func``
-    transform.
+    Neither checkpoint recomputation nor a call inside a ``torch.func`` transform is a new batch.
     """
-    return functorch_is_active() or is_second_look()
+    return functorch_is_active() or is_recomputing()
 
 
-def is_second_look() -> bool:
-    """Whether a backward pass runs: a forward is then a checkpoint's, of the same step again."""
+def is_recomputing() -> bool:
+    """Whether a backward pass runs, so that this forward is a checkpoint's recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

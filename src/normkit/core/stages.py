@@ -1,4 +1,4 @@
-"""Composite norms: choose the batch stage's statistics, normalise, let the buffers follow."""
+"""Composite norms: choose the batch stage's statistics, normalise, and update the buffers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, measure, normalize, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
-from normkit.core.pooled import ended_again
+from normkit.core.pooled import differentiable_ended
 from normkit.core.ranks import gather, merge
 from normkit.core.routes import composite_route, stage_route
 from normkit.core.running import (
     Running,
     RunningEstimates,
     RunningStatistics,
-    are_still,
-    is_second_look,
+    buffers_are_frozen,
+    is_recomputing,
 )
 from normkit.core.synchronized import follow_all_
-from normkit.core.trace import Source, batch_rule, followed, followed_in_graph
+from normkit.core.trace import Source, batch_rule, programs_in_graph, programs_of
 from normkit.kernels import ended_nodes, nodes
 from normkit.kernels.activations import Activation
 from normkit.kernels.calls import (
@@ -56,7 +56,7 @@ Formula = Callable[[Tensor, Tensor], Callable[..., Tensor]]
 
 
 class BatchStage(NamedTuple):
-    """Where a channel's statistics over the batch come from, and the tables it needs for that."""
+    """The rule of a composite's batch stage, and the tables that the rule takes."""
 
     rule: Rule
     given: tuple[Tensor, ...]
@@ -65,11 +65,11 @@ class BatchStage(NamedTuple):
 def batch_stage(
     x: FeatureMap, num_channels: int, running: Running | None, training: bool, eps: float
 ) -> BatchStage:
-    """The input's own statistics or moving estimates in training, afterwards the running ones."""
+    """Choose the statistics: the input's own or estimates in training, running ones afterwards."""
     partition = Partition(num_groups=num_channels)
     if running is None or (training and isinstance(running, RunningStatistics)):
         return BatchStage(GroupStatistics(partition=partition, eps=eps), ())
-    given = tables(x, running.mean, running.var)
+    given = _rows(x, running.mean, running.var)
     if training and isinstance(running, RunningEstimates):
         rate = given[0].new_full((), running.update_rate)
         return BatchStage(EstimatedStatistics(partition=partition, eps=eps), (*given, rate))
@@ -81,10 +81,15 @@ def batch_stage(
 def synchronized(
     stage: BatchStage, seen: Moments, ranks: dist.ProcessGroup
 ) -> tuple[BatchStage, Tensor]:
-    """Let a stage in training look at all processes' batches; ``seen`` is this one's, counted.
+    """Make a stage in training use the batches of all processes.
+
+    Args:
+        stage: The batch stage of this process.
+        seen: Counted moments of the stage's input in this process.
+        ranks: The process group.
 
     Returns:
-        The stage, and what was gathered.
+        The stage, and the gathered rows.
     """
     partition, eps = stage.rule.partition, stage.rule.eps
     rows = gather(partition.pool(seen), ranks)
@@ -94,10 +99,10 @@ def synchronized(
     return BatchStage(rule, (rows,)), rows
 
 
-def follow_(
+def update_running_(
     running: Running | None, stage: BatchStage, table: Moments, shape: Sequence[int]
 ) -> None:
-    """Keep what a training batch of this shape has taught; ``table`` is what the stage saw."""
+    """Update buffers after a training batch of this shape; ``table`` is of the stage's input."""
     if isinstance(running, RunningEstimates):
         moved = stage.rule.groups(table, *stage.given)
         running.remember(table.mean, moved)
@@ -106,8 +111,8 @@ def follow_(
         running.update_(table, shape)
 
 
-def tables(x: FeatureMap, *values: Tensor) -> tuple[Tensor, ...]:
-    """Buffers ``(C,)`` as rows ``(1, C)``: copies, since backward must not see later updates."""
+def _rows(x: FeatureMap, *values: Tensor) -> tuple[Tensor, ...]:
+    """Copy buffers ``(C,)`` to rows ``(1, C)``, which later updates do not change."""
     return tuple(value.to(table_dtype(x.dtype), copy=True)[None] for value in values)
 
 
@@ -119,9 +124,9 @@ def normalize_estimated(
     ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
 ) -> FeatureMap:
-    """A batch stage alone."""
+    """Normalise by a composite's batch stage alone."""
     weight, bias, eps = parameters
-    running = _at_second_look(x, running, training, valid)
+    running = _running_of_call(x, running, training, valid)
     stage = batch_stage(x, x.shape[1], running, training, eps)
     if ranks is not None and training:
         seen = measure(x, positions(x), valid).counted(positions(x))
@@ -130,11 +135,11 @@ def normalize_estimated(
     way = decide(x, stage_route(ranks is not None and training, valid is not None)).way
     y, table = normalize(x, positions(x), stage.rule, *given, valid=valid, way=way)
     if training:
-        follow_(running, stage, table, x.shape)
+        update_running_(running, stage, table, x.shape)
     return y
 
 
-def normalize_composite(  # noqa: PLR0913 - everything that the method mixes
+def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
     x: FeatureMap,
     composite: Composite,
     running: Running | None,
@@ -144,19 +149,19 @@ def normalize_composite(  # noqa: PLR0913 - everything that the method mixes
     valid: Valid | None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise by a composite, and go on; ``running`` follows what its batch stage sees.
+    """Normalise by a composite, add and activate; ``running`` tracks the batch stage's input.
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        composite: What is computed.
+        composite: The composite's formula and options.
         running: The batch stage's buffers.
-        training: Whether the batch stage is trained.
-        parameters: Of the composite, in the order of its formula.
-        ranks: The processes that have parts of the batch, if others have.
-        valid: Which positions are valid, if not all are.
-        ending: What follows.
+        training: Whether the batch stage is in training mode.
+        parameters: The composite's parameters, in the order of its formula.
+        ranks: The process group, if several processes have parts of the batch.
+        valid: Mask of the valid positions; None if all are valid.
+        ending: The residual and the activation that follow; None if nothing does.
     """
-    running = _at_second_look(x, running, training, valid)
+    running = _running_of_call(x, running, training, valid)
     if ranks is not None and training:
         y = _normalize_part(x, composite, running, parameters, ranks, valid)
         return ended(y, ending, valid)
@@ -166,7 +171,7 @@ def normalize_composite(  # noqa: PLR0913 - everything that the method mixes
     if way == "operator":
         statistics = _statistics(running, training, call.why_torch_moves is None)
         sizes = tuple([None if p is None else p.numel() for p in parameters])
-        look_up = followed_in_graph if torch.compiler.is_compiling() else followed
+        look_up = programs_in_graph if torch.compiler.is_compiling() else programs_of
         programs = look_up(composite, x.shape[1], sizes, statistics.source)
         is_on_triton = kernels == "triton"
         if programs.why_not is None and not (is_on_triton and programs.why_not_triton):
@@ -182,7 +187,7 @@ def normalize_composite(  # noqa: PLR0913 - everything that the method mixes
     y, table = normalize(x, positions(x), rule, *given, valid=valid, way=way)
     if training and running is not None:
         seen = batch_input(rule, table)
-        follow_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
+        update_running_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
     return ended(y, ending, valid)
 
 
@@ -196,7 +201,7 @@ def _normalize_by_operator(  # noqa: PLR0913
     ending: Ending | None,
 ) -> FeatureMap:
     """Normalise by one operator, in place of dozens of operations on tables."""
-    source, share, buffers, follower = statistics
+    source, share, buffers, pending = statistics
     first, second, third, fourth = (*parameters, None, None, None, None)[:4]
     slots = first, second, third, fourth
     options, formula = (programs, share), _formula(composite, source, share, len(parameters))
@@ -209,47 +214,49 @@ def _normalize_by_operator(  # noqa: PLR0913
         y, table = ended_nodes.normalize_ended_composite(
             kernels, x, residual, slots, activation, options, buffers, again
         )
-    if follower is not None:
+    if pending is not None:
         size, num_cells = programs.kept_columns, x.shape[0] * x.shape[1]
         batch = Moments(table[:1, -size:], table[1:, -size:])
-        if isinstance(follower, RunningStatistics):
+        if isinstance(pending, RunningStatistics):
             num_values = x.shape[0] * math.prod(x.shape[2:])
-            follower.follow_(Moments(batch.mean[0], batch.var[0]), num_values)
+            pending.follow_(Moments(batch.mean[0], batch.var[0]), num_values)
         else:
-            follower.remember(table[0, :num_cells].view(x.shape[0], -1), batch)
+            pending.remember(table[0, :num_cells].view(x.shape[0], -1), batch)
             if torch.compiler.is_compiling():
-                follower.follow_(batch)
+                pending.follow_(batch)
     return y
 
 
 class _Statistics(NamedTuple):
-    """Where the batch stage's statistics come from, and what follows them."""
+    """Where the operator gets the batch stage's statistics, and which buffers it updates."""
 
     source: Source
-    share: float = 0.0  # of what the input says, in what is moved or mixed
+    share: float = 0.0  # weight of the input's statistics in the update or the mixture
     buffers: Buffers = Buffers()
-    follower: Running | None = None  # of what the operator does not do to the buffers
+    pending: Running | None = None  # buffers with an update that the operator does not do
 
 
 def _statistics(running: Running | None, training: bool, kernels_move: bool) -> _Statistics:
-    if running is None or (training and isinstance(running, RunningStatistics) and are_still()):
+    if running is None or (
+        training and isinstance(running, RunningStatistics) and buffers_are_frozen()
+    ):
         return _Statistics("own")
     given = Buffers(running.mean, running.var)
     if not training:
-        return _given(float(running.example_weight), given)
+        return _evaluation_statistics(float(running.example_weight), given)
     moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
     is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
     if isinstance(running, RunningEstimates):
-        if running.update_rate == 0:  # during checkpoint recomputation, or not tracking
+        if running.update_rate == 0:  # checkpoint recomputation, or track_running_stats is off
             return _Statistics("given", buffers=given)
         buffers = given if is_traced else moved
         return _Statistics("estimates", running.update_rate, buffers, running)
     if running.momentum is None or is_traced or not kernels_move:
-        return _Statistics("own", follower=running)
+        return _Statistics("own", pending=running)
     return _Statistics("own", running.momentum, moved)
 
 
-def _given(example_weight: float, given: Buffers) -> _Statistics:
+def _evaluation_statistics(example_weight: float, given: Buffers) -> _Statistics:
     if example_weight in (0.0, 1.0):
         return _Statistics("given" if example_weight == 0 else "example", buffers=given)
     return _Statistics("mixed", example_weight, given)
@@ -273,7 +280,7 @@ def _formula(composite: Composite, source: Source, share: float, num_parameters:
 
 
 def _differentiable(formula: Formula) -> DifferentiableComposite:
-    """Gradients that can be differentiated again, of the algebra in plain operators."""
+    """Make the function that computes gradients which autograd can differentiate again."""
 
     def gradients(
         grad: Tensor, x: Tensor, table: Tensor, slots: Slots, wanted: tuple[bool, ...]
@@ -296,7 +303,7 @@ def _ended_differentiable(
         slots: Slots,
         wanted: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        again = ended_again(formula(x, table), activation, has_residual)
+        again = differentiable_ended(formula(x, table), activation, has_residual)
         return [*again(grad, (x, *slots), kept, wanted)]
 
     return gradients
@@ -310,7 +317,7 @@ def _normalize_part(
     ranks: dist.ProcessGroup,
     valid: Valid | None,
 ) -> FeatureMap:
-    """Train on this process's part of a batch that several have parts of."""
+    """Normalise this process's part of a training batch that several processes share."""
     table = measure(x, positions(x), valid).counted(positions(x))
     num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, True, composite.batch_eps)
@@ -325,22 +332,23 @@ def _normalize_part(
     way, known = decide(x, call).way, (None, table)
     y, _ = normalize(x, positions(x), rule, *given, known=known, valid=valid, way=way)
     if isinstance(running, RunningEstimates):
-        follow_(running, stage, seen, x.shape)
-    elif running is not None and not are_still():
+        update_running_(running, stage, seen, x.shape)
+    elif running is not None and not buffers_are_frozen():
         follow_all_(running, merged)
     return y
 
 
-def _at_second_look(
+def _running_of_call(
     x: FeatureMap, running: Running | None, training: bool, valid: Valid | None
 ) -> Running | None:
     """During checkpoint recomputation, reuse the first forward's estimates and do not move them."""
-    if not training or not isinstance(running, RunningEstimates) or not is_second_look():
+    if not training or not isinstance(running, RunningEstimates) or not is_recomputing():
         return running
-    # Without a gradient: a checkpoint counts the tensors that are saved for backward.
-    return running.as_they_were(measure(x, positions(x), valid).mean)
+    # ``measure`` records no gradient: checkpointing raises an error if the recomputation saves a
+    # different number of tensors than the first forward did.
+    return running.used_for_the_batch(measure(x, positions(x), valid).mean)
 
 
 def positions(x: FeatureMap) -> int:
-    """Elements of a channel's plane: a segment of every composite."""
+    """Number of positions of the map, which are one segment in every composite."""
     return math.prod(x.shape[2:])

@@ -1,4 +1,4 @@
-"""What stands for a table while a composite's formula is followed: see ``core.trace``."""
+"""Symbols, which stand for tables while a composite's formula is traced: see ``core.trace``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from normkit.errors import InputError, PartitionError
 from normkit.kernels.program import Steps
 
 EXAMPLES = None
-"""How many rows a table with a row for each example has: not known, and not needed."""
+"""Number of rows of a table with one row per example, which is unknown in a program."""
 
 
-class NotFollowedError(AttributeError):
-    """A formula does what no program has a step for."""
+class UnsupportedStepError(AttributeError):
+    """A formula uses an operation for which programs have no step."""
 
 
 class Symbol:
-    """A table in a program that is being made; does what formulas do with a tensor ``(N, K)``.
+    """A table ``(N, K)`` of a program; each tensor operation on it adds a step to the program.
 
-    A parameter is a row, a number a row of one column.
+    A parameter is a table of one row; a number is one row of one column.
     """
 
     __slots__ = ("line", "steps")
@@ -37,29 +37,29 @@ class Symbol:
         return (EXAMPLES if step.per_example else 1, step.columns)
 
     def to(self, dtype: torch.dtype) -> Symbol:
-        """Itself: a program computes in float64."""
+        """Return itself, because programs compute in float64."""
         return self
 
     def expand_as(self, other: Symbol) -> Symbol:
-        """Itself: a row is used with every row of another table."""
+        """Return itself, because steps broadcast a row to every row of another table."""
         return self
 
     def detach(self) -> Symbol:
-        """The same table, which passes no gradient on."""
+        """The same table without a gradient."""
         return self._new("detach", self)
 
     def square(self) -> Symbol:
-        """Each value times itself."""
+        """The square of each value."""
         return self * self
 
     def repeat_columns(self, width: int) -> Any:
-        """Each column ``width`` times."""
+        """The table with each column repeated ``width`` times."""
         return self._resized("repeat", self.shape[1] * width, width) if width > 1 else self
 
     def pooled(self, var: Any, num_groups: int, over_examples: bool) -> tuple[Any, Any]:
         """Mean and variance of equal runs of columns, of each example or of all together.
 
-        These are the means of what is pooled, ``var`` its variances.
+        ``self`` holds the means that are pooled, ``var`` the variances.
         """
         if self.shape[1] % num_groups:
             raise PartitionError(f"{num_groups} groups do not divide {self.shape[1]} channels")
@@ -89,16 +89,16 @@ class Symbol:
 
     def __truediv__(self, other: Symbol | float) -> Symbol:
         if isinstance(other, Symbol):
-            raise NotFollowedError("no program divides tables: multiply by a torch.rsqrt")
+            raise UnsupportedStepError("no program divides tables: multiply by a torch.rsqrt")
         return self * (1.0 / other)
 
     def __getattr__(self, name: str) -> Any:
-        raise NotFollowedError(f"no program has a step for a tensor's {name}")
+        raise UnsupportedStepError(f"no program has a step for a tensor's {name}")
 
     __radd__, __rmul__ = __add__, __mul__
 
     def __getitem__(self, index: tuple[slice, slice]) -> Symbol:
-        """Columns: ``table[:, first:stop]``."""
+        """The columns of ``table[:, first:stop]``."""
         start, stop, _ = index[1].indices(self.shape[1])
         return self._resized("slice", stop - start, start)
 
@@ -114,13 +114,13 @@ class Symbol:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Symbol:
-        """Note a function of torch."""
+        """Add the step of a torch function."""
         if func not in _FUNCTIONS:
-            raise NotFollowedError(f"no program has a step for torch's {func.__name__}")
+            raise UnsupportedStepError(f"no program has a step for torch's {func.__name__}")
         return _FUNCTIONS[func](*args, **(kwargs or {}))
 
     def _with(self, name: str, *pair: Symbol | float) -> Symbol:
-        """Value by value; one value an example is used with every column of the other."""
+        """Add an elementwise step; one value per example is repeated over the other's columns."""
         sizes = {t.shape[1] for t in pair if isinstance(t, Symbol)}
         columns = max(sizes)
         if sizes - {1, columns}:

@@ -16,19 +16,19 @@ from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
 from normkit.core.ranks import gather, gather_examples, merge
 from normkit.core.routes import batch_route
-from normkit.core.running import RunningStatistics, are_still
+from normkit.core.running import RunningStatistics, buffers_are_frozen
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
 
 class _Exchanged(NamedTuple):
-    """What the processes have told each other of a batch.
+    """The statistics that the processes have exchanged, and the algebra that uses them.
 
     Args:
-        algebra: What normalises by it.
-        given: The tables that the algebra needs.
-        batch: What running statistics follow, ``(1, G)``, counted; None if there are none.
-        groups: Statistics of every group, counted.
+        algebra: Normalises by the exchanged statistics.
+        given: The tables that the algebra takes.
+        batch: Counted moments ``(1, G)`` that update running statistics; None if there are none.
+        groups: Counted statistics of every group.
     """
 
     algebra: Algebra
@@ -45,12 +45,12 @@ def normalize_part(
     ranks: dist.ProcessGroup,
     valid: Valid | None = None,
 ) -> FeatureMap:
-    """Normalise this process's part of a batch by the statistics of the whole of it.
+    """Normalise this process's part of a batch by the statistics of the whole batch.
 
-    The whole batch is the parts in the order of the processes; any of them may be empty, and their
-    maps may have different sizes. Outputs, gradients (of the sum of all processes' losses) and
-    buffers are those of one process that has the whole batch. Either all processes have a mask, or
-    none has.
+    The whole batch consists of the parts in the order of the processes; a part may be empty, and
+    maps of different parts may have different sizes. Outputs, gradients (of the sum of all
+    processes' losses) and buffers are the same as in one process with the whole batch. Either all
+    processes have a mask, or none.
     """
     size = partition.segment_size(x.shape)
     table = measure(x, size, valid).counted(size)
@@ -61,13 +61,13 @@ def normalize_part(
     given, known = (*parameters[:2], *found.given), (None, table)
     way = decide(x, batch_route(running, True, valid is not None)).way
     y, _ = normalize(x, size, found.algebra, *given, known=known, valid=valid, way=way)
-    if running is not None and found.batch is not None and not are_still():
+    if running is not None and found.batch is not None and not buffers_are_frozen():
         follow_all_(running, found.batch)
     return y
 
 
 def follow_all_(running: RunningStatistics, batch: Moments) -> None:
-    """Let running statistics follow the counted moments ``(1, G)`` of all processes' values."""
+    """Update running statistics with the counted moments ``(1, G)`` of all processes' values."""
     mean, var, count = batch.mean[0], batch.var[0], batch.count
     running.follow_(Moments(mean, var), torch.ones_like(mean) if count is None else count[0])
 
@@ -79,7 +79,7 @@ def _exchange(
     eps: float,
     ranks: dist.ProcessGroup,
 ) -> _Exchanged:
-    """Exchange what the groups, and the running statistics, need to know of all parts."""
+    """Exchange the moments that the groups and the running statistics need from all parts."""
     if partition.examples_per_group is None:
         gathered = followed or partition
         rows = gather(gathered.pool(table), ranks)

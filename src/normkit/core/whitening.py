@@ -1,4 +1,4 @@
-"""Group whitening: the one method that mixes segments, so it is no algebra on their moments."""
+"""Group whitening, the one method that mixes channels, so that moments are not enough for it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _whiten(
         rows, count = rows - rows.mean(dim=-1, keepdim=True), rows.shape[2]
     else:
         inside = valid.expand_as(x).reshape(rows.shape)
-        count = inside.sum(dim=-1, keepdim=True).clamp(min=1)[:, :1]  # alike in all rows
+        count = inside.sum(dim=-1, keepdim=True).clamp(min=1)[:, :1]  # the same in all rows
         rows = (rows - rows.sum(dim=-1, keepdim=True) / count).masked_fill(~inside, 0)
     with _wide_products(x):
         y = (_whitening_matrix(rows, count, num_iterations, eps) @ rows).reshape(x.shape)
@@ -50,7 +50,7 @@ def _whiten(
     if bias is not None:
         y = y + bias.to(wide).reshape(across)
     y = y.to(x.dtype)
-    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)  # in the layout of x
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)  # keeps the memory format of x
 
 
 def _wide_products(x: Tensor) -> AbstractContextManager[object]:
@@ -65,7 +65,7 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-# torch.compile of torch 2.11 cannot look inside
+# torch.compile of torch 2.11 cannot trace this function, so its result is made a constant.
 _has_autocast._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -74,9 +74,9 @@ def _whitening_matrix(rows: Tensor, count: int | Tensor, num_iterations: int, ep
 
     ``count`` of the ``m`` values are valid; the others are 0.
 
-    The steps ``P <- 1.5 P - 0.5 P^3 Sigma`` are taken with ``P Sigma`` carried along: the same
-    numbers, but rounding errors that do not commute with ``Sigma`` no longer grow from step to
-    step.
+    The steps ``P <- 1.5 P - 0.5 P^3 Sigma`` are computed with the product ``P Sigma`` updated
+    beside ``P``. The result is the same, but rounding errors that do not commute with ``Sigma`` no
+    longer grow from step to step.
     """
     identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     covariance = rows @ rows.transpose(-1, -2) / count + eps * identity

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.convert.selection import find_norms
 from normkit.core.check import require_count
-from normkit.core.running import are_still, is_second_look
+from normkit.core.running import buffers_are_frozen, is_recomputing
 from normkit.distributed.delayed import DelayedStatistics
 from normkit.errors import OptionError
 from normkit.inference.freeze import is_frozen
@@ -169,7 +169,7 @@ class Accumulation:
         self._hooks.after(model, TemporaryHook(self._end), always_call=True)
 
     def _begin(self, *_: object) -> None:
-        self.inside = not self.is_over and not are_still()
+        self.inside = not self.is_over and not buffers_are_frozen()
         for delayed in self._delayed:
             delayed.discard_forward()
 
@@ -216,11 +216,11 @@ class _ForwardWrapper:
     def _call_and_record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         accumulation = self._accumulation
         # A recomputed forward must not touch the buffers either, but its copies are discarded.
-        if accumulation.inside or (is_second_look() and not accumulation.is_over):
+        if accumulation.inside or (is_recomputing() and not accumulation.is_over):
             for delayed in self._delayed:
                 delayed.use_copies()
         result = self._forward(*args, **kwargs)
-        if accumulation.inside and not are_still():
+        if accumulation.inside and not buffers_are_frozen():
             num_positions = _num_positions(self._norm, args, kwargs)
             for delayed in self._delayed:
                 delayed.record_call(num_positions)

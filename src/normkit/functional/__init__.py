@@ -2,8 +2,8 @@
 
 Shapes and formulas are those of the layers of the same name. ``weight`` and ``bias`` are
 ``(C,)`` or None. Where a method has running statistics, ``training=True`` normalises by the
-input's own and updates the given buffers in place; otherwise the buffers normalise, mixed with
-``example_weight`` parts of each example's own statistics.
+input's own statistics and updates the given buffers in place; ``training=False`` normalises by the
+buffers, mixed with a share of ``example_weight`` of each example's own statistics.
 """
 
 from normkit.functional.composite import (

@@ -1,4 +1,4 @@
-"""What every function asks of its arguments before anything is computed."""
+"""Checks of arguments that the functions without state share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from normkit.typing import FeatureMap, PerChannel
 def read_parameters(
     x: FeatureMap, weight: PerChannel | None, bias: PerChannel | None, eps: float, name: str
 ) -> Parameters:
-    """Refuse what is no feature map, or parameters that do not fit it; return these together."""
+    """Check a feature map and its parameters, and return the parameters together.
+
+    Raises:
+        InputError: If shapes do not match.
+        InputTypeError: If the dtype is not supported.
+        OptionError: If ``eps`` is negative or not finite.
+    """
     require_feature_map(x, None, name)
     require_eps(eps)
     require_per_channel(weight, x.shape, "weight", name)
@@ -31,7 +37,7 @@ def require_values(values: Tensor | None, shape: tuple[int, ...], what: str, nam
     """Refuse a parameter of another shape.
 
     Raises:
-        InputError: With both shapes.
+        InputError: If the shapes differ.
     """
     if values is not None and tuple(values.shape) != shape:
         raise InputError(
@@ -46,18 +52,18 @@ def read_statistics(
     example_weight: float,
     needed_by: str | None,
 ) -> RunningStatistics | None:
-    """Put running mean and variance together with their options; None where neither was given.
+    """Put running mean and variance together with their options; None if neither was given.
 
     Args:
         given: Running mean and running variance.
-        num_values: How many values each must have.
+        num_values: Number of values that each must have.
         momentum: Weight of the new value.
         example_weight: Share of the example's own statistics at evaluation.
-        needed_by: The function that cannot do without running statistics here, or None.
+        needed_by: Name of the function if it needs running statistics in this call, else None.
 
     Raises:
-        InputError: If they do not fit, or are needed and were not given.
-        OptionError: If an option is no share.
+        InputError: If the shapes do not fit, or statistics are needed and were not given.
+        OptionError: If an option does not lie from 0 to 1.
     """
     require_share("momentum", momentum)
     require_share("example_weight", example_weight)

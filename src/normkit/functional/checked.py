@@ -1,18 +1,19 @@
-"""Each method with its checks: what the layers call, and what the functions without state call.
+"""Each method with its checks, as the layers and the functions without state call it.
 
-All of these take
+The arguments that all of them share are
 
-- ``running``: buffers that follow the batch in training and normalise at evaluation; None uses the
-  input's own statistics in either case;
-- ``training``: whether groups of a single value are refused, and whether ``running`` moves;
+- ``running``: buffers that training updates and evaluation normalises by; None uses the input's
+  own statistics in both;
+- ``training``: whether groups of a single value are refused and ``running`` is updated;
 - ``parameters``: scale and shift of each channel, and ``eps``;
-- ``name``: who was called, for the errors;
-- ``ranks``: the processes that have parts of the batch, if others have;
-- ``valid``: which positions are valid, if not all are;
-- ``ending``: an activation and a residual that follow in the same pass, of the methods that have
-  one; the others' callers do it afterwards.
+- ``name``: the called layer or function, for error messages;
+- ``ranks``: the process group, if several processes hold parts of the batch;
+- ``valid``: mask of the valid positions; None if all are valid;
+- ``ending``: residual and activation that follow in the same pass. Only ``normalize_single`` takes
+  it; callers of the others apply it afterwards.
 
-A composite without examples is still computed where ``ranks`` are given: all processes must talk.
+With ``ranks`` a composite is computed even if this process has no examples, because the others wait
+for it in the exchange of statistics.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def normalize_single(  # noqa: PLR0913 - see the top of this file
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise by the statistics of one partition: the eight methods that are one."""
+    """Normalise by the statistics of one partition: all methods but composites and whitening."""
     if ranks is not None and (running is not None or partition.examples_per_group != 1):
         y = normalize_part(x, partition, running, parameters, ranks, valid)
         return ended(y, ending, valid)
@@ -112,9 +113,9 @@ def normalize_batch_then_group(  # noqa: PLR0913
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """A group norm of the batch stage's output; ``running`` follows ``x``.
+    """Apply the batch stage, then a group norm; ``running`` tracks the statistics of ``x``.
 
-    ``training`` is of the batch stage, and of the group norm.
+    ``training`` holds the modes of the batch stage and of the group norm.
     """
     if x.numel() == 0 and ranks is None:
         return ended(empty_result(x, *batch[:2], *group[:2]), ending)
@@ -143,7 +144,7 @@ def normalize_group_and_batch(  # noqa: PLR0913
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Group norm and batch norm, mixed; ``running`` follows what the batch norm sees."""
+    """Mix group norm and batch norm; ``running`` tracks the batch norm's input."""
     weight, bias, eps = parameters
     slots = (weight, bias, mix_logit)
     if x.numel() == 0 and ranks is None:
@@ -169,7 +170,7 @@ def normalize_switched(  # noqa: PLR0913
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Statistics of instance, layer and, with three logits, batch norm, mixed."""
+    """Mix the statistics of instance norm, layer norm and, with three logits, batch norm."""
     weight, bias, eps = parameters
     slots = (weight, bias, mean_logits, var_logits)
     uses_batch = mean_logits.numel() == 3
@@ -184,7 +185,7 @@ def normalize_switched(  # noqa: PLR0913
     return normalize_composite(x, composite, followed, training, slots, ranks, valid, ending)
 
 
-def normalize_halves(  # noqa: PLR0913
+def normalize_instance_beside_batch(  # noqa: PLR0913
     x: FeatureMap,
     num_instance: int,
     running: RunningStatistics | None,
@@ -196,9 +197,9 @@ def normalize_halves(  # noqa: PLR0913
     valid: Valid | None = None,
     ending: Ending | None = None,
 ) -> FeatureMap:
-    """Instance norm on the first channels, batch norm on the others, which ``running`` follows.
+    """Apply instance norm to the first channels and batch norm to the others.
 
-    ``training`` is of the instance norm, and of the batch norm.
+    ``running`` belongs to the batch norm; ``training`` holds the modes of both norms.
     """
     slots = (*instance[:2], *batch[:2])
     if x.numel() == 0 and ranks is None:
@@ -214,12 +215,12 @@ def normalize_halves(  # noqa: PLR0913
     if not training[1] and running is not None:
         call = composite_route(running, False, False, valid is not None, True)
         if decide(x, call).way in {"formula", "graph"}:
-            # Each norm by itself: written around the input's own mean, as composites are, one
-            # infinite value of the input would spread over its channel.
+            # Composites write the result around the input's own mean, so one infinite value of the
+            # input would spread over its channel. The running statistics alone do not do that.
             first, rest = x[:, :num_instance], x[:, num_instance:]
-            left = normalize_batch(first, own, None, instance, valid)
-            right = normalize_evaluation(rest, running.partition, running, batch, valid)
-            return ended(torch.cat((left, right), dim=1), ending, valid)
+            first = normalize_batch(first, own, None, instance, valid)
+            rest = normalize_evaluation(rest, running.partition, running, batch, valid)
+            return ended(torch.cat((first, rest), dim=1), ending, valid)
 
     options = (num_instance, instance.eps)
     composite = Composite(instance_beside_batch, options, batch.eps, num_beside=num_instance)

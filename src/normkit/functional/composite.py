@@ -1,4 +1,4 @@
-"""The composite norms and group whitening, without state."""
+"""Functions without state for the composite norms and group whitening."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from normkit.functional.arguments import (
 from normkit.functional.checked import (
     normalize_batch_then_group,
     normalize_group_and_batch,
-    normalize_halves,
+    normalize_instance_beside_batch,
     normalize_switched,
     whiten,
 )
@@ -57,10 +57,10 @@ def group_norm_plus(  # noqa: PLR0913 - torch's order
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        num_groups: Runs of channels that GN normalises; divides ``C``.
+        num_groups: Number of runs of channels that GN normalises; divides ``C``.
         mix_logit: One value, ``()`` or ``(1,)``; its sigmoid is GN's share.
-        running_mean: Running mean of what BN sees, ``(C,)``.
-        running_var: Running unbiased variance of what BN sees, ``(C,)``.
+        running_mean: Running mean of BN's input, ``(C,)``.
+        running_var: Running unbiased variance of BN's input, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         order: ``"group-first"``, ``"batch-first"`` or ``"parallel"``.
@@ -68,17 +68,18 @@ def group_norm_plus(  # noqa: PLR0913 - torch's order
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variances; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in BN at evaluation.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
         InputError: If shapes do not match, or evaluation has no running statistics.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If groups do not divide, or one has a single value in training.
-        OptionError: If there is no such order, or there is no such activation.
+        OptionError: If the order or the activation is unknown.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, section 4.
@@ -127,30 +128,31 @@ def batch_channel_norm(  # noqa: PLR0913
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        num_groups: Runs of channels that the channel stage normalises; divides ``C``.
+        num_groups: Number of runs of channels that the channel stage normalises; divides ``C``.
         running_mean: Running mean, ``(C,)``.
         running_var: Running variance, ``(C,)``.
         batch_weight: Scale in the batch stage, ``(C,)``; None is 1.
         batch_bias: Shift in the batch stage, ``(C,)``; None is 0.
         channel_weight: Scale in the channel stage, ``(num_groups,)`` or ``(C,)``; None is 1.
-        channel_bias: Shift in the channel stage, likewise; None is 0.
+        channel_bias: Shift in the channel stage, of the same shape; None is 0.
         training: Use the input's statistics and update the running ones.
-        update_rate: In (0, 1]: in training, move the estimates this far and normalise by them
-            (micro batches, Algorithm 1). None is a batch norm.
-        momentum: Weight of the new value in the running statistics without ``update_rate``.
+        update_rate: Weight of the batch in the running estimates, in (0, 1]: training updates
+            them and normalises by them (micro batches, Algorithm 1). None is a batch norm.
+        momentum: Weight of the new value in the running statistics if ``update_rate`` is None.
         eps: Added to the variances; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If groups do not divide, or one has a single value in training.
-        OptionError: If ``update_rate`` lies outside (0, 1], or there is no such activation.
+        OptionError: If ``update_rate`` lies outside (0, 1], or the activation is unknown.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
@@ -205,9 +207,9 @@ def switchable_norm(  # noqa: PLR0913
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        mean_logits: Logits of the means of instance, layer and batch norm, ``(3,)``; or, without
-            the batch's statistics, ``(2,)``.
-        var_logits: Logits of their variances, likewise.
+        mean_logits: Logits of the means of instance, layer and batch norm, ``(3,)``; without batch
+            norm ``(2,)``.
+        var_logits: Logits of the variances, of the same shape.
         running_mean: Running mean, ``(C,)``.
         running_var: Running unbiased variance, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
@@ -216,16 +218,17 @@ def switchable_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in the batch part at evaluation.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If a channel has a single value in training.
 
     Source:
@@ -264,7 +267,7 @@ def instance_batch_norm(  # noqa: PLR0913
     negative_slope: float = 0.01,
     residual: FeatureMap | None = None,
 ) -> FeatureMap:
-    r"""Instance norm on the first channels, batch norm on as many as have running statistics.
+    r"""Apply instance norm to the first channels, batch norm to those with running statistics.
 
     .. math::  y_c = IN(x)_c \text{ for } c < C - R, \quad y_c = BN(x)_c \text{ for } c \ge C - R
 
@@ -280,16 +283,17 @@ def instance_batch_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If a channel of an example has a single value in training.
 
     Source:
@@ -306,8 +310,9 @@ def instance_batch_norm(  # noqa: PLR0913
     half = x.shape[1] - running_mean.numel()
     if not 0 < half < x.shape[1]:
         raise InputError(
-            f"{name} was given running statistics of {running_mean.numel()} channels for "
-            f"{x.shape[1]}; the instance norm takes the others, so pass fewer, but one at least"
+            f"{name} was given running statistics of {running_mean.numel()} channels for an input "
+            f"of {x.shape[1]}; the instance norm takes the other channels, so pass statistics of "
+            f"at least one channel and fewer than {x.shape[1]}"
         )
     given, size = (running_mean, running_var), running_mean.numel()
     running = read_statistics(given, size, momentum, example_weight, name)
@@ -317,7 +322,7 @@ def instance_batch_norm(  # noqa: PLR0913
     )
     ending = read_ending(x, activation, negative_slope, residual, name)
     given = (x, half, running, (training, training), first, rest, name)
-    return normalize_halves(*given, ending=ending)
+    return normalize_instance_beside_batch(*given, ending=ending)
 
 
 def group_whitening(  # noqa: PLR0913
@@ -339,21 +344,22 @@ def group_whitening(  # noqa: PLR0913
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        num_groups: Runs of channels that are decorrelated; divides ``C``.
+        num_groups: Number of runs of channels that are decorrelated; divides ``C``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         iterations: Newton steps.
         eps: Added to the variances; unit of ``x`` squared.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The whitened map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If ``num_groups`` does not divide ``C``, or a row has a single value.
 
     Source:

@@ -1,4 +1,4 @@
-"""Norms whose groups span the examples of a batch, without state."""
+"""Functions without state for norms whose groups span several examples."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If a channel has a single value in training.
 
     Source:
@@ -93,7 +94,7 @@ def batch_group_norm(  # noqa: PLR0913
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        num_groups: Equal runs ``G`` an example is cut into; divides ``C * positions``.
+        num_groups: Number ``G`` of equal runs of an example; divides ``C`` times the positions.
         running_mean: Running mean, ``(G,)``.
         running_var: Running unbiased variance, ``(G,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
@@ -102,16 +103,17 @@ def batch_group_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If the groups do not divide, or one has a single value in training.
 
     Source:
@@ -163,16 +165,17 @@ def ghost_batch_norm(  # noqa: PLR0913
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If a group has a single value in training.
 
     Source:
@@ -218,7 +221,7 @@ def general_batch_group_norm(  # noqa: PLR0913 - torch's order
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        num_groups: Runs of channels; divides ``C``.
+        num_groups: Number of runs of channels; divides ``C``.
         examples_per_group: Consecutive examples that share statistics; None is the whole batch.
         running_mean: Running mean, ``(C,)``.
         running_var: Running unbiased variance, ``(C,)``.
@@ -228,16 +231,17 @@ def general_batch_group_norm(  # noqa: PLR0913 - torch's order
         momentum: Weight of the new value in the running statistics.
         eps: Added to the variance; unit of ``x`` squared.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If the groups do not divide, or one has a single value in training.
 
     Source:

@@ -1,4 +1,4 @@
-"""Norms whose groups lie within an example, without state."""
+"""Functions without state for norms whose groups lie within an example."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ def instance_norm(  # noqa: PLR0913 - torch's options
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If a channel of an example has a single value.
 
     Source:
@@ -75,16 +76,17 @@ def layer_norm(  # noqa: PLR0913 - torch's options
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If an example has a single value.
 
     Source:
@@ -118,20 +120,21 @@ def group_norm(  # noqa: PLR0913 - torch's options
 
     Args:
         x: Feature map, ``(N, C, *S)``.
-        num_groups: Runs of channels; divides ``C``.
+        num_groups: Number of runs of channels; divides ``C``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If the groups do not divide the channels, or one has a single value.
 
     Source:
@@ -168,16 +171,17 @@ def positional_norm(  # noqa: PLR0913 - torch's options
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         eps: Added to the variance; unit of ``x`` squared.
-        activation: Applied last: see ``normkit.layers.options``; None applies nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; in the shape, dtype and device of ``x``.
+        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
+        negative_slope: Slope of ``"leaky_relu"`` below 0.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
-        OptionError: If there is no such activation.
+        OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
+        InputTypeError: If the input is not float32, float64, bfloat16 or float16.
         PartitionError: If there is a single channel.
 
     Source:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normkit.core.running import is_second_look
+from normkit.core.running import is_recomputing
 from normkit.errors import OptionError
 from normkit.inference.norm_classes import is_fixed
 from normkit.inference.tracked import STATISTICS, callers, tracked, unknown_layers, why_not_updated
@@ -267,7 +267,7 @@ class _Counts:
         if count is not None and before.num_batches is not None:
             count = torch.where(is_fine, count, before.num_batches)
         _State(moments, count).write(layer)
-        if not is_second_look():
+        if not is_recomputing():
             # The counts stay on the device, so that nothing waits for it.
             self._to(is_fine.device)
             self.seen.add_(1)

@@ -1,1 +1,1 @@
-"""Four primitives over segments; each kernel set implements them, ``reference`` defines them."""
+"""Kernels: the passes over a map, in C++ and Triton; ``reference`` defines them in plain torch."""

@@ -17,7 +17,7 @@ ActivationName = Literal[
 
 
 class Kind(IntEnum):
-    """Which activation; the numbers are those of csrc/kernels.h."""
+    """Number of each activation, as in csrc/kernels.h."""
 
     NONE = 0
     RELU = 1
@@ -35,7 +35,7 @@ class Activation(NamedTuple):
 
     Args:
         kind: A number of ``Kind``.
-        slope: Of a leaky ReLU below 0.
+        slope: Slope of a leaky ReLU below 0.
     """
 
     kind: int
@@ -43,7 +43,7 @@ class Activation(NamedTuple):
 
     @property
     def is_signed(self) -> bool:
-        """Whether the sign of the result says what the gradient is multiplied by."""
+        """Whether the sign of the result determines the derivative."""
         return self.kind == Kind.RELU or (self.kind == Kind.LEAKY_RELU and self.slope >= 0)
 
 
@@ -64,12 +64,12 @@ _FORMULAS: Mapping[int, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 
 def activate(u: Tensor, activation: Activation) -> Tensor:
-    """``act(u)`` in torch's operations."""
+    """Compute ``act(u)`` with torch's operations."""
     kind, slope = activation
     return F.leaky_relu(u, slope) if kind == 2 else _FORMULAS[kind](u)
 
 
 def pass_back(grad: Tensor, result: Tensor, activation: Activation) -> Tensor:
-    """``grad * act'(u)`` by the result ``act(u)``, which must have the sign of ``u``."""
+    """Compute ``grad * act'(u)`` from ``act(u)``, for an activation that ``is_signed``."""
     below = grad.new_zeros(()) if activation.kind == Kind.RELU else grad * activation.slope
     return torch.where(result <= 0, below, grad)

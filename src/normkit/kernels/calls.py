@@ -1,4 +1,4 @@
-"""What the operators of all kernels take, in Python's words."""
+"""Python types of the operators' arguments and results."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from torch import Tensor
 from normkit.typing import GroupTable, PerChannel
 
 CellTable = Float[Tensor, "2 cells"]
-"""Means above biased variances, float64: of the groups in order, then, if wanted, the channels."""
+"""A row of means and a row of biased variances, float64: of the groups in order, then of the
+channels if they are wanted."""
 MomentTable = Float[Tensor, "2 cells"]
-"""Means above biased variances, float64: of every channel of every example, then of the batch
-stage's channels its statistics: measured, or those that it was given."""
+"""A row of means and a row of biased variances, float64: of every channel of every example, then
+the batch stage's statistics of each channel, measured or given."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Differentiable = Callable[[Tensor, Tensor, Tensor | None, tuple[bool, bool, bool]], Gradients]
-"""``(grad, x, weight, (wants_x, wants_weight, wants_bias))`` to three gradients, in operations that
-autograd can differentiate again."""
+"""Maps ``(grad, x, weight, (wants_x, wants_weight, wants_bias))`` to three gradients, by operations
+that autograd can differentiate again."""
 EndedGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 DifferentiableEnded = Callable[
     [Tensor, tuple[Tensor, Tensor | None, Tensor | None], Tensor | None, tuple[bool, ...]],
     EndedGradients,
 ]
-"""``(grad, (x, weight, bias), kept, wanted)`` to the gradients of x, residual, weight and bias, in
-operations that autograd can differentiate again; ``kept`` is what ``kept_beside`` says."""
+"""Maps ``(grad, (x, weight, bias), kept, wanted)`` to the gradients of x, residual, weight and
+bias, by operations that autograd can differentiate again; ``kept_beside`` gives ``kept``."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """A composite's parameters, in the order of its formula."""
 DifferentiableComposite = Callable[
     [Tensor, Tensor, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]
 ]
-"""``(grad, x, table, parameters, wanted)`` to the gradients of x and the parameters, in operations
-that autograd can differentiate again."""
+"""Maps ``(grad, x, table, parameters, wanted)`` to the gradients of x and the parameters, by
+operations that autograd can differentiate again."""
 
 
 DifferentiableEndedComposite = Callable[
@@ -46,10 +47,10 @@ class Pooling(NamedTuple):
     """Which elements share statistics.
 
     Args:
-        num_groups: Equal runs that an example is cut into.
+        num_groups: Number of equal runs that an example is cut into.
         examples_per_group: Consecutive examples that share statistics; 0 is the whole batch.
         eps: Added to the variances.
-        channel_statistics: Whether the table has the whole batch's statistics of channels too.
+        channel_statistics: Whether the table also has each channel's statistics over the batch.
     """
 
     num_groups: int
@@ -59,7 +60,7 @@ class Pooling(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics that follow the batch: of the channels if wanted, else of the groups."""
+    """Buffers that an operator updates, with statistics of channels if wanted, else of groups."""
 
     mean: Tensor
     var: Tensor
@@ -85,14 +86,14 @@ def split_table(table: CellTable, num_channels: int, pooling: Pooling) -> Tables
 
 
 class Programs(NamedTuple):
-    """A composite of norms, as programs on tables: see ``kernels.program``.
+    """The programs on tables of a composite: see ``kernels.program``.
 
     Args:
-        forward: From the moments of the map's channels to scale and center.
-        backward: Its gradient.
-        kept_columns: Channels whose statistics over the batch the table keeps.
-        why_not: Why there are none, if so: then torch's operators work on tables.
-        why_not_triton: Why no Triton kernels can be written for them, if so.
+        forward: Computes scale and center from the moments of the map's channels.
+        backward: Computes the gradient of ``forward``.
+        kept_columns: Number of channels whose statistics over the batch are kept for backward.
+        why_not: Why the formula has no program, or None; torch's operators then compute it.
+        why_not_triton: Why no Triton kernel can run the programs, or None.
     """
 
     forward: str
@@ -103,9 +104,10 @@ class Programs(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Statistics ``(C,)`` that the batch stage reads (given) or moves (running).
+    """Statistics ``(C,)`` that the batch stage reads (given) or updates (running).
 
-    Estimates are moved; where they are given, in the table alone.
+    Estimates are updated in the buffers if they are passed as running, and only in the table if
+    they are passed as given.
     """
 
     given_mean: Tensor | None = None

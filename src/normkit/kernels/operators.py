@@ -1,17 +1,17 @@
-"""``torch.ops.normkit.*``: one schema and one description of the results for each operator.
+"""``torch.ops.normkit.*``: the schema of each operator, and the shapes of its results.
 
-C++ computes them on the CPU (``csrc/library.cpp``), Triton on a GPU (``triton/operators.py``); what
-``torch.compile``, ``torch.export`` and meta tensors need to know of them is here.
+C++ computes the operators on the CPU (``csrc/library.cpp``), Triton on a GPU
+(``triton/operators.py``). ``torch.compile``, ``torch.export`` and meta tensors use this file.
 
-``x`` and ``grad`` are feature maps ``(N, C, *S)``, ``weight`` and ``bias`` have a value for each
+``x`` and ``grad`` are feature maps ``(N, C, *S)``; ``weight`` and ``bias`` have one value per
 channel. Statistics groups are ``num_groups`` equal runs of the flat ``(C, *S)`` axis times runs
 of ``examples_per_group`` consecutive examples (0: all). Composites are programs on tables, see
-``kernels.program``. Results share the strides of ``x``. Tables are float64, means above biased
-variances. Running statistics move inside of the operator, which saves calls on tiny maps.
+``kernels.program``. Results share the strides of ``x``. Tables are float64, with a row of means
+and a row of biased variances. Operators update running statistics, which saves calls on tiny maps.
 
-What is ``ended_`` goes on to ``act(y + residual)``; its backward takes ``residual``, or the
-``result`` where its sign is enough. Of a composite its backward also takes ``factors``, scale and
-center of every channel of every example, by which it computes ``y`` again.
+The operators ``ended_*`` also compute ``act(y + residual)``. Their backward takes ``residual``, or
+``result`` if the sign of the result determines the activation's derivative. Those of a composite
+also take ``factors``, scale and center of every channel of every example, to compute ``y`` again.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ SCHEMAS = {
 
 @cache
 def define() -> None:
-    """Tell torch of the operators; once, before kernels are registered for them.
+    """Define the operators in torch, once, before kernels are registered for them.
 
-    They read maps of any strides: inductor must not copy one into those that it had in eager mode.
+    The tag says that they read maps of any strides. Without it inductor would copy a map to the
+    strides that it had in eager mode.
     """
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema, tags=torch.Tag.flexible_layout)
@@ -100,7 +101,7 @@ def define() -> None:
 
 
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a real call that came here because one of its tensors is on the meta device."""
+    """Refuse tensors on several devices; torch calls the fake if one of them is on meta."""
 
     def checked(*arguments: Any) -> Any:
         devices = {a.device for a in arguments if isinstance(a, Tensor)}
@@ -116,7 +117,7 @@ def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the kernels read ``x`` in place: contiguous or channels_last, at any rank."""
+    """Whether ``x`` is contiguous or channels_last (of any rank), which kernels read in place."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 

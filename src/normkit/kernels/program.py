@@ -1,15 +1,16 @@
-"""Programs on tables: what a composite does to the moments of a map's channels, step by step.
+"""Programs on tables: a composite's computation on the moments of a map's channels, as steps.
 
-A program is text that C++ runs on the CPU (``csrc/table_program.cpp``) and that Triton kernels are
-written from (``triton/generated.py``); ``core.trace`` makes it from a composite's formula and
-``kernels.transpose`` its gradient. Each line is a step and makes one table::
+A program is a text. C++ runs it on the CPU (``csrc/table_program.cpp``);
+``triton/generated.py`` writes Triton kernels from it. ``core.trace`` makes the program from a
+composite's formula, ``kernels.transpose`` makes the program of its gradient. Each line is a step
+that computes one table::
 
     N 256 multiply 4 7
 
-A table has a row for each example (``N``) or one row for all (``1``); here 256 columns; then the
-step's name, and the numbers of the lines whose tables it takes, or plain numbers. A table of one
-row, or of one value, is used with every row, or with every value, of another. Before the steps the
-text says for how many channels it is, after them which tables come out.
+The table has one row per example (``N``) or one row (``1``), and here 256 columns. The step's name
+follows, then the numbers of the lines whose tables it takes, then plain numbers. A table of one row
+or one value is broadcast. The first line of the text has the number of channels, its last lines
+the results.
 """
 
 from __future__ import annotations
@@ -20,29 +21,30 @@ from functools import lru_cache
 from typing import NamedTuple
 
 STEPS = {
-    # what is given: the moments of the map's channels and, for a gradient, sums over each segment
+    # inputs: moments of the map's channels; in a gradient's program, sums over each segment
     "mean": "", "var": "", "grad_scale": "", "grad_center": "",
-    # a parameter, statistics that somebody gives or that the forward pass kept (mean 0, var 1)
+    # a parameter; statistics that the call gives or the forward pass has kept (0: mean, 1: var)
     "parameter": "i", "given": "i", "kept": "i",
-    # numbers: the share of what the input says, 1 / examples, 1 / positions, and constants
+    # numbers: weight of the input's statistics, 1 / examples, 1 / positions, and constants
     "share": "", "inverse_examples": "", "inverse_size": "", "number": "f",
-    # value by value
+    # elementwise
     "add": "tt", "subtract": "tt", "multiply": "tt", "rsqrt": "t", "sigmoid": "t",
-    # along rows: softmax of a row; each value several times; sums and means of runs of values
+    # along rows: softmax of a row; each value repeated; sums and means of runs of values
     "softmax": "t", "repeat": "ti", "sum_runs": "ti", "mean_runs": "ti",
     # mean of v + (m - M)^2 over runs of columns, or over examples; takes v, m and M, the mean of m
     "spread_runs": "ttti", "spread_examples": "ttt",
     "sum_examples": "t", "mean_examples": "t",
-    # columns from the first on, as many as the table has; among as many zeros; one beside another
+    # columns from the given one on; the table between zeros, from the given column on; two tables
+    # beside each other
     "slice": "ti", "pad": "ti", "join": "tt",
-    # the same table: without a gradient; a row of all examples as a row for each
+    # the same table: without a gradient; with its one row repeated for each example
     "detach": "t", "each_example": "t",
 }  # fmt: skip
-"""What each step takes: tables (t), whole numbers (i), numbers (f)."""
+"""Arguments of each step: tables (t), integers (i), floats (f)."""
 OVER_EXAMPLES = ("sum_examples", "mean_examples", "spread_examples")
 OVER_COLUMNS = ("sum_runs", "mean_runs", "spread_runs")
 TABLES = ("scale", "center", "k1", "k2", "k3")
-"""Results for each channel of each example, also where all examples have the same."""
+"""Results with one row per example, even if all examples have the same values."""
 PER_EXAMPLE = ("mean", "var", "grad_scale", "grad_center", "each_example")
 
 
@@ -51,10 +53,10 @@ class Step(NamedTuple):
 
     Args:
         name: One of ``STEPS``.
-        tables: Which lines it takes.
-        numbers: Plain numbers that it takes.
-        per_example: Whether its table has a row for each example.
-        columns: Of its table.
+        tables: Lines whose tables the step takes.
+        numbers: Plain numbers that the step takes.
+        per_example: Whether the step's table has one row per example.
+        columns: Number of columns of the step's table.
     """
 
     name: str
@@ -64,14 +66,14 @@ class Step(NamedTuple):
     columns: int
 
     def __str__(self) -> str:
-        """The line."""
+        """The step's line in the text."""
         rows = "N" if self.per_example else "1"
         return " ".join([rows, str(self.columns), self.name, *map(str, self.tables + self.numbers)])
 
 
 @dataclass
 class Steps:
-    """A program in the making; the same step is never made twice."""
+    """Steps of a program that is being made; a step that exists already is not added twice."""
 
     channels: int
     made: list[Step] = field(default_factory=list)
@@ -80,9 +82,9 @@ class Steps:
     def add(
         self, name: str, *tables: int, numbers: tuple[float, ...] = (), columns: int = 0
     ) -> int:
-        """Add a step and return its number; ``columns`` where they are not those of its tables."""
+        """Add a step and return its line; ``columns`` is 0 if they are those of its tables."""
         if name in ("multiply", "add") and tables[0] > tables[1]:
-            tables = tables[1], tables[0]  # the same step, however it is written
+            tables = tables[1], tables[0]  # one order, so that equal steps are found
         shapes = [self.made[t] for t in tables]
         columns = columns or max(s.columns for s in shapes)
         per_example = any(s.per_example for s in shapes) and name not in OVER_EXAMPLES
@@ -91,11 +93,11 @@ class Steps:
         return self._keep(Step(name, tables, numbers, per_example, columns))
 
     def number(self, value: float) -> int:
-        """A constant."""
+        """Add a constant."""
         return self._keep(Step("number", (), (float(value),), False, 1))
 
     def scaled(self, table: int, factor: float) -> int:
-        """A table times a constant."""
+        """Add the product of a table and a constant."""
         return table if factor == 1 else self.add("multiply", table, self.number(factor))
 
     def _keep(self, step: Step) -> int:
@@ -106,16 +108,16 @@ class Steps:
 
 
 class Program(NamedTuple):
-    """A program that is finished.
+    """A finished program.
 
     Args:
-        channels: Of the map.
-        moves: What running statistics do: ``"average"``, ``"estimates"`` or ``"nothing"``.
-        given_from: First of the channels whose own moments have no say, which are written around
-            the given mean; their number where there are none such.
-        kept_columns: Of the statistics that the forward pass keeps for the other.
+        channels: Number of channels of the map.
+        moves: How running statistics are updated: ``"average"``, ``"estimates"`` or ``"nothing"``.
+        given_from: First of the channels that are normalised by given statistics alone and written
+            around the given mean; ``channels`` if there are none.
+        kept_columns: Number of columns of the statistics that forward keeps for backward.
         steps: The lines.
-        results: Names of what comes out, and the line of each.
+        results: Line of each result, by name.
     """
 
     channels: int
@@ -126,13 +128,13 @@ class Program(NamedTuple):
     results: dict[str, int]
 
     def __str__(self) -> str:
-        """The text; of the same program always the same."""
+        """The program's text; equal programs have equal texts."""
         head = f"{self.channels} {self.moves} {self.given_from} {self.kept_columns}"
         results = (f"= {name} {line}" for name, line in self.results.items())
         return "\n".join((head, *map(str, self.steps), *results))
 
     def needed(self, lines: Iterable[int], leaves: Iterable[int] = ()) -> list[int]:
-        """These lines and what they are computed from, in order; not what ``leaves`` are."""
+        """These lines and all that they are computed from, in order; ``leaves`` end the search."""
         found, waiting, leaves = set[int](), list(lines), set(leaves)
         while waiting:
             line = waiting.pop()
@@ -145,7 +147,7 @@ class Program(NamedTuple):
 def finished(
     steps: Steps, results: dict[str, int], moves: str, given_from: int, kept_columns: int
 ) -> Program:
-    """The program that computes these results, without the steps that none needs."""
+    """The program that computes these results, without unused steps."""
     everything = Program(
         steps.channels, moves, given_from, kept_columns, tuple(steps.made), results
     )
@@ -160,7 +162,7 @@ def finished(
 
 @lru_cache(maxsize=4096)
 def parsed(text: str) -> Program:
-    """The program of a text."""
+    """Read a program from its text."""
     head, *lines = text.split("\n")
     channels, moves, given_from, kept_columns = head.split()
     steps, results = [], {}

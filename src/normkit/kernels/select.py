@@ -1,4 +1,4 @@
-"""Which kernels compute a call: what a block asks for, else the environment, else the best."""
+"""Selection of kernels for a call: by ``use_kernels``, else the environment, else the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OLDEST_GPU = 7  # compute capability
 
 
 class _Block:
-    """An open ``use_kernels``, equal to no other."""
+    """An open ``use_kernels`` block, compared by identity."""
 
     __slots__ = ("kernels",)
 
@@ -34,12 +34,12 @@ class _Block:
         self.kernels = kernels
 
 
-class _Asked:
-    """What ``use_kernels`` asks for.
+class _Request:
+    """The kernels that are requested by ``use_kernels`` blocks or the environment.
 
-    A thread follows its own innermost block. One without a block (autograd's, for instance)
-    follows ``kernels``, what the latest block still open in any thread asks for, else the
-    environment. ``torch.compile`` guards that attribute; it could not guard a thread's own.
+    A thread uses the kernels of its own innermost block. A thread without a block (autograd's, for
+    instance) uses ``kernels``: those of the latest open block of any thread, else those of the
+    environment. ``torch.compile`` guards this attribute; it cannot guard thread-local state.
     """
 
     def __init__(self, default: str | None) -> None:
@@ -54,44 +54,46 @@ class _Asked:
         self.thread.blocks = [*self.own(), block]
 
     def leave(self, block: _Block) -> None:
-        """Close a block, whatever other threads have opened or closed since; twice is once."""
+        """Close a block, in any order with other threads' blocks; closing twice does no harm."""
         self.thread.blocks = [other for other in self.own() if other is not block]
         if block in self.blocks:
             self.blocks.remove(block)
         self._settle()
 
     def _settle(self) -> None:
-        """Ask for what the latest block does; again if another thread came between.
+        """Set ``kernels`` to those of the latest block; repeat if another thread changed them.
 
-        Not under a lock, which an interruption could leave locked.
+        There is no lock, because an interruption could leave it locked.
         """
         while self.kernels != (latest := [self.default, *(b.kernels for b in self.blocks)][-1]):
             self.kernels = latest
 
     def own(self) -> list[_Block]:
-        """Blocks of this thread, the innermost last."""
+        """Open blocks of this thread, the innermost last."""
         return getattr(self.thread, "blocks", [])
 
     def here(self) -> str | None:
-        """What this thread asks for."""
+        """The kernels that this thread requests, or None."""
         if torch.compiler.is_compiling() or not self.blocks:
             return self.kernels
         own = self.own()
         return own[-1].kernels if own else self.kernels
 
 
-_WHY_NOT_CPU = cpu.why_not()  # loads the library: a program that uses its operators must find them
-_asked = _Asked(os.environ.get(ENVIRONMENT_VARIABLE))
+# This loads the library at import, so that programs find the operators in ``torch.ops.normkit``.
+_WHY_NOT_CPU = cpu.why_not()
+_request = _Request(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
 class Call(NamedTuple):
-    """What of a call, beside its input, decides who computes it; reasons are words, or None.
+    """What decides, beside the input, which kernels compute a call; reasons are texts or None.
 
     Args:
-        why_formula: Why no kernels compute it.
-        why_tables: Why no operator does all of it: the algebra on tables is then torch's.
-        span: ``"position"`` or ``"group"``, whose channels one program of a GPU must hold.
-        why_torch_moves: Why torch's operators move its running statistics, not the kernels.
+        why_formula: Why no kernels compute the call.
+        why_tables: Why no operator computes all of the call, so that torch does the algebra on
+            tables.
+        span: ``"position"`` or ``"group"`` if one GPU program must hold all of its channels.
+        why_torch_moves: Why torch's operators, not the kernels, update the running statistics.
     """
 
     why_formula: str | None = None
@@ -101,17 +103,18 @@ class Call(NamedTuple):
 
 
 Way = Literal["operator", "tables", "graph", "formula"]
-"""One operator does all; or the kernels' passes over the map, with torch's operators on tables in
-between; or one operator for statistics in a compiled graph; or the formula in torch's operators."""
+"""How a call is computed: ``"operator"``: by one operator. ``"tables"``: by the kernels' passes
+over the map, with torch's operators on tables in between. ``"graph"``: in a compiled graph, by one
+operator for the statistics. ``"formula"``: by torch's operators alone."""
 
 
 class Decision(NamedTuple):
-    """Who computes a call, how, and why so."""
+    """How a call is computed, by which kernels, and why."""
 
     way: Way
     kernels: Kernels
     reason: str
-    operators: Any = None  # the set of kernels whose operator does it, see nodes.Kernels
+    operators: Any = None  # the set of kernels with the operator, see nodes.Kernels
 
 
 ORDINARY = Call()
@@ -119,18 +122,18 @@ ORDINARY = Call()
 
 @contextmanager
 def use_kernels(kernels: Kernels) -> Generator[None]:
-    """Run the block with these kernels wherever they can compute a call.
+    """Run the block with these kernels, in every call that they can compute.
 
-    The block is this thread's; threads that have none of their own take part in it.
-    The environment variable ``NORMKIT_KERNELS`` does the same for a whole process.
+    The block holds for this thread and for threads without a block of their own. The environment
+    variable ``NORMKIT_KERNELS`` does the same for a whole process.
 
     Args:
-        kernels: ``"reference"`` (plain torch), ``"cpu"`` (C++) or ``"triton"`` (GPU). What the
-            chosen ones cannot do (function transforms, second derivatives, other devices) the
-            reference does; ``normkit.explain`` says so.
+        kernels: ``"reference"`` (plain torch), ``"cpu"`` (C++) or ``"triton"`` (GPU). The
+            reference computes what the chosen kernels cannot (function transforms, second
+            derivatives, other devices); ``normkit.explain`` says which kernels compute a call.
 
     Raises:
-        KernelError: If there are no such kernels, they were not built, or do not load.
+        KernelError: If the kernels are unknown, were not built, or do not load.
 
     Example:
         >>> import normkit as nk
@@ -142,31 +145,31 @@ def use_kernels(kernels: Kernels) -> Generator[None]:
     block = _Block(kernels)
     try:
         try:
-            _asked.enter(block)
+            _request.enter(block)
             yield
         finally:
-            _asked.leave(block)
-    except BaseException:  # also where the lines above were interrupted
-        _asked.leave(block)
+            _request.leave(block)
+    except BaseException:  # an interruption may have come before the inner ``try``
+        _request.leave(block)
         raise
 
 
 def decide(x: Tensor, call: Call = ORDINARY, *, is_computed: bool = True) -> Decision:
-    """Who computes a call on ``x`` here and now: the one place where that is decided.
+    """Decide which kernels compute a call on ``x``, and how; nothing else decides that.
 
     Args:
         x: The input.
         call: What is special about the call.
-        is_computed: Whether the call comes next. It warns then, once, where that is slow.
+        is_computed: Whether the call is computed next; if so, missing C++ kernels cause a warning.
 
     Raises:
-        KernelError: If the environment asks for kernels that there are not.
+        KernelError: If the environment names kernels that are unknown or do not load.
     """
     if call.why_formula is not None:
         return Decision("formula", "reference", call.why_formula)
     if x.numel() == 0:
         return _EMPTY
-    best = _BEST.get(x.device.type) if _asked.kernels is None else None
+    best = _BEST.get(x.device.type) if _request.kernels is None else None
     kernels, why_formula = _candidate(x) if best is None else (best, None)
     if why_formula is None:
         obstacle = transform()
@@ -185,8 +188,8 @@ def decide(x: Tensor, call: Call = ORDINARY, *, is_computed: bool = True) -> Dec
 
 
 def _candidate(x: Tensor) -> tuple[Kernels, str | None]:
-    """What would compute on ``x`` if nothing around the call forbade it; why not, if reference."""
-    wanted = None if _asked.kernels is None else _asked.here()
+    """The kernels for ``x`` by request and device, and a reason if these are the reference."""
+    wanted = None if _request.kernels is None else _request.here()
     asked = None if wanted is None else require_kernels(wanted)
     if asked == "reference":
         return "reference", "the reference kernels were asked for"
@@ -203,7 +206,7 @@ def _by_triton() -> Decision:
 
 
 def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
-    """Where one operator would do a call, but for what is special about it."""
+    """The decision for a call that differs from the usual one, which is one operator."""
     kernels, operators, name = usual.kernels, usual.operators, NAMES[usual.kernels]
     why_tables = call.why_tables
     if call.span is not None:
@@ -235,10 +238,10 @@ def primitives(x: Tensor) -> ModuleType:
 
 
 def require_kernels(name: str) -> Kernels:
-    """Return the name if there are such kernels.
+    """Return the name of kernels that can be used.
 
     Raises:
-        KernelError: If it is unknown, they were not built, or do not load.
+        KernelError: If they are unknown, were not built, or do not load.
     """
     known: tuple[Kernels, ...] = get_args(Kernels)
     for kernels in known:
@@ -251,7 +254,7 @@ def require_kernels(name: str) -> Kernels:
 
 
 def details(kernels: Kernels) -> str:
-    """What there is to say of the kernels that compute."""
+    """The C++ kernels' instruction set, for reports; empty for other kernels."""
     return f" (vector code: {cpu.instruction_set()})" if kernels == "cpu" else ""
 
 
@@ -262,7 +265,7 @@ def _why_not_loaded(kernels: Kernels) -> str | None:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    """Load the Triton kernels, once; the reason why they cannot compute on a device, or None."""
+    """Load the Triton kernels once; return why they cannot compute on a device, or None."""
     return _triton_obstacle(device)
 
 
@@ -300,18 +303,18 @@ def _why_triton_is_missing() -> str | None:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # imports of it are forbidden
+    except ValueError:  # sys.modules has None for the package, which forbids its import
         return False
 
 
 def _triton() -> ModuleType:
-    from normkit.kernels import triton  # slow, and nothing for the CPU
+    from normkit.kernels import triton  # a slow import, which the CPU does not need
 
     return triton
 
 
 _BEST: dict[str, Kernels] = {"cpu": "cpu", "cuda": "triton"}
-"""The kernels for each type of device; what pretends that there is a GPU changes this."""
+"""The kernels for each type of device; benchmarks and tests that simulate a GPU change this."""
 _COMPUTE = "the {} kernels compute this"
 _BY_CPU = Decision("operator", "cpu", _COMPUTE.format(NAMES["cpu"]), cpu.operators)
 _EMPTY = Decision("formula", "reference", "the input is empty")
@@ -325,15 +328,15 @@ _GRAPH = Decision(
     "what it can fuse with the layers around",
 )
 
-for _asked_once in (_why_not_triton, _why_not_loaded):
-    # what torch.compiler.assume_constant_result does, without importing the compiler: the answers
-    # never change, and nothing need be traced through the import of triton
-    _asked_once._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+for _constant in (_why_not_triton, _why_not_loaded):
+    # The results never change, so torch.compile need not trace through the import of triton.
+    # torch.compiler.assume_constant_result sets this attribute too, but importing it is slow.
+    _constant._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def transform() -> str | None:
-    """What looks through the call and wants plain torch operators to look at, or None."""
-    # not is_exporting(), which torch.compile of torch 2.11 takes to be true
+    """The transform that traces the call and needs plain torch operators, in words, or None."""
+    # Not is_exporting(), which is always true while torch.compile of torch 2.11 traces.
     if torch.compiler._is_exporting_flag:
         return "the call is being exported"
     if torch._C._are_functorch_transforms_active():

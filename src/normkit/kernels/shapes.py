@@ -1,4 +1,4 @@
-"""What a program's tables are to a Triton program, which holds some channels of some examples."""
+"""Shapes of a program's tables in a Triton kernel, which holds some channels of some examples."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Literal, NamedTuple
 from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, Program, Step
 
 Kind = Literal["cell", "group", "total", "vector", "scalar"]
-"""A value for each channel; for each group of channels; for each example; a parameter of a few
-values; one value."""
+"""What a table has one value for: each channel (cell); each group of channels; each example
+(total). A vector is a parameter of a few values, a scalar one value."""
 _SAME = ("add", "subtract", "multiply", "rsqrt", "sigmoid", "softmax", "detach", "each_example")
 
 
 class Shape(NamedTuple):
-    """Of a table.
+    """The shape of a table.
 
     Args:
-        kind: What its columns are.
+        kind: What the columns are.
         start: The map's channel that the first column of cells belongs to.
-        is_part: Whether each program has only its own part of a sum over all channels. What is
-            computed with it is linear, so that the parts of the results add up.
+        is_part: Whether each Triton program has only its own part of a sum over all channels.
+            Later steps are linear in it, so the parts of the results add up.
     """
 
     kind: Kind
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
 
 
 def width_of(program: Program) -> int:
-    """Channels of a group; 1 where nothing is pooled over channels.
+    """Number of channels in a group; 1 if the program does not pool over channels.
 
     Raises:
         ValueError: If groups have several widths.
@@ -67,7 +67,8 @@ class _Shapes:
         self.steps, self.width = program.steps, width_of(program)
         self.channels = program.channels
         self.holds_all = self.width == program.channels
-        self.like = list(range(len(self.steps)))  # a line of the same shape, that of a class
+        # Union-find: lines whose tables have the same columns form a class, named by its root.
+        self.like = list(range(len(self.steps)))
         for line, step in enumerate(self.steps):
             for other in self._alike(step):
                 self.like[self._root(other)] = self._root(line)
@@ -77,7 +78,7 @@ class _Shapes:
     def found(self) -> list[Shape]:
         for line, step in enumerate(self.steps):
             self._note(line, step)
-        for _ in self.steps:  # at most so many times do starts follow from each other
+        for _ in self.steps:  # a start may depend on others; repeat until no new one is found
             before = len(self.starts)
             for line, step in enumerate(self.steps):
                 self._follow_starts(line, step)
@@ -98,7 +99,7 @@ class _Shapes:
         return self.steps[line].columns == 1 and not self.steps[line].per_example
 
     def _alike(self, step: Step) -> Iterator[int]:
-        """Lines whose tables have columns like the step's own."""
+        """The step's tables that have the same columns as its result."""
         if step.name in (*_SAME, *OVER_EXAMPLES):
             yield from (
                 t
@@ -107,7 +108,7 @@ class _Shapes:
             )
 
     def _note(self, line: int, step: Step) -> None:
-        """Note what the step says of its own and its tables' columns."""
+        """Record what the step implies about the columns of its result and of its tables."""
         own = self._root(line)
         if step.name in ("mean", "var", "grad_scale", "grad_center"):
             self.kinds[own], self.starts[own] = "cell", 0

@@ -1,4 +1,4 @@
-"""The gradient of a program on tables, as another program: each step has one transpose."""
+"""The gradient of a program on tables, as another program; each step has one transpose."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 from normkit.kernels.program import Program, Step, Steps, finished
 
-Parts = list[tuple[int, int]]  # of a gradient: signs, and lines of the new program
+Parts = list[tuple[int, int]]  # terms of a gradient: a sign and a line of the new program each
 
 
 def transposed(forward: Program, num_parameters: int) -> Program:
-    """From gradients of scale and center to the factors of a map's gradient, and parameters'.
+    """Make the program of the gradient, from the gradients of scale and center.
 
-    The map's gradient is ``k1 * grad + k2 * (x - mean) + k3``. What the forward program has
-    computed is computed again, but for what it kept: the batch stage's statistics.
+    Its results are the gradients of the parameters and the factors of the map's gradient
+    ``k1 * grad + k2 * (x - mean) + k3``. Values of the forward program are recomputed, except for
+    the batch stage's statistics, which were kept.
     """
     return _Transpose(forward).run(num_parameters)
 
@@ -22,18 +23,18 @@ class _Transpose:
     def __init__(self, forward: Program) -> None:
         self.forward = forward
         self.steps = Steps(forward.channels)
-        self.again: dict[int, int] = {}  # the forward program's lines in the new one
+        self.recomputed: dict[int, int] = {}  # line of the forward program: line of the new one
         self.parts: list[Parts] = [[] for _ in forward.steps]
         kept = ("kept_mean", "kept_var")
         for i, name in enumerate(kept):
             line = forward.results.get(name)
             if line is not None:
                 columns = forward.kept_columns
-                self.again[line] = self.steps.add("kept", numbers=(i,), columns=columns)
+                self.recomputed[line] = self.steps.add("kept", numbers=(i,), columns=columns)
         self.wanted = self._wanted()
 
     def _wanted(self) -> list[bool]:
-        """Which lines a gradient reaches something through."""
+        """Which lines depend on the map or a parameter, so that their gradient is needed."""
         found: list[bool] = []
         for step in self.forward.steps:
             is_source = step.name in ("mean", "var", "parameter")
@@ -73,23 +74,23 @@ class _Transpose:
         return {"k1": scale, "k2": slope, "k3": steps.add("multiply", rest, inverse_size)}
 
     def value(self, line: int) -> int:
-        """What the forward program's line has made."""
-        if line not in self.again:
+        """The line that recomputes a line of the forward program."""
+        if line not in self.recomputed:
             step = self.forward.steps[line]
             tables = (self.value(t) for t in step.tables)
             columns = step.columns
-            self.again[line] = self.steps.add(
+            self.recomputed[line] = self.steps.add(
                 step.name, *tables, numbers=step.numbers, columns=columns
             )
-        return self.again[line]
+        return self.recomputed[line]
 
     def give(self, line: int, grad: int, sign: int = 1) -> None:
-        """Add to the gradient of a forward line."""
+        """Add a term to the gradient of a forward line."""
         if self.wanted[line]:
             self.parts[line].append((sign, grad))
 
     def _gradient(self, line: int) -> int | None:
-        """The sum of a line's parts, in its shape."""
+        """Sum the terms of a line's gradient, in the shape of its table."""
         step, steps = self.forward.steps[line], self.steps
         parts = [(sign, self._narrowed(grad, step.columns)) for sign, grad in self.parts[line]]
         wide = [part for part in parts if steps.made[part[1]].per_example]
@@ -106,7 +107,7 @@ class _Transpose:
         return found
 
     def _narrowed(self, grad: int, columns: int) -> int:
-        """Of a single value that was used with every column: the sum of these."""
+        """Sum a gradient over its columns if the line was one value, broadcast to all of them."""
         has = self.steps.made[grad].columns
         if has == columns:
             return grad
@@ -209,7 +210,10 @@ def _share(t: _Transpose, grad: int) -> int:
 
 
 def _give_spread(t: _Transpose, var: int, mean: int, each: int, center: int) -> None:
-    """Of v + (m - M)^2, where M is the mean of m: no gradient comes by way of it."""
+    """Gradient of the mean of v + (m - M)^2, where M is the mean of m.
+
+    No gradient flows through M: by plain differentiation it is the sum of m - M, which is 0.
+    """
     t.give(var, each)
     if t.wanted[mean]:
         apart = t.steps.add("subtract", t.value(mean), center)

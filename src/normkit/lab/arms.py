@@ -16,6 +16,7 @@ from normkit import (
     place_ibn_,
     place_xbn_,
 )
+from normkit.by_batch_size import spec_for
 from normkit.convert import Conversion
 from normkit.convert.placement.batch_free import batch_free
 from normkit.convert.selection import find_norms
@@ -27,12 +28,14 @@ from normkit.recipes import METHODS
 from normkit.spec import MAX_LENGTH, parse_list
 
 NONE, FROZEN, IBN_A, IBN_B, XBN, GNBN = "none", "frozen-bn", "ibn-a", "ibn-b", "xbn", "gnbn"
+FOUR_THINGS = "four-things"
 BATCH_NORM = NormSpec("bn")
 
 ARMS: Mapping[str, str] = MappingProxyType(
     {
         NONE: "no norm: each one is removed, and biases stay as they are",
         FROZEN: "bn with running statistics that stand still; scale and shift learn",
+        FOUR_THINGS: "gn, gbgn or ghost by the batch size, as in nk.four_things",
         IBN_A: "IBN-Net-a: ibn first in each residual block but those of the last stage, else bn",
         IBN_B: "IBN-Net-b: instance norm in the stem and after two sums, else bn",
         "xbn/NORM": "XBN: this norm second in each residual block, else bn",
@@ -84,15 +87,16 @@ class Arm:
       shifts a channel there, nor a scale.
     - ``frozen-bn`` normalises by the running statistics that the network came with, mean 0 and
       variance 1 in a new one. Its scale and shift learn.
+    - ``four-things`` is a norm throughout, which the batch size decides: ``at`` says which.
     - ``ibn-a`` takes the options of ``ibn``; ``ibn`` alone is read as ``ibn-a``.
     - ``xbn`` and ``gnbn`` take a norm of one example: ``xbn/gn:64``, ``gnbn/gn:4``. A number of
       groups is at most the number of channels in ``xbn``.
     - ``+ws``, ``+wn``, ``+cwn`` concern each convolution that feeds a norm, whichever stands there.
 
     Args:
-        placement: ``""``, ``"none"``, ``"frozen-bn"``, ``"ibn-a"``, ``"ibn-b"``, ``"gnbn"`` or
-            ``"xbn"``, which is followed by ``"-p1"`` if not the second norm of a block changes, and
-            by ``"-d2"`` if not every block does.
+        placement: ``""``, ``"none"``, ``"frozen-bn"``, ``"four-things"``, ``"ibn-a"``,
+            ``"ibn-b"``, ``"gnbn"`` or ``"xbn"``, which is followed by ``"-p1"`` if not the second
+            norm of a block changes, and by ``"-d2"`` if not every block does.
         norm: What is placed; None where the placement says it.
         weights: One of ``WEIGHTS``, or ``""``.
 
@@ -151,6 +155,22 @@ class Arm:
         """Whether this is a norm at every place, and nothing else."""
         return not self.placement and not self.weights
 
+    def at(self, batch_size: int | None) -> "Arm":
+        """The arm that this one is at a batch size.
+
+        Raises:
+            SpecError: If it depends on the batch size, and none is given.
+
+        Example:
+            >>> [str(Arm.parse("four-things+ws").at(size)) for size in (1, 2, 32)]
+            ['gn:max=32+ws', 'gbgn:max=32+ws', 'ghost:16+ws']
+        """
+        if self.placement != FOUR_THINGS:
+            return self
+        if batch_size is None:
+            raise SpecError(f"arm {self} is chosen by the batch size; give batch_size=")
+        return Arm("", NormSpec.parse(spec_for(batch_size)), self.weights)
+
     @property
     def has_learning_rate_as_update_rate(self) -> bool:
         """Whether estimates of micro-batches move by the learning rate, as in the paper."""
@@ -196,6 +216,9 @@ class Arm:
             ('gn:4+ws', ('0',))
         """
         name = name or type(model).__name__
+        if self.placement == FOUR_THINGS:
+            given = {"example_input": example_input, "batch_size": batch_size, "name": name}
+            return self.at(batch_size).apply_(model, **given)
         places = self.places_(model, example_input, name)
         specs = {
             at: None if place.spec is None else place.slot.resolved(place.spec, batch_size)
@@ -304,7 +327,7 @@ def _alone(body: str, text: str) -> tuple[str, NormSpec | None]:
     name, colon, options = body.partition(":")
     if name in {IBN_A, "ibn"}:
         return IBN_A, NormSpec.parse(f"ibn{colon}{options}")
-    if name in {NONE, FROZEN, IBN_B}:
+    if name in {NONE, FROZEN, FOUR_THINGS, IBN_B}:
         if colon:
             raise SpecError(f"arm {text!r} gives {name} options, but it has none; write {name}")
         return name, None

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,28 +13,32 @@ from normkit.lab.arms import Arm
 from normkit.lab.changes import BuiltModel
 from normkit.lab.data import READERS, Dataset, Split
 from normkit.lab.device import parse_device
+from normkit.lab.evaluation import require_scores
 from normkit.lab.fabric import require_precision
 from normkit.lab.launch import require_processes
-from normkit.lab.loop import num_updates, own_parts, require_scores
-from normkit.lab.models.build import norm_slots
+from normkit.lab.loop import num_updates, own_parts
+from normkit.lab.models.build import NormSlots, norm_slots
 from normkit.lab.recipe import Timetable
-from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.start import built, data_of
+from normkit.lab.spec import CLASSIFICATION, Protocol, SweepSpec, TrainingSpec
+from normkit.lab.start import built
+from normkit.lab.task import TaskData, parse_task, require_batches
 from normkit.lab.user_code import load_function, users_errors
 
 
-def check(sweep: SweepSpec) -> Dataset[Split] | None:
+def check(sweep: SweepSpec) -> TaskData | None:
     """Find bad input before the first run; nothing is trained or written.
 
     Returns:
-        The data set; None where a user's function trains.
+        The data; None where a user's function trains.
 
     Raises:
-        SpecError: If the kernels, the device, the precision, the data set or the model is unknown,
-            there are too few examples, or a norm does not fit a layer at one of the batch sizes.
-        DataError: If the data set's files are missing.
+        SpecError: If the kernels, the device, the precision, the task, the data or the model is
+            unknown, there are too few examples, or a norm does not fit a layer at one of the batch
+            sizes.
+        DataError: If the data's files are missing.
     """
     protocol = sweep.protocol
+    task = parse_task(protocol.task)
     check_kernels()
     _refuse_useless(sweep)
     device = parse_device(protocol.device)
@@ -41,23 +47,53 @@ def check(sweep: SweepSpec) -> Dataset[Split] | None:
     if protocol.train is not None:
         load_function(protocol.train, "--train")
         return None
-    dataset = data_of(protocol)
-    _check_sizes(sweep, dataset)
-    slots = norm_slots(protocol.model, dataset.num_classes, dataset.input_shape)
+    data = task.data(protocol)
     _check_update_rates(sweep)
+    task.check(sweep, data)
+    return data
+
+
+def check_pictures(
+    sweep: SweepSpec,
+    dataset: Dataset[Split],
+    build: Callable[[TrainingSpec, Any], BuiltModel] = built,
+) -> None:
+    """The checks of a task whose network gives a score for each class of a picture.
+
+    Args:
+        sweep: What is asked for.
+        dataset: Its data.
+        build: Makes a run's network.
+
+    Raises:
+        NormError: If there are too few examples, a norm does not fit, or the network gives
+            something else.
+    """
+    protocol = sweep.protocol
+    check_sizes(sweep, dataset)
+    slots = norm_slots(protocol.model, dataset.num_classes, dataset.input_shape)
+    check_norms(sweep, slots, len(dataset.train))
     arms = [Arm.parse(norm) for norm in sweep.norms]
-    for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
-        for length in _batch_lengths(protocol, len(dataset.train), batch_size):
-            slots.check(arm, batch_size, length)
     for at, arm in enumerate(arms):
         if at == 0 or not arm.is_plain:  # whether a model has what it asks for shows in the model
             spec = TrainingSpec(
                 protocol=protocol, norm=str(arm), batch_size=sweep.batch_sizes[0], seed=0
             )
-            network = built(spec, dataset)
+            network = build(spec, dataset)
             if at == 0:
                 _check_outputs(network, dataset, protocol.model)
-    return dataset
+
+
+def check_norms(sweep: SweepSpec, slots: NormSlots, num_examples: int) -> None:
+    """Refuse norms that do not fit a network at one of the batch sizes.
+
+    Raises:
+        SpecError: Naming the norm, the layer and the batch size.
+    """
+    arms = [Arm.parse(norm) for norm in sweep.norms]
+    for arm, batch_size in itertools.product(arms, sweep.batch_sizes):
+        for length in _batch_lengths(sweep.protocol, num_examples, batch_size):
+            slots.check(arm, batch_size, length)
 
 
 def _refuse_useless(sweep: SweepSpec) -> None:
@@ -65,8 +101,13 @@ def _refuse_useless(sweep: SweepSpec) -> None:
     protocol = sweep.protocol
     if protocol.train is None and protocol.better == "lower":
         raise SpecError(
-            "--better lower was given without --train, but test accuracies are better when higher; "
-            "leave it out"
+            "--better lower was given without --train, but the scores of tasks are better when "
+            "higher; leave it out"
+        )
+    if protocol.train is not None and protocol.task != CLASSIFICATION:
+        raise SpecError(
+            f"--task {protocol.task} was given with --train, a function that trains in its place; "
+            f"leave one of them out"
         )
     if protocol.train is not None and sweep.learning_rates:
         raise SpecError(
@@ -96,20 +137,19 @@ def _batch_lengths(protocol: Protocol, num_examples: int, batch_size: int) -> se
     return {len(part) for part in own_parts(order, batch_size, 0, protocol.processes)}
 
 
-def _check_sizes(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
-    """Refuse too few examples for the classes, or for a batch that was asked for."""
+def check_sizes(sweep: SweepSpec, dataset: Dataset[Split]) -> None:
+    """Refuse too few examples for the classes, or for a batch that was asked for.
+
+    Raises:
+        SpecError: With the numbers.
+    """
     limit, num_examples = sweep.protocol.limit, len(dataset.train)
     if limit is not None and limit < dataset.num_classes:
         raise SpecError(
             f"--limit was given {limit}, but {dataset.name} has {dataset.num_classes} classes; "
             f"give {dataset.num_classes} or more"
         )
-    largest = max(sweep.batch_sizes) * sweep.protocol.processes
-    if largest > num_examples:
-        raise SpecError(
-            f"--batch-sizes was given {max(sweep.batch_sizes)}, but {dataset.name} has "
-            f"{num_examples} training examples; give {num_examples} or less"
-        )
+    require_batches(sweep, dataset.name, num_examples)
     for name, part in (("validation", dataset.validation), ("test", dataset.test)):
         if not len(part):
             raise SpecError(

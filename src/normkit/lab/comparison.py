@@ -1,21 +1,20 @@
-"""From records to the table: norms as rows, batch sizes as columns."""
+"""The table of a sweep, made from its records: norms as rows, batch sizes as columns."""
 
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from normkit.lab.evaluation import ACCURACY
 from normkit.lab.frozen import Frozen
 from normkit.lab.records import TrainingRecord, latest
 from normkit.lab.spec import SweepSpec
-
-ACCURACY = "accuracy"
 
 N = TypeVar("N", int, float)
 
 
 class Summary(Frozen):
-    """Mean over seeds and the sample standard deviation, ``None`` for a single seed."""
+    """Mean over seeds, and the sample standard deviation, which is ``None`` for a single seed."""
 
     mean: float
     spread: float | None
@@ -25,8 +24,8 @@ class Summary(Frozen):
 class Cell(Frozen):
     """One norm at one batch size.
 
-    Accuracies are shares of the test examples after the last epoch. The difference is to the
-    first norm, seed by seed, so that what the seeds have in common cancels.
+    Accuracies are shares of the test examples after the last epoch. ``difference`` is the
+    difference from the first norm with the same seed, so effects of the seed cancel.
     """
 
     norm: str
@@ -53,11 +52,11 @@ class Comparison(Frozen):
     """All cells of a sweep.
 
     Args:
-        norms: The norms, the one that the others are compared to first.
+        norms: The norms; the others are compared with the first.
         batch_sizes: The batch sizes.
         seeds: The seeds.
-        cells: One for each norm and batch size.
-        metric: What the scores are: test accuracies, or what a user's own training calls them.
+        cells: One cell for each norm and batch size.
+        metric: Name of the scores: test accuracy, or the name that a user's training gives them.
         higher_is_better: Whether a higher score is ahead.
         is_share: Whether scores are shares from 0 to 1, which are written in percent.
     """
@@ -79,8 +78,8 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
     """Summarise the records of a sweep.
 
     Args:
-        sweep: Says which cells there are.
-        records: Records of this and any other sweep, of one learning rate in each cell.
+        sweep: The sweep, which decides the cells.
+        records: Records of this and possibly other sweeps, with one learning rate in each cell.
     """
     ours = latest(sweep.runs(), records)
     return Comparison(
@@ -99,10 +98,10 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
 
 
 def best_rates(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[TrainingRecord, ...]:
-    """Records of the learning rate that is best for their norm and batch size.
+    """Records with the learning rate that is best for their norm and batch size.
 
-    Best is the highest mean validation accuracy after the last epoch, over the seeds; a rate by
-    which a run diverged or failed comes after those by which all finished.
+    The best rate has the highest mean validation score over the seeds after the last epoch. Rates
+    with which all runs finished come before those with a diverged or failed run.
     """
     if not sweep.learning_rates:
         return tuple(records)
@@ -117,7 +116,8 @@ def best_rates(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[Tra
 
 def _validation(records: Sequence[TrainingRecord]) -> tuple[int, float]:
     finished = [r for r in records if r.outcome.status == "finished" and r.outcome.epochs]
-    accuracies = [r.outcome.epochs[-1].validation_accuracy for r in finished]
+    scores = [next(iter(r.outcome.epochs[-1].validation_scores.values())) for r in finished]
+    accuracies = [0.0 if score is None else score for score in scores]
     return (len(finished) - len(records), statistics.fmean(accuracies) if accuracies else 0.0)
 
 

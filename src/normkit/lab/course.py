@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from normkit.lab.data import Examples, Split
+from normkit.lab.data import Examples
 from normkit.lab.data.dataset import Pictures
 from normkit.lab.device import parse_device
 from normkit.lab.launch import own_device
@@ -18,6 +18,7 @@ from normkit.lab.loop import Loop, Step, num_updates, own_parts
 from normkit.lab.recipe import Timetable
 from normkit.lab.resume import Checkpoint, SharedCheckpoint
 from normkit.lab.spec import Protocol
+from normkit.lab.task import TaskRun
 
 
 @dataclass(slots=True)
@@ -27,7 +28,7 @@ class EpochSoFar:
     learning_rate: float = 0.0  # of its first step
     num_steps: int = 0
     total_loss: float = 0.0
-    num_right: int = 0
+    num_right: float = 0  # NaN where the task does not count them
     num_seen: int = 0
 
     def add(self, step: Step) -> None:
@@ -44,7 +45,7 @@ class EpochSoFar:
 
     @property
     def accuracy(self) -> float:
-        """Share of the examples that were right."""
+        """Share of the examples that were right; NaN where the task does not count them."""
         return self.num_right / self.num_seen
 
 
@@ -68,7 +69,7 @@ class Hooks:
     """
 
     before_epoch: Callable[[int], object] = nothing
-    before_step: Callable[[int, Sequence[Examples]], object] = nothing
+    before_step: Callable[[int, Sequence[Any]], object] = nothing
     after_step: Callable[[int, Step], object] = nothing
     after_epoch: Callable[[EpochSoFar], object] = nothing
     notes: dict[str, Any] = field(default_factory=dict)
@@ -79,10 +80,8 @@ class Course:
     """A training: its steps in order, at the recipe's learning rates, with what is done around.
 
     Args:
-        network: Trained in place, where the protocol says.
+        task: The network, trained in place where the protocol says, its examples and its loss.
         protocol: The recipe, and where it computes.
-        examples: Those it is trained on.
-        num_classes: Length of the network's output.
         batch_size: Examples that a norm sees at a time.
         seed: Of the order of the examples, and of their changes.
         hooks: What is done around the steps.
@@ -90,10 +89,8 @@ class Course:
         data_workers: Processes that read pictures ahead.
     """
 
-    network: nn.Module
+    task: TaskRun
     protocol: Protocol
-    examples: Split
-    num_classes: int
     batch_size: int
     seed: int
     hooks: Hooks = field(default_factory=Hooks)
@@ -104,13 +101,14 @@ class Course:
     num_epochs: int = field(init=False, default=0)  # those that are finished
     num_steps: int = field(init=False, default=0)
     epoch: EpochSoFar = field(init=False, default_factory=EpochSoFar)
+    examples: Any = field(init=False)
     _orders: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        protocol = self.protocol
+        protocol, self.examples = self.protocol, self.task.examples
         updates = num_updates(len(self.examples), self.batch_size, protocol)
         self.timetable = Timetable(protocol, updates, protocol.step_examples(self.batch_size))
-        self.loop = self.loop_of(self.network)
+        self.loop = self.loop_of(self.task.network)
         self._orders = torch.Generator().manual_seed(self.seed)
         if isinstance(self.examples, Pictures | Examples) and not protocol.augment:
             self.examples = self.examples.to(self.loop.device)
@@ -118,28 +116,31 @@ class Course:
     def loop_of(self, network: nn.Module) -> Loop:
         """The steps of a network: of this one, or of a copy to measure with."""
         device = own_device(parse_device(self.protocol.device))
-        return Loop(network, self.protocol, self.timetable.rate(0), device, self.num_classes)
+        return Loop(network, self.protocol, self.timetable.rate(0), device, self.task)
 
     def resume(self) -> bool:
         """Go on from where a killed training was, if it left a checkpoint; says whether it did."""
         if self.checkpoint is None:
             return False
-        about = self.checkpoint.read(self.loop.network, self.loop.optimizer)
-        if about is None:
+        saved = self.checkpoint.read(self.loop.network, self.loop.optimizer)
+        if saved is None:
             return False
+        about = saved.about
         self.num_epochs, self.num_steps = about["num_epochs"], about["num_steps"]
         self._orders.set_state(torch.tensor(about["orders"], dtype=torch.uint8))
         self.epoch = EpochSoFar(**about["epoch"])
         self.loop.load_scaler_state(about["scaler"])
         self.hooks.notes.update(about["notes"])
+        self.task.load_state(saved.extra)
         return True
 
     def train(self) -> None:
         """Do all steps that are left."""
-        while self.num_epochs < self.timetable.num_epochs:
+        while self.num_epochs < self.timetable.num_epochs and not self.task.is_done:
             if not self.epoch.num_steps:
                 self.epoch.learning_rate = self.timetable.rate(self.num_steps)
                 self.hooks.before_epoch(self.num_epochs)
+                self.task.begin_epoch(self.loop, self.num_epochs)
             self._train_epoch()
             self.hooks.after_epoch(self.epoch)
             self.num_epochs, self.epoch = self.num_epochs + 1, EpochSoFar()
@@ -149,11 +150,12 @@ class Course:
         """Train for one epoch, or the rest of one; each example is seen once."""
         keeps = self.checkpoint is not None
         orders_before = self._orders.get_state().tolist() if keeps else []
-        order = _next_order(len(self.examples), self._orders)
+        order = self.task.order(self._orders)
         self.loop.model.train()
         for parts in islice(self._steps(order), self.timetable.num_steps - self.num_steps):
             self.loop.set_rate(self.timetable.rate(self.num_steps))
             self.hooks.before_step(self.num_steps, parts)
+            self.task.begin_step(self.loop, self.num_steps, parts)
             is_due = self.checkpoint is not None and self.checkpoint.is_due
             step = self.loop.step(parts, is_due=is_due)
             self.num_steps += 1
@@ -162,7 +164,7 @@ class Course:
             if self.checkpoint is not None and step.is_due:
                 self._keep(self.checkpoint, orders_before)
 
-    def _steps(self, order: Int[Tensor, " n"]) -> Iterator[list[Examples]]:
+    def _steps(self, order: Int[Tensor, " n"]) -> Iterator[list[Any]]:
         seed = hash((self.seed, self.num_epochs)) % 2**31
         loading = Loading(self.protocol.augment, seed, self.data_workers)
         done = self.epoch.num_steps
@@ -177,16 +179,12 @@ class Course:
             "scaler": self.loop.scaler_state(),
             "notes": self.hooks.notes,
         }
-        checkpoint.write(self.loop.network, self.loop.optimizer, about)
+        checkpoint.write(self.loop.network, self.loop.optimizer, about, self.task.state())
 
 
 def first_batches(examples: Examples, batch_size: int, seed: int, num_steps: int) -> list[Examples]:
     """The batches of the first steps that a course with this seed takes."""
     orders = torch.Generator().manual_seed(seed)
-    epochs = (_next_order(len(examples), orders) for _ in count())
+    epochs = (torch.randperm(len(examples), generator=orders) for _ in count())
     parts = (part for order in epochs for part in own_parts(order, batch_size, 0, 1))
     return [examples.take(part) for part in islice(parts, num_steps)]
-
-
-def _next_order(num_examples: int, orders: torch.Generator) -> Int[Tensor, " n"]:
-    return torch.randperm(num_examples, generator=orders)

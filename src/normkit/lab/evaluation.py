@@ -1,32 +1,34 @@
-"""Loss and accuracies of a network on a split."""
+"""Loss and accuracies of a network that classifies, on a split."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.errors import DataError
 from normkit.lab.data import Split
+from normkit.lab.torchvision_ops import register_missing_operators
 
 EVALUATION_BATCH_SIZE = 500
 TOP = 5  # an example counts for the top-5 accuracy if its class is among so many scores
+ACCURACY, LOSS, TOP5 = "accuracy", "loss", "top5_accuracy"
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What a pass of evaluation finds; accuracies are shares of the examples."""
+def shared_out(num_examples: int, rank: int, size: int) -> Sequence[Int[Tensor, " b"]]:
+    """Positions of the batches of one process; all have equally many batches.
 
-    loss: float
-    accuracy: float
-    top5_accuracy: float | None  # None where there are no more than five classes
+    Each forward of a process may wait for one of the others. Fewer examples than processes are
+    evaluated by all of them, which has the same mean.
 
-
-def _shared_out(num_examples: int, rank: int, size: int) -> Sequence[Int[Tensor, " b"]]:
-    """Batches of one process; all have equally many, for each forward meets those of the others.
-
-    Fewer examples than processes are evaluated by all of them, which has the same mean.
+    Args:
+        num_examples: Examples of all processes.
+        rank: This process's number.
+        size: The number of processes.
     """
     order = torch.arange(num_examples)
     if size == 1:
@@ -42,7 +44,7 @@ def scores_of(
     split: Split,
     device: torch.device,
     share: tuple[int, int] = (0, 1),
-) -> Scores:
+) -> dict[str, float]:
     """Loss and accuracies of a model that is in evaluation mode.
 
     Args:
@@ -51,28 +53,52 @@ def scores_of(
         device: Where the model is.
         share: This process's number and the number of processes, which share the examples; what
             they find is put together.
+
+    Returns:
+        ``accuracy`` and ``top5_accuracy``, shares of the examples, and ``loss``, their mean
+        cross-entropy; ``top5_accuracy`` only where there are more than five classes.
     """
-    sums, num_classes = torch.zeros(4, dtype=torch.float64, device=device), 0
-    for index in _shared_out(len(split), *share):
+    metrics: dict[str, Any] = {}
+    for index in shared_out(len(split), *share):
         part = split.take(index).to(device)
         scores = model(part.inputs)
-        num_classes = scores.shape[1]
-        sums += _sums(scores, part.targets)
-    if share[1] > 1:
-        torch.distributed.all_reduce(sums)
-    loss, num_right, num_among, num_examples = sums.tolist()
-    top5 = num_among / num_examples if num_classes > TOP else None
-    return Scores(loss / num_examples, num_right / num_examples, top5)
+        metrics = metrics or _metrics(scores.shape[1], device, together=share[1] > 1)
+        loss = functional.cross_entropy(scores, part.targets, reduction="none")
+        metrics[LOSS].update(loss.double())
+        for name in metrics.keys() - {LOSS}:
+            metrics[name].update(scores, part.targets)
+    found = {name: metric.compute().item() for name, metric in metrics.items()}
+    return {n: v if n == LOSS else _exact(v, len(split)) for n, v in found.items()}
 
 
-def _sums(scores: Float[Tensor, "n k"], targets: Int[Tensor, " n"]) -> Float[Tensor, " 4"]:
-    """Sum of the losses, examples that are right, right among the best five, and there."""
-    best = scores.topk(min(TOP, scores.shape[1])).indices == targets[:, None]
-    loss = functional.cross_entropy(scores, targets, reduction="sum")
-    return torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(targets))]).double()
+def _metrics(num_classes: int, device: torch.device, *, together: bool) -> dict[str, Any]:
+    """The metrics by name; several processes put their counts together when they compute."""
+    library = metrics_library()
+    options = {"sync_on_compute": together}
+    counts = {"average": "micro", "validate_args": False} | options
+    accuracy = library.classification.MulticlassAccuracy
+    found = {
+        ACCURACY: accuracy(num_classes, **counts),
+        LOSS: library.MeanMetric(nan_strategy="disable", **options).set_dtype(torch.float64),
+    }
+    if num_classes > TOP:
+        found[TOP5] = accuracy(num_classes, top_k=TOP, **counts)
+    return {name: metric.to(device) for name, metric in found.items()}
 
 
-def evaluate(model: nn.Module, split: Split) -> Scores:
+@cache
+def metrics_library() -> Any:
+    """torchmetrics, which imports torchvision; that takes two seconds, and is done when needed."""
+    register_missing_operators()
+    return import_module("torchmetrics")
+
+
+def _exact(share: float, num_examples: int) -> float:
+    """A share of the examples that was computed in float32, in float64."""
+    return round(share * num_examples) / num_examples
+
+
+def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
     """Loss and accuracies in evaluation mode; the model's mode is put back."""
     was_training = model.training
     model.eval()
@@ -80,3 +106,18 @@ def evaluate(model: nn.Module, split: Split) -> Scores:
     found = scores_of(model, split, device)
     model.train(was_training)
     return found
+
+
+def require_scores(scores: object, num_examples: int, num_classes: int) -> None:
+    """Refuse what is not a row of scores for each example.
+
+    Raises:
+        DataError: With what the network gave.
+    """
+    if isinstance(scores, Tensor) and scores.shape == (num_examples, num_classes):
+        return
+    given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    raise DataError(
+        f"the network gave {given} for {num_examples} examples of {num_classes} classes; it gives "
+        f"a tensor ({num_examples}, {num_classes})"
+    )

@@ -87,13 +87,13 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
         NormError: If something is wrong; nothing is written.
     """
     forget_data()  # files may have changed since it was last read
-    dataset = check(sweep)
-    sources = sources_of(sweep.protocol, None if dataset is None else dataset.fingerprint)
+    data = check(sweep)
+    sources = sources_of(sweep.protocol, None if data is None else data.fingerprint)
     contents = read_records(out, TrainingRecord)
     ours = [record for record in contents.records if sources.made(record)]
     keys = {spec.key for spec in sweep.runs()}
     stale = {r.spec.key for r in contents.records if r.spec.key in keys and not sources.made(r)}
-    notes = list(() if dataset is None else dataset.notes)
+    notes = list(() if data is None else data.notes)
     if stale:
         notes.append(
             f"{len(stale)} of these runs have records of other data, another model's source or "
@@ -103,7 +103,7 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
         sweep=sweep,
         missing=missing_runs(sweep.runs(), ours),
         sources=sources,
-        num_examples=0 if dataset is None else len(dataset.train),
+        num_examples=0 if data is None else data.num_examples,
         notes=tuple(notes),
     )
 

@@ -10,6 +10,7 @@ from normkit.errors import SpecError
 from normkit.text import shortened
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+WrittenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]  # as text, in the options of a task
 Threads = Annotated[int, Field(ge=1, le=1024, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]  # what torch's generators take
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from normkit.lab.data import Examples, Split
+from normkit.lab.data import Examples
 from normkit.lab.data.dataset import Pictures
 from normkit.lab.data.streamed import Streamed
 from normkit.lab.data.views import Augmentation
@@ -31,13 +32,23 @@ class Loading:
 
 
 def loaded_batches(
-    split: Split, parts: Sequence[Int[Tensor, " b"]], loading: Loading
-) -> Iterator[Examples]:
-    """The batches at these positions, in this order."""
+    examples: Any, parts: Sequence[Int[Tensor, " b"]], loading: Loading
+) -> Iterator[Any]:
+    """The batches at these positions, in this order.
+
+    Args:
+        examples: A split of pictures, or what a task's epoch goes through.
+        parts: Positions of the examples of each batch.
+        loading: How they are read.
+    """
+    if hasattr(examples, "batches"):
+        return examples.batches(parts, loading)
+    split: Any = examples
     if not isinstance(split, Pictures | Streamed) or (
         not loading.augment and isinstance(split, Pictures)
     ):
-        return (split.take(part.to(split.targets.device)) for part in parts)
+        device = getattr(split, "targets", torch.empty(0)).device
+        return (split.take(part.to(device)) for part in parts)
     return iter(
         DataLoader(
             _Views(split, loading),  # type: ignore[arg-type]

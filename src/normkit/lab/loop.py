@@ -1,26 +1,21 @@
 """One step of training and one pass of evaluation: accumulation, clipping, several processes."""
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit import param_groups, synchronize_
+from normkit import synchronize_
 from normkit.convert.target import pools_examples
-from normkit.errors import DataError
-from normkit.lab.data import Examples, Split
-from normkit.lab.evaluation import Scores, scores_of
 from normkit.lab.fabric import make_fabric
 from normkit.lab.loading import Loading, loaded_batches
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol
-from normkit.lab.torchvision_ops import register_missing_operators
+from normkit.lab.task import Batch, Held, TaskRun
 
 
 def make_optimizer(
@@ -47,26 +42,19 @@ def make_optimizer(
     return kind(params, **options)
 
 
-def _groups(model: nn.Module, recipe: Recipe) -> Any:
-    """All parameters; the norms' decay by a rate of their own if the recipe has one."""
-    if recipe.norm_weight_decay is None:
-        return model.parameters()
-    return param_groups(model, recipe.weight_decay, recipe.norm_weight_decay)
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step of the optimizer found before it changed the weights.
 
     Args:
         loss: Mean over the examples.
-        num_right: Examples that were classified rightly.
+        num_right: Examples that were classified rightly; NaN if the task does not count them.
         num_examples: Of all processes.
         is_due: Whether a process wants a checkpoint after it.
     """
 
     loss: float
-    num_right: int
+    num_right: float
     num_examples: int
     is_due: bool = False
 
@@ -80,18 +68,17 @@ class Loop:
         protocol: The recipe, and where it computes.
         rate: Learning rate of the first step.
         device: Where the network goes.
-        num_classes: Length of its output.
+        task: Gives the loss of a batch, and judges the network.
     """
 
     network: nn.Module
     protocol: Protocol
     rate: float
     device: torch.device
-    num_classes: int
+    task: TaskRun
     fabric: Any = field(init=False)
     model: Any = field(init=False)
     optimizer: Any = field(init=False)
-    _mix: Callable[..., tuple[Tensor, Tensor]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         protocol = self.protocol
@@ -107,14 +94,14 @@ class Loop:
         model = torch.compile(self.network) if protocol.compile else self.network
         if self._is_sharded:
             self.model = self.fabric.setup_module(model)
-            optimizer = make_optimizer(_groups(self.model, protocol), protocol, self.rate)
+            groups = self.task.parameters(self.model, protocol)
+            optimizer = make_optimizer(groups, protocol, self.rate)
             self.optimizer = self.fabric.setup_optimizers(optimizer)
         else:
-            groups, fused = _groups(self.network, protocol), protocol.precision != "16-mixed"
+            groups = self.task.parameters(self.network, protocol)
+            fused = protocol.precision != "16-mixed"
             optimizer = make_optimizer(groups, protocol, self.rate, fused=fused)
             self.model, self.optimizer = self.fabric.setup(model, optimizer)
-        if protocol.mixup:
-            self._mix = _mixup(protocol.mixup, self.num_classes)
 
     @property
     def _is_sharded(self) -> bool:
@@ -123,9 +110,9 @@ class Loop:
     def set_rate(self, rate: float) -> None:
         """Take a learning rate for the next step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
 
-    def step(self, parts: Sequence[Examples], *, is_due: bool = False) -> Step:
+    def step(self, parts: Sequence[Batch], *, is_due: bool = False) -> Step:
         """Add the gradients of batches, each weighted by its examples, and update the weights.
 
         Args:
@@ -134,15 +121,15 @@ class Loop:
         """
         self.optimizer.zero_grad(set_to_none=True)
         num_examples = sum(map(len, parts))
-        total, num_right = 0.0, 0
+        total = num_right = 0.0
         for at, part in enumerate(parts):
             waits = self.protocol.processes > 1 and at + 1 < len(parts)
             with self.fabric.no_backward_sync(self.model, enabled=waits):
-                scores, loss = self._loss(part)
+                found = self.task.loss(self.model, part)
                 share = len(part) / num_examples
-                self.fabric.backward(loss if share == 1 else loss * share)
-            total += loss.item() * share
-            num_right += int((scores.argmax(1) == part.targets).sum())
+                self.fabric.backward(found.loss if share == 1 else found.loss * share)
+            total += found.loss.item() * share
+            num_right += found.num_right
         if self.protocol.clip is not None:
             # A loss that is not finite ends the run elsewhere; scaled gradients overflow by design.
             self.fabric.clip_gradients(
@@ -159,29 +146,21 @@ class Loop:
         sums = self.fabric.all_reduce(
             torch.tensor(values, dtype=torch.float64, device=self.device), reduce_op="sum"
         ).tolist()
-        return Step(sums[0] / sums[2], int(sums[1]), int(sums[2]), sums[3] > 0)
+        return Step(sums[0] / sums[2], sums[1], int(sums[2]), sums[3] > 0)
 
-    def _loss(self, part: Examples) -> tuple[Float[Tensor, "n k"], Float[Tensor, ""]]:
-        inputs, targets = part.inputs, part.targets
-        if self._mix is not None and len(part) > 1:
-            inputs, targets = self._mix(inputs, targets)
-        if self.protocol.channels_last:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        scores = self.model(inputs)
-        require_scores(scores, len(part), self.num_classes)
-        smoothing = self.protocol.label_smoothing
-        return scores, functional.cross_entropy(scores, targets, label_smoothing=smoothing)
+    @property
+    def share(self) -> tuple[int, int]:
+        """This process's number, and the number of processes that share an evaluation."""
+        return self.fabric.global_rank, self.protocol.processes
 
-    def evaluate(self, split: Split) -> Scores:
-        """Loss and accuracies in evaluation mode, by the statistics of the first process."""
+    def evaluate(self, held: Held) -> dict[str, float]:
+        """The task's scores in evaluation mode, by the statistics of the first process."""
         was_training = self.model.training
         self.model.eval()
         if self.protocol.processes > 1:
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        found = scores_of(
-            self.model, split, self.device, (self.fabric.global_rank, self.protocol.processes)
-        )
+        found = self.task.evaluate(self, held)
         self.model.train(was_training)
         return found
 
@@ -204,14 +183,14 @@ class Loop:
         }
 
     def epoch(
-        self, split: Split, order: Int[Tensor, " n"], batch_size: int, loading: Loading, skip: int
-    ) -> Iterator[list[Examples]]:
+        self, examples: Any, order: Int[Tensor, " n"], batch_size: int, loading: Loading, skip: int
+    ) -> Iterator[list[Any]]:
         """The batches of each step of an epoch, on the device.
 
         A step takes the next ``batch_size * accumulate`` examples for each process, in turn.
 
         Args:
-            split: Training examples.
+            examples: Training examples.
             order: Positions of all of them.
             batch_size: Examples of a batch on one process.
             loading: How they are read and augmented.
@@ -219,7 +198,7 @@ class Loop:
         """
         parts = own_parts(order, batch_size, self.fabric.global_rank, self.protocol.processes)
         steps = grouped(parts, self.protocol.accumulate)[skip:]
-        loaded = loaded_batches(split, [part for step in steps for part in step], loading)
+        loaded = loaded_batches(examples, [part for step in steps for part in step], loading)
         for step in steps:
             yield [next(loaded).to(self.device) for _ in step]
 
@@ -263,24 +242,3 @@ def num_updates(num_examples: int, batch_size: int, protocol: Protocol) -> int:
 def grouped(parts: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
     """So many parts together each; the last ones may be fewer."""
     return [parts[at : at + size] for at in range(0, len(parts), size)]
-
-
-def require_scores(scores: object, num_examples: int, num_classes: int) -> None:
-    """Refuse what is not a row of scores for each example.
-
-    Raises:
-        DataError: With what the network gave.
-    """
-    if isinstance(scores, Tensor) and scores.shape == (num_examples, num_classes):
-        return
-    given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-    raise DataError(
-        f"the network gave {given} for {num_examples} examples of {num_classes} classes; it gives "
-        f"a tensor ({num_examples}, {num_classes})"
-    )
-
-
-def _mixup(alpha: float, num_classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    register_missing_operators()
-    transforms = importlib.import_module("torchvision.transforms.v2")
-    return transforms.MixUp(alpha=alpha, num_classes=num_classes)

@@ -27,7 +27,8 @@ class ApplyNorm:
     """
 
     def __init__(self, spec: TrainingSpec) -> None:
-        self._arm, self._batch_size = Arm.parse(spec.norm), spec.batch_size
+        self._arm = Arm.parse(spec.norm).at(spec.batch_size)
+        self._batch_size = spec.batch_size
         self.placed: tuple[PlacedNorm, ...] = ()
         self.num_parameters: int | None = None
 

@@ -68,6 +68,11 @@ class Recipe(Frozen):
         default=(81 / 164, 122 / 164),
         description="the shares of the training after which the rate drops (schedule list)",
     )
+    lr_values: tuple[Share, ...] = Field(
+        default=(),
+        description="the shares of the first rate after each drop (schedule list), or none: "
+        "lr_factor at each",
+    )
     lr_every: float = Field(
         default=30, gt=0, description="the epochs or steps between two drops (schedule step)"
     )
@@ -112,6 +117,11 @@ class Recipe(Frozen):
             raise SpecError(
                 f"a recipe was given epochs={self.epochs} and steps={self.steps}; give one of them"
             )
+        if self.lr_values and len(self.lr_values) != len(self.lr_drops):
+            raise SpecError(
+                f"a recipe was given {len(self.lr_values)} lr_values for {len(self.lr_drops)} "
+                f"lr_drops; give one for each drop"
+            )
         return self
 
     def first_rate(self, num_examples: int) -> float:
@@ -128,21 +138,23 @@ class Recipe(Frozen):
     def factor(self, share: float) -> float:
         r"""What the first learning rate is multiplied by when a share :math:`t` is done.
 
-        ===========  ==========================================================
+        ===========  =================================================================
         constant     1
-        list         a factor ``lr_factor`` at each share in ``lr_drops``
+        list         a factor ``lr_factor`` at each share in ``lr_drops``, or ``lr_values`` there
         step         a factor ``lr_factor`` every ``lr_every`` epochs (or steps)
         cosine       :math:`(1 + \cos \pi t) / 2`
         polynomial   :math:`(1 - t)^\text{lr\_power}`
         exponential  :math:`\text{lr\_factor}^t`
-        ===========  ==========================================================
+        ===========  =================================================================
 
         Args:
             share: Of the training, the warm-up left out, in [0, 1].
         """
         match self.schedule:
             case "list":
-                return self.lr_factor ** sum(share >= drop for drop in self.lr_drops)
+                num_drops = sum(share >= drop for drop in self.lr_drops)
+                values = self.lr_values or [self.lr_factor**n for n in range(1, num_drops + 1)]
+                return values[num_drops - 1] if num_drops else 1.0
             case "step":
                 return self.lr_factor ** math.floor(share * self.length / self.lr_every)
             case "cosine":
@@ -183,6 +195,9 @@ class Recipe(Frozen):
         match self.schedule:
             case "list":
                 shares = " and ".join(f"{100 * drop:.0f} %" for drop in self.lr_drops)
+                if self.lr_values:
+                    values = " and ".join(f"{value:g}" for value in self.lr_values)
+                    return f"{values} of it after {shares} of the training"
                 return f"times {self.lr_factor:g} after {shares} of the training"
             case "step":
                 return f"times {self.lr_factor:g} every {self.lr_every:g} epochs"

@@ -1,4 +1,4 @@
-"""What is recorded of each run, a line of JSON each, and which runs have no record yet."""
+"""Records of runs, one line of JSON each, and the search for runs without a record."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,13 +21,13 @@ S = TypeVar("S", bound=RunSpec)
 
 
 class Sources(Frozen):
-    """What decides a run besides its spec: twelve digits each, which change with what they name.
+    """Hashes of what decides a run besides its spec, twelve hexadecimal digits each.
 
     Args:
-        code_hash: Of normkit's code.
-        data_hash: The data set's fingerprint; older records do not have it.
-        model_hash: Of the user's Python files that the spec names, and what they import beside;
-            then of the weights that runs start from.
+        code_hash: Hash of normkit's code.
+        data_hash: Hash of the data set; older records do not have it.
+        model_hash: Hash of the user's Python files that the spec names and of the files they
+            import from the same folder, then of the weights that runs start from.
     """
 
     code_hash: str
@@ -36,11 +36,11 @@ class Sources(Frozen):
 
     @property
     def key(self) -> str:
-        """Twelve digits over all of them."""
+        """Twelve digits that identify all three hashes together."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
     def made(self, record: "Record") -> bool:
-        """Whether a record is of these sources; one that does not name its data may be."""
+        """Whether a record has these hashes; a record without a data hash may have any data."""
         return (
             record.data_hash in (None, self.data_hash)
             and record.model_hash == self.model_hash
@@ -49,7 +49,7 @@ class Sources(Frozen):
 
 
 def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
-    """What decides the runs of a sweep besides their specs, as it is now."""
+    """Hash the present code, data and weights of a sweep's runs."""
     found = source_hash(protocol.model, protocol.train, protocol.data)
     if protocol.weights is not None:
         require_file(Path(protocol.weights))
@@ -60,7 +60,7 @@ def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
 
 
 class Record(Frozen, Generic[S]):
-    """One run: what was asked for, where it ran, by which code and on which data."""
+    """One run: its spec, its environment, and the hashes of its code and data."""
 
     spec: S
     environment: Environment
@@ -70,44 +70,57 @@ class Record(Frozen, Generic[S]):
 
     @property
     def is_final(self) -> bool:
-        """Whether the run need not be tried again."""
+        """Whether the run need not be repeated."""
         return True
 
 
 R = TypeVar("R", bound=Record)
 
 
-class Epoch(Frozen):
-    """What one epoch came to; accuracies are shares, losses mean cross-entropies.
+Scores = Mapping[str, float | None]
+"""Scores of a network by name; None for a score that is not finite."""
 
-    Training figures are taken while training, so from the weights of every step; a loss that is
-    not finite is ``None``.
+
+class Epoch(Frozen):
+    """The results of one epoch.
+
+    Args:
+        learning_rate: Learning rate of the first step.
+        train_loss: Mean loss of the training examples, each with the weights of its step.
+        train_accuracy: Share of them that was right then; None if the task does not count them.
+        validation_scores: The task's scores on the validation examples after the epoch.
+        test_scores: The same scores on the test examples; empty for epochs that are not tested.
     """
 
     learning_rate: float
     train_loss: float
-    train_accuracy: float
-    validation_loss: float | None
-    validation_accuracy: float
-    test_accuracy: float | None = None
-    test_top5_accuracy: float | None = None
+    train_accuracy: float | None = None
+    validation_scores: Scores = Field(default_factory=dict)
+    test_scores: Scores = Field(default_factory=dict)
+
+    def figures(self) -> dict[str, float]:
+        """Every number that is not None, by name, such as ``test_accuracy``."""
+        found = self.model_dump(exclude={"validation_scores", "test_scores"})
+        found |= {f"validation_{name}": value for name, value in self.validation_scores.items()}
+        found |= {f"test_{name}": value for name, value in self.test_scores.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Outcome(Frozen):
-    """What a run came to: the part of a record that equal specs repeat exactly.
+    """The outcome of a run, which is exactly the same for equal specs on one machine.
 
     A diverged run ends at ``diverged_step``, counted from 1, whose loss was not finite. ``scores``
-    are what a user's own training function returned, the one to be judged first.
+    are the task's scores on the test examples after the last epoch, or the values that a user's
+    own training function returned; the first one is judged. ``median_of_5`` is the median of that
+    one over the last five epochs.
     """
 
     status: Literal["finished", "diverged", "failed"]
     message: str | None = None
     diverged_step: int | None = None
     epochs: tuple[Epoch, ...] = ()
-    test_accuracy: float | None = None
-    test_accuracy_median_of_5: float | None = None
-    test_top5_accuracy: float | None = None
-    scores: Mapping[str, float] = Field(default_factory=dict)
+    scores: Scores = Field(default_factory=dict)
+    median_of_5: float | None = None
     norms: tuple[PlacedNorm, ...] = ()
     num_parameters: int | None = None
     num_steps: int = 0
@@ -116,7 +129,7 @@ class Outcome(Frozen):
 
 
 class TrainingRecord(Record[TrainingSpec]):
-    """One network that was trained: what came out, and what it took."""
+    """The record of one trained network: its outcome and its cost."""
 
     outcome: Outcome
     step_time_s: float | None
@@ -124,26 +137,26 @@ class TrainingRecord(Record[TrainingSpec]):
 
     @property
     def is_final(self) -> bool:
-        """Whether it finished or diverged; a failed run is tried again."""
+        """Whether the run finished or diverged; a failed run is repeated."""
         return self.outcome.status != "failed"
 
     @property
     def score(self) -> float | None:
-        """What it is judged by: the first of its own scores, else the test accuracy."""
-        return next(iter(self.outcome.scores.values()), self.outcome.test_accuracy)
+        """The value that is judged: the first of the scores; None if there is none."""
+        return next(iter(self.outcome.scores.values()), None)
 
 
 def append_record(folder: Path, record: Record) -> None:
-    """Add a record, whole or not at all, and wait until it is on the disk.
+    """Append a record, completely or not at all, and wait until it is on the disk.
 
     Raises:
-        DataError: If it cannot be written.
+        DataError: If the record cannot be written.
     """
     append_line(folder / RECORDS_NAME, record)
 
 
 def read_records(folder: Path, kind: type[R]) -> Contents[R]:
-    """Read every record of a kind; without a file there are none.
+    """Read every record of a kind; if there is no file, there are no records.
 
     Raises:
         DataError: If the file cannot be read.
@@ -158,13 +171,13 @@ def latest(specs: Iterable[RunSpec], records: Iterable[R]) -> tuple[R, ...]:
 
 
 def missing_runs(specs: Iterable[S], records: Iterable[Record]) -> tuple[S, ...]:
-    """Runs that have no record yet, or only one of a failure."""
+    """Runs that have no record yet, or only the record of a failure."""
     done = {record.spec.key for record in records if record.is_final}
     return tuple(spec for spec in specs if spec.key not in done)
 
 
 def run_in_turn(specs: Iterable[S], folder: Path, work: Callable[[S], R]) -> Iterator[R]:
-    """Do one run after the other; each record is on the disk before it is given."""
+    """Run one spec after the other; each record is on the disk before it is yielded."""
     for spec in specs:
         record = work(spec)
         append_record(folder, record)

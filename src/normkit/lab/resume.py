@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,14 @@ FOLDER = "checkpoints"
 SECONDS = 60.0  # between two checkpoints of a run
 SUFFIX = ".safetensors"
 LOCAL = "to_local"  # a method of distributed tensors, whose import takes a second
-MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random."
+MODEL, OPTIMIZER, RANDOM, EXTRA = "model.", "optimizer.", "random.", "extra."
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds besides what it puts back itself."""
+
+    about: dict[str, Any]
+    extra: dict[str, Tensor]
 
 
 @dataclass(slots=True)
@@ -44,7 +52,11 @@ class Checkpoint:
         return time.monotonic() - self.written_at >= self.seconds
 
     def write(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        about: Mapping[str, Any],
+        extra: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Write weights, buffers, the optimizer's state, all random states, and what is said.
 
@@ -52,6 +64,7 @@ class Checkpoint:
             model: The network.
             optimizer: Its optimizer.
             about: What JSON can hold.
+            extra: Further tensors by name.
 
         Raises:
             DataError: If it cannot be written.
@@ -65,17 +78,18 @@ class Checkpoint:
             kept = {k: _own_part(v) for k, v in state.items() if v is not None}
             tensors |= {f"{OPTIMIZER}{index}.{k}": v for k, v in kept.items()}
         tensors |= {f"{RANDOM}{name}": value for name, value in _random_states().items()}
+        tensors |= {f"{EXTRA}{name}": value for name, value in extra.items()}
         plain = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path) as draft:
             save_file(plain, draft, metadata={"about": json.dumps(dict(about))})
         self.written_at = time.monotonic()
 
-    def read(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def read(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Saved | None:
         """Put everything back.
 
         Returns:
-            What was said; ``None``, with nothing changed, if there is no file or it is broken.
+            What was said; None, with nothing changed, if there is no file or it is broken.
         """
         about = _about(self.path)
         if about is None:
@@ -93,7 +107,7 @@ class Checkpoint:
             state.setdefault(int(index), {})[key] = _like(params[int(index)], value)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         _put_back(_under(tensors, RANDOM))
-        return about
+        return Saved(about, _under(tensors, EXTRA))
 
     def remove(self) -> None:
         """The run has ended."""
@@ -126,7 +140,11 @@ class SharedCheckpoint:
         return time.monotonic() - self.written_at >= self.seconds
 
     def write(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, about: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        about: Mapping[str, Any],
+        extra: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Write this process's state; all have to call it after the same step.
 
@@ -134,19 +152,20 @@ class SharedCheckpoint:
             model: The network.
             optimizer: Its optimizer.
             about: What JSON can hold, ``num_steps`` with it.
+            extra: Further tensors by name.
 
         Raises:
             DataError: If it cannot be written.
         """
         before = self._files()
-        self._at(about["num_steps"]).write(model, optimizer, about)
+        self._at(about["num_steps"]).write(model, optimizer, about, extra)
         distributed.barrier()
         for num_steps, path in before.items():
             if num_steps != about["num_steps"]:
                 path.unlink(missing_ok=True)
         self.written_at = time.monotonic()
 
-    def read(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def read(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Saved | None:
         """Put back the last state that all processes have; all have to call it.
 
         Returns:

@@ -16,6 +16,7 @@ from normkit.lab.frozen import Count, Frozen, Seed, Threads
 from normkit.lab.recipe import PositiveRate, Recipe
 from normkit.lab.user_code import absolute
 
+CLASSIFICATION = "classification"
 T = TypeVar("T")
 Strategy = Literal["auto", "ddp", "fsdp"]
 
@@ -42,6 +43,10 @@ class Protocol(Recipe):
     )
     train: str | None = Field(
         default=None, description="FILE.py:FUNCTION that trains in place of all this, or none"
+    )
+    task: str = Field(
+        default=CLASSIFICATION,
+        description="the name of a task, with options as in adversarial:steps=4",
     )
     better: Literal["higher", "lower"] = Field(
         default="higher", description="higher or lower: which scores of --train are better"
@@ -71,7 +76,8 @@ class Protocol(Recipe):
         if self.train is not None:
             return f"{self.train.rpartition('/')[2]}"
         model, data = (text.rpartition("/")[2] for text in (self.model, self.data))
-        return f"{model} on {data}"
+        about = "" if self.task == CLASSIFICATION else f"{self.task}, "
+        return f"{about}{model} on {data}"
 
     def step_examples(self, batch_size: int) -> int:
         """Examples of a step of the optimizer, over all processes."""

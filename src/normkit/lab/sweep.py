@@ -26,7 +26,7 @@ from normkit.lab.work import R, S, Upkeep, Watcher, Way, Work
 SECONDS_BETWEEN_REPORTS = 0.2
 # What a run imports, and a worker's main module. torch's optimizers import the second one when they
 # are first made, which takes longer than all the rest.
-PRELOADED = ("normkit.lab.train", "torch._dynamo", "normkit.cli")
+PRELOADED = ("normkit.lab.preloaded", "torch._dynamo", "normkit.cli")
 
 
 def carry_out(specs: Sequence[S], way: Way, work: Work[S, R], watcher: Watcher[S, R]) -> None:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from normkit.errors import DataError, NormError
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.course import Course, EpochSoFar, Hooks, nothing
-from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import describe_environment
 from normkit.lab.launch import own_device
@@ -25,7 +25,8 @@ from normkit.lab.measure import peak_step_bytes
 from normkit.lab.own_training import train_by
 from normkit.lab.records import Epoch, Outcome, Sources, TrainingRecord, sources_of
 from normkit.lab.spec import TrainingSpec
-from normkit.lab.start import alterations_of, built, data_of
+from normkit.lab.start import alterations_of
+from normkit.lab.task import TaskData, finite_scores, parse_task
 from normkit.lab.user_code import told
 from normkit.lab.work import OnStep, Upkeep, Work
 
@@ -58,11 +59,11 @@ def run(
     upkeep = upkeep or Upkeep()
     device = own_device(parse_device(spec.protocol.device))
     environment = describe_environment(device, spec.protocol.threads)
-    dataset = dataset_of(spec)
-    sources = sources_of(spec.protocol, None if dataset is None else dataset.fingerprint)
+    data = data_of(spec)
+    sources = sources_of(spec.protocol, None if data is None else data.fingerprint)
     started, step_times_s = time.perf_counter(), list[float]()
     with threads_of(spec.protocol.threads), seeded(spec.seed, device):
-        outcome = _outcome(spec, dataset, upkeep, sources, on_step, step_times_s)
+        outcome = _outcome(spec, data, upkeep, sources, on_step, step_times_s)
     return TrainingRecord(
         spec=spec,
         outcome=outcome,
@@ -73,12 +74,10 @@ def run(
     )
 
 
-def dataset_of(spec: TrainingSpec) -> Dataset[Split] | None:
-    """The run's data set; None where a user's function trains."""
+def data_of(spec: TrainingSpec) -> TaskData | None:
+    """The run's data; None where a user's function trains."""
     protocol = spec.protocol
-    if protocol.train is not None:
-        return None
-    return data_of(protocol)
+    return None if protocol.train is not None else parse_task(protocol.task).data(protocol)
 
 
 def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
@@ -93,29 +92,30 @@ def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
         NormError: As :func:`run`; what goes wrong is not recorded but raised.
     """
     device = parse_device(spec.protocol.device)
-    dataset = data_of(spec.protocol)
+    task = parse_task(spec.protocol.task)
+    data = task.data(spec.protocol)
     with threads_of(spec.protocol.threads), seeded(spec.seed, device):
-        training = _Training(spec, dataset, built(spec, dataset), Upkeep(), _NOWHERE, on_step)
+        training = _Training(spec, data, task.build(spec, data), Upkeep(), _NOWHERE, on_step)
         outcome = training.outcome()
     if outcome.status == "diverged":
         raise DivergenceError(outcome.message)
-    return training.course.network.eval().cpu()
+    return training.course.task.network.eval().cpu()
 
 
 def _outcome(
     spec: TrainingSpec,
-    dataset: Dataset[Split] | None,
+    data: TaskData | None,
     upkeep: Upkeep,
     sources: Sources,
     on_step: OnStep,
     times_s: list[float],
 ) -> Outcome:
     try:
-        if dataset is None:
+        if data is None:
             with open_loggers(upkeep.loggers, upkeep.folder, spec) as loggers:
                 return train_by(spec, on_step, loggers)
-        network = built(spec, dataset)
-        return _Training(spec, dataset, network, upkeep, sources, on_step, times_s).outcome()
+        network = parse_task(spec.protocol.task).build(spec, data)
+        return _Training(spec, data, network, upkeep, sources, on_step, times_s).outcome()
     except NormError as error:
         return Outcome(status="failed", message=str(error))
     except Exception as error:
@@ -135,7 +135,7 @@ class _Training:
     """One run in flight: its course, and what is tested, timed and logged along it."""
 
     spec: TrainingSpec
-    dataset: Dataset[Split]
+    data: TaskData
     built: BuiltModel
     upkeep: Upkeep
     sources: Sources
@@ -151,10 +151,8 @@ class _Training:
         alone = spec.protocol.processes == 1
         where = self.upkeep.checkpoint if alone else self.upkeep.shared_checkpoint
         self.course = Course(
-            network=self.built.model,
+            task=parse_task(spec.protocol.task).start(spec, self.data, self.built.model),
             protocol=spec.protocol,
-            examples=self.dataset.train,
-            num_classes=self.dataset.num_classes,
             batch_size=spec.batch_size,
             seed=spec.seed,
             hooks=Hooks(
@@ -178,7 +176,7 @@ class _Training:
             self._train()
         except DivergenceError as error:
             end = {"status": "diverged", "message": str(error), "diverged_step": course.num_steps}
-            untested = {"test_accuracy": None, "test_accuracy_median_of_5": None}
+            untested = {"scores": {}, "median_of_5": None}
             outcome = self._summary().model_copy(update=end | untested)
         else:
             outcome = self._summary()
@@ -194,7 +192,7 @@ class _Training:
                 self._log(number)
             self.course.train()
 
-    def _before_step(self, _num_steps: int, _parts: Sequence[Examples]) -> None:
+    def _before_step(self, _num_steps: int, _parts: Sequence[Any]) -> None:
         if self.spec.has_learning_rate_as_update_rate:
             sync_update_rates(self.course.loop.network, self.course.loop.optimizer)
         self._started = time.perf_counter()
@@ -218,41 +216,38 @@ class _Training:
         timetable = self.course.timetable
         step = min((number + 1) * timetable.steps_per_epoch, timetable.num_steps)
         for logger in self._loggers:
-            logger.log_metrics(_figures(self.epochs[number]), step)
+            logger.log_metrics(self.epochs[number].figures(), step)
 
     def _tested(self, epoch: EpochSoFar) -> Epoch:
         loop, num_epochs = self.course.loop, self.course.timetable.num_epochs
-        validation = loop.evaluate(self.dataset.validation)
+        validation = loop.evaluate("validation")
         num_tested = NUM_LAST_EPOCHS if num_epochs >= NUM_LAST_EPOCHS else 1
-        tests = len(self.epochs) >= num_epochs - num_tested
-        test = loop.evaluate(self.dataset.test) if tests else None
+        tests = self.course.task.is_done or len(self.epochs) >= num_epochs - num_tested
+        test = loop.evaluate("test") if tests else {}
         return Epoch(
             learning_rate=epoch.learning_rate,
             train_loss=epoch.loss,
-            train_accuracy=epoch.accuracy,
-            validation_loss=validation.loss if math.isfinite(validation.loss) else None,
-            validation_accuracy=validation.accuracy,
-            test_accuracy=test.accuracy if test else None,
-            test_top5_accuracy=test.top5_accuracy if test else None,
+            train_accuracy=epoch.accuracy if math.isfinite(epoch.accuracy) else None,
+            validation_scores=finite_scores(validation),
+            test_scores=finite_scores(test),
         )
 
     def _summary(self) -> Outcome:
-        tested = [e.test_accuracy for e in self.epochs if e.test_accuracy is not None]
-        enough = len(tested) >= NUM_LAST_EPOCHS
-        num_examples, world = len(self.dataset.train), self.spec.protocol.processes
+        tested = [next(iter(e.test_scores.values())) for e in self.epochs if e.test_scores]
+        known = [score for score in tested if score is not None]
+        enough = len(known) >= NUM_LAST_EPOCHS
+        num_examples, world = len(self.course.examples), self.spec.protocol.processes
         order = torch.arange(num_examples)
         kept = sum(
             len(part)
             for rank in range(world)
             for part in own_parts(order, self.spec.batch_size, rank, world)
         )
-        last = self.epochs[-1] if self.epochs else None
         return Outcome(
             status="finished",
             epochs=tuple(self.epochs),
-            test_accuracy=tested[-1] if tested else None,
-            test_accuracy_median_of_5=statistics.median(tested) if enough else None,
-            test_top5_accuracy=last.test_top5_accuracy if last else None,
+            scores=self.epochs[-1].test_scores if self.epochs else {},
+            median_of_5=statistics.median(known[-NUM_LAST_EPOCHS:]) if enough else None,
             norms=self.built.norms,
             num_parameters=sum(p.numel() for p in self.course.loop.network.parameters()),
             num_steps=self.course.num_steps,
@@ -266,8 +261,8 @@ class _Training:
             return None
         with seeded(self.spec.seed, self.course.loop.device):
             loop = self.course.loop_of(copy.deepcopy(self.built.model))
-            size = min(self.spec.batch_size, len(self.dataset.train))
-            part = self.dataset.train.take(torch.arange(size)).to(loop.device)
+            size = min(self.spec.batch_size, len(self.course.examples))
+            part = self.course.examples.take(torch.arange(size)).to(loop.device)
             parts = [part] * self.spec.protocol.accumulate
             return peak_step_bytes(lambda: loop.step(parts), loop.network, loop.optimizer)
 
@@ -284,10 +279,6 @@ class _Training:
         save_weights(state, path, about | alterations_of(self.built).metadata())
 
 
-def _figures(epoch: Epoch) -> dict[str, float]:
-    return {name: value for name, value in epoch.model_dump().items() if value is not None}
-
-
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise DivergenceError(
@@ -297,8 +288,8 @@ def _check_finite(loss: float, step: int) -> None:
 
 def failed(spec: TrainingSpec, message: str) -> TrainingRecord:
     """The record of a run that ended without one."""
-    dataset = dataset_of(spec)
-    fingerprint = None if dataset is None else dataset.fingerprint
+    data = data_of(spec)
+    fingerprint = None if data is None else data.fingerprint
     return TrainingRecord(
         spec=spec,
         outcome=Outcome(status="failed", message=message),

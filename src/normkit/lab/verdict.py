@@ -1,4 +1,4 @@
-"""Which norms are ahead of the first one, at which batch size, and how sure that is."""
+"""The verdict: which norms are ahead of the first one at which batch size, with what confidence."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from normkit.lab.text import joined, signed
 Word = Literal["ahead", "behind", "undecided", "diverges"]
 
 MAX_MORE_SEEDS = 100
-MAX_NAMED = 3  # norms that the first line names one by one
+MAX_NAMED = 3  # largest number of norms that the first line names one by one
 ONE_SEED = "one seed says nothing about spread; give --seeds 1,2,3"
 
 
 class Judged(Frozen):
-    """What the seeds say of one norm at one batch size, against the first norm.
+    """The judgement of one norm at one batch size, compared with the first norm.
 
     Args:
         norm: The norm.
         batch_size: The batch size.
         word: ``"ahead"`` or ``"behind"`` if the whole interval lies on that side of 0,
             ``"diverges"`` if a run of the norm diverged, else ``"undecided"``.
-        num_seeds: Seeds with a score of both norms.
-        mean: Their mean difference, norm minus first norm, in the unit of the score; ``None`` where
-            nothing is compared.
-        low: Lower end of its interval; ``None`` where there is no interval.
-        high: Upper end of its interval.
-        more_seeds: How many seeds more would probably decide; ``None`` where nobody can say, or
-            more than 100 would be needed.
+        num_seeds: Number of seeds for which both norms have a score.
+        mean: Mean difference, norm minus first norm, in the unit of the score; ``None`` if the
+            norms cannot be compared.
+        low: Lower end of the interval; ``None`` if there is no interval.
+        high: Upper end of the interval.
+        more_seeds: Number of additional seeds that would probably decide; ``None`` if that cannot
+            be estimated, or more than 100 would be needed.
         reason: Why the norm is neither ahead nor behind.
     """
 
@@ -48,15 +48,16 @@ class Judged(Frozen):
 
 
 class Verdict(Frozen):
-    """What a sweep says of its norms; as text, the answer first and then a line for each norm.
+    """The verdict on the norms of a sweep; as text, the answer and then a line for each norm.
 
     Args:
-        first: The norm that the others are compared to.
-        num_comparisons: Pairs of another norm and a batch size in the sweep.
+        first: The norm that the others are compared with.
+        num_comparisons: Number of pairs of another norm and a batch size.
         higher_is_better: Whether a higher score is ahead.
         is_share: Whether scores are shares, which are written in percentage points.
-        confidence: That all the intervals together hold their true differences.
-        judged: Every other norm at every batch size, after the first norm where it diverged.
+        confidence: Probability that all intervals together contain the true differences.
+        judged: The first norm at each batch size where it diverged, then every other norm at every
+            batch size.
     """
 
     first: str
@@ -67,12 +68,12 @@ class Verdict(Frozen):
     judged: tuple[Judged, ...]
 
     def of(self, norm: str, batch_size: int) -> Judged:
-        """What is said of a norm, other than the first, at a batch size."""
+        """The judgement of a norm other than the first at a batch size."""
         return next(e for e in self.judged if (e.norm, e.batch_size) == (norm, batch_size))
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One sentence with the answer, one line at most for each norm, and how it was judged."""
+        """One sentence with the answer, at most one line per norm, and the method."""
         wording = _Wording(self.first, self.is_share)
         answer = _answer(self, wording)
         lines = [wording.sentence(list(each)) for _, each in groupby(self.judged, _norm)]
@@ -91,18 +92,19 @@ def verdict_of(comparison: Comparison) -> Verdict:
     with the mean difference, its standard deviation over ``n`` seeds, and ``m`` comparisons in the
     sweep. A norm is ahead, or behind, if its whole interval lies on that side of 0.
 
-    A run that diverged has no score, and the seeds that survived are no fair sample. So a norm with
+    A run that diverged has no score, and the remaining seeds are not a fair sample. So a norm with
     a diverged run ``"diverges"``, and where the first norm has one, the others are ``"undecided"``.
-    Without spread there is no interval: one seed, or equal differences in all, decide nothing.
+    Without spread there is no interval: one seed, or equal differences in all seeds, decide
+    nothing.
 
     Args:
-        comparison: The cells of a sweep, and what their scores are.
+        comparison: The cells of a sweep, and the meaning of their scores.
 
     Numerics:
-        The correction is Bonferroni's, so that interval and word always agree, whatever the
-        comparisons have in common. ``more_seeds`` takes the observed mean and spread for the true
-        ones and asks for power 0.8; it is as rough as they are. Judging again after each seed that
-        is added makes a wrong word a little more frequent than 5 %.
+        The correction is Bonferroni's, which is valid for dependent comparisons; interval and word
+        always agree. ``more_seeds`` takes the observed mean and spread for the true ones and asks
+        for power 0.8, so it is as uncertain as they are. Judging again after each additional seed
+        makes a wrong word slightly more frequent than 5 %.
 
     Example:
         >>> cells = [Cell(norm=norm, batch_size=2, accuracy=None, difference=difference,
@@ -134,7 +136,7 @@ def verdict_of(comparison: Comparison) -> Verdict:
 
 
 class _Rule(NamedTuple):
-    """What decides, the same for all cells of a sweep."""
+    """The rule of the judgement, which is the same for all cells of a sweep."""
 
     confidence: float
     higher_is_better: bool
@@ -153,7 +155,7 @@ def _judged(cell: Cell, base: Cell, rule: _Rule) -> Judged:
 
 
 def _by_seeds(difference: Summary, rule: _Rule) -> Mapping[str, object]:
-    """What the seeds' differences make of a norm."""
+    """The fields of a judgement that follow from the differences of the seeds."""
     mean, spread, n = round(difference.mean, DECIMALS), difference.spread, difference.num_seeds
     found = {"mean": mean, "num_seeds": n}
     if spread is None or not has_spread(spread):
@@ -180,7 +182,7 @@ def _diverged(cell: Cell) -> str:
 
 
 def _no_spread(mean: float, n: int, num_asked: int) -> str:
-    """Why differences without spread leave nothing to judge by."""
+    """Why differences without spread decide nothing."""
     if n == 1 and num_asked == 1:
         return ONE_SEED
     if n == 1:
@@ -205,13 +207,13 @@ def _what_would_decide(
 
 
 class _Wording(NamedTuple):
-    """How differences from the first norm are written."""
+    """The wording of differences from the first norm."""
 
     first: str
     is_share: bool
 
     def sentence(self, of_norm: Sequence[Judged]) -> str:
-        """All that is said of a norm, its batch sizes with equal words together."""
+        """The sentence about a norm; batch sizes with the same word stand together."""
         by_word: dict[Word, list[Judged]] = {}
         for each in of_norm:
             by_word.setdefault(each.word, []).append(each)
@@ -229,7 +231,7 @@ class _Wording(NamedTuple):
         }[word]
 
     def named(self, word: Word, judged: Iterable[Judged]) -> list[str]:
-        """Which norms came out so and where; their number if they are many."""
+        """The norms with this word and their batch sizes; only their number if there are many."""
         sizes: dict[str, list[int]] = {}
         for each in judged:
             sizes.setdefault(each.norm, []).append(each.batch_size)
@@ -248,7 +250,7 @@ class _Wording(NamedTuple):
         return f"{self.outcome(word)} at {joined(said)}"
 
     def _details(self, each: Judged, in_full: bool) -> str:
-        """Difference, interval and what is missing; units and words in full where asked for."""
+        """Difference, interval and reason, with units and whole words if ``in_full``."""
         reason = each.reason
         if each.more_seeds and not in_full:
             reason = f"about {each.more_seeds} more"
@@ -276,7 +278,7 @@ def _norm(each: Judged) -> str:
 
 
 def _answer(verdict: Verdict, wording: _Wording) -> str:
-    """The first line: which norms are ahead and behind, what became of the others."""
+    """The first line: the norms that are ahead or behind, and the number of the others."""
     of_first = [each for each in verdict.judged if each.norm == verdict.first]
     others = verdict.judged[len(of_first) :]
     trouble = f"{wording.sentence(of_first)} " if of_first else ""
@@ -291,14 +293,14 @@ def _answer(verdict: Verdict, wording: _Wording) -> str:
 
 
 def _one_reason(verdict: Verdict) -> str | None:
-    """The reason why nothing is decided, if it is the same everywhere."""
+    """The reason why nothing is decided, if it is the same in all comparisons."""
     reasons = {each.reason for each in verdict.judged}
     is_open = all(each.word == "undecided" and each.low is None for each in verdict.judged)
     return reasons.pop() if is_open and len(reasons) == 1 else None
 
 
 def _clauses(others: Sequence[Judged], wording: _Wording) -> list[str]:
-    """The answer in parts: ahead, behind, how many neither, and which of those is the nearest."""
+    """The answer's parts: norms ahead, norms behind, the number of others, and the nearest one."""
     ahead, behind, rest = (
         [each for each in others if each.word in words]
         for words in (("ahead",), ("behind",), ("undecided", "diverges"))
@@ -312,7 +314,7 @@ def _clauses(others: Sequence[Judged], wording: _Wording) -> list[str]:
 
 
 def _counted(rest: Sequence[Judged], num_all: int) -> str:
-    """How many comparisons are neither ahead nor behind."""
+    """Count the comparisons that are neither ahead nor behind, in words."""
     open_, diverging = (sum(e.word == word for e in rest) for word in ("undecided", "diverges"))
     if open_ == num_all:
         return f"{_all(num_all)} comparisons are undecided"
@@ -322,7 +324,7 @@ def _counted(rest: Sequence[Judged], num_all: int) -> str:
 
 
 def _nearest(rest: Iterable[Judged]) -> list[str]:
-    """Which comparison is the nearest to a decision."""
+    """The comparison that needs the fewest seeds for a decision, in words."""
     open_ones = [each for each in rest if each.more_seeds is not None]
     nearest = min(open_ones, key=lambda each: each.more_seeds or 0, default=None)
     if nearest is None:
@@ -331,7 +333,7 @@ def _nearest(rest: Iterable[Judged]) -> list[str]:
 
 
 def _method(verdict: Verdict) -> tuple[str, ...]:
-    """How the intervals were made, if there are several."""
+    """The line about the method, if there are several intervals."""
     if not any(each.low is not None for each in verdict.judged) or verdict.num_comparisons == 1:
         return ()
     which = f"Intervals are of the differences to {verdict.first}, seed by seed"

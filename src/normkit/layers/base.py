@@ -44,24 +44,24 @@ BUFFERS = ("running_mean", "running_var")
 
 
 class NormLayer(nn.Module, ABC):
-    """Base of every layer: ``weight`` and ``bias``, one value a channel, unless it says otherwise.
+    """Base of every layer; ``weight`` and ``bias`` have one value per channel by default.
 
-    Final classes list their constructor's options; ``extra_repr`` reads them back from the
-    attributes of the same name, so that ``repr`` rebuilds the layer.
+    Final classes list their constructor's options. ``extra_repr`` reads each option back from the
+    attribute of the same name, so ``repr`` prints a call that rebuilds the layer.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     __signature__ = ConstructorSignature()
     ending_operator: ClassVar[str | None] = None
-    """The operator of kernels that add and activate in its pass; None: that comes afterwards."""
-    # of a layer that an earlier version has pickled
+    """The operator that also adds the residual and activates; None if the layer has none."""
+    # A layer that was pickled by a version without activations has no such attributes.
     _activation = NO_ACTIVATION
     _activation_name: ActivationName | None = None
     _negative_slope = 0.01
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Say in words what is wrong with a call that the constructor does not take."""
+        """Check the arguments first, because our error says what to write and Python's does not."""
         if len(args) > 1 or kwargs:
             require_arguments(cls, args, kwargs)
         return super().__new__(cls)
@@ -78,36 +78,37 @@ class NormLayer(nn.Module, ABC):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # Not super(): BatchNorm is one of torch's norms too, whose constructor registers the same.
+        # Not super(): BatchNorm also inherits torch's _BatchNorm, whose constructor would register
+        # the same parameters and buffers.
         nn.Module.__init__(self)
         require_eps(eps)
         self.num_features = require_count("num_features", num_features)
         self.eps = eps
         self.affine = affine
         self._register_parameters(bias, device, dtype)
-        self._activate_by(activation, negative_slope)
+        self._set_activation(activation, negative_slope)
 
-    def _activate_by(self, name: ActivationName | None, negative_slope: float) -> None:
+    def _set_activation(self, name: ActivationName | None, negative_slope: float) -> None:
         found = read_activation(name, negative_slope)
         self._activation, self._activation_name, self._negative_slope = found, name, negative_slope
 
     @property
     def activation(self) -> ActivationName | None:
-        """What is applied last."""
+        """Name of the activation that the layer applies last, or None."""
         return self._activation_name
 
     @activation.setter
     def activation(self, name: ActivationName | None) -> None:
-        self._activate_by(name, self._negative_slope)
+        self._set_activation(name, self._negative_slope)
 
     @property
     def negative_slope(self) -> float:
-        """What a leaky ReLU multiplies values below 0 by."""
+        """Factor that a leaky ReLU applies to values below 0."""
         return self._negative_slope
 
     @negative_slope.setter
     def negative_slope(self, value: float) -> None:
-        self._activate_by(self._activation_name, value)
+        self._set_activation(self._activation_name, value)
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
         for name, wanted in (("weight", self.affine), ("bias", self.affine and bias)):
@@ -127,14 +128,16 @@ class NormLayer(nn.Module, ABC):
 
     @property
     def has_shift(self) -> bool:
-        """Whether something is added to each channel at the end: ``bias``."""
+        """Whether the layer adds a ``bias`` to each channel."""
         return self.bias is not None
 
     def _affine(self) -> Parameters:
-        own = self._parameters  # a look-up by attribute costs as much as a tiny map's sums
+        # nn.Module.__getattr__ takes as long as the sums over a tiny map, so the dictionary is
+        # read directly. A parametrized weight or bias is not in it, and is computed on access.
+        own = self._parameters
         if "weight" in own and "bias" in own:
             return Parameters(own["weight"], own["bias"], self.eps)
-        return Parameters(self.weight, self.bias, self.eps)  # parametrised: computed anew
+        return Parameters(self.weight, self.bias, self.eps)
 
     def forward(
         self, x: FeatureMap, mask: Mask | None = None, residual: FeatureMap | None = None
@@ -145,11 +148,11 @@ class NormLayer(nn.Module, ABC):
 
         Args:
             x: Feature map.
-            mask: For padded inputs: booleans ``(N, *S)``, True where a position is valid, or whole
-                numbers ``(N,)``, how many positions along the last axis are. Statistics are over
-                valid positions only; the others come out 0.
-            residual: Added to the normalised map, before the activation; in the shape, dtype and
-                device of ``x``.
+            mask: For padded inputs: booleans ``(N, *S)``, True where a position is valid, or
+                integers ``(N,)``, the number of valid positions along the last axis. Statistics
+                are taken over valid positions only; the output is 0 at all others.
+            residual: Added to the normalised map before the activation; it has the shape, dtype
+                and device of ``x``.
 
         Raises:
             PartitionError: In training, if a statistics group has a single (valid) value.
@@ -170,31 +173,31 @@ class NormLayer(nn.Module, ABC):
         return self._normalize_to_end(x, valid, Ending(self._activation, residual))
 
     def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
-        """Normalise, add and activate: one after the other, unless a layer does it at once."""
+        """Normalise, add the residual and activate; layers with an operator do it at once."""
         if self.ending_operator is not None:  # then _normalize takes the ending too
             return self._normalize(x, valid, ending)  # pyright: ignore[reportCallIssue]
         return ended(self._normalize(x, valid), ending, valid)
 
     @abstractmethod
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        """Normalise what has been checked, by the statistics of valid positions.
+        """Normalise an input that has been checked, by the statistics of its valid positions.
 
-        Layers that have an ``ending_operator`` also take an ``Ending``, and go on to it.
+        Layers that have an ``ending_operator`` also take an ``Ending``.
         """
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
         name = type(self).__name__
         valid = read_mask(mask, x, name)
         if self.training and x.numel():
-            require_valid_values(self._groups(), valid, x.shape, name)
+            require_valid_values(self._groups_to_check(), valid, x.shape, name)
         return valid
 
-    def _groups(self) -> Iterable[Partition]:
-        """Statistics groups that need several values in training."""
+    def _groups_to_check(self) -> Iterable[Partition]:
+        """Statistics groups in which a mask must leave several values in training."""
         return ()
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Say what to do instead: ``torch.jit.script`` asks each module for what it can compile."""
+        """Refuse ``torch.jit.script``, which calls this method before it compiles a module."""
         raise OptionError(
             f"{type(self).__name__} was given to torch.jit.script, which compiles a subset of "
             f"Python that no layer of normkit keeps to; use torch.export, or torch.jit.trace in "
@@ -203,54 +206,54 @@ class NormLayer(nn.Module, ABC):
 
     @abstractmethod
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
 
-    def why_apart(self) -> str | None:
-        """Why the next call computes each of several norms by itself, or None."""
+    def why_separate(self) -> str | None:
+        """Why the next call computes the norms of a composite one after another, or None."""
         return None
 
     is_estimated = False
-    """Whether it normalises in training by running estimates, which the batch moves first."""
+    """Whether training updates running estimates with the batch, then normalises by them."""
 
     @property
     def partitions(self) -> dict[str, Partition]:
-        """Which elements share statistics in training, in each norm that the layer is made of."""
+        """Which elements share statistics in training, for each norm that the layer consists of."""
         return {}
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics the layer normalises in its mode."""
+        """The statistics that the layer normalises by in its present mode."""
         return tuple(Part(name=name, partition=p) for name, p in self.partitions.items())
 
     @property
     def needs_positions(self) -> bool:
-        """Whether an input ``(N, C)`` gives a group a single value, which training refuses."""
+        """Whether training refuses an input ``(N, C)``, because a group would have one value."""
         return False
 
     def affine_slots(self) -> tuple[Slot, ...]:
-        """Who holds scale and shift of every channel: those of the layer's input."""
+        """Layers that hold one scale and one shift per channel."""
         return (Slot(self, 0, self.num_features),)
 
     def last_affine_slots(self) -> tuple[Slot, ...]:
-        """Who holds the scale and shift that are applied last."""
+        """Layers that hold the scale and shift that are applied last."""
         return self.affine_slots()
 
     def statistics_slots(self) -> tuple[Slot, ...]:
-        """Who holds running statistics of the layer's input, a value a channel."""
+        """Layers that hold running statistics of the layer's input, one value per channel."""
         return ()
 
     def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
-        """What evaluates by running statistics alone, and what follows it, by name.
+        """The stage that evaluates by running statistics, and the named stages after it.
 
-        None where parts of the layer evaluate by each example's own statistics.
+        None if part of the layer evaluates by each example's own statistics.
         """
         return None
 
     def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
-        """What a norm inside of the layer gets of the layer's input; None if that is not known."""
+        """The input of a norm inside the layer, for the layer's input ``x``; None if unknown."""
         return x
 
     def extra_repr(self) -> str:
-        """Arguments of the constructor, so that ``repr`` rebuilds the layer."""
+        """Arguments of the constructor call that rebuilds the layer."""
         options = signature_of(type(self)).parameters
         shown = [f"{o}={self.option(o)!r}" for o in options if self._is_shown(o)]
         return ", ".join([str(self.num_features), *shown])
@@ -261,25 +264,25 @@ class NormLayer(nn.Module, ABC):
         return option not in _NOT_SHOWN and hasattr(self, option)
 
     def option(self, name: str) -> Any:
-        """Value of a constructor's option that builds the layer as it is now."""
+        """Value of a constructor option that builds the layer as it is now."""
         if name == "bias":  # the attribute of that name is the parameter
             return self.has_shift or not self.affine
         return getattr(self, name)
 
     def __repr__(self) -> str:
-        """One line that rebuilds the layer, also where it holds others."""
+        """One line that rebuilds the layer, even if it holds other layers."""
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class TrackingLayer(NormLayer):
-    """A layer that may keep running statistics and weigh them against the example's own."""
+    """A layer that may keep running statistics and mix them with the example's own."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     _process_group: HeldGroup | World | None
-    _example_weight: float | Tensor  # a tensor, one weight an example, while weights are tuned
-    _version = 2  # torch's own norms: since 2 there is num_batches_tracked
+    _example_weight: float | Tensor  # a tensor with one weight per example while tune/ searches
+    _version = 2  # as in torch, whose checkpoints have num_batches_tracked since version 2
 
     def __init__(  # noqa: PLR0913 - TrackingOptions, with their defaults
         self,
@@ -326,20 +329,20 @@ class TrackingLayer(NormLayer):
 
     @property
     def running_partition(self) -> Partition:
-        """Which elements share one value of the buffers: by default a channel's."""
+        """Which elements share one value of the buffers: by default those of a channel."""
         return Partition(num_groups=self.num_features)
 
     def tracked_input(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        """What the running statistics are of: the input, unless a norm comes before."""
+        """The map whose statistics the buffers track: the input, unless a norm comes first."""
         return x
 
     @property
     def tracks_its_input(self) -> bool:
-        """Whether the running statistics are of the input."""
+        """Whether the buffers track the statistics of the layer's input."""
         return True
 
     def statistics_slots(self) -> tuple[Slot, ...]:
-        """Who holds running statistics of the layer's input, a value a channel."""
+        """Layers that hold running statistics of the layer's input, one value per channel."""
         by_channel = self.running_partition.num_groups == self.num_features
         if self.running_mean is None or not self.tracks_its_input or not by_channel:
             return ()
@@ -357,9 +360,10 @@ class TrackingLayer(NormLayer):
 
     @property
     def process_group(self) -> ProcessGroup:
-        """Whose batches count as one in training: a group's, the ``"world"``'s, or None: its own.
+        """The processes whose batches count as one batch in training.
 
-        ``"world"`` is everybody once ``torch.distributed`` is initialized, and nobody before.
+        A ``torch.distributed`` group; ``"world"`` for all processes, or this one alone while
+        ``torch.distributed`` is not initialized; None for this process alone.
         """
         held = self._process_group
         return held.group if isinstance(held, HeldGroup) else held
@@ -369,17 +373,20 @@ class TrackingLayer(NormLayer):
         self._process_group = held_group(value)
 
     def _ranks(self, x: FeatureMap) -> dist.ProcessGroup | None:
-        """Processes to talk to in a forward of ``x``, be it that this one has no examples."""
+        """Group to exchange statistics with in a forward of ``x``, or None.
+
+        A process whose batch is empty takes part too, because the others wait for it.
+        """
         if self._process_group is None or not self.training:
             return None
         if x.numel() == 0 and x.shape[0]:
-            return None  # maps without positions, on every process
+            return None  # the maps have no positions, on any process
         return active_group(self.process_group)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count to 0.
 
-        As in torch, nothing happens where ``track_running_stats`` is off.
+        As in torch, nothing happens if ``track_running_stats`` is off.
         """
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
@@ -394,28 +401,28 @@ class TrackingLayer(NormLayer):
         super().reset_parameters()
 
     def _running(self) -> RunningStatistics | None:
-        """Buffers that a forward moves, or at evaluation normalises by; None where there are none.
+        """Buffers that training updates and evaluation normalises by; None if there are none.
 
-        As in torch the buffers decide, not the options the layer was built with. Switching
-        ``track_running_stats`` off later freezes them: training leaves them alone.
+        As in torch the buffers decide, not the options that the layer was built with. If
+        ``track_running_stats`` is switched off later, training no longer updates them.
         """
-        buffers = self._buffers  # as in _affine
+        buffers = self._buffers  # read directly, for the reason given in _affine
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None:
-            return None if mean is var else self._refuse_half()
+            return None if mean is var else self._refuse_one_buffer()
         if self.training and not self.track_running_stats:
             return None
         count = buffers["num_batches_tracked"]
         return RunningStatistics(mean, var, count, self.momentum, self._example_weight)
 
-    def _refuse_half(self) -> NoReturn:
+    def _refuse_one_buffer(self) -> NoReturn:
         raise OptionError(
             f"{type(self).__name__} has one of running_mean and running_var, and the other is "
             f"None; set both, or neither to normalise by the input's own statistics"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move and cast like any module, but never cast running statistics to 16 bits."""
+        """Move and cast as any module does, but keep running statistics out of 16-bit dtypes."""
         before = {name: self._buffers[name] for name in BUFFERS}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -447,7 +454,9 @@ class TrackingLayer(NormLayer):
     ) -> None:
         self.example_weight = float(state_dict.pop(f"{prefix}example_weight", self.example_weight))
         if self.track_running_stats:
-            _modernize(state_dict, prefix, local_metadata.get("version"), self.num_batches_tracked)
+            _update_old_checkpoint(
+                state_dict, prefix, local_metadata.get("version"), self.num_batches_tracked
+            )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -456,9 +465,9 @@ class TrackingLayer(NormLayer):
 class SegmentLayer(TrackingLayer):
     """A layer whose statistics groups are a partition of the feature map.
 
-    A final class says its ``partition`` and how many values its buffers have; this one chooses the
-    statistics: the input's in training, and at evaluation the running ones, the example's own, or
-    ``example_weight`` parts of one and the rest of the other.
+    A final class gives its ``partition`` and the number of values in its buffers. This class
+    chooses the statistics: those of the input in training; at evaluation the running ones, mixed
+    with a share of ``example_weight`` of the example's own.
     """
 
     ending_operator = "ended_forward"
@@ -480,7 +489,7 @@ class SegmentLayer(TrackingLayer):
         return groups.examples_per_group == 1 and groups.num_groups == self.num_features
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics the layer normalises in its mode."""
+        """The statistics that the layer normalises by in its present mode."""
         return tracked_parts("statistics", self.partition, self)
 
     def evaluated_stage(self) -> tuple[TrackingLayer, dict[str, nn.Module]] | None:
@@ -498,20 +507,20 @@ class SegmentLayer(TrackingLayer):
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         running, ranks = self._running(), self._ranks(x)
         alone = self.partition.examples_per_group == 1 and running is None
         if self.training or running is None:
             return (batch_route(running, ranks is not None and not alone, is_masked),)
         return (evaluation_route(running, is_masked),)
 
-    def _groups(self) -> Iterable[Partition]:
-        # Those of several processes together are checked where they are pooled.
+    def _groups_to_check(self) -> Iterable[Partition]:
+        # Groups that span processes are checked after their statistics were exchanged.
         return () if self._process_group is not None else (self.partition,)
 
 
 class StageOption:
-    """An option of a composite that its stages hold: read from the first, set on all of them."""
+    """An option that a composite's stages hold: read from the first stage, set on all of them."""
 
     def __init__(self, *stages: str) -> None:
         self.stages = stages
@@ -526,12 +535,12 @@ class StageOption:
 
     def __set__(self, layer: nn.Module, value: Any) -> None:
         for stage in self.stages:
-            if stage in layer._modules:  # the constructor sets options before there are stages
+            if stage in layer._modules:  # the base constructor sets options before stages exist
                 setattr(layer._modules[stage], self.name, value)
 
 
 def is_estimated(module: object) -> bool:
-    """Whether a module normalises in training by running estimates, which the batch moves first."""
+    """Whether a module updates running estimates in training, then normalises by them."""
     return isinstance(module, NormLayer) and module.is_estimated
 
 
@@ -541,12 +550,12 @@ def forward_of_base(
     mask: Mask | None = None,
     residual: FeatureMap | None = None,
 ) -> FeatureMap:
-    """Call ``NormLayer.forward`` of a layer whose subclass overrides it: a node of ``torch.fx``."""
+    """Call ``NormLayer.forward`` of a layer whose class overrides it, from a ``torch.fx`` graph."""
     return NormLayer.forward(layer, x, mask, residual)
 
 
 def is_watched(*modules: nn.Module) -> bool:
-    """Whether hooks look at what goes in or out of one of these."""
+    """Whether one of the modules has a forward or backward hook."""
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True
@@ -557,10 +566,10 @@ _NOT_SHOWN = ("num_features", "device", "dtype")
 _SHOWN_IF_SET = {"bias": True, "process_group": None, "activation": None, "negative_slope": 0.01}
 
 
-def _modernize(
+def _update_old_checkpoint(
     state_dict: dict[str, Any], prefix: str, version: int | None, count: Tensor | None
 ) -> None:
-    """Widen 16-bit statistics; an old checkpoint without a count leaves the layer's as it is."""
+    """Widen 16-bit statistics; where an old checkpoint has no batch count, keep the layer's own."""
     for name in BUFFERS:
         values = state_dict.get(prefix + name)
         if values is not None and values.dtype.itemsize < 4:

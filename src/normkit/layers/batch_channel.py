@@ -30,14 +30,14 @@ from normkit.core.stages import normalize_estimated
 from normkit.functional.checked import normalize_batch_then_group, normalize_single
 from normkit.kernels.select import Call
 from normkit.layers.base import BUFFERS, NormLayer, StageOption, TrackingLayer, is_watched
-from normkit.layers.options import Device, SharedOptions, of_stages
+from normkit.layers.options import Device, SharedOptions, stage_options
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.parts import Part, Slot, tracked_parts
 from normkit.passes import require_inspectable, run_cleanup
 from normkit.typing import FeatureMap
 
 ChannelAffine = Literal["group", "channel"]
-NUM_RECENT = 8  # forwards before one backward that a checkpointed layer with estimates may take
+NUM_RECENT = 8  # forwards whose estimates are kept for checkpoint recomputation
 
 
 class BatchChannelNorm(NormLayer):
@@ -48,24 +48,25 @@ class BatchChannelNorm(NormLayer):
                y = \gamma^c_g \frac{\dot y - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta^c_g
 
     The batch stage is a ``BatchNorm`` with its own affine and running statistics. With
-    ``micro_batch`` it normalises by running estimates also in training, after moving them towards
-    the batch, so that it works for batches of one or two; no gradient flows through them.
+    ``micro_batch`` a training forward first updates running estimates with the batch and then
+    normalises by them, so it works for batches of one or two; no gradient flows through the
+    estimates.
 
-    State-dict keys are ``batch.*`` (as of a ``BatchNorm``), ``channel.weight``, ``channel.bias``.
+    State-dict keys are ``batch.*`` (as in a ``BatchNorm``), ``channel.weight``, ``channel.bias``.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        num_groups: Runs of ``C / num_groups`` channels that the channel stage normalises.
+        num_groups: Number of runs of channels that the channel stage normalises; divides ``C``.
         micro_batch: Normalise by running estimates in training (Algorithm 1).
-        update_rate: How far the estimates move in a micro batch, in (0, 1]. The paper sets it to
-            the learning rate at every step: ``sync_update_rates``.
-        channel_affine: Whether the channel stage learns one scale and shift for each group
-            (eq. 42), ``(num_groups,)``, or for each channel, ``(C,)``.
-        momentum: Weight of the new value in the batch stage's running statistics, unless
-            ``micro_batch``; None averages all batches.
+        update_rate: Weight of a micro batch in the estimates, in (0, 1]. The paper sets it to the
+            learning rate at every step; ``sync_update_rates`` does that.
+        channel_affine: ``"group"``: the channel stage learns one scale and shift per group
+            (eq. 42), ``(num_groups,)``. ``"channel"``: one per channel, ``(C,)``.
+        momentum: Weight of the new value in the batch stage's running statistics; None averages
+            all batches. Not used with ``micro_batch``.
         example_weight: Share of the example's own statistics in the batch stage at evaluation.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
+        process_group: The processes whose batches count as one batch in training: a
+            ``torch.distributed`` group, ``"world"`` for all, or None for this process alone.
         **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
             ``normkit.layers.options``.
 
@@ -77,11 +78,12 @@ class BatchChannelNorm(NormLayer):
         InputTypeError: If it is not float32, float64, bfloat16 or float16.
 
     Numerics:
-        The channel stage's statistics follow from the table of the batch stage: two passes over
-        the map, and backward keeps ``x`` and tables only (a second map while a hook watches a
-        stage). The estimates of ``micro_batch`` are biased; the running variance is otherwise
-        unbiased. A checkpoint's second look finds the estimates of its own forward among those of
-        the layer's last eight, and is refused otherwise.
+        The channel stage's statistics are computed from the table of the batch stage. So there are
+        two passes over the map, and backward keeps only ``x`` and tables (and a second map if a
+        stage has a hook). The estimated variance of ``micro_batch`` is biased; otherwise the
+        running variance is unbiased. During checkpoint recomputation the layer reuses the
+        estimates of the first forward, if that was one of its last eight training forwards, and
+        raises an ``InputError`` otherwise.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and
@@ -119,17 +121,20 @@ class BatchChannelNorm(NormLayer):
         self.num_groups, self.micro_batch, self._momentum = num_groups, micro_batch, momentum
         self._update_rate = require_update_rate(update_rate)
         stage = {"example_weight": example_weight, "process_group": process_group}
-        stage |= of_stages(shared)
+        stage |= stage_options(shared)
         if micro_batch:
             self.batch = EstimatedBatchNorm(num_features, update_rate=update_rate, **stage)
         else:
             self.batch = InnerBatchNorm(num_features, momentum=momentum, **stage)
         self.channel = ChannelStage(
-            num_features, num_groups=num_groups, channel_affine=channel_affine, **of_stages(shared)
+            num_features,
+            num_groups=num_groups,
+            channel_affine=channel_affine,
+            **stage_options(shared),
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        """The stages have the parameters."""
+        """Register nothing, because the stages hold the parameters."""
 
     @property
     def has_shift(self) -> bool:
@@ -143,7 +148,7 @@ class BatchChannelNorm(NormLayer):
 
     @property
     def update_rate(self) -> float:
-        """How far the estimates of a micro batch move, in (0, 1]."""
+        """Weight of a micro batch in the estimates, in (0, 1]."""
         stage = self.batch
         return stage.update_rate if isinstance(stage, EstimatedBatchNorm) else self._update_rate
 
@@ -155,7 +160,7 @@ class BatchChannelNorm(NormLayer):
 
     @property
     def momentum(self) -> float | None:
-        """Weight of the new value in the running statistics; of no use to micro batches."""
+        """Weight of the new value in the running statistics; not used with ``micro_batch``."""
         stage = self.batch
         return stage.momentum if isinstance(stage, InnerBatchNorm) else self._momentum
 
@@ -167,7 +172,7 @@ class BatchChannelNorm(NormLayer):
 
     @property
     def channel_affine(self) -> ChannelAffine:
-        """What the channel stage's scales and shifts belong to."""
+        """Whether the channel stage has one scale and shift per group or per channel."""
         return self.channel.channel_affine
 
     def _normalize(
@@ -188,29 +193,30 @@ class BatchChannelNorm(NormLayer):
         return stage.estimates() if isinstance(stage, EstimatedBatchNorm) else stage._running()
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
-        if self.why_apart() is not None:
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
+        if self.why_separate() is not None:
             return (*self.batch.routes(x, is_masked), *self.channel.routes(x, is_masked))
         running, is_part = self._stage_statistics(), self.batch._ranks(x) is not None
         return (composite_route(running, self.batch.training, is_part, is_masked, False),)
 
-    def why_apart(self) -> str | None:
-        """Why the next call computes each stage by itself, or None."""
+    def why_separate(self) -> str | None:
+        """Why the next call computes the stages one after another, or None."""
         return "hooks watch one of them" if is_watched(self.batch, self.channel) else None
 
-    def _groups(self) -> Iterable[Partition]:
+    def _groups_to_check(self) -> Iterable[Partition]:
         found, alone = self.partitions, self.process_group is None
-        if not self.batch.training or not alone:  # else checked where processes pool them
+        # Groups that span processes are checked after their statistics were exchanged.
+        if not self.batch.training or not alone:
             found.pop("batch stage", None)
         return found.values() if self.channel.training else []
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics each stage normalises in its mode."""
+        """The statistics that each stage normalises by in its present mode."""
         stages = {"batch stage": self.batch, "channel stage": self.channel}
         return tuple(replace(p, name=name) for name, s in stages.items() for p in s.parts())
 
     def affine_slots(self) -> tuple[Slot, ...]:
-        """Who holds scale and shift of every channel: the last stage that has one a channel."""
+        """The last stage that holds one scale and shift per channel."""
         last = self.channel_affine == "channel"
         return (Slot(self.channel if last else self.batch, 0, self.num_features),)
 
@@ -227,7 +233,7 @@ class BatchChannelNorm(NormLayer):
         return self.batch, {"channel": self.channel}
 
     def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
-        """What a stage gets, in float64; None where more than this input has a say in it."""
+        """A stage's input in float64; None if it also depends on other processes or a mixture."""
         stage = self.batch
         if part is stage:
             return x
@@ -239,7 +245,7 @@ class BatchChannelNorm(NormLayer):
         if own:
             affine = Parameters(weight, bias, stage.eps)
             return normalize_batch(x.double(), stage.running_partition, None, affine, valid=valid)
-        # of micro batches: moved before they were used
+        # With micro batches the forward has already updated the estimates it normalised by.
         mean, var = (stage.get_buffer(name).double() for name in BUFFERS)
         return batch_norm(x.double(), mean, var, weight, bias, False, 0.0, stage.eps)
 
@@ -253,7 +259,10 @@ class BatchChannelNorm(NormLayer):
 
 
 class EstimatedBatchNorm(TrackingLayer):
-    """Normalise every channel by estimates that first move towards the batch: for micro batches."""
+    """Update running estimates with the batch, then normalise every channel by them.
+
+    Without a stage before or after, for micro batches.
+    """
 
     is_estimated = True
 
@@ -292,29 +301,29 @@ class EstimatedBatchNorm(TrackingLayer):
         return normalize_estimated(x, self.estimates(), self.training, affine, ranks, valid)
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics the layer normalises in its mode."""
+        """The statistics that the layer normalises by in its present mode."""
         if self.training:
             return (Part(partition=self.running_partition, origin="estimates"),)
         return tracked_parts("statistics", self.running_partition, self)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         return (stage_route(self._ranks(x) is not None, is_masked),)
 
     def estimates(self) -> RunningEstimates:
-        """The buffers, and how they move: not at all while ``track_running_stats`` is off."""
+        """The buffers and their update rate, which is 0 if ``track_running_stats`` is off."""
         mean, var = map(self.get_buffer, BUFFERS)
         rate = self.update_rate if self.track_running_stats else 0.0
         count, weight = self.num_batches_tracked, self.example_weight
         return RunningEstimates(mean, var, count, rate, weight, self._recent)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the account of the latest batches, which concerns backward passes to come."""
+        """State without the latest batches, which only a pending backward pass needs."""
         return super().__getstate__() | {"_recent": deque(maxlen=NUM_RECENT)}
 
 
 class ChannelStage(NormLayer):
-    """A group norm whose scales and shifts may belong to the groups."""
+    """A group norm with one scale and shift per group or per channel."""
 
     def __init__(
         self,
@@ -332,7 +341,7 @@ class ChannelStage(NormLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group a run of channels and example."""
+        """One group per run of channels and example."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
     @property
@@ -353,26 +362,27 @@ class ChannelStage(NormLayer):
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         return (batch_route(None, False, is_masked),)
 
-    def _groups(self) -> Iterable[Partition]:
+    def _groups_to_check(self) -> Iterable[Partition]:
         return (self.partition,)
 
 
 def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:
     """Set the update rate of every micro-batch layer to the learning rate, as the paper does.
 
-    Call it before each step, after the scheduler's.
+    Call it before each step of the optimizer, after the scheduler's step.
 
     Args:
-        model: Holds ``BatchChannelNorm`` layers; those without ``micro_batch`` have no rate.
-        optimizer: A layer takes the rate of the parameter group that holds its parameters, and of
-            the first group where it has none.
+        model: Model with ``BatchChannelNorm`` layers; those without ``micro_batch`` stay as they
+            are.
+        optimizer: A layer takes the learning rate of the parameter group that holds its
+            parameters, or of the first group if none does.
 
     Raises:
-        OptionError: If a learning rate lies outside (0, 1], or the model's layers cannot be looked
-            into (scripted, exported, quantized); then nothing is changed.
+        OptionError: If a learning rate lies outside (0, 1], or the model hides its layers
+            (scripted, exported, quantized); then nothing is changed.
 
     Source:
         Qiao, Wang, Liu, Shen & Yuille, Micro-Batch Training with Batch-Channel Normalization and

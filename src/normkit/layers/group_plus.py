@@ -42,17 +42,17 @@ class GroupNormPlus(TrackingLayer):
     ``"parallel"``     ``x``      ``x``
     =================  =========  ================
 
-    Both are without affine; BN uses the batch's statistics in training and running ones at
-    evaluation, those of GN's output for ``"group-first"``. At first ``mix_logit = 1``, so
-    ``s = 0.731``; it is learned with ``affine=False`` too. Of the three orders two diverged in the
-    paper's experiments.
+    Neither norm has an affine of its own. BN uses the batch's statistics in training and running
+    ones at evaluation; for ``"group-first"`` these are statistics of GN's output. ``mix_logit``
+    starts at 1, so ``s = 0.731``; it is learned with ``affine=False`` too. Two of the three orders
+    diverged in the paper's experiments.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        num_groups: Runs of ``C / num_groups`` channels that GN normalises; divides ``C``.
-        order: Which norm feeds which.
-        mix_rate: Factor on the gradient of ``mix_logit``: the paper's remedy against divergence is
-            to let it move slowly. 0 freezes it.
+        num_groups: Number of runs of channels that GN normalises; divides ``C``.
+        order: Which norm feeds which; see the table.
+        mix_rate: Factor on the gradient of ``mix_logit``, from 0 to 1. The paper avoids divergence
+            by a small rate; 0 freezes ``mix_logit``.
         **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
             ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
             in ``normkit.layers.options``.
@@ -65,8 +65,8 @@ class GroupNormPlus(TrackingLayer):
         OptionError: If there is no such ``order``, or ``mix_rate`` lies outside 0 to 1.
 
     Numerics:
-        BN's statistics follow from the table of GN's, and the other way round: two passes over the
-        map, and backward keeps ``x`` and tables only.
+        The second norm's statistics are computed from the table of the first. So there are two
+        passes over the map, and backward keeps only ``x`` and tables.
 
     Source:
         Gunawan, Yin & Zhang, Understanding and Improving Group Normalization, section 4.
@@ -111,23 +111,23 @@ class GroupNormPlus(TrackingLayer):
         self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
     ) -> FeatureMap:
         groups, order, training = self.num_groups, self.order, self.training
-        running, parameters, logit = self._running(), self._affine(), self._paced_logit()
+        running, parameters, logit = self._running(), self._affine(), self._slowed_logit()
         name, ranks = type(self).__name__, self._ranks(x)
         return normalize_group_and_batch(
             x, groups, order, running, training, parameters, logit, name, ranks, valid, ending
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         running, is_part = self._running(), self._ranks(x) is not None
         return (composite_route(running, self.training, is_part, is_masked, False),)
 
-    def _groups(self) -> Iterable[Partition]:
+    def _groups_to_check(self) -> Iterable[Partition]:
         alone = self._process_group is None
         return [p for p in self.partitions.values() if alone or p.examples_per_group == 1]
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics each norm normalises in its mode."""
+        """The statistics that each norm normalises by in its present mode."""
         found = self.partitions
         group = Part(name="group norm", partition=found["group norm"])
         return (group, *tracked_parts("batch norm", found["batch norm"], self))
@@ -138,7 +138,7 @@ class GroupNormPlus(TrackingLayer):
         return self.order != "group-first"
 
     def tracked_input(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        """What the running statistics are of: where the group norm comes first, its output."""
+        """The map whose statistics the buffers track: the group norm's output if that is first."""
         if self.tracks_its_input:
             return x
         alone = Parameters(None, None, self.eps)
@@ -152,8 +152,8 @@ class GroupNormPlus(TrackingLayer):
             "batch norm": Partition(num_groups=self.num_features),
         }
 
-    def _paced_logit(self) -> Tensor:
+    def _slowed_logit(self) -> Tensor:
         if self.mix_rate == 1:
             return self.mix_logit[0]
-        still = self.mix_logit[0].detach()
-        return still + self.mix_rate * (self.mix_logit[0] - still)
+        fixed = self.mix_logit[0].detach()
+        return fixed + self.mix_rate * (self.mix_logit[0] - fixed)

@@ -15,10 +15,10 @@ from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
 from normkit.core.routes import composite_route
 from normkit.errors import OptionError
-from normkit.functional.checked import normalize_halves
+from normkit.functional.checked import normalize_instance_beside_batch
 from normkit.kernels.select import Call
 from normkit.layers.base import NormLayer, StageOption, is_watched
-from normkit.layers.options import Device, SharedOptions, of_stages
+from normkit.layers.options import Device, SharedOptions, stage_options
 from normkit.layers.over_batch import InnerBatchNorm
 from normkit.layers.over_example import InstanceNorm
 from normkit.layers.parts import Part, Slot
@@ -26,21 +26,21 @@ from normkit.typing import FeatureMap
 
 
 class InstanceBatchNorm(NormLayer):
-    r"""Normalise the first channels by each example, the rest over the whole batch.
+    r"""Normalise the first channels within each example, the rest over the whole batch.
 
     .. math::  y_c = IN(x)_c \text{ for } c < h, \quad y_c = BN(x)_c \text{ for } c \ge h, \quad
                h = \lfloor ratio \cdot C \rfloor
 
-    State-dict keys are ``instance.*`` (as of an ``InstanceNorm``) and ``batch.*`` (as of a
-    ``BatchNorm``). An odd number of channels is split too: the instance norm has the smaller part.
+    State-dict keys are ``instance.*`` (as in an ``InstanceNorm``) and ``batch.*`` (as in a
+    ``BatchNorm``).
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
         ratio: Share of the channels that the instance norm takes; at least one goes to each norm.
         momentum: Weight of the new value in the running statistics; None averages all batches.
         example_weight: Share of the example's own statistics in the batch norm at evaluation.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
+        process_group: The processes whose batches count as one batch in training: a
+            ``torch.distributed`` group, ``"world"`` for all, or None for this process alone.
         **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
             ``normkit.layers.options``.
 
@@ -51,7 +51,7 @@ class InstanceBatchNorm(NormLayer):
         InputTypeError: If it is not float32, float64, bfloat16 or float16.
 
     Numerics:
-        Both norms in the same two passes over the map; backward keeps ``x`` and tables only.
+        Both norms share the same two passes over the map; backward keeps only ``x`` and tables.
 
     Source:
         Pan, Luo, Shi & Tang 2018, Two at Once: Enhancing Learning and Generalization Capacities via
@@ -85,7 +85,7 @@ class InstanceBatchNorm(NormLayer):
         half = instance_channels(require_count("num_features", num_features), ratio)
         super().__init__(num_features, **shared)
         self.ratio = ratio
-        shared = of_stages(shared)
+        shared = stage_options(shared)
         self.instance = InstanceNorm(half, momentum=momentum, **shared)
         self.batch = InnerBatchNorm(
             num_features - half,
@@ -96,7 +96,7 @@ class InstanceBatchNorm(NormLayer):
         )
 
     def _register_parameters(self, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        """The two norms have the parameters."""
+        """Register nothing, because the two norms hold the parameters."""
 
     @property
     def has_shift(self) -> bool:
@@ -119,19 +119,21 @@ class InstanceBatchNorm(NormLayer):
         training = (instance.training, batch.training)
         parameters, running = (instance._affine(), batch._affine()), batch._running()
         ranks = batch._ranks(x)
-        return normalize_halves(x, half, running, training, *parameters, name, ranks, valid, ending)
+        return normalize_instance_beside_batch(
+            x, half, running, training, *parameters, name, ranks, valid, ending
+        )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         running, training = self.batch._running(), self.batch.training
         is_apart = is_masked and not training and running is not None
-        if is_apart or self.why_apart() is not None:
+        if is_apart or self.why_separate() is not None:
             return (*self.instance.routes(x, is_masked), *self.batch.routes(x, is_masked))
         is_part = self.batch._ranks(x) is not None
         return (composite_route(running, training, is_part, is_masked, True),)
 
-    def why_apart(self) -> str | None:
-        """Why the next call computes each norm by itself, or None."""
+    def why_separate(self) -> str | None:
+        """Why the next call computes the norms one after another, or None."""
         return "hooks watch one of them" if is_watched(self.instance, self.batch) else None
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
@@ -139,12 +141,12 @@ class InstanceBatchNorm(NormLayer):
         for norm in (self.instance, self.batch):
             if norm.training and x.numel():
                 shape = (x.shape[0], norm.num_features, *x.shape[2:])
-                require_valid_values(norm._groups(), valid, shape, type(self).__name__)
+                require_valid_values(norm._groups_to_check(), valid, shape, type(self).__name__)
         return valid
 
     @property
     def needs_positions(self) -> bool:
-        """As the instance norm does."""
+        """True, as for the instance norm."""
         return True
 
     def affine_slots(self) -> tuple[Slot, ...]:
@@ -153,16 +155,16 @@ class InstanceBatchNorm(NormLayer):
         return Slot(self.instance, 0, half), Slot(self.batch, half, self.num_features)
 
     def statistics_slots(self) -> tuple[Slot, ...]:
-        """The batch norm, for its channels."""
+        """The batch norm, which holds those of its channels."""
         return self.affine_slots()[1:]
 
     def input_of(self, part: nn.Module, x: FeatureMap, valid: Valid | None) -> FeatureMap | None:
-        """The channels of one of the norms."""
+        """The channels that one of the norms takes."""
         half = self.instance.num_features
         return x[:, :half] if part is self.instance else x[:, half:]
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics each norm normalises in its mode, and which channels."""
+        """The statistics that each norm normalises by in its present mode, and its channels."""
         names = ("instance norm", "batch norm")
         return tuple(
             replace(part, name=name, channels=(slot.start, slot.end))

@@ -16,15 +16,15 @@ def record_call(
 ) -> Proxy:
     """Record a call on a ``torch.fx.Proxy`` as one node, and refuse anything else.
 
-    The tracer cannot look inside: what a layer computes depends on the values of the shape. So the
-    layer becomes a leaf, as torch's own norms are.
+    The tracer cannot trace into a layer, whose computation depends on the values of the shape. So
+    the layer becomes a leaf, as torch's own norms are.
 
     Args:
         layer: The layer that is called.
-        inputs: The input, which is no tensor, the mask and the residual, or None for either.
-        base_forward: None records a call of the whole layer. A subclass with a ``forward`` of its
-            own has already run the code above ``super().forward(x)``; the node then calls this
-            function of the layer and the inputs, which does what ``super().forward`` does.
+        inputs: The input, the mask and the residual; the last two may be None.
+        base_forward: None records a call of the whole layer. If a subclass overrides ``forward``,
+            the tracer has already recorded its code before ``super().forward(x)``; the node then
+            calls this function with the layer and the inputs in place of ``super().forward``.
 
     Raises:
         InputTypeError: If ``x`` is not a proxy.
@@ -36,8 +36,8 @@ def record_call(
     path = x.tracer.path_of_module(layer) if isinstance(x.tracer, Tracer) else ""
     if not path:
         raise TraceError(
-            f"torch.fx was asked to trace {name} itself, whose inside it cannot follow; trace a "
-            f"model that holds it, for instance nn.Sequential(layer)"
+            f"torch.fx was asked to trace {name} itself, which it can record only as one call; "
+            f"trace a model that holds the layer, for instance nn.Sequential(layer)"
         )
     given: tuple[Any, ...] = (x,) if mask is None else (x, mask)
     named = {} if residual is None else {"residual": residual}

@@ -1,4 +1,4 @@
-"""What constructors take: the options that several layers share, and what a wrong call is told."""
+"""Options that the constructors of several layers share, and the errors for wrong calls."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class SharedOptions(TypedDict, total=False):
         eps: Added to the variance; unit of ``x`` squared. Default 1e-5.
         affine: Learn ``weight`` and ``bias``, ``(C,)`` each, in every stage. Default True.
         bias: Whether ``affine`` learns a shift; if not, there is a scale alone. Default True.
-        activation: What is applied last: ``"relu"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"`` (by
-            the error function), ``"hardswish"``, ``"sigmoid"``, ``"tanh"`` or ``"relu6"``. Default
-            None: nothing.
-        negative_slope: Of ``"leaky_relu"`` below 0. Default 0.01.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        activation: Activation that the layer applies last: ``"relu"``, ``"leaky_relu"``,
+            ``"silu"``, ``"gelu"`` (by the error function), ``"hardswish"``, ``"sigmoid"``,
+            ``"tanh"`` or ``"relu6"``. Default None: no activation.
+        negative_slope: Slope of ``"leaky_relu"`` below 0. Default 0.01.
+        device: Device of parameters and buffers.
+        dtype: Dtype of the parameters; buffers are at least float32.
     """
 
     eps: float
@@ -53,12 +53,12 @@ class TrackingOptions(TypedDict, total=False):
         track_running_stats: Keep running statistics; without them evaluation uses the batch's.
             Default True.
         example_weight: Share of the example's own statistics at evaluation, from 0 to 1. Default 0.
-        process_group: Whose batches count as one batch in training: a ``torch.distributed``
-            group, ``"world"`` for all processes, or None for this process alone.
-        activation: What is applied last, as in ``SharedOptions``. Default None.
-        negative_slope: Of ``"leaky_relu"`` below 0. Default 0.01.
-        device: Where parameters and buffers live.
-        dtype: Of the parameters; buffers are at least float32.
+        process_group: The processes whose batches count as one batch in training: a
+            ``torch.distributed`` group, ``"world"`` for all, or None for this process alone.
+        activation: Activation that the layer applies last, as in ``SharedOptions``. Default None.
+        negative_slope: Slope of ``"leaky_relu"`` below 0. Default 0.01.
+        device: Device of parameters and buffers.
+        dtype: Dtype of the parameters; buffers are at least float32.
     """
 
     eps: float
@@ -74,8 +74,8 @@ class TrackingOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-def of_stages(shared: SharedOptions) -> SharedOptions:
-    """Those of a composite's options that its stages have too: not what comes after all of them."""
+def stage_options(shared: SharedOptions) -> SharedOptions:
+    """Options that a composite passes to its stages: all but the activation after the last one."""
     kept = shared.copy()
     kept.pop("activation", None)
     kept.pop("negative_slope", None)
@@ -87,23 +87,23 @@ _ORDER = {option: place for place, option in enumerate(TrackingOptions.__annotat
 
 
 class ConstructorSignature:
-    """``__signature__`` of a layer's class: with shared options by name, as ``help`` shows them."""
+    """``__signature__`` of a layer's class, in which ``help`` finds the shared options by name."""
 
     def __get__(self, layer: nn.Module | None, owner: type[nn.Module]) -> inspect.Signature:
         if layer is not None:
-            raise AttributeError("__signature__")  # a layer is called as its forward says
+            raise AttributeError("__signature__")  # calling a layer has the signature of forward
         return signature_of(owner)
 
 
 @cache
 def signature_of(layer: type[nn.Module]) -> inspect.Signature:
-    """What a layer's constructor takes, with the options that it passes on to its base class.
+    """Parameters of a layer's constructor, including those that it passes on to its base class.
 
-    ``**shared: Unpack[SharedOptions]`` stands for those options, any other ``**name`` for all that
-    the base class takes.
+    ``**shared: Unpack[SharedOptions]`` stands for those options; any other ``**name`` stands for
+    all options of the base class.
     """
     found: dict[str, inspect.Parameter] = {}
-    known: Mapping[str, Any] | None = None  # names that are passed on; None for all
+    known: Mapping[str, Any] | None = None  # options that are passed on; None means all
     for kind in (kind for kind in layer.__mro__ if "__init__" in vars(kind)):
         parameters = list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -122,7 +122,7 @@ def signature_of(layer: type[nn.Module]) -> inspect.Signature:
 
 
 def default_of(layer: type[nn.Module], option: str) -> Any:
-    """Default of an option, where a constructor of the class or its bases has one; or None."""
+    """Default of a constructor option of the class or one of its bases; None if there is none."""
     for kind in (kind for kind in layer.__mro__ if "__init__" in vars(kind)):
         parameter = inspect.signature(vars(kind)["__init__"]).parameters.get(option)
         if parameter is not None and parameter.default is not parameter.empty:
@@ -133,13 +133,13 @@ def default_of(layer: type[nn.Module], option: str) -> Any:
 def require_arguments(
     layer: type[nn.Module], given: tuple[Any, ...], options: Mapping[str, Any]
 ) -> None:
-    """Refuse a call of one of our constructors that it does not take, and say what to write.
+    """Refuse arguments that a constructor of ours does not take, and say what to write instead.
 
     Raises:
         ArgumentError: If several arguments have no name, or one has an unknown name.
     """
     if not layer.__init__.__module__.startswith("normkit."):
-        return  # a subclass's own constructor, which may take anything
+        return  # a user's subclass has its own constructor, which may take anything
     name, known = layer.__name__, list(signature_of(layer).parameters)
     unknown = [option for option in options if option not in known]
     if unknown:
@@ -158,7 +158,7 @@ def require_arguments(
 
 
 def _with_names(name: str, given: tuple[Any, ...], known: list[str]) -> str:
-    """The call as it was probably meant, if it was written in torch's order."""
+    """The call that was probably meant, if the arguments are in torch's order."""
     names = [option for option in known[1:] if option != "bias"]
     numbers = [value for value in given[:2] if isinstance(value, int)]
     if names[0] == "num_groups" and len(numbers) == 2:  # torch's GroupNorm has the groups first

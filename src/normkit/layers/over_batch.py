@@ -14,14 +14,15 @@ from normkit.layers.rebuilt import RefusingEps
 
 
 class InnerBatchNorm(SegmentLayer):
-    """A batch norm inside of another layer.
+    """A batch norm inside a composite.
 
-    It is no ``_BatchNorm``: tools that replace those would take the layer around it apart.
+    It is not a ``_BatchNorm``, because tools that replace those would change one stage of a
+    composite.
     """
 
     @property
     def partition(self) -> Partition:
-        """One group a channel, over the whole batch."""
+        """One group per channel, over the whole batch."""
         return Partition(num_groups=self.num_features)
 
 
@@ -31,9 +32,10 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
     .. math::  y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + \beta_c
 
     Training uses the batch's statistics, evaluation the running ones. State dict, buffers and
-    results are those of ``torch.nn.BatchNorm1d/2d/3d``, whatever the number of spatial axes. It is
-    a subclass of their base class ``_BatchNorm``, so that tools which look for that find it. Tools
-    that make another layer of it are refused while it has an activation, which they would lose.
+    results are those of ``torch.nn.BatchNorm1d/2d/3d``, for any number of spatial axes. The class
+    is a subclass of their base class ``_BatchNorm``, so tools that look for that class find it.
+    Tools that make another layer of it are refused while it has an activation, which they would
+    lose.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -77,8 +79,8 @@ class BatchGroupNorm(SegmentLayer):
     .. math::  y = \gamma_c \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} + \beta_c
 
     ``num_groups`` need not divide ``C``: a group may be a part of a channel or many channels.
-    ``num_groups = C`` is ``BatchNorm``. Evaluation uses the running statistics, ``(G,)``; another
-    spatial size is allowed then, the group boundaries being fractions of the map.
+    ``num_groups = C`` is ``BatchNorm``. Evaluation uses the running statistics, ``(G,)``, also on
+    maps of another spatial size: group boundaries are fractions of the map.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -121,12 +123,12 @@ class BatchGroupNorm(SegmentLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group a run of the flattened ``(C, *S)`` axis, over the whole batch."""
+        """One group per run of the flattened ``(C, *S)`` axis, over the whole batch."""
         return Partition(num_groups=self.num_groups)
 
     @property
     def running_partition(self) -> Partition:
-        """The buffers have one value a group."""
+        """The buffers have one value per group."""
         return self.partition
 
 
@@ -136,8 +138,8 @@ class GhostBatchNorm(SegmentLayer):
     .. math::  y = \gamma_c \frac{x - \mu_{bc}}{\sqrt{\sigma_{bc}^2 + \epsilon}} + \beta_c,
                \quad b = \lfloor n / B' \rfloor
 
-    A last run that is smaller is normalised by its own statistics. The running statistics are
-    those of the whole batch, so evaluation, and the state dict, are ``BatchNorm``'s.
+    If the last run is smaller, it is normalised by its own statistics. The running statistics are
+    those of the whole batch, so evaluation and the state dict are those of ``BatchNorm``.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -179,7 +181,7 @@ class GhostBatchNorm(SegmentLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group a channel and ghost batch."""
+        """One group per channel and ghost batch."""
         return Partition(num_groups=self.num_features, examples_per_group=self.ghost_batch_size)
 
 
@@ -188,14 +190,15 @@ class GeneralBatchGroupNorm(SegmentLayer):
 
     .. math::  y = \gamma_c \frac{x - \mu_{bg}}{\sqrt{\sigma_{bg}^2 + \epsilon}} + \beta_c
 
-    One example per group is ``GroupNorm`` in training, ``num_groups = C`` is ``GhostBatchNorm``.
+    With one example per group it is ``GroupNorm`` in training, with ``num_groups = C`` it is
+    ``GhostBatchNorm``.
     The running statistics are per channel over the whole batch, as in ``BatchNorm``; evaluation
     pools them into the channel groups by the law of total variance.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        num_groups: Runs of channels; divides ``C``.
-        examples_per_group: Examples in a run, the last of which may be smaller; None is the whole
+        num_groups: Number of runs of channels; divides ``C``.
+        examples_per_group: Examples in a run; the last run may be smaller. None is the whole
             batch.
         **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
             ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
@@ -238,5 +241,5 @@ class GeneralBatchGroupNorm(SegmentLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group a run of channels and run of examples."""
+        """One group per run of channels and run of examples."""
         return Partition(num_groups=self.num_groups, examples_per_group=self.examples_per_group)

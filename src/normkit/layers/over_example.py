@@ -1,4 +1,4 @@
-"""Layers whose statistics are of one example: instance, layer, group and positional."""
+"""Layers that take statistics within one example: instance, layer, group and positional."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from normkit.typing import FeatureMap
 
 
 class ExampleLayer(SegmentLayer):
-    """A layer that normalises by the example's own statistics unless it is told otherwise."""
+    """A layer that by default normalises by the example's own statistics, also at evaluation."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class InstanceNorm(ExampleLayer):
 
     .. math::  y = \gamma_c \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} + \beta_c
 
-    Training and evaluation alike, unless ``example_weight`` is below 1. Unlike
-    ``torch.nn.InstanceNorm2d`` it is affine by default and keeps the memory format.
+    Training and evaluation are the same, unless ``example_weight`` is below 1. Unlike
+    ``torch.nn.InstanceNorm2d`` the layer is affine by default and keeps the memory format.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -77,7 +77,7 @@ class InstanceNorm(ExampleLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group a channel and example."""
+        """One group per channel and example."""
         return Partition(num_groups=self.num_features, examples_per_group=1)
 
 
@@ -86,8 +86,8 @@ class LayerNorm(ExampleLayer):
 
     .. math::  y = \gamma_c \frac{x - \mu_n}{\sqrt{\sigma_n^2 + \epsilon}} + \beta_c
 
-    This is the layer normalization of a feature map, ``GroupNorm`` with one group, its affine per
-    channel; ``torch.nn.LayerNorm`` on channels-last tokens is ``PositionalNorm``.
+    This is layer normalization of a feature map: ``GroupNorm`` with one group, with one scale and
+    shift per channel. ``torch.nn.LayerNorm`` on channels-last tokens is ``PositionalNorm``.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -116,7 +116,7 @@ class LayerNorm(ExampleLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group an example."""
+        """One group per example."""
         return Partition(num_groups=1, examples_per_group=1)
 
 
@@ -125,11 +125,12 @@ class GroupNorm(ExampleLayer):
 
     .. math::  y = \gamma_c \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} + \beta_c
 
-    Unlike ``torch.nn.GroupNorm`` the channels come first, so that it works as ``norm_layer=``.
+    Unlike in ``torch.nn.GroupNorm`` the number of channels comes first, so the class works as
+    ``norm_layer=``.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        num_groups: Runs of channels; divides ``C``.
+        num_groups: Number of runs of channels; divides ``C``.
         track_running_stats: Keep whole-batch statistics per channel for ``example_weight``.
         example_weight: Share of the example's own statistics at evaluation; 1 uses them alone.
         **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``process_group``, ``device`` and
@@ -167,7 +168,7 @@ class GroupNorm(ExampleLayer):
 
     @property
     def partition(self) -> Partition:
-        """One group a run of channels and example."""
+        """One group per run of channels and example."""
         return Partition(num_groups=self.num_groups, examples_per_group=1)
 
 
@@ -176,7 +177,7 @@ class PositionalNorm(NormLayer):
 
     .. math::  y = \gamma_c \frac{x - \mu_{ns}}{\sqrt{\sigma_{ns}^2 + \epsilon}} + \beta_c
 
-    No running statistics; training and evaluation are the same.
+    There are no running statistics; training and evaluation are the same.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -213,7 +214,7 @@ class PositionalNorm(NormLayer):
         self.reset_parameters()
 
     def parts(self) -> tuple[Part, ...]:
-        """Statistics of each position of each example."""
+        """The statistics of each position of each example."""
         return (Part(partition=None),)
 
     def _normalize(
@@ -223,5 +224,5 @@ class PositionalNorm(NormLayer):
         return normalize_positional(x, self._affine(), self.training, name, valid, ending)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         return (POSITIONAL,)

@@ -1,4 +1,4 @@
-"""What a layer is made of, as tools ask it: statistics, and who holds which channels' values."""
+"""What tools can ask a layer: which elements share statistics, and where its values are held."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Part:
     """Statistics that a layer normalises by, and the elements that share them.
 
     Args:
-        name: The norm or stage of a composite; of other layers what it is.
-        partition: The groups; None is one for each position of each example.
-        origin: ``"input"``: they are computed from the elements that share them. ``"running"``:
-            they are fixed, whatever the input. ``"estimates"``: running ones that the elements
-            have just moved.
-        share: Their weight where several are averaged, as ``example_weight`` says.
-        channels: First channel and one past the last, where it is not all of them.
+        name: Name of the norm or stage in a composite; ``"statistics"`` in other layers.
+        partition: The groups; None is one group per position of each example.
+        origin: ``"input"``: computed from the elements that share them. ``"running"``: running
+            statistics, which do not depend on the input. ``"estimates"``: running estimates that
+            were first updated with the elements.
+        share: Weight of these statistics where ``example_weight`` mixes several.
+        channels: First channel and one past the last; None is all channels.
     """
 
     name: str = "statistics"
@@ -36,13 +36,13 @@ class Part:
     channels: tuple[int, int] | None = None
 
     def index(self, shape: Sequence[int]) -> Tensor:
-        """Number the groups: the group of every element.
+        """Number of the group of every element.
 
         Args:
-            shape: Of the feature map, ``(N, C, *S)``.
+            shape: Shape of the feature map, ``(N, C, *S)``.
 
         Returns:
-            Whole numbers in that shape, from 0; -1 in channels that the part does not look at.
+            Integers of that shape, from 0; -1 in channels that do not belong to the part.
 
         Raises:
             PartitionError: If the groups do not divide the map.
@@ -60,7 +60,7 @@ class Part:
         return index
 
     def describe(self, shape: Sequence[int]) -> str:
-        """Say of which elements the statistics are, for a feature map of this shape."""
+        """Describe the elements that share statistics, for a feature map of this shape."""
         if self.partition is None:
             return f"{self.name} over the {shape[1]} channels of each position"
         group = self.partition.describe_group(self._own_shape(shape))
@@ -93,10 +93,10 @@ def _group_index(partition: Partition | None, shape: Sequence[int]) -> Tensor:
 
 
 class Slot(NamedTuple):
-    """A run of channels of a layer, and the layer in it that has their values.
+    """A run of channels, and the layer that holds their values.
 
     Args:
-        layer: The layer itself, or a stage of it.
+        layer: The asked layer itself, or a stage of it.
         start: First channel.
         end: One past the last.
     """
@@ -107,7 +107,7 @@ class Slot(NamedTuple):
 
 
 class Tracking(Protocol):
-    """What ``tracked_parts`` reads of a layer."""
+    """The attributes of a layer that ``tracked_parts`` reads."""
 
     training: bool
     running_mean: Tensor | None
@@ -119,7 +119,7 @@ class Tracking(Protocol):
 
 
 def tracked_parts(name: str, partition: Partition, layer: Tracking) -> tuple[Part, ...]:
-    """Statistics of the input in training; then the running ones and the example's own."""
+    """The input's statistics in training; at evaluation the running and the example's own ones."""
     if layer.training or layer.running_mean is None:
         return (Part(name=name, partition=partition),)
     whole = Partition(num_groups=partition.num_groups)

@@ -1,4 +1,4 @@
-"""SwitchableNorm: the statistics of instance, layer and batch norm, mixed by learned shares."""
+"""SwitchableNorm: statistics of instance, layer and batch norm, mixed by learned shares."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class SwitchableNorm(TrackingLayer):
     .. math::  \mu = \sum_k softmax(a)_k \mu_k, \quad \sigma^2 = \sum_k softmax(b)_k \sigma_k^2,
                \quad y = \gamma_c \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta_c
 
-    over ``k`` in instance, layer, batch. The logits ``a`` are ``mean_logits``, ``b`` are
-    ``var_logits``, in that order and equal at first; they are learned with ``affine=False`` too.
+    over ``k`` in instance, layer, batch, in that order. The logits ``a`` are ``mean_logits``, ``b``
+    are ``var_logits``; all start at 1, and they are learned with ``affine=False`` too.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        use_batch: Mix in the batch's statistics. Without, there are two logits and no running
-            statistics: for batches of one.
+        use_batch: Mix in the batch's statistics. False, for batches of one: there are two logits
+            and no running statistics.
         **shared: ``eps``, ``momentum``, ``affine``, ``bias``, ``track_running_stats``,
             ``example_weight``, ``process_group``, ``device`` and ``dtype``: see ``TrackingOptions``
             in ``normkit.layers.options``.
@@ -44,7 +44,7 @@ class SwitchableNorm(TrackingLayer):
         InputTypeError: If it is not float32, float64, bfloat16 or float16.
 
     Numerics:
-        All three variances that are mixed are biased, so 1x1 maps have finite results; the running
+        The three mixed variances are biased, so results are finite on 1x1 maps. The running
         variance is unbiased and starts at 1.
 
     Source:
@@ -101,18 +101,18 @@ class SwitchableNorm(TrackingLayer):
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         running = self._running() if self.use_batch else None
         is_part = self.use_batch and self._ranks(x) is not None
         return (composite_route(running, self.training, is_part, is_masked, False),)
 
-    def _groups(self) -> Iterable[Partition]:
+    def _groups_to_check(self) -> Iterable[Partition]:
         if self._process_group is not None:
             return ()
         return (self.partitions["batch norm" if self.use_batch else "layer norm"],)
 
     def parts(self) -> tuple[Part, ...]:
-        """By which statistics the norms normalise in the layer's mode."""
+        """The statistics that each norm normalises by in the present mode."""
         found = self.partitions
         batch = found.pop("batch norm", None)
         own = [Part(name=name, partition=partition) for name, partition in found.items()]

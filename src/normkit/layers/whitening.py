@@ -1,4 +1,4 @@
-"""GroupWhitening: groups of channels of an example, decorrelated."""
+"""GroupWhitening: decorrelate the groups of channels within each example."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class GroupWhitening(NormLayer):
                \frac{\Sigma}{tr \Sigma}, \quad
                Y = \frac{P_T}{\sqrt{tr \Sigma}} X
 
-    where ``X`` is an example's map as ``num_groups`` centred rows of ``m`` elements, a run of
-    channels each. Then every channel has its scale and shift.
+    where ``X`` is an example's map as ``num_groups`` centred rows of ``m`` elements; each row is a
+    run of channels. Afterwards every channel is scaled and shifted.
 
-    It needs products of different channels, so it is no algebra on the table of moments: it is
-    computed in plain torch operators and autograd keeps several maps for backward.
+    The method needs products of different channels, which the table of moments does not have. So it
+    is computed in plain torch operators, and autograd keeps several maps for backward.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
-        num_groups: Runs of channels, the rows that are decorrelated; divides ``C``.
-        iterations: Newton steps. Five leave 64 groups far from white (by about a half); that is
-            the method, not an accident.
+        num_groups: Number of runs of channels, which are decorrelated; divides ``C``.
+        iterations: Newton steps. After five steps 64 groups are still far from white (by about a
+            half), as the method intends.
         **shared: ``eps``, ``affine``, ``bias``, ``device`` and ``dtype``: see ``SharedOptions`` in
             ``normkit.layers.options``.
 
@@ -45,8 +45,8 @@ class GroupWhitening(NormLayer):
         InputTypeError: If it is not float32, float64, bfloat16 or float16.
 
     Numerics:
-        At least float32, also under autocast; ``eps`` comes before the trace, so that constant
-        input has a finite result.
+        At least float32, also under autocast. ``eps`` is added before the trace is taken, so
+        constant input has a finite result.
 
     Source:
         Huang, Zhou, Liu, Zhu & Shao 2021, Group Whitening: Balancing Learning Efficiency and
@@ -89,8 +89,8 @@ class GroupWhitening(NormLayer):
         return whiten(x, self.num_groups, self.iterations, parameters, training, name, valid)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
-        """What decides who computes each part of a call on ``x``: for ``explain``."""
+        """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         return (WHITENING,)
 
-    def _groups(self) -> Iterable[Partition]:
+    def _groups_to_check(self) -> Iterable[Partition]:
         return (self.partition,)

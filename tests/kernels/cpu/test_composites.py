@@ -14,7 +14,7 @@ from normkit.core.composite import (
     instance_beside_batch,
     switched,
 )
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
 
 LAYERS = {
     "batch then group": lambda c, **k: nk.BatchChannelNorm(c, num_groups=4, **k),
@@ -209,7 +209,7 @@ def test_fake_kernels_tell_the_truth(name):
     parameters = [None if n is None else torch.rand(n) for n in (*sizes, None)[:4]]
     num_batch = composite.num_batch_channels(6)
     running = (torch.zeros(num_batch), torch.ones(num_batch), torch.tensor(0))
-    programs = followed(composite, 6, sizes, "own")
+    programs = programs_of(composite, 6, sizes, "own")
     given = (x, programs.forward, *parameters, 0.1, None, None, *running)
     _, table = operators.composite_forward(*given)
     torch.library.opcheck(operators.composite_forward.default, given)
@@ -231,12 +231,12 @@ def test_fake_kernels_tell_the_truth(name):
 def test_parameters_and_groups_that_do_not_fit_are_refused():
     composite, sizes = FORMULAS["batch then group"]
     with pytest.raises(nk.PartitionError, match="4 groups do not divide 6 channels"):
-        followed(composite._replace(options=(4, 1e-5)), 6, sizes, "own")
+        programs_of(composite._replace(options=(4, 1e-5)), 6, sizes, "own")
     with pytest.raises(nk.InputError, match="4 and 6 channels do not fit"):
-        followed(composite, 6, (4, None, 3, 3), "own")
+        programs_of(composite, 6, (4, None, 3, 3), "own")
     beside, _ = FORMULAS["halves"]
     with pytest.raises(nk.InputError, match="2 and 3 channels do not fit"):
-        followed(beside, 6, (2, None, 3, None), "own")
+        programs_of(beside, 6, (2, None, 3, None), "own")
 
 
 def test_what_does_not_fit_is_refused():
@@ -244,14 +244,14 @@ def test_what_does_not_fit_is_refused():
     forward = torch.ops.normkit.composite_forward
     composite, sizes = FORMULAS["batch then group"]
     parameters = [None if n is None else torch.ones(n) for n in sizes]
-    text = followed(composite, 6, sizes, "own").forward
+    text = programs_of(composite, 6, sizes, "own").forward
     with pytest.raises(RuntimeError, match="5 values where 6 are needed"):
         forward(x, text, torch.ones(5), *parameters[1:], 0.1)
-    given = followed(composite, 6, sizes, "given").forward
+    given = programs_of(composite, 6, sizes, "given").forward
     with pytest.raises(RuntimeError, match="5 values where 6 are needed"):
         forward(x, given, *parameters, 0.0, torch.zeros(5), torch.ones(5))
     mean, var = torch.zeros(6), torch.ones(6)
-    estimates = followed(composite, 6, sizes, "estimates").forward
+    estimates = programs_of(composite, 6, sizes, "estimates").forward
     with pytest.raises(RuntimeError, match="2 values where 3 are needed"):
         forward(x, estimates, *parameters[:3], torch.ones(2), 0.5, None, None, mean, var)
     assert torch.equal(mean, torch.zeros(6))  # nothing has moved

@@ -1,4 +1,4 @@
-"""PositionalNorm, given statistics, the four primitives; and what the tracers are told."""
+"""PositionalNorm, given statistics, the four primitives, and the shape functions for tracers."""
 
 import shutil
 import subprocess
@@ -230,7 +230,7 @@ def test_a_missing_library_is_a_plain_reason(monkeypatch, tmp_path):
     try:
         assert not cpu.available()
         with pytest.raises(
-            RuntimeError, match=r"were not built: .* no word of why; with torch and"
+            RuntimeError, match=r"were not built: .* has left no reason; install torch and"
         ):
             cpu.require()
         (tmp_path / "not_built.txt").write_text("the compiler failed:\nc++ -c x.cpp\n")
@@ -247,8 +247,15 @@ def test_a_missing_library_is_a_plain_reason(monkeypatch, tmp_path):
         library.why_not.cache_clear()
 
 
+REASONS = {
+    "no-such-compiler": "the compiler no-such-compiler does not start: [Errno 2]",
+    "cl.exe": "the kernels are written with vector types that GCC and Clang have and MSVC has not",
+}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler to leave out")
-def test_an_install_without_a_compiler_says_so_and_goes_on(tmp_path):
+@pytest.mark.parametrize("compiler", REASONS)
+def test_an_install_without_a_compiler_says_so_and_goes_on(tmp_path, compiler):
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)],
@@ -256,12 +263,12 @@ def test_an_install_without_a_compiler_says_so_and_goes_on(tmp_path):
         check=True,
         capture_output=True,
         text=True,
-        env={"CXX": "no-such-compiler", "PATH": ""},
+        env={"CXX": compiler, "PATH": ""},
     )
     assert "installed without its CPU kernels" in done.stderr
     assert not list(tmp_path.rglob("_C.so"))
     (reason,) = tmp_path.rglob("not_built.txt")
-    assert reason.read_text().startswith("the compiler no-such-compiler does not start: [Errno 2]")
+    assert reason.read_text().startswith(REASONS[compiler])
 
 
 SLOW = """
@@ -301,7 +308,7 @@ def test_the_first_slow_call_of_a_process_is_told_with_its_reason_and_the_way_ou
     assert done.stdout == (
         "normkit computes on the CPU without its C++ kernels, with the same results and several "
         "times slower: the CPU kernels were not built: no C++ compiler was found when normkit was "
-        "built; with torch and a C++ compiler there, run `pip install --no-build-isolation "
+        "built; install torch and a C++ compiler, then run `pip install --no-build-isolation "
         "--no-deps --force-reinstall .` in the folder of normkit's sources\n"
     )
 

@@ -19,7 +19,7 @@ from normkit.core.composite import (
     instance_beside_batch,
     switched,
 )
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
 from normkit.kernels.activations import Activation, Kind
 from normkit.kernels.triton import composite, operators, plan, primitives
 
@@ -118,7 +118,7 @@ def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
         ("own", "mixed", "estimates"))  # fmt: skip
     found = []
     for source in sources:
-        programs = followed(formula, 64, sizes, source)
+        programs = programs_of(formula, 64, sizes, source)
         slots = [torch.zeros(size, requires_grad=True) for size in sizes]
         slots += [None] * (4 - len(sizes))
         moments = torch.zeros(64), torch.ones(64)  # as many as there are channels, or more

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no T
 
 from kernels.triton.without_gpu import started_on
 from normkit.core.composite import Composite, batch_then_group
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
 from normkit.kernels.triton import composite, operators, plan
 
 HOPPER = 90
@@ -110,7 +110,7 @@ def test_options_and_absent_tensors_have_their_own_plans(started):
 
 def test_a_rate_that_changes_with_every_step_needs_no_new_plan(started):
     x, mean, var = map_of((4, 16, 3, 3)), torch.zeros(16), torch.ones(16)
-    programs = followed(Composite(batch_then_group, (4, 1e-5), 1e-5), 16, (16,) * 4, "estimates")
+    programs = programs_of(Composite(batch_then_group, (4, 1e-5), 1e-5), 16, (16,) * 4, "estimates")
     for step in range(1, 4):
         forward(x, (mean, var, None, 1 / step))
         slots, buffers = (mean, var, mean, var), (None, None, mean, var, None)

@@ -255,7 +255,7 @@ def test_a_layer_without_a_known_composition_is_refused():
         ("[[1, 2]]", "at 0"),
         ("[[1, 2, 0]]", "at 0.2: Input should be greater than or equal to 1"),
         ('{"a": 1}', "at the whole: Input should be a valid list"),
-        ("[", "is no JSON"),
+        ("[", "is not JSON"),
         ("[]", "lists no shape"),
     ],
 )

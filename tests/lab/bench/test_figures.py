@@ -63,7 +63,7 @@ def entry(seconds, kept=0):
 
 
 def record_of(ratios, norm="bn", peer="torch", kept=1.0):
-    """One row for each of ResNet-50's shapes, with the peer's time in times of ours."""
+    """One row for each of ResNet-50's shapes, and the peer's time divided by ours."""
     rows = []
     for (size, shape), ratio in zip(
         [(size, shape) for size in (2, 32) for shape in RESNET50], ratios, strict=True

@@ -13,9 +13,8 @@ from normkit.lab.course import Hooks, first_batches
 from normkit.lab.data import load
 from normkit.lab.loop import Loop
 from normkit.lab.models import build_model
-from normkit.lab.reproduce import PRESETS, channels, disturbed, landscape_claims
+from normkit.lab.reproduce import PRESETS, channels, landscape_claims
 from normkit.lab.reproduce.stack import readings
-from normkit.lab.reproduce.tasks.disturbed import first_norms
 from normkit.lab.reproduce.tasks.drawn import arm_of
 from normkit.lab.reproduce.tasks.networks import (
     DrawnNorm,
@@ -155,7 +154,7 @@ def test_readings_of_a_landscape():
     assert landscape_claims.level(arms, "bn") == 1.5
 
 
-def test_readings_of_channels_and_disturbances():
+def test_readings_of_channels():
     arms = {
         arm_of(m, s): {
             "mean_spread": m,
@@ -168,17 +167,6 @@ def test_readings_of_channels_and_disturbances():
     assert channels.slope(arms, "mean_spread", "scale_spread") == pytest.approx(-0.1)
     assert channels.slope(arms, "scale_spread", "mean_spread") == pytest.approx(-0.2)
     assert channels.farthest(arms)["accuracy"] == pytest.approx(0.4)
-    assert disturbed.drop({"undisturbed": 0.9, "accuracy": [0.8, 0.4]}) == pytest.approx(0.3)
-
-
-def test_the_first_norms_of_blocks_are_batch_norms_that_xbn_leaves(digits):
-    model = seeded_network("small-resnet:width=4:blocks=3", "bn", digits, 0)
-    nk.place_xbn_(model, position=2, norm="gn:2")
-    names = first_norms(model, 6)
-    assert len(names) == 6
-    assert all(isinstance(model.get_submodule(name), nk.BatchNorm) for name in names)
-    second = [name.replace("norm1", "norm2") for name in names]
-    assert all(isinstance(model.get_submodule(name), nk.GroupNorm) for name in second)
 
 
 def test_pictures_shrink_by_averaging_squares():

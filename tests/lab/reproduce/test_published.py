@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from normkit.errors import DataError
 from normkit.lab.reproduce import PRESETS, as_text, conclude, read_result
 from normkit.lab.reproduce.papers import PAPERS
 from normkit.lab.reproduce.tables.catalog import tables
@@ -30,12 +31,30 @@ def test_the_page_of_a_paper_has_all_its_tables(key):
         assert (f"\n### {table.name}\n" in page) == (table.of == key)
 
 
+def test_the_list_of_tables_is_that_of_the_presets():
+    update = program("update_tables")
+    text = (DOCS / "reproduce.md").read_text(encoding="utf-8")
+    assert update.updated(text) == text
+    assert update.overview() in text
+
+
+def test_a_result_of_other_settings_is_refused(monkeypatch, tmp_path):
+    update = program("update_tables")
+    table = tables()["H-T3"]
+    other = table.model_copy(update={"small": {**table.small, "epochs": 7}})
+    with pytest.raises(DataError, match="is of other settings than preset H-T3 has at scale"):
+        update.result_of(other)
+
+
 def test_verdicts_on_tables_are_those_of_their_runs():
     for table in tables().values():
         path = DOCS / "records" / f"reproduce-{table.name}.json"
         if path.exists():
             result = read_table_result(path)
             assert result.scale == "small"
+            assert result.differences == table.differences("small")
+            assert {n: table.readings[n] for n in result.readings} == result.readings
+            assert result.numbers == table.numbers
             assert judged(table, "small", result.cells) == result.claims
             assert (DOCS / "images" / f"reproduce-{table.name}.svg").exists()
 

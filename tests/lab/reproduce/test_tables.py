@@ -9,20 +9,32 @@ import torch
 
 from normkit.cli import main
 from normkit.errors import SpecError
+from normkit.lab.data.known import KNOWN, random_dataset
 from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.reproduce.preset import SCALES
 from normkit.lab.reproduce.tables.catalog import find_table, tables
-from normkit.lab.reproduce.tables.dry_run import KNOWN, estimate_table, random_dataset
+from normkit.lab.reproduce.tables.dry_run import estimate_table
+from normkit.lab.reproduce.tables.page import ours
 from normkit.lab.reproduce.tables.quantity import At, Cells, Quantity
-from normkit.lab.reproduce.tables.result import Cell, Run, ours, read_table_result
+from normkit.lab.reproduce.tables.result import (
+    Cell,
+    Results,
+    Run,
+    conclude_table,
+    read_table_result,
+)
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.reproduce.tables.table import Table, read_table
+from normkit.lab.task import parse_task
 from normkit.lab.work import Upkeep, Way
 
 EXPECTED = {
-    "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "S-F3", "S-3.3", "S-3.4", "Q-T1", "Q-T2", "Q-T3",
-    "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "H-T1", "H-T2", "H-T3", "H-F7", "Z-T1", "Z-T2",
+    "G-T1", "G-T2", "G-T3", "G-T4", "G-A5", "G-F2", "G-F3", "G-F4",
+    "S-F1", "S-F2", "S-F3", "S-F4", "S-F5", "S-3.3", "S-3.4", "S-B", "S-A",
+    "Q-T1", "Q-T2", "Q-T3", "Q-T4", "Q-T5", "Q-T6", "Q-T7", "Q-T8", "Q-F8", "Q-A",
+    "H-T1", "H-T2", "H-T3", "H-F7", "H-F8", "H-GW", "Z-T1", "Z-T2", "Z-T3", "Z-T4",
+    "Z-T5", "Z-T6",
 }  # fmt: skip
 CELLS = Cells({"": ["BN", "GN"]}, {"": [2, 8]})
 PARTS = Cells({"a": ["BN", "GN"], "b": ["BN"]}, {"a": [2, 8], "b": [4]})
@@ -43,6 +55,7 @@ def test_a_table_can_be_read_at_every_scale(name):
         assert len(claims) == sum(scale in claim.scales for claim in table.claims)
         for part in table.parts(scale):
             assert [part.label(norm) for norm in part.sweep.norms] == list(part.arms)
+            assert set(table.scores) <= set(parse_task(part.sweep.protocol.task).scores)
     assert table.claims_at("small")
     assert table.differences("paper") == table.cannot
     assert len(table.differences("small")) > len(table.cannot)
@@ -103,7 +116,7 @@ def test_a_quantity_that_cannot_be_computed_is_refused(text, message):
     [
         (("[arms]", "[arms]]"), "is no TOML file"),
         (("epochs = 1\n", "epoch = 1\n"), "names epoch; its arms are BN, GN"),
-        (('measure = "error"', 'measure = "speed"'), "measure was given 'speed'"),
+        (('measure = "error"', "measure = 1"), "measure was given 1"),
         (("[tiny.specs]\nGN = ", "[tiny.specs]\nXN = "), "names XN; its arms are BN, SN"),
     ],
 )
@@ -139,6 +152,28 @@ def test_the_tiny_scale_of_a_table_runs_and_is_judged(name, tmp_path):
         assert run.score is None or 0 <= run.score <= 100
 
 
+@pytest.mark.parametrize("parts", [(), ("a", "b")])
+def test_a_table_shows_several_scores_of_a_run(parts, record):
+    values = {
+        "name": "T", "of": "zhou", "place": "Table", "title": "t", "arms": {"BN": "bn"},
+        "scores": ("accuracy", "loss"), "small": {}, "tiny": {},
+        "paper": {"batch_sizes": (10,), "seeds": (1, 2)}
+        | ({"parts": {name: {} for name in parts}} if parts else {}),
+    }  # fmt: skip
+    table = Table.checked(values)
+    names = ["a_accuracy", "a_loss", "b_accuracy", "b_loss"] if parts else ["accuracy", "loss"]
+    assert table.cells("paper").parts == names
+    runs = [record(seed=seed, scores={"accuracy": 0.1 * seed, "loss": 0.5}) for seed in (1, 2)]
+    result = conclude_table(
+        table, "paper", [(part, Results(runs, ())) for part in table.parts("paper")]
+    )
+    assert [cell.part for cell in result.cells] == names
+    assert [cell.scores for cell in result.cells] == [[10, 20], [50, 50]] * (len(names) // 2)
+    assert Quantity(f"mean(BN({names[1]}))", table.cells("paper"))(
+        {At("BN", name, 10): float(at) for at, name in enumerate(names)}
+    ) == 1  # fmt: skip
+
+
 def test_scores_come_from_the_records_seed_by_seed(tmp_path):
     table = tables()["Q-T3"]
     way = Way(out=tmp_path, num_workers=1, upkeep=Upkeep(folder=tmp_path))
@@ -147,7 +182,7 @@ def test_scores_come_from_the_records_seed_by_seed(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     found = {
         (record["spec"]["norm"], record["spec"]["seed"]): 100
-        - 100 * record["outcome"]["test_accuracy"]
+        - 100 * record["outcome"]["scores"]["accuracy"]
         for record in records
     }
     assert len(found) == 12
@@ -202,7 +237,7 @@ def test_missing_data_are_said_with_their_place(tmp_path, capsys, monkeypatch):
     given = ["--scale", "paper", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["reproduce", "q-t3", *given]) == 2
     errors = capsys.readouterr().err
-    assert f"{tmp_path / 'data' / 'imagenet'} is not there; put folders train and val" in errors
+    assert f"{tmp_path / 'data' / 'imagenet'} does not exist; put folders train and val" in errors
     assert "Traceback" not in errors
 
 
@@ -212,6 +247,24 @@ def test_tables_are_listed(capsys):
     assert output.startswith("Z-T2: ResNet-50 on ImageNet, ")
     assert "BGN is far ahead of batch norm at the smallest batch (Table 2)" in output
     assert find_table("nothing") is None
+
+
+ROWS = (
+    "G-T1 G-T2 G-T3 G-T4 G-F2 G-F3 G-F4 G-A5 S-F1 S-F2 S-F3 S-F4 S-F5 S-3.3 S-3.4 S-B Q-T1 Q-T2 "
+    "Q-T3 Q-T4 Q-T5 Q-T6 Q-T7 Q-T8 Q-F4 Q-F5 Q-F6 Q-F8 Q-A S-A H-F2 H-F3 H-F4 H-F5 H-F7 H-F8 H-T1 "
+    "H-T2 H-T3 H-GW Z-T1 Z-T2 Z-F1"
+)
+"""Rows of the papers' tables and figures on classification, and of their analyses."""
+
+
+def test_every_row_has_a_preset_that_is_listed(capsys):
+    assert main(["reproduce", "--list"]) == 0
+    heads = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    listed = {name for head in heads if not head.startswith(" ") for name in head.split(", ")}
+    assert {*ROWS.split()} <= listed
+    for name in ROWS.split():
+        assert main(["reproduce", name.lower(), "--list"]) == 0
+        assert name in capsys.readouterr().out.partition(":")[0].split(", ")
 
 
 def test_a_dry_run_measures_each_cell_and_says_which_data_are_missing(
@@ -238,6 +291,16 @@ def test_a_dry_run_counts_the_steps_of_the_whole_training(hold_out, num_train):
     (part,) = estimate_table(table, "paper")
     (cell,) = part.cells
     assert cell.num_steps == 20 * math.ceil(num_train / (128 * 5))
+
+
+def test_a_dry_run_of_several_processes_measures_one_of_them():
+    table = tables()["Z-T2"]
+    changed = {"model": "small-resnet:width=4", "data": "cifar10", "image_size": None}
+    paper = {**table.paper, **changed, "batch_sizes": (2,), "arms": ("BN",)}
+    (part,) = estimate_table(table.model_copy(update={"paper": paper}), "paper")
+    (cell,) = part.cells
+    assert cell.num_steps == 120 * 50_000 // (2 * table.paper["processes"])
+    assert cell.step_time_s > 0
 
 
 def test_records_of_other_processes_must_be_whole_and_of_this_code(tmp_path, monkeypatch):
@@ -268,9 +331,16 @@ def test_records_of_other_processes_must_be_whole_and_of_this_code(tmp_path, mon
         run_table(split, "tiny", **given)
 
 
-def test_a_dry_run_of_a_figure_is_refused(tmp_path, capsys):
-    assert main(["reproduce", "gnbn", "--dry-run", "--out", str(tmp_path)]) == 2
-    assert "--dry-run was given with gnbn, but measures tables only" in capsys.readouterr().err
+def test_a_dry_run_of_networks_that_are_given_counts_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
+    paper = dict(tables()["S-F1"].paper)
+    part = paper["parts"]["mobilenet"] | {"data": "cifar10", "image_size": None}
+    table = tables()["S-F1"].model_copy(update={"paper": {**paper, "parts": {"mobilenet": part}}})
+    (found,) = estimate_table(table, "paper")
+    assert str(tmp_path / "weights" / "mobilenet_v2.safetensors") in found.missing
+    assert "cifar-10-batches-py is not there" in found.missing
+    num_states = 7  # plain and six weights
+    assert found.cells[0].num_steps == math.ceil(num_states * (5_000 + 10_000) / 128)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -301,5 +371,8 @@ def test_random_pictures_have_the_sizes_of_the_data_set():
         50000,
     )
     assert found.train.take(torch.arange(2)).inputs.shape == (2, 3, 224, 224)
+    (nasnet,) = (part for part in tables()["S-F1"].parts("paper") if part.name == "nasnet")
+    protocol = nasnet.sweep.protocol
+    assert parse_task(protocol.task).sample(protocol).data.input_shape == (3, 331, 331)
     with pytest.raises(SpecError, match="the sizes of 'digits' are not known; known are cifar10"):
         random_dataset("digits")

@@ -150,7 +150,7 @@ def _in_activation(block: Block, norm: InstanceNorm, name: str, activation: nn.M
     change = Change(
         name=f"{block.name}.{name}", old=kind, new="in", carried=(f"activation {kind}",)
     )
-    return Insertion(activation, new, new, block.norms[-1], change)
+    return Insertion(activation, new, new, block.norms[-1], block.name, change)
 
 
 def _in_block(block: Block, norm: InstanceNorm, mixin: type[_NormedBlock]) -> Insertion:
@@ -160,7 +160,7 @@ def _in_block(block: Block, norm: InstanceNorm, mixin: type[_NormedBlock]) -> In
     new.__dict__.update(old.__dict__)
     new._modules = {**old._modules, SUM_NORM: norm}
     change = Change(name=f"{block.name}.{SUM_NORM}", old="nothing", new="in")
-    return Insertion(old, new, norm, block.norms[-1], change)
+    return Insertion(old, new, norm, block.norms[-1], block.name, change)
 
 
 @cache

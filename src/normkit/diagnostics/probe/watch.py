@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normkit.core.running import are_still
+from normkit.core.running import buffers_are_frozen
 from normkit.diagnostics.inactive_channels import LayerActivity, Recorder
 from normkit.diagnostics.probe.norms import ObservedNorm, norms_of, parts_of_composites
 from normkit.inference.tracked import Where
@@ -111,7 +111,7 @@ class Watch:
         """
         self._stop_recording_functions()
         self._recorder.begin()
-        self._counts = self._model.training and torch.is_grad_enabled() and not are_still()
+        self._counts = self._model.training and torch.is_grad_enabled() and not buffers_are_frozen()
         if not self._counts:
             return
         self.num_forwards += 1

@@ -1,4 +1,4 @@
-"""The compiled library: found, and loaded once."""
+"""Finding the compiled library, and loading it once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from normkit.kernels.operators import NAMESPACE, SCHEMAS, define
 from normkit.text import shortened
 
 LIBRARY = Path(__file__).with_name("_C.so")
-REASON_NAME = "not_built.txt"  # what the build leaves beside it when there is no library
+REASON_NAME = "not_built.txt"  # the build writes this file beside it if it cannot build one
 BUILD_AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall ."
 operators = SimpleNamespace(
     MOST_CHANNELS_OF_A_POSITION=sys.maxsize, MOST_CHANNELS_OF_A_GROUP=sys.maxsize
 )
-"""The set of kernels: the operators, looked up once. As an attribute of ``torch.ops`` each costs a
-microsecond a call."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the operators are then Triton's
+"""The set of C++ kernels: each operator is looked up once, because an attribute of ``torch.ops``
+costs a microsecond per call."""
+# In triton's interpreter the Triton kernels are registered for the CPU in place of these.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -33,8 +34,8 @@ def why_not() -> str | None:
         return "triton's interpreter (TRITON_INTERPRET=1) computes the operators on the CPU"
     if not LIBRARY.exists():
         return (
-            f"the CPU kernels were not built: {_why_not_built()}; with torch and a C++ compiler "
-            f"there, run `{BUILD_AGAIN}` in the folder of normkit's sources"
+            f"the CPU kernels were not built: {_why_not_built()}; install torch and a C++ "
+            f"compiler, then run `{BUILD_AGAIN}` in the folder of normkit's sources"
         )
     define()
     try:
@@ -50,11 +51,11 @@ def why_not() -> str | None:
 
 
 def _why_not_built() -> str:
-    """What the build has left as its reason, in one line."""
+    """The reason that the build has written, in one line."""
     try:
         return shortened(LIBRARY.with_name(REASON_NAME).read_text(encoding="utf-8"))
     except OSError:
-        return "the package has no library, and no word of why"
+        return "the package contains no library, and the build has left no reason"
 
 
 def require() -> None:
@@ -70,7 +71,7 @@ def require() -> None:
 
 @cache
 def warn_that_it_is_slow() -> None:
-    """Warn, once a process, that calls which the library would compute take longer without it."""
+    """Warn, once per process, that calls are slower because the library is missing."""
     if INTERPRETED:
         return
     warnings.warn(

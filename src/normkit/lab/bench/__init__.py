@@ -1,4 +1,4 @@
-"""Benchmarks: our layers and torch's in turns, in one run, compared only if they agree."""
+"""Benchmarks: time our layers and torch's in turns, in one run, if their results agree."""
 
 from normkit.lab.bench.errors import BenchError
 from normkit.lab.bench.records import BenchRecord, Row, read_record, write_record

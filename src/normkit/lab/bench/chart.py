@@ -29,7 +29,7 @@ def write_chart(path: Path, record: BenchRecord) -> None:
             {
                 "title": f"{spec.shapes} shapes, {spec.dtype}, {spec.memory_format}, "
                 f"{spec.device}, {spec.threads} threads; dots: shapes, bar: mean",
-                "x": f"time of the peer in times of ours: right of 1{TIMES}, ours is faster",
+                "x": f"time of the peer divided by ours: right of 1{TIMES}, ours is faster",
                 "y": "",
             },
         )

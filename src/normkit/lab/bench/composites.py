@@ -1,4 +1,4 @@
-"""Composites as a user would put them together from torch's own operators."""
+"""Composites as a user would build them from torch's own operators."""
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ Map = Float[Tensor, "n c *s"]
 
 
 class _Composed(nn.Module):
-    """The parameters and buffers of a layer, under their own names."""
+    """A module with copies of a layer's parameters and buffers, with ``_`` for ``.`` in names."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,10 @@ class _Composed(nn.Module):
     def _batch_norm(
         self, x: Map, options: tuple[float, float], prefix: str = "", affine: bool = True
     ) -> Map:
-        """``F.batch_norm`` in training by the buffers of this prefix; options: momentum, eps."""
+        """Call ``F.batch_norm`` in training mode with the buffers of this prefix.
+
+        ``options`` are momentum and eps.
+        """
         self.get_buffer(f"{prefix}num_batches_tracked").add_(1)
         mean, var = (self.get_buffer(f"{prefix}running_{name}") for name in ("mean", "var"))
         names = ("weight", "bias")
@@ -81,13 +84,13 @@ class EstimateThenGroup(BatchThenGroup):
     def batch(self, x: Map) -> Map:
         """The batch stage."""
         mean, var = self.batch_running_mean, self.batch_running_var
-        self._follow(x.detach())
-        # clones: backward must not see the next step's estimates
+        self._update_(x.detach())
+        # Clones, because the next step's update must not change what backward uses.
         affine = (self.batch_weight, self.batch_bias)
         return functional.batch_norm(x, mean.clone(), var.clone(), *affine, False, 0.0, self.eps)
 
     @torch.no_grad()
-    def _follow(self, x: Map) -> None:
+    def _update_(self, x: Map) -> None:
         mean, var = self.batch_running_mean, self.batch_running_var
         axes = [0, *range(2, x.ndim)]
         batch_var, batch_mean = torch.var_mean(x.to(mean.dtype), dim=axes, correction=0)
@@ -155,7 +158,7 @@ class Switched(_Composed):
         tables = [(mean, var), _pool(mean, var, 1)]
         if self.use_batch:
             tables.append(_pool(mean, var, 0))
-            self._follow(*tables[2], x.numel() // x.shape[1])
+            self._update_(*tables[2], x.numel() // x.shape[1])
         means, variances = zip(*tables, strict=True)
         mixed_mean = _mix(self.mean_logits, means)
         rstd = torch.rsqrt(_mix(self.var_logits, variances) + self.eps)
@@ -163,7 +166,7 @@ class Switched(_Composed):
         return y.view(x.shape).to(x.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def _update_(self, mean: Tensor, var: Tensor, count: int) -> None:
         self.running_mean.lerp_(mean.flatten(), self.momentum)
         self.running_var.lerp_(var.flatten() * (count / max(count - 1, 1)), self.momentum)
         self.num_batches_tracked.add_(1)
@@ -205,7 +208,7 @@ class Halves(_Composed):
 
 
 def composition_of(layer: nn.Module) -> nn.Module | None:
-    """The composition that computes what a composite layer does; None for another layer."""
+    """The composition that computes the same as a composite layer; None for other layers."""
     if isinstance(layer, BatchChannelNorm):
         return EstimateThenGroup(layer) if layer.micro_batch else BatchThenGroup(layer)
     for kind, composed in _COMPOSED.items():
@@ -215,7 +218,7 @@ def composition_of(layer: nn.Module) -> nn.Module | None:
 
 
 def is_composite(layer: nn.Module) -> bool:
-    """Whether a layer puts several norms together."""
+    """Whether a layer combines several norms."""
     return isinstance(layer, (BatchChannelNorm, *_COMPOSED))
 
 

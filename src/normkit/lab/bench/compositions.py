@@ -1,4 +1,4 @@
-"""The best that a user can compose of torch's own operators where torch has no layer."""
+"""The fastest compositions of torch's own operators, for layers that torch does not have."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -17,7 +17,7 @@ Map = Float[Tensor, "n c *s"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Which elements share statistics: runs of ``size`` examples, ``num_groups`` in each."""
+    """Which elements share statistics: ``num_groups`` groups in each run of ``size`` examples."""
 
     num_runs: int
     size: int
@@ -28,7 +28,7 @@ class Groups:
         """The groups of a layer.
 
         Raises:
-            SpecError: If the last run would be smaller, which no view can express.
+            SpecError: If the last run would be smaller, because then no view has the groups.
         """
         size = min(layer.partition.examples_per_group or batch_size, batch_size)
         if batch_size % size:
@@ -40,7 +40,7 @@ class Groups:
         return cls(num_runs=batch_size // size, size=size, num_groups=num_groups)
 
     def arrange(self, x: Map) -> Map:
-        """Deal the runs out, so that ``view(size, num_runs * C, ...)`` finds them as channels."""
+        """Reorder the examples so that ``view(size, num_runs * C, ...)`` has runs as channels."""
         return self._swap(x, self.num_runs, self.size)
 
     def restore(self, x: Map) -> Map:
@@ -55,7 +55,7 @@ class Groups:
 
 
 class _Affine(nn.Module):
-    """A weight and a bias with the values of a layer's, and one running value a group."""
+    """Copies of a layer's weight and bias, and running statistics with one value per group."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -88,7 +88,7 @@ class ByMoments(_Affine):
         cells = cells.to(table_dtype(x.dtype))
         var, mean = torch.var_mean(cells, dim=(1, 3), correction=0, keepdim=True)
         if self.tracks:
-            self._follow(mean, var, groups.size * cells.shape[3])
+            self._update_(mean, var, groups.size * cells.shape[3])
         rstd = torch.rsqrt(var + self.eps)
         if num_channels % groups.num_groups:
             y = ((cells - mean) * rstd).reshape(x.shape[0], num_channels, -1)
@@ -102,7 +102,7 @@ class ByMoments(_Affine):
         return y.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def _update_(self, mean: Tensor, var: Tensor, count: int) -> None:
         unbiased = var.mean(dim=0).flatten() * (count / max(count - 1, 1))
         self.running_mean.lerp_(mean.mean(dim=0).flatten(), self.momentum)
         self.running_var.lerp_(unbiased, self.momentum)
@@ -131,14 +131,14 @@ class ByBatchNorm(_Affine):
             p.repeat(groups.num_runs) if per_channel else None for p in (self.weight, self.bias)
         )
         y = functional.batch_norm(view, mean, var, weight, bias, True, self.momentum, self.eps)
-        self._follow(mean, var)
+        self._update_(mean, var)
         if not per_channel:
             y = y.reshape(x.shape[0], num_channels, -1)
             y = torch.addcmul(self.bias[:, None], y, self.weight[:, None])
         return y.reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
+    def _update_(self, mean: Tensor, var: Tensor) -> None:
         shape = (self.groups.num_runs, self.groups.num_groups)
         torch.mean(mean.view(shape), dim=0, out=self.running_mean)
         torch.mean(var.view(shape), dim=0, out=self.running_var)

@@ -1,6 +1,6 @@
-"""Whole training steps: a network with torch's batch norm and with ours, in turns.
+"""Whole training steps of a network with torch's batch norm and with ours, timed in turns.
 
-On a GPU the same network with torch's group norm and with ours, too, and the memory of each.
+On a GPU also with torch's group norm and with ours, and with the memory of each.
 """
 
 import os
@@ -23,14 +23,14 @@ from normkit.lab.frozen import Frozen
 from normkit.lab.models import build_model
 from normkit.layers.over_example import GroupNorm
 
-MOST_LOSS_DIFFERENCE = 1e-3  # of the first losses; fifty norms in a row round differently
-MOST_AUTOCAST_DIFFERENCE = 5e-2  # maps have 8 bits of mantissa
+MOST_LOSS_DIFFERENCE = 1e-3  # relative, of the first losses: fifty norms in a row add up rounding
+MOST_AUTOCAST_DIFFERENCE = 5e-2  # relative; bfloat16 maps have 8 bits of mantissa
 BUDGET_S = 20.0
 MOST_REPEATS = 200
 
 
 class Workload(Frozen):
-    """A network and its batch; ``autocast`` is to bfloat16, ``channels_last`` how maps lie."""
+    """A network and its batch; ``autocast`` is to bfloat16, ``channels_last`` a memory format."""
 
     model: str
     input_shape: tuple[int, int, int]
@@ -58,12 +58,12 @@ CUDA_WORKLOADS = tuple(
 
 
 def workloads_for(device: torch.device) -> tuple[Workload, ...]:
-    """The networks that a device is asked to train."""
+    """The networks that are timed on a device."""
     return CUDA_WORKLOADS if device.type == "cuda" else WORKLOADS
 
 
 class WorkloadTimes(Frozen):
-    """Times of a workload's training step; on a GPU also with group norms, and peaks of memory."""
+    """Times of a workload's training step; on a GPU also with group norms, and peak memory."""
 
     workload: Workload
     torch: Times
@@ -74,16 +74,16 @@ class WorkloadTimes(Frozen):
 
     @property
     def ratio(self) -> float:
-        """Time with torch's batch norm in times of the one with ours."""
+        """Time with torch's batch norm divided by the time with ours."""
         return self.torch.median_s / self.ours.median_s
 
 
 NETWORKS = {"batch": ("torch", "ours"), "group": ("torch_group_norm", "our_group_norm")}
-"""The networks that differ in nothing but whose norm it is, by the norm's name."""
+"""Pairs of networks with torch's and with our norm, by the norm's name."""
 
 
 def pairs_of(result: WorkloadTimes) -> list[tuple[str, Times, Times]]:
-    """The norms of a result: their name, times with ours and with torch's."""
+    """The norms of a result: name, times with our norm, times with torch's."""
     found = [("batch", result.ours, result.torch)]
     if result.our_group_norm is not None and result.torch_group_norm is not None:
         found.append(("group", result.our_group_norm, result.torch_group_norm))
@@ -91,17 +91,17 @@ def pairs_of(result: WorkloadTimes) -> list[tuple[str, Times, Times]]:
 
 
 class EndToEndRecord(Frozen):
-    """Training steps of whole networks: what was found, where and when."""
+    """The record of training steps of whole networks."""
 
     results: tuple[WorkloadTimes, ...]
     environment: Environment
     code_hash: str
-    load_average: float = Field(description="of the machine's last minute, when it began")
+    load_average: float = Field(description="of the machine, over one minute, at the start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Where to run and for how long."""
+    """Where a benchmark runs, and how long at most."""
 
     device: str = "cpu"
     threads: int = 1
@@ -117,9 +117,9 @@ def run_end_to_end(
     """Time the training steps of whole networks.
 
     Args:
-        setting: Where and for how long.
-        workloads: The networks; if not given, those meant for the device.
-        on_workload: Called after each.
+        setting: Device, threads, and time limits.
+        workloads: The networks; by default those of the device.
+        on_workload: Called after each network.
 
     Raises:
         BenchError: If the losses of the first steps differ.
@@ -169,7 +169,7 @@ _GROUP_NORMS = {"torch_group_norm": "gn:32", "our_group_norm": "gn:32"}
 
 
 def _peaks(workload: Workload, norms: dict[str, str | None], batch: Examples) -> dict[str, int]:
-    """Peak memory of the second step of each network alone; on a GPU only."""
+    """Peak memory of the second step of each network, with no other in memory; only on a GPU."""
     device, found = batch.inputs.device, {}
     for name in norms if device.type == "cuda" else ():
         step = _stepper(workload, norms[name], batch, by_torch=name.startswith("torch"))
@@ -203,7 +203,7 @@ def _stepper(
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Examples) -> float:
-    """One step as one writes it by hand; gives the loss before it."""
+    """Take one training step as users write it by hand; return the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     loss = functional.cross_entropy(model(batch.inputs), batch.targets)
     loss.backward()

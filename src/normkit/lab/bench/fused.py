@@ -1,4 +1,4 @@
-"""Norm, activation and residual in one pass, and one after the other, in turns."""
+"""Norm, residual and activation in one pass or separately, timed in turns."""
 
 import copy
 import json
@@ -30,9 +30,9 @@ from normkit.layers.over_batch import BatchNorm
 
 Side = Literal["torch", "separate", "fused"]
 SIDES: tuple[Side, ...] = ("torch", "separate", "fused")
-"""Torch's batch norm and activation; ours and torch's activation; ours in one pass."""
+"""Torch's batch norm and activation; our norm and torch's activation; our norm with activation."""
 BATCH_SIZES = (2, 32)
-MOST_DIFFERENCE = 1e-3  # of gradients, in the mean, beside their mean
+MOST_DIFFERENCE = 1e-3  # mean absolute difference, divided by the mean absolute value
 WORKLOADS = (
     Workload(model="torchvision:resnet50", input_shape=(3, 64, 64), num_classes=1000, batch_size=2),
     Workload(
@@ -53,35 +53,35 @@ class LayerTimes(Frozen):
     times: dict[Side, Times]
 
     def ratio(self, side: Side) -> float:
-        """Time of a side in times of the fused one."""
+        """Time of a side divided by that of the fused one."""
         return self.times[side].median_s / self.times["fused"].median_s
 
 
 class StepTimes(Frozen):
-    """Training steps of a network, by side, and the memory that one takes."""
+    """Times and peak memory of a network's training steps, by side."""
 
     workload: Workload
     times: dict[Side, Times]
     peak_bytes: dict[Side, int] = Field(
-        default={}, description="alive at the worst moment of a step, by side"
+        default={}, description="bytes alive at the peak of a step, by side"
     )
 
     def ratio(self, side: Side) -> float:
-        """Time of a side in times of the fused one."""
+        """Time of a side divided by that of the fused one."""
         return self.times[side].median_s / self.times["fused"].median_s
 
 
 class FusedRecord(Frozen):
-    """What was found, where and when."""
+    """The record of this benchmark."""
 
     layers: tuple[LayerTimes, ...]
     networks: tuple[StepTimes, ...]
     environment: Environment
     code_hash: str
-    load_average: float = Field(description="of the machine's last minute, when it began")
+    load_average: float = Field(description="of the machine, over one minute, at the start")
 
     def mean_ratio(self, side: Side, residual: bool) -> float:
-        """Geometric mean over all maps."""
+        """Geometric mean of the ratios of all maps."""
         found = [math.log(row.ratio(side)) for row in self.layers if row.residual == residual]
         return math.exp(sum(found) / len(found)) if found else math.nan
 
@@ -98,15 +98,15 @@ def run_fused(
     """Time batch norm and ReLU, alone and after a sum, and training steps of networks.
 
     Args:
-        setting: Where, and for how many seconds each network at most; a map takes a twentieth.
-        shapes: Of the maps.
-        batch_sizes: Of the maps.
-        workloads: The networks; if not given, those of ``WORKLOADS``.
+        setting: Device, threads, and the most seconds per network; a map gets a twentieth of that.
+        shapes: Shapes of the maps.
+        batch_sizes: Batch sizes of the maps.
+        workloads: The networks; by default those of ``WORKLOADS``.
         on_row: Called with the name of each row before it is measured.
         clock: See ``Budget``.
 
     Raises:
-        BenchError: If the sides do not compute the same.
+        BenchError: If the sides compute different results.
     """
     device, load = parse_device(setting.device), os.getloadavg()[0]
     layers, networks = [], []
@@ -148,7 +148,8 @@ def _layer(
     values = {side: step() for side, step in steps.items()}
     for side in ("torch", "separate"):
         for theirs, ours in zip(values[side], values["fused"], strict=True):
-            # the mean: where a value lies at 0, rounding decides whether its gradient passes
+            # Compare means: where a value is near 0, rounding decides whether a gradient passes
+            # through the ReLU, so single gradients may differ.
             far = (theirs - ours).abs().mean() / theirs.abs().mean()
             if not far <= MOST_DIFFERENCE:
                 raise BenchError(f"{side} and fused layers give other values on {shape}")
@@ -191,7 +192,7 @@ def _network(
 
 
 def _first_loss(step: Callable[[], float]) -> float:
-    torch.manual_seed(0)  # dropout
+    torch.manual_seed(0)  # so that dropout is the same on all sides
     return step()
 
 
@@ -212,7 +213,7 @@ def _side_of(side: Side, model: nn.Module) -> nn.Module:
 
 
 def stepper(model: nn.Module, batch: Examples) -> Callable[[], float]:
-    """A training step that gives its loss."""
+    """Make a training step that returns its loss."""
     return partial(train_step, model, _optimizer(model), batch)
 
 
@@ -221,10 +222,10 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def measure_peaks(workload: Workload, threads: int) -> dict[Side, int]:
-    """Bytes alive at the worst moment of a step of each network, parameters included.
+    """Bytes alive at the peak of a step of each network, parameters included.
 
-    Counted from torch's own allocations: what a process takes besides depends on how its memory
-    lies in pieces.
+    Counted from torch's own allocations: the memory of a process also depends on how the heap is
+    fragmented.
     """
     found: dict[Side, int] = {}
     shape = workload.batch_size, *workload.input_shape

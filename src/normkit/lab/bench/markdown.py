@@ -15,7 +15,7 @@ from normkit.lab.bench.summary import (
 
 
 def markdown(record: BenchRecord) -> str:
-    """Tables of ratios, of the tiny map and of the targets, and where they were measured."""
+    """Tables of ratios, of the tiny map and of the targets, after the setting of the benchmark."""
     parts = [_setting(record), _ratios(cells_of(record)), _tiny(record)]
     targets = targets_of(record)
     return "\n\n".join(parts + ([_targets(targets)] if targets else [])) + "\n"
@@ -26,8 +26,8 @@ def _setting(record: BenchRecord) -> str:
     return (
         f"{spec.shapes} shapes, {spec.dtype}, {spec.memory_format}, {machine.device}, "
         f"{spec.threads} threads, torch {machine.torch}, {machine.date[:10]}, code "
-        f"`{record.code_hash}`, load of the machine when it began {record.load_average:.1f}. "
-        f"Times of the peer in times of ours: above 1, ours is faster."
+        f"`{record.code_hash}`, load average at the start {record.load_average:.1f}. "
+        f"Numbers are the time of the peer divided by ours: above 1, ours is faster."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a layer is measured against: torch's own layer, or compositions of torch's operators."""
+"""The peers of a layer: torch's own layer, or compositions of torch's operators."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ def _same(x: Map) -> Map:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A module that computes what a layer of ours does.
+    """A module that computes the same as a layer of ours.
 
     Args:
-        name: What it is, for the reader.
-        module: Takes and returns a feature map.
-        arrange: The order of examples that it wants its input in.
-        restore: Back to ours.
+        name: Name of the peer in tables.
+        module: The module, which takes and returns a feature map.
+        arrange: Brings examples into the order that the module takes.
+        restore: Brings examples back into our order.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Peer:
 
 
 def peers_of(layer: nn.Module, against: Against, batch_size: int) -> list[Peer]:
-    """Every peer of a kind; of several the fastest is the one to compare with.
+    """All peers of a kind; a layer is compared with the fastest of them.
 
     Args:
-        layer: Ours, whose options and parameters the peer gets.
-        against: The kind.
+        layer: Our layer, whose options and parameters the peers get.
+        against: The kind of peer.
         batch_size: Examples of the map.
 
     Returns:
-        Nothing for a kind that this layer has no peer of: a composition is only of interest where
-        torch has no layer.
+        The peers; none if the layer has no peer of this kind. A layer that torch has too is not
+        compared with compositions.
     """
     if against == "torch":
         return _torch_layers(layer)
@@ -88,7 +88,7 @@ def _compositions(layer: nn.Module, batch_size: int) -> list[Peer]:
 
 
 def _first_line(module: nn.Module) -> str:
-    """What a composition is, in the words of its docstring."""
+    """The name of a composition: the first line of its docstring."""
     return (type(module).__doc__ or "").splitlines()[0].replace("`", "").rstrip(".")
 
 
@@ -102,7 +102,7 @@ def _compiled(layer: nn.Module, batch_size: int) -> Peer:
         formula = compositions.ByMoments(layer, compositions.Groups.of(layer, batch_size))
     else:
         raise SpecError(f"no formula to compile is known for {type(layer).__name__}")
-    torch.compiler.reset()  # every shape is compiled for itself, as a network's would be
+    torch.compiler.reset()  # compile each shape anew; otherwise torch would make sizes symbolic
     formula.compile(fullgraph=True)
     return Peer(name="torch.compile of the formula", module=formula)
 

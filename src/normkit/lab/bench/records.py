@@ -1,4 +1,4 @@
-"""What a benchmark found, as one JSON file."""
+"""The record of a benchmark, as one JSON file."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
 
 OURS = "ours"
-COPY = "copy"  # x.clone(): what reading and writing the map once takes
-BATCH_NORM = "batch_norm"  # nn.BatchNorm2d on the tiny map, whatever the layer
-CONTIGUOUS = "contiguous"  # ours on the same map laid out contiguously
-OUR_BATCH_NORM = "our_batch_norm"  # our own BatchNorm, beside a composite
+COPY = "copy"  # x.clone(), which reads and writes the map once
+BATCH_NORM = "batch_norm"  # nn.BatchNorm2d, timed with every layer on the tiny map
+CONTIGUOUS = "contiguous"  # our layer on the same map in contiguous format
+OUR_BATCH_NORM = "our_batch_norm"  # our BatchNorm, timed with every composite
 NOT_PEERS = (OURS, COPY, BATCH_NORM, CONTIGUOUS, OUR_BATCH_NORM)
 
 
 class Entry(Frozen):
-    """One call of a row: what it was, what it took."""
+    """The name, times and memory of one call of a row."""
 
     name: str
     forward: Times
@@ -30,9 +30,9 @@ class Entry(Frozen):
 
 
 class Row(Frozen):
-    """A norm on maps of one shape, and everything that was timed in turns with it.
+    """A norm on maps of one shape, and all calls that were timed in turns with it.
 
-    ``entries`` are ``ours``, ``copy``, each kind of peer, and where they apply ``batch_norm``,
+    ``entries`` are ``ours``, ``copy``, each kind of peer, and some of ``batch_norm``,
     ``contiguous`` and ``our_batch_norm``.
     """
 
@@ -45,7 +45,7 @@ class Row(Frozen):
 
     @property
     def is_tiny(self) -> bool:
-        """Whether this is the map on which only the cost of a call counts."""
+        """Whether the map is so small that the fixed cost of a call dominates."""
         return self.shape == TINY_SHAPE
 
     @property
@@ -54,24 +54,24 @@ class Row(Frozen):
         return tuple(kind for kind in self.entries if kind not in NOT_PEERS)
 
     def ratio(self, over: str, timed: str) -> float:
-        """Time of another entry in times of ours: above one, ours is faster."""
+        """Time of another entry divided by ours: above 1, ours is faster."""
         theirs, ours = (getattr(self.entries[key], timed) for key in (over, OURS))
         return theirs.median_s / ours.median_s
 
 
 class BenchRecord(Frozen):
-    """A benchmark: what was asked for, what was found, where and when."""
+    """The record of a benchmark: its spec, results and environment."""
 
     spec: BenchSpec
     rows: tuple[Row, ...]
     environment: Environment
     code_hash: str
     duration_s: float
-    load_average: float = Field(description="of the machine's last minute, when it began")
+    load_average: float = Field(description="of the machine, over one minute, at the start")
 
 
 def write_record(path: Path, record: Frozen) -> None:
-    """Write a record in one piece.
+    """Write a record atomically.
 
     Raises:
         DataError: If it cannot be written.
@@ -84,7 +84,7 @@ def read_record(path: Path) -> BenchRecord:
     """Read a record.
 
     Raises:
-        DataError: If there is none.
+        DataError: If the file does not exist or is not a record.
     """
     way_out = "give a file that normkit bench has written"
     return read_whole(path, BenchRecord, "benchmark", way_out)

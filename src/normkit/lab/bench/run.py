@@ -1,4 +1,4 @@
-"""A benchmark: every norm on every map, against its peers."""
+"""Running a benchmark: every norm on every map, against its peers."""
 
 import os
 import time
@@ -48,16 +48,16 @@ class Job:
 
     @property
     def cost(self) -> float:
-        """About how long it takes, in a unit of its own."""
+        """Estimated time of the job, in an arbitrary unit."""
         channels, height, width = self.shape
         return 4e6 + self.batch_size * channels * height * width
 
 
 def jobs_of(spec: BenchSpec) -> list[Job]:
-    """Every row that a benchmark measures; all of them are tried before the first is measured.
+    """The rows that a benchmark measures; each is checked before the first is measured.
 
     Raises:
-        SpecError: If a norm cannot be built, or has no peer of the kinds that are asked for.
+        SpecError: If a norm cannot be built, or has no peer of the requested kinds.
         PartitionError: If a norm's groups do not fit a shape.
     """
     jobs = [
@@ -66,11 +66,11 @@ def jobs_of(spec: BenchSpec) -> list[Job]:
         for size, shape in spec.inputs()
     ]
     for job in jobs:
-        _try(job, spec)
+        _check(job, spec)
     return jobs
 
 
-def _try(job: Job, spec: BenchSpec) -> None:
+def _check(job: Job, spec: BenchSpec) -> None:
     with torch.device("meta"):
         layer = build_norm(job.norm, job.batch_size, job.shape)
     affine = any(name.endswith("weight") for name, _ in layer.named_parameters())
@@ -90,10 +90,10 @@ def _has_peer(layer: nn.Module, against: Against, batch_size: int) -> bool:
 
 
 def run_bench(spec: BenchSpec, on_row: OnRow = lambda job: None) -> BenchRecord:
-    """Measure everything that a spec asks for.
+    """Run the benchmark that a spec describes.
 
     Args:
-        spec: Decides everything but the times.
+        spec: The spec, which decides everything but the times.
         on_row: Called after each row.
 
     Raises:
@@ -130,7 +130,7 @@ class _Measurement:
         self.ours = Subject.of(Peer(name="ours", module=self.layer), self.x, self.grad)
 
     def row(self) -> Row:
-        """Compare, then measure."""
+        """Check that results agree, then measure."""
         names, subjects = {OURS: type(self.layer).__name__}, {OURS: self.ours}
         for kind in self.spec.against:
             peers = peers_of(self.layer, kind, self.job.batch_size)
@@ -169,7 +169,7 @@ class _Measurement:
         return Subject.of(peer, self.x, self.grad)
 
     def _fastest(self, peers: list[Peer]) -> Peer:
-        """The fastest of peers that all compute what the layer does."""
+        """The fastest peer, after a check that all compute the same as the layer."""
         for peer in peers:
             require_agreement(self.ours, self._subject(peer), peer, str(self.job))
         if len(peers) == 1:
@@ -187,7 +187,7 @@ class _Measurement:
         }
 
     def _references(self) -> dict[str, Subject]:
-        """What else is of interest beside the peers."""
+        """Calls that are timed for reference beside the peers."""
         found = {}
         dtype = next(self.layer.parameters()).dtype
         options = {"device": self.x.device, "dtype": dtype}
@@ -213,7 +213,7 @@ class _Measurement:
 
 @torch.no_grad()
 def _with_parameters(layer: nn.Module, x: Tensor) -> nn.Module:
-    """The layer in training mode with other than trivial parameters, never 16-bit."""
+    """Put the layer into training mode, and give it random parameters of at least 32 bits."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     layer = layer.to(x.device, dtype).train()
     for parameter in layer.parameters():

@@ -1,4 +1,4 @@
-"""What a benchmark measures, as a value that prints and parses."""
+"""The spec of a benchmark: which norms, maps, peers and settings it measures."""
 
 import json
 import math
@@ -22,14 +22,14 @@ RESNET50: tuple[Shape, ...] = (
     (64, 112, 112), (64, 56, 56), (256, 56, 56), (128, 56, 56), (128, 28, 28), (512, 28, 28),
     (256, 28, 28), (256, 14, 14), (1024, 14, 14), (512, 14, 14), (512, 7, 7), (2048, 7, 7),
 )  # fmt: skip
-"""The distinct shapes that the norms of ResNet-50 see, of one picture of 224 by 224."""
+"""The distinct input shapes of ResNet-50's norms, for a picture of 224 by 224."""
 
 SMALL: tuple[Shape, ...] = ((64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7))
 SHAPES = {"resnet50": RESNET50, "small": SMALL}
 
 TINY_BATCH_SIZE = 2
 TINY_SHAPE: Shape = (64, 8, 8)
-"""A map so small that the cost of the call is all there is."""
+"""A map so small that the fixed cost of a call dominates."""
 
 
 class BenchSpec(Frozen):
@@ -64,7 +64,7 @@ class BenchSpec(Frozen):
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:
-        """Refuse maps that do not fit into this machine's memory, a dozen times."""
+        """Refuse maps of which a dozen do not fit into this machine's memory."""
         largest = max(self.batch_sizes) * max(math.prod(shape) for shape in self.maps)
         needed = 12 * largest * self.torch_dtype.itemsize
         if self.device == "cpu" and needed > memory_bytes():
@@ -87,13 +87,13 @@ class BenchSpec(Frozen):
         return torch.channels_last if last else torch.contiguous_format
 
     def inputs(self) -> list[tuple[int, Shape]]:
-        """Batch sizes with shapes: the tiny one first."""
+        """Batch sizes and shapes of all maps, the tiny map first."""
         tiny = [(TINY_BATCH_SIZE, TINY_SHAPE)]
         return tiny + [(size, shape) for size in self.batch_sizes for shape in self.maps]
 
 
 def read_shapes(text: str) -> tuple[Shape, ...]:
-    """Shapes by the name of a set, or from a file with a JSON list of ``[C, H, W]``.
+    """Read shapes by the name of a set, or from a file with a JSON list of ``[C, H, W]``.
 
     Raises:
         SpecError: If there is no such set or file, or the file holds something else.
@@ -107,7 +107,7 @@ def read_shapes(text: str) -> tuple[Shape, ...]:
     except OSError as error:
         raise SpecError(f"--shapes was given {text!r}, but {error}; {known}") from error
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"the shapes file {text} is no JSON ({error}); {known}") from error
+        raise SpecError(f"the shapes file {text} is not JSON ({error}); {known}") from error
     try:
         shapes = TypeAdapter(list[Shape]).validate_python(content)
     except ValidationError as error:
@@ -119,7 +119,7 @@ def read_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def build_norm(norm: str, batch_size: int, shape: Shape) -> torch.nn.Module:
-    """The layer that a norm means for maps of this shape.
+    """Build a norm for maps of this shape.
 
     Raises:
         SpecError: If the norm cannot be built.

@@ -1,4 +1,4 @@
-"""A module with an input: its training step, and what the step keeps."""
+"""A module with an input: its training step, and the memory of the step."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,  # 8 bits of mantissa, rounded twice
     torch.float16: 1e-2,
 }
-"""Largest difference between two right results, in parts of the largest value."""
+"""Largest difference between two correct results, relative to the largest value."""
 
 Timed = Literal["forward", "forward_backward"]
 
@@ -27,8 +27,8 @@ Timed = Literal["forward", "forward_backward"]
 class Memory(Frozen):
     """Bytes of a training step.
 
-    ``kept_bytes`` are those that the forward pass keeps for the backward pass, the input included
-    and parameters and buffers not; ``peak_bytes`` those that the step takes at its worst moment.
+    ``kept_bytes`` are kept by the forward pass for the backward pass: with the input, without
+    parameters and buffers. ``peak_bytes`` are the peak of the step.
     """
 
     kept_bytes: int
@@ -37,7 +37,7 @@ class Memory(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A layer in training mode, its input, and the gradient that comes from above."""
+    """A layer in training mode, its input, and the gradient of its output."""
 
     layer: nn.Module
     x: Tensor
@@ -45,7 +45,7 @@ class Subject:
 
     @classmethod
     def of(cls, peer: Peer, x: Tensor, grad: Tensor) -> "Subject":
-        """A peer with inputs of its own."""
+        """A peer with its own copies of the inputs."""
         return cls(peer.module, peer.arrange(x).detach().requires_grad_(), peer.arrange(grad))
 
     def forward(self) -> Tensor:
@@ -57,12 +57,12 @@ class Subject:
         self.layer(self.x).backward(self.grad)
 
     def drop_gradients(self) -> None:
-        """Let the next step make its gradients anew."""
+        """Drop all gradients, so that the next step allocates them again."""
         for tensor in (self.x, *self.layer.parameters()):
             tensor.grad = None
 
     def call(self, timed: Timed) -> Call:
-        """What is timed."""
+        """The call that is timed."""
         run = self.forward if timed == "forward" else self.step
         return Call(run=run, prepare=self.drop_gradients)
 
@@ -73,9 +73,9 @@ class Subject:
         return y.detach(), dx
 
     def memory(self) -> Memory:
-        """Bytes that a step keeps and takes."""
+        """Measure the memory of a step."""
         self.drop_gradients()
-        # the input is with the parameters so that its gradient, too, is dropped between the steps
+        # The optimizer also gets the input, so that its gradient is dropped between the steps.
         optimizer = torch.optim.SGD([self.x, *self.layer.parameters()], lr=0.1)
         peak = peak_step_bytes(self.step, self.layer, optimizer)
         self.drop_gradients()
@@ -98,13 +98,13 @@ class Subject:
 
 
 def require_agreement(ours: Subject, peer: Subject, restored: Peer, where: str) -> None:
-    """Make sure that two layers compute the same before their times are compared.
+    """Check that two layers compute the same before their times are compared.
 
     Args:
-        ours: The layer.
-        peer: What it is compared with.
-        restored: How the peer's results are put in our order.
-        where: Names the layer and the input, for the message.
+        ours: Our layer.
+        peer: The peer.
+        restored: The peer's description, whose ``restore`` brings results into our order.
+        where: Name of the layer and the input, for the error message.
 
     Raises:
         BenchError: If outputs or gradients of the input differ.

@@ -1,4 +1,4 @@
-"""What a benchmark comes to: geometric means, slowest shapes, and the targets."""
+"""Summary of a benchmark: geometric means, slowest shapes, and targets."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ NAMES: dict[str, str] = {"forward": "forward", "forward_backward": "forward + ba
 
 
 class Ratio(Frozen):
-    """Time of a peer in times of ours, over the shapes: above one, ours is faster."""
+    """Time of a peer divided by ours, over the shapes: above 1, ours is faster."""
 
     geometric_mean: float
     slowest: float
@@ -37,13 +37,13 @@ class BenchCell(Frozen):
     peer: str
     forward: Ratio
     forward_backward: Ratio
-    copies: float  # our forward time in times of a copy, geometric mean
-    kept: float  # bytes kept for backward in parts of the peer's, geometric mean
-    peak: float  # bytes at the peak of a step, likewise
+    copies: float  # our forward time divided by that of a copy, geometric mean
+    kept: float  # bytes kept for backward divided by the peer's, geometric mean
+    peak: float  # peak bytes of a step divided by the peer's, geometric mean
 
 
 class Target(Frozen):
-    """A promise, what was measured, and whether it is held."""
+    """A target: the wanted and the measured value, and whether the target is met."""
 
     name: str
     wanted: str
@@ -52,7 +52,7 @@ class Target(Frozen):
 
 
 def ratio(rows: Sequence[Row], over: str, timed: Timed) -> Ratio:
-    """Ratios of rows, summed up."""
+    """Summarise the ratios of rows."""
     slowest = min(rows, key=lambda row: row.ratio(over, timed))
     return Ratio(
         geometric_mean=statistics.geometric_mean(row.ratio(over, timed) for row in rows),
@@ -63,7 +63,7 @@ def ratio(rows: Sequence[Row], over: str, timed: Timed) -> Ratio:
 
 
 def cells_of(record: BenchRecord) -> list[BenchCell]:
-    """A cell for each norm, kind of peer and batch size; the tiny map is not in it."""
+    """A cell for each norm, batch size and kind of peer, without the tiny map."""
     cells = []
     for norm in record.spec.norms:
         for size in record.spec.batch_sizes:
@@ -73,7 +73,7 @@ def cells_of(record: BenchRecord) -> list[BenchCell]:
 
 
 def sized_rows(record: BenchRecord, norm: str) -> list[Row]:
-    """A norm's rows on the shapes that were asked for."""
+    """A norm's rows on the shapes of the spec."""
     return [row for row in record.rows if row.norm == norm and row.shape in record.spec.maps]
 
 
@@ -119,16 +119,16 @@ GPU_TARGETS = {"torch": 1.3, "composition": 1.3, "compile": 1.0}
 GPU_BATCH_NORM = 1.0  # against torch's, which is cuDNN's
 GPU_COMPOSITE = 2.0
 COMPOSITES = ("bcn", "gnplus", "sn")
-MOST_COMPOSITE = 1.2  # of our BatchNorm's time
+MOST_COMPOSITE = 1.2  # relative to our BatchNorm's time
 MOST_TINY = 1.3
 MOST_CHANNELS_LAST = 1.2
 
 
 def targets_of(record: BenchRecord) -> list[Target]:
-    """The targets that a record has something to say about.
+    """The targets that a record can be judged by.
 
-    They are stated on ResNet-50's shapes, for the CPU in float32 and with two threads, for a GPU in
-    float32 and bfloat16; other records are not judged.
+    There are targets for ResNet-50's shapes only: on the CPU in float32 and with two threads, on a
+    GPU in float32 and bfloat16. Other records are not judged.
     """
     spec = record.spec
     if spec.device.startswith("cuda") and spec.shapes == "resnet50":
@@ -197,14 +197,14 @@ def _kept(norm: str, rows: Sequence[Row]) -> Target:
 
 
 def _table_share(row: Row) -> float:
-    """Three float64 tables of a row per example and channel or position, in parts of the map."""
+    """Size of three float64 tables (per example and channel or position), relative to the map."""
     channels, height, width = row.shape
     cells = row.batch_size * max(channels, height * width)
     return 24 * cells / row.map_bytes
 
 
 def at_least(name: str, wanted: float, measured: float, where: str = "") -> Target:
-    """A target from below."""
+    """A target with a lower bound."""
     return Target(
         name=name,
         wanted=f"at least {wanted:g} times as fast",
@@ -214,7 +214,7 @@ def at_least(name: str, wanted: float, measured: float, where: str = "") -> Targ
 
 
 def at_most(name: str, wanted: float, measured: float, where: str = "") -> Target:
-    """A target from above."""
+    """A target with an upper bound."""
     return Target(
         name=name,
         wanted=f"at most {wanted:g} times the time",

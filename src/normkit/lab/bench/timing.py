@@ -1,4 +1,4 @@
-"""Times of several calls, taken in turns, so that what disturbs one disturbs all."""
+"""Timing several calls in turns, so that disturbances of the machine affect all of them."""
 
 import gc
 import statistics
@@ -27,7 +27,7 @@ class Times(Frozen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What is timed, and what is done before, off the clock."""
+    """A call that is timed, and its preparation, which is not timed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
@@ -35,23 +35,23 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """When to stop: after ``seconds`` or ``repeats``, but not before a few repeats."""
+    """When timing stops: after ``seconds`` or ``repeats``, but not before five repeats."""
 
     seconds: float
     repeats: int
     clock: Callable[[], float] = time.perf_counter
-    """What reads the time on a CPU; ``time.process_time`` where others use the machine too."""
+    """Reads the time on a CPU; use ``time.process_time`` if other programs use the machine."""
 
 
 def time_in_turns(
     calls: Mapping[str, Call], budget: Budget, device: torch.device
 ) -> dict[str, Times]:
-    """Time each call once a round, in alternating order.
+    """Time each call once per round; the order alternates from round to round.
 
     Args:
-        calls: By name.
-        budget: How many rounds.
-        device: What to wait for after a call.
+        calls: The calls by name.
+        budget: When to stop.
+        device: The device; on a GPU a call is timed until the GPU has finished it.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
@@ -74,7 +74,7 @@ def _goes_on(num_done: int, elapsed_s: float, budget: Budget) -> bool:
 
 
 def summarise(seconds: Sequence[float]) -> Times:
-    """Median and outer percentiles of a call's times."""
+    """Median, 20th and 80th percentile of a call's times."""
     return Times(
         median_s=statistics.median(seconds),
         low_s=percentile(seconds, LOW),
@@ -84,7 +84,7 @@ def summarise(seconds: Sequence[float]) -> Times:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of the values lies, linear between neighbours."""
+    """The value below which this share of the values lies, interpolated linearly."""
     ordered = sorted(values)
     position = share * (len(ordered) - 1)
     below = int(position)
@@ -101,12 +101,12 @@ def _by_clock(call: Call, clock: Callable[[], float]) -> float:
     started = clock()
     result = call.run()
     elapsed_s = clock() - started
-    del result  # giving memory back is off the clock, for every call alike
+    del result  # freeing the memory is not timed, for any call
     return elapsed_s
 
 
 def _by_events(call: Call, device: torch.device) -> float:
-    """By the GPU's own clock, from an idle GPU to the end of what the call has started."""
+    """Time a call by the GPU's clock, from an idle GPU to the end of the work it has started."""
     with torch.cuda.device(device):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -120,7 +120,7 @@ def _by_events(call: Call, device: torch.device) -> float:
 
 @contextmanager
 def _no_collection() -> Generator[None]:
-    """Keep Python's cycle collector off the clock."""
+    """Switch off Python's garbage collector while calls are timed."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

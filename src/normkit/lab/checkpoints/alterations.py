@@ -11,13 +11,13 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit.convert import Conversion, convert_norm_
+from normkit.convert import Conversion, apply_recipe, convert_norm_
+from normkit.convert.recipe import ConversionRecipe
 from normkit.errors import DataError, NormError
 from normkit.lab.checkpoints.fitting import EXAMPLE_WEIGHT, load_tensors_, plain_names
 from normkit.lab.checkpoints.reading import read_metadata, read_weights
 from normkit.layers.base import NormLayer
-from normkit.text import listed, printable
-from normkit.weights import standardize_weights_
+from normkit.text import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +28,13 @@ class Alterations:
         changes: Specs of the norms that were converted, by name.
         standardized: Names of the layers whose weights are standardised.
         preserved: Those of them that have a gain and an offset of each filter.
+        after_sum: Residual blocks that got a norm after their sum.
     """
 
     changes: Mapping[str, str] = field(default_factory=dict)
     standardized: tuple[str, ...] = ()
     preserved: tuple[str, ...] = ()
+    after_sum: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -46,14 +48,17 @@ class Alterations:
             changes=_changes(about.get("changes", "{}"), path),
             standardized=_names(about.get("standardized", "")),
             preserved=_names(about.get("preserved", "")),
+            after_sum=_names(about.get("after_sum", "")),
         )
 
     def after(self, done: Conversion) -> Self:
         """Those of a model that was converted once more."""
+        new = ConversionRecipe.read(done.recipe())
         return type(self)(
-            changes={**self.changes, **{change.name: change.new for change in done.changes}},
-            standardized=(*self.standardized, *done.standardized),
-            preserved=(*self.preserved, *(done.standardized if done.calibration else ())),
+            changes={**self.changes, **new.norms},
+            standardized=(*self.standardized, *new.standardized),
+            preserved=(*self.preserved, *new.preserved),
+            after_sum=(*self.after_sum, *new.after_sum),
         )
 
     def metadata(self) -> dict[str, str]:
@@ -62,6 +67,7 @@ class Alterations:
             "changes": json.dumps(dict(self.changes)) if self.changes else "",
             "standardized": ",".join(self.standardized),
             "preserved": ",".join(self.preserved),
+            "after_sum": ",".join(self.after_sum),
         }
         return {name: text for name, text in texts.items() if text}
 
@@ -71,17 +77,13 @@ class Alterations:
         Raises:
             NormError: If it has no such norms, or they cannot become what is asked for.
         """
-        names = dict(model.named_modules())
-        unknown = [n for n in (*self.changes, *self.standardized) if n not in names]
-        if unknown:
-            raise DataError(f"the model has no layers {listed(unknown)}; check --model")
-        if self.changes:
-            model = convert_norm_(model, self.changes).model
-        plain = frozenset(self.standardized) - frozenset(self.preserved)
-        for chosen, preserve in ((plain, False), (frozenset(self.preserved), True)):
-            if chosen:
-                _standardize_(model, chosen, preserve)
-        return model
+        done = ConversionRecipe(
+            norms=self.changes,
+            after_sum=self.after_sum,
+            standardized=self.standardized,
+            preserved=self.preserved,
+        )
+        return apply_recipe(model, done.as_dict()).model
 
 
 def restored(model: nn.Module, path: Path) -> nn.Module:
@@ -104,7 +106,8 @@ def restored(model: nn.Module, path: Path) -> nn.Module:
         model = _weighed(alterations.apply_(model), tensors)
     except NormError as error:
         raise DataError(
-            f"{printable(path)} says that it has other norms, which do not fit the model: {error}"
+            f"{printable(path)} says that it has other norms, which do not fit the model: {error}; "
+            f"check --model"
         ) from error
     load_tensors_(model, tensors, path)
     return model
@@ -123,13 +126,6 @@ def _weighed(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     if not found:
         return model
     return convert_norm_(model, "bn", where=lambda module, _: module in found).model
-
-
-def _standardize_(model: nn.Module, chosen: frozenset[str], preserve: bool) -> None:
-    report = standardize_weights_(model, lambda _, name: name in chosen, preserve=preserve)
-    other = sorted(chosen.difference(report.changed))
-    if other:
-        raise DataError(f"{listed(other)} have no weights that can be standardised; check --model")
 
 
 def _changes(text: str, path: Path) -> dict[str, str]:

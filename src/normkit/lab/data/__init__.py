@@ -1,4 +1,4 @@
-"""Data sets: training, validation and test examples, scaled by the training pictures."""
+"""Data sets: training, validation and test examples, scaled by statistics of the training set."""
 
 from normkit.lab.data.dataset import Dataset, Examples, Split, stratified_order
 from normkit.lab.data.files import MAX_CLASSES, read_examples

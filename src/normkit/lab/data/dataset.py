@@ -1,4 +1,4 @@
-"""A data set: three splits of pictures, and the tensors that a network gets of them."""
+"""A data set: three splits of pictures, and the tensors that a network gets from them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-SPLIT_SEED = 0  # splits belong to the data set, not to a run
-TEST_SHARE = 0.2  # of data sets that come without a test split
-VALIDATION_SHARE = 0.1  # of the training examples
+SPLIT_SEED = 0  # fixed, because splits belong to the data set and not to a run
+TEST_SHARE = 0.2  # held out from data sets without a test split
+VALIDATION_SHARE = 0.1  # held out from the training examples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """Inputs, as a network gets them, and their classes."""
+    """Inputs in the form that a network takes, and their classes."""
 
     inputs: Float[Tensor, "n c h w"]
     targets: Int[Tensor, " n"]
@@ -47,11 +47,11 @@ class Examples:
         )
 
     def own_scaling(self) -> "Scaling | None":
-        """None: inputs are what a network gets."""
+        """None, because the inputs are scaled already."""
         return None
 
     def scaled(self, scaling: "Scaling | None") -> Self:
-        """The same examples; inputs are what a network gets."""
+        """The same examples, because the inputs are scaled already."""
         return self
 
     def to(self, device: torch.device) -> "Examples":
@@ -61,7 +61,7 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    r"""What becomes of a picture's values :math:`v`: :math:`(v - \text{mean}_c) / \text{std}_c`."""
+    r"""Scales a picture's values :math:`v` to :math:`(v - \text{mean}_c) / \text{std}_c`."""
 
     mean: Float[Tensor, "1 c 1 1"]
     std: Float[Tensor, "1 c 1 1"]
@@ -73,13 +73,13 @@ class Scaling:
         return cls(mean, torch.where(std > 0, std, torch.ones_like(std)))
 
     def __call__(self, pictures: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Scale a batch, on the device where it is."""
+        """Scale a batch on its device."""
         device = pictures.device
         return (pictures.float() - self.mean.to(device)) / self.std.to(device)
 
 
 class Split(Protocol):
-    """Training, validation or test examples, wherever their pictures are."""
+    """Training, validation or test examples, with pictures in memory or in files."""
 
     @property
     def targets(self) -> Int[Tensor, " n"]:
@@ -94,7 +94,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, index: Int[Tensor, " k"]) -> Examples:
-        """Examples at these positions, in this order, as at evaluation."""
+        """Examples at these positions, in this order, without augmentation."""
         ...
 
     def keep(self, index: Int[Tensor, " k"]) -> Self:
@@ -102,15 +102,15 @@ class Split(Protocol):
         ...
 
     def joined(self, other: Self) -> Self:
-        """These examples and then the others, which are of the same source."""
+        """These examples, then the others, which must come from the same source."""
         ...
 
     def own_scaling(self) -> "Scaling | None":
-        """What brings these pictures to mean 0 and standard deviation 1; None if they are."""
+        """Scaling of these pictures to mean 0 and standard deviation 1; None if they need none."""
         ...
 
     def scaled(self, scaling: "Scaling | None") -> Self:
-        """The same examples, scaled so when they are taken."""
+        """The same examples, which ``take`` then scales in this way."""
         ...
 
 
@@ -120,7 +120,7 @@ P = TypeVar("P", bound=Split)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictures:
-    """A split that is in memory, a byte a value; they are scaled when they are taken."""
+    """A split in memory with one byte per value; ``take`` scales the pictures."""
 
     values: Shaped[Tensor, "n c h w"]
     targets: Int[Tensor, " n"]
@@ -136,7 +136,7 @@ class Pictures:
         return channels, height, width
 
     def take(self, index: Int[Tensor, " k"]) -> Examples:
-        """Examples at these positions, in this order, as at evaluation."""
+        """Examples at these positions, in this order, without augmentation."""
         values = self.values[index]
         inputs = values.float() if self.scaling is None else self.scaling(values)
         return Examples(inputs=inputs, targets=self.targets[index])
@@ -162,11 +162,11 @@ class Pictures:
         return self.values[at]
 
     def own_scaling(self) -> Scaling | None:
-        """Of all pictures; None if they are in floating point, which is taken as it is."""
+        """Scaling by all pictures; None for floating-point pictures, which are not scaled."""
         return None if self.values.is_floating_point() else Scaling.of(self.values)
 
     def scaled(self, scaling: Scaling | None) -> Self:
-        """The same examples, scaled so when they are taken."""
+        """The same examples, which ``take`` then scales in this way."""
         return replace(self, scaling=scaling)
 
 
@@ -174,7 +174,7 @@ class Pictures:
 class Dataset(Generic[S_co]):
     """Three disjoint splits, scaled by the training pictures' statistics.
 
-    The fingerprint is of all examples as they were read: it changes when the files do.
+    The fingerprint is a hash of all examples as they were read, so it changes if the files change.
     """
 
     name: str
@@ -183,7 +183,12 @@ class Dataset(Generic[S_co]):
     validation: S_co
     test: S_co
     fingerprint: str = ""
-    notes: tuple[str, ...] = ()  # what a user should know, such as pictures that are left out
+    notes: tuple[str, ...] = ()  # notes for the user, for example about pictures that are left out
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples."""
+        return len(self.train)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -192,7 +197,7 @@ class Dataset(Generic[S_co]):
 
 
 def loaded(dataset: "Dataset[Split]") -> "Dataset[Examples]":
-    """Take all inputs into memory, scaled."""
+    """Load all scaled inputs into memory."""
     parts = (dataset.train, dataset.validation, dataset.test)
     train, validation, test = (part.take(torch.arange(len(part))) for part in parts)
     return Dataset(
@@ -207,7 +212,7 @@ def loaded(dataset: "Dataset[Split]") -> "Dataset[Examples]":
 
 
 def stratified_order(targets: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
-    """Random order whose every prefix holds the classes in their proportions.
+    """Random order in which every prefix has the classes in their proportions.
 
     The ``r``-th example of a class with ``k`` examples stands at ``(r + 1/2) / k``.
 
@@ -228,10 +233,10 @@ def stratified_order(targets: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]
 
 
 def hold_out(targets: Int[Tensor, " n"], share: float) -> tuple[Tensor, Tensor]:
-    """Positions of the rest and of a stratified share, the same ones each time.
+    """Hold out a stratified share of examples, the same ones each time.
 
     Returns:
-        The rest, then those held out.
+        Positions of the other examples, then of those that are held out.
     """
     order = stratified_order(targets, SPLIT_SEED)
     num_held = round(share * len(targets))
@@ -239,7 +244,7 @@ def hold_out(targets: Int[Tensor, " n"], share: float) -> tuple[Tensor, Tensor]:
 
 
 def limited(train: P, validation: P, limit: int | None) -> tuple[P, P]:
-    """Keep so many training examples; validation shrinks with them."""
+    """Keep ``limit`` training examples, and the same share of the validation examples."""
     if limit is None or limit >= len(train):
         return train, validation
     num_validation = max(1, round(limit * len(validation) / len(train)))
@@ -256,15 +261,17 @@ def assembled(
     limit: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Dataset[P]:
-    """Hold out what is missing, keep what the limit allows, and scale.
+    """Hold out missing splits, limit the number of examples, and scale.
 
     Args:
         name: Name of the data set.
-        given: ``train``; without ``test`` a fifth of it is held out, then without ``validation``
-            a tenth of what is left, stratified, the same ones each time.
-        fingerprint: Of everything that was read.
-        limit: Training examples to keep, ``None`` for all; validation shrinks with them.
-        notes: What a user should know.
+        given: The splits. If there is no ``test``, a fifth of ``train`` is held out for it; if
+            there is no ``validation``, a tenth of the rest. Both are stratified and the same each
+            time.
+        fingerprint: Hash of everything that was read.
+        limit: Number of training examples to keep, ``None`` for all; the same share of the
+            validation examples is kept.
+        notes: Notes for the user.
     """
     parts = dict(given)
     num_classes = 1 + int(max(part.targets.max() for part in parts.values()))
@@ -272,7 +279,7 @@ def assembled(
         if part not in parts:
             rest, held = hold_out(parts["train"].targets, share)
             parts |= {part: parts["train"].keep(held), "train": parts["train"].keep(rest)}
-    if limit is not None and "validation" in given:  # else holding out has mixed the classes
+    if limit is not None and "validation" in given:  # otherwise holding out has shuffled them
         for part in ("train", "validation"):
             order = stratified_order(parts[part].targets, SPLIT_SEED)
             parts[part] = parts[part].keep(order)
@@ -290,7 +297,7 @@ def assembled(
 
 
 def fingerprint_of(parts: Sequence[Pictures]) -> str:
-    """Twelve hexadecimal digits over pictures, their order and their parts."""
+    """Hash pictures, their order and their splits into twelve hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in (tensor for part in parts for tensor in (part.values, part.targets)):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

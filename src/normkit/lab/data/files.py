@@ -1,4 +1,4 @@
-"""Examples of one's own, in a safetensors file."""
+"""A user's own examples in a safetensors file."""
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ def read_examples(path: Path) -> Examples:
     """Read examples from a file that has tensors ``inputs`` and ``targets``.
 
     Args:
-        path: Ends in ``.safetensors``. Nothing is normalised: the inputs are what the model gets.
+        path: File whose name ends in ``.safetensors``. The model gets the inputs as they are.
 
     Raises:
-        DataError: If it cannot be read or holds something else.
+        DataError: If the file cannot be read or does not have these tensors.
     """
     require_file(path)
     try:

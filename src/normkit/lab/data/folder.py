@@ -1,4 +1,4 @@
-"""Pictures in folders: one folder for each class, of one's own or as ImageNet has them."""
+"""Pictures in folders, with one folder for each class, as in ImageNet."""
 
 import hashlib
 import io
@@ -24,9 +24,9 @@ PARTS = {
     "validation": ("val", "validation", "valid"),
     "test": ("test", "testing"),
 }
-DECODED_AT_ONCE = 50_000  # more pictures than these are only looked at when they are needed
-DEFAULT_SIDE = 224  # of pictures that have different sizes
-SHARE_OF_MEMORY = 4  # pictures stay in memory up to a quarter of it
+DECODED_AT_ONCE = 50_000  # if there are more pictures, each is decoded only when it is needed
+DEFAULT_SIDE = 224  # used if pictures have different sizes
+SHARE_OF_MEMORY = 4  # pictures are kept in up to a quarter of the memory
 
 
 class File(NamedTuple):
@@ -39,33 +39,43 @@ class File(NamedTuple):
 def read_folder(folder: Path, limit: int | None = None, side: int | None = None) -> Dataset[Split]:
     """Read class folders, with or without ``train``, ``val`` and ``test`` folders above them.
 
-    Where there is no test folder a fifth of each class is held out, and where there is no
-    validation folder a tenth of the training pictures, the same ones each time. Pictures that
-    cannot be read are left out and named in the data set's notes.
+    If there is no test folder, a fifth of each class is held out; if there is no validation folder,
+    a tenth of the training pictures. They are the same ones each time. Pictures that cannot be read
+    are left out and named in the data set's notes.
 
     Args:
-        folder: Holds a folder for each class, or ``train`` and maybe ``val`` and ``test``.
-        limit: Training examples to keep, ``None`` for all.
-        side: Height and width of what the network gets; by default the pictures' own if they all
-            have one size, else 224.
+        folder: Folder with a folder for each class, or with ``train`` and possibly ``val`` and
+            ``test``, which have these.
+        limit: Number of training examples to keep, ``None`` for all.
+        side: Height and width of the network's inputs; by default the size of the pictures if all
+            have the same, else 224.
 
     Raises:
-        DataError: If there are no pictures, fewer than two classes, a class is in one part and
-            not in another, or no picture can be read.
+        DataError: If there are no pictures or fewer than two classes, a class is missing in one
+            part, or no picture can be read.
+    """
+    roots = training_folders(folder)
+    classes = class_names(roots)
+    return read_files(
+        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
+    )
+
+
+def training_folders(folder: Path) -> dict[str, Path]:
+    """The folders ``train``, ``val`` and ``test`` of a folder; itself to train on without them.
+
+    Raises:
+        DataError: If it is no folder, or has parts and no ``train``.
     """
     if not folder.is_dir():
-        raise DataError(f"{printable(folder)} is no folder; give one that has a folder per class")
-    found = {part: _part(folder, names) for part, names in PARTS.items()}
-    roots = {part: root for part, root in found.items() if root is not None} or {"train": folder}
+        raise DataError(f"{printable(folder)} is not a folder; give one with a folder per class")
+    roots = part_folders(folder) or {"train": folder}
     if "train" not in roots:
         raise DataError(
             f"{printable(folder)} has {listed(r.name for r in roots.values())} and no folder "
             f"train; put the training pictures there"
         )
-    classes = class_names(roots)
-    return read_files(
-        folder, {part: files_of(root, classes) for part, root in roots.items()}, limit, side
-    )
+    return roots
 
 
 def read_files(
@@ -74,13 +84,13 @@ def read_files(
     limit: int | None = None,
     side: int | None = None,
 ) -> Dataset[Split]:
-    """Read pictures whose parts are known.
+    """Read pictures whose split is known.
 
     Args:
-        folder: That they lie in.
-        files: ``train`` and maybe ``validation`` and ``test``.
+        folder: Folder that contains all files.
+        files: Files of ``train`` and possibly ``validation`` and ``test``.
         limit: As in :func:`read_folder`.
-        side: Likewise.
+        side: As in :func:`read_folder`.
 
     Raises:
         DataError: If no picture of a class can be read.
@@ -90,23 +100,26 @@ def read_files(
     return _dataset(reading, reading.same_channels(parts), limit, side)
 
 
+def part_folders(folder: Path) -> dict[str, Path]:
+    """Find the folders of ``train``, ``validation`` and ``test`` in a folder."""
+    found = {part: _part(folder, names) for part, names in PARTS.items()}
+    return {part: root for part, root in found.items() if root is not None}
+
+
 def _part(folder: Path, names: Sequence[str]) -> Path | None:
-    """The folder of a part, in capitals or not."""
+    """The folder of a part, in upper or lower case; None if there is none."""
     return next(
         (p for p in sorted(folder.iterdir()) if p.name.lower() in names and p.is_dir()), None
     )
 
 
 def class_names(roots: Mapping[str, Path]) -> list[str]:
-    """Names of the class folders, the same ones in all parts.
+    """Names of the class folders, which are the same in all parts.
 
     Raises:
-        DataError: If they differ, or there are fewer than two.
+        DataError: If the names differ between parts, or there are fewer than two classes.
     """
-    named = {
-        part: sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        for part, root in roots.items()
-    }
+    named = {part: class_folders(root) for part, root in roots.items()}
     classes, place = named["train"], printable(roots["train"])
     if len(classes) < 2:
         raise DataError(
@@ -123,11 +136,16 @@ def class_names(roots: Mapping[str, Path]) -> list[str]:
     return classes
 
 
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def files_of(root: Path, classes: Sequence[str]) -> list[File]:
-    """Pictures in the class folders of a part.
+    """Find the pictures in the class folders of a part.
 
     Raises:
-        DataError: If a class has none.
+        DataError: If a class has no pictures.
     """
     files = [
         File(path, label)
@@ -150,7 +168,7 @@ def files_of(root: Path, classes: Sequence[str]) -> list[File]:
 
 
 class _Part(NamedTuple):
-    """The pictures of a part that can be read, in memory if there is room."""
+    """The readable pictures of a part, in memory if there is room."""
 
     files: list[File]
     values: list[Shaped[Tensor, "c h w"]] | None
@@ -159,7 +177,7 @@ class _Part(NamedTuple):
 
 @dataclass(slots=True)
 class _Reading:
-    """What reading the files of a folder finds out."""
+    """State of reading a folder's files: hash, unreadable files, and memory that is left."""
 
     folder: Path
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
@@ -201,7 +219,7 @@ class _Reading:
         return _Part(kept, values if len(values) == len(kept) else None, shapes)
 
     def same_channels(self, parts: Mapping[str, _Part]) -> dict[str, _Part]:
-        """Give grey pictures three channels if others have colours."""
+        """Give grey pictures three channels if other pictures have colours."""
         if len({shape[0] for part in parts.values() for shape in part.shapes}) == 1:
             return dict(parts)
 
@@ -213,7 +231,7 @@ class _Reading:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which pictures are left out."""
+        """A note about the pictures that are left out."""
         if not self.broken:
             return ()
         names = listed(path.relative_to(self.folder) for path in self.broken)
@@ -227,12 +245,12 @@ class _Reading:
 
 
 def decoded(path: Path, content: bytes | None = None) -> Shaped[Tensor, "c h w"]:
-    """The picture in a file.
+    """Decode the picture in a file.
 
     Raises:
         DataError: If it cannot be read.
     """
-    from PIL import Image  # only where there are pictures
+    from PIL import Image  # an optional package, needed only for picture files
 
     try:
         source = path.read_bytes() if content is None else content
@@ -275,7 +293,7 @@ def _dataset(
 
 
 def _split(part: _Part, shape: tuple[int, int, int]) -> Pictures | Streamed:
-    """In memory where the pictures have one size, else read when needed."""
+    """A split in memory if it has room and the right size, else one that reads when needed."""
     targets = torch.tensor([file.label for file in part.files])
     if part.values is not None and part.shapes == {shape}:
         return Pictures(values=torch.stack(part.values), targets=targets)

@@ -1,4 +1,4 @@
-"""Data sets of a user's own: PyTorch data sets, from Python or from ``FILE.py:FUNCTION``."""
+"""A user's own PyTorch data sets, given in Python or by ``FILE.py:FUNCTION``."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -19,8 +19,8 @@ from normkit.lab.user_code import users_errors
 from normkit.text import printable, shortened
 
 NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-NUM_FOR_FINGERPRINT = 256  # pictures that tell whether a data set is the same as before
-NUM_TRIED = 32  # pictures whose classes are compared with those that are written
+NUM_FOR_FINGERPRINT = 256  # pictures that are hashed to recognise a data set
+NUM_TRIED = 32  # examples whose classes are compared with the data set's list of classes
 RULE = (
     'give a dict {"train": ..., "test": ...} of PyTorch data sets, maybe with "validation", or a '
     "tuple (train, test) or (train, validation, test), or one data set, which is split"
@@ -30,29 +30,30 @@ RULE = (
 def read_given(
     given: object, name: str, limit: int | None = None, side: int | None = None
 ) -> Dataset[Split]:
-    """Take data sets as a user has them.
+    """Read a user's PyTorch data sets.
 
-    Each has a length and gives ``(picture, class)`` at a position. Pictures of bytes and of PIL
-    are scaled to mean 0 and standard deviation 1 in each channel of the training pictures;
-    tensors in floating point are taken as they are.
+    Each has a length, and ``(picture, class)`` at each position. Byte tensors and PIL's pictures
+    are scaled by the mean and standard deviation of each channel of the training pictures;
+    floating-point tensors are used as they are.
 
     Args:
-        given: ``{"train": ..., "validation": ..., "test": ...}``, a tuple of two or three, or one.
-        name: What messages call them.
-        limit: Training examples to keep, ``None`` for all.
-        side: Height and width of what the network gets; by default the first picture's own.
+        given: ``{"train": ..., "validation": ..., "test": ...}``, a tuple of two or three data
+            sets, or one data set.
+        name: Name of the data sets in error messages.
+        limit: Number of training examples to keep, ``None`` for all.
+        side: Height and width of the network's inputs; by default those of the first picture.
 
     Raises:
-        DataError: If it is something else, a part is empty, or the test set has classes that
-            the training set has not.
+        DataError: If ``given`` is something else, a part is empty, or a part has classes that the
+            training set does not have.
     """
     parts = {part: _part(dataset, f"{name} ({part})") for part, dataset in _parts(given).items()}
     for part, source in parts.items():
         unknown = sorted(set(source.labels()) - set(parts["train"].labels()))
         if unknown:
             raise DataError(
-                f"the {part} set of {name} has the classes {unknown[:5]}, and its training set has "
-                f"not; give both the same classes"
+                f"the {part} set of {name} has the classes {unknown[:5]}, which its training set "
+                f"does not have; give both the same classes"
             )
     shape = _input_shape(parts["train"].picture(0), side)
     digest = hashlib.sha256()
@@ -65,7 +66,7 @@ def read_given(
 
 
 def _parts(given: object) -> dict[str, Any]:
-    """The data sets by the part that they are."""
+    """The data sets by the name of their part."""
     found: dict[str, Any] = {}
     if isinstance(given, Mapping) and set(given) <= set(NAMES):
         found = {NAMES[str(key)]: dataset for key, dataset in given.items()}
@@ -98,12 +99,12 @@ class _Source:
         return as_tensor(self.dataset[at][0], f"example {at} of {self.name}")
 
     def sample(self) -> Iterator[Shaped[Tensor, "..."]]:
-        """What the fingerprint looks at: all tensors, else some pictures, drawn by seed 0."""
+        """The tensors that the fingerprint hashes: all of a TensorDataset, else some pictures."""
         if isinstance(self.dataset, TensorDataset):
             yield from self.dataset.tensors
             return
         for at in _spread(len(self.targets), NUM_FOR_FINGERPRINT):
-            with seeded(0):
+            with seeded(0):  # so that random augmentation gives the same picture each time
                 yield self.picture(at)
 
     def split(self, shape: tuple[int, int, int]) -> Pictures | Streamed:
@@ -120,7 +121,7 @@ class _Source:
 
 
 def _part(dataset: Any, name: str) -> _Source:
-    """Find the classes: by the attribute that most data sets have, else by looking at each."""
+    """Find the classes by the attribute that most data sets have, else by reading each example."""
     if len(dataset) == 0:
         raise DataError(f"{name} has no examples; give one or more")
     with users_errors(name), seeded(0):
@@ -142,7 +143,7 @@ def _part(dataset: Any, name: str) -> _Source:
     try:
         targets = torch.as_tensor([int(label) for label in known])
     except (TypeError, ValueError) as error:
-        raise DataError(f"{name} has classes that are no whole numbers: {error}") from error
+        raise DataError(f"{name} has classes that are not whole numbers: {error}") from error
     if int(targets.min()) < 0 or int(targets.max()) >= MAX_CLASSES:
         raise DataError(
             f"{name} has classes from {int(targets.min())} to {int(targets.max())}; they are "
@@ -152,13 +153,13 @@ def _part(dataset: Any, name: str) -> _Source:
 
 
 def _differs(dataset: Any, known: Any, name: str) -> bool:
-    """Whether the classes that are given differ from those that are written, as by a transform."""
+    """Whether examples have other classes than the list says, for example by a transform."""
     with users_errors(name), seeded(0):
         return any(int(dataset[at][1]) != int(known[at]) for at in _spread(len(dataset), NUM_TRIED))
 
 
 def _spread(number: int, at_most: int) -> list[int]:
-    """Positions that are evenly spread."""
+    """At most ``at_most`` evenly spread positions."""
     kept = min(number, at_most)
     return [number * at // kept for at in range(kept)]
 

@@ -1,5 +1,6 @@
-"""A data set by what a user wrote: a name, a folder, a function, or data sets themselves."""
+"""Opening a data set by a name, a folder, a function, or data sets that a user has given."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,8 @@ from normkit.lab.data.sources import read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
 Key = tuple[str, int | None, int | None]
-_opened: dict[Key, Dataset[Split]] = {}  # the last one that was opened
+NUM_KEPT = 2  # a task may have two data sets
+_opened: dict[Key, Dataset[Split]] = {}  # those opened last, in this order
 
 
 def open_data(
@@ -22,22 +24,27 @@ def open_data(
 
     Args:
         text: A name such as ``digits`` or ``caltech256:seed=1``; ``folder:PATH`` with a folder for
-            each class; or ``FILE.py:FUNCTION``, a function without arguments that gives data sets.
-        limit: Training examples to keep, ``None`` for all.
-        side: Height and width of what a network gets, for folders and functions; by default the
-            pictures' own.
-        hold_out: Whether validation examples are kept from training. Otherwise they are trained
-            on as well, as in papers that train on everything.
+            each class; or ``FILE.py:FUNCTION``, a function without arguments that returns data
+            sets.
+        limit: Number of training examples to keep, ``None`` for all.
+        side: Height and width of the network's inputs, for folders and functions; by default the
+            size of the pictures.
+        hold_out: Whether validation examples are kept out of training. If not, they are also
+            trained on, as in papers that train on all examples.
 
     Raises:
         SpecError: If there is no such data set or function.
         DataError: If it cannot be read.
     """
-    key = (text, limit, side)
-    if key not in _opened:
-        hold_data(key, _read(text, limit, side))
-    found = _opened[key]
+    found = opened_once((text, limit, side), lambda: _read(text, limit, side))
     return found if hold_out else replace(found, train=found.train.joined(found.validation))
+
+
+def opened_once(key: Key, read: Callable[[], Dataset[Split]]) -> Dataset[Split]:
+    """The data set that was opened last if it was opened by this key, else what is read now."""
+    if key not in _opened:
+        hold_data(key, read())
+    return _opened[key]
 
 
 def _read(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
@@ -54,31 +61,33 @@ def _read(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
 
 @lru_cache(maxsize=1)
 def load(text: str, limit: int | None = None) -> Dataset[Examples]:
-    """Open a data set and take all its inputs into memory.
+    """Open a data set and load all its inputs into memory.
 
     Args:
-        text: As :func:`open_data`.
-        limit: Training examples to keep, ``None`` for all.
+        text: As in :func:`open_data`.
+        limit: Number of training examples to keep, ``None`` for all.
 
     Raises:
-        NormError: As :func:`open_data`.
+        NormError: As in :func:`open_data`.
     """
     return loaded(open_data(text, limit))
 
 
 def forget_data() -> None:
-    """Read a data set anew when it is next asked for."""
+    """Forget the opened data set, so that it is read again when it is next opened."""
     _opened.clear()
     load.cache_clear()
 
 
 def hold_data(key: Key, dataset: Dataset[Split]) -> None:
-    """Give this data set when it is next asked for by what it was opened by."""
-    _opened.clear()
+    """Make ``open_data`` return this data set when it is next called with this key."""
+    _opened.pop(key, None)
+    while len(_opened) >= NUM_KEPT:
+        del _opened[next(iter(_opened))]
     _opened[key] = dataset
 
 
 def opened_data() -> tuple[Key, Dataset[Split]] | None:
-    """The data set that was opened last; None if a user's function made it."""
-    found = next(iter(_opened.items()), None)
+    """The data set that was opened last, with its key; None if a user's function made it."""
+    found = next(reversed(_opened.items()), None)
     return None if found is None or is_reference(found[0][0]) else found

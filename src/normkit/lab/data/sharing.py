@@ -1,4 +1,4 @@
-"""The data set that a process has opened, for its workers: read once, and in memory once."""
+"""Sharing an opened data set with worker processes, so that it is read and stored once."""
 
 import io
 import os
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from normkit.lab.data.opening import Key, hold_data, opened_data
 
-LARGE_BYTES = 2**20  # a tensor from this size on goes to a file, which all workers map
+LARGE_BYTES = 2**20  # tensors of at least this size are written to files, which all workers map
 
 
 @dataclass(frozen=True, slots=True)
 class SharedData:
-    """What workers need to have the data set of the process that started them.
+    """The data set of a process, in the form that its workers get.
 
     Args:
-        key: What the data set was opened by.
-        content: The data set without its large tensors.
-        folder: Has those, a file each.
+        key: The arguments that the data set was opened with.
+        content: The pickled data set without its large tensors.
+        folder: Folder with the large tensors, one file each.
     """
 
     key: Key
@@ -33,13 +33,13 @@ class SharedData:
     folder: Path
 
     def take_over(self) -> None:
-        """Have the data set in this process, as if it had been opened here."""
+        """Open the shared data set in this process."""
         hold_data(self.key, _Unpickler(io.BytesIO(self.content), self.folder).load())
 
     def remove(self) -> None:
-        """Remove the files; those who have mapped them keep what is in them."""
+        """Remove the files; processes that have mapped them keep their contents."""
         rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # others are in the folder, or it never was
+        with suppress(OSError):  # the folder above is not empty, or does not exist
             self.folder.parent.rmdir()
 
 
@@ -47,11 +47,11 @@ def share_data(folder: Path) -> SharedData | None:
     """Prepare the data set that is open in this process for its workers.
 
     Args:
-        folder: Where large tensors may be written.
+        folder: Folder for large tensors.
 
     Returns:
-        It, or None where nothing is open, a user's function made it, or there is no room: then
-        each worker opens it anew.
+        The shared data set. None if no data set is open, a user's function made it, or the disk is
+        full; then each worker opens the data set itself.
     """
     opened = opened_data()
     if opened is None:
@@ -68,7 +68,7 @@ def share_data(folder: Path) -> SharedData | None:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves large tensors out, and writes them to files."""
+    """Writes large tensors to files instead of into the pickle."""
 
     def __init__(self, file: io.BytesIO, folder: Path) -> None:
         super().__init__(file)
@@ -84,7 +84,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Maps them; a change to what is in memory stays this process's own."""
+    """Maps large tensors from files; changes in memory are not written to the files."""
 
     def __init__(self, file: io.BytesIO, folder: Path) -> None:
         super().__init__(file)

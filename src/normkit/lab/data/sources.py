@@ -1,4 +1,4 @@
-"""Where each data set comes from: one function each, in one registry."""
+"""Sources of the named data sets: one function each, in one registry."""
 
 import importlib
 import os
@@ -16,12 +16,13 @@ from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable
 
 FOLDER_VARIABLE = "NORMKIT_DATA"
-OF_FOLDERS = ("imagenet", "caltech256")  # read by ``papers.py``
+OFFICE = ("office31-amazon", "office31-dslr", "office31-webcam")
+OF_FOLDERS = ("imagenet", "caltech256", *OFFICE)  # these are read by ``papers.py``
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 
 
 class Source(NamedTuple):
-    """Pictures of a data set, and its own test and validation splits if it has them."""
+    """Training pictures of a data set, and its test and validation pictures if it has them."""
 
     pictures: Pictures
     test: Pictures | None
@@ -49,7 +50,7 @@ def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
 
     Args:
         name: A key of ``READERS``.
-        limit: Training examples to keep, ``None`` for all.
+        limit: Number of training examples to keep, ``None`` for all.
 
     Raises:
         SpecError: If there is no such data set.
@@ -114,15 +115,21 @@ def mnist() -> Source:
 @reader("cifar100-40k")
 def cifar100_40k() -> Source:
     """CIFAR-100 with 40000 training and 10000 validation pictures: Summers and Dinneen, 4.1."""
-    source = _from_torchvision("CIFAR100")
-    kept, held = hold_out(source.pictures.targets, 0.2)
-    return Source(source.pictures.keep(kept), source.test, source.pictures.keep(held))
+    return _fifth_held_out(_from_torchvision("CIFAR100"))
 
 
 @reader("svhn-extra")
 def svhn_extra() -> Source:
-    """630420 colour 32x32 house numbers: the easier ones of the part ``extra`` train as well."""
-    return _from_torchvision("SVHN", *_SVHN, {"split": "extra"})
+    """630420 colour 32x32 house numbers, with the part ``extra``: Summers and Dinneen, 4.1.
+
+    Of the 604388 that are not for the test, a fifth is for validation.
+    """
+    return _fifth_held_out(_from_torchvision("SVHN", *_SVHN, {"split": "extra"}))
+
+
+def _fifth_held_out(source: Source) -> Source:
+    kept, held = hold_out(source.pictures.targets, 0.2)
+    return Source(source.pictures.keep(kept), source.test, source.pictures.keep(held))
 
 
 def _idx_pictures(part: str) -> Pictures:
@@ -136,7 +143,10 @@ _SVHN = {"split": "train"}, {"split": "test"}
 
 
 def _from_torchvision(name: str, *parts: Mapping[str, Any]) -> Source:
-    """A data set of torchvision's: the part to train on, the test, and more to train on."""
+    """Load a data set of torchvision.
+
+    ``parts`` are the options of its training set, its test set, and of further training sets.
+    """
     register_missing_operators()
     dataset = getattr(importlib.import_module("torchvision.datasets"), name)
     folder = data_folder()

@@ -1,4 +1,4 @@
-"""A split whose pictures are read when they are needed, one by one."""
+"""A split whose pictures are read one by one when they are needed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,21 +15,21 @@ from normkit.lab.data.views import at_size
 NUM_FOR_SCALING = 2_000  # pictures whose values decide the scaling
 
 SIXTEEN_BITS = 2**16 - 1
-GREY = ("1", "L")  # PIL's modes; those of more bits begin with I
+GREY = ("1", "L")  # PIL's modes of grey pictures with up to 8 bits; those with more begin with I
 
 ReadPicture = Callable[[int], Shaped[Tensor, "c h w"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Streamed:
-    """A split of which only the classes are in memory.
+    """A split that has only the classes in memory.
 
     Args:
-        read: Gives the picture at a position of the source, as bytes or in floating point.
-        positions: Where the examples are in the source.
+        read: Reads the picture at a position of the source, as bytes or in floating point.
+        positions: Positions of the examples in the source.
         targets: Class of each example.
-        input_shape: Channels, height and width of one input; other pictures are scaled.
-        scaling: What becomes of a picture's values.
+        input_shape: Channels, height and width of one input; pictures are resized to it.
+        scaling: Scaling of the pictures' values.
     """
 
     read: ReadPicture
@@ -46,7 +46,7 @@ class Streamed:
         return self.read(int(self.positions[at]))
 
     def take(self, index: Int[Tensor, " k"]) -> Examples:
-        """Examples at these positions, in this order, as at evaluation."""
+        """Examples at these positions, in this order, without augmentation."""
         _, height, width = self.input_shape
         pictures = [at_size(self.picture(at), (height, width)) for at in index.tolist()]
         values = torch.stack(pictures) if pictures else torch.empty(0, *self.input_shape)
@@ -58,7 +58,7 @@ class Streamed:
         return replace(self, positions=self.positions[index], targets=self.targets[index])
 
     def joined(self, other: Self) -> Self:
-        """These examples and then the others, which are of the same source."""
+        """These examples, then the others, which must come from the same source."""
         return replace(
             self,
             positions=torch.cat([self.positions, other.positions]),
@@ -66,22 +66,22 @@ class Streamed:
         )
 
     def own_scaling(self) -> Scaling | None:
-        """Of some pictures of all classes; None if they are in floating point, taken as it is."""
+        """Scaling by some pictures of all classes; None for floating-point pictures."""
         if self.picture(0).is_floating_point():
             return None
         sample = stratified_order(self.targets, SPLIT_SEED)[:NUM_FOR_SCALING]
         return Scaling.of(self.take(sample).inputs)
 
     def scaled(self, scaling: Scaling | None) -> Self:
-        """The same examples, scaled so when they are taken."""
+        """The same examples, which ``take`` then scales in this way."""
         return replace(self, scaling=scaling)
 
 
 def _bytes_of(values: Any, where: str) -> Shaped[Tensor, "1 h w"]:
-    """Grey values of 8 or 16 bits as bytes.
+    """Convert grey values of 8 or 16 bits to bytes.
 
     Raises:
-        DataError: If there are others.
+        DataError: If there are other values.
     """
     whole = bool((values == values.round()).all())
     if not whole or values.min() < 0 or values.max() > SIXTEEN_BITS:
@@ -94,17 +94,17 @@ def _bytes_of(values: Any, where: str) -> Shaped[Tensor, "1 h w"]:
 
 
 def as_tensor(picture: Any, where: str) -> Shaped[Tensor, "c h w"]:
-    """A picture as channels, height and width: bytes of what PIL reads, a tensor as it is.
+    """Convert a picture of PIL to a byte tensor ``(c, h, w)``; return a tensor as it is.
 
     Raises:
-        DataError: If it is neither.
+        DataError: If the picture is neither.
     """
     if isinstance(picture, Tensor):
         if picture.ndim == 3:
             return picture
         given = f"a tensor of shape {tuple(picture.shape)}"
     elif hasattr(picture, "convert"):
-        import numpy as np  # only where pictures are PIL's
+        import numpy as np  # needed only for pictures of PIL
 
         if picture.mode.startswith(("I", "F")):
             return _bytes_of(np.array(picture, dtype=np.float64), where)

@@ -1,4 +1,4 @@
-"""What is done to pictures before a network gets them: sizes, and augmentation in training."""
+"""Preparation of pictures for a network: resizing, and augmentation in training."""
 
 import importlib
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from normkit.lab.torchvision_ops import register_missing_operators
 
-PADDING_SHARE = 8  # a picture is padded by an eighth of its side before it is cropped: 4 of 32
-CUTOUT_SHARE = 2  # a cutout's side is half the picture's: 16 of 32
-EVALUATION_SHARE = 0.875  # of a picture's shorter side, 224 of 256, is what a network sees
+PADDING_SHARE = 8  # a picture is padded by an eighth of its side before cropping: 4 of 32
+CUTOUT_SHARE = 2  # the side of a cutout is half that of the picture: 16 of 32
+EVALUATION_SHARE = 0.875  # share of the shorter side that a network gets: 224 of 256
 
 
 def _transforms() -> Any:
@@ -21,10 +21,10 @@ def _transforms() -> Any:
 
 
 def at_size(picture: Shaped[Tensor, "c h w"], size: tuple[int, int]) -> Shaped[Tensor, "c a b"]:
-    """A picture at the size that a network gets at evaluation.
+    """Bring a picture to the size of the network's inputs, as at evaluation.
 
-    One of another size is scaled, so that it is ``1 / 0.875`` of the network's on the side where
-    it is shorter, and its centre is taken, as is usual on ImageNet.
+    As is usual on ImageNet, a picture of another size is resized so that its shorter side is
+    ``1 / 0.875`` of the network's input, and then cropped to the centre.
     """
     if tuple(picture.shape[1:]) == size:
         return picture
@@ -36,13 +36,13 @@ def at_size(picture: Shaped[Tensor, "c h w"], size: tuple[int, int]) -> Shaped[T
 
 
 class Augmentation:
-    """Random changes of one picture, by torchvision, drawn from torch's random state.
+    """Random augmentation of one picture by torchvision, drawn from torch's random state.
 
     ========  =====================================================================
-    imagenet  a random part of 8 to 100 % of the picture, scaled to its size
-    crop      moved by up to an eighth of its side, zeros beyond the border
-    flip      mirrored from left to right, one time in two
-    cutout    a square of half its side is set to zero; it may reach over the border
+    imagenet  crop of a random 8 to 100 % of the picture, resized
+    crop      shift by up to an eighth of the side, with zeros beyond the border
+    flip      horizontal flip with probability 1/2
+    cutout    a square of half the side is set to zero; it may cross the border
     ========  =====================================================================
 
     Source:
@@ -66,7 +66,7 @@ class Augmentation:
         self._size = size
 
     def __call__(self, picture: Shaped[Tensor, "c h w"]) -> Shaped[Tensor, "c a b"]:
-        """Change a picture."""
+        """Augment a picture."""
         if not self._resizes:
             picture = at_size(picture, self._size)
         picture = self._steps(picture)

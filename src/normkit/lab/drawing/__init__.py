@@ -1,4 +1,4 @@
-"""Pictures of a feature map, its elements marked by the statistics that they share."""
+"""Drawings of a feature map that mark which elements share statistics."""
 
 from normkit.lab.drawing.panels import Panel, panels_of
 

@@ -1,4 +1,4 @@
-"""Panels as a picture, PNG or SVG, side by side."""
+"""Panels side by side as a PNG or SVG picture."""
 
 import itertools
 import math
@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from normkit.lab.drawing.panels import Indices, Panel, View, is_dark, shown
 from normkit.lab.figures import INK, figure_file
 
-CELL, SPACE, GAP = 10, 6, 14  # pixels of an element, between blocks, and of what is left out
+CELL, SPACE, GAP = 10, 6, 14  # pixels of an element, between blocks, and of a gap
 MAX_EXAMPLES, MAX_CHANNELS = 8, 12
-POSITIONS = (12, 6)  # the most rows or columns that are drawn, and how many where there are more
-MAX_LETTERS = 4  # groups in a block that get a letter
-LEFT, BOTTOM, TOP, LINE = 0.55, 0.5, 0.55, 0.17  # inches around panels, and of a line of a title
-MIN_WIDTH, CHARACTERS = 3.4, 15  # inches of a panel, and characters of a title in an inch
+POSITIONS = (12, 6)  # largest number of rows or columns without a gap, and the number with a gap
+MAX_LETTERS = 4  # blocks with more groups get no letters
+LEFT, BOTTOM, TOP, LINE = 0.55, 0.5, 0.55, 0.17  # inches: margins of panels, height of a text line
+MIN_WIDTH, CHARACTERS = 3.4, 15  # inches of a panel, and characters of a title per inch
 DOTS_PER_INCH = 160
 PAPER, NOTHING = "#ffffff", "#e9ecef"
 Place = tuple[int, int]
@@ -27,14 +27,14 @@ Blocks = defaultdict[Place, defaultdict[int, list[Place]]]
 
 
 class _Ruler(NamedTuple):
-    """Where the blocks of one axis begin, and the elements within a block, in pixels."""
+    """Positions of blocks along one axis, and of the elements in a block, in pixels."""
 
     outer: Indices
     inner: Indices
 
     @property
     def starts(self) -> list[int]:
-        """First pixel of each block, and where another one would begin."""
+        """First pixel of each block, then the first pixel after the last block and its space."""
         block = sum(GAP if index is None else CELL for index in self.inner)
         starts = [0]
         for index in self.outer:
@@ -47,7 +47,7 @@ class _Ruler(NamedTuple):
         return self.starts[-1] - SPACE
 
     def elements(self) -> Iterable[tuple[int, int, int]]:
-        """Outer index, inner index and first pixel of everything that is drawn."""
+        """Outer index, inner index and first pixel of each drawn element."""
         for start, index in zip(self.starts, self.outer, strict=False):
             place = start
             for within in self.inner:
@@ -63,7 +63,7 @@ class _Ruler(NamedTuple):
 
 
 class _Sheet(NamedTuple):
-    """A panel with the pixels that it takes."""
+    """A panel, the indices that are drawn, and their positions in pixels."""
 
     panel: Panel
     view: View
@@ -83,7 +83,7 @@ class _Sheet(NamedTuple):
         return cls(panel, view, down, across)
 
     def elements(self) -> Iterable[tuple[Place, Place, int]]:
-        """Example and channel, first pixels across and down, and group of what is drawn."""
+        """Example and channel, first pixels across and down, and group of each drawn element."""
         for example, row, y in self.down.elements():
             for channel, column, x in self.across.elements():
                 group = int(self.panel.cells[example, channel, row, column])
@@ -91,17 +91,17 @@ class _Sheet(NamedTuple):
 
 
 def write_figure(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Draw the panels side by side into a file, in the format that its name ends in.
+    """Draw the panels side by side into a file, in the format of its suffix.
+
+    Examples go down, channels to the right; a block holds the positions of one channel. The same
+    panels give the same file.
 
     Raises:
-        DataError: If it cannot be written.
-
-    Examples go down, channels to the right; a block has the positions of one channel. The same
-    panels give the same file.
+        DataError: If the file cannot be written.
     """
     sheets = [_Sheet.of(panel) for panel in panels]
     widest = max(sheet.across.size for sheet in sheets)
-    scale = min(max(MIN_WIDTH / widest, 0.012), 0.03)  # inches of a pixel
+    scale = min(max(MIN_WIDTH / widest, 0.012), 0.03)  # inches per pixel
     width, height = max(widest * scale, MIN_WIDTH), sheets[0].down.size * scale
     titles = [textwrap.wrap(panel.title, int(width * CHARACTERS)) for panel in panels]
     top = TOP + LINE * max(map(len, titles))
@@ -147,7 +147,7 @@ def _pixels(sheet: _Sheet) -> np.ndarray:
 
 
 def _letters(sheet: _Sheet) -> Iterable[tuple[float, float, int]]:
-    """Where letters go: in every block near the middle of each group, where these are few."""
+    """Positions of letters: near the middle of each group, in blocks with few groups."""
     blocks: Blocks = defaultdict(lambda: defaultdict(list))
     for block, place, group in sheet.elements():
         blocks[block][group].append(place)

@@ -1,4 +1,4 @@
-"""What a picture shows of a feature map: the group of every element, its letter and colour."""
+"""The contents of a drawing: the group of every element, its letter and its colour."""
 
 import math
 import string
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from normkit.sharing import Part, parts
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, then the same half as strong.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, then lighter versions of them.
 STRONG = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 LIGHT = ("#f2cf80", "#abdaf4", "#80cfb9", "#f8f2a1", "#80b9d9", "#eaaf80", "#e6bcd3")
 COLOURS = STRONG + LIGHT
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 
-Indices = list[int | None]  # None is a gap: something is left out there
+Indices = list[int | None]  # None is a gap, which stands for the indices that are not drawn
 
 
 class View(NamedTuple):
-    """Which indices of each axis are drawn."""
+    """The indices of each axis that are drawn."""
 
     examples: Indices
     channels: Indices
@@ -34,9 +34,9 @@ class Panel:
     """A part of a layer, ready to be drawn.
 
     Args:
-        title: What it is, how many groups there are and of how many elements.
+        title: Name of the part, number of groups and number of elements in each.
         cells: The group of every element as ``(N, C, rows, columns)``; -1 for none.
-        stride: Groups that one example, or one run of examples, is cut into.
+        stride: Number of groups that one example, or one run of examples, is cut into.
     """
 
     title: str
@@ -54,26 +54,27 @@ class Panel:
 
 
 class Key(NamedTuple):
-    """Letters and colours of groups; where there are too many they come again, not side by side."""
+    """Letters and colours of groups; many groups share them, but not neighbouring groups."""
 
     ranks: dict[int, int]
     stride: int
 
     def letter(self, group: int) -> str:
-        """A letter or a digit."""
+        """The group's letter or digit."""
         return LETTERS[self.ranks[group] % len(LETTERS)]
 
     def colour(self, group: int) -> str:
-        """A colour, ``"#rrggbb"``."""
+        """The group's colour, ``"#rrggbb"``."""
         if len(self.ranks) <= len(COLOURS):
             return COLOURS[self.ranks[group]]
-        meets_itself = self.stride % len(COLOURS) in (0, 1, len(COLOURS) - 1)  # below or beside
+        # With such a stride a colour would stand below or beside itself in the next example.
+        meets_itself = self.stride % len(COLOURS) in (0, 1, len(COLOURS) - 1)
         shift = 5 * (group // self.stride) if meets_itself else 0
         return COLOURS[(group + shift) % len(COLOURS)]
 
 
 def panels_of(layer: nn.Module, shape: Sequence[int]) -> list[Panel]:
-    """Lay out a feature map of this shape once for every part of a layer in its mode.
+    """Make a panel of a feature map of this shape for every part of a layer in its present mode.
 
     Raises:
         InputTypeError: If the layer is not one of normkit's.
@@ -98,17 +99,17 @@ def _legend(part: Part, index: Tensor) -> str:
     groups = f"{len(sizes)} group{'' if len(sizes) == 1 else 's'}"
     share = "" if part.share == 1 else f", with a weight of {part.share:g}"
     if part.origin == "running":
-        return f"{groups}, running statistics: no element has a say in another's{share}"
+        return f"{groups}, running statistics, which do not depend on the input{share}"
     smallest, largest = int(sizes.min()), int(sizes.max())
     each = f"{largest} elements{' each' if len(sizes) > 1 else ''}"
     if part.origin == "estimates":
-        return f"{groups}, running estimates moved by {each}"
+        return f"{groups}, running estimates updated with {each}"
     rest = "" if smallest == largest else f", {smallest} in the last examples"
     return f"{groups}, statistics over {each}{rest}{share}"
 
 
 def shown(size: int, at_most: int, when_more: int | None = None) -> Indices:
-    """Indices of an axis that are drawn: all, or the first ones, a gap and the last.
+    """Indices of an axis that are drawn: all of them, or the first ones, a gap and the last one.
 
     Example:
         >>> shown(4, 4), shown(9, 4)
@@ -120,6 +121,6 @@ def shown(size: int, at_most: int, when_more: int | None = None) -> Indices:
 
 
 def is_dark(colour: str) -> bool:
-    """Whether white is better to read on it than black."""
+    """Whether white text is easier to read on the colour than black text."""
     red, green, blue = bytes.fromhex(colour[1:])
     return 0.299 * red + 0.587 * green + 0.114 * blue < 115

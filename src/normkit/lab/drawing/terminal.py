@@ -1,4 +1,4 @@
-"""Panels in a terminal: a character for each element, coloured where there is colour."""
+"""Panels in a terminal, with one coloured character per element."""
 
 from collections.abc import Iterable
 
@@ -8,15 +8,15 @@ from rich.text import Text
 from normkit.lab.drawing.panels import LETTERS, Key, Panel, View, is_dark, shown
 
 MAX_EXAMPLES = 8
-ROWS, COLUMNS = (8, 5), (12, 6)  # the most that are drawn, and how many where there are more
+ROWS, COLUMNS = (8, 5), (12, 6)  # largest number without a gap, and the number with a gap
 GAP = "\N{HORIZONTAL ELLIPSIS}"
 NOTHING = "\N{MIDDLE DOT}"
 
 
 def draw_lines(panel: Panel, width: int) -> Iterable[Text]:
-    """Draw a panel in lines of at most ``width`` characters, leaving out the middle of long axes.
+    """Draw a panel in lines of at most ``width`` characters, without the middle of long axes.
 
-    Examples go down, channels to the right; a block has the positions of one channel.
+    Examples go down, channels to the right; a block holds the positions of one channel.
     """
     num_examples, num_channels, num_rows, num_columns = panel.cells.shape
     margin = len(f"n{num_examples - 1} ")
@@ -31,7 +31,7 @@ def draw_lines(panel: Panel, width: int) -> Iterable[Text]:
         if num_rows > 1 or example == num_examples - 1:
             yield Text()
     if len(panel.key(view).ranks) > len(LETTERS):
-        yield Text("There are more groups than letters, so letters come again.\n", style="dim")
+        yield Text("There are more groups than letters, so letters repeat.\n", style="dim")
 
 
 def _example(panel: Panel, view: View, example: int, margin: int, block: int) -> Iterable[Text]:

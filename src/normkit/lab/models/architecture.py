@@ -1,4 +1,4 @@
-"""What a model is to the lab: options, by which a network is built for a task."""
+"""Architectures: named sets of options that build a network for a task."""
 
 import dataclasses
 import math
@@ -15,16 +15,17 @@ from normkit.lab.environment import memory_bytes
 from normkit.lab.user_code import is_reference
 from normkit.recipes import require_size
 
-MAX_CHANNELS, MAX_INPUT = 4096, 2**24  # the second of values of one input
-MAX_OPTION, MAX_NAME = 2048, 400  # layers or channels; characters
+MAX_CHANNELS, MAX_INPUT = 4096, 2**24  # channels and values of one input
+MAX_OPTION, MAX_NAME = 2048, 400  # largest value of an option; characters of a model's name
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a model takes and tells apart.
+    """A classification task: the shape of an input and the number of classes.
 
     Raises:
-        SpecError: If a number is none, or beyond what networks are built for here.
+        OptionError: If a number is not an integer of at least 1.
+        SpecError: If a number is too large.
     """
 
     input_shape: tuple[int, int, int]  # channels, height, width
@@ -68,11 +69,11 @@ def parse_options(options: type[Architecture], text: str, arguments: Sequence[st
 
     Args:
         options: The architecture.
-        text: The whole model string, for messages.
-        arguments: What stands between its colons after the name.
+        text: The whole model string, for error messages.
+        arguments: The arguments after the name, which colons separate.
 
     Raises:
-        SpecError: If a key is unknown or there twice, or a value is no whole number in the bounds.
+        SpecError: If a key is unknown or repeated, or a value is not an integer in the bounds.
     """
     known = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
     values = {}
@@ -92,18 +93,19 @@ def parse_options(options: type[Architecture], text: str, arguments: Sequence[st
 def require_room(architecture: Architecture, text: str, task: Task) -> None:
     """Refuse a network whose weights would fill more than a quarter of this machine's memory.
 
-    Training keeps three times as much. The network is built without storage to count them.
+    Training needs three times as much for gradients and the optimizer. To count the weights, the
+    network is built on the meta device.
 
     Raises:
-        SpecError: With the numbers.
+        SpecError: If the network is too large.
     """
     if is_reference(text):
-        return  # a user's function is called once, not tried out
+        return  # a user's function must be called only once
     try:
         with torch.device("meta"):
             model = architecture.build(task)
     except (RuntimeError, NotImplementedError):
-        return  # some of timm's read values while they are built
+        return  # some of timm's networks read values of tensors while they are built
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     memory = memory_bytes()
     if 4 * needed > memory:

@@ -1,4 +1,4 @@
-"""From a model's name and a norm's spec to a network, and what each norm resolved to."""
+"""Building a network from a model's name and an arm, with the resolved spec of each norm."""
 
 import copy
 import difflib
@@ -29,7 +29,7 @@ from normkit.lab.user_code import is_reference, users_errors
 from normkit.passes import device_of
 
 
-def build_model(  # noqa: PLR0913 - all but the first by keyword
+def build_model(  # noqa: PLR0913 - all arguments but the first are passed by keyword
     name: str,
     *,
     num_classes: int,
@@ -39,20 +39,20 @@ def build_model(  # noqa: PLR0913 - all but the first by keyword
     seed: int = 0,
     drop_path: float = 0,
 ) -> BuiltModel:
-    """Build a network as an arm says: with one norm throughout, or as ``lab.arms`` has it.
+    """Build a network with the norms of an arm (see ``lab.arms``), for example one norm throughout.
 
-    Equal seeds give equal initial weights, whatever the norm.
+    Equal seeds give equal initial weights with every norm.
 
     Args:
         name: ``"small-resnet"``, ``"mlp:depth=20:width=128"``, ``"vgg11"``, ``"cifar-resnet"``,
-            ``"torchvision:NAME"``, ``"timm:NAME"``, or a plain name of theirs.
+            ``"torchvision:NAME"``, ``"timm:NAME"``, or a name of torchvision or timm alone.
         num_classes: Length of the network's output.
         input_shape: Channels, height and width of one input.
         norm: An arm, such as ``"gn:8"``, which replaces every batch norm, ``"xbn/gn:64"`` or
             ``"none"``; ``None`` keeps the model's own norms.
         batch_size: Decides ``auto`` arguments of the norm.
         seed: Decides the initial weights.
-        drop_path: Share of residual branches that is left out in training; timm's networks only.
+        drop_path: Share of residual branches that training drops; only for timm's networks.
 
     Raises:
         SpecError: If the model or the arm is unknown, the model cannot take the inputs, or it has
@@ -74,18 +74,18 @@ def apply_arm(
     input_shape: tuple[int, ...],
     name: str,
 ) -> BuiltModel:
-    """Make a network that there is, of whatever origin, the one that an arm says, in place.
+    """Replace the norms of any existing network by those of an arm, in place.
 
     Args:
-        model: The network; left in the mode it is in. Replaced are its batch norms; all norms, if
-            it has none and the arm is a norm throughout.
+        model: The network, which keeps its mode. Its batch norms are replaced, or all norms if it
+            has no batch norms and the arm is one norm throughout.
         arm: As ``norm`` in ``build_model``.
         batch_size: Decides ``auto`` arguments of the norm.
         input_shape: Shape of one input.
-        name: How messages call the network.
+        name: Name of the network in error messages.
 
     Raises:
-        NormError: As ``Arm.apply_`` does; the network is then as it was.
+        NormError: As in ``Arm.apply_``; the network is then unchanged.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -103,7 +103,7 @@ def _example(model: nn.Module, input_shape: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NormSlots:
-    """Where a network has norms, and what they would see."""
+    """The places of a network's norms, and the shapes of their inputs."""
 
     _model: nn.Module
     _name: str
@@ -111,20 +111,19 @@ class NormSlots:
     _known: dict[Arm, Mapping[str, Place]] = field(default_factory=dict)
 
     def check(self, norm: Arm | NormSpec | str, batch_size: int, num_examples: int) -> None:
-        """Make sure that the norms of an arm can be built and trained at their places.
+        """Check that the norms of an arm can be built and trained at their places.
 
-        No layer computes: they are built without storage and get maps without storage.
+        Nothing is computed: layers and maps are on the meta device.
 
         Args:
             norm: The arm.
             batch_size: Decides ``auto`` arguments of the norm.
-            num_examples: Examples of the training batch at hand, which may be a last, smaller one.
+            num_examples: Examples of the training batch; the last batch may be smaller.
 
         Raises:
-            SpecError: If it cannot, naming the arm, the place and the batch size, or if the
-                network has no places for it.
+            SpecError: If a norm does not fit its place, or the network has no places for the arm.
         """
-        arm = Arm.parse(norm)
+        arm = Arm.parse(norm).at(batch_size)
         for at, place in self.places(arm).items():
             try:
                 place.try_out(batch_size, num_examples)
@@ -134,19 +133,19 @@ class NormSlots:
                 ) from error
 
     def places(self, arm: Arm) -> Mapping[str, Place]:
-        """What an arm puts where.
+        """The places where an arm puts norms, by name.
 
         Raises:
-            NormError: If the network has no places for it.
+            NormError: If the network has no places for the arm.
         """
         if arm not in self._known:
-            model = copy.deepcopy(self._model)  # IBN-Net-b adds norms
+            model = copy.deepcopy(self._model)  # a copy, because IBN-Net-b adds norms
             self._known[arm] = arm.places_(model, self._example, self._name)
         return self._known[arm]
 
 
 def norm_slots(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> NormSlots:
-    """Find the norms of a network, with the shapes of the maps that come by.
+    """Find the norms of a network by name, with the shapes of their inputs.
 
     Raises:
         SpecError: If the model is unknown, does not take the inputs or has no norms to replace.
@@ -157,15 +156,15 @@ def norm_slots(name: str, num_classes: int, input_shape: tuple[int, int, int]) -
 
 
 def slots_of(model: nn.Module, *, input_shape: tuple[int, ...], name: str) -> NormSlots:
-    """Find the norms of a network that there is; later changes of it are not seen.
+    """Find the norms of an existing network; later changes to the network have no effect.
 
     Args:
-        model: The network, left as it is.
+        model: The network, which is not changed.
         input_shape: Shape of one input.
-        name: How messages call the network.
+        name: Name of the network in error messages.
 
     Raises:
-        SpecError: If it does not take the inputs or has no norms to replace.
+        SpecError: If the network does not take the inputs or has no norms to replace.
         ConversionError: If one of its norms has no rule.
     """
     with users_errors(f"copying model {name!r}"):
@@ -178,7 +177,7 @@ def slots_of(model: nn.Module, *, input_shape: tuple[int, ...], name: str) -> No
 def _admitted(
     name: str, num_classes: int, input_shape: tuple[int, int, int]
 ) -> tuple[Architecture, Task]:
-    """Read a model string and what it is for; all of its weights must have room."""
+    """Parse a model string and its task, and check that the weights fit into memory."""
     task = Task(input_shape=input_shape, num_classes=num_classes)
     architecture = parse_model(name)
     require_room(architecture, name, task)

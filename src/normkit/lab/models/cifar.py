@@ -4,7 +4,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
 
 from normkit.errors import SpecError
 from normkit.lab.models.architecture import Task, architecture
@@ -12,7 +14,8 @@ from normkit.lab.models.own import ResidualBlock, conv_norm_relu, head
 from normkit.lab.torchvision_ops import register_missing_operators
 
 DEPTHS = (18, 34, 50, 101, 152)
-DENSE_DEPTHS = (121, 161, 169, 201)
+SMALL_DENSE_DEPTH = 21
+DENSE_DEPTHS = (SMALL_DENSE_DEPTH, 121, 161, 169, 201)
 THIN_WIDTHS = (16, 32, 64)
 
 
@@ -36,13 +39,19 @@ class CifarResNet:
 @architecture("cifar-densenet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CifarDenseNet:
-    """torchvision's DenseNet, with the stem of ``cifar-resnet``."""
+    """torchvision's DenseNet, with the stem of ``cifar-resnet``.
+
+    Depth 21 is ours, for small machines: four blocks of two layers that add 8 channels each.
+    """
 
     depth: int = 121
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
-        model = _torchvision_model("densenet", self.depth, DENSE_DEPTHS, task)
+        if self.depth == SMALL_DENSE_DEPTH:
+            model = _small_densenet(task)
+        else:
+            model = _torchvision_model("densenet", self.depth, DENSE_DEPTHS, task)
         stem = model.features
         stem.conv0, stem.pool0 = _stem(stem.conv0, task), nn.Identity()
         return model
@@ -61,6 +70,13 @@ def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], task: T
     models = importlib.import_module("torchvision.models")
     builder = models.get_model_builder(f"{family}{depth}")
     return builder(weights=None, num_classes=task.num_classes)
+
+
+def _small_densenet(task: Task) -> Any:
+    register_missing_operators()
+    models = importlib.import_module("torchvision.models")
+    sizes = {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16}
+    return models.DenseNet(**sizes, num_classes=task.num_classes)
 
 
 def _stem(replaced: nn.Conv2d, task: Task) -> nn.Conv2d:
@@ -92,3 +108,59 @@ class ThinResNet:
                 layers.append(ResidualBlock(before, width))
                 before = width
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+
+
+@architecture("wide-resnet")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WideResNet:
+    """Three stages of blocks that normalise before they convolve, ``width`` times as wide as usual.
+
+    ``wide-resnet:depth=10:width=2`` is WRN-10-2: a stem of 16 channels, one block each of 32, 64
+    and 128, and a last norm. The stages after the first halve the map.
+
+    Source:
+        Zagoruyko & Komodakis 2016, arXiv:1605.07146, table 1.
+    """
+
+    depth: int = 10
+    width: int = 2
+
+    def build(self, task: Task) -> nn.Module:
+        """Build the network for a task."""
+        blocks, rest = divmod(self.depth - 4, 6)
+        if rest or blocks < 1:
+            raise SpecError(
+                f"wide-resnet was given depth={self.depth}; give 6n + 4, such as 10, 16 or 28"
+            )
+        before = THIN_WIDTHS[0]
+        layers: list[nn.Module] = [nn.Conv2d(task.input_shape[0], before, 3, padding=1, bias=False)]
+        for stage, width in enumerate(THIN_WIDTHS):
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                layers.append(PreactivatedBlock(before, self.width * width, stride))
+                before = self.width * width
+        layers += [nn.BatchNorm2d(before), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+
+
+class PreactivatedBlock(nn.Module):
+    """Two convolutions, each after a norm and a ReLU, around which the input is added back.
+
+    Where the width or the size of the map changes, the normalised input is added through a 1x1
+    convolution.
+    """
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(num_in)
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        changes = num_in != num_out or stride != 1
+        self.shortcut = nn.Conv2d(num_in, num_out, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        """Two convolutions, plus the input or its 1x1 convolution."""
+        activated = functional.relu(self.norm1(x))
+        y = self.conv2(functional.relu(self.norm2(self.conv1(activated))))
+        return y + (x if self.shortcut is None else self.shortcut(activated))

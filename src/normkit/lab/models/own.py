@@ -97,9 +97,14 @@ class Mlp:
 class Vgg11:
     """VGG-11 for small pictures: pools while there is something to pool, and one linear layer.
 
+    With ``stacked`` a group norm of so many groups stands before each norm, and stays where norms
+    are replaced: Gunawan et al., appendix A.5.
+
     Source:
         Simonyan & Zisserman 2014, arXiv:1409.1556, configuration A.
     """
+
+    stacked: int = 0
 
     def build(self, task: Task) -> nn.Module:
         """Build the network for a task."""
@@ -107,7 +112,9 @@ class Vgg11:
         layers: list[nn.Module] = []
         for stage in VGG11_WIDTHS:
             for num_channels in stage:
-                layers += conv_norm_relu(before, num_channels)
+                conv, *rest = conv_norm_relu(before, num_channels)
+                first = [nn.GroupNorm(self.stacked, num_channels)] if self.stacked else []
+                layers += [conv, *first, *rest]
                 before = num_channels
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))

@@ -1,4 +1,4 @@
-"""A network that a user's own function makes."""
+"""A network that a user's function makes."""
 
 import inspect
 import weakref
@@ -10,14 +10,14 @@ from normkit.errors import SpecError
 from normkit.lab.models.architecture import Task
 from normkit.lab.user_code import load_function, users_errors
 
-_made: list[weakref.ref[nn.Module]] = []  # the last network, as long as somebody has it
+_made: list[weakref.ref[nn.Module]] = []  # the last network that was made, if it still exists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserModel:
-    """What ``FILE.py:NAME`` gives: a function without arguments, or a class, that makes a network.
+    """A function or class ``FILE.py:NAME`` that makes a network.
 
-    It gets ``num_classes`` where it has an argument of that name.
+    It is called without arguments, or with ``num_classes`` if it has an argument of that name.
     """
 
     reference: str
@@ -26,7 +26,7 @@ class UserModel:
         """Call the function.
 
         Raises:
-            SpecError: If it cannot be imported, fails, or gives no module.
+            SpecError: If it cannot be imported, fails, or does not return a module.
         """
         make = load_function(self.reference, "--model")
         with users_errors(self.reference):
@@ -34,13 +34,13 @@ class UserModel:
             model = make(num_classes=task.num_classes) if takes else make()
         if not isinstance(model, nn.Module):
             raise SpecError(
-                f"{self.reference} gave a {type(model).__name__}; it gives an nn.Module, such as "
-                f"def make_model(): return timm.create_model('resnet18', num_classes=10)"
+                f"{self.reference} gave a {type(model).__name__}; it must return an nn.Module, for "
+                f"example def make_model(): return timm.create_model('resnet18', num_classes=10)"
             )
         if _made and _made[-1]() is model:
             raise SpecError(
-                f"{self.reference} gave the same network again, trained by the run before; make a "
-                f"new one in each call"
+                f"{self.reference} gave the same network again, which the previous run has "
+                f"trained; make a new one in each call"
             )
         _made[:] = [weakref.ref(model)]
         return model

@@ -67,7 +67,7 @@ def timm_names() -> list[str]:
 
 
 def take_channels(model: nn.Module, num_channels: int) -> None:
-    """Give a model another number of input channels by renewing its first convolution."""
+    """Change a model's number of input channels by replacing its first convolution."""
     name, first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     if first.in_channels == num_channels:
         return

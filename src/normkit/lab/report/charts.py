@@ -1,4 +1,4 @@
-"""Geometry of line charts: from values to positions on a drawing, no drawing yet."""
+"""Geometry of line charts: positions on a drawing for values; templates do the drawing."""
 
 import itertools
 import math
@@ -6,29 +6,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 SMALLEST_RANGE = 1e-6  # values closer together than this are drawn as equal
-SIDE_BY_SIDE = 13.0  # from line to line, in units of the drawing, where there is room
+SIDE_BY_SIDE = 13.0  # largest distance between lines side by side, in units of the drawing
 LABEL_DISTANCE = 15.0  # between two labels at the right edge, in units of the drawing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """One value of a line, its whisker's ends, the values that it is the mean of, and its title."""
+    """One value of a line: the whisker's ends, the values that it is the mean of, and a title."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
     dots: tuple[float, ...] = ()
-    title: str = ""  # what is said when it is pointed at
+    title: str = ""  # shown when the pointer is over the value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Values that are joined."""
+    """Values that are joined by a line."""
 
     name: str
-    style: int  # which of the page's colours, markers and dashes
-    place: float = 0.0  # among the lines that stand side by side at each value of x; 0: the middle
+    style: int  # index of the colour, marker and dashes on the page
+    place: float = 0.0  # horizontal place among lines drawn side by side; 0 is the middle
     values: tuple[Value, ...]
 
 
@@ -101,11 +101,11 @@ def line_chart(
     """Place lines in a frame.
 
     Args:
-        lines: What is drawn; values that are not finite must be left out before.
-        frame: Where it is drawn.
-        x_axis: Ticks in values of ``x``; the outermost ones bound the plot.
-        y_title: Name of the vertical axis, whose ticks are chosen to hold all values.
-        from_zero: Let the vertical axis hold 0.
+        lines: The lines; all their values must be finite.
+        frame: Size of the drawing.
+        x_axis: Ticks in values of ``x``; the outermost ticks bound the plot.
+        y_title: Title of the vertical axis; its ticks are chosen to include all values.
+        from_zero: Whether the vertical axis includes 0.
     """
     low, high = _extent(lines)
     y_values = nice_ticks(min(low, 0.0), max(high, 0.0)) if from_zero else nice_ticks(low, high)
@@ -131,7 +131,7 @@ def nice_ticks(low: float, high: float, at_most: int = 6) -> tuple[float, ...]:
     Args:
         low: Lower end of the interval.
         high: Upper end, not below ``low``.
-        at_most: Number of steps that is not exceeded.
+        at_most: Largest number of steps.
     """
     if high - low < SMALLEST_RANGE:
         low, high = low - 0.5, high + 0.5
@@ -163,7 +163,7 @@ Scale = Callable[[float], float]
 
 
 def _step(lines: Sequence[Line], x_axis: Axis, x_of: Scale) -> float:
-    """Distance of lines that stand side by side, which leaves a gap to the next tick's."""
+    """Distance between lines side by side that leaves a gap to the lines at the next tick."""
     at = sorted(x_of(tick.at) for tick in x_axis.ticks)
     gaps = [after - before for before, after in itertools.pairwise(at) if after > before]
     return min(SIDE_BY_SIDE, 0.7 * min(gaps, default=math.inf) / max(1, len(lines)))
@@ -198,7 +198,7 @@ def _marks(line: Line, x_of: Scale, y_of: Scale, step: float) -> Iterator[Mark]:
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights in the same order, moved down where labels would cover each other."""
+    """The heights of labels in the same order, moved down if labels would overlap."""
     moved = list(heights)
     lowest = -math.inf
     for index in sorted(range(len(heights)), key=heights.__getitem__):

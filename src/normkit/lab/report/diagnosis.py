@@ -1,4 +1,4 @@
-"""The report of a diagnosis: one HTML file that needs nothing else."""
+"""The report of a diagnosis: one self-contained HTML file."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from normkit.text import module_name
 DIAGNOSIS_NAME = "diagnosis.json"
 WIDE = Frame(width=820, height=320, left=56)
 SHIFT_LINES = ("as the model is", "recalibrated")
-LIGHT, DARK = (255, 247, 219), (0, 58, 94)  # differ in lightness, for any eye and any printer
+LIGHT, DARK = (255, 247, 219), (0, 58, 94)  # differ in lightness, so also in greyscale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,25 +42,25 @@ class Heat:
 
 
 def write_diagnosis(folder: Path, found: Diagnosis, title: str, command: str) -> Path:
-    """Write the report of a diagnosis; an older one is replaced at once.
+    """Write the report of a diagnosis; an older report is replaced atomically.
 
     Args:
-        folder: Where it goes.
+        folder: Folder of the report.
         found: The diagnosis.
-        title: What was diagnosed.
-        command: What makes this report again.
+        title: Name of the model and the data.
+        command: Command line that makes this report again.
 
     Returns:
         Path of the report.
 
     Raises:
-        DataError: If it cannot be written.
+        DataError: If the report cannot be written.
     """
     return write_whole(folder / REPORT_NAME, render_diagnosis(found, title, command))
 
 
 def render_diagnosis(found: Diagnosis, title: str, command: str) -> str:
-    """The report as text."""
+    """Return the report as HTML text."""
     return (
         templates()
         .get_template("doctor.html.j2")
@@ -88,7 +88,7 @@ Column = Callable[[LayerReport], float | None]
 def _charts(
     layers: Sequence[LayerReport], columns: Sequence[Column], names: Sequence[str], title: str
 ) -> dict[str, Chart] | None:
-    """The same lines in a wide and in a narrow frame; nothing if there is no value."""
+    """The same lines in a wide and in a narrow frame; None if there is no value."""
     lines = [
         Line(name=name, style=style, values=tuple(_values(layers, column, name)))
         for style, (name, column) in enumerate(zip(names, columns, strict=True))

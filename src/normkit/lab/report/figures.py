@@ -1,4 +1,4 @@
-"""The report's charts: which values they show."""
+"""The charts of the report, and the values that they show."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ def accuracy_chart(
 ) -> Chart:
     """Test accuracy by batch size: a line for each norm, its 95 % intervals and every seed.
 
-    Norms stand side by side at a batch size, so that no interval covers another.
+    The norms of a batch size are drawn side by side, so that no interval covers another.
     """
     sizes = sorted(comparison.batch_sizes)
     ticks = tuple(Tick(at=math.log2(size), text=str(size)) for size in sizes)
@@ -35,7 +35,7 @@ def accuracy_chart(
         )
         for style, norm in enumerate(comparison.norms)
     ]
-    title = "test accuracy, %" if comparison.is_share else comparison.metric
+    title = f"test {comparison.metric}, %" if comparison.is_share else comparison.metric
     return line_chart(lines, frame, Axis(title="batch size", ticks=ticks), title)
 
 
@@ -50,7 +50,7 @@ def _accuracies(
 
 
 class _Scale(NamedTuple):
-    """How scores are drawn: shares in percent, which end at 0 and 100, others as they are."""
+    """Scale of scores: shares are drawn in percent from 0 to 100, other scores unchanged."""
 
     factor: float
     least: float
@@ -68,9 +68,8 @@ def _score(cell: Cell, accuracy: Summary, seeds: Iterable[float | None], scale: 
     mean = scale.factor * accuracy.mean
     said = f"{cell.norm}, batch size {cell.batch_size}: {scale.written.format(mean)}"
     low = high = None
-    if (
-        accuracy.spread and has_spread(accuracy.spread) and not cell.num_diverged
-    ):  # as in the verdict: else nothing to judge by
+    # As in the verdict, there is no interval without spread or with diverged runs.
+    if accuracy.spread and has_spread(accuracy.spread) and not cell.num_diverged:
         half = scale.factor * half_width(accuracy.spread, accuracy.num_seeds)
         low, high = max(mean - half, scale.least), min(mean + half, scale.most)
         ends = (scale.written.format(end).removesuffix(" %") for end in (low, high))
@@ -96,13 +95,14 @@ def loss_chart(comparison: Comparison, records: Iterable[TrainingRecord], batch_
 def validation_chart(
     comparison: Comparison, records: Iterable[TrainingRecord], batch_size: int
 ) -> Chart:
-    """Validation accuracy by epoch at one batch size."""
-    return _curves(
-        comparison,
-        select_size(records, batch_size),
-        lambda e: 100 * e.validation_accuracy,
-        "validation accuracy, %",
-    )
+    """The first score on the validation examples by epoch, at one batch size."""
+
+    def score(epoch: Epoch) -> float | None:
+        value = next(iter(epoch.validation_scores.values()), None)
+        return None if value is None else 100 * value
+
+    title = f"validation {comparison.metric}, %"
+    return _curves(comparison, select_size(records, batch_size), score, title)
 
 
 def select_size(records: Iterable[TrainingRecord], batch_size: int) -> list[TrainingRecord]:
@@ -129,12 +129,12 @@ def _epoch_ticks(num_epochs: int) -> tuple[Tick, ...]:
     step = max(1, math.ceil((num_epochs - 1) / 5))
     epochs = sorted({*range(1, num_epochs + 1, step), num_epochs})
     if len(epochs) > 2 and epochs[-1] - epochs[-2] < step:
-        del epochs[-2]  # its text would touch the last one's
+        del epochs[-2]  # its text would touch that of the last epoch
     return tuple(Tick(at=epoch, text=str(epoch)) for epoch in epochs)
 
 
 def _means(records: Sequence[TrainingRecord], figure: Figure) -> tuple[Value, ...]:
-    """Mean over the runs that reached an epoch, epoch by epoch."""
+    """Mean of each epoch over the runs that reached it."""
     values = []
     for index in range(max((len(r.outcome.epochs) for r in records), default=0)):
         known = [figure(r.outcome.epochs[index]) for r in records if index < len(r.outcome.epochs)]

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, not even a network, and its runs as CSV."""
+"""The report of a sweep: one self-contained HTML file, and its runs as CSV."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report import figures
 from normkit.lab.report.results import RESULTS_NAME, csv_text
+from normkit.lab.task import parse_task
 from normkit.lab.text import MISSING, percent, points, size_text
 from normkit.lab.verdict import verdict_of
 
@@ -28,7 +29,7 @@ class SizePanel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
-    """What a norm's `auto` or `max=` became: a row per layer, a column per batch size."""
+    """The norms that `auto` or `max=` was resolved to: a row per layer, a column per batch size."""
 
     norm: str
     layers: tuple[tuple[str, tuple[str, ...]], ...]
@@ -37,26 +38,26 @@ class Resolution:
 def write_report(
     folder: Path, comparison: Comparison, records: Sequence[TrainingRecord], command: str
 ) -> Path:
-    """Write the report of a sweep, and beside it ``results.csv``, a row for each run.
+    """Write the report of a sweep, and beside it ``results.csv`` with a row for each run.
 
     Args:
-        folder: Where they go; older ones are replaced at once, never left half written.
+        folder: Folder of the files; older files are replaced atomically.
         comparison: The table.
-        records: The sweep's records, one for each run that there is.
-        command: What makes this report again.
+        records: The sweep's records, one per run.
+        command: Command line that makes this report again.
 
     Returns:
         Path of the report.
 
     Raises:
-        DataError: If one of them cannot be written.
+        DataError: If one of the files cannot be written.
     """
     write_whole(folder / RESULTS_NAME, csv_text(records))
     return write_whole(folder / REPORT_NAME, render(comparison, records, command))
 
 
 def render(comparison: Comparison, records: Sequence[TrainingRecord], command: str) -> str:
-    """The report as text."""
+    """Return the report as HTML text."""
     return (
         templates()
         .get_template("page.html.j2")
@@ -67,6 +68,7 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
             records=records,
             command=command,
             protocol=records[0].spec.protocol if records else None,
+            task=parse_task(records[0].spec.protocol.task) if records else None,
             environments=_distinct_environments(records),
             kernels=sorted({r.environment.kernels or "not recorded" for r in records}),
             code_hashes=sorted({record.code_hash for record in records}),
@@ -87,7 +89,7 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
 
 
 def best_norms(comparison: Comparison, batch_size: int) -> list[str]:
-    """The norms with the best mean score at a batch size: several if they tie."""
+    """The norms with the best mean score at a batch size; several if they tie."""
     cells = [comparison.cell(norm, batch_size) for norm in comparison.norms]
     means = {cell.norm: cell.accuracy.mean for cell in cells if cell.accuracy is not None}
     best = max if comparison.higher_is_better else min
@@ -95,7 +97,7 @@ def best_norms(comparison: Comparison, batch_size: int) -> list[str]:
 
 
 def templates() -> Environment:
-    """The pages, with the filters that they use."""
+    """The page templates, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("normkit.lab", "report"),
         autoescape=lambda name: name is not None and name.endswith(ESCAPED),
@@ -136,7 +138,7 @@ def _resolutions(comparison: Comparison, records: Sequence[TrainingRecord]) -> l
 def _resolution(
     comparison: Comparison, records: Sequence[TrainingRecord], norm: str
 ) -> Resolution | None:
-    """What a norm became; ``None`` if it is the same everywhere as it was written."""
+    """The resolved norm of each layer; None if all layers have the norm as it was written."""
     columns = []
     for size in comparison.batch_sizes:
         placed = next((r.outcome.norms for r in select(records, norm, size) if r.outcome.norms), ())

@@ -1,8 +1,8 @@
-"""The runs of a sweep as a table for other programs."""
+"""The runs of a sweep as a CSV table for other programs."""
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from normkit.lab.records import TrainingRecord
 
@@ -15,8 +15,7 @@ COLUMNS: Mapping[str, Callable[[TrainingRecord], object]] = {
     "status": lambda run: run.outcome.status,
     "base_lr": lambda run: run.spec.protocol.base_lr,
     "score": lambda run: run.score,
-    "test_accuracy": lambda run: run.outcome.test_accuracy,
-    "test_accuracy_median_of_5": lambda run: run.outcome.test_accuracy_median_of_5,
+    "score_median_of_5": lambda run: run.outcome.median_of_5,
     "num_epochs": lambda run: len(run.outcome.epochs),
     "num_steps": lambda run: run.outcome.num_steps,
     "num_dropped": lambda run: run.outcome.num_dropped,
@@ -29,13 +28,17 @@ COLUMNS: Mapping[str, Callable[[TrainingRecord], object]] = {
 }
 
 
-def csv_text(records: Iterable[TrainingRecord]) -> str:
-    """A row for each run under a row of names; a value that a run does not have is empty.
+def csv_text(records: Sequence[TrainingRecord]) -> str:
+    """A row of column names, then a row for each run; a value that a run does not have is empty.
 
-    Accuracies are shares, times in seconds, memory in bytes.
+    The test scores of the runs follow at the end, each in a column ``test_NAME``. Accuracies are
+    shares, times in seconds, memory in bytes.
     """
+    scores = list(dict.fromkeys(name for run in records for name in run.outcome.scores))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([of(run) for of in COLUMNS.values()] for run in records)
+    writer.writerow([*COLUMNS, *(f"test_{name}" for name in scores)])
+    for run in records:
+        values = [of(run) for of in COLUMNS.values()]
+        writer.writerow([*values, *(run.outcome.scores.get(name) for name in scores)])
     return text.getvalue()

@@ -106,6 +106,7 @@ def draw_accuracies(figure: Any, runs: Runs) -> None:
 PRESETS = (
     Preset(
         name="channel-statistics",
+        rows=("Q-F5",),
         paper=QIAO,
         figures="Fig. 5",
         title="Channels normalised to drawn means and scales instead of 0 and 1",
@@ -142,6 +143,7 @@ PRESETS = (
             "paper": Size(
                 settings=DrawnSettings(
                     data="cifar10",
+                    hold_out=False,
                     recipe=recipe(0.05, epochs=20),
                     batch_size=128,
                     mean_spreads=(0, 0.5, 1, 2, 4),

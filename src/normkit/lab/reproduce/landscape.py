@@ -79,7 +79,14 @@ SMALL = {
     "batch_size": 32,
     "recipe": _trained(160),
 }
-WHOLE = {"data": "cifar10", "width": 64, "groups": 32, "batch_size": 128, "recipe": _trained(7820)}
+WHOLE = {
+    "data": "cifar10",
+    "hold_out": False,
+    "width": 64,
+    "groups": 32,
+    "batch_size": 128,
+    "recipe": _trained(7820),
+}
 ORIGINAL = {
     **{name: said for name, said in CIFAR10.items() if name != "num_test"},
     "width": "64",
@@ -98,6 +105,7 @@ RATES_SCALES: dict[Scale, Size] = {
 PRESETS = (
     Preset(
         name="landscape",
+        rows=("G-F6", "G-F7", "G-F9"),
         paper=GUNAWAN,
         figures="Figs. 6, 7 and 9 (several learning rates, appendix B.2)",
         title="Loss landscape and gradient predictiveness of VGG-11 over five learning rates",
@@ -126,6 +134,7 @@ PRESETS = (
     ),
     Preset(
         name="landscape-l2",
+        rows=("G-F8", "G-F10"),
         paper=GUNAWAN,
         figures="Figs. 8 and 10",
         title="The landscape of VGG-11 with and without weight decay",

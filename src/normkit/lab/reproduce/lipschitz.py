@@ -97,6 +97,7 @@ def draw_standardized(figure: Any, runs: Runs) -> None:
 PRESETS = (
     Preset(
         name="lipschitz",
+        rows=("Q-F4",),
         paper=QIAO,
         figures="Fig. 4",
         title="What centring and scaling of weights take out of the gradient, and bring",
@@ -115,15 +116,32 @@ PRESETS = (
                 ),
                 num_seeds=5,
             ),
+            "paper": Size(
+                settings=StandardizedSettings(
+                    data="imagenet",
+                    hold_out=False,
+                    model="torchvision:resnet50",
+                    groups=32,
+                    batch_size=256,
+                    recipe=recipe(
+                        0.1,
+                        epochs=90,
+                        schedule="step",
+                        weight_decay=1e-4,
+                        augment=("imagenet",),
+                    ),
+                ),
+                num_seeds=1,
+            ),
         },
         original={
             **IMAGENET,
-            "model": "ResNet-50",
+            "model": "torchvision:resnet50",
             "epochs": "90",
-            "batch_size": "4 x 64",
+            "batch_size": "256",
             "optimizer": "SGD, momentum 0.9",
             "learning_rate": "0.1",
-            "rate_drop": "a tenth after every 30 epochs",
+            "rate_drop": "times 0.1 every 30 epochs",
             "weight_decay": "0.0001",
             "groups": "32",
             "num_batches": "1",

@@ -100,6 +100,7 @@ def draw_noise(figure: Any, runs: Runs) -> None:
 PRESETS = (
     Preset(
         name="output-noise",
+        rows=("G-F5", "G-F11"),
         paper=GUNAWAN,
         figures="Figs. 5 and 11",
         title="Training VGG-11 with noise on the output of every norm",
@@ -135,6 +136,7 @@ PRESETS = (
             "paper": Size(
                 settings=NoiseSettings(
                     data="cifar10",
+                    hold_out=False,
                     recipe=recipe(1e-3, epochs=50, optimizer="adam"),
                     batch_size=128,
                     width=64,

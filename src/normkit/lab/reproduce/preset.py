@@ -26,7 +26,7 @@ Runs = Mapping[int, Arms]  # by seed
 
 NOT_SAID = "not said"
 IMAGENET = {
-    "data": "ImageNet",
+    "data": "imagenet",
     "num_train": "1281167",
     "num_test": "50000",
     "pictures": "224x224 colour",
@@ -79,6 +79,7 @@ class Preset:
 
     Args:
         name: On the command line.
+        rows: Other names for it there, such as ``H-F2``: authors and place.
         paper: Whose figure it is.
         figures: Which.
         title: What it shows.
@@ -92,6 +93,7 @@ class Preset:
     """
 
     name: str
+    rows: tuple[str, ...] = ()
     paper: Paper
     figures: str
     title: str

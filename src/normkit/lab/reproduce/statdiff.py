@@ -92,6 +92,7 @@ def draw_statdiff(figure: Any, runs: Runs) -> None:
 PRESETS = (
     Preset(
         name="statdiff",
+        rows=("Q-F6",),
         paper=QIAO,
         figures="Fig. 6",
         title="StatDiff of GN and LN, with and without weight standardization",
@@ -110,9 +111,26 @@ PRESETS = (
                 ),
                 num_seeds=5,
             ),
+            "paper": Size(
+                settings=StatDiffSettings(
+                    data="cifar10",
+                    hold_out=False,
+                    model="thin-resnet:depth=110",
+                    groups="max=32:channels=4",
+                    batch_size=128,
+                    recipe=recipe(
+                        0.1,
+                        epochs=300,
+                        lr_drops=(0.5, 0.75),
+                        weight_decay=1e-4,
+                        augment=("crop", "flip"),
+                    ),
+                ),
+                num_seeds=3,
+            ),
         },
         original=CIFAR10
-        | {"model": "ResNet-110"}
+        | {"model": "thin-resnet:depth=110"}
         | dict.fromkeys(("groups", "num_seeds", *HOW_IT_TRAINS), NOT_SAID),
     ),
 )

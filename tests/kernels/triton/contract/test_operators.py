@@ -1,4 +1,4 @@
-"""What surrounds the Triton kernels: compilation, transforms, streams, graphs, devices."""
+"""Triton kernels under compilation, transforms, streams, graphs, and on several devices."""
 
 import copy
 import os
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normkit as nk
 from normkit.core.composite import Composite, group_and_batch
-from normkit.core.trace import followed
+from normkit.core.trace import programs_of
 from normkit.kernels.operators import NAMESPACE, SCHEMAS
 from normkit.kernels.triton import operators
 
@@ -29,7 +29,7 @@ def test_operators_tell_the_truth_to_tracers(device):
     _, positions = namespace.positional_forward(x, weight, None, 1e-5)
     parameters = (weight, None, torch.zeros((), device=device), None)
     formula = Composite(group_and_batch, (1, 1e-4, "group-first"), 1e-5)
-    programs = followed(formula, 2, (2, None, 1), "own")
+    programs = programs_of(formula, 2, (2, None, 1), "own")
     forward, backward = ((text, *parameters, 0.1) for text in programs[:2])
     _, kept = namespace.composite_forward(x, *forward, None, None)
     segments = torch.zeros(2, 2, device=device)

@@ -20,7 +20,7 @@ EQUAL: dict[Scale, Size] = {
         num_seeds=3,
     ),
     "small": Size(settings=StackSettings(data="fashion-mnist", num_test=2000), num_seeds=5),
-    "paper": Size(settings=StackSettings(data="fashion-mnist", num_test=10000), num_seeds=5),
+    "paper": Size(settings=StackSettings(data="mnist", num_test=10000), num_seeds=5),
 }
 SAMPLED: dict[Scale, Size] = {
     "tiny": Size(
@@ -44,13 +44,13 @@ SAMPLED: dict[Scale, Size] = {
     ),
     "paper": Size(
         settings=StackSettings(
-            data="fashion-mnist", num_test=10000, every=2, sizes=(32, 128, 256, 512, 1024)
+            data="mnist", num_test=10000, every=2, sizes=(32, 128, 256, 512, 1024)
         ),
         num_seeds=5,
     ),
 }
 ORIGINAL = {
-    "data": "MNIST",
+    "data": "mnist",
     "num_test": "10000",
     "pictures": "28x28 grey",
     "depth": "20",
@@ -71,6 +71,7 @@ def _arms(settings: StackSettings, *norms: str) -> list[str]:
 PRESETS = (
     Preset(
         name="estimation-shift",
+        rows=("H-F2",),
         paper=HUANG,
         figures="Fig. 2",
         title="Estimation shift of a stack of BN whose training set is the test set",
@@ -84,6 +85,7 @@ PRESETS = (
     ),
     Preset(
         name="small-training-sets",
+        rows=("H-F3",),
         paper=HUANG,
         figures="Fig. 3",
         title="Estimation shift of a stack of BN trained on samples of the test set",
@@ -96,6 +98,7 @@ PRESETS = (
     ),
     Preset(
         name="gnbn",
+        rows=("H-F4",),
         paper=HUANG,
         figures="Fig. 4",
         title="GN between BN, the training set being the test set",
@@ -109,6 +112,7 @@ PRESETS = (
     ),
     Preset(
         name="gnbn-small-training-sets",
+        rows=("H-F5",),
         paper=HUANG,
         figures="Fig. 5",
         title="GN between BN, trained on samples of the test set",

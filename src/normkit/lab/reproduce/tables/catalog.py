@@ -15,6 +15,8 @@ def tables() -> dict[str, Table]:
 
 
 def find_table(name: str) -> Table | None:
-    """The table of this name, in any case; None if there is none."""
-    by_name = {known.lower(): table for known, table in tables().items()}
+    """The table of this name or place, in any case; None if there is none."""
+    by_name = {
+        known.lower(): table for table in tables().values() for known in (table.name, *table.also)
+    }
     return by_name.get(name.lower())

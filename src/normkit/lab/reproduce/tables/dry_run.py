@@ -2,105 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Self
+import math
+from pathlib import Path
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from normkit.errors import SpecError
-from normkit.lab.data import Dataset, Examples, Split
-from normkit.lab.data.dataset import VALIDATION_SHARE, Scaling
-from normkit.lab.data.sources import data_folder
 from normkit.lab.dry_run import Estimate, estimate
 from normkit.lab.frozen import Frozen
 from normkit.lab.reproduce.preset import Scale
-from normkit.lab.reproduce.tables.table import Table
+from normkit.lab.reproduce.tables.table import Part, Table
 from normkit.lab.spec import Protocol
-from normkit.lab.start import data_of
+from normkit.lab.task import parse_task
 
 MOST_EXAMPLES = 16
 """A step of a larger batch is measured with so many examples, and its time and memory scaled."""
-DOWNLOADED = "torchvision's files, which the first run downloads"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """A data set that papers name.
-
-    Args:
-        num_train: Training pictures.
-        num_test: Test pictures.
-        num_classes: Classes.
-        input_shape: Of a picture as the network gets it.
-        path: Where its files are in the folder of data, ``NORMKIT_DATA``.
-        holds: What is there.
-        validation_share: Share of the training pictures that is held out for validation.
-    """
-
-    num_train: int
-    num_test: int
-    num_classes: int
-    input_shape: tuple[int, int, int]
-    path: str
-    holds: str = DOWNLOADED
-    validation_share: float = VALIDATION_SHARE
-
-    def missing(self) -> str | None:
-        """Where to put the files; None if they are there."""
-        place = data_folder() / self.path
-        return None if place.exists() else f"{place} is not there: {self.holds}"
-
-
-SMALL, GREY, LARGE = (3, 32, 32), (1, 28, 28), (3, 224, 224)
-
-
-def _known(
-    sizes: tuple[int, int, int],
-    shape: tuple[int, int, int],
-    path: str,
-    holds: str = DOWNLOADED,
-    validation_share: float = VALIDATION_SHARE,
-) -> Known:
-    num_train, num_test, num_classes = sizes
-    return Known(
-        num_train=num_train,
-        num_test=num_test,
-        num_classes=num_classes,
-        input_shape=shape,
-        path=path,
-        holds=holds,
-        validation_share=validation_share,
-    )
-
-
-KNOWN: Mapping[str, Known] = MappingProxyType(
-    {
-        "cifar10": _known((50_000, 10_000, 10), SMALL, "cifar-10-batches-py"),
-        "cifar100": _known((50_000, 10_000, 100), SMALL, "cifar-100-python"),
-        "cifar100-40k": _known(
-            (50_000, 10_000, 100), SMALL, "cifar-100-python", validation_share=0.2
-        ),
-        "svhn": _known((73_257, 26_032, 10), SMALL, "train_32x32.mat"),
-        "svhn-extra": _known((604_388, 26_032, 10), SMALL, "extra_32x32.mat"),
-        "mnist": _known((60_000, 10_000, 10), GREY, "MNIST"),
-        "imagenet": _known(
-            (1_281_167, 50_000, 1000),
-            LARGE,
-            "imagenet",
-            holds="folders train and val, with a folder of pictures for each class in both",
-        ),
-        "caltech256": _known(
-            (12_850, 7_710, 257),
-            (3, 299, 299),
-            "256_ObjectCategories",
-            holds="a folder of pictures for each class",
-        ),
-    }
-)
 
 
 class PartEstimate(Frozen):
@@ -119,96 +32,40 @@ class PartEstimate(Frozen):
     cells: tuple[Estimate, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RandomPictures:
-    """A split as large as a data set's, of pictures that are drawn when they are taken."""
-
-    targets: Int[Tensor, " n"]
-    input_shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def take(self, index: Int[Tensor, " k"]) -> Examples:
-        """Draw pictures for these positions."""
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(len(index), *self.input_shape, generator=generator)
-        return Examples(inputs=inputs, targets=self.targets[index])
-
-    def keep(self, index: Int[Tensor, " k"]) -> Self:
-        """A split of these examples only."""
-        return type(self)(targets=self.targets[index], input_shape=self.input_shape)
-
-    def joined(self, other: Self) -> Self:
-        """These examples and then the others."""
-        targets = torch.cat([self.targets, other.targets])
-        return type(self)(targets=targets, input_shape=self.input_shape)
-
-    def own_scaling(self) -> Scaling | None:
-        """None: they have mean 0 and standard deviation 1."""
-        return None
-
-    def scaled(self, scaling: Scaling | None) -> Self:
-        """The same examples."""
-        return self
-
-
-def random_dataset(name: str, limit: int | None = None) -> Dataset[RandomPictures]:
-    """Random pictures of the sizes that a data set has.
-
-    Args:
-        name: A key of ``KNOWN``.
-        limit: Training examples to keep.
-
-    Raises:
-        SpecError: If nothing is known of it.
-    """
-    if name not in KNOWN:
-        raise SpecError(f"the sizes of {name!r} are not known; known are {', '.join(KNOWN)}")
-    known = KNOWN[name]
-    held_out = round(known.validation_share * known.num_train)
-    num_train = min(limit or known.num_train, known.num_train - held_out)
-
-    def split(size: int) -> RandomPictures:
-        targets = torch.arange(size) % known.num_classes
-        return RandomPictures(targets=targets, input_shape=known.input_shape)
-
-    return Dataset(
-        name=name,
-        num_classes=known.num_classes,
-        train=split(num_train),
-        validation=split(held_out),
-        test=split(known.num_test),
-    )
-
-
 def estimate_table(table: Table, scale: Scale, device: str = "cpu") -> list[PartEstimate]:
     """Build every arm of a table at a scale, and take a step of each.
+
+    Networks that are not trained are counted as if each batch of an evaluation were a step, which
+    it is less than.
 
     Raises:
         NormError: If an arm cannot be built.
     """
-    found = []
-    for part in table.parts(scale, device):
-        protocol = part.sweep.protocol
-        dataset, missing = _dataset(protocol)
-        found.append(
-            PartEstimate(
-                part=part.name,
-                data=protocol.data,
-                missing=missing,
-                cells=tuple(estimate(part.sweep, dataset, most_examples=MOST_EXAMPLES)),
-            )
-        )
-    return found
+    return [_estimate(part) for part in table.parts(scale, device)]
 
 
-def _dataset(protocol: Protocol) -> tuple[Dataset[Split], str | None]:
-    """Random pictures for a data set of the papers, so that nothing is downloaded for a dry run."""
-    name = protocol.data
-    if name not in KNOWN:
-        return data_of(protocol), None
-    found = random_dataset(name, protocol.limit)
-    if not protocol.hold_out:
-        found = replace(found, train=found.train.joined(found.validation))
-    return found, KNOWN[name].missing()
+def _estimate(part: Part) -> PartEstimate:
+    protocol = part.sweep.protocol
+    data, files = parse_task(protocol.task).sample(protocol)
+    plain = protocol.model_copy(update={"weights": None})  # random weights take as long
+    sweep = part.sweep.model_copy(update={"protocol": plain})
+    cells = estimate(sweep, data, most_examples=MOST_EXAMPLES)
+    if not part.trained:
+        num_examples = len(part.states) * (len(data.validation) + len(data.test))
+        cells = [
+            cell.model_copy(update={"num_steps": math.ceil(num_examples / cell.batch_size)})
+            for cell in cells
+        ]
+    missing = [words for words in (files, _missing_weights(protocol)) if words]
+    return PartEstimate(
+        part=part.name,
+        data=protocol.data,
+        missing="; ".join(missing) or None,
+        cells=tuple(cells),
+    )
+
+
+def _missing_weights(protocol: Protocol) -> str | None:
+    if protocol.weights is None or Path(protocol.weights).exists():
+        return None
+    return f"{protocol.weights} is not there: weights of {protocol.model} that was trained"

@@ -7,7 +7,7 @@ import math
 import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from normkit.errors import SpecError
@@ -40,12 +40,16 @@ SIZES: Mapping[str, Callable[[Sequence[int]], Sequence[int]]] = {
 }
 
 
+EACH = "each"  # stands for every reading
+
+
 class At(NamedTuple):
-    """A cell of a table: an arm, a part of the table, and a batch size."""
+    """A cell of a table: an arm, a part of the table, a batch size, and a reading or none."""
 
     arm: str
     part: str
     batch_size: int
+    reading: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +59,23 @@ class Cells:
     Args:
         arms: Labels of the arms of each part.
         batch_sizes: Batch sizes of each part.
+        readings: Names of the readings of each part.
     """
 
     arms: Mapping[str, Sequence[str]]
     batch_sizes: Mapping[str, Sequence[int]]
+    readings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def parts(self) -> list[str]:
         """Names of the parts; one without a name if the table has no parts."""
         return list(self.batch_sizes)
+
+    @property
+    def every_reading(self) -> list[str]:
+        """Names of all readings."""
+        names = (name for names in self.readings.values() for name in names)
+        return list(dict.fromkeys(names))
 
     @property
     def every_arm(self) -> set[str]:
@@ -76,8 +88,9 @@ class Quantity:
 
     It is arithmetic on cells. ``BN(8)`` is the score of the arm ``BN`` at batch size 8;
     ``BN(r50)`` that of the part ``r50``, and ``BN(r50, 8)`` both. ``smallest``, ``largest`` and
-    ``all`` stand for batch sizes. ``min``, ``max``, ``mean`` and ``spread`` take several cells, and
-    ``diverged(BN(8))`` is the share of cells whose run diverged.
+    ``all`` stand for batch sizes. ``BN(8, tuned)`` is the reading ``tuned`` in place of the score,
+    and ``each`` stands for all readings. ``min``, ``max``, ``mean`` and ``spread`` take several
+    cells, and ``diverged(BN(8))`` is the share of cells whose run diverged.
 
     Args:
         text: The expression.
@@ -151,25 +164,31 @@ class Quantity:
         return found
 
     def _cells_of(self, arm: str, arguments: Sequence[ast.expr]) -> list[At]:
-        parts, sizes = list[str](), list[ast.expr]()
+        parts, readings, sizes = list[str](), list[str](), list[ast.expr]()
         for argument in arguments:
-            is_part = isinstance(argument, ast.Name) and argument.id in self._cells.parts
-            if isinstance(argument, ast.Name) and is_part:
-                parts.append(argument.id)
+            name = argument.id if isinstance(argument, ast.Name) else ""
+            if name in self._cells.parts and name:
+                parts.append(name)
+            elif name in self._cells.every_reading:
+                readings.append(name)
+            elif name == EACH:
+                readings += self._cells.every_reading
             else:
                 sizes.append(argument)
-        chosen = parts or self._cells.parts
         found = [
-            At(arm, part, size)
-            for part in chosen
+            At(arm, part, size, reading)
+            for part in parts or self._cells.parts
             if arm in self._cells.arms[part]
             for size in self._sizes(part, sizes)
+            for reading in readings or [""]
+            if not reading or reading in self._cells.readings[part]
         ]
         if not found:
-            arms = listed(sorted(self._cells.every_arm))
+            arms, there = listed(sorted(self._cells.every_arm)), self._cells.every_reading
             raise self._error(
                 f"names {arm}({', '.join(map(ast.unparse, arguments))}), which the table does not "
                 f"have; its arms are {arms}, its parts {self._cells.parts}"
+                + (f", its readings {there}" if there else "")
             )
         return found
 
@@ -194,10 +213,11 @@ class Quantity:
 
     def _every(self) -> list[At]:
         return [
-            At(arm, part, size)
+            At(arm, part, size, reading)
             for part, sizes in self._cells.batch_sizes.items()
             for arm in self._cells.arms[part]
             for size in sizes
+            for reading in ("", *self._cells.readings.get(part, ()))
         ]
 
     def _error(self, what: str) -> SpecError:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
+from pydantic import Field
 
-from normkit.lab.figures import Curve, draw_curves, figure_file
 from normkit.lab.files import file_errors, write_whole
 from normkit.lab.frozen import Frozen
 from normkit.lab.lines import read_whole
-from normkit.lab.records import TrainingRecord
+from normkit.lab.records import Outcome, TrainingRecord
 from normkit.lab.reproduce.preset import Scale
-from normkit.lab.reproduce.report import Judged, claims_markdown, result_path
+from normkit.lab.reproduce.report import Judged, result_path
 from normkit.lab.reproduce.tables.catalog import tables
 from normkit.lab.reproduce.tables.quantity import At
-from normkit.lab.reproduce.tables.table import Number, Numbers, Part, Table
+from normkit.lab.reproduce.tables.reading import PLAIN, Reading, Taken
+from normkit.lab.reproduce.tables.readings import ReadingRecord
+from normkit.lab.reproduce.tables.table import Numbers, Part, Table
 from normkit.lab.reproduce.verdict import judge
+from normkit.lab.spec import TrainingSpec
 from normkit.lab.student import half_width
 from normkit.lab.text import MISSING, joined
+from normkit.lab.train import NUM_LAST_EPOCHS
 
 WAY_OUT = "run normkit reproduce again, which repeats no run that has a record"
 
@@ -31,7 +34,7 @@ class Run(Frozen):
 
     Args:
         seed: Of weights and order.
-        score: In percent, in the table's measure; None if the training diverged.
+        score: In percent, in the table's measure, or what was read; None if the training diverged.
         learning_rate: Base learning rate.
     """
 
@@ -41,12 +44,18 @@ class Run(Frozen):
 
 
 class Cell(Frozen):
-    """One arm in one part at one batch size."""
+    """One arm in one part at one batch size: its score, or a reading."""
 
     arm: str
     part: str
     batch_size: int
+    reading: str = ""
     runs: tuple[Run, ...]
+
+    @property
+    def at(self) -> At:
+        """Where it is in the table."""
+        return At(self.arm, self.part, self.batch_size, self.reading)
 
     @property
     def scores(self) -> list[float]:
@@ -59,10 +68,27 @@ class Cell(Frozen):
         said = f"{lost} of {len(self.runs)} diverged" if lost else ""
         if not scores:
             return said or MISSING
-        text = f"{statistics.fmean(scores):.2f}"
+        mean = statistics.fmean(scores)
+        digits = 2 if abs(mean) >= 10 or not self.reading else 3
+        text = f"{mean:.{digits}f}"
         if len(scores) > 1:
-            text += f" ± {half_width(statistics.stdev(scores), len(scores)):.2f}"
+            text += f" ± {half_width(statistics.stdev(scores), len(scores)):.{digits}f}"
         return f"{text} ({said})" if said else text
+
+
+class Column(NamedTuple):
+    """A part, a batch size and a reading, which is empty for scores."""
+
+    part: str
+    batch_size: int
+    reading: str = ""
+
+
+class Results(NamedTuple):
+    """The records of a part: of its trainings, if there were any, and of its readings."""
+
+    trained: Sequence[TrainingRecord] | None
+    readings: Sequence[ReadingRecord]
 
 
 class TableResult(Frozen):
@@ -78,6 +104,7 @@ class TableResult(Frozen):
         differences: From the paper's settings.
         silent: Settings that the paper does not state, and ours.
         cells: All of them.
+        readings: What each reading is, by name.
         numbers: The paper's.
         claims: With their verdicts.
         code_hash: Of normkit's code.
@@ -93,28 +120,25 @@ class TableResult(Frozen):
     differences: tuple[str, ...]
     silent: tuple[str, ...]
     cells: tuple[Cell, ...]
+    readings: Mapping[str, str] = Field(default_factory=dict)
     numbers: Numbers
     claims: tuple[Judged, ...]
     code_hash: str
     duration_s: float
 
     @property
-    def columns(self) -> list[tuple[str, int]]:
-        """Parts and batch sizes, in the order of the file."""
-        return list(dict.fromkeys((cell.part, cell.batch_size) for cell in self.cells))
+    def columns(self) -> list[Column]:
+        """Parts, batch sizes and readings, in the order of the file."""
+        return list(dict.fromkeys(Column(*cell.at[1:]) for cell in self.cells))
 
     @property
     def arms(self) -> list[str]:
         """Labels of the arms."""
         return list(dict.fromkeys(cell.arm for cell in self.cells))
 
-    def cell(self, arm: str, part: str, batch_size: int) -> Cell | None:
+    def cell(self, arm: str, column: Column) -> Cell | None:
         """One cell; None where the table has none."""
-        wanted = At(arm, part, batch_size)
-        return next(
-            (c for c in self.cells if At(c.arm, c.part, c.batch_size) == wanted),
-            None,
-        )
+        return next((cell for cell in self.cells if cell.at == At(arm, *column)), None)
 
     @property
     def num_seeds(self) -> int:
@@ -123,25 +147,32 @@ class TableResult(Frozen):
 
 
 def conclude_table(
-    table: Table, scale: Scale, found: Sequence[tuple[Part, Sequence[TrainingRecord]]]
+    table: Table, scale: Scale, found: Sequence[tuple[Part, Results]]
 ) -> TableResult:
     """Judge every claim of a table by the records of its parts."""
-    cells = tuple(cell for part, records in found for cell in _cells(table, part, records))
-    records = [record for _, of_part in found for record in of_part]
+    cells = tuple(cell for part, results in found for cell in cells_of(table, part, results))
+    parts, results = [part for part, _ in found], [results for _, results in found]
+    trained = [record for each in results for record in each.trained or ()]
+    read = [record for each in results for record in each.readings]
+    splits = joined(list(dict.fromkeys(part.on for part in parts)))
+    score = table.score if any(part.trained for part in parts) else "of given weights"
     return TableResult(
         preset=table.name,
         paper=str(table.cited),
         place=table.place,
         title=table.title,
         scale=scale,
-        measured=f"test {table.measure}, {table.score}, %",
+        measured=f"{splits} {table.measure}, {score}, %",
         differences=table.differences(scale),
         silent=table.unstated(),
         cells=cells,
+        readings={
+            n: table.readings[n] for n in table.readings if any(n in p.readings for p in parts)
+        },
         numbers=table.numbers,
         claims=judged(table, scale, cells),
-        code_hash=joined(sorted({record.code_hash for record in records})),
-        duration_s=round(sum(record.duration_s for record in records), 1),
+        code_hash=joined(sorted({record.code_hash for record in (*trained, *read)})),
+        duration_s=round(sum(record.duration_s for record in (*trained, *read)), 1),
     )
 
 
@@ -160,43 +191,89 @@ def judged(table: Table, scale: Scale, cells: Sequence[Cell]) -> tuple[Judged, .
     )
 
 
-def _cells(table: Table, part: Part, records: Sequence[TrainingRecord]) -> list[Cell]:
-    found: dict[tuple[str, int], list[Run]] = {}
-    for record in records:
-        run = Run(
-            seed=record.spec.seed,
-            score=_score(table, record),
-            learning_rate=record.spec.protocol.base_lr,
-        )
-        found.setdefault((record.spec.norm, record.spec.batch_size), []).append(run)
+def cells_of(table: Table, part: Part, results: Results) -> list[Cell]:
+    """The cells of a part: a column for each score of the task, then one for each reading."""
+    runs = _by_run(results)
+    columns = table.columns_of(part.name)
+    found = [(column, "", score) for column, score in columns.items()]
+    found += [(column, reading, None) for column in columns for reading in part.readings]
     return [
         Cell(
             arm=label,
-            part=part.name,
+            part=column,
             batch_size=size,
-            runs=tuple(found.get((part.sweep.norms[at], size), ())),
+            reading=reading,
+            runs=tuple(
+                Run(
+                    seed=run.spec.seed,
+                    score=run.number(table, part, reading, score),
+                    learning_rate=run.spec.protocol.base_lr,
+                )
+                for run in runs
+                if (run.spec.norm, run.spec.batch_size) == (part.sweep.norms[at], size)
+            ),
         )
+        for column, reading, score in found
         for at, label in enumerate(part.arms)
         for size in part.sweep.batch_sizes
     ]
 
 
-def _score(table: Table, record: TrainingRecord) -> float | None:
-    outcome = record.outcome
-    value = outcome.test_accuracy
-    if table.score != "last epoch" and outcome.test_accuracy_median_of_5 is not None:
-        value = outcome.test_accuracy_median_of_5
-    if value is None:
+class _OneRun(NamedTuple):
+    """A network: how it was trained, what came out, and what was read off it."""
+
+    spec: TrainingSpec
+    outcome: Outcome | None
+    taken: Mapping[str, Taken]
+
+    def number(self, table: Table, part: Part, reading: str, score: str | None) -> float | None:
+        """A score, or a reading where one is named, in the units of the table."""
+        how = part.readings[reading] if reading else Reading(state=PLAIN)
+        if not reading and self.outcome is not None:
+            value = _score(table, part, self.outcome, score)
+        elif not how.of_network and self.outcome is not None:
+            value = how.of_epochs(self.outcome)
+        else:
+            value = how.value(self.taken, part.on) if how.state in self.taken else None
+        if value is None or not how.is_share:
+            return value
+        return round(100 - 100 * value if table.measure == "error" else 100 * value, 4)
+
+
+def _by_run(results: Results) -> list[_OneRun]:
+    read = {record.spec.training.key: record for record in results.readings}
+    if results.trained is None:
+        return [_OneRun(record.spec.training, None, record.values) for record in results.readings]
+    return [
+        _OneRun(
+            record.spec,
+            record.outcome,
+            read[record.spec.key].values if record.spec.key in read else {},
+        )
+        for record in results.trained
+    ]
+
+
+def _score(table: Table, part: Part, outcome: Outcome, name: str | None) -> float | None:
+    """A score of the task, by default its first, of a training that did not diverge."""
+    name = name or next(iter(outcome.scores), None)
+    if name is None or outcome.status == "diverged":
         return None
-    return round(100 * value if table.measure == "accuracy" else 100 - 100 * value, 4)
+    median = table.score != "last epoch"
+    if part.on == "test":
+        is_first = name == next(iter(outcome.scores))
+        last_five = outcome.median_of_5 if median and is_first else None
+        return outcome.scores.get(name) if last_five is None else last_five
+    found = [e.validation_scores.get(name) for e in outcome.epochs[-NUM_LAST_EPOCHS:]]
+    values = [value for value in found if value is not None]
+    return (statistics.median(values) if median else found[-1]) if values else None
 
 
 def _by_seed(cells: Sequence[Cell]) -> dict[int, Mapping[At, float | None]]:
     found: dict[int, dict[At, float | None]] = {}
     for cell in cells:
         for run in cell.runs:
-            at = At(cell.arm, cell.part, cell.batch_size)
-            found.setdefault(run.seed, {})[at] = run.score
+            found.setdefault(run.seed, {})[cell.at] = run.score
     return dict(found)
 
 
@@ -227,167 +304,3 @@ def table_results_in(folder: Path) -> list[TableResult]:
     paths = [result_path(folder, name) for name in tables()]
     with file_errors(folder):
         return [read_table_result(path) for path in paths if path.exists()]
-
-
-def draw_table(result: TableResult, path: Path) -> None:
-    """Draw the scores into a file whose name ends in .svg, .png or .pdf.
-
-    A part with several batch sizes has axes of its own; parts with one share theirs.
-
-    Raises:
-        DataError: If it cannot be written.
-    """
-    sizes: dict[str, list[int]] = {}
-    for part, size in result.columns:
-        sizes.setdefault(part, []).append(size)
-    wide = [part for part, of_part in sizes.items() if len(of_part) > 1]
-    single = [part for part in sizes if part not in wide]
-    num_axes = len(wide) + bool(single)
-    with figure_file(path, figsize=(5 * num_axes, 4), layout="constrained") as figure:
-        axes = figure.subplots(1, num_axes, squeeze=False)[0]
-        for at, part in enumerate(wide):
-            columns = [(part, size) for size in sorted(sizes[part])]
-            x = [size for _, size in columns]
-            _draw(axes[at], result, columns, x, {"title": part, "x": "batch size"})
-            axes[at].set_xscale("log", base=2)
-            axes[at].set_xticks(x, list(map(str, x)))
-        if single:
-            columns = [(part, sizes[part][0]) for part in single]
-            _draw(axes[-1], result, columns, range(len(columns)), {"title": "", "x": "part"})
-            names = [part or f"batch size {size}" for part, size in columns]
-            axes[-1].set_xticks(range(len(columns)), names)
-
-
-def _draw(
-    axes: Any,
-    result: TableResult,
-    columns: Sequence[tuple[str, int]],
-    x: Sequence[int],
-    labels: Mapping[str, str],
-) -> None:
-    curves = []
-    for arm in result.arms:
-        cells = [result.cell(arm, part, size) for part, size in columns]
-        there = [(at, cell) for at, cell in zip(x, cells, strict=True) if cell and cell.scores]
-        if there:
-            fewest = min(len(cell.scores) for _, cell in there)
-            values = np.array([cell.scores[:fewest] for _, cell in there]).T
-            curves.append(Curve(label=arm, x=[at for at, _ in there], values=values))
-    draw_curves(axes, curves, {**labels, "y": result.measured})
-
-
-def table_text(result: TableResult) -> str:
-    """A result for a terminal."""
-    lines = [
-        (
-            f"{result.preset}: {result.paper}, {result.place} (scale {result.scale}, "
-            f"{result.num_seeds} seeds)"
-        ),
-        *(f"  {difference}" for difference in result.differences),
-        "",
-        f"{result.measured}: mean ± 95 % interval over seeds",
-        *_aligned(ours(result)),
-    ]
-    if result.numbers.rows:
-        lines += ["", "the paper's", *_aligned(theirs(result.numbers))]
-        lines += [f"  {result.numbers.note}"] if result.numbers.note else []
-    for one in result.claims:
-        lines += ["", *one.lines]
-    return "\n".join(lines)
-
-
-def table_markdown(result: TableResult, images: str = "") -> str:
-    """A section: our numbers, the paper's, and the claims with their verdicts.
-
-    Args:
-        result: Of the table.
-        images: What stands before the name of the figure's file.
-    """
-    differences = "; ".join(result.differences) or "nothing"
-    silent = f" The paper does not state {joined(result.silent)}." if result.silent else ""
-    return "\n".join(
-        [
-            f"### {result.preset}\n",
-            (
-                f"{result.title}: {result.paper}, {result.place}. Scale {result.scale}, "
-                f"{result.num_seeds} seeds, {result.duration_s / 60:.0f} minutes of runs. "
-                f"Otherwise than in the paper: {differences}.{silent}\n"
-            ),
-            f"![{result.title}]({images}reproduce-{result.preset}.svg)\n",
-            f"Ours, {result.measured}: mean ± 95 % interval over seeds.\n",
-            *_markdown(ours(result)),
-            "",
-            *_paper_markdown(result.numbers),
-            *claims_markdown(result.claims, "`"),
-        ]
-    )
-
-
-def unrun_markdown(table: Table) -> str:
-    """A section of a table that has no result: the paper's settings, numbers and claims."""
-    unstated = ", ".join(table.unstated())
-    silent = f" Ours, as the paper does not state them: {unstated}." if unstated else ""
-    cannot = f" Not as in the paper: {'; '.join(table.cannot)}." if table.cannot else ""
-    claims = [f"| {c.text} ({c.source}) | `{c.quantity}` | {c.criterion} |" for c in table.claims]
-    settings = [f"- {line}" for line in table.settings("paper")]
-    return "\n".join(
-        [
-            f"### {table.name}\n",
-            (
-                f"{table.title}: {table.cited}, {table.place}. No result at small scale is kept "
-                f"here; `normkit reproduce {table.name}` makes one.{silent}{cannot}\n"
-            ),
-            "Settings at the paper's scale:\n",
-            *settings,
-            "",
-            *_paper_markdown(table.numbers),
-            "| the paper says | measured | claimed |",
-            "|---|---|---|",
-            *claims,
-            "",
-        ]
-    )
-
-
-def _paper_markdown(numbers: Numbers) -> list[str]:
-    if not numbers.rows:
-        return []
-    note = [f"{numbers.note}\n"] if numbers.note else []
-    return ["The paper's numbers:\n", *_markdown(theirs(numbers)), "", *note]
-
-
-def ours(result: TableResult) -> list[list[str]]:
-    """Rows of our numbers, the head first."""
-    has_sizes = len({size for _, size in result.columns}) > 1
-    heads = [
-        " ".join([part] * bool(part) + [f"batch {size}"] * (has_sizes or not part))
-        for part, size in result.columns
-    ]
-    rows = []
-    for arm in result.arms:
-        found = [result.cell(arm, part, size) for part, size in result.columns]
-        rows.append([arm, *(MISSING if cell is None else str(cell) for cell in found)])
-    return [["", *heads], *rows]
-
-
-def theirs(numbers: Numbers) -> list[list[str]]:
-    """Rows of the paper's numbers, the head first."""
-    rows = [[name, *map(_number, row)] for name, row in numbers.rows.items()]
-    return [["", *numbers.columns], *rows]
-
-
-def _number(value: Number) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in rows
-    ]
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *others = [f"| {' | '.join(row)} |" for row in rows]
-    return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *others]

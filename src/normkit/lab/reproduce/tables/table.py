@@ -11,18 +11,23 @@ from pydantic import Field
 
 from normkit.errors import SpecError
 from normkit.lab.config import KNOWN, sweep_of
+from normkit.lab.data.sources import data_folder
 from normkit.lab.files import require_file
 from normkit.lab.frozen import Frozen
 from normkit.lab.reproduce.papers import PAPERS, Paper
 from normkit.lab.reproduce.preset import SCALES, Scale
 from normkit.lab.reproduce.tables.quantity import Cells, Quantity
+from normkit.lab.reproduce.tables.reading import PLAIN, Reading
 from normkit.lab.reproduce.verdict import Criterion, Side
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.text import listed, printable, shortened
 
 PRESETS = Path(__file__).parents[2] / "presets"
 ONLY = ""  # the name of the part of a table that has no parts
-CHOICES = ("arms", "specs", "parts", "without")
+CHOICES = ("arms", "specs", "parts", "without", "readings")
+ARMS = ("arms", "specs")  # where "none" is an arm
+WEIGHTS = "weights"  # folder of pretrained networks in that of the data
+Split = Literal["validation", "test"]
 Number = float | Literal["-", "unreadable"]
 """A cell of the paper: a number, "-" for a training that failed, or one that cannot be read."""
 
@@ -73,11 +78,24 @@ class Part(Frozen):
         name: Of the part; empty if the table has no parts.
         arms: Labels and arms as ``normkit compare`` writes them.
         sweep: All runs of the part.
+        on: Which examples the scores are of.
+        trained: Whether the networks are trained; otherwise they have the weights of a file.
+        readings: What is read off each network besides its score, by name.
     """
 
     name: str
     arms: Mapping[str, str]
     sweep: SweepSpec
+    on: Split = "test"
+    trained: bool = True
+    readings: Mapping[str, Reading] = Field(default_factory=dict)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """States in which its networks are evaluated after the training."""
+        plain = () if self.trained else (PLAIN,)
+        read = (reading.state for reading in self.readings.values() if reading.of_network)
+        return tuple(dict.fromkeys((*plain, *read)))
 
     def label(self, norm: str) -> str:
         """The label of an arm."""
@@ -90,16 +108,23 @@ class Table(Frozen):
     ``paper``, ``small`` and ``tiny`` hold options of ``normkit compare`` by name. Those of
     ``paper`` are what the paper did; the other scales say what differs there. ``arms`` chooses
     arms by label, ``specs`` puts others in the place of arms, ``parts`` holds options of single
-    parts, and ``without`` leaves parts out.
+    parts, ``without`` leaves parts out, and ``readings`` chooses readings by name. ``on`` says
+    which examples scores are of, ``validation`` or ``test``; ``trained = false`` evaluates the
+    networks of ``weights``, a file below ``$NORMKIT_DATA/weights``, as they are.
 
     Args:
         name: The first letter of the authors and the place, such as ``Z-T2``.
+        also: Other places of the paper that show the same runs, such as ``Z-F1``.
         of: Key of the paper.
         place: Table and section.
         title: What it shows.
-        measure: Accuracy or error, in percent.
+        measure: What the numbers are, in percent: accuracy, error (what is missing to 100), or
+            what a task calls its scores.
+        scores: Names of the task's scores that the table shows, if it is more than the first. They
+            are told apart as parts are: ``clean``, or ``r50_box`` if the table has parts, too.
         score: Of the last epoch, or the median over the last five.
         arms: Labels, and the arms that they stand for.
+        readings: Names, and what is read off each network, as ``Reading`` has it.
         paper: What the paper did.
         small: What differs at small scale.
         tiny: What differs at tiny scale.
@@ -110,12 +135,15 @@ class Table(Frozen):
     """
 
     name: str
+    also: tuple[str, ...] = ()
     of: Literal["zhou", "summers", "gunawan", "qiao", "huang"]
     place: str
     title: str
-    measure: Literal["accuracy", "error"] = "accuracy"
+    measure: str = "accuracy"
+    scores: tuple[str, ...] = ()
     score: Literal["last epoch", "median of the last 5 epochs"] = "last epoch"
     arms: dict[str, str]
+    readings: dict[str, str] = Field(default_factory=dict)
     paper: Mapping[str, Any]
     small: Mapping[str, Any]
     tiny: Mapping[str, Any]
@@ -162,24 +190,47 @@ class Table(Frozen):
 
     def _part(self, name: str, values: dict[str, Any]) -> Part:
         labels, specs = values.pop("arms", tuple(self.arms)), values.pop("specs", {})
+        read = values.pop("readings", tuple(self.readings))
+        evaluated = {option: values.pop(option) for option in ("on", "trained") if option in values}
         named = {*labels, *specs}
         unknown = sorted(named - {*self.arms}) + sorted({*values} - {*KNOWN})
+        unknown += sorted({*read} - {*self.readings})
         if unknown:
             raise SpecError(
                 f"preset {self.name} names {listed(unknown)}; its arms are "
-                f"{listed(self.arms)}, and options are {', '.join(KNOWN)}"
+                f"{listed(self.arms)}, its readings {listed(self.readings) or 'none'}, and options "
+                f"are {', '.join(KNOWN)}"
             )
         arms = {label: (self.arms | specs)[label] for label in labels}
+        if values.get("weights"):
+            values["weights"] = str(data_folder() / WEIGHTS / values["weights"])
         sweep = sweep_of({**values, "norms": tuple(arms.values())}, str)
-        return Part(name=name, arms=arms, sweep=sweep)
+        return Part.checked(
+            {
+                "name": name,
+                "arms": arms,
+                "sweep": sweep,
+                "readings": {name: Reading.parse(self.readings[name]) for name in read},
+                **evaluated,
+            }
+        )
 
     def cells(self, scale: Scale) -> Cells:
         """The cells of the table at a scale."""
-        parts = self.parts(scale)
+        columns = [
+            (name, part) for part in self.parts(scale) for name in self.columns_of(part.name)
+        ]
         return Cells(
-            arms={part.name: list(part.arms) for part in parts},
-            batch_sizes={part.name: part.sweep.batch_sizes for part in parts},
+            arms={name: list(part.arms) for name, part in columns},
+            batch_sizes={name: part.sweep.batch_sizes for name, part in columns},
+            readings={name: list(part.readings) for name, part in columns},
         )
+
+    def columns_of(self, part: str) -> dict[str, str | None]:
+        """What a part's scores are called in the table, and which they are; None for the first."""
+        if not self.scores:
+            return {part: None}
+        return {f"{part}_{score}" if part else score: score for score in self.scores}
 
     def claims_at(self, scale: Scale) -> list[tuple[TableClaim, Quantity]]:
         """Claims that a scale can decide, with their quantities.
@@ -229,6 +280,9 @@ class Table(Frozen):
         ]
         left_out = [label for label in self.arms if label not in labels]
         found += [f"without {listed(left_out)}"] if left_out else []
+        read = [ours.get("readings", [*self.readings])] if "readings" not in theirs else []
+        left_out = [name for name in self.readings if read and name not in read[0]]
+        found += [f"without the readings {listed(left_out)}"] if left_out else []
         return (*found, *self.cannot)
 
     def _differing_parts(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -260,7 +314,10 @@ def read_table(path: Path) -> Table:
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _tuples(inner) for name, inner in value.items()}
+        return {
+            name: inner if name in ARMS and isinstance(inner, dict) else _tuples(inner)
+            for name, inner in value.items()
+        }
     if isinstance(value, list):
         return tuple(_tuples(inner) for inner in value)
     return None if value == "none" else value
@@ -270,7 +327,7 @@ def _said(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, tuple):
-        return ", ".join(map(_said, value))
+        return ", ".join(map(_said, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,10 @@
 """A network of four layers whose norms go to drawn means and scales."""
 
+from torch import nn
+
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.data import Dataset
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import four_layers
 from normkit.lab.reproduce.tasks.records import Values
@@ -33,6 +36,17 @@ def arm_of(mean_spread: float, scale_spread: float) -> str:
     return f"{mean_spread:g},{scale_spread:g}"
 
 
+def spreads_of(arm: str) -> tuple[float, float]:
+    """The pair of spreads of a name."""
+    mean_spread, scale_spread = map(float, arm.split(","))
+    return mean_spread, scale_spread
+
+
+def network_of(settings: DrawnSettings, arm: str, dataset: Dataset, seed: int) -> nn.Module:
+    """The network of an arm."""
+    return four_layers(dataset, settings.width, spreads_of(arm), seed)
+
+
 def measure_drawn(settings: DrawnSettings, arm: str, seed: int, place: Place) -> Values:
     """Train and test one network.
 
@@ -45,15 +59,17 @@ def measure_drawn(settings: DrawnSettings, arm: str, seed: int, place: Place) ->
     Returns:
         Test accuracy.
     """
-    mean_spread, scale_spread = map(float, arm.split(","))
+    mean_spread, scale_spread = spreads_of(arm)
     dataset = settings.load_data()
-    model = four_layers(dataset, settings.width, (mean_spread, scale_spread), seed)
+    model = network_of(settings, arm, dataset, seed)
     settings.fit(model, dataset, seed, place, Hooks())
     return {
         "mean_spread": mean_spread,
         "scale_spread": scale_spread,
-        "accuracy": evaluate(model, dataset.test).accuracy,
+        "accuracy": evaluate(model, dataset.test)[ACCURACY],
     }
 
 
-DRAWN = PresetTask(name="drawn-channels", settings=DrawnSettings, measure=measure_drawn)
+DRAWN = PresetTask(
+    name="drawn-channels", settings=DrawnSettings, network=network_of, measure=measure_drawn
+)

@@ -52,6 +52,15 @@ class LandscapeSettings(Data):
         """As of the data, and the number of steps."""
         return super().facts() | {"steps": self.recipe.steps}
 
+    @property
+    def num_networks(self) -> int:
+        """Networks that are trained for an arm and a seed: one for each rate."""
+        return len(self.rates)
+
+    def step_size(self, _arm: str) -> int:
+        """Examples of a step."""
+        return self.batch_size
+
     def network(self, arm: str, dataset: Dataset, seed: int) -> nn.Module:
         """The network of an arm."""
         norm = arm.removesuffix(L2)
@@ -69,6 +78,11 @@ class AlongSettings(LandscapeSettings):
 
     etas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
     every: Count = 10
+
+    @property
+    def num_networks(self) -> int:
+        """Networks that are trained for an arm and a seed."""
+        return 1
 
     def facts(self) -> dict[str, object]:
         """As of the landscape, and the learning rate."""
@@ -142,5 +156,15 @@ def _curves(steps: Any) -> Values:
     return {name: [getattr(step, of) for step in steps] for name, of in CURVES.items()}
 
 
-RATES = PresetTask(name="landscape-rates", settings=LandscapeSettings, measure=measure_rates)
-ALONG = PresetTask(name="landscape-along", settings=AlongSettings, measure=measure_along)
+RATES = PresetTask(
+    name="landscape-rates",
+    settings=LandscapeSettings,
+    network=LandscapeSettings.network,
+    measure=measure_rates,
+)
+ALONG = PresetTask(
+    name="landscape-along",
+    settings=AlongSettings,
+    network=AlongSettings.network,
+    measure=measure_along,
+)

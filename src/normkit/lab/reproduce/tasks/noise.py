@@ -2,9 +2,12 @@
 
 from contextlib import nullcontext
 
+from torch import nn
+
 import normkit as nk
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.data import Dataset
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import vgg11
 from normkit.lab.reproduce.tasks.records import Values
@@ -33,6 +36,13 @@ def arm_of(norm: str, granularity: str = "") -> str:
     return f"{norm}+{granularity}" if granularity else norm
 
 
+def network_of(settings: NoiseSettings, arm: str, dataset: Dataset, seed: int) -> nn.Module:
+    """The network of an arm, without noise."""
+    norm = arm.partition("+")[0]
+    spec = norm if norm == "bn" else f"{norm}:{settings.groups}"
+    return vgg11(spec, dataset, settings.width, seed)
+
+
 def measure_noise(settings: NoiseSettings, arm: str, seed: int, place: Place) -> Values:
     """Train with noise, which there is none of at evaluation.
 
@@ -45,10 +55,9 @@ def measure_noise(settings: NoiseSettings, arm: str, seed: int, place: Place) ->
     Returns:
         Training error of each epoch; test accuracy before and after every epoch.
     """
-    norm, _, granularity = arm.partition("+")
+    granularity = arm.partition("+")[2]
     dataset = settings.load_data()
-    spec = norm if norm == "bn" else f"{norm}:{settings.groups}"
-    model = vgg11(spec, dataset, settings.width, seed)
+    model = network_of(settings, arm, dataset, seed)
     notes: Values = {"train_error": [], "accuracy": []}
     noise = (
         nk.add_output_noise(
@@ -61,7 +70,7 @@ def measure_noise(settings: NoiseSettings, arm: str, seed: int, place: Place) ->
         else nullcontext()
     )
     hooks = Hooks(
-        before_epoch=lambda _: notes["accuracy"].append(evaluate(model, dataset.test).accuracy),
+        before_epoch=lambda _: notes["accuracy"].append(evaluate(model, dataset.test)[ACCURACY]),
         after_epoch=lambda epoch: notes["train_error"].append(1 - epoch.accuracy),
         notes=notes,
     )
@@ -70,4 +79,4 @@ def measure_noise(settings: NoiseSettings, arm: str, seed: int, place: Place) ->
     return notes
 
 
-NOISE = PresetTask(name="noise", settings=NoiseSettings, measure=measure_noise)
+NOISE = PresetTask(name="noise", settings=NoiseSettings, network=network_of, measure=measure_noise)

@@ -8,16 +8,20 @@ from torch import nn
 from torch.nn import functional
 
 from normkit.lab.course import Course, Hooks, nothing
-from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.data import Dataset, Examples, load, open_data
+from normkit.lab.data.dataset import VALIDATION_SHARE, loaded
+from normkit.lab.data.sources import OF_FOLDERS
 from normkit.lab.device import CPU
 from normkit.lab.frozen import Count, Frozen
 from normkit.lab.loop import Step
 from normkit.lab.recipe import Recipe
 from normkit.lab.resume import Checkpoint
 from normkit.lab.spec import Protocol
+from normkit.lab.tasks.classification import ClassificationRun
 from normkit.lab.work import OnStep
 
 HELD_OUT = "a tenth of the training examples"
+NOTHING = "nothing"
 HOW_IT_TRAINS = ("epochs", "batch_size", "optimizer", "learning_rate", "rate_drop", "weight_decay")
 
 
@@ -33,7 +37,7 @@ def recipe(rate: float, **given: Any) -> Recipe:
 
 
 class Sizes(NamedTuple):
-    """Training examples without those held out, test examples, pixels of a side, colours."""
+    """Training examples with those held out, test examples, pixels of a side, colours."""
 
     train: int
     test: int
@@ -42,9 +46,11 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "digits": Sizes(1294, 359, 8, "grey"),
-    "fashion-mnist": Sizes(54000, 10000, 28, "grey"),
-    "cifar10": Sizes(45000, 10000, 32, "colour"),
+    "digits": Sizes(1438, 359, 8, "grey"),
+    "fashion-mnist": Sizes(60000, 10000, 28, "grey"),
+    "mnist": Sizes(60000, 10000, 28, "grey"),
+    "cifar10": Sizes(50000, 10000, 32, "colour"),
+    "imagenet": Sizes(1281167, 50000, 224, "colour"),
 }
 """What the lab's data sets have, said without reading them."""
 
@@ -71,13 +77,10 @@ class Place:
             hooks.after_step(num_steps, step)
             self.on_step()
 
+        protocol = Protocol(data=dataset.name, device=str(self.device), **plan.recipe.model_dump())
         course = Course(
-            network=network,
-            protocol=Protocol(
-                data=dataset.name, device=str(self.device), **plan.recipe.model_dump()
-            ),
-            examples=dataset.train,
-            num_classes=dataset.num_classes,
+            task=ClassificationRun(network, protocol, dataset),
+            protocol=protocol,
             batch_size=plan.batch_size,
             seed=plan.seed,
             hooks=replace(hooks, after_step=after_step),
@@ -103,6 +106,7 @@ class Data(Frozen):
         num_train: Training examples; None for all.
         num_test: Test examples; None for all.
         shrink: Pictures are averaged over squares of so many pixels.
+        hold_out: Whether a tenth of the training examples is kept from training.
     """
 
     unused: ClassVar[tuple[str, ...]] = ()
@@ -112,10 +116,30 @@ class Data(Frozen):
     num_train: Count | None = None
     num_test: Count | None = None
     shrink: Count = 1
+    hold_out: bool = True
 
-    def load_data(self) -> Dataset:
-        """The examples."""
-        whole = load(self.data, self.num_train)
+    @property
+    def num_networks(self) -> int:
+        """Networks that are trained for an arm and a seed."""
+        return 1
+
+    @property
+    def sizes_of_data(self) -> Sizes:
+        """How many examples there are, of which size; those that are held out are left out."""
+        whole = SIZES[self.data]
+        kept = whole.train - (round(VALIDATION_SHARE * whole.train) if self.hold_out else 0)
+        return Sizes(
+            min(self.num_train or kept, kept),
+            min(self.num_test or whole.test, whole.test),
+            whole.side // self.shrink,
+            whole.colours,
+        )
+
+    def load_data(self) -> Dataset[Any]:
+        """The examples; those of a folder are read when they are taken."""
+        if self.data in OF_FOLDERS:
+            return open_data(self.data, self.num_train, hold_out=self.hold_out)
+        whole = self._loaded()
         return Dataset(
             name=whole.name,
             num_classes=whole.num_classes,
@@ -126,19 +150,23 @@ class Data(Frozen):
 
     def facts(self) -> dict[str, object]:
         """Everything that decides a run but the arm and the seed, by name."""
-        whole = SIZES[self.data]
-        side = whole.side // self.shrink
-        found = self.model_dump(exclude={"shrink", "recipe"}) | {
-            "num_train": min(self.num_train or whole.train, whole.train),
-            "num_test": min(self.num_test or whole.test, whole.test),
-            "pictures": f"{side}x{side} {whole.colours}",
-            "held_out": HELD_OUT,
+        sizes = self.sizes_of_data
+        found = self.model_dump(exclude={"shrink", "recipe", "hold_out"}) | {
+            "num_train": sizes.train,
+            "num_test": sizes.test,
+            "pictures": f"{sizes.side}x{sizes.side} {sizes.colours}",
+            "held_out": HELD_OUT if self.hold_out else NOTHING,
         }
         return {name: value for name, value in found.items() if name not in self.unused}
 
     def fingerprint(self) -> str:
         """Twelve digits that change when the data set's files do."""
-        return load(self.data, self.num_train).fingerprint
+        return open_data(self.data, self.num_train).fingerprint
+
+    def _loaded(self) -> Dataset[Examples]:
+        if self.hold_out:
+            return load(self.data, self.num_train)
+        return loaded(open_data(self.data, self.num_train, hold_out=False))
 
     def _shrunk(self, examples: Examples) -> Examples:
         if self.shrink == 1:
@@ -158,6 +186,10 @@ class Training(Data):
 
     recipe: Recipe
     batch_size: Count = 32
+
+    def step_size(self, _arm: str) -> int:
+        """Examples of a step."""
+        return self.batch_size
 
     def facts(self) -> dict[str, object]:
         """As of the data, and how it is trained."""

@@ -10,7 +10,7 @@ import normkit as nk
 from normkit.lab.course import Hooks
 from normkit.lab.data import Dataset, Examples
 from normkit.lab.data.dataset import stratified_order
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.loop import Step
 from normkit.lab.recipe import Recipe
@@ -48,10 +48,29 @@ class StackSettings(Data):
     groups: Count = 4
     sizes: tuple[Count, ...] = ()
 
+    def step_size(self, arm: str) -> int:
+        """Examples of a step: the training set, which is the test set or a sample of it."""
+        size = arm.partition("-")[2]
+        return int(size) if size else self.sizes_of_data.test
+
     def facts(self) -> dict[str, object]:
         """As of the data, and how it is trained."""
         iterations = self.recipe.length - 1
         return super().facts() | {"iterations": iterations, "learning_rate": self.recipe.base_lr}
+
+
+def stack_of(settings: StackSettings, arm: str, dataset: Dataset, seed: int) -> nn.Module:
+    """The network of an arm."""
+    norm = arm.partition("-")[0]
+    model = seeded_network(
+        f"mlp:depth={settings.depth}:width={settings.width}",
+        "bn" if norm == BLOCKED else norm,
+        dataset,
+        seed,
+    )
+    if norm == BLOCKED:
+        nk.place_gnbn_(model, f"gn:{settings.groups}")
+    return model
 
 
 def measure_shift(settings: StackSettings, arm: str, seed: int, place: Place) -> Values:
@@ -66,16 +85,9 @@ def measure_shift(settings: StackSettings, arm: str, seed: int, place: Place) ->
     Returns:
         Curves over the measured iterations; shifts are by layer.
     """
-    norm, _, size = arm.partition("-")
+    _, _, size = arm.partition("-")
     dataset = settings.load_data()
-    model = seeded_network(
-        f"mlp:depth={settings.depth}:width={settings.width}",
-        "bn" if norm == BLOCKED else norm,
-        dataset,
-        seed,
-    )
-    if norm == BLOCKED:
-        nk.place_gnbn_(model, f"gn:{settings.groups}")
+    model = stack_of(settings, arm, dataset, seed)
     test = _flat(dataset.test)
     train = test.take(stratified_order(test.targets, seed)[: int(size)]) if size else test
     both = replace(dataset, train=train, test=test)
@@ -108,7 +120,7 @@ def _followed(
         if is_measured(iteration):  # what the iterations so far have left
             rows = _shift(model, train)
             notes["iterations"].append(iteration)
-            notes["test_error"].append(1 - evaluate(model, train.test).accuracy)
+            notes["test_error"].append(1 - evaluate(model, train.test)[ACCURACY])
             notes["esm_mean"].append(rows["esm_mean"])
             notes["esm_std"].append(rows["esm_std"])
             notes["input_shift"] = rows["input_shift"]
@@ -134,4 +146,4 @@ def _shift(model: nn.Module, dataset: Dataset) -> Values:
     }
 
 
-STACK = PresetTask(name="stack", settings=StackSettings, measure=measure_shift)
+STACK = PresetTask(name="stack", settings=StackSettings, network=stack_of, measure=measure_shift)

@@ -1,10 +1,13 @@
 """What parts of weight standardization take out of the gradient, while a network trains."""
 
 import numpy as np
+import torch
+from torch import nn
 
 import normkit as nk
 from normkit.lab.course import EpochSoFar, Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.data import Dataset
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import seeded_network
 from normkit.lab.reproduce.tasks.records import Values
@@ -28,6 +31,15 @@ class StandardizedSettings(Training):
     num_batches: Count = 1
 
 
+def network_of(settings: StandardizedSettings, arm: str, dataset: Dataset, seed: int) -> nn.Module:
+    """The network of an arm."""
+    model = seeded_network(settings.model, f"gn:{settings.groups}", dataset, seed)
+    center, scale = PARTS[arm]
+    if center or scale:
+        nk.standardize_weights_(model, center=center, scale=scale)
+    return model
+
+
 def measure_standardized(
     settings: StandardizedSettings, arm: str, seed: int, place: Place
 ) -> Values:
@@ -43,13 +55,10 @@ def measure_standardized(
         Training error by epoch, test accuracy, and for ``ws`` the shares by epoch.
     """
     dataset = settings.load_data()
-    model = seeded_network(settings.model, f"gn:{settings.groups}", dataset, seed)
-    center, scale = PARTS[arm]
-    if center or scale:
-        nk.standardize_weights_(model, center=center, scale=scale)
-    size = settings.batch_size
-    pairs = zip(dataset.train.inputs.split(size), dataset.train.targets.split(size), strict=True)
-    batches = list(pairs)[: settings.num_batches]
+    model = network_of(settings, arm, dataset, seed)
+    index = torch.arange(min(settings.num_batches * settings.batch_size, len(dataset.train)))
+    parts = [dataset.train.take(part) for part in index.split(settings.batch_size)]
+    batches = [(part.inputs, part.targets) for part in parts]
     notes: Values = {"train_error": [], "mean_share": [], "weight_share": []}
 
     def look(epoch: int) -> None:
@@ -63,9 +72,12 @@ def measure_standardized(
 
     hooks = Hooks(before_epoch=look, after_epoch=note_error, notes=notes)
     settings.fit(model, dataset, seed, place, hooks)
-    return notes | {"accuracy": evaluate(model, dataset.test).accuracy}
+    return notes | {"accuracy": evaluate(model, dataset.test)[ACCURACY]}
 
 
 STANDARDIZED = PresetTask(
-    name="standardized", settings=StandardizedSettings, measure=measure_standardized
+    name="standardized",
+    settings=StandardizedSettings,
+    network=network_of,
+    measure=measure_standardized,
 )

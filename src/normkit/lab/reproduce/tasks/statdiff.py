@@ -1,8 +1,11 @@
 """How different the channels are that group and layer norm pool, while a network trains."""
 
+from torch import nn
+
 import normkit as nk
 from normkit.lab.course import Hooks
-from normkit.lab.evaluation import evaluate
+from normkit.lab.data import Dataset
+from normkit.lab.evaluation import ACCURACY, evaluate
 from normkit.lab.frozen import Count
 from normkit.lab.reproduce.tasks.networks import seeded_network
 from normkit.lab.reproduce.tasks.records import Values
@@ -15,11 +18,17 @@ class StatDiffSettings(Training):
 
     Args:
         model: A small residual network.
-        groups: Of group norm.
+        groups: Of group norm, as its spec says.
     """
 
     model: str
-    groups: Count
+    groups: Count | str
+
+
+def network_of(settings: StatDiffSettings, arm: str, dataset: Dataset, seed: int) -> nn.Module:
+    """The network of an arm."""
+    norm = arm.replace("gn", f"gn:{settings.groups}")
+    return seeded_network(settings.model, norm, dataset, seed)
 
 
 def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int, place: Place) -> Values:
@@ -35,8 +44,7 @@ def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int, place: Pla
         Mean and spread of StatDiff over all groups by epoch, and test accuracy.
     """
     dataset = settings.load_data()
-    norm = arm.replace("gn", f"gn:{settings.groups}")
-    model = seeded_network(settings.model, norm, dataset, seed)
+    model = network_of(settings, arm, dataset, seed)
     notes: Values = {"mean": [], "std": []}
 
     def observe(_epoch: int) -> None:
@@ -46,7 +54,9 @@ def measure_statdiff(settings: StatDiffSettings, arm: str, seed: int, place: Pla
         notes["std"].append(found.std)
 
     settings.fit(model, dataset, seed, place, Hooks(before_epoch=observe, notes=notes))
-    return notes | {"accuracy": evaluate(model, dataset.test).accuracy}
+    return notes | {"accuracy": evaluate(model, dataset.test)[ACCURACY]}
 
 
-STATDIFF = PresetTask(name="statdiff", settings=StatDiffSettings, measure=measure_statdiff)
+STATDIFF = PresetTask(
+    name="statdiff", settings=StatDiffSettings, network=network_of, measure=measure_statdiff
+)

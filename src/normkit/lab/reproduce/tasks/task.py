@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from normkit.lab.data import Dataset
 from normkit.lab.reproduce.tasks.records import Values
 from normkit.lab.reproduce.tasks.settings import Data, Place
 
@@ -15,9 +18,11 @@ class PresetTask:
     Args:
         name: In records.
         settings: The kind of its settings.
+        network: ``network(settings, arm, dataset, seed)`` builds the network that is trained.
         measure: ``measure(settings, arm, seed, place)`` gives what was measured, as plain values.
     """
 
     name: str
     settings: type[Data]
+    network: Callable[[Any, str, Dataset, int], nn.Module]
     measure: Callable[[Any, str, int, Place], Values]

@@ -1,0 +1,148 @@
+"""Backbones that have learned before: from single objects, or from weights of other runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normkit.errors import DataError
+from normkit.lab.arms import FROZEN, Arm
+from normkit.lab.changes import BuiltModel
+from normkit.lab.checkpoints.reading import read_metadata, read_weights
+from normkit.lab.data.annotated import Parts
+from normkit.lab.data.scenes import single_items
+from normkit.lab.device import seeded
+from normkit.lab.models.build import build_model
+from normkit.lab.spec import TrainingSpec
+from normkit.text import listed, printable
+
+NUM_ITEMS, BATCH_SIZE = 1000, 32  # pictures of single objects, and how many of them at a time
+RATE, MOMENTUM, DECAY = 0.05, 0.9, 1e-4
+
+
+def learned_norm(arm: Arm) -> str:
+    """The norm that a backbone learns with before its statistics are frozen."""
+    return "bn" if arm.placement == FROZEN else str(arm)
+
+
+def classifier(spec: TrainingSpec, data: Any, norm: str | None = None) -> BuiltModel:
+    """The run's backbone, as a network that classifies.
+
+    Args:
+        spec: Says the model, the norm and the seed.
+        data: Says the classes and the shape of a picture.
+        norm: What stands in it, if not the run's norm.
+    """
+    protocol = spec.protocol
+    return build_model(
+        protocol.model,
+        num_classes=data.num_classes,
+        input_shape=data.input_shape,
+        norm=norm or spec.norm,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+        drop_path=protocol.drop_path,
+    )
+
+
+def learned_on_items(spec: TrainingSpec, data: Parts[Any], num_epochs: int) -> dict[str, Tensor]:
+    """Weights and buffers of a backbone that has learned to classify single objects.
+
+    Nothing of torch's random state is used up. SGD with momentum, on a cosine to 0.
+
+    Args:
+        spec: Says the model, the norm and the seed.
+        data: Scenes, whose objects are shown one by one.
+        num_epochs: Passes over 1000 pictures.
+    """
+    pictures, classes = single_items(data.name, NUM_ITEMS)
+    with seeded(spec.seed):
+        model = classifier(spec, data, learned_norm(Arm.parse(spec.norm))).model
+        orders = torch.Generator().manual_seed(spec.seed)
+        options = {"momentum": MOMENTUM, "weight_decay": DECAY}
+        optimizer = torch.optim.SGD(model.parameters(), RATE, **options)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, num_epochs * (NUM_ITEMS // BATCH_SIZE)
+        )
+        for _ in range(num_epochs):
+            order = torch.randperm(NUM_ITEMS, generator=orders)
+            for part in order.split(BATCH_SIZE)[: NUM_ITEMS // BATCH_SIZE]:
+                optimizer.zero_grad(set_to_none=True)
+                functional.cross_entropy(model(_scaled(pictures[part])), classes[part]).backward()
+                optimizer.step()
+                schedule.step()
+    return model.state_dict()
+
+
+def _scaled(pictures: Tensor) -> Tensor:
+    """As a detector scales grey pictures."""
+    from normkit.lab.models.detectors import GREY_MEAN, GREY_STD
+
+    return (pictures - GREY_MEAN[0]) / GREY_STD[0]
+
+
+def kept_weights(folder: Path, norm: str) -> Path:
+    """The file of a folder whose network has a norm.
+
+    Args:
+        folder: Holds what ``normkit compare --save-weights`` wrote.
+        norm: An arm; of ``frozen-bn`` that of ``bn``.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{printable(folder)} is no folder; give the folder weights of normkit compare "
+            f"--save-weights, or leave backbones out"
+        )
+    wanted = learned_norm(Arm.parse(norm))
+    found = {path: read_metadata(path).get("norm") for path in sorted(folder.glob("*.safetensors"))}
+    for path, own in found.items():
+        if own == wanted:
+            return path
+    raise DataError(
+        f"{printable(folder)} has no weights of a network with {wanted}, only with "
+        f"{listed(sorted({str(own) for own in found.values()})) or 'nothing'}; train one by "
+        f"normkit compare --save-weights"
+    )
+
+
+def load_backbone_(body: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    """Give a backbone the weights of a classifier that it is a part of.
+
+    Raises:
+        DataError: If some are missing, or have other shapes.
+    """
+    own = body.state_dict()
+    wrong = [
+        at for at, value in own.items() if at not in tensors or tensors[at].shape != value.shape
+    ]
+    if wrong:
+        raise DataError(
+            f"{printable(name)} has no weights of these shapes for {listed(wrong)}; check --model"
+        )
+    body.load_state_dict({at: tensors[at] for at in own})
+
+
+def start_backbone_(
+    body: nn.Module, spec: TrainingSpec, data: Any, pretrain: int, backbones: str | None
+) -> None:
+    """Give a backbone what it has learned before, if anything.
+
+    Args:
+        body: The backbone.
+        spec: Of the run.
+        data: What the run trains on.
+        pretrain: Epochs on single objects.
+        backbones: A folder of weights.
+    """
+    if backbones is not None:
+        path = kept_weights(Path(backbones).expanduser(), spec.norm)
+        load_backbone_(body, read_weights(path), str(path))
+    elif pretrain:
+        load_backbone_(body, learned_on_items(spec, data, pretrain), "the backbone")

@@ -1,0 +1,275 @@
+"""What tables read off trained networks, against definitions in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import normkit as nk
+from normkit.errors import SpecError
+from normkit.lab.checkpoints import save_weights
+from normkit.lab.data import Dataset, Examples, load
+from normkit.lab.evaluation import evaluate
+from normkit.lab.experiment import _silent
+from normkit.lab.models import build_model
+from normkit.lab.records import Epoch, Outcome
+from normkit.lab.reproduce.tables.analyses import ANALYSES
+from normkit.lab.reproduce.tables.catalog import tables
+from normkit.lab.reproduce.tables.figure import draw_table, panels_of
+from normkit.lab.reproduce.tables.page import ours, table_markdown, table_text
+from normkit.lab.reproduce.tables.reading import STATES, Reading, first_norms, take
+from normkit.lab.reproduce.tables.run import run_table
+from normkit.lab.start import data_of
+from normkit.lab.train import train
+from normkit.lab.work import Upkeep, Way
+
+SPLITS = ("validation", "test")
+
+
+def examples(seed, size=40, num_classes=6):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = 3 * torch.randn(size, 2, 3, 3, generator=generator) + 1
+    return Examples(inputs=inputs, targets=torch.arange(size) % num_classes)
+
+
+@pytest.fixture
+def dataset():
+    train, validation, test = (examples(seed) for seed in range(3))
+    return Dataset(name="drawn", num_classes=6, train=train, validation=validation, test=test)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    found = nn.Sequential(nk.BatchNorm(2), nn.Flatten(), nn.Linear(18, 6)).eval()
+    found[0].running_mean.copy_(torch.tensor([0.5, -1.0]))
+    found[0].running_var.copy_(torch.tensor([4.0, 0.25]))
+    return found
+
+
+def by_definition(model, split, weight, mean=None, var=None):
+    """Accuracy and loss with an example weight, or with other statistics; example by example."""
+    norm, linear = model[0], model[2]
+    mean = norm.running_mean.double().numpy() if mean is None else mean
+    var = norm.running_var.double().numpy() if var is None else var
+    losses, num_right = [], 0
+    for x, target in zip(split.inputs.double().numpy(), split.targets.tolist(), strict=True):
+        rows = []
+        for channel in range(2):
+            own, spread = x[channel].mean(), x[channel].var()
+            m = weight * own + (1 - weight) * mean[channel]
+            square = weight * (spread + own**2) + (1 - weight) * (var[channel] + mean[channel] ** 2)
+            rows.append((x[channel] - m) / math.sqrt(square - m**2 + norm.eps))
+        flat = np.array(rows).flatten()
+        scores = (
+            linear.weight.double().detach().numpy() @ flat + linear.bias.double().detach().numpy()
+        )
+        losses.append(math.log(np.exp(scores).sum()) - scores[target])
+        num_right += int(scores.argmax() == target)
+    return num_right / len(split), sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(("state", "weight"), [("plain", 0.0), ("weight=0.3", 0.3)])
+def test_a_network_is_evaluated_with_its_example_weight(model, dataset, state, weight):
+    found = take(model, dataset, state)
+    for split in SPLITS:
+        accuracy, loss = by_definition(model, getattr(dataset, split), weight)
+        assert found[split]["accuracy"] == pytest.approx(accuracy)
+        assert found[split]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert found[split]["weight"] == weight
+    assert model[0].example_weight == 0.0  # a copy was changed
+
+
+@pytest.mark.parametrize(("state", "at"), [("tuned-for-accuracy", 0), ("tuned-for-loss", 1)])
+def test_the_weight_is_that_which_is_best_on_validation_examples(model, dataset, state, at):
+    grid = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
+    sign = (1, -1)[at]
+    scores = {w: sign * by_definition(model, dataset.validation, w)[at] for w in grid}
+    best = min(w for w in grid if scores[w] == pytest.approx(max(scores.values()), abs=1e-9))
+    assert best > 0  # else the test says little
+    found = take(model, dataset, state)
+    assert found["test"]["weight"] == best
+    expected = by_definition(model, dataset.test, best)
+    assert found["test"]["accuracy"] == pytest.approx(expected[0])
+    assert found["test"]["loss"] == pytest.approx(expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("state", "of"), [("recalibrated", "train"), ("test-statistics", "test")])
+def test_statistics_are_measured_on_the_split_that_is_named(model, dataset, state, of):
+    values = getattr(dataset, of).inputs.double().numpy()
+    mean, size = values.mean((0, 2, 3)), values[:, 0].size
+    var = values.var((0, 2, 3)) * size / (size - 1)  # as torch's running variance
+    found = take(model, dataset, state)
+    for split in SPLITS:
+        expected = by_definition(model, getattr(dataset, split), 0.0, mean, var)
+        assert found[split]["accuracy"] == pytest.approx(expected[0])
+        assert found[split]["loss"] == pytest.approx(expected[1], rel=1e-5)
+
+
+def test_the_first_norms_of_blocks_are_batch_norms_that_xbn_leaves():
+    model = build_model(
+        "small-resnet:width=4:blocks=3", num_classes=10, input_shape=(1, 8, 8), norm="xbn/gn:2"
+    ).model
+    names = first_norms(model, 6)
+    assert len(names) == 6
+    assert len(first_norms(model, 2)) == 2
+    assert all(isinstance(model.get_submodule(name), nk.BatchNorm) for name in names)
+    second = [name.replace("norm1", "norm2") for name in names]
+    assert all(isinstance(model.get_submodule(name), nk.GroupNorm) for name in second)
+
+
+def test_disturbed_is_a_mean_over_five_draws_in_the_first_norms():
+    data = load("digits")
+    given = {"num_classes": 10, "input_shape": (1, 8, 8), "norm": "bn"}
+    model = build_model("small-resnet:width=4:blocks=1", **given).model.eval()
+    names = {"3.norm1", "4.norm1"}
+    assert {*first_norms(model, 6)} == names
+    accuracies = []
+    for seed in range(1, 6):
+        with nk.disturb_statistics(model, 0.7, seed=seed, where=lambda _, at: at in names):
+            accuracies.append(evaluate(model, data.test)["accuracy"])
+    assert len(set(accuracies)) > 1
+    found = take(model, data, "disturbed=0.7")
+    assert found["test"]["accuracy"] == pytest.approx(sum(accuracies) / 5)
+
+
+@pytest.mark.parametrize("state", ["weight=0.3", "tuned-for-loss", "recalibrated"])
+def test_a_network_without_running_statistics_is_as_it_was(dataset, state):
+    torch.manual_seed(0)
+    model = nn.Sequential(nk.GroupNorm(2, num_groups=1), nn.Flatten(), nn.Linear(18, 6)).eval()
+    assert take(model, dataset, state) == take(model, dataset, "plain")
+
+
+def test_analyses_are_means_over_the_layers_on_validation_examples():
+    data = load("digits")
+    given = {"num_classes": 10, "input_shape": (1, 8, 8)}
+    model = build_model("small-resnet:width=4", norm="gn:2+ws", **given).model.eval()
+    held = data.validation
+    pairs = [(held.inputs[at : at + 32], held.targets[at : at + 32]) for at in range(0, 128, 32)]
+    rows = nk.similarity_propagation(model, pairs).layers[1:]
+    expected = {"ratio": nk.singularity_ratio(model).ratio}
+    assert take(model, data, "singularity") == {"validation": expected, "test": expected}
+    found = take(model, data, "similarity")["test"]
+    assert found["before"] == pytest.approx(np.mean([row.input_difference for row in rows]))
+    assert found["after"] == pytest.approx(np.mean([row.output_difference for row in rows]))
+    steps = nk.projected_updates(model, pairs, rate=0.1).layers
+    ratios = np.log([row.rate_ratio for row in steps])
+    assert take(model, data, "projected")["test"]["ratio"] == pytest.approx(np.exp(ratios.mean()))
+    hessian = take(model, data, "hessian")["test"]
+    assert 0 < hessian["least"] <= hessian["reduction"] < 1
+    plain = build_model("small-resnet:width=4", norm="gn:2", **given).model.eval()
+    assert take(plain, data, "hessian")["test"] == {"reduction": None, "least": None}
+    assert take(plain, data, "bound")["test"]["training"] <= 1
+
+
+def test_readings_of_the_epochs_are_their_means():
+    def epoch(loss, accuracy):
+        scores = {"accuracy": accuracy, "loss": loss}
+        return Epoch(
+            learning_rate=0.1, train_loss=2 * loss, train_accuracy=0.5, validation_scores=scores
+        )
+
+    outcome = Outcome(status="finished", epochs=(epoch(1.0, 0.2), epoch(2.0, 0.6)))
+    values = {
+        text: Reading.parse(f"epochs: {text}").of_epochs(outcome)
+        for text in ("training accuracy", "training loss", "validation accuracy", "validation loss")
+    }
+    assert [*values.values()] == pytest.approx([0.5, 3.0, 0.4, 1.5])
+    diverged = outcome.model_copy(update={"status": "diverged"})
+    assert Reading.parse("epochs").of_epochs(diverged) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weight", "'weight' was given; the states are plain, weight=NUMBER, tuned-for-accuracy"),
+        ("plain=1", "'plain=1' was given; the states are"),
+        ("weight=x", "'weight=x' was given; after = comes a number"),
+        ("plain: speed", "the numbers of plain are accuracy, loss, top5_accuracy, weight"),
+        ("epochs: loss", "the numbers of epochs are training accuracy"),
+    ],
+)
+def test_a_reading_that_there_is_not_is_refused(text, message):
+    with pytest.raises(SpecError, match=message):
+        Reading.parse(text)
+
+
+def test_every_state_is_explained():
+    for state in (*STATES, *ANALYSES):
+        assert state in Reading.__doc__
+
+
+def run(name, folder, seeds=(1,)):
+    table = tables()[name]
+    table = table.model_copy(update={"tiny": {**table.tiny, "seeds": seeds}})
+    told = []
+    result = run_table(
+        table,
+        "tiny",
+        folder=folder,
+        way=lambda place: Way(out=place, num_workers=1, upkeep=Upkeep(folder=place)),
+        show=_silent,
+        tell=told.append,
+    )
+    return table, result, told
+
+
+def test_cells_have_what_is_read_off_the_networks_that_were_trained(tmp_path):
+    table, result, told = run("S-F2", tmp_path)
+    assert told == ["1 networks are evaluated in 4 states each"]
+    (part,) = table.parts("tiny")
+    (spec,) = part.sweep.runs()
+    network, data = train(spec), data_of(spec.protocol)
+    found = {cell.reading: cell.scores[0] for cell in result.cells}
+    expected = take(network, data, "weight=0.99")["test"]
+    assert found["w99"] == pytest.approx(100 * expected["accuracy"], abs=1e-3)
+    plain = take(network, data, "plain")["test"]
+    assert found["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert found[""] == pytest.approx(100 * plain["accuracy"], abs=1e-3)
+    again = run("S-F2", tmp_path)
+    assert again[1].cells == result.cells
+    assert again[2] == []  # nothing was evaluated again
+    assert ours(result)[0] == ["", "c100", "c100 w99", *(f"c100 {n}" for n in (
+        "loss", "tuned", "tuned_loss", "best"))]  # fmt: skip
+    assert "w99 is weight=0.99; loss is plain: loss" in table_markdown(result)
+    assert "w99 is weight=0.99" in table_text(result)
+    draw_table(result, tmp_path / "figure.svg")
+    assert [panel.number for panel in panels_of(result)] == ["accuracy", "loss", "weight"]
+
+
+def test_networks_whose_weights_are_gone_are_trained_again(tmp_path):
+    _, first, _ = run("S-B", tmp_path)
+    for path in (tmp_path / "S-B").rglob("*.safetensors"):
+        path.unlink()
+    (tmp_path / "S-B" / "readings" / "records.jsonl").unlink()
+    assert run("S-B", tmp_path)[1].cells == first.cells
+
+
+def test_networks_that_are_given_are_evaluated_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
+    table = tables()["S-F1"]
+    paper = {
+        **table.paper, "data": "digits", "readings": ("w01",), "batch_sizes": (16,),
+        "parts": {"resnet": {"model": "small-resnet:width=4", "weights": "own.safetensors"}},
+    }  # fmt: skip
+    claims = ()
+    given = table.model_copy(update={"paper": paper, "claims": claims})
+    network = build_model("small-resnet:width=4", num_classes=10, input_shape=(1, 8, 8), seed=3)
+    model = network.model
+    data = load("digits")
+    nk.recalibrate(model, [data.train.inputs]).apply()
+    (tmp_path / "weights").mkdir()
+    save_weights(model.state_dict(), tmp_path / "weights" / "own.safetensors", {})
+    result = run_table(
+        given,
+        "paper",
+        folder=tmp_path / "out",
+        way=lambda place: Way(out=place, num_workers=1, upkeep=Upkeep(folder=place)),
+        show=_silent,
+        tell=lambda note: None,
+    )
+    found = {cell.reading: cell.scores[0] for cell in result.cells}
+    assert found[""] == pytest.approx(100 * evaluate(model, data.test)["accuracy"], abs=1e-3)
+    assert not list((tmp_path / "out").rglob("report.html"))  # nothing was trained
