@@ -136,7 +136,7 @@ class NormLayer(nn.Module, ABC):
         # read directly. A parametrized weight or bias is not in it, and is computed on access.
         own = self._parameters
         if "weight" in own and "bias" in own:
-            return Parameters(own["weight"], own["bias"], self.eps)
+            return Parameters(own["weight"], own["bias"], self.__dict__["eps"])
         return Parameters(self.weight, self.bias, self.eps)
 
     def forward(
