@@ -34,9 +34,10 @@ class RefusingEps:
     def __get__(self, layer: nn.Module | None, owner: type) -> Any:
         if layer is None:
             return self
-        if not torch.compiler.is_compiling():
+        tool = None if torch.compiler.is_compiling() else sys._getframe(1).f_code.co_name
+        if tool in REBUILDERS:
             lost = layer._lost_by_others()  # type: ignore[operator]
-            if lost is not None and (tool := sys._getframe(1).f_code.co_name) in REBUILDERS:
+            if lost is not None:
                 raise OptionError(
                     f"{tool} was given {layer!r} and would make a layer without its {lost}; "
                     f"normkit.synchronize_ and normkit.fold keep it, or take it out before "
