@@ -294,6 +294,11 @@ def test_can_clusters_and_adapts_and_a_killed_run_goes_on(tmp_path):
     assert run(spec, upkeep=upkeep).outcome == whole
 
 
+def test_sgd_trains_norms_that_begin_later_than_others():
+    outcome = run(spec_of(":source_epochs=1", optimizer="sgd", base_lr=0.05)).outcome
+    assert outcome.status == "finished", outcome.message
+
+
 def test_training_ends_when_the_centres_are_near():
     outcome = run(spec_of(":source_epochs=1:stop=1", epochs=6)).outcome
     assert len(outcome.epochs) == 2

@@ -18,14 +18,14 @@ from normkit.inference.tracked import keeps_statistics
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Split
-from normkit.lab.data.known import KNOWN, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.build import build_model
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun
+from normkit.lab.task import Found, Held, Task, TaskRun
 from normkit.lab.tasks.clustering import class_centers, spherical_clusters
 from normkit.lab.tasks.contrastive import contrastive_discrepancy
 from normkit.lab.tasks.domain_norms import (
@@ -33,6 +33,7 @@ from normkit.lab.tasks.domain_norms import (
     separate_norms_,
     start_target_from_source,
     use_domain,
+    zero_of_target,
 )
 from normkit.lab.tasks.domains import (
     Aligned,
@@ -227,7 +228,9 @@ class AdaptationRun(TaskRun):
         scores, _ = self._forward(model, part.labelled.inputs, "source")
         targets, smoothing = part.labelled.targets, self._protocol.label_smoothing
         loss = functional.cross_entropy(scores, targets, label_smoothing=smoothing)
-        if part.aligned is not None:
+        if part.aligned is None:
+            loss = loss + zero_of_target(model)
+        else:
             loss = loss + self._task.weight * self._discrepancy(model, part.aligned)
         return Found(loss, int((scores.argmax(1) == targets).sum()))
 

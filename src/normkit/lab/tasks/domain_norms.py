@@ -3,6 +3,7 @@
 import copy
 from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from normkit.convert.selection import find_norms
@@ -44,6 +45,15 @@ def use_domain(model: nn.Module, domain: Domain) -> None:
     for module in model.modules():
         if isinstance(module, DomainNorm):
             module.domain = domain
+
+
+def zero_of_target(model: nn.Module) -> Float[Tensor, ""] | float:
+    """Zero, through which the target's norms get gradients of zero in a step without the target.
+
+    torch's fused SGD fails where a parameter gets its first gradient after others have had theirs.
+    """
+    norms = (module.target for module in model.modules() if isinstance(module, DomainNorm))
+    return sum((0 * p.sum() for norm in norms for p in norm.parameters()), 0.0)
 
 
 def start_target_from_source(model: nn.Module) -> None:
