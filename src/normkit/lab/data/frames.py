@@ -236,16 +236,15 @@ def read_something(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
             [classes.index(label) for _, label in rows],
             side,
         )
-    trained: Source[Clip | ClipFiles] = parts["train"]
-    judged: Source[Clip | ClipFiles] = parts["validation"]
-    rest, held = held_out(trained, VALIDATION_SHARE)
+    sources: dict[str, Source[Clip | ClipFiles]] = {**parts}
+    rest, held = held_out(sources["train"], VALIDATION_SHARE)
     return Parts(
         name=SOMETHING,
         num_classes=len(classes),
         input_shape=(3, side, side),
         train=rest,
         validation=held,
-        test=Part.of(judged),
+        test=Part.of(sources["validation"]),
         fingerprint=hashlib.sha256(repr(sorted(parts["train"].labels)).encode()).hexdigest()[:12],
         class_names=tuple(classes),
     )
