@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from normkit.convert.calibration import Calibrator
+from normkit.convert.calibration import Calibrator, calibration_example
 from normkit.convert.execute import execute_plan, to_torch_
 from normkit.convert.plan import layers_to_standardize, make_plan
 from normkit.convert.report import Conversion
@@ -63,7 +63,8 @@ def convert_norm_(  # noqa: PLR0913 - keyword options, each independent of the o
             is sent through the model before and after the conversion, in evaluation mode and in
             the model's own mode; the conversion is refused if the forward then fails or calls a
             norm less or more often. Without it, the report lists the classes whose forward was not
-            checked. It is also used for ``+ws`` if ``torch.fx`` cannot trace the model.
+            checked. It is also used for ``+ws`` if ``torch.fx`` cannot trace the model; the first
+            batch of a list in ``calibrate`` serves as well.
         dry_run: Whether to only report what would be done.
 
     Returns:
@@ -95,7 +96,8 @@ def convert_norm_(  # noqa: PLR0913 - keyword options, each independent of the o
     found = find_norms(model)
     chosen = choose(found, spec, where)
     planned = make_plan(model, found, chosen, batch_size)
-    standardize = layers_to_standardize(model, found, chosen.specs, example_input)
+    example = calibration_example(model, calibrate) if example_input is None else example_input
+    standardize = layers_to_standardize(model, found, chosen.specs, example)
     calibrator = None
     if calibrate is not None and not dry_run:
         calibrator = Calibrator(model, planned.replacements, calibrate, forward)

@@ -32,6 +32,7 @@ from normkit.layers.base import NormLayer, TrackingLayer
 from normkit.layers.parts import Slot
 from normkit.passes import (
     Forward,
+    arguments_of,
     as_list,
     device_of,
     first_calls,
@@ -41,6 +42,22 @@ from normkit.passes import (
     progress,
     untouched,
 )
+
+
+def calibration_example(model: nn.Module, batches: Iterable[Any] | None) -> Any:
+    """Return the arguments of the first batch, with which a model can be traced.
+
+    Returns:
+        A tuple or a dict of arguments; None if there are no batches in a list, or the first one has
+        a form that ``forward_batch`` does not know. An iterator is not read.
+    """
+    if not isinstance(batches, Sequence) or not batches:
+        return None
+    try:
+        args, named = arguments_of(model, batches[0])
+    except DataError:
+        return None
+    return moved(named or args, device_of(model))
 
 
 class Calibrator:

@@ -130,12 +130,12 @@ class NormLayer(nn.Module, ABC):
         return self.bias is not None
 
     def _affine(self) -> Parameters:
-        # nn.Module.__getattr__ takes as long as the sums over a tiny map, so the dictionary is
-        # read directly. A parametrized weight or bias is not in it, and is computed on access.
-        own = self._parameters
+        # nn.Module.__getattr__ takes as long as the sums over a tiny map, so the dictionaries are
+        # read directly. A parametrized weight or bias is not in them, and is computed on access.
+        own, eps = self._parameters, self.__dict__["eps"]
         if "weight" in own and "bias" in own:
-            return Parameters(own["weight"], own["bias"], self.eps)
-        return Parameters(self.weight, self.bias, self.eps)
+            return Parameters(own["weight"], own["bias"], eps)
+        return Parameters(self.weight, self.bias, eps)
 
     def forward(
         self, x: FeatureMap, mask: Mask | None = None, residual: FeatureMap | None = None

@@ -94,9 +94,13 @@ def scores_and_targets(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """
     way_out = "pass a function (output, batch) that gives one value for each example instead"
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        pair = isinstance(batch, tuple | list) and len(batch) > 1
+        given = f"a target of type {type(batch[1] if pair else batch).__name__}"
+        if not pair:
+            given = f"a batch of type {type(batch).__name__}"
         raise DataError(
-            f"a batch of type {type(batch).__name__} was given; loss and accuracy take pairs "
-            f"(inputs, target); {way_out}"
+            f"{given} was given; loss and accuracy take pairs (inputs, target) with a tensor of "
+            f"classes as target; {way_out}"
         )
     target = batch[1]
     fits = isinstance(output, Tensor) and output.ndim == 2 and target.shape == output.shape[:1]

@@ -1,7 +1,6 @@
 """Norm, residual and activation in one pass or separately, timed in turns."""
 
 import copy
-import json
 import math
 import os
 import subprocess
@@ -247,11 +246,6 @@ def _most_bytes() -> int:
     """Peak memory of this process; ``ru_maxrss`` would start with the peak of its parent."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def write(path: Path, record: FusedRecord) -> None:
-    """Write a record as JSON."""
-    path.write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

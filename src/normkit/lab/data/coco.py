@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -211,15 +212,24 @@ def mask_of(segmentation: Any, size: tuple[int, int], where: str) -> Bool[Tensor
             f"{where} has a mask of {given or 'no'} pixels, and the picture is {size[1]} by "
             f"{size[0]}; give masks of the picture's size"
         )
-    try:
-        runs = coco_masks.frPyObjects(segmentation, *size)
-        found = coco_masks.decode(runs if isinstance(runs, list) else [runs])
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    if not isinstance(segmentation, Mapping) and not all(map(_is_polygon, segmentation)):
         raise DataError(
-            f"{where} has a mask that cannot be read ({shortened(error)}); give polygons "
-            f"[[x, y, x, y, ...]] or a run-length encoding"
-        ) from error
+            f"{where} has the mask {printable(segmentation, 60)}; give polygons "
+            f"[[x, y, x, y, x, y, ...]] or a run-length encoding"
+        )
+    runs = segmentation
+    if not isinstance(segmentation, Mapping) or isinstance(segmentation.get("counts"), list):
+        runs = coco_masks.frPyObjects(segmentation, *size)
+    with warnings.catch_warnings():  # pycocotools 2.0.11 beside numpy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = coco_masks.decode(runs if isinstance(runs, list) else [runs])
     return torch.from_numpy(found).any(-1)
+
+
+def _is_polygon(given: Any) -> bool:
+    """Whether something is the corners of a polygon, three or more."""
+    is_list = isinstance(given, list) and len(given) >= 6 and len(given) % 2 == 0
+    return is_list and all(isinstance(value, int | float) for value in given)
 
 
 def _read(path: Path, masks: bool) -> CocoPictures:

@@ -76,13 +76,20 @@ def keep_stride_(
             for module in parts[at].modules():
                 if isinstance(module, nn.Conv2d):
                     _dilate_(module, rate)
-    found = levels_of(model, input_shape, name)
-    if found[-1].stride > stride:
+    if not _keeps(model, stride, input_shape, name):
         raise SpecError(
             f"model {printable(name)} cannot keep a stride of {stride}: its maps have strides "
-            f"{listed(level.stride for level in found)}, and its parts do not make them by strided "
-            f"convolutions alone; choose torchvision:resnet50 or a network with fewer stages"
+            f"{listed(level.stride for level in levels)}, and its parts do not make them by "
+            f"strided convolutions alone; choose torchvision:resnet50, or fewer stages"
         )
+
+
+def _keeps(model: nn.Module, stride: int, input_shape: tuple[int, int, int], name: str) -> bool:
+    """Whether a changed model works, and its last map is as large as a stride says."""
+    try:
+        return levels_of(model, input_shape, name)[-1].stride <= stride
+    except RuntimeError:  # shortcuts that are still strided
+        return False
 
 
 def _beyond(levels: tuple[Level, ...], stride: int) -> list[Level]:

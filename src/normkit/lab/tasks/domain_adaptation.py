@@ -18,14 +18,14 @@ from normkit.inference.tracked import keeps_statistics
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Split
-from normkit.lab.data.known import KNOWN, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.build import build_model
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun
+from normkit.lab.task import Found, Held, Task, TaskRun
 from normkit.lab.tasks.clustering import class_centers, spherical_clusters
 from normkit.lab.tasks.contrastive import contrastive_discrepancy
 from normkit.lab.tasks.domain_norms import (
