@@ -8,6 +8,13 @@ from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 TINY = Protocol(model="mlp:depth=2:width=8", limit=40, epochs=1)
 
 
+@pytest.fixture(autouse=True)
+def own_folder_of_genotypes(tmp_path_factory, monkeypatch):
+    """Keep what a test searches for out of the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / "searched"
+    monkeypatch.setenv("NORMKIT_SEARCHED", str(folder))
+
+
 @pytest.fixture
 def protocol():
     """A protocol whose runs take a few milliseconds."""

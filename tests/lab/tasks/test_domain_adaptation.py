@@ -147,7 +147,7 @@ def test_domains_that_do_not_belong_together_are_refused(tmp_path):
     assert "the classes of the two domains differ: cat only in" in complaint(other)
     assert "dog only in" in complaint(other)
     assert "cat only in" in complaint(few)
-    assert f"{tmp_path}/none is no folder" in complaint(tmp_path / "none")
+    assert f"{tmp_path}/none is not a folder" in complaint(tmp_path / "none")
     assert "give --image-size" in complaint(large)
     assert "the target digits has 10" in complaint("digits")
     assert "there is no data set 'sketches'" in complaint("sketches", SpecError)
