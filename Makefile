@@ -34,7 +34,7 @@ OTHER_TESTS := tests/kernels/cpu tests/kernels/test_select.py tests/kernels/test
   tests/kernels/test_compiled_for_gpu.py tests/contract/test_module.py tests/contract/test_transforms.py \
   tests/convert/test_networks.py
 TEN_NETWORKS := not test_networks or resnet18 or byobnet or mobilenetv2 or tinynet or lcnet or mnasnet
-SOURCES := pyproject.toml setup.py normkit_build.py $(wildcard csrc/*) $(shell find src -name '*.py' -o -name '*.j2')
+SOURCES := pyproject.toml setup.py normkit_build.py $(wildcard csrc/*) $(shell find src -name '*.py' -o -name '*.j2' -o -name '*.toml' -o -name '*.css' -o -name '*.js')
 LIBRARY := lib/python3*/site-packages/normkit/kernels/cpu/_C.so
 
 test-oldest test-newest: test-%: .venv-%/.package $(VENV)/.test

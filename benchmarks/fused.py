@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from normkit.lab.bench.end_to_end import Setting
-from normkit.lab.bench.fused import FusedRecord, measure_peaks, run_fused, write
+from normkit.lab.bench.fused import FusedRecord, measure_peaks, run_fused
+from normkit.lab.bench.records import write_record
 
 THREADS = 1  # whose processor time is taken: the machine may be used by others too
 
@@ -32,7 +33,7 @@ def main() -> None:
     layers = run_fused(maps, workloads=(), **said)
     record = run_fused(steps, shapes=(), **said).model_copy(update={"layers": layers.layers})
     if options.out is not None:
-        write(options.out, record)
+        write_record(options.out, record)
     networks = [with_peaks(row) if is_large(row) else row for row in record.networks]
     record = FusedRecord(**dict(record) | {"networks": tuple(networks)})
     for residual in (False, True):
@@ -41,7 +42,7 @@ def main() -> None:
     for row in record.networks:
         print(row.workload.model, row.workload.batch_size, row.ratio("torch"), row.peak_bytes)
     if options.out is not None:
-        write(options.out, record)
+        write_record(options.out, record)
 
 
 def is_large(row):

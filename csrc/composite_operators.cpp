@@ -1,10 +1,12 @@
 // The operators of composite norms: moments of the map's channels, a program on tables, apply.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "operators.h"
 #include "segments.h"
 #include "table_run.h"
+#include "through_ending.h"
 
 namespace normkit {
 namespace {
@@ -60,19 +62,22 @@ void count_batch(const OptionalTensor& num_batches_tracked) {
   if (num_batches_tracked) ++*static_cast<int64_t*>(num_batches_tracked->data_ptr());
 }
 
-}  // namespace
+using Slots = decltype(TableInputs::parameters);
 
-std::tuple<Tensor, Tensor> composite_forward(
-    const Tensor& input, const std::string& text, const OptionalTensor& first,
-    const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& fourth,
-    double share, const OptionalTensor& given_mean, const OptionalTensor& given_var,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked) {
-  const FeatureMap x(input);
+// Statistics that the batch stage is given, and buffers that follow it.
+struct Buffers {
+  const OptionalTensor &given_mean, &given_var, &running_mean, &running_var, &num_batches_tracked;
+};
+
+// `factors` is null, or takes scale and center of every cell, for a backward pass through an ending.
+std::tuple<Tensor, Tensor> forward(const FeatureMap& x, const std::string& text, const Slots& slots,
+                                   double share, const Buffers& buffers, const Ending& ending,
+                                   double* factors) {
   const TableProgram& program = program_for(x, text);
   const KeptTable table(fresh_table({2, KeptTable::count(x, program)}, true), x, program);
   const Partition p = partition_of_segments(x, x.num_channels);
   segment_moments(x, p, true, table.row(0), table.row(1));
+  const OptionalTensor &running_mean = buffers.running_mean, &running_var = buffers.running_var;
 
   TableInputs inputs{};
   inputs.num_examples = x.num_examples;
@@ -80,9 +85,9 @@ std::tuple<Tensor, Tensor> composite_forward(
   inputs.share = share;
   inputs.mean = table.row(0);
   inputs.var = table.row(1);
-  inputs.given[0] = given_mean ? &given_mean : &running_mean;
-  inputs.given[1] = given_var ? &given_var : &running_var;
-  inputs.parameters = {&first, &second, &third, &fourth};
+  inputs.given[0] = buffers.given_mean ? &buffers.given_mean : &running_mean;
+  inputs.given[1] = buffers.given_var ? &buffers.given_var : &running_var;
+  inputs.parameters = slots;
   if (program.given_from < x.num_channels) {
     read_doubles(**inputs.given[0], table.num_kept, table.kept(0));
     read_doubles(**inputs.given[1], table.num_kept, table.kept(1));
@@ -91,7 +96,13 @@ std::tuple<Tensor, Tensor> composite_forward(
   TableRun run(program, inputs);
   run.run();
   const Tensor y = x.fresh();
-  segment_apply(x, p, tables_of(x, {table.row(0), run.result("scale"), run.result("center")}), y);
+  const double *scale = run.result("scale"), *center = run.result("center");
+  segment_apply(x, p, tables_of(x, {table.row(0), scale, center}), y, ending);
+  if (factors) {
+    const int64_t cells = x.num_examples * x.num_channels;
+    std::copy_n(scale, cells, factors);
+    std::copy_n(center, cells, factors + cells);
+  }
   if (table.num_kept > 0) {
     std::copy_n(run.result("kept_mean"), table.num_kept, table.kept(0));
     std::copy_n(run.result("kept_var"), table.num_kept, table.kept(1));
@@ -104,22 +115,26 @@ std::tuple<Tensor, Tensor> composite_forward(
     blend_running(*running_mean, *running_var, table.kept(0), table.kept(1), table.num_kept,
                   x.num_examples * x.plane, share);
   }
-  count_batch(num_batches_tracked);
+  count_batch(buffers.num_batches_tracked);
   return {y, table.tensor};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
-    const Tensor& grad, const Tensor& input, const Tensor& kept, const std::string& text,
-    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
-    const OptionalTensor& fourth, double share, int64_t wanted) {
-  const FeatureMap x(input);
+// Writes dx; the parameters' gradients that are wanted.
+std::array<Tensor, 4> backward(const Tensor& grad, const FeatureMap& x, const Tensor& kept,
+                               const std::string& text, const Slots& slots, double share,
+                               int64_t wanted, const Tensor& dx, const double* factors,
+                               ThroughEnding* through) {
   const TableProgram& program = program_for(x, text);
   const KeptTable table(kept, x, program);
   const Partition p = partition_of_segments(x, x.num_channels);
   const Tensor g = x.matching(grad);
   const int64_t cells = x.num_examples * x.num_channels;
   const std::unique_ptr<double[]> sums(new double[2 * cells]);
-  segment_grad_sums(x, g, p, tables_of(x, {table.row(0)}), sums.get(), sums.get() + cells);
+  const Tensor& passed = through ? through->always_passed() : g;
+  SegmentTables lines = tables_of(x, {table.row(0)});
+  if (through) lines = tables_of(x, {table.row(0), factors, factors + cells});
+  segment_grad_sums(x, g, p, lines, sums.get(), sums.get() + cells,
+                    through ? through->ending : Ending{});
 
   TableInputs inputs{};
   inputs.num_examples = x.num_examples;
@@ -131,11 +146,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
   inputs.grad_scale = sums.get() + cells;
   inputs.kept[0] = table.kept(0);
   inputs.kept[1] = table.kept(1);
-  inputs.parameters = {&first, &second, &third, &fourth};
+  inputs.parameters = slots;
   TableRun run(program, inputs);
   run.run();
-  const Tensor dx = x.fresh();
-  segment_combine(x, g, p,
+  segment_combine(x, passed, p,
                   tables_of(x, {table.row(0), run.result("k1"), run.result("k2"), run.result("k3")}),
                   dx);
   const auto gradient = [&](int i) {
@@ -146,7 +160,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
     if (size > 0) copy_doubles(run.result(name), size, result);
     return result;
   };
-  return {dx, gradient(0), gradient(1), gradient(2), gradient(3)};
+  return {gradient(0), gradient(1), gradient(2), gradient(3)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> composite_forward(
+    const Tensor& input, const std::string& text, const OptionalTensor& first,
+    const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& fourth,
+    double share, const OptionalTensor& given_mean, const OptionalTensor& given_var,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked) {
+  return forward(FeatureMap(input), text, {&first, &second, &third, &fourth}, share,
+                 {given_mean, given_var, running_mean, running_var, num_batches_tracked}, {},
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& kept, const std::string& text,
+    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
+    const OptionalTensor& fourth, double share, int64_t wanted) {
+  const FeatureMap x(input);
+  const Tensor dx = x.fresh();
+  const auto found = backward(grad, x, kept, text, {&first, &second, &third, &fourth}, share,
+                              wanted, dx, nullptr, nullptr);
+  return {dx, found[0], found[1], found[2], found[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ended_composite_forward(
+    const Tensor& input, const OptionalTensor& residual, const std::string& text,
+    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
+    const OptionalTensor& fourth, double share, int64_t activation, double slope,
+    const OptionalTensor& given_mean, const OptionalTensor& given_var,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked) {
+  const FeatureMap x(input);
+  const OptionalTensor added = beside(x, residual);
+  const Tensor factors = fresh_table({2, x.num_examples * x.num_channels}, true);
+  const auto [y, table] =
+      forward(x, text, {&first, &second, &third, &fourth}, share,
+              {given_mean, given_var, running_mean, running_var, num_batches_tracked},
+              ending_of(activation, slope, added), doubles(factors));
+  return {y, table, factors};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ended_composite_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& kept, const Tensor& factors,
+    const OptionalTensor& residual, const OptionalTensor& result, const std::string& text,
+    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
+    const OptionalTensor& fourth, double share, int64_t activation, double slope,
+    bool need_residual, int64_t wanted) {
+  const FeatureMap x(input);
+  STD_TORCH_CHECK(factors.numel() == 2 * x.num_examples * x.num_channels && factors.is_contiguous(),
+                  "the factors have shape (2, N * C)");
+  ThroughEnding through(x, residual, result, activation, slope, need_residual);
+  const auto found = backward(grad, x, kept, text, {&first, &second, &third, &fourth}, share,
+                              wanted, through.dx, doubles(factors), &through);
+  return {through.dx, through.dresidual, found[0], found[1], found[2], found[3]};
 }
 
 }  // namespace normkit

@@ -90,6 +90,7 @@ struct Positional {
   double* var;
   double* tile_dbias;  // (num_examples * num_tiles, num_channels) or null
   double* tile_dweight;
+  Ending ending;  // whose gradient, backward, the first pass always writes
 };
 
 // The four primitives on contiguous memory: `num_rows` rows of `length`, row r using table entry
@@ -100,7 +101,8 @@ struct Rows {
   const void* grad;
   void* out;
   bool wide;
-  void* table[4];
+  void* table[5];
+  Ending ending;  // of apply; and of the sums of gradients, which always write what they pass
 };
 
 struct Kernels {

@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {
   m.impl("positional_backward", TORCH_BOX(&normkit::positional_backward));
   m.impl("composite_forward", TORCH_BOX(&normkit::composite_forward));
   m.impl("composite_backward", TORCH_BOX(&normkit::composite_backward));
+  m.impl("ended_positional_forward", TORCH_BOX(&normkit::ended_positional_forward));
+  m.impl("ended_positional_backward", TORCH_BOX(&normkit::ended_positional_backward));
+  m.impl("ended_composite_forward", TORCH_BOX(&normkit::ended_composite_forward));
+  m.impl("ended_composite_backward", TORCH_BOX(&normkit::ended_composite_backward));
   m.impl("moments", TORCH_BOX(&normkit::moments));
   m.impl("apply", TORCH_BOX(&normkit::apply));
   m.impl("reduce_grad", TORCH_BOX(&normkit::reduce_grad));

@@ -59,6 +59,17 @@ std::tuple<Tensor, Tensor, Tensor> positional_backward(const Tensor& grad, const
                                                        const OptionalTensor& weight, double eps,
                                                        bool need_weight, bool need_bias);
 
+// The same with an ending.
+std::tuple<Tensor, Tensor> ended_positional_forward(const Tensor& x, const OptionalTensor& residual,
+                                                    const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, double eps,
+                                                    int64_t activation, double slope);
+std::tuple<Tensor, Tensor, Tensor, Tensor> ended_positional_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& table, const OptionalTensor& residual,
+    const OptionalTensor& result, const OptionalTensor& weight, const OptionalTensor& bias,
+    double eps, int64_t activation, double slope, bool need_residual, bool need_weight,
+    bool need_bias);
+
 std::tuple<Tensor, Tensor> composite_forward(
     const Tensor& x, const std::string& program, const OptionalTensor& first,
     const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& fourth,
@@ -69,6 +80,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> composite_backward(
     const Tensor& grad, const Tensor& x, const Tensor& table, const std::string& program,
     const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
     const OptionalTensor& fourth, double share, int64_t wanted);
+
+// The same with an ending; forward also returns scale and center of every cell, for backward.
+std::tuple<Tensor, Tensor, Tensor> ended_composite_forward(
+    const Tensor& x, const OptionalTensor& residual, const std::string& program,
+    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
+    const OptionalTensor& fourth, double share, int64_t activation, double slope,
+    const OptionalTensor& given_mean, const OptionalTensor& given_var,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ended_composite_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& table, const Tensor& factors,
+    const OptionalTensor& residual, const OptionalTensor& result, const std::string& program,
+    const OptionalTensor& first, const OptionalTensor& second, const OptionalTensor& third,
+    const OptionalTensor& fourth, double share, int64_t activation, double slope,
+    bool need_residual, int64_t wanted);
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t segment_size, bool wide);
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& center);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "operators.h"
+#include "through_ending.h"
 
 namespace normkit {
 
@@ -148,50 +149,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const FeatureMap
   return {dx, gradient_tensor(gradients.dweight, need.weight, x.wide()),
           gradient_tensor(gradients.dbias, need.bias, x.wide())};
 }
-
-// A map beside x in the memory of x, or nothing.
-OptionalTensor beside(const FeatureMap& x, const OptionalTensor& other) {
-  if (!other) return std::nullopt;
-  STD_TORCH_CHECK(other->numel() == x.numel(), "residual and result have the shape of x");
-  return x.matching(*other);
-}
-
-Ending ending_of(int64_t activation, double slope, const OptionalTensor& residual) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::relu6),
-                  "there is no activation ", activation);
-  return {Activation(activation), slope, residual ? residual->data_ptr() : nullptr, nullptr, nullptr};
-}
-
-// The gradients of x, residual, weight and bias through y = act(norm(x) + residual). The gradient
-// of the norm's result is written where that of the residual belongs, else where dx will be; of
-// ReLU and leaky ReLU alone, nowhere.
-struct ThroughEnding {
-  OptionalTensor residual, result;  // hold the memory that the ending points to
-  Ending ending;
-  Tensor dx, dresidual;
-
-  ThroughEnding(const FeatureMap& x, const OptionalTensor& given_residual,
-                const OptionalTensor& given_result, int64_t activation, double slope,
-                bool need_residual)
-      : residual(beside(x, given_residual)), result(beside(x, given_result)),
-        ending(ending_of(activation, slope, residual)), dx(x.fresh()),
-        dresidual(need_residual ? x.fresh() : fresh_table({0}, x.wide())) {
-    STD_TORCH_CHECK(ending.activation != Activation::none, "the gradient is that of the norm alone");
-    if (result) ending.result = result->data_ptr();
-    const bool is_signed = ending.activation == Activation::relu ||
-                           ending.activation == Activation::leaky_relu;
-    if (need_residual) {
-      ending.passed = dresidual.data_ptr();
-    } else if (!is_signed || residual || result) {
-      ending.passed = dx.data_ptr();
-    }
-  }
-  std::tuple<Tensor, Tensor, Tensor, Tensor> with(
-      const std::tuple<Tensor, Tensor, Tensor>& found) const {
-    const auto& [dx_, dweight, dbias] = found;
-    return {dx_, dresidual, dweight, dbias};
-  }
-};
 
 }  // namespace
 

@@ -47,48 +47,71 @@ void tile_statistics(const Positional& a, Tile<T>& tile, double* mean, double* v
   }
 }
 
+template <class T, class E>
+void tile_results(const Positional& a, const Tile<T>& tile, const E& finish) {
+  using A = acc_t<T>;
+  for (int64_t c = 0; c < a.num_channels; ++c) {
+    const int64_t start = tile.origin + c * a.plane;
+    const T* x = static_cast<const T*>(a.x) + start;
+    T* y = static_cast<T*>(a.out) + start;
+    const vec<T> weight = splat<T>(a.weight ? static_cast<const A*>(a.weight)[c] : A(1));
+    const vec<T> bias = splat<T>(a.bias ? static_cast<const A*>(a.bias)[c] : A(0));
+    each_vector<T>(tile.width, [&](int, int64_t i, int n) NORMKIT_INLINE {
+      const vec<T> p = load_some(tile.pivot.data() + i, n, vec<T>{});
+      const vec<T> x_hat =
+          load_some(tile.scale.data() + i, n, vec<T>{}) * (load_some(x + i, n, p) - p) +
+          load_some(tile.center.data() + i, n, vec<T>{});
+      store_some(y + i, n, finish(start + i, n, weight * x_hat + bias));
+    });
+  }
+}
+
 template <class T>
 void positional_forward(const Positional& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
   Tile<T> tile(a);
   for (int64_t item = begin; item < end; ++item) {
     tile.move_to(a, item);
     const int64_t table = item / a.num_tiles * a.plane + item % a.num_tiles * a.tile;
     tile_statistics<T>(a, tile, a.mean + table, a.var + table);
-    for (int64_t c = 0; c < a.num_channels; ++c) {
-      const T* x = static_cast<const T*>(a.x) + tile.origin + c * a.plane;
-      T* y = static_cast<T*>(a.out) + tile.origin + c * a.plane;
-      const vec<T> weight = splat<T>(a.weight ? static_cast<const A*>(a.weight)[c] : A(1));
-      const vec<T> bias = splat<T>(a.bias ? static_cast<const A*>(a.bias)[c] : A(0));
-      each_vector<T>(tile.width, [&](int, int64_t i, int n) NORMKIT_INLINE {
-        const vec<T> p = load_some(tile.pivot.data() + i, n, vec<T>{});
-        const vec<T> x_hat =
-            load_some(tile.scale.data() + i, n, vec<T>{}) * (load_some(x + i, n, p) - p) +
-            load_some(tile.center.data() + i, n, vec<T>{});
-        store_some(y + i, n, weight * x_hat + bias);
-      });
-    }
+    with_ending<T>(a.ending, [&](const auto& finish) { tile_results<T>(a, tile, finish); });
   }
 }
 
-// Sums over channels of w g and w g (x - pivot), then the factors of dx for each position.
-template <class T>
-void tile_gradient(const Positional& a, Tile<T>& tile, const double* mean, const double* var) {
+// Sums over channels of w g and w g (x - pivot), then the factors of dx for each position; g being
+// the gradient of u = weight * xhat + bias.
+template <class T, class G>
+void tile_gradient(const Positional& a, const G& source, Tile<T>& tile, const double* mean,
+                   const double* var) {
   using A = acc_t<T>;
   const A* weights = static_cast<const A*>(a.weight);
-  for (int64_t i = 0; i < tile.width; ++i) tile.pivot[i] = A(mean[i]);
+  const A* biases = static_cast<const A*>(a.bias);
+  for (int64_t i = 0; i < tile.width; ++i) {
+    tile.pivot[i] = A(mean[i]);
+    if constexpr (G::reads_u) {
+      const double rstd = 1.0 / std::sqrt(var[i] + a.eps);
+      tile.scale[i] = A(rstd);
+      tile.center[i] = A((double(tile.pivot[i]) - mean[i]) * rstd);
+    }
+  }
   const T* x = static_cast<const T*>(a.x) + tile.origin;
-  const T* g = static_cast<const T*>(a.grad) + tile.origin;
-  const A* pivot = tile.pivot.data();
-  const int64_t stride = a.plane;
+  const A *pivot = tile.pivot.data(), *scales = tile.scale.data(), *centers = tile.center.data();
+  const int64_t stride = a.plane, origin = tile.origin;
   sum_columns<T>(tile.columns, 0, a.num_channels, tile.first.data(), tile.second.data(),
-                 [=](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
+                 [=, &source](int64_t row, int64_t col, int n, vec<T>& one, vec<T>& two)
                      NORMKIT_INLINE {
+                       const int64_t at = row * stride + col;
                        const vec<T> p = load_some(pivot + col, n, vec<T>{});
-                       const vec<T> gradient = splat<T>(weights ? weights[row] : A(1)) *
-                                               load_some(g + row * stride + col, n, vec<T>{});
+                       const vec<T> d = load_some(x + at, n, p) - p;
+                       const vec<T> weight = splat<T>(weights ? weights[row] : A(1));
+                       vec<T> u = d;
+                       if constexpr (G::reads_u) {
+                         u = load_some(scales + col, n, vec<T>{}) * d +
+                             load_some(centers + col, n, vec<T>{});
+                         u = weight * u + splat<T>(biases ? biases[row] : A(0));
+                       }
+                       const vec<T> gradient = weight * source(origin + at, n, u);
                        one += gradient;
-                       two += gradient * (load_some(x + row * stride + col, n, p) - p);
+                       two += gradient * d;
                      });
   for (int64_t i = 0; i < tile.width; ++i) {
     const double rstd = 1.0 / std::sqrt(var[i] + a.eps);
@@ -134,15 +157,24 @@ void tile_channel_gradient(const Positional& a, const Tile<T>& tile, int64_t ite
   a.tile_dweight[item * a.num_channels + c] = sums[1] + offset;
 }
 
-template <class T>
-void positional_backward(const Positional& a, int64_t begin, int64_t end) {
+template <class T, class G>
+void positional_backward_by(const Positional& a, const G& source, int64_t begin, int64_t end) {
   Tile<T> tile(a);
+  const Positional second = second_pass(a);
   for (int64_t item = begin; item < end; ++item) {
     tile.move_to(a, item);
     const int64_t table = item / a.num_tiles * a.plane + item % a.num_tiles * a.tile;
-    tile_gradient<T>(a, tile, a.mean + table, a.var + table);
-    for (int64_t c = 0; c < a.num_channels; ++c) tile_channel_gradient<T>(a, tile, item, c);
+    tile_gradient<T>(a, source, tile, a.mean + table, a.var + table);
+    for (int64_t c = 0; c < a.num_channels; ++c) tile_channel_gradient<T>(second, tile, item, c);
   }
+}
+
+template <class T>
+void positional_backward(const Positional& a, int64_t begin, int64_t end) {
+  if (a.ending.passed) {
+    return positional_backward_by<T>(a, PassedGradient<T>(a.grad, a.ending), begin, end);
+  }
+  positional_backward_by<T>(a, PlainGradient<T>(a.grad, {}), begin, end);
 }
 
 }  // namespace normkit::NORMKIT_ISA

@@ -37,7 +37,7 @@ void row_moments(const Rows& a, int64_t begin, int64_t end) {
   }
 }
 
-// tables: mean, scale, center; y = scale * (x - mean) + center
+// tables: mean, scale, center; y = scale * (x - mean) + center, and what follows
 template <class T>
 void row_apply(const Rows& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
@@ -47,29 +47,43 @@ void row_apply(const Rows& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const double mean = read_table(a, 0, entry), scale = read_table(a, 1, entry);
     const A pivot = A(mean);
-    row_affine(x + row * a.length, y + row * a.length, a.length, pivot, A(scale),
-               A(read_table(a, 2, entry) + (double(pivot) - mean) * scale));
+    const A center = A(read_table(a, 2, entry) + (double(pivot) - mean) * scale);
+    row_result<T>(x, y, row * a.length, a.length, Line<T>{pivot, A(scale), center}, a.ending);
     if (++entry == a.table_size) entry = 0;
   }
 }
 
-// tables: mean, then sum(g) and sum(g (x - mean)) as results
-template <class T>
-void row_grad_sums(const Rows& a, int64_t begin, int64_t end) {
+// tables: mean, then sum(g) and sum(g (x - mean)) as results, then the scale and center of u
+template <class T, class G>
+void row_grad_sums_by(const Rows& a, const G& gradient, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const double mean = read_table(a, 0, row % a.table_size);
-    const acc_t<T> pivot = acc_t<T>(mean);
+    const int64_t entry = row % a.table_size;
+    const double mean = read_table(a, 0, entry);
+    Line<T> line{acc_t<T>(mean)};
+    const double offset = double(line.pivot) - mean;
+    if constexpr (G::reads_u) {
+      const double scale = read_table(a, 3, entry);
+      line.scale = acc_t<T>(scale);
+      line.center = acc_t<T>(read_table(a, 4, entry) + offset * scale);
+    }
     double sums[2];
     const T *g = static_cast<const T*>(a.grad), *x = static_cast<const T*>(a.x);
-    if (a.length <= kFewVectors<T>) {
-      few_grad_sums(g, x, row * a.length, a.length, pivot, sums);
+    if (!G::reads_u && a.length <= kFewVectors<T>) {
+      few_grad_sums(g, x, row * a.length, a.length, line.pivot, sums);
     } else {
-      span_grad_sums(PlainGradient<T>(g, {}), x, {row * a.length, a.length, 1, 0},
-                     Line<T>{pivot}, sums);
+      span_grad_sums(gradient, x, {row * a.length, a.length, 1, 0}, line, sums);
     }
     write_table(a, 1, row, sums[0]);
-    write_table(a, 2, row, sums[1] + (double(pivot) - mean) * sums[0]);
+    write_table(a, 2, row, sums[1] + offset * sums[0]);
   }
+}
+
+template <class T>
+void row_grad_sums(const Rows& a, int64_t begin, int64_t end) {
+  if (a.ending.passed) {
+    return row_grad_sums_by<T>(a, PassedGradient<T>(a.grad, a.ending), begin, end);
+  }
+  row_grad_sums_by<T>(a, PlainGradient<T>(a.grad, {}), begin, end);
 }
 
 // tables: mean, k1, k2, k3; dx = k1 * g + k2 * (x - mean) + k3

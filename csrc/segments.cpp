@@ -51,7 +51,7 @@ void fill_cells(const Plan& plan, const SegmentTables& tables, Cells<A>& cells) 
 
 template <class A>
 void affine_columns(const FeatureMap& x, const void* grad, const Tensor& out, const Partition& p,
-                    const SegmentTables& tables) {
+                    const SegmentTables& tables, const Ending& ending) {
   const Kernels& kernels = best_kernels(x.element);
   const Plan plan(x, p);
   Cells<A> cells(plan);
@@ -61,20 +61,22 @@ void affine_columns(const FeatureMap& x, const void* grad, const Tensor& out, co
     Columns columns = columns_of(plan, x, cells, chunk.block);
     columns.grad = grad;
     columns.out = out.data_ptr();
+    columns.ending = ending;
     kernel(columns, chunk.begin, chunk.end);
   });
 }
 
 // y from tables, or dx where there is a gradient.
 void affine(const FeatureMap& x, const void* grad, const Partition& p, const SegmentTables& tables,
-            const Tensor& out) {
+            const Tensor& out, const Ending& ending) {
   if (x.layout == Layout::channels_last || p.run == 1) {
     const auto run = x.wide() ? affine_columns<double> : affine_columns<float>;
-    return run(x, grad, out, p, tables);
+    return run(x, grad, out, p, tables, ending);
   }
   Rows rows = rows_of(x, p, tables);
   rows.grad = grad;
   rows.out = out.data_ptr();
+  rows.ending = ending;
   const Kernels& kernels = best_kernels(x.element);
   each_row(p, rows, grad ? kernels.row_combine : kernels.row_apply);
 }
@@ -108,10 +110,27 @@ void moments_columns(const FeatureMap& x, const Partition& p, bool wide, void* m
 }
 
 template <class A>
+void fill_lines(const Plan& plan, const SegmentTables& tables, Cells<A>& cells) {
+  cells.y_scale.resize(plan.num_cells());
+  cells.y_center.resize(plan.num_cells());
+  plan.each_block([&](int64_t block, int64_t begin, int64_t end) {
+    for (int64_t col = begin; col < end; ++col) {
+      const int64_t cell = block * plan.cols + col;
+      const int64_t entry = table_entry(plan, tables, block, col);
+      const double mean = tables.values[0][entry], scale = tables.values[1][entry];
+      cells.y_scale[cell] = A(scale);
+      cells.y_center[cell] = A(tables.values[2][entry] + (double(A(mean)) - mean) * scale);
+    }
+  });
+}
+
+template <class A>
 void grad_sums_columns(const FeatureMap& x, const Tensor& g, const Partition& p,
-                       const SegmentTables& tables, double* first, double* second) {
+                       const SegmentTables& tables, double* first, double* second,
+                       const Ending& ending) {
   const Plan plan(x, p);
   Cells<A> cells(plan);
+  if (ending.passed) fill_lines(plan, tables, cells);
   std::vector<double> repeated;  // one row for each example, as cell_gradients reads them
   const double* means = tables.values[0];
   if (tables.num_rows == 1) {
@@ -122,7 +141,7 @@ void grad_sums_columns(const FeatureMap& x, const Tensor& g, const Partition& p,
   }
   Statistics given{};
   given.mean = const_cast<double*>(means);  // read only
-  cell_gradients(plan, x, g, best_kernels(x.element), given, cells);
+  cell_gradients(plan, x, g, best_kernels(x.element), given, cells, ending);
   write_cells(plan, cells, true, first, second);
 }
 
@@ -151,18 +170,22 @@ void segment_moments(const FeatureMap& x, const Partition& p, bool wide, void* m
 }
 
 void segment_apply(const FeatureMap& x, const Partition& p, const SegmentTables& tables,
-                   const Tensor& y) {
-  affine(x, nullptr, p, tables, y);
+                   const Tensor& y, const Ending& ending) {
+  affine(x, nullptr, p, tables, y, ending);
 }
 
 void segment_grad_sums(const FeatureMap& x, const Tensor& g, const Partition& p,
-                       const SegmentTables& tables, double* first, double* second) {
+                       const SegmentTables& tables, double* first, double* second,
+                       const Ending& ending) {
   if (x.layout == Layout::channels_last) {
     const auto run = x.wide() ? grad_sums_columns<double> : grad_sums_columns<float>;
-    return run(x, g, p, tables, first, second);
+    return run(x, g, p, tables, first, second, ending);
   }
   Rows rows = rows_of(x, p, tables);
   rows.grad = g.data_ptr();
+  rows.ending = ending;
+  rows.table[3] = rows.table[1];
+  rows.table[4] = rows.table[2];
   rows.table[1] = first;
   rows.table[2] = second;
   each_row(p, rows, best_kernels(x.element).row_grad_sums);
@@ -170,7 +193,7 @@ void segment_grad_sums(const FeatureMap& x, const Tensor& g, const Partition& p,
 
 void segment_combine(const FeatureMap& x, const Tensor& g, const Partition& p,
                      const SegmentTables& tables, const Tensor& dx) {
-  affine(x, g.data_ptr(), p, tables, dx);
+  affine(x, g.data_ptr(), p, tables, dx, {});
 }
 
 }  // namespace normkit

@@ -6,7 +6,8 @@
 
 namespace normkit {
 
-// mean, scale, center for apply; mean, k1, k2, k3 for combine; mean alone for the sums.
+// mean, scale, center for apply; mean, k1, k2, k3 for combine; mean for the sums, with scale and
+// center where they are through an ending.
 struct SegmentTables {
   const double* values[4];
   int64_t count;
@@ -18,12 +19,14 @@ Partition partition_of_segments(const FeatureMap& x, int64_t num_segments);
 
 // Writes tables (N, K), of double where `wide`, else of float.
 void segment_moments(const FeatureMap& x, const Partition& p, bool wide, void* mean, void* var);
-// y = scale * (x - mean) + center
+// y = scale * (x - mean) + center, and what follows
 void segment_apply(const FeatureMap& x, const Partition& p, const SegmentTables& tables,
-                   const Tensor& y);
-// sum(g) and sum(g * (x - mean)) of every segment, (N, K) each.
+                   const Tensor& y, const Ending& ending = {});
+// sum(g) and sum(g * (x - mean)) of every segment, (N, K) each; g being that of u, which is written
+// where the ending says, if there is one.
 void segment_grad_sums(const FeatureMap& x, const Tensor& g, const Partition& p,
-                       const SegmentTables& tables, double* first, double* second);
+                       const SegmentTables& tables, double* first, double* second,
+                       const Ending& ending = {});
 // dx = k1 * g + k2 * (x - mean) + k3
 void segment_combine(const FeatureMap& x, const Tensor& g, const Partition& p,
                      const SegmentTables& tables, const Tensor& dx);

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent / "site"))
 from tutorials import PRINTED, SECTION, command, examples, sections
 
 MARK = "\x1e"
+# Of torchrun's processes the first one prints.
+PRINT_MARK = f'__import__("os").environ.get("RANK", "0") == "0" and print("{MARK}")'
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
 
 def updated(source: str) -> str:
     """Return the example with what it prints now."""
-    marked = written(source, [f'print("{MARK}")'] * len(sections(source)))
+    marked = written(source, [PRINT_MARK] * len(sections(source)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "example.py"
         path.write_text(marked, encoding="utf-8")

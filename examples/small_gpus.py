@@ -40,6 +40,8 @@ whole = make_model()
 F.cross_entropy(whole(batch.inputs), batch.targets).backward()
 say("running mean of the first channels:", [f"{value:.4f}" for value in whole[1].running_mean[:3]])
 
+# > running mean of the first channels: ['-0.0342', '-0.0183', '0.0298']
+
 # %% Accumulation
 # Four forwards of eight images, one step. The running statistics would move four times and follow
 # the last part most; `nk.accumulate_statistics` moves them once, by all 32. Each part is still
@@ -54,6 +56,9 @@ distance = (model[1].running_mean - whole[1].running_mean).abs().max()
 say("accumulated: the running mean is that of the whole batch:", bool(distance < 1e-6))
 distance = (model[0].weight.grad - whole[0].weight.grad).abs().max()
 say("accumulated: the gradient is that of the whole batch:", bool(distance < 1e-6))
+
+# > accumulated: the running mean is that of the whole batch: True
+# > accumulated: the gradient is that of the whole batch: False
 
 # %% Two processes, synchronized
 # Each process has 16 images. `nk.synchronize_` takes all batch statistics over both, on any
@@ -70,6 +75,11 @@ say("synchronized: the running mean is that of the whole batch:", bool(distance 
 distance = (model[0].weight.grad - whole[0].weight.grad).abs().max()
 say("synchronized: the gradient is that of the whole batch:", bool(distance < 1e-6))
 
+# > statistics over all processes: 1
+# > replaced by layers of normkit: 1
+# > synchronized: the running mean is that of the whole batch: True
+# > synchronized: the gradient is that of the whole batch: True
+
 # %% Or a norm that does not care
 # Group norm has no statistics over the batch: parts and processes are all the same to it, and
 # nothing is exchanged.
@@ -82,13 +92,10 @@ distance = (model[0].weight.grad - other[0].weight.grad).abs().max()
 say("group norm, accumulated: the gradient is that of the whole batch:", bool(distance < 1e-6))
 distributed.destroy_process_group()
 
-# > running mean of the first channels: ['-0.0342', '-0.0183', '0.0298']
+# > group norm, accumulated: the gradient is that of the whole batch: True
 
 # %% How to choose
 # - The parts hold 16 images or more: leave batch norm alone, and accumulate its statistics.
 # - They hold few, over several GPUs with a fast connection: synchronize.
 # - They hold one or two on one GPU: take another norm. [BatchNorm fails me at batch
 # 2](batch_of_two.py) finds out which.
-
-# > accumulated: the running mean is that of the whole batch: True
-# > accumulated: the gradient is that of the whole batch: False

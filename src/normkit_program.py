@@ -1,33 +1,33 @@
-"""What the command `normkit` starts: the program, once its libraries are imported.
+"""The start of the command `normkit`, which imports its libraries and runs it.
 
-It is no part of the package, whose import takes the second in which an interrupt would end in a
-traceback. What needs no library is answered before they are imported.
+This file is not part of the package: importing the package takes about a second, in which an
+interrupt would end in a traceback. --version and --help are answered without that import.
 """
 
 import signal
 import sys
 
 COMMANDS = {
-    "compare": "Train one network with several norms at several batch sizes, and show which wins.",
-    "recommend": "Rank norms for a batch size, with what the papers measured.",
+    "compare": "Train one network with several norms at several batch sizes, and show which is "
+    "best.",
+    "recommend": "Rank norms for a batch size, with the papers' measurements.",
     "convert": "Replace the norms of a model by others and save its weights.",
     "validate": "Find what is wrong with the norms of a model at a batch size.",
     "diagnose": "Find out why a trained model evaluates badly, by how much, and what helps.",
-    "tune": "Choose how much of its own statistics each example has at evaluation, and test it.",
+    "tune": "Choose the share of the example's own statistics at evaluation, and test it.",
     "explain": "Draw a feature map with the elements that share statistics in one colour.",
-    "list": "List the methods, data sets and models that the other commands know.",
-    "bench": "Time our layers and torch's in turns, and show how they compare.",
-    "reproduce": "Repeat figures and tables of the papers, and judge their claims by what comes "
-    "out.",
+    "list": "List the methods, data sets, models and tasks that the other commands know.",
+    "bench": "Time our layers and torch's in turns, and compare them.",
+    "reproduce": "Repeat figures and tables of the papers, and judge their claims by the results.",
 }
 """The commands, each with the first sentence of its help."""
 
 
 def main() -> int:
-    """Answer --version and --help; for all else import the program, which takes a while.
+    """Answer --version and --help; for other commands import and run the program.
 
     Returns:
-        Its exit code. An interrupt while it is imported ends the process at once.
+        The program's exit code. An interrupt during the import ends the process at once.
     """
     given = sys.argv[1:]
     if given == ["--version"]:
@@ -39,14 +39,14 @@ def main() -> int:
         sys.stdout.write(help_text())
         return 0
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from normkit.cli import main as run  # after the line before
+    from normkit.cli import main as run  # the import must come after SIGINT is reset
 
     signal.signal(signal.SIGINT, handler)
     return run()
 
 
 def help_text() -> str:
-    """The commands, and how to go on."""
+    """The commands, and how to get more help."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
     return "\n".join(

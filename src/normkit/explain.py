@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkit.core.check import require_feature_map
 from normkit.kernels.select import NAMES, Decision, Kernels, decide, details
-from normkit.layers.base import NormLayer, SegmentLayer
+from normkit.layers.base import NormLayer
 from normkit.sharing import Part, parts
 
 
@@ -82,7 +82,9 @@ def _of_activation(layer: NormLayer, found: list[Decision]) -> str:
     """Who applies a layer's activation, where it has one."""
     if layer.activation is None:
         return ""
-    at_once = isinstance(layer, SegmentLayer) and found[0].way == "operator"
+    operator, first = layer.ending_operator, found[0]
+    can = operator is not None and hasattr(first.operators, operator)
+    at_once = can and first.way == "operator" and layer.why_separate() is None
     return f"; {layer.activation} in the same pass" if at_once else f"; then {layer.activation}"
 
 

@@ -24,7 +24,7 @@ def test_without_a_name_the_presets_and_their_claims_are_listed(normkit):
     code, output, _ = normkit()
     assert code == 0
     for preset in PRESETS.values():
-        assert f"{preset.name}: {preset.title}\n" in output
+        assert f"{', '.join((preset.name, *preset.rows))}: {preset.title}\n" in output
         for claim in preset.claims:
             assert f"- {claim.text} ({claim.source})" in output
     assert normkit("--list")[1] == output
@@ -62,7 +62,6 @@ def test_a_preset_is_run_judged_drawn_and_reported(normkit, tmp_path):
     ("arguments", "message"),
     [
         (("nothing",), "there is no preset 'nothing'; known are estimation-shift, "),
-        (("lipschitz", "--scale", "paper"), "has no scale 'paper'; it has tiny, small"),
         (("all", "gnbn"), "all stands for every preset; give it alone"),
         (("gnbn", "--workers", "0"), "--workers was given 0; give 1 or more"),
         (("gnbn", "--checkpoint-seconds", "-1"), "--checkpoint-seconds was given -1.0; give 0"),

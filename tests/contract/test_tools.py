@@ -1,4 +1,4 @@
-"""Effects of tools that look for torch's classes on our layers: the table of docs/export.md."""
+"""Effects of tools that look for torch's classes on our layers: the table of docs/others.md."""
 
 import pytest
 import torch
@@ -130,3 +130,20 @@ def test_batch_norm_in_other_tools():
     replace_all_batch_norm_modules_(model)
     assert model[1].running_mean is None
     assert model(IMAGES).shape == (4, 6, 5, 3)
+
+
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_classes_of_torchs_other_norms_are_found_after_the_way_back_only(case):
+    kinds = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+    model = net(case.make())
+    assert not isinstance(model[1], kinds)
+    if case.layer in (nk.GroupNorm, nk.LayerNorm, nk.InstanceNorm) and not case.options.get(
+        "track_running_stats"
+    ):
+        nk.back_to_torch_(model, example_input=IMAGES)
+        assert isinstance(model[1], kinds)
+
+
+def test_torchscript_is_refused_with_the_way_out():
+    with pytest.raises(OptionError, match=r"use torch.export, or torch.jit.trace in evaluation"):
+        torch.jit.script(net(nk.GroupNorm(6, num_groups=2)))

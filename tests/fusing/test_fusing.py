@@ -110,6 +110,16 @@ def test_a_block_with_one_activation_in_several_places_is_rewritten(norm, act):
     fused_as(Block(norm, act), batch(), **expected)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [nk.PositionalNorm, nk.SwitchableNorm, lambda c: nk.BatchChannelNorm(c, num_groups=2)],
+    ids=["positional", "switchable", "batch-channel"],
+)
+def test_composites_and_norms_of_positions_go_on_too(norm):
+    expected = {"bn1": ("silu", False, "rewritten"), "bn2": ("silu", True, "rewritten")}
+    fused_as(Block(norm, nn.SiLU()), batch(), **expected)
+
+
 def test_a_sequence_gets_identities():
     model = nn.Sequential(
         nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Identity(), nn.Softplus(), nn.Conv2d(4, 4, 1),

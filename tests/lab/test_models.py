@@ -181,7 +181,7 @@ def test_an_unknown_kind_of_batch_norm_is_refused_by_name(monkeypatch):
             r"argument 'dept=3'; it takes depth=N, width=N, each once, with N a whole number",
         ),
         ("mlp:depth=0", r"argument 'depth=0'; it takes"),
-        ("vgg11:width", r"model 'vgg11:width' has the argument 'width'; it takes no arguments"),
+        ("vgg11:width", r"model 'vgg11:width' has the argument 'width'; it takes stacked=N"),
     ],
 )
 def test_a_bad_model_name_says_what_would_do(name, text):
@@ -270,7 +270,7 @@ def test_ibn_is_tried_at_its_places_alone():
         ("mlp:depth=1_0", "with N a whole number from 1 to 2048"),
         ("mlp:depth=2:depth=3", "'depth=3'; it takes depth=N, width=N, each once"),
         ("mlp:width=", "with N a whole number from 1 to 2048"),
-        ("vgg11:width=2", "has the argument 'width=2'; it takes no arguments"),
+        ("vgg11:width=2", "has the argument 'width=2'; it takes stacked=N"),
         ("x" * 100_000, "a model's name of 100000 characters was given"),
         ("timm:" + "x" * 300, "there is no model 'timm:xxx"),
         ("\x1b[31mresnet", r"there is no model '\\x1b\[31mresnet'"),

@@ -180,6 +180,20 @@ def test_norms_decay_by_a_rate_of_their_own():
     assert decay[id(net[1].weight)] == 1e-4
 
 
+def test_scales_of_norms_decay_towards_one():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.LayerNorm(3))
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([0.5, 1.0, 3.0]))
+        net[1].weight.zero_()  # every output is the bias, and no gradient reaches the scale
+        net[1].bias.zero_()
+    recipe = {"base_lr": 0.1, "lr_batch_size": None, "weight_decay": 0.5, "momentum": 0.0}
+    loop = loop_with(net, Protocol(**recipe, decay_gamma_to=1))
+    loop.step([examples(10)])
+    expected = torch.tensor([0.5, 1.0, 3.0]) - 0.1 * 0.5 * torch.tensor([-0.5, 0.0, 2.0])
+    torch.testing.assert_close(net[2].weight.detach(), expected)
+    assert "norms' scales decay towards 1" in Protocol(decay_gamma_to=1).sentence
+
+
 def test_label_smoothing_and_mixup_change_the_loss_as_defined():
     batch = examples(10)
     smoothed = loop_of(label_smoothing=0.2).step([batch]).loss

@@ -26,15 +26,19 @@ def resize(browser, width):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-def wait_for(browser, script, seconds=20):
-    """Ask until the answer is true."""
+def comes_true(browser, script, seconds):
+    """Ask until the answer is true, and return it; or the last answer, when time is up."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = run(browser, script)
-        if found:
-            return found
+    while not (found := run(browser, script)) and time.monotonic() < end:
         time.sleep(0.05)
-    raise AssertionError(script)
+    return found
+
+
+def wait_for(browser, script):
+    """Ask until the answer is true."""
+    found = comes_true(browser, script, 20)
+    assert found, script
+    return found
 
 
 def test_search_finds_pages_and_names(page, address):
@@ -99,9 +103,10 @@ def test_no_page_is_wider_than_the_window(page, site, address):
         page.get(f"{address}/{path.relative_to(site).as_posix()}")
         for width in WIDTHS:
             resize(page, width)
-            found = run(page, "document.documentElement.scrollWidth")
-            if found > width:
-                wide[path.name] = found
+            wait_for(page, f"innerWidth == {width}")
+            # Sidebars slide to their places after a change of width.
+            if not comes_true(page, f"document.documentElement.scrollWidth <= {width}", 3):
+                wide[path.name] = run(page, "document.documentElement.scrollWidth")
     assert not wide
 
 

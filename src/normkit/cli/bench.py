@@ -31,7 +31,6 @@ from normkit.lab.bench.chart import write_chart
 from normkit.lab.bench.end_to_end import Setting, run_end_to_end, workloads_for
 from normkit.lab.bench.fused import WORKLOADS as FUSED_WORKLOADS
 from normkit.lab.bench.fused import run_fused
-from normkit.lab.bench.fused import write as write_fused
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
@@ -166,7 +165,7 @@ class Bench:
                 on_row=lambda _: display.advance(display.task_ids[0]),
             )
         if self.out is not None:
-            write_fused(self.out, record)
+            write_record(self.out, record)
         if self.json_output:
             print_json(record.model_dump(mode="json"))
         else:

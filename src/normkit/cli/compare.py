@@ -33,6 +33,7 @@ from normkit.lab.launch import is_spoken_for, num_launched
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
 from normkit.lab.spec import SweepSpec
+from normkit.lab.task import parse_task
 from normkit.lab.work import MAX_PROCESSES
 
 EXIT_FAILED_RUNS = 1
@@ -151,7 +152,7 @@ class Compare(RecipeOptions):
                     "--dry-run was given with --train, but only the function knows its steps; "
                     "leave --dry-run out, or try one norm, batch size and seed"
                 )
-            found = estimate(sweep, dataset)
+            found = estimate(sweep, parse_task(sweep.protocol.task).sample(sweep.protocol).data)
         if self.json_output:
             print_json([cell.model_dump() | {"duration_s": cell.duration_s} for cell in found])
         else:

@@ -62,6 +62,8 @@ class RecipeOptions:
     """Weight decay (default: 0.0001)."""
     norm_weight_decay: str | None = None
     """Weight decay of the norms' parameters; none uses --weight-decay (default: none)."""
+    decay_gamma_to: Literal[0, 1] | None = None
+    """What the norms' scales decay towards (default: 0)."""
     schedule: Literal["list", "step", "cosine", "polynomial", "exponential", "constant"] | None = (
         None
     )

@@ -129,7 +129,7 @@ class Reproduce:
         return Way(out=folder, num_workers=self.workers, upkeep=upkeep, cluster=self.cluster)
 
     def _presets(self) -> tuple[Preset, ...]:
-        """The named figures, each once; ``all`` selects those that have the scale."""
+        """The named figures, each once; ``all`` selects every one."""
         named = [
             find_preset(name)
             for name in dict.fromkeys(self.names)
@@ -138,12 +138,7 @@ class Reproduce:
         if ALL in self.names:
             if len(self.names) > 1:
                 raise SpecError("all stands for every preset; give it alone")
-            left = [p.name for p in PRESETS.values() if self.scale not in p.scales]
-            if left:
-                sys.stderr.write(f"left out, without a scale {self.scale}: {', '.join(left)}\n")
-            return tuple(p for p in PRESETS.values() if self.scale in p.scales)
-        for preset in named:
-            preset.at(self.scale)
+            return tuple(PRESETS.values())
         return tuple(named)
 
     def _tables(self) -> tuple[Table, ...]:

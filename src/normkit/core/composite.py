@@ -20,17 +20,11 @@ from torch import Tensor
 
 from normkit.core.algebra import GroupStatistics, Rule, per_segment
 from normkit.core.moments import Moments
-from normkit.core.normalize import Affine
+from normkit.core.normalize import Affine, Algebra
 from normkit.core.partition import Partition
 from normkit.typing import PerChannel
 
 Order = Literal["group-first", "batch-first", "parallel"]
-
-
-Algebra = Callable[..., Affine]
-"""Maps the moments of the segments, the parameters, and the tables given to the batch stage's rule
-to scale and center. If the batch stage's input is not the map itself, the object has a method
-``batch_input``."""
 
 
 class Composite(NamedTuple):
@@ -41,6 +35,7 @@ class Composite(NamedTuple):
 
     Args:
         formula: Called with the batch stage's rule and the options, returns the algebra on tables.
+            Its arguments are the moments, the parameters, and the tables that the rule takes.
         options: Numbers of groups, ``eps`` of other norms, an order.
         batch_eps: Added to the batch stage's variances.
         num_beside: Number of first channels that another norm normalises beside the batch stage.
@@ -63,7 +58,10 @@ class Composite(NamedTuple):
 
 
 def batch_input(algebra: Algebra, table: Moments) -> Moments:
-    """Moments of the batch stage's input, which running statistics track."""
+    """Moments of the batch stage's input, which running statistics track.
+
+    If the input is not the map itself, the composite's algebra has a method for it.
+    """
     own = getattr(algebra, "batch_input", None)
     return table if own is None else own(table)
 

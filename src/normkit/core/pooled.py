@@ -20,9 +20,9 @@ from normkit.core.normalize import differentiable_gradient, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.core.running import RunningStatistics, is_recomputing
-from normkit.kernels import nodes, reference
-from normkit.kernels.activations import pass_back
-from normkit.kernels.calls import EndedGradients, Gradients, Pooling, Running
+from normkit.kernels import ended_nodes, nodes, reference
+from normkit.kernels.activations import Activation, pass_back
+from normkit.kernels.calls import Gradients, Pooling, Running
 from normkit.typing import FeatureMap
 
 
@@ -65,7 +65,7 @@ def normalize_pooled(  # noqa: PLR0913 - what one operator needs
     if ending is None:
         y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, moved, differentiable)
     else:
-        call = nodes.Ended(ending.activation, (), pooling, moved)
+        call = ended_nodes.Ended(ending.activation, (), pooling, moved)
         y, table = _normalize_ended(kernels, x, parameters, ending, call, formula)
     if running is not None and moved is None:
         mean, var = table[:, -running.mean.numel() :]
@@ -94,7 +94,7 @@ def normalize_given(
 
     statistics, options = (groups.mean[0], groups.var[0]), (partition.num_groups, eps)
     if ending is not None:
-        call = nodes.Ended(ending.activation, statistics, options)
+        call = ended_nodes.Ended(ending.activation, statistics, options)
         return _normalize_ended(kernels, x, parameters, ending, call, formula)[0]
     return nodes.normalize_given(kernels, x, statistics, weight, bias, options, differentiable)
 
@@ -104,36 +104,43 @@ def _normalize_ended(
     x: FeatureMap,
     parameters: Parameters,
     ending: Ending,
-    call: nodes.Ended,
+    call: ended_nodes.Ended,
     formula: Callable[..., Tensor],
 ) -> tuple[FeatureMap, Any]:
     """Compute ``act(norm(x) + residual)``; ``formula`` is the norm in plain operators."""
     weight, bias, _ = parameters
-    activation, has_residual = ending.activation, ending.residual is not None
+    again = differentiable_ended(formula, ending.activation, ending.residual is not None)
+    return ended_nodes.normalize_ended(kernels, x, ending.residual, weight, bias, call, again)
+
+
+def differentiable_ended(
+    formula: Callable[..., Tensor], activation: Activation, has_residual: bool
+) -> Callable[..., Any]:
+    """Gradients of ``act(formula(x, *parameters) + residual)`` that can be differentiated again.
+
+    Of ``(grad, (x, *parameters), kept, wanted)``, wanted being of x, the residual and parameters.
+    """
 
     # This function must not refer to the residual: autograd would keep the tensor until backward.
     def differentiable(
         grad: Tensor,
-        inputs: tuple[Tensor, Tensor | None, Tensor | None],
+        inputs: tuple[Tensor | None, ...],
         kept: Tensor | None,
         wanted: tuple[bool, ...],
-    ) -> EndedGradients:
-        x, *affine = inputs
+    ) -> tuple[Tensor | None, ...]:
+        x, *parameters = inputs
         if has_residual and (activation.is_signed or not activation.kind):
             passed = grad if kept is None else pass_back(grad, kept, activation)
             own = (wanted[0], *wanted[2:])
-            dx, dweight, dbias = differentiable_gradient(formula, (x, *affine), own, passed)
-            return dx, passed if wanted[1] else None, dweight, dbias
+            dx, *found = differentiable_gradient(formula, (x, *parameters), own, passed)
+            return dx, passed if wanted[1] else None, *found
 
-        def whole(x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> Tensor:
-            return ended(formula(x, *affine), Ending(activation, residual))
+        def whole(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> Tensor:
+            return ended(formula(x, *parameters), Ending(activation, residual))
 
-        dx, dresidual, dweight, dbias = differentiable_gradient(
-            whole, (x, kept, *affine), wanted, grad
-        )
-        return dx, dresidual, dweight, dbias
+        return tuple(differentiable_gradient(whole, (x, kept, *parameters), wanted, grad))
 
-    return nodes.normalize_ended(kernels, x, ending.residual, weight, bias, call, differentiable)
+    return differentiable
 
 
 def differentiable_gradients(

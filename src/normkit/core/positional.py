@@ -16,31 +16,46 @@ import torch
 from torch import Tensor
 
 from normkit.core.compiled import recomputed_in_backward
+from normkit.core.ending import Ending, ended
 from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.pooled import differentiable_gradients
+from normkit.core.pooled import differentiable_ended, differentiable_gradients
 from normkit.core.routes import POSITIONAL
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
-from normkit.kernels import nodes
+from normkit.kernels import ended_nodes, nodes
 from normkit.kernels.calls import Gradients
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap, PerChannel
 
+AT_ONCE = "ended_positional_forward"
+"""The operator of kernels that go on to what follows in the norm's pass."""
+
 
 def normalize_positions(
-    x: FeatureMap, parameters: Parameters, valid: Valid | None = None
+    x: FeatureMap,
+    parameters: Parameters,
+    valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise every position over its channels, then scale and shift every channel."""
+    """Normalise every position over its channels, scale and shift every channel, and go on."""
+    if ending is not None and valid is None and x.numel():
+        way, _, _, operators = decide(x, POSITIONAL)
+        if way == "operator" and hasattr(operators, AT_ONCE):
+            return _by_kernel(operators, x, parameters, ending)
+    return ended(_normalized(x, parameters, valid), ending, valid)
+
+
+def _normalized(x: FeatureMap, parameters: Parameters, valid: Valid | None) -> FeatureMap:
     if x.numel() == 0:
         return empty_result(x, *parameters[:2])
     if valid is not None:
         return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
     way, _, _, operators = decide(x, POSITIONAL)
     if way == "operator":
-        return _by_kernel(operators, x, parameters)
+        return _by_kernel(operators, x, parameters, None)
     if way == "graph":
         return _compiled(x, *parameters)
     if needs_plain_formula():
@@ -48,7 +63,9 @@ def normalize_positions(
     return _NormalizePositions.apply(x, *parameters)
 
 
-def _by_kernel(kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters) -> FeatureMap:
+def _by_kernel(
+    kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters, ending: Ending | None
+) -> FeatureMap:
     """Normalise in one operator; second derivatives are those of the plain formula."""
     weight, bias, eps = parameters
 
@@ -58,6 +75,11 @@ def _by_kernel(kernels: nodes.Kernels, x: FeatureMap, parameters: Parameters) ->
     def differentiable(*given: Any) -> Gradients:
         return differentiable_gradients(formula, bias, *given)
 
+    if ending is not None:
+        call = ended_nodes.Ended(ending.activation, (), (eps,), of_positions=True)
+        again_ended = differentiable_ended(formula, ending.activation, ending.residual is not None)
+        given = (kernels, x, ending.residual, weight, bias, call, again_ended)
+        return ended_nodes.normalize_ended(*given)[0]
     return nodes.normalize_positions(kernels, x, weight, bias, eps, differentiable)[0]
 
 

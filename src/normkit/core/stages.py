@@ -18,11 +18,13 @@ from normkit.core.algebra import (
     WeighedStatistics,
 )
 from normkit.core.composite import Composite, batch_input
+from normkit.core.ending import Ending, ended
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, measure, normalize, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
+from normkit.core.pooled import differentiable_ended
 from normkit.core.ranks import gather, merge
 from normkit.core.routes import composite_route, stage_route
 from normkit.core.running import (
@@ -34,11 +36,23 @@ from normkit.core.running import (
 )
 from normkit.core.synchronized import follow_all_
 from normkit.core.trace import Source, batch_rule, programs_in_graph, programs_of
-from normkit.kernels import nodes
-from normkit.kernels.calls import Buffers, Programs, Slots
+from normkit.kernels import ended_nodes, nodes
+from normkit.kernels.activations import Activation
+from normkit.kernels.calls import (
+    Buffers,
+    DifferentiableComposite,
+    DifferentiableEndedComposite,
+    Programs,
+    Slots,
+)
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
+
+AT_ONCE = "ended_composite_forward"
+"""The operator of kernels that go on to what follows in the norm's pass."""
+Formula = Callable[[Tensor, Tensor], Callable[..., Tensor]]
+"""Of x and the kept table: the composite of x and its parameters, in plain operators."""
 
 
 class BatchStage(NamedTuple):
@@ -133,8 +147,9 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
     parameters: tuple[Tensor | None, ...],
     ranks: dist.ProcessGroup | None,
     valid: Valid | None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
-    """Normalise by a composite; ``running`` tracks the input of its batch stage.
+    """Normalise by a composite, add and activate; ``running`` tracks the batch stage's input.
 
     Args:
         x: Feature map, ``(N, C, *S)``.
@@ -144,10 +159,12 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
         parameters: The composite's parameters, in the order of its formula.
         ranks: The process group, if several processes have parts of the batch.
         valid: Mask of the valid positions; None if all are valid.
+        ending: The residual and the activation that follow; None if nothing does.
     """
     running = _running_of_call(x, running, training, valid)
     if ranks is not None and training:
-        return _normalize_part(x, composite, running, parameters, ranks, valid)
+        y = _normalize_part(x, composite, running, parameters, ranks, valid)
+        return ended(y, ending, valid)
     is_beside = composite.num_beside > 0
     call = composite_route(running, training, False, valid is not None, is_beside)
     way, kernels, _, operators = decide(x, call)
@@ -158,8 +175,10 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
         programs = look_up(composite, x.shape[1], sizes, statistics.source)
         is_on_triton = kernels == "triton"
         if programs.why_not is None and not (is_on_triton and programs.why_not_triton):
-            given = (composite, parameters, statistics)
-            return _normalize_by_operator(operators, x, programs, *given)
+            at_once = ending if hasattr(operators, AT_ONCE) else None
+            given = (composite, parameters, statistics, at_once)
+            y = _normalize_by_operator(operators, x, programs, *given)
+            return y if at_once is ending else ended(y, ending)
         way = "tables"
     num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
@@ -169,25 +188,32 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
     if training and running is not None:
         seen = batch_input(rule, table)
         update_running_(running, stage, seen, (x.shape[0], num_channels, *x.shape[2:]))
-    return y
+    return ended(y, ending, valid)
 
 
-def _normalize_by_operator(
+def _normalize_by_operator(  # noqa: PLR0913
     kernels: nodes.Kernels,
     x: FeatureMap,
     programs: Programs,
     composite: Composite,
     parameters: tuple[Tensor | None, ...],
     statistics: _Statistics,
+    ending: Ending | None,
 ) -> FeatureMap:
     """Normalise by one operator, in place of dozens of operations on tables."""
     source, share, buffers, pending = statistics
     first, second, third, fourth = (*parameters, None, None, None, None)[:4]
     slots = first, second, third, fourth
-    differentiable = _differentiable(composite, source, share, len(parameters))
-    y, table = nodes.normalize_composite(
-        kernels, x, slots, (programs, share), buffers, differentiable
-    )
+    options, formula = (programs, share), _formula(composite, source, share, len(parameters))
+    if ending is None:
+        again = _differentiable(formula)
+        y, table = nodes.normalize_composite(kernels, x, slots, options, buffers, again)
+    else:
+        activation, residual = ending
+        again = _ended_differentiable(formula, activation, residual is not None)
+        y, table = ended_nodes.normalize_ended_composite(
+            kernels, x, residual, slots, activation, options, buffers, again
+        )
     if pending is not None:
         size, num_cells = programs.kept_columns, x.shape[0] * x.shape[1]
         batch = Moments(table[:1, -size:], table[1:, -size:])
@@ -236,25 +262,49 @@ def _evaluation_statistics(example_weight: float, given: Buffers) -> _Statistics
     return _Statistics("mixed", example_weight, given)
 
 
-def _differentiable(
-    composite: Composite, source: Source, share: float, num_parameters: int
-) -> Callable[..., list[Tensor | None]]:
+def _formula(composite: Composite, source: Source, share: float, num_parameters: int) -> Formula:
+    def formula(x: Tensor, table: Tensor) -> Callable[..., Tensor]:
+        size = composite.num_batch_channels(x.shape[1])
+        kept = table[:, None, table.shape[1] - size :].to(table_dtype(x.dtype))
+        given = () if source == "own" else (kept[0], kept[1])
+        rule = batch_rule("given" if source == "estimates" else source, composite, size, share)
+        algebra = composite.algebra(rule)
+
+        def call(x: Tensor, *parameters: Tensor | None) -> Tensor:
+            used = (*parameters[:num_parameters], *given)
+            return plain(x, math.prod(x.shape[2:]), algebra, used)[0]
+
+        return call
+
+    return formula
+
+
+def _differentiable(formula: Formula) -> DifferentiableComposite:
     """Make the function that computes gradients which autograd can differentiate again."""
 
     def gradients(
         grad: Tensor, x: Tensor, table: Tensor, slots: Slots, wanted: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        size = composite.num_batch_channels(x.shape[1])
-        kept = table[:, None, table.shape[1] - size :].to(table_dtype(x.dtype))
-        given = () if source == "own" else (kept[0], kept[1])
-        rule = batch_rule("given" if source == "estimates" else source, composite, size, share)
-        formula = composite.algebra(rule)
+        return differentiable_gradient(formula(x, table), (x, *slots), wanted, grad)
 
-        def call(x: Tensor, *parameters: Tensor | None) -> Tensor:
-            used = (*parameters[:num_parameters], *given)
-            return plain(x, math.prod(x.shape[2:]), formula, used)[0]
+    return gradients
 
-        return differentiable_gradient(call, (x, *slots), wanted, grad)
+
+def _ended_differentiable(
+    formula: Formula, activation: Activation, has_residual: bool
+) -> DifferentiableEndedComposite:
+    """The same of what follows too."""
+
+    def gradients(
+        grad: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        table: Tensor,
+        slots: Slots,
+        wanted: tuple[bool, ...],
+    ) -> list[Tensor | None]:
+        again = differentiable_ended(formula(x, table), activation, has_residual)
+        return [*again(grad, (x, *slots), kept, wanted)]
 
     return gradients
 

@@ -71,12 +71,17 @@ def normalize_single(  # noqa: PLR0913 - see the top of this file
 
 
 def normalize_positional(
-    x: FeatureMap, parameters: Parameters, training: bool, name: str, valid: Valid | None = None
+    x: FeatureMap,
+    parameters: Parameters,
+    training: bool,
+    name: str,
+    valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise every position over its channels."""
     if training and x.numel():
         require_channels(x.shape, name)
-    return normalize_positions(x, parameters, valid)
+    return normalize_positions(x, parameters, valid, ending)
 
 
 def whiten(  # noqa: PLR0913
@@ -106,13 +111,14 @@ def normalize_batch_then_group(  # noqa: PLR0913
     name: str,
     ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Apply the batch stage, then a group norm; ``running`` tracks the statistics of ``x``.
 
     ``training`` holds the modes of the batch stage and of the group norm.
     """
     if x.numel() == 0 and ranks is None:
-        return empty_result(x, *batch[:2], *group[:2])
+        return ended(empty_result(x, *batch[:2], *group[:2]), ending)
     if has_single_values(x):
         is_estimated = isinstance(running, RunningEstimates)
         if training[0] and ranks is None and not is_estimated:
@@ -122,7 +128,7 @@ def normalize_batch_then_group(  # noqa: PLR0913
 
     composite = Composite(batch_then_group, (num_groups, group.eps), batch.eps)
     slots = (*batch[:2], *group[:2])
-    return normalize_composite(x, composite, running, training[0], slots, ranks, valid)
+    return normalize_composite(x, composite, running, training[0], slots, ranks, valid, ending)
 
 
 def normalize_group_and_batch(  # noqa: PLR0913
@@ -136,19 +142,20 @@ def normalize_group_and_batch(  # noqa: PLR0913
     name: str,
     ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Mix group norm and batch norm; ``running`` tracks the batch norm's input."""
     weight, bias, eps = parameters
     slots = (weight, bias, mix_logit)
     if x.numel() == 0 and ranks is None:
-        return empty_result(x, *slots)
+        return ended(empty_result(x, *slots), ending)
     if training and has_single_values(x):
         require_variance(_each_example(num_groups), x.shape, name)
         if ranks is None:
             require_variance(Partition(num_groups=x.shape[1]), x.shape, name)
 
     composite = Composite(group_and_batch, (num_groups, eps, order), eps)
-    return normalize_composite(x, composite, running, training, slots, ranks, valid)
+    return normalize_composite(x, composite, running, training, slots, ranks, valid, ending)
 
 
 def normalize_switched(  # noqa: PLR0913
@@ -161,20 +168,21 @@ def normalize_switched(  # noqa: PLR0913
     name: str,
     ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Mix the statistics of instance norm, layer norm and, with three logits, batch norm."""
     weight, bias, eps = parameters
     slots = (weight, bias, mean_logits, var_logits)
     uses_batch = mean_logits.numel() == 3
     if x.numel() == 0 and ranks is None:
-        return empty_result(x, *slots)
+        return ended(empty_result(x, *slots), ending)
     if training and ranks is None and has_single_values(x):
         widest = Partition(num_groups=x.shape[1]) if uses_batch else _each_example(1)
         require_variance(widest, x.shape, name)
 
     composite = Composite(switched, (eps, uses_batch), eps, has_batch=uses_batch)
     followed = running if uses_batch else None
-    return normalize_composite(x, composite, followed, training, slots, ranks, valid)
+    return normalize_composite(x, composite, followed, training, slots, ranks, valid, ending)
 
 
 def normalize_instance_beside_batch(  # noqa: PLR0913
@@ -187,6 +195,7 @@ def normalize_instance_beside_batch(  # noqa: PLR0913
     name: str,
     ranks: dist.ProcessGroup | None = None,
     valid: Valid | None = None,
+    ending: Ending | None = None,
 ) -> FeatureMap:
     """Apply instance norm to the first channels and batch norm to the others.
 
@@ -194,7 +203,7 @@ def normalize_instance_beside_batch(  # noqa: PLR0913
     """
     slots = (*instance[:2], *batch[:2])
     if x.numel() == 0 and ranks is None:
-        return empty_result(x, *slots)
+        return ended(empty_result(x, *slots), ending)
     own = _each_example(num_instance)
     if has_single_values(x):
         examples, channels, *positions = x.shape
@@ -211,11 +220,11 @@ def normalize_instance_beside_batch(  # noqa: PLR0913
             first, rest = x[:, :num_instance], x[:, num_instance:]
             first = normalize_batch(first, own, None, instance, valid)
             rest = normalize_evaluation(rest, running.partition, running, batch, valid)
-            return torch.cat((first, rest), dim=1)
+            return ended(torch.cat((first, rest), dim=1), ending, valid)
 
     options = (num_instance, instance.eps)
     composite = Composite(instance_beside_batch, options, batch.eps, num_beside=num_instance)
-    return normalize_composite(x, composite, running, training[1], slots, ranks, valid)
+    return normalize_composite(x, composite, running, training[1], slots, ranks, valid, ending)
 
 
 def _each_example(num_groups: int) -> Partition:

@@ -98,12 +98,8 @@ def group_norm_plus(  # noqa: PLR0913 - torch's order
     mix_logit = mix_logit.squeeze() if mix_logit.numel() == 1 else mix_logit
     require_values(mix_logit, (), "mix_logit", name)
     ending = read_ending(x, activation, negative_slope, residual, name)
-    return ended(
-        normalize_group_and_batch(
-            x, num_groups, order, running, training, parameters, mix_logit, name
-        ),
-        ending,
-    )
+    given = (x, num_groups, order, running, training, parameters, mix_logit, name)
+    return normalize_group_and_batch(*given, ending=ending)
 
 
 def batch_channel_norm(  # noqa: PLR0913
@@ -183,9 +179,8 @@ def batch_channel_norm(  # noqa: PLR0913
     second = Parameters(channel_weight, channel_bias, eps)
     modes = (training, training)
     ending = read_ending(x, activation, negative_slope, residual, name)
-    return ended(
-        normalize_batch_then_group(x, num_groups, running, modes, first, second, name), ending
-    )
+    given = (x, num_groups, running, modes, first, second, name)
+    return normalize_batch_then_group(*given, ending=ending)
 
 
 def switchable_norm(  # noqa: PLR0913
@@ -253,9 +248,8 @@ def switchable_norm(  # noqa: PLR0913
     require_values(mean_logits, (3 if use_batch else 2,), "mean_logits", name)
     require_values(var_logits, tuple(mean_logits.shape), "var_logits", name)
     ending = read_ending(x, activation, negative_slope, residual, name)
-    return ended(
-        normalize_switched(x, running, training, parameters, mean_logits, var_logits, name), ending
-    )
+    given = (x, running, training, parameters, mean_logits, var_logits, name)
+    return normalize_switched(*given, ending=ending)
 
 
 def instance_batch_norm(  # noqa: PLR0913
@@ -327,10 +321,8 @@ def instance_batch_norm(  # noqa: PLR0913
         for part in (slice(half), slice(half, None))
     )
     ending = read_ending(x, activation, negative_slope, residual, name)
-    return ended(
-        normalize_instance_beside_batch(x, half, running, (training, training), first, rest, name),
-        ending,
-    )
+    given = (x, half, running, (training, training), first, rest, name)
+    return normalize_instance_beside_batch(*given, ending=ending)
 
 
 def group_whitening(  # noqa: PLR0913

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normkit.core.check import require_channel_groups
-from normkit.core.ending import ended, read_ending
+from normkit.core.ending import read_ending
 from normkit.core.partition import Partition
 from normkit.functional.arguments import read_parameters
 from normkit.functional.checked import normalize_positional, normalize_single
@@ -194,4 +194,4 @@ def positional_norm(  # noqa: PLR0913 - torch's options
     """
     parameters = read_parameters(x, weight, bias, eps, "positional_norm")
     ending = read_ending(x, activation, negative_slope, residual, "positional_norm")
-    return ended(normalize_positional(x, parameters, True, "positional_norm"), ending)
+    return normalize_positional(x, parameters, True, "positional_norm", ending=ending)

@@ -15,7 +15,7 @@ from normkit.errors import ConversionError
 from normkit.fusing.known import Known, of_module
 from normkit.fusing.sites import Own, Site, follow, sites
 from normkit.inference import norm_classes
-from normkit.layers.base import NormLayer, SegmentLayer, is_watched
+from normkit.layers.base import NormLayer, is_watched
 from normkit.tracing.kinds import is_norm
 
 ACTIVATED = (
@@ -133,7 +133,7 @@ def _why_not(norm: nn.Module, calls: Counter[int], places: Counter[int]) -> str:
         return "it is called in several places"
     if is_watched(norm):
         return "hooks look at what it gives"
-    if isinstance(norm, NormLayer) and not isinstance(norm, SegmentLayer):
+    if isinstance(norm, NormLayer) and norm.ending_operator is None:
         return f"{base_of(norm).__name__} has no kernels that go on to an activation"
     return ""
 

@@ -26,7 +26,7 @@ DifferentiableEnded = Callable[
     EndedGradients,
 ]
 """Maps ``(grad, (x, weight, bias), kept, wanted)`` to the gradients of x, residual, weight and
-bias, by operations that autograd can differentiate again; ``nodes.Ended.keeps`` gives ``kept``."""
+bias, by operations that autograd can differentiate again; ``kept_beside`` gives ``kept``."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """A composite's parameters, in the order of its formula."""
 DifferentiableComposite = Callable[
@@ -34,6 +34,13 @@ DifferentiableComposite = Callable[
 ]
 """Maps ``(grad, x, table, parameters, wanted)`` to the gradients of x and the parameters, by
 operations that autograd can differentiate again."""
+
+
+DifferentiableEndedComposite = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]
+]
+"""The same of what follows too: ``(grad, x, kept, table, parameters, wanted)``, wanted being of x,
+the residual and the parameters; ``kept`` is what ``kept_beside`` says."""
 
 
 class Pooling(NamedTuple):

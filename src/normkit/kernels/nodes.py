@@ -8,19 +8,16 @@ the registered operator is called instead, and torch finds the kernels by the de
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normkit.kernels.activations import NO_ACTIVATION, Activation
 from normkit.kernels.calls import (
     Buffers,
     CellTable,
     Differentiable,
     DifferentiableComposite,
-    DifferentiableEnded,
-    EndedGradients,
     Gradients,
     MomentTable,
     Pooling,
@@ -36,12 +33,12 @@ REGISTERED = torch.ops.normkit
 PLAIN = (Tensor, nn.Parameter)
 
 
-def _direct(kernels: Kernels, x: Tensor) -> Kernels:
+def direct(kernels: Kernels, x: Tensor) -> Kernels:
     """The set itself where ``x`` has memory of its own and nothing traces."""
     return None if torch.compiler.is_compiling() or type(x) not in PLAIN else kernels
 
 
-def _recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its search for functorch's tensors, a third of a node's time.
 
     Callers have asked ``kernels.select``, which never sends a ``torch.func`` transform here.
@@ -87,7 +84,7 @@ def normalize_pooled(  # noqa: PLR0913 - the operator's own arguments
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of statistics, without a gradient.
     """
-    # ``_direct`` and the usual answer of ``needs_gradient`` are written out: fewer calls
+    # ``direct`` and the usual answer of ``needs_gradient`` are written out: fewer calls
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
         kernels = None
     if (x.requires_grad and torch.is_grad_enabled()) or needs_gradient(x, weight, bias):
@@ -128,7 +125,7 @@ def normalize_given(  # noqa: PLR0913
 
     ``options`` are the number of groups and ``eps``.
     """
-    kernels = _direct(kernels, x)
+    kernels = direct(kernels, x)
     if needs_gradient(x, weight, bias):
         record = _Given.apply if kernels is None else _RECORD_GIVEN
         return record(x, weight, bias, statistics, options, differentiable, kernels)
@@ -149,124 +146,6 @@ class _Given(torch.autograd.Function):
         return *_three_gradients(ctx, grads[0], "evaluate_backward"), None, None, None, None
 
 
-class Ended(NamedTuple):
-    """How a call ends, and whose statistics it uses.
-
-    Args:
-        activation: What is applied last.
-        statistics: Given ones ``(G,)``, mean and variance; empty for the input's own.
-        options: A ``Pooling``; of given statistics the number of groups and ``eps``.
-        running: Buffers that follow the input's own statistics.
-    """
-
-    activation: Activation
-    statistics: tuple[Tensor, ...]
-    options: tuple[Any, ...]
-    running: Running | None = None
-
-    def compute(
-        self,
-        kernels: Kernels,
-        x: FeatureMap,
-        residual: FeatureMap | None,
-        weight: PerChannel | None,
-        bias: PerChannel | None,
-    ) -> tuple[FeatureMap, Tensor | None]:
-        """The result, and the table of the input's own statistics."""
-        kernels = kernels or REGISTERED
-        if self.statistics:
-            options = (*self.statistics, weight, bias, *self.options, *self.activation)
-            return kernels.ended_evaluate_forward(x, residual, *options), None
-        options = (weight, bias, *self.options, *self.activation, *(self.running or ()))
-        return kernels.ended_forward(x, residual, *options)
-
-    def keeps(self, y: FeatureMap, residual: FeatureMap | None) -> FeatureMap | None:
-        """The map beside ``x`` that backward needs: none where there is no residual.
-
-        ReLU and leaky ReLU need the sign of the sum, which the result has, and which the next layer
-        keeps anyway; other activations need the sum, and so the residual.
-        """
-        if residual is None or self.activation == NO_ACTIVATION:
-            return None
-        return y if self.activation.is_signed else residual
-
-
-def normalize_ended(  # noqa: PLR0913
-    kernels: Kernels,
-    x: FeatureMap,
-    residual: FeatureMap | None,
-    weight: PerChannel | None,
-    bias: PerChannel | None,
-    ended: Ended,
-    differentiable: DifferentiableEnded | None = None,
-) -> tuple[FeatureMap, CellTable | None]:
-    r"""Normalise, add and activate in one pass.
-
-    .. math::  y = act(w_c (x - \mu) / \sqrt{\sigma^2 + \epsilon} + b_c + r)
-
-    Kept for the gradient are ``x``, tables, and what ``Ended.keeps`` says.
-    """
-    kernels = _direct(kernels, x)
-    if needs_gradient(x, residual, weight, bias):
-        record = _Ended.apply if kernels is None else _RECORD_ENDED
-        return record(x, residual, weight, bias, ended, differentiable, kernels)
-    return ended.compute(kernels, x, residual, weight, bias)
-
-
-class _Ended(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        *arguments: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        weight, bias, ended, differentiable, kernels = arguments
-        y, table = ended.compute(kernels, x, residual, weight, bias)
-        tables = ended.statistics if table is None else (table,)
-        ctx.save_for_backward(x, ended.keeps(y, residual), weight, bias, *tables)
-        ctx.activation, ctx.options = ended.activation, ended.options[:3]
-        ctx.has_own_statistics = table is not None
-        ctx.differentiable, ctx.kernels = differentiable, kernels
-        if table is not None:
-            ctx.mark_non_differentiable(table)
-        ctx.set_materialize_grads(False)
-        return y, table
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if grads[0] is None:
-            return (None,) * 7
-        return *_ended_gradients(ctx, grads[0]), None, None, None
-
-
-def _ended_gradients(ctx: Any, grad: Tensor) -> EndedGradients:
-    """Gradients of x, residual, weight and bias; None where not wanted."""
-    x, kept, weight, bias, *tables = ctx.saved_tensors
-    wanted = wants_x, wants_residual, *wants = ctx.needs_input_grad[:4]
-    activation, options = ctx.activation, ctx.options
-    if torch.is_grad_enabled():
-        return ctx.differentiable(grad, (x, weight, bias), kept, wanted)
-    kernels = _direct(ctx.kernels, grad) or REGISTERED
-    if activation == NO_ACTIVATION:  # the residual's gradient is the result's
-        backward = kernels.pooled_backward if ctx.has_own_statistics else kernels.evaluate_backward
-        dx, *found = backward(grad, x, *tables, weight, *options, *wants)
-        dresidual = grad
-    else:
-        both = (None, kept) if activation.is_signed else (kept, None)
-        backward = kernels.ended_backward
-        if not ctx.has_own_statistics:
-            backward = kernels.ended_evaluate_backward
-        needs = (wants_residual, *wants)
-        given = (*both, weight, bias, *options, *activation, *needs)
-        dx, dresidual, *found = backward(grad, x, *tables, *given)
-    dweight, dbias = (
-        _cast(d, p.dtype) if want else None
-        for d, p, want in zip(found, (weight, bias), wants, strict=True)
-    )
-    return dx if wants_x else None, dresidual if wants_residual else None, dweight, dbias
-
-
 def normalize_positions(
     kernels: Kernels,
     x: FeatureMap,
@@ -276,7 +155,7 @@ def normalize_positions(
     differentiable: Differentiable | None = None,
 ) -> tuple[FeatureMap, CellTable]:
     """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
-    kernels = _direct(kernels, x)
+    kernels = direct(kernels, x)
     if needs_gradient(x, weight, bias):
         record = _Positional.apply if kernels is None else _RECORD_POSITIONAL
         return record(x, weight, bias, eps, differentiable, kernels)
@@ -319,7 +198,7 @@ def normalize_composite(
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of moments, without a gradient.
     """
-    kernels = _direct(kernels, x)
+    kernels = direct(kernels, x)
     if needs_gradient(x, *parameters):
         record = _Composite.apply if kernels is None else _RECORD_COMPOSITE
         return record(x, *parameters, options, buffers, differentiable, kernels)
@@ -357,21 +236,22 @@ def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     _, *wants = wanted
     bits = wants[0] | wants[1] << 1 | wants[2] << 2 | wants[3] << 3
     programs, share = ctx.options
-    operator = (_direct(ctx.kernels, grad) or REGISTERED).composite_backward
+    operator = (direct(ctx.kernels, grad) or REGISTERED).composite_backward
     dx, *found = operator(grad, x, table, programs.backward, *parameters, share, bits)
-    gradients = [_as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
+    gradients = [as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
     return [dx if wanted[0] else None, *gradients]
 
 
-def _as_parameter(gradient: Tensor, parameter: Tensor | None, want: bool) -> Tensor | None:
+def as_parameter(gradient: Tensor, parameter: Tensor | None, want: bool) -> Tensor | None:
+    """A parameter's gradient, which kernels give flat, in its shape and dtype."""
     if parameter is None or not want:
         return None
     shaped = gradient if parameter.ndim == 1 else gradient.view(parameter.shape)
-    return _cast(shaped, parameter.dtype)
+    return cast(shaped, parameter.dtype)
 
 
-_RECORD_POOLED, _RECORD_GIVEN, _RECORD_ENDED, _RECORD_POSITIONAL, _RECORD_COMPOSITE = map(
-    _recorder, (_Pooled, _Given, _Ended, _Positional, _Composite)
+_RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL, _RECORD_COMPOSITE = map(
+    recorder, (_Pooled, _Given, _Positional, _Composite)
 )
 
 
@@ -403,15 +283,15 @@ def _three_gradients(ctx: Any, grad: Tensor | None, name: str) -> Gradients:
                 "choose the reference kernels for second derivatives"
             )
         return ctx.differentiable(grad, x, weight, (wants_x, wants_weight, wants_bias))
-    operator = getattr(_direct(ctx.kernels, grad) or REGISTERED, name)
+    operator = getattr(direct(ctx.kernels, grad) or REGISTERED, name)
     dx, dweight, dbias = operator(grad, x, *tables, weight, *ctx.options, wants_weight, wants_bias)
     return (
         dx if wants_x else None,
-        _cast(dweight, weight.dtype) if wants_weight else None,
-        _cast(dbias, ctx.bias_dtype) if wants_bias else None,
+        cast(dweight, weight.dtype) if wants_weight else None,
+        cast(dbias, ctx.bias_dtype) if wants_bias else None,
     )
 
 
-def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient.to(dtype)`` without the microseconds of a call that changes nothing."""
     return gradient if gradient.dtype == dtype else gradient.to(dtype)

@@ -10,7 +10,8 @@ of ``examples_per_group`` consecutive examples (0: all). Composites are programs
 and a row of biased variances. Operators update running statistics, which saves calls on tiny maps.
 
 The operators ``ended_*`` also compute ``act(y + residual)``. Their backward takes ``residual``, or
-``result`` if the sign of the result determines the activation's derivative.
+``result`` if the sign of the result determines the activation's derivative. Those of a composite
+also take ``factors``, scale and center of every channel of every example, to compute ``y`` again.
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ SCHEMAS = {
     f"Tensor? given_var=None, {_MOVED}) -> (Tensor y, Tensor table)",
     "composite_backward": f"(Tensor grad, Tensor x, Tensor table, {_COMPOSITE}, int wanted) "
     "-> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dthird, Tensor dfourth)",
+    "ended_positional_forward": "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+    f"float eps, {_ENDING}) -> (Tensor y, Tensor table)",
+    "ended_positional_backward": "(Tensor grad, Tensor x, Tensor table, Tensor? residual, "
+    f"Tensor? result, Tensor? weight, Tensor? bias, float eps, {_ENDING}, bool need_residual, "
+    f"{_NEEDS}) -> {_FOUR}",
+    "ended_composite_forward": f"(Tensor x, Tensor? residual, {_COMPOSITE}, {_ENDING}, "
+    f"Tensor? given_mean=None, Tensor? given_var=None, {_MOVED}) "
+    "-> (Tensor y, Tensor table, Tensor factors)",
+    "ended_composite_backward": "(Tensor grad, Tensor x, Tensor table, Tensor factors, "
+    f"Tensor? residual, Tensor? result, {_COMPOSITE}, {_ENDING}, bool need_residual, int wanted) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dfirst, Tensor dsecond, Tensor dthird, "
+    "Tensor dfourth)",
     "moments": "(Tensor x, SymInt segment_size, bool wide=False) -> (Tensor mean, Tensor var)",
     "apply": "(Tensor x, Tensor mean, Tensor scale, Tensor center) -> Tensor y",
     "reduce_grad": "(Tensor grad, Tensor x, Tensor mean) "
@@ -151,6 +164,33 @@ def _four(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return dx, _result(x) if need_residual else _table(x, 0, wide=False), dweight, dbias
 
 
+def _ended_positional_forward(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    return _positional_forward(x)
+
+
+def _ended_composite_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    program: str,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    return *_composite_forward(x, program), _table(x, 2, x.shape[0] * x.shape[1])
+
+
+def _ended_composite_backward(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    need_residual = arguments[-2]
+    dx, *found = _composite_backward(grad, x, table, *arguments)
+    return dx, _result(x) if need_residual else _table(x, 0, wide=False), *found
+
+
 def _composite_forward(x: Tensor, program: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     num_examples, num_channels = x.shape[:2]
     return _result(x), _table(x, 2, num_examples * num_channels + parsed(program).kept_columns)
@@ -212,6 +252,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "positional_backward": _three,
     "composite_forward": _composite_forward,
     "composite_backward": _composite_backward,
+    "ended_positional_forward": _ended_positional_forward,
+    "ended_positional_backward": _four,
+    "ended_composite_forward": _ended_composite_forward,
+    "ended_composite_backward": _ended_composite_backward,
     "moments": _moments,
     "apply": _like_x,
     "reduce_grad": _reduce_grad,

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normkit import synchronize_
+from normkit import decay_gamma_to_one, synchronize_
 from normkit.convert.target import pools_examples
 from normkit.lab.fabric import make_fabric
 from normkit.lab.loading import Loading, loaded_batches
@@ -35,11 +35,16 @@ def make_optimizer(
     """
     options: dict[str, Any] = {"lr": rate, "weight_decay": recipe.weight_decay}
     options |= {"fused": True} if fused else {}
+    kind: type[torch.optim.Optimizer]
     if recipe.optimizer in ("sgd", "nesterov"):
-        nesterov = recipe.optimizer == "nesterov"
-        return torch.optim.SGD(params, momentum=recipe.momentum, nesterov=nesterov, **options)
-    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(params, **options)
+        kind = torch.optim.SGD
+        options |= {"momentum": recipe.momentum, "nesterov": recipe.optimizer == "nesterov"}
+    else:
+        kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(params, **options)
+    if recipe.decay_gamma_to:
+        decay_gamma_to_one(optimizer)
+    return optimizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,9 @@ class Recipe(Frozen):
         ge=0,
         description="weight decay of the norms' parameters, or none: as of all others",
     )
+    decay_gamma_to: Literal[0, 1] = Field(
+        default=0, description="0 or 1: what the norms' scales decay towards"
+    )
     schedule: Schedule = Field(
         default="list",
         description="list, step, cosine, polynomial, exponential or constant",
@@ -181,6 +184,7 @@ class Recipe(Frozen):
         said.append(f"weight decay {self.weight_decay:g} on every parameter")
         if self.norm_weight_decay is not None:
             said[-1] = f"weight decay {self.weight_decay:g}, of norms {self.norm_weight_decay:g}"
+        said += ["norms' scales decay towards 1"] if self.decay_gamma_to else []
         rest = ("warmup", "clip", "label_smoothing", "mixup", "drop_path")
         said += [f"{n.replace('_', ' ')} {getattr(self, n):g}" for n in rest if getattr(self, n)]
         said += [f"gradients of {self.accumulate} batches added"] if self.accumulate > 1 else []

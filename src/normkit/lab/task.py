@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from normkit import param_groups
 from normkit.errors import SpecError
 from normkit.lab.changes import BuiltModel
+from normkit.lab.data.known import Sample
 from normkit.lab.frozen import Frozen
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol as Settings
@@ -104,18 +105,6 @@ class TaskData(Protocol):
         ...
 
 
-class Sample(NamedTuple):
-    """Data for a dry run.
-
-    Args:
-        data: As large as what they stand for, with random values, drawn when they are taken.
-        missing: Which files a training needs, and where to put them; None if they are there.
-    """
-
-    data: Any
-    missing: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Found:
     """What a batch gives in training.
@@ -173,9 +162,11 @@ class TaskRun(ABC):
 
         A group's ``lr_scale`` multiplies the schedule's learning rate.
         """
-        if recipe.norm_weight_decay is None:
+        of_norms, towards = recipe.norm_weight_decay, recipe.decay_gamma_to
+        if of_norms is None and not towards:
             return network.parameters()
-        return param_groups(network, recipe.weight_decay, recipe.norm_weight_decay)
+        of_norms = recipe.weight_decay if of_norms is None else of_norms
+        return param_groups(network, recipe.weight_decay, of_norms, decay_gamma_to=towards)
 
     def begin_epoch(self, loop: Loop, num_epochs: int) -> None:  # noqa: B027 - mostly nothing
         """Do what is due before an epoch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class NormLayer(nn.Module, ABC):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     __signature__ = ConstructorSignature()
+    ending_operator: ClassVar[str | None] = None
+    """The operator that also adds the residual and activates; None if the layer has none."""
     # A layer that was pickled by a version without activations has no such attributes.
     _activation = NO_ACTIVATION
     _activation_name: ActivationName | None = None
@@ -130,12 +132,12 @@ class NormLayer(nn.Module, ABC):
         return self.bias is not None
 
     def _affine(self) -> Parameters:
-        # nn.Module.__getattr__ takes as long as the sums over a tiny map, so the dictionary is
-        # read directly. A parametrized weight or bias is not in it, and is computed on access.
-        own = self._parameters
+        # nn.Module.__getattr__ takes as long as the sums over a tiny map, so the dictionaries are
+        # read directly. A parametrized weight or bias is not in them, and is computed on access.
+        own, eps = self._parameters, self.__dict__["eps"]
         if "weight" in own and "bias" in own:
-            return Parameters(own["weight"], own["bias"], self.eps)
-        return Parameters(self.weight, self.bias, self.eps)
+            return Parameters(own["weight"], own["bias"], eps)
+        return Parameters(self.weight, self.bias, eps)
 
     def forward(
         self, x: FeatureMap, mask: Mask | None = None, residual: FeatureMap | None = None
@@ -171,12 +173,17 @@ class NormLayer(nn.Module, ABC):
         return self._normalize_to_end(x, valid, Ending(self._activation, residual))
 
     def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
-        """Normalise, add the residual and activate; ``SegmentLayer`` does all three at once."""
+        """Normalise, add the residual and activate; layers with an operator do it at once."""
+        if self.ending_operator is not None:  # then _normalize takes the ending too
+            return self._normalize(x, valid, ending)  # pyright: ignore[reportCallIssue]
         return ended(self._normalize(x, valid), ending, valid)
 
     @abstractmethod
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
-        """Normalise an input that has been checked, by the statistics of its valid positions."""
+        """Normalise an input that has been checked, by the statistics of its valid positions.
+
+        Layers that have an ``ending_operator`` also take an ``Ending``.
+        """
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
         name = type(self).__name__
@@ -463,6 +470,8 @@ class SegmentLayer(TrackingLayer):
     with a share of ``example_weight`` of the example's own.
     """
 
+    ending_operator = "ended_forward"
+
     @property
     @abstractmethod
     def partition(self) -> Partition:
@@ -496,9 +505,6 @@ class SegmentLayer(TrackingLayer):
         return normalize_single(
             x, self.partition, running, parameters, training, name, ranks, valid, ending
         )
-
-    def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
-        return self._normalize(x, valid, ending)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""

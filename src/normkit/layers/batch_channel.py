@@ -18,6 +18,7 @@ from normkit.core.check import (
     require_choice,
     require_update_rate,
 )
+from normkit.core.ending import Ending, ended
 from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters, empty_result
@@ -93,6 +94,8 @@ class BatchChannelNorm(NormLayer):
         >>> norm(torch.randn(1, 6, 5, 7)).shape
         torch.Size([1, 6, 5, 7])
     """
+
+    ending_operator = "ended_composite_forward"
 
     batch: InnerBatchNorm | EstimatedBatchNorm
     channel: ChannelStage
@@ -172,15 +175,17 @@ class BatchChannelNorm(NormLayer):
         """Whether the channel stage has one scale and shift per group or per channel."""
         return self.channel.channel_affine
 
-    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+    def _normalize(
+        self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
+    ) -> FeatureMap:
         batch, channel = self.batch, self.channel
         if is_watched(batch, channel):
-            return channel(batch(x, valid), valid)
+            return ended(channel(batch(x, valid), valid), ending, valid)
         running, training = self._stage_statistics(), (batch.training, channel.training)
         parameters = (batch._affine(), channel._affine())
         groups, name, ranks = self.num_groups, type(self).__name__, batch._ranks(x)
         return normalize_batch_then_group(
-            x, groups, running, training, *parameters, name, ranks, valid
+            x, groups, running, training, *parameters, name, ranks, valid, ending
         )
 
     def _stage_statistics(self) -> Running | None:

@@ -14,6 +14,7 @@ from normkit.core.check import (
     require_share,
 )
 from normkit.core.composite import Order
+from normkit.core.ending import Ending
 from normkit.core.groups import normalize_batch
 from normkit.core.mask import Valid
 from normkit.core.parameters import Parameters
@@ -76,6 +77,8 @@ class GroupNormPlus(TrackingLayer):
         torch.Size([4, 6, 5, 7])
     """
 
+    ending_operator = "ended_composite_forward"
+
     mix_logit: nn.Parameter
 
     def __init__(
@@ -104,12 +107,14 @@ class GroupNormPlus(TrackingLayer):
         super().reset_parameters()
         nn.init.ones_(self.mix_logit)
 
-    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+    def _normalize(
+        self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
+    ) -> FeatureMap:
         groups, order, training = self.num_groups, self.order, self.training
         running, parameters, logit = self._running(), self._affine(), self._slowed_logit()
         name, ranks = type(self).__name__, self._ranks(x)
         return normalize_group_and_batch(
-            x, groups, order, running, training, parameters, logit, name, ranks, valid
+            x, groups, order, running, training, parameters, logit, name, ranks, valid, ending
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normkit.core.check import require_count
+from normkit.core.ending import Ending, ended
 from normkit.core.mask import Mask, Valid, require_valid_values
 from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
@@ -62,6 +63,8 @@ class InstanceBatchNorm(NormLayer):
         torch.Size([4, 6, 5, 7])
     """
 
+    ending_operator = "ended_composite_forward"
+
     instance: InstanceNorm
     batch: InnerBatchNorm
     eps = StageOption("batch", "instance")
@@ -105,16 +108,19 @@ class InstanceBatchNorm(NormLayer):
         self.instance.reset_parameters()
         self.batch.reset_parameters()
 
-    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+    def _normalize(
+        self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
+    ) -> FeatureMap:
         instance, batch = self.instance, self.batch
         half, name = instance.num_features, type(self).__name__
         if is_watched(instance, batch):
-            return torch.cat((instance(x[:, :half], valid), batch(x[:, half:], valid)), dim=1)
+            halves = instance(x[:, :half], valid), batch(x[:, half:], valid)
+            return ended(torch.cat(halves, dim=1), ending, valid)
         training = (instance.training, batch.training)
         parameters, running = (instance._affine(), batch._affine()), batch._running()
         ranks = batch._ranks(x)
         return normalize_instance_beside_batch(
-            x, half, running, training, *parameters, name, ranks, valid
+            x, half, running, training, *parameters, name, ranks, valid, ending
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:

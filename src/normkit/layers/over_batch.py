@@ -34,8 +34,8 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
     Training uses the batch's statistics, evaluation the running ones. State dict, buffers and
     results are those of ``torch.nn.BatchNorm1d/2d/3d``, for any number of spatial axes. The class
     is a subclass of their base class ``_BatchNorm``, so tools that look for that class find it.
-    Tools that make another layer of it are refused while it has an activation, which they would
-    lose.
+    While the layer has an activation, tools that would replace it by a layer without one are
+    refused.
 
     Args:
         num_features: Channels ``C`` of the input ``(N, C, *S)``.
@@ -66,7 +66,7 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
     eps = RefusingEps()  # type: ignore[assignment]
 
     def _lost_by_others(self) -> str | None:
-        """What a batch norm of another library would lack of this one."""
+        """The part of this layer that a batch norm of another library would not have."""
         return None if self.activation is None else f"activation={self.activation!r}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Unpack
 
 from normkit.core.check import require_channel_groups
+from normkit.core.ending import Ending
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.ranks import ProcessGroup
@@ -202,6 +203,8 @@ class PositionalNorm(NormLayer):
         tensor(True)
     """
 
+    ending_operator = "ended_positional_forward"
+
     def __init__(
         self,
         num_features: int,
@@ -214,9 +217,11 @@ class PositionalNorm(NormLayer):
         """The statistics of each position of each example."""
         return (Part(partition=None),)
 
-    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+    def _normalize(
+        self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
+    ) -> FeatureMap:
         name = type(self).__name__
-        return normalize_positional(x, self._affine(), self.training, name, valid)
+        return normalize_positional(x, self._affine(), self.training, name, valid, ending)
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""

@@ -1,7 +1,7 @@
-"""Refusing tools of other libraries that make a layer of their own from one of our batch norms.
+"""Refusing tools of other libraries that replace one of our batch norms by a layer of their own.
 
-Theirs has no activation, and what they make would train without one and say nothing. None of them
-asks whether it may, but every one reads ``eps``: there a layer can refuse.
+Their layers have no activation, so the model would silently train without it. The tools call no
+method that could refuse, but each of them reads ``eps``, so the layer refuses there.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ REBUILDERS = frozenset(
         "fuse_linear_bn_eval",
     }
 )
-"""Functions of torch and timm that make another layer of any ``_BatchNorm``."""
+"""Functions of torch and timm that replace any ``_BatchNorm`` by another layer."""
 
 
 class RefusingEps:
-    """The option ``eps`` of a layer, refused to those functions where they would lose a part of it.
+    """The option ``eps`` of a layer, which those functions may not read if they lose a part of it.
 
-    The layer says in ``_lost_by_others()`` what that would be, in words, or None.
+    ``_lost_by_others()`` of the layer names that part, or returns None.
     """
 
     def __get__(self, layer: nn.Module | None, owner: type) -> Any:
         if layer is None:
             return self
-        if not torch.compiler.is_compiling():
+        tool = None if torch.compiler.is_compiling() else sys._getframe(1).f_code.co_name
+        if tool in REBUILDERS:
             lost = layer._lost_by_others()  # type: ignore[operator]
-            if lost is not None and (tool := sys._getframe(1).f_code.co_name) in REBUILDERS:
+            if lost is not None:
                 raise OptionError(
                     f"{tool} was given {layer!r} and would make a layer without its {lost}; "
                     f"normkit.synchronize_ and normkit.fold keep it, or take it out before "

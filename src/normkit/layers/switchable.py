@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import nn
 
+from normkit.core.ending import Ending
 from normkit.core.mask import Valid
 from normkit.core.partition import Partition
 from normkit.core.routes import composite_route
@@ -56,6 +57,8 @@ class SwitchableNorm(TrackingLayer):
         torch.Size([4, 6, 5, 7])
     """
 
+    ending_operator = "ended_composite_forward"
+
     mean_logits: nn.Parameter
     var_logits: nn.Parameter
 
@@ -87,12 +90,14 @@ class SwitchableNorm(TrackingLayer):
         nn.init.ones_(self.mean_logits)
         nn.init.ones_(self.var_logits)
 
-    def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
+    def _normalize(
+        self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
+    ) -> FeatureMap:
         running, parameters = self._running(), self._affine()
         logits, name = (self.mean_logits, self.var_logits), type(self).__name__
         ranks = self._ranks(x) if self.use_batch else None
         return normalize_switched(
-            x, running, self.training, parameters, *logits, name, ranks, valid
+            x, running, self.training, parameters, *logits, name, ranks, valid, ending
         )
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:

@@ -217,6 +217,15 @@ def test_fake_kernels_tell_the_truth(name):
         operators.composite_backward.default,
         (grad, x, table, programs.backward, *parameters, 0.1, 0b0101),
     )
+    given = (x, grad, programs.forward, *parameters, 0.1, 3, 0.0, None, None, *running)
+    _, table, factors = operators.ended_composite_forward(*given)
+    torch.library.opcheck(operators.ended_composite_forward.default, given)
+    for needs in (True, False):
+        backward = (programs.backward, *parameters, 0.1, 3, 0.0, needs, 0b0101)
+        torch.library.opcheck(
+            operators.ended_composite_backward.default,
+            (grad, x, table, factors, grad, None, *backward),
+        )
 
 
 def test_parameters_and_groups_that_do_not_fit_are_refused():

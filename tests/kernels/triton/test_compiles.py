@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 
-from normkit.kernels import calls, nodes
+from normkit.kernels import calls, ended_nodes, nodes
 
 pytest.importorskip("triton", reason="triton is not installed, so there are no Triton kernels")
 if torch.cuda.is_available():
@@ -67,10 +67,10 @@ def ended_kernels(step, kind, added, capability):
         x = x.contiguous(memory_format=layout).requires_grad_()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight, bias = (torch.zeros(shape[1], dtype=wide, requires_grad=True) for _ in range(2))
-        ending = nodes.Ended(Activation(kind, 0.1), own, options)
+        ending = ended_nodes.Ended(Activation(kind, 0.1), own, options)
         residual = residual.requires_grad_() if added else None
         with compiled_for(capability) as kernels:
-            y, _ = nodes.normalize_ended(operators, x, residual, weight, bias, ending)
+            y, _ = ended_nodes.normalize_ended(operators, x, residual, weight, bias, ending)
             y.backward(torch.zeros_like(y))
         found += kernels
     assert all(kernel.asm["cubin"] for _, kernel in found)

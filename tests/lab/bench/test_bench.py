@@ -28,7 +28,7 @@ from normkit.lab.bench.end_to_end import (
     run_end_to_end,
     workloads_for,
 )
-from normkit.lab.bench.fused import FusedRecord, run_fused
+from normkit.lab.bench.fused import FusedRecord, measure_peaks, run_fused
 from normkit.lab.bench.markdown import markdown
 from normkit.lab.bench.peers import Peer, peers_of
 from normkit.lab.bench.run import SCREENING
@@ -363,3 +363,13 @@ def test_steps_of_networks_are_timed_before_and_after_fusing():
     assert found.mean_ratio("torch", residual=True) > 0
     assert found.networks[0].times.keys() == {"torch", "separate", "fused"}
     assert FusedRecord.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_step_of_a_fused_network_takes_no_more_memory_than_torchs():
+    workload = Workload(
+        model="torchvision:resnet18", input_shape=(3, 96, 96), num_classes=10, batch_size=8
+    )
+    peaks = measure_peaks(workload, threads=1)
+    assert peaks.keys() == {"torch", "separate", "fused"}
+    for side in ("separate", "fused"):
+        assert peaks[side] <= 1.005 * peaks["torch"]  # tables of statistics

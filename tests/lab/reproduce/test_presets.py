@@ -11,6 +11,7 @@ from normkit.lab.data.known import KNOWN, random_dataset
 from normkit.lab.data.sources import FASHION_MNIST_FOLDER
 from normkit.lab.reproduce import (
     PRESETS,
+    SCALES,
     as_markdown,
     as_text,
     conclude,
@@ -64,6 +65,7 @@ def test_a_preset_says_how_it_differs_from_the_paper(preset):
         facts = {*preset.at(scale).settings.facts(), "num_seeds"}
         assert facts == preset.original.keys()  # what the paper had, or that it is not said
         assert preset.differences(scale) or scale == "paper"  # each takes several seeds at least
+    assert preset.scales.keys() == {*SCALES}
     assert preset.at("small").num_seeds >= 3
 
 

@@ -1,6 +1,9 @@
 """What tables read off trained networks, against definitions in float64."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from normkit.lab.reproduce.tables.catalog import tables
 from normkit.lab.reproduce.tables.figure import draw_table, panels_of
 from normkit.lab.reproduce.tables.page import ours, table_markdown, table_text
 from normkit.lab.reproduce.tables.reading import STATES, Reading, first_norms, take
+from normkit.lab.reproduce.tables.result import read_table_result
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.start import data_of
 from normkit.lab.train import train
@@ -273,3 +277,41 @@ def test_networks_that_are_given_are_evaluated_as_they_are(tmp_path, monkeypatch
     found = {cell.reading: cell.scores[0] for cell in result.cells}
     assert found[""] == pytest.approx(100 * evaluate(model, data.test)["accuracy"], abs=1e-3)
     assert not list((tmp_path / "out").rglob("report.html"))  # nothing was trained
+
+
+TWO = """
+import os
+from pathlib import Path
+
+from normkit.lab.experiment import _silent
+from normkit.lab.reproduce.tables.catalog import tables
+from normkit.lab.reproduce.tables.result import read_table_result
+from normkit.lab.reproduce.tables.run import run_table
+from normkit.lab.work import Upkeep, Way
+
+if __name__ == "__main__":
+    table = tables()["S-F2"]
+    tiny = {**table.tiny, "seeds": (1,), "processes": 2}
+    way = lambda place: Way(out=place, upkeep=Upkeep(folder=place))
+    given = {"folder": Path("FOLDER"), "way": way, "show": _silent, "tell": lambda note: None}
+    result = run_table(table.model_copy(update={"tiny": tiny}), "tiny", **given)
+    Path(f"FOLDER/{os.environ['RANK']}.json").write_text(result.model_dump_json())
+"""
+
+
+def test_one_of_several_processes_evaluates_for_all(tmp_path):
+    program = tmp_path / "two.py"
+    program.write_text(TWO.replace("FOLDER", str(tmp_path)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, str(program)], capture_output=True, text=True, timeout=200, check=False,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (read_table_result(tmp_path / f"{rank}.json") for rank in (0, 1))
+    assert first.cells == second.cells
+    found = {cell.reading: cell.scores for cell in first.cells}
+    assert all(len(scores) == 1 for scores in found.values())
+    assert found["loss"][0] > 0
+    records = tmp_path / "S-F2" / "c100" / "readings" / "records.jsonl"
+    assert len(records.read_text().splitlines()) == 1

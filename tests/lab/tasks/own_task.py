@@ -6,8 +6,9 @@ import torch
 from pydantic import Field
 from torch.nn import functional
 
+from normkit.lab.data.known import Sample
 from normkit.lab.start import data_of
-from normkit.lab.task import Found, Sample, Task, TaskRun
+from normkit.lab.task import Found, Task, TaskRun
 
 
 class BrightnessRun(TaskRun):

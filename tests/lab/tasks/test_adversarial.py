@@ -21,6 +21,8 @@ PROTOCOL = Protocol(
     task=STRONG, model="small-resnet:width=4:stages=1", data="digits", limit=200, epochs=2
 )
 
+ABLE = {"model": "wide-resnet:width=1", "limit": 400}  # learns enough to withstand some attacks
+
 
 def spec_of(norm="bn", **changes):
     protocol = PROTOCOL.model_copy(update=changes)
@@ -127,9 +129,8 @@ def test_gradients_reach_the_weights_through_the_loss_only():
 
 def test_training_on_attacks_makes_a_network_robust():
     """Judged by an attack that is written here, in pixels from 0 to 1, in float64."""
-    options = {"model": "wide-resnet:width=1", "limit": 400, "epochs": 3}
-    plain = train(spec_of(task="classification", **options))
-    robust = train(spec_of(**options))
+    plain = train(spec_of(task="classification", epochs=3, **ABLE))
+    robust = train(spec_of(epochs=3, **ABLE))
     data = open_data("digits", 400)
     pictures = data.test.values.double() / 16
     mean, std = (float(t) / 16 for t in (data.test.scaling.mean, data.test.scaling.std))
@@ -149,7 +150,7 @@ def test_training_on_attacks_makes_a_network_robust():
 
 
 def test_scores_are_of_attacked_and_clean_pictures_and_repeat():
-    one, other = run(spec_of()).outcome, run(spec_of()).outcome
+    one, other = run(spec_of(**ABLE)).outcome, run(spec_of(**ABLE)).outcome
     assert one.status == "finished", one.message
     assert one == other
     assert list(one.scores) == ["robust", "clean"]
@@ -158,11 +159,12 @@ def test_scores_are_of_attacked_and_clean_pictures_and_repeat():
 
 
 def test_more_steps_in_the_test_find_more_errors():
+    one = f"{STRONG}:steps=1"
     weak, strong = (
-        run(spec_of(task=f"{STRONG}:steps=1:test_steps={n}")).outcome.scores for n in (1, 10)
+        run(spec_of(task=f"{one}:test_steps={n}", **ABLE)).outcome.scores for n in (1, 10)
     )
     assert weak["clean"] == strong["clean"]
-    assert weak["robust"] > strong["robust"]
+    assert weak["robust"] > strong["robust"] + 0.05
 
 
 def test_a_part_of_the_test_pictures_can_be_judged():

@@ -12,7 +12,8 @@ from normkit.lab.task import TASKS, parse_task
 from pictures import fill
 
 DOCS = Path(__file__).parents[3] / "docs"
-PAGES = {name: DOCS / "tasks" / f"{name}.md" for name in ("adversarial", "few-shot")}
+NAMES = ("adversarial", "few-shot", "domain-adaptation", "search")
+PAGES = {name: DOCS / "tasks" / f"{name}.md" for name in NAMES}
 MODEL = """
 from torch import nn
 def make_model(num_classes):
@@ -55,8 +56,11 @@ def test_the_command_with_a_model_and_pictures_of_ones_own_runs(
     name, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.py").write_text(MODEL)
-    fill(tmp_path / "photos", per_class=30, classes="abcdef")
+    monkeypatch.setenv("NORMKIT_SEARCHED", str(tmp_path / "searched"))
+    shown = re.findall(r"```python\n(.*?)```", PAGES[name].read_text(), re.DOTALL)
+    (tmp_path / "my.py").write_text("\n".join([MODEL, *shown]))
+    for folder in ("photos", "drawings"):
+        fill(tmp_path / folder, per_class=30, classes="abcdef")
     commands = re.findall(r"^    normkit (.*my\.py.*)$", PAGES[name].read_text(), re.MULTILINE)
     (command,) = commands
     assert main([*shlex.split(command), "--workers", "1"]) == 0, capsys.readouterr().err

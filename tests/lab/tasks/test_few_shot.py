@@ -182,7 +182,7 @@ def test_the_test_pictures_have_no_say_before_the_test():
             DataError,
             r"mini-imagenet does not have folders train, val and test with .* 64, 16 and 20 clas",
         ),
-        ({"data": "folder:/nowhere/at/all"}, DataError, r"/nowhere/at/all is no folder"),
+        ({"data": "folder:/nowhere/at/all"}, DataError, r"/nowhere/at/all is not a folder"),
     ],
 )
 def test_bad_input_is_answered_in_a_sentence(changes, error, message, tmp_path, monkeypatch):

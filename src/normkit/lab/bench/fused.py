@@ -1,14 +1,11 @@
 """Norm, residual and activation in one pass or separately, timed in turns."""
 
 import copy
-import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,6 +22,7 @@ from normkit.lab.data import Examples
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import Environment, code_hash, describe_environment
 from normkit.lab.frozen import Frozen
+from normkit.lab.measure import peak_step_bytes
 from normkit.lab.models import build_model
 from normkit.layers.over_batch import BatchNorm
 
@@ -63,7 +61,7 @@ class StepTimes(Frozen):
     workload: Workload
     times: dict[Side, Times]
     peak_bytes: dict[Side, int] = Field(
-        default={}, description="peak memory that a step adds to a process, by side"
+        default={}, description="bytes alive at the peak of a step, by side"
     )
 
     def ratio(self, side: Side) -> float:
@@ -179,9 +177,7 @@ def _network(
     targets = torch.arange(workload.batch_size, device=device) % workload.num_classes
     batch = Examples(inputs=inputs, targets=targets)
     torchs = _model(workload, None).to(device)
-    models = {"torch": torchs, "separate": _ours(copy.deepcopy(torchs))}
-    models["fused"] = copy.deepcopy(models["separate"])
-    fuse_activations_(models["fused"])
+    models = {side: _side_of(side, copy.deepcopy(torchs)) for side in SIDES}
     steps = {side: stepper(model, batch) for side, model in models.items()}
     losses = {side: _first_loss(step) for side, step in steps.items()}
     for side in ("separate", "fused"):
@@ -203,57 +199,39 @@ def _model(workload: Workload, norm: str | None) -> nn.Module:
     return build_model(workload.model, **options, norm=norm).model.train()
 
 
-def _ours(model: nn.Module) -> nn.Module:
+def _side_of(side: Side, model: nn.Module) -> nn.Module:
+    """A network of torch's batch norms as a side has it."""
     from normkit.convert import convert_norm_  # slow
 
-    return convert_norm_(model, "bn").model
+    if side != "torch":
+        model = convert_norm_(model, "bn").model
+    if side == "fused":
+        fuse_activations_(model)
+    return model
 
 
 def stepper(model: nn.Module, batch: Examples) -> Callable[[], float]:
     """Make a training step that returns its loss."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    return lambda: train_step(model, optimizer, batch)
+    return partial(train_step, model, _optimizer(model), batch)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
 
 
 def measure_peaks(workload: Workload, threads: int) -> dict[Side, int]:
-    """Peak memory that a step adds to its process, measured in a new process for each side.
+    """Bytes alive at the peak of a step of each network, parameters included.
 
-    This is the high-water mark after the step, minus the one after a step on two small images.
+    Counted from torch's own allocations: the memory of a process also depends on how the heap is
+    fragmented.
     """
     found: dict[Side, int] = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, side, workload.model_dump_json(), str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[side] = int(done.stdout.split()[-1])
+    shape = workload.batch_size, *workload.input_shape
+    with threads_of(threads), seeded(0, torch.device("cpu")):
+        batch = Examples(inputs=torch.randn(shape), targets=torch.zeros(shape[0], dtype=torch.long))
+        for side in SIDES:
+            model = _side_of(side, _model(workload, None))
+            optimizer = _optimizer(model)
+            step = partial(train_step, model, optimizer, batch)
+            found[side] = peak_step_bytes(step, model, optimizer)
     return found
-
-
-def _peak(side: str, workload: Workload) -> int:
-    model = _model(workload, None)
-    model = model if side == "torch" else _ours(model)
-    if side == "fused":
-        fuse_activations_(model)
-    small = Workload(**workload.model_dump() | {"input_shape": (3, 64, 64), "batch_size": 2})
-    sizes = [(small.batch_size, *small.input_shape), (workload.batch_size, *workload.input_shape)]
-    peaks = []
-    for size in sizes:
-        batch = Examples(inputs=torch.randn(size), targets=torch.zeros(size[0], dtype=torch.long))
-        stepper(model, batch)()
-        peaks.append(_most_bytes())
-    return peaks[1] - peaks[0]
-
-
-def _most_bytes() -> int:
-    """Peak memory of this process; ``ru_maxrss`` would start with the peak of its parent."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def write(path: Path, record: FusedRecord) -> None:
-    """Write a record as JSON."""
-    path.write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    with threads_of(int(sys.argv[3])), seeded(0, torch.device("cpu")):
-        sys.stdout.write(f"{_peak(sys.argv[1], Workload.model_validate_json(sys.argv[2]))}\n")

@@ -1,7 +1,10 @@
 """Data of detection: scenes, folders as COCO's, and data sets of a user's function."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,12 +13,14 @@ from normkit.lab.data.annotated import Annotated, Drawn, Part, Parts
 from normkit.lab.data.boxes import read_given_boxes
 from normkit.lab.data.coco import COCO_NUMBERS, read_coco
 from normkit.lab.data.folder import PREFIX
+from normkit.lab.data.known import Sample
 from normkit.lab.data.scenes import scenes
 from normkit.lab.data.sources import FOLDER_VARIABLE, data_folder
-from normkit.lab.spec import Protocol
-from normkit.lab.task import Sample
 from normkit.lab.user_code import is_reference
 from normkit.text import printable
+
+if TYPE_CHECKING:
+    from normkit.lab.spec import Protocol
 
 COCO = "coco"
 

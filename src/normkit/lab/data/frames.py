@@ -1,11 +1,14 @@
 """Data of video recognition: clips that are drawn, and folders of frames."""
 
+from __future__ import annotations
+
 import csv
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int, Shaped
@@ -19,8 +22,10 @@ from normkit.lab.data.folder import PREFIX, SUFFIXES, class_names, decoded
 from normkit.lab.data.sources import data_folder
 from normkit.lab.data.views import at_size
 from normkit.lab.files import require_file
-from normkit.lab.spec import Protocol
 from normkit.text import listed, printable
+
+if TYPE_CHECKING:
+    from normkit.lab.spec import Protocol
 
 SIDE = 224
 VALIDATION_SHARE = 0.05
@@ -50,7 +55,7 @@ class FrameFolders:
     def __len__(self) -> int:
         return len(self.folders)
 
-    def __getitem__(self, at: int) -> "ClipFiles":
+    def __getitem__(self, at: int) -> ClipFiles:
         frames = sorted(
             path for path in self.folders[at].glob("*") if path.suffix.lower() in SUFFIXES
         )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Int
@@ -107,6 +107,18 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         },
     }
 )
+
+
+class Sample(NamedTuple):
+    """Data for a dry run.
+
+    Args:
+        data: As large as what they stand for, with random values, drawn when they are taken.
+        missing: Which files a training needs, and where to put them; None if they are there.
+    """
+
+    data: Any
+    missing: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

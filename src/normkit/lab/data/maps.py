@@ -1,10 +1,13 @@
 """Data of semantic segmentation: scenes, Pascal VOC with SBD, and folders of pictures and maps."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -17,8 +20,10 @@ from normkit.lab.data.folder import PREFIX, SUFFIXES, decoded
 from normkit.lab.data.scenes import scenes
 from normkit.lab.data.sources import data_folder
 from normkit.lab.files import require_file
-from normkit.lab.spec import Protocol
 from normkit.text import listed, printable, shortened
+
+if TYPE_CHECKING:
+    from normkit.lab.spec import Protocol
 
 VALIDATION_SHARE = 0.05
 VOC_CLASSES = (

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -50,12 +50,13 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
+A = TypeVar("A", bound=type[Architecture])
 
 
-def architecture(name: str) -> Callable[[type[Architecture]], type[Architecture]]:
+def architecture(name: str) -> Callable[[A], A]:
     """Register an architecture under the name that model strings begin with."""
 
-    def register(options: type[Architecture]) -> type[Architecture]:
+    def register(options: A) -> A:
         if name in ARCHITECTURES:
             raise SpecError(f"model {name!r} is already registered: {ARCHITECTURES[name]}")
         ARCHITECTURES[name] = options

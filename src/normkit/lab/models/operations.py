@@ -1,6 +1,7 @@
 """The operations that DARTS searches among, with a batch norm in each that has weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,11 @@ def _separable(
     num_channels: int, kernel_size: int, stride: int, *, dilation: int = 1, affine: bool
 ) -> list[nn.Module]:
     """A ReLU, a convolution of each channel by itself, one of each position by itself, a norm."""
-    options = {"stride": stride, "dilation": dilation, "padding": dilation * (kernel_size // 2)}
+    options: Any = {
+        "stride": stride,
+        "dilation": dilation,
+        "padding": dilation * (kernel_size // 2),
+    }
     return [
         nn.ReLU(),
         nn.Conv2d(

@@ -21,7 +21,6 @@ def estimate_preset(preset: Preset, scale: Scale, device: str = "cpu") -> PartEs
     """Build every arm of a preset at a scale, and take a step of each; analyses come on top.
 
     Raises:
-        SpecError: If the preset has no such scale.
         NormError: If an arm cannot be built.
     """
     size = preset.at(scale)

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from normkit.errors import SpecError
 from normkit.lab.figures import figure_file
 from normkit.lab.reproduce.papers import Paper
 from normkit.lab.reproduce.tasks.records import PresetSpec, Values
@@ -88,7 +87,7 @@ class Preset:
         claims: About the runs.
         draw: ``draw(figure, runs)`` draws on a matplotlib figure.
         size: ``(width, height)`` of the figure in inches.
-        scales: The sizes it can be run at.
+        scales: Its size at each scale.
         original: What the paper used: for each fact of the settings, and ``num_seeds``.
     """
 
@@ -106,15 +105,7 @@ class Preset:
     size: tuple[float, float] = (10, 4)
 
     def at(self, scale: Scale) -> Size:
-        """Its settings at a scale.
-
-        Raises:
-            SpecError: If it has none there.
-        """
-        if scale not in self.scales:
-            raise SpecError(
-                f"preset {self.name!r} has no scale {scale!r}; it has {', '.join(self.scales)}"
-            )
+        """Its settings at a scale."""
         return self.scales[scale]
 
     def write_figure(self, runs: Runs, path: Path) -> None:

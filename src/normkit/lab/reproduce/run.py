@@ -54,7 +54,7 @@ def run_missing(
         Records in the order of the specs.
 
     Raises:
-        SpecError: If the preset has no such scale, or several processes were started together.
+        SpecError: If several processes were started together.
         DataError: If data or records cannot be read or written, another process works in the
             folder, or runs failed.
     """

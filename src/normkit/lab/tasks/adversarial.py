@@ -16,10 +16,11 @@ from normkit.errors import DataError, SpecError
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Examples, Split, stratified_order
 from normkit.lab.data.dataset import SPLIT_SEED, Pictures
+from normkit.lab.data.known import Sample
 from normkit.lab.evaluation import require_scores, shared_out
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun
+from normkit.lab.task import Found, Held, Task, TaskRun
 from normkit.lab.tasks.attack import (
     Attack,
     PixelRange,

@@ -10,6 +10,8 @@ Point = tuple[float, float]
 TITLES: dict[Kind, str] = {"normal": "normal cell", "reduce": "reduction cell"}
 INPUTS = ("cell k-2", "cell k-1")
 COLUMN = 2.6  # distance of two nodes
+LABELS_ALONG = (0.5, 0.4, 0.6, 0.3, 0.7)  # where labels may be on an arrow
+LABEL_SIZE = (1.2, 0.25)
 HEIGHTS = (0.0, 1.5, -1.5, 0.75)  # of the cell's own nodes
 
 
@@ -37,14 +39,18 @@ def _places(num_nodes: int) -> dict[int | str, Point]:
 def _draw(axes: Any, genotype: Genotype, kind: Kind) -> None:
     edges = genotype.edges(kind)
     places = _places(len(edges) // 2)
+    taken = [*places.values()]  # where nodes and labels are
     colours = {o: STYLES[at % len(STYLES)][0] for at, o in enumerate(_operations(genotype))}
     for at, edge in enumerate(edges):
         node = NUM_INPUTS + at // 2
         ends = places[edge.node], places[node]
-        # two arrows between the same nodes are told apart
-        rounding, along = (0.12, 0.58) if at % 2 else (-0.12, 0.4)
+        rounding = 0.12 if at % 2 else -0.12  # two arrows between the same nodes are told apart
         _arrow(axes, ends, rounding, colours[edge.operation])
-        place = _on_curve(ends, rounding, along)
+        place = max(
+            (_on_curve(ends, rounding, along) for along in LABELS_ALONG),
+            key=lambda place: min(_apart(place, other) for other in taken),
+        )
+        taken.append(place)
         box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
         axes.text(
             *place,
@@ -88,6 +94,11 @@ def _arrow(
         "linestyle": "--" if dashed else "-",
     }
     axes.annotate("", xy=ends[1], xytext=ends[0], arrowprops=style, zorder=1)
+
+
+def _apart(a: Point, b: Point) -> float:
+    """How far two labels are apart, as a share of a label's width or height."""
+    return max(abs(a[0] - b[0]) / LABEL_SIZE[0], abs(a[1] - b[1]) / LABEL_SIZE[1])
 
 
 def _on_curve(ends: tuple[Point, Point], rounding: float, along: float) -> Point:

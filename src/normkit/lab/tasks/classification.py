@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Examples, Split
-from normkit.lab.data.known import KNOWN, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.evaluation import require_scores, scores_of
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun
+from normkit.lab.task import Found, Held, Task, TaskRun
 from normkit.lab.torchvision_ops import register_missing_operators
 
 if TYPE_CHECKING:

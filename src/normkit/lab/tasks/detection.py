@@ -17,10 +17,11 @@ from normkit.lab.arms import Arm
 from normkit.lab.changes import BuiltModel
 from normkit.lab.data.annotated import Annotated, Part, Parts
 from normkit.lab.data.detection import open_annotated, random_annotated
+from normkit.lab.data.known import Sample
 from normkit.lab.evaluation import metrics_library
 from normkit.lab.models.detectors import DetectorOptions, Pictures, detector
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
 from normkit.lab.tasks.starting import classifier, kept_weights, start_backbone_
 
 if TYPE_CHECKING:

@@ -17,20 +17,21 @@ from normkit.errors import SpecError
 from normkit.inference.tracked import keeps_statistics
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
-from normkit.lab.data import Split
-from normkit.lab.data.known import KNOWN, random_dataset
+from normkit.lab.data import Dataset, Split
+from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.build import build_model
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun
+from normkit.lab.task import Found, Held, Task, TaskRun
 from normkit.lab.tasks.clustering import class_centers, spherical_clusters
 from normkit.lab.tasks.contrastive import contrastive_discrepancy
 from normkit.lab.tasks.domain_norms import (
     Domain,
     separate_norms_,
+    start_momentum_of_target,
     start_target_from_source,
     use_domain,
 )
@@ -222,6 +223,11 @@ class AdaptationRun(TaskRun):
                     self._measured_on_target(loop, only_target=True)
             self._cluster(loop)
 
+    def begin_step(self, loop: Loop, num_steps: int, parts: Any) -> None:
+        """Let the optimizer take the target's norms, too."""
+        if num_steps and any(part.aligned is not None for part in parts):
+            start_momentum_of_target(loop.network, loop.optimizer)
+
     def loss(self, model: nn.Module, part: DomainBatch) -> Found:
         """Cross-entropy on the source, and the contrastive discrepancy of both domains."""
         scores, _ = self._forward(model, part.labelled.inputs, "source")
@@ -259,7 +265,11 @@ class AdaptationRun(TaskRun):
         clusters = self._task.method == "can" and held == "validation"
         if clusters and self._has_clusters:
             self._cluster(loop)
-        for domain, dataset in (("target", self._data.target), ("source", self._data.source)):
+        domains: dict[Domain, Dataset[Split]] = {
+            "target": self._data.target,
+            "source": self._data.source,
+        }
+        for domain, dataset in domains.items():
             split = dataset.validation if held == "validation" else dataset.test
             found[domain] = self._accuracy(loop, split, domain)
         if self._task.method == "can":

@@ -3,6 +3,7 @@
 import copy
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from normkit.convert.selection import find_norms
@@ -44,6 +45,22 @@ def use_domain(model: nn.Module, domain: Domain) -> None:
     for module in model.modules():
         if isinstance(module, DomainNorm):
             module.domain = domain
+
+
+def start_momentum_of_target(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the target's parameters a momentum of zero where SGD has none for them yet.
+
+    torch's fused SGD fails where some parameters have a momentum and others, whose first gradient
+    comes later, have none.
+    """
+    if not optimizer.defaults.get("momentum"):
+        return
+    for module in model.modules():
+        if isinstance(module, DomainNorm):
+            for parameter in module.target.parameters():
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def start_target_from_source(model: nn.Module) -> None:

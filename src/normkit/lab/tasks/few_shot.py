@@ -21,13 +21,13 @@ from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Examples, Split, open_data
 from normkit.lab.data.folder import PREFIX
-from normkit.lab.data.known import KNOWN, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.data.opening import opened_once
 from normkit.lab.data.sources import FOLDER_VARIABLE, data_folder
 from normkit.lab.evaluation import ACCURACY, EVALUATION_BATCH_SIZE, require_scores, scores_of
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun
+from normkit.lab.task import Found, Held, Task, TaskRun
 from normkit.lab.tasks.attack import autocast_of, buffers_kept
 from normkit.lab.tasks.class_split import (
     ClassSplit,

@@ -16,7 +16,7 @@ from normkit.errors import SpecError
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_norms, check_sizes
 from normkit.lab.data import Dataset, Examples, Split
-from normkit.lab.data.known import KNOWN, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.device import seeded
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.architecture import Task as Shapes
@@ -25,7 +25,7 @@ from normkit.lab.models.darts import Cell, CellNetwork, Darts, MakeCell, Superne
 from normkit.lab.models.genotype import GENOTYPES, Genotype, read_genotype
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
-from normkit.lab.task import Found, Sample, Task
+from normkit.lab.task import Found, Task
 from normkit.lab.tasks.classification import ClassificationRun
 from normkit.lab.tasks.searching import (
     ArchitectureSteps,
@@ -303,8 +303,8 @@ class RetrainingRun(ClassificationRun):
         found = super().loss(scores, part)  # type: ignore[arg-type]  # it is only called
         if not extra:
             return found
-        options = {"label_smoothing": self._smoothing}
-        loss = functional.cross_entropy(extra[0], part.targets, **options)
+        smoothing = self._smoothing
+        loss = functional.cross_entropy(extra[0], part.targets, label_smoothing=smoothing)
         return replace(found, loss=found.loss + self._auxiliary * loss)
 
     def state(self) -> dict[str, Tensor]:

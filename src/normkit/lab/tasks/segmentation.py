@@ -18,6 +18,7 @@ from normkit.errors import DataError, SpecError
 from normkit.lab.arms import FROZEN
 from normkit.lab.changes import BuiltModel
 from normkit.lab.data.annotated import IGNORED, Drawn, Mapped, Part, Parts
+from normkit.lab.data.known import Sample
 from normkit.lab.data.maps import VOC_NUMBERS, open_maps, read_voc
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
@@ -27,7 +28,7 @@ from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.detectors import GREY_MEAN, GREY_STD, IMAGENET_MEAN, IMAGENET_STD
 from normkit.lab.models.segmenters import SegmenterOptions, segmenter
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_augmentation, require_start
 from normkit.lab.tasks.starting import start_backbone_
 

@@ -32,6 +32,7 @@ from normkit.lab.data.frames import (
     read_something,
     segments,
 )
+from normkit.lab.data.known import Sample
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
 from normkit.lab.evaluation import metrics_library, require_scores
@@ -39,7 +40,7 @@ from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.video import tsm
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Sample, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_augmentation
 from normkit.lab.tasks.segmentation import require_training_step, scaled
 from normkit.lab.tasks.starting import kept_weights, load_backbone_

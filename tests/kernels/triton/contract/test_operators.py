@@ -12,6 +12,7 @@ import normkit as nk
 from normkit.core.composite import Composite, group_and_batch
 from normkit.core.trace import programs_of
 from normkit.kernels.operators import NAMESPACE, SCHEMAS
+from normkit.kernels.triton import operators
 
 THOROUGH = os.environ.get("TRITON_INTERPRET") != "1"
 
@@ -65,7 +66,9 @@ def test_operators_tell_the_truth_to_tracers(device):
         "reduce_grad": (grad, x, segments),
         "combine_grad": (grad, x, segments, segments, segments, segments),
     }
-    assert calls.keys() == SCHEMAS.keys()
+    on_a_cpu_only = {name for name in SCHEMAS if not hasattr(operators, name)}
+    assert all(name.startswith("ended_") for name in on_a_cpu_only)
+    assert calls.keys() == SCHEMAS.keys() - on_a_cpu_only
     for name, arguments in calls.items():
         utilities = ("test_schema", "test_faketensor")
         utilities += ("test_aot_dispatch_dynamic",) if THOROUGH else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from normkit.lab.figures import Curve, draw_curves, figure_file
 from normkit.lab.reproduce.tables.reading import OF_SPLITS, Reading
 from normkit.lab.reproduce.tables.result import Column, TableResult
 
-MAX_NAMES = 6  # beyond, the names below an axis are written upwards
+MAX_WIDE = 3  # panels beside each other
+MAX_LETTERS = 60  # of all names below axes together; longer ones stand upright
 
 
 class Panel(NamedTuple):
@@ -33,10 +35,14 @@ def draw_table(result: TableResult, path: Path) -> None:
         DataError: If it cannot be written.
     """
     panels = panels_of(result)
-    with figure_file(path, figsize=(5 * len(panels), 4), layout="constrained") as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for each, panel in zip(axes, panels, strict=True):
+    wide = min(MAX_WIDE, len(panels))
+    high = math.ceil(len(panels) / wide)
+    with figure_file(path, figsize=(5 * wide, 4 * high), layout="constrained") as figure:
+        axes = figure.subplots(high, wide, squeeze=False).flatten()
+        for each, panel in zip(axes, panels, strict=False):
             _draw(each, result, panel)
+        for each in axes[len(panels) :]:
+            each.remove()
 
 
 def panels_of(result: TableResult) -> list[Panel]:
@@ -61,7 +67,7 @@ def _number(result: TableResult, column: Column) -> str:
     if not column.reading:
         return OF_SPLITS[0]
     reading = Reading.parse(result.readings[column.reading])
-    return f"{reading.state}: {reading.number}" if reading.is_analysis else reading.number
+    return reading.state if reading.is_analysis else reading.number
 
 
 def _shared(result: TableResult, columns: Sequence[Column], parts: set[str]) -> list[list[Column]]:
@@ -94,7 +100,8 @@ def _draw(axes: Any, result: TableResult, panel: Panel) -> None:
     curves = [curve for arm in result.arms if (curve := _curve(result, arm, arm, places))]
     draw_curves(axes, curves, {"title": "", "x": "", "y": y})
     names = [head_of(column, result) for column in panel.columns]
-    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > MAX_NAMES else 0)
+    too_long = sum(map(len, names)) > MAX_LETTERS
+    axes.set_xticks(range(len(names)), names, rotation=90 if too_long else 0)
 
 
 def _over_sizes(result: TableResult, panel: Panel) -> list[Curve]:

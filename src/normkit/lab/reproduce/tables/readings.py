@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from normkit.errors import NormError
+from normkit.errors import DataError, NormError
 from normkit.lab.checkpoints import load_weights_, restored
 from normkit.lab.course import nothing
 from normkit.lab.device import parse_device, seeded, threads_of
@@ -103,6 +103,11 @@ def _network(spec: ReadingSpec, folder: Path | None, on_step: OnStep) -> nn.Modu
         return _given(training)
     path = (folder or Path()) / WEIGHTS / f"{training.file_name}.safetensors"
     if not path.exists():
+        if training.protocol.processes > 1:
+            raise DataError(
+                f"{path} is not there, and what several processes trained is not trained again by "
+                f"one; take {folder} away, and the same command trains and evaluates anew"
+            )
         return train(training, on_step)
     network = built(training, dataset).model
     load_weights_(network, path)

@@ -65,6 +65,8 @@ class Cell(Frozen):
     def __str__(self) -> str:
         """Mean and 95 % interval over seeds, and how many runs diverged."""
         scores, lost = self.scores, len(self.runs) - len(self.scores)
+        if self.reading and not scores:
+            return MISSING  # there is nothing of this to read off the arm's networks
         said = f"{lost} of {len(self.runs)} diverged" if lost else ""
         if not scores:
             return said or MISSING

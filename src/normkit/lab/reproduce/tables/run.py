@@ -10,7 +10,7 @@ from normkit.errors import SpecError
 from normkit.lab.comparison import best_rates
 from normkit.lab.experiment import Show, perform
 from normkit.lab.files import usable_folder
-from normkit.lab.launch import num_launched
+from normkit.lab.launch import launched, num_launched
 from normkit.lab.lock import only_user
 from normkit.lab.records import (
     RECORDS_NAME,
@@ -104,10 +104,18 @@ def _read(
     way: Way,
     tell: Callable[[str], None],
 ) -> Sequence[ReadingRecord]:
-    """Read what has no record yet off the networks of a part."""
+    """Read what has no record yet off the networks of a part; of several processes one does."""
     specs = specs_of(part.sweep.runs(), part.states, trained)
     if not specs:
         return ()
+    with launched() as launch:
+        way = way if launch.size == 1 else replace(way, num_workers=1)
+        return launch.first(lambda: _read_missing(part, specs, way, tell))
+
+
+def _read_missing(
+    part: Part, specs: Sequence[ReadingSpec], way: Way, tell: Callable[[str], None]
+) -> Sequence[ReadingRecord]:
     sources = sources_of_readings(specs[0])
 
     def known() -> list[ReadingRecord]:
