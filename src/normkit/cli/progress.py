@@ -66,8 +66,9 @@ def _line(record: TrainingRecord) -> str:
     spec, outcome = record.spec, record.outcome
     name = f"{spec.norm}, batch size {spec.batch_size}, seed {spec.seed}"
     if record.score is None:
-        return f"{name}: {outcome.status}: {outcome.message}"
-    if outcome.scores:
-        scores = ", ".join(f"{key} {value:.4g}" for key, value in outcome.scores.items())
-        return f"{name}: {scores} in {record.duration_s:.1f} s"
-    return f"{name}: {100 * record.score:.2f} % in {record.duration_s:.1f} s"
+        return f"{name}: {outcome.status}: {outcome.message or 'its score is not finite'}"
+    if record.spec.protocol.train is None:
+        return f"{name}: {100 * record.score:.2f} % in {record.duration_s:.1f} s"
+    known = {key: value for key, value in outcome.scores.items() if value is not None}
+    scores = ", ".join(f"{key} {value:.4g}" for key, value in known.items())
+    return f"{name}: {scores} in {record.duration_s:.1f} s"
