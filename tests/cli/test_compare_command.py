@@ -294,6 +294,7 @@ def test_list_names_what_can_be_named(capsys):
     assert names["data"][:5] == ["digits", "fashion-mnist", "cifar10", "cifar100", "svhn"]
     assert set(names["data"][5:]) == {
         "mnist", "cifar100-40k", "svhn-extra", "imagenet", "caltech256",
+        "office31-amazon", "office31-dslr", "office31-webcam",
     }  # fmt: skip
     assert names["models"][:3] == ["small-resnet", "mlp", "vgg11"]
     assert main(["list"]) == 0

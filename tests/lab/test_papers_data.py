@@ -169,7 +169,7 @@ def num_parameters(name, num_classes=10):
         ("cifar-resnet:depth=18", 11.17, 20),
         ("cifar-resnet:depth=50", 23.52, 53),
         ("cifar-densenet:depth=121", 6.96, 120),
-        ("cifar-densenet:depth=21", 0.02, 20),
+        ("cifar-densenet:depth=21", 0.027, 20),
         ("wide-resnet:depth=28:width=10", 36.48, 28),
         ("wide-resnet:depth=40:width=4", 8.95, 40),
         ("wide-resnet:depth=10:width=2", 0.304, 10),

@@ -41,11 +41,12 @@ def normalize_positions(
     ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise every position over its channels, scale and shift every channel, and go on."""
-    if ending is not None and valid is None and x.numel():
+    if valid is None and x.numel():
         way, _, _, operators = decide(x, POSITIONAL)
-        if way == "operator" and hasattr(operators, AT_ONCE):
+        if way == "operator" and (ending is None or hasattr(operators, AT_ONCE)):
             return _by_kernel(operators, x, parameters, ending)
-    return ended(_normalized(x, parameters, valid), ending, valid)
+    found = _normalized(x, parameters, valid)
+    return found if ending is None else ended(found, ending, valid)
 
 
 def _normalized(x: FeatureMap, parameters: Parameters, valid: Valid | None) -> FeatureMap:
