@@ -1,4 +1,4 @@
-"""Architectures: named sets of options that build a network for a task."""
+"""Architectures: named sets of options that build a network for an input and its classes."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ MAX_OPTION, MAX_NAME = 2048, 400  # largest value of an option; characters of a 
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """A classification task: the shape of an input and the number of classes.
+class Shapes:
+    """The shape of an input, and the number of classes.
 
     Raises:
         OptionError: If a number is not an integer of at least 1.
@@ -44,8 +44,8 @@ class Task:
 class Architecture(Protocol):
     """A frozen set of options that builds a network with its own norms."""
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         ...
 
 
@@ -91,7 +91,7 @@ def parse_options(options: type[Architecture], text: str, arguments: Sequence[st
     return options(**values)
 
 
-def require_room(architecture: Architecture, text: str, task: Task) -> None:
+def require_room(architecture: Architecture, text: str, shapes: Shapes) -> None:
     """Refuse a network whose weights would fill more than a quarter of this machine's memory.
 
     Training needs three times as much for gradients and the optimizer. To count the weights, the
@@ -104,7 +104,7 @@ def require_room(architecture: Architecture, text: str, task: Task) -> None:
         return  # a user's function must be called only once
     try:
         with torch.device("meta"):
-            model = architecture.build(task)
+            model = architecture.build(shapes)
     except (RuntimeError, NotImplementedError):
         return  # some of timm's networks read values of tensors while they are built
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -112,6 +112,6 @@ def require_room(architecture: Architecture, text: str, task: Task) -> None:
     if 4 * needed > memory:
         raise SpecError(
             f"model {text!r} would have {needed / 2**30:.3g} GiB of weights for inputs of shape "
-            f"{task.input_shape} and {task.num_classes} classes, over a quarter of this machine's "
-            f"{memory / 2**30:.3g} GiB; make it narrower or less deep"
+            f"{shapes.input_shape} and {shapes.num_classes} classes, over a quarter of this "
+            f"machine's {memory / 2**30:.3g} GiB; make it narrower or less deep"
         )

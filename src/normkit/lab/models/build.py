@@ -17,7 +17,7 @@ from normkit.lab.models.architecture import (
     ARCHITECTURES,
     MAX_NAME,
     Architecture,
-    Task,
+    Shapes,
     parse_options,
     require_room,
 )
@@ -59,8 +59,8 @@ def build_model(  # noqa: PLR0913 - all arguments but the first are passed by ke
             nothing that the arm changes.
         PartitionError: If the norm's groups do not fit one of the layers.
     """
-    architecture, task = _admitted(name, num_classes, input_shape)
-    model = _seeded(_with_drop_path(architecture, name, drop_path), task, seed)
+    architecture, shapes = _admitted(name, num_classes, input_shape)
+    model = _seeded(_with_drop_path(architecture, name, drop_path), shapes, seed)
     if norm is None:
         return BuiltModel(model=model, norms=())
     return apply_arm(model, norm, batch_size=batch_size, input_shape=input_shape, name=name)
@@ -151,8 +151,8 @@ def norm_slots(name: str, num_classes: int, input_shape: tuple[int, int, int]) -
         SpecError: If the model is unknown, does not take the inputs or has no norms to replace.
         ConversionError: If one of its norms has no rule.
     """
-    architecture, task = _admitted(name, num_classes, input_shape)
-    return slots_of(_seeded(architecture, task, seed=0), input_shape=input_shape, name=name)
+    architecture, shapes = _admitted(name, num_classes, input_shape)
+    return slots_of(_seeded(architecture, shapes, seed=0), input_shape=input_shape, name=name)
 
 
 def slots_of(model: nn.Module, *, input_shape: tuple[int, ...], name: str) -> NormSlots:
@@ -176,12 +176,12 @@ def slots_of(model: nn.Module, *, input_shape: tuple[int, ...], name: str) -> No
 
 def _admitted(
     name: str, num_classes: int, input_shape: tuple[int, int, int]
-) -> tuple[Architecture, Task]:
-    """Parse a model string and its task, and check that the weights fit into memory."""
-    task = Task(input_shape=input_shape, num_classes=num_classes)
+) -> tuple[Architecture, Shapes]:
+    """Parse a model string and its shapes, and check that the weights fit into memory."""
+    shapes = Shapes(input_shape=input_shape, num_classes=num_classes)
     architecture = parse_model(name)
-    require_room(architecture, name, task)
-    return architecture, task
+    require_room(architecture, name, shapes)
+    return architecture, shapes
 
 
 def parse_model(text: str) -> Architecture:
@@ -227,9 +227,9 @@ def _suggestion(name: str) -> str:
     return f"; close names are {', '.join(close)}" if close else ""
 
 
-def _seeded(architecture: Architecture, task: Task, seed: int) -> nn.Module:
+def _seeded(architecture: Architecture, shapes: Shapes, seed: int) -> nn.Module:
     with seeded(seed):
-        model = architecture.build(task)
+        model = architecture.build(shapes)
         if type(architecture) in ARCHITECTURES.values():
             initialise(model)
     return model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.errors import SpecError
-from normkit.lab.models.architecture import Task, architecture
+from normkit.lab.models.architecture import Shapes, architecture
 from normkit.lab.models.own import ResidualBlock, conv_norm_relu, head
 from normkit.lab.torchvision_ops import register_missing_operators
 
@@ -29,10 +29,10 @@ class CifarResNet:
 
     depth: int = 18
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
-        model = _torchvision_model("resnet", self.depth, DEPTHS, task)
-        model.conv1, model.maxpool = _stem(model.conv1, task), nn.Identity()
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
+        model = _torchvision_model("resnet", self.depth, DEPTHS, shapes)
+        model.conv1, model.maxpool = _stem(model.conv1, shapes), nn.Identity()
         return model
 
 
@@ -46,18 +46,18 @@ class CifarDenseNet:
 
     depth: int = 121
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         if self.depth == SMALL_DENSE_DEPTH:
-            model = _small_densenet(task)
+            model = _small_densenet(shapes)
         else:
-            model = _torchvision_model("densenet", self.depth, DENSE_DEPTHS, task)
+            model = _torchvision_model("densenet", self.depth, DENSE_DEPTHS, shapes)
         stem = model.features
-        stem.conv0, stem.pool0 = _stem(stem.conv0, task), nn.Identity()
+        stem.conv0, stem.pool0 = _stem(stem.conv0, shapes), nn.Identity()
         return model
 
 
-def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], task: Task) -> Any:
+def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], shapes: Shapes) -> Any:
     """Build one of torchvision's networks, whose attributes pyright does not know.
 
     Raises:
@@ -69,18 +69,18 @@ def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], task: T
     register_missing_operators()
     models = importlib.import_module("torchvision.models")
     builder = models.get_model_builder(f"{family}{depth}")
-    return builder(weights=None, num_classes=task.num_classes)
+    return builder(weights=None, num_classes=shapes.num_classes)
 
 
-def _small_densenet(task: Task) -> Any:
+def _small_densenet(shapes: Shapes) -> Any:
     register_missing_operators()
     models = importlib.import_module("torchvision.models")
     sizes = {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16}
-    return models.DenseNet(**sizes, num_classes=task.num_classes)
+    return models.DenseNet(**sizes, num_classes=shapes.num_classes)
 
 
-def _stem(replaced: nn.Conv2d, task: Task) -> nn.Conv2d:
-    return nn.Conv2d(task.input_shape[0], replaced.out_channels, 3, padding=1, bias=False)
+def _stem(replaced: nn.Conv2d, shapes: Shapes) -> nn.Conv2d:
+    return nn.Conv2d(shapes.input_shape[0], replaced.out_channels, 3, padding=1, bias=False)
 
 
 @architecture("thin-resnet")
@@ -94,20 +94,20 @@ class ThinResNet:
 
     depth: int = 20
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or not blocks:
             raise SpecError(
                 f"thin-resnet was given depth={self.depth}; give 6n + 2, such as 20, 56 or 110"
             )
         before = THIN_WIDTHS[0]
-        layers = [*conv_norm_relu(task.input_shape[0], before)]
+        layers = [*conv_norm_relu(shapes.input_shape[0], before)]
         for width in THIN_WIDTHS:
             for _ in range(blocks):
                 layers.append(ResidualBlock(before, width))
                 before = width
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, shapes))
 
 
 @architecture("wide-resnet")
@@ -125,22 +125,24 @@ class WideResNet:
     depth: int = 10
     width: int = 2
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             raise SpecError(
                 f"wide-resnet was given depth={self.depth}; give 6n + 4, such as 10, 16 or 28"
             )
         before = THIN_WIDTHS[0]
-        layers: list[nn.Module] = [nn.Conv2d(task.input_shape[0], before, 3, padding=1, bias=False)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(shapes.input_shape[0], before, 3, padding=1, bias=False)
+        ]
         for stage, width in enumerate(THIN_WIDTHS):
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
                 layers.append(PreactivatedBlock(before, self.width * width, stride))
                 before = self.width * width
         layers += [nn.BatchNorm2d(before), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, shapes))
 
 
 class PreactivatedBlock(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.models.architecture import Task, architecture
+from normkit.lab.models.architecture import Shapes, architecture
 from normkit.lab.models.genotype import (
     EDGES,
     EDGES_PER_NODE,
@@ -198,7 +198,7 @@ class Cell(nn.Module):
 class AuxiliaryHead(nn.Module):
     """A classifier on the map of a cell two thirds down the network, for training only."""
 
-    def __init__(self, num_in: int, task: Task, side: int) -> None:
+    def __init__(self, num_in: int, shapes: Shapes, side: int) -> None:
         super().__init__()
         first, second = AUXILIARY_CHANNELS
         pool: nn.Module = nn.AdaptiveAvgPool2d(2)
@@ -210,7 +210,7 @@ class AuxiliaryHead(nn.Module):
             *(nn.Conv2d(num_in, first, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU()),
             *(nn.Conv2d(first, second, 2, bias=False), nn.BatchNorm2d(second), nn.ReLU()),
             nn.Flatten(),
-            nn.Linear(second, task.num_classes),
+            nn.Linear(second, shapes.num_classes),
         )
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
@@ -223,7 +223,7 @@ class CellNetwork(nn.Module):
 
     Args:
         make_cell: Makes the cells.
-        task: What it is for.
+        shapes: Of an input, and the number of classes.
         num_cells: How many; those at a third and two thirds of them halve the map.
         num_channels: Of the nodes of the first cells.
         auxiliary: Whether it has an auxiliary head, whose scores come second in training.
@@ -235,7 +235,7 @@ class CellNetwork(nn.Module):
     def __init__(
         self,
         make_cell: MakeCell,
-        task: Task,
+        shapes: Shapes,
         *,
         num_cells: int,
         num_channels: int,
@@ -243,7 +243,7 @@ class CellNetwork(nn.Module):
     ) -> None:
         super().__init__()
         width = STEM_RATIO * num_channels
-        conv = nn.Conv2d(task.input_shape[0], width, 3, padding=1, bias=False)
+        conv = nn.Conv2d(shapes.input_shape[0], width, 3, padding=1, bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm2d(width))
         self.cells = nn.ModuleList()
         before, after_halving = (width, width), False
@@ -257,9 +257,9 @@ class CellNetwork(nn.Module):
         self.auxiliary: AuxiliaryHead | None = None
         if self.auxiliary_at is not None:
             channels = int(self.cells[self.auxiliary_at].num_channels)  # type: ignore[arg-type]
-            self.auxiliary = AuxiliaryHead(channels, task, -(-task.input_shape[1] // 4))
+            self.auxiliary = AuxiliaryHead(channels, shapes, -(-shapes.input_shape[1] // 4))
         self.shows_auxiliary = False  # in evaluation, too: so that norms of the head are seen
-        self.classifier = nn.Linear(before[1], task.num_classes)
+        self.classifier = nn.Linear(before[1], shapes.num_classes)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Tensor | tuple[Tensor, Tensor]:
         """Scores of the classes; in training also those of an auxiliary head, if there is one."""
@@ -332,15 +332,17 @@ class Darts:
     cells: int = 20
     channels: int = 36
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
-        return self.network(cells_of(GENOTYPES["darts-v2"]), task)
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
+        return self.network(cells_of(GENOTYPES["darts-v2"]), shapes)
 
-    def network(self, make_cell: MakeCell, task: Task, *, auxiliary: bool = False) -> CellNetwork:
+    def network(
+        self, make_cell: MakeCell, shapes: Shapes, *, auxiliary: bool = False
+    ) -> CellNetwork:
         """The network of other cells."""
         return CellNetwork(
             make_cell,
-            task,
+            shapes,
             num_cells=self.cells,
             num_channels=self.channels,
             auxiliary=auxiliary,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normkit.errors import SpecError
-from normkit.lab.models.architecture import Task, architecture
+from normkit.lab.models.architecture import Shapes, architecture
 
 MAX_STAGES = 8
 VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -29,8 +29,8 @@ class SmallResNet:
     blocks: int = 1
     stages: int = 2
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         if self.stages > MAX_STAGES:
             raise SpecError(
                 f"small-resnet was given stages={self.stages}; give 1 to {MAX_STAGES}, as each "
@@ -38,12 +38,12 @@ class SmallResNet:
             )
         stages = [2 ** (at + 1) * self.width for at in range(self.stages)]
         widths = [width for width in stages for _ in range(self.blocks)]
-        layers = [*conv_norm_relu(task.input_shape[0], self.width)]
+        layers = [*conv_norm_relu(shapes.input_shape[0], self.width)]
         before = self.width
         for width in widths:
             layers.append(ResidualBlock(before, width))
             before = width
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, shapes))
 
 
 class ResidualBlock(nn.Module):
@@ -78,9 +78,9 @@ class Mlp:
     depth: int = 20
     width: int = 128
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
-        channels, height, width = task.input_shape
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
+        channels, height, width = shapes.input_shape
         sizes = [channels * height * width] + [self.width] * (self.depth - 1)
         layers: list[nn.Module] = [nn.Flatten()]
         for size in sizes:
@@ -89,7 +89,7 @@ class Mlp:
                 nn.BatchNorm1d(self.width),
                 nn.ReLU(),
             ]
-        return nn.Sequential(*layers, head(self.width, task))
+        return nn.Sequential(*layers, head(self.width, shapes))
 
 
 @architecture("vgg11")
@@ -106,9 +106,9 @@ class Vgg11:
 
     stacked: int = 0
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
-        before, height, width = task.input_shape
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
+        before, height, width = shapes.input_shape
         layers: list[nn.Module] = []
         for stage in VGG11_WIDTHS:
             for num_channels in stage:
@@ -119,7 +119,7 @@ class Vgg11:
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, shapes))
 
 
 def conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
@@ -128,9 +128,9 @@ def conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
     return conv, nn.BatchNorm2d(num_out), nn.ReLU()
 
 
-def head(num_features: int, task: Task) -> nn.Linear:
+def head(num_features: int, shapes: Shapes) -> nn.Linear:
     """The layer that gives the classes' scores."""
-    return nn.Linear(num_features, task.num_classes)
+    return nn.Linear(num_features, shapes.num_classes)
 
 
 def initialise(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.models.architecture import Task, architecture
+from normkit.lab.models.architecture import Shapes, architecture
 from normkit.lab.models.own import head
 
 NUM_BLOCKS = 4
@@ -26,9 +26,9 @@ class ResNet12:
 
     width: int = 64
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
-        before, height, width = task.input_shape
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
+        before, height, width = shapes.input_shape
         layers: list[nn.Module] = []
         for at in range(NUM_BLOCKS):
             num_channels = 2**at * self.width
@@ -37,7 +37,7 @@ class ResNet12:
             if min(height, width) > 1:
                 layers.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, task))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head(before, shapes))
 
 
 class PooledBlock(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from normkit.errors import SpecError
-from normkit.lab.models.architecture import Task
+from normkit.lab.models.architecture import Shapes
 from normkit.lab.user_code import load_function, users_errors
 
 _made: list[weakref.ref[nn.Module]] = []  # the last network that was made, if it still exists
@@ -22,7 +22,7 @@ class UserModel:
 
     reference: str
 
-    def build(self, task: Task) -> nn.Module:
+    def build(self, shapes: Shapes) -> nn.Module:
         """Call the function.
 
         Raises:
@@ -31,7 +31,7 @@ class UserModel:
         make = load_function(self.reference, "--model")
         with users_errors(self.reference):
             takes = "num_classes" in inspect.signature(make).parameters
-            model = make(num_classes=task.num_classes) if takes else make()
+            model = make(num_classes=shapes.num_classes) if takes else make()
         if not isinstance(model, nn.Module):
             raise SpecError(
                 f"{self.reference} gave a {type(model).__name__}; it must return an nn.Module, for "

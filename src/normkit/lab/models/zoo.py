@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from normkit.errors import SpecError
-from normkit.lab.models.architecture import Task
+from normkit.lab.models.architecture import Shapes
 from normkit.lab.torchvision_ops import register_missing_operators
 
 
@@ -17,14 +17,14 @@ class TorchvisionModel:
 
     name: str
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         builder = importlib.import_module("torchvision.models").get_model_builder(self.name)
         accepted = inspect.signature(inspect.signature(builder).return_annotation).parameters
         wanted = {"init_weights": True, "aux_logits": False}
         options = {key: value for key, value in wanted.items() if key in accepted}
-        model = builder(weights=None, num_classes=task.num_classes, **options)
-        take_channels(model, task.input_shape[0])
+        model = builder(weights=None, num_classes=shapes.num_classes, **options)
+        take_channels(model, shapes.input_shape[0])
         return model
 
 
@@ -35,14 +35,14 @@ class TimmModel:
     name: str
     drop_path: float = 0
 
-    def build(self, task: Task) -> nn.Module:
-        """Build the network for a task."""
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Build the network for these shapes."""
         options = {"drop_path_rate": self.drop_path} if self.drop_path else {}
         try:
             return importlib.import_module("timm").create_model(
                 self.name,
-                num_classes=task.num_classes,
-                in_chans=task.input_shape[0],
+                num_classes=shapes.num_classes,
+                in_chans=shapes.input_shape[0],
                 **options,
             )
         except TypeError as error:

@@ -19,7 +19,7 @@ from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.device import seeded
 from normkit.lab.frozen import WrittenCount
-from normkit.lab.models.architecture import Task as Shapes
+from normkit.lab.models.architecture import Shapes
 from normkit.lab.models.build import apply_arm, parse_model, slots_of
 from normkit.lab.models.darts import Cell, CellNetwork, Darts, MakeCell, Supernet, cells_of
 from normkit.lab.models.genotype import GENOTYPES, Genotype, read_genotype
