@@ -25,6 +25,9 @@ REBUILDERS = frozenset(
 """Functions of torch and timm that replace any ``_BatchNorm`` by another layer."""
 
 
+COPY = "_eps"  # torch 2.11, when it compiles, asks this class again for what is called eps
+
+
 class RefusingEps:
     """The option ``eps`` of a layer, which those functions may not read if they lose a part of it.
 
@@ -34,7 +37,9 @@ class RefusingEps:
     def __get__(self, layer: nn.Module | None, owner: type) -> Any:
         if layer is None:
             return self
-        tool = None if torch.compiler.is_compiling() else sys._getframe(1).f_code.co_name
+        if torch.compiler.is_compiling():
+            return vars(layer)[COPY]
+        tool = sys._getframe(1).f_code.co_name
         if tool in REBUILDERS:
             lost = layer._lost_by_others()  # type: ignore[operator]
             if lost is not None:
@@ -46,4 +51,4 @@ class RefusingEps:
         return vars(layer)["eps"]
 
     def __set__(self, layer: nn.Module, value: float) -> None:
-        vars(layer)["eps"] = value
+        vars(layer)["eps"] = vars(layer)[COPY] = value
