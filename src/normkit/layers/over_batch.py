@@ -64,6 +64,7 @@ class BatchNorm(InnerBatchNorm, _BatchNorm):  # pyright: ignore[reportIncompatib
     """
 
     eps = RefusingEps()  # type: ignore[assignment]
+    _eps: float  # set with it
 
     def _lost_by_others(self) -> str | None:
         """The part of this layer that a batch norm of another library would not have."""
