@@ -252,3 +252,11 @@ def test_estimates_of_micro_batches_move_by_the_learning_rate(
     assert [sorted(found) for found in rates[num_for_memory:]] == [
         pytest.approx([rate]) for rate in expected for _ in range(2)
     ]
+
+
+@pytest.mark.parametrize(("arm", "is_said"), [("bn+ws", True), ("bn+ws:center", False)])
+def test_a_part_of_weight_standardization_is_not_saved_as_all_of_it(protocol, arm, is_said):
+    spec = spec_of(protocol, norm=arm, model="small-resnet:width=4:blocks=1")
+    found = start.built(spec, start.data_of(spec.protocol))
+    assert found.standardized
+    assert bool(start.alterations_of(found).standardized) == is_said

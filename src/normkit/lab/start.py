@@ -78,7 +78,9 @@ def alterations_of(built: BuiltModel) -> Alterations:
     """What ``--checkpoint`` of the other commands has to do before it loads the weights."""
     specs = {place.name: place.norm.partition("+")[0] for place in built.norms}
     changes = {at: FROZEN_AS if spec == FROZEN else spec for at, spec in specs.items()}
-    standardized = built.standardized if all("+ws" in p.norm for p in built.norms) else ()
+    # Other changes of weights are not said, so that the file is refused, not read as this one.
+    is_standardized = all(place.norm.partition("+")[2] == "ws" for place in built.norms)
+    standardized = built.standardized if is_standardized else ()
     return Alterations(
         changes={at: spec for at, spec in changes.items() if spec != NONE},
         standardized=standardized,
