@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 
 from normkit.cli.app import run as command
-from normkit.errors import DataError
+from normkit.errors import DataError, SpecError
 from normkit.lab.cluster import run_on_ray
 from normkit.lab.environment import code_hash
 from normkit.lab.experiment import Silent
@@ -16,7 +16,7 @@ from normkit.lab.reproduce import find_preset, run_missing
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.sweep import run_all
 from normkit.lab.train import TRAINING
-from normkit.lab.work import Upkeep, Way
+from normkit.lab.work import RunOptions, Upkeep, Way
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
@@ -191,3 +191,9 @@ def test_what_only_this_process_knows_is_refused(tmp_path):
     specs = specs_of("python:model:make:0123", (1,))
     with pytest.raises(DataError, match=r"known only to this process; define the function at the"):
         run_on_ray(specs, Upkeep(folder=tmp_path), Silent(), TRAINING)
+
+
+@pytest.mark.parametrize("given", [{"save_weights": True}, {"loggers": ("csv",)}], ids=str)
+def test_what_would_stay_on_the_machines_is_refused(given):
+    with pytest.raises(SpecError, match=r"--cluster ray, whose machines send home records only"):
+        RunOptions(cluster="ray", **given).way()

@@ -7,6 +7,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
+from normkit.errors import SpecError
 from normkit.lab.frozen import Frozen
 from normkit.lab.loggers import require_loggers
 from normkit.lab.records import Record, Sources
@@ -104,10 +105,17 @@ class RunOptions(Frozen):
             command: What makes the report again, for the page.
 
         Raises:
-            SpecError: If there is no such logger.
+            SpecError: If there is no such logger, or what is asked for would be left on the machines
+                of a cluster.
             PackageError: If its package is missing.
         """
         require_loggers(self.loggers)
+        if self.cluster is not None and (self.save_weights or self.loggers):
+            option = "--save-weights" if self.save_weights else "--loggers"
+            raise SpecError(
+                f"{option} was given with --cluster {self.cluster}, whose machines send home records "
+                f"only; leave {option} out, or run without --cluster"
+            )
         folder = Path(self.out)
         upkeep = Upkeep(
             folder=folder,
