@@ -105,16 +105,16 @@ class RunOptions(Frozen):
             command: What makes the report again, for the page.
 
         Raises:
-            SpecError: If there is no such logger, or what is asked for would be left on the machines
-                of a cluster.
+            SpecError: If there is no such logger, or a cluster's machines would keep what is asked
+                for.
             PackageError: If its package is missing.
         """
         require_loggers(self.loggers)
         if self.cluster is not None and (self.save_weights or self.loggers):
             option = "--save-weights" if self.save_weights else "--loggers"
             raise SpecError(
-                f"{option} was given with --cluster {self.cluster}, whose machines send home records "
-                f"only; leave {option} out, or run without --cluster"
+                f"{option} was given with --cluster {self.cluster}, whose machines send home "
+                f"records only; leave {option} out, or run without --cluster"
             )
         folder = Path(self.out)
         upkeep = Upkeep(
