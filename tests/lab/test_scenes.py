@@ -160,3 +160,11 @@ def test_parts_are_held_out_disjoint_and_limited():
     assert sorted(parts.with_validation_in_training().train.take(torch.arange(20))) == list(
         range(20)
     )
+
+
+@pytest.mark.parametrize("text", ["scenes:largest=120", "scenes:smallest=60:largest=70"])
+def test_large_objects_fit_into_their_scene(text):
+    found = scenes(f"{text}:side=32:test=4")
+    assert found.test.take(torch.arange(4))[0].picture.shape == (1, 32, 32)
+    pictures, _ = single_items(f"{text}:side=32:test=4", 2)
+    assert pictures.shape[-1] == 16

@@ -1,3 +1,4 @@
+import gc
 import math
 import os
 import re
@@ -260,3 +261,12 @@ def test_a_part_of_weight_standardization_is_not_saved_as_all_of_it(protocol, ar
     found = start.built(spec, start.data_of(spec.protocol))
     assert found.standardized
     assert bool(start.alterations_of(found).standardized) == is_said
+
+
+def test_garbage_of_others_is_not_collected_in_the_measured_step():
+    model = nn.Linear(10, 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    found = []
+    peak_step_bytes(lambda: found.append(gc.isenabled()), model, optimizer)
+    assert found == [True, False]
+    assert gc.isenabled()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.lab.data import Examples
 from normkit.lab.data.dataset import Pictures
@@ -108,15 +108,15 @@ class Course:
         protocol, self.examples = self.protocol, self.task.examples
         updates = num_updates(len(self.examples), self.batch_size, protocol)
         self.timetable = Timetable(protocol, updates, protocol.step_examples(self.batch_size))
-        self.loop = self.loop_of(self.task.network)
+        self.loop = self.loop_of(self.task)
         self._orders = torch.Generator().manual_seed(self.seed)
         if isinstance(self.examples, Pictures | Examples) and not protocol.augment:
             self.examples = self.examples.to(self.loop.device)
 
-    def loop_of(self, network: nn.Module) -> Loop:
+    def loop_of(self, task: TaskRun) -> Loop:
         """The steps of a network: of this one, or of a copy to measure with."""
         device = own_device(parse_device(self.protocol.device))
-        return Loop(network, self.protocol, self.timetable.rate(0), device, self.task)
+        return Loop(task.network, self.protocol, self.timetable.rate(0), device, task)
 
     def resume(self) -> bool:
         """Go on from where a killed training was, if it left a checkpoint; says whether it did."""

@@ -1,5 +1,6 @@
 """Peak memory of a training step."""
 
+import gc
 import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ def _allocations(step: Callable[[], object]) -> list[int]:
     """Bytes taken (positive) and given back (negative) by torch, in order of time."""
     with (
         _quiet_kineto(),
+        _no_collection(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         step()
@@ -64,6 +66,18 @@ def _peak_of(allocations: Iterable[int]) -> int:
         alive += num_bytes
         peak = max(peak, alive)
     return peak
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """Let Python collect no garbage: what others have left is not the step's."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

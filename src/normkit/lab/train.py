@@ -260,7 +260,9 @@ class _Training:
         if self.spec.protocol.processes > 1:
             return None
         with seeded(self.spec.seed, self.course.loop.device):
-            loop = self.course.loop_of(copy.deepcopy(self.built.model))
+            copied = copy.deepcopy(self.built.model)
+            task = parse_task(self.spec.protocol.task)
+            loop = self.course.loop_of(task.start(self.spec, self.data, copied))
             size = min(self.spec.batch_size, len(self.course.examples))
             part = self.course.examples.take(torch.arange(size)).to(loop.device)
             parts = [part] * self.spec.protocol.accumulate

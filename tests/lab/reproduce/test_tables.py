@@ -68,6 +68,7 @@ def test_a_table_can_be_read_at_every_scale(name):
     ("text", "expected"),
     [
         ("GN(2) - BN(2)", 15.0),
+        ("BN(2) / (BN(8) - BN(2))", 3.0),
         ("BN(largest) - BN(smallest)", 20.0),
         ("spread(BN(all))", 20.0),
         ("mean(BN(all), GN(2)) * 2 + 1", 2 * (60 + 80 + 75) / 3 + 1),

@@ -6,13 +6,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from normkit.errors import DataError, SpecError
+from normkit.lab.course import nothing
 from normkit.lab.data import open_data
 from normkit.lab.data.given import read_given
 from normkit.lab.experiment import compare
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import parse_task
 from normkit.lab.tasks.attack import Attack
-from normkit.lab.train import run, train
+from normkit.lab.train import _NOWHERE, _Training, run, train
 from normkit.lab.work import Upkeep
 from pictures import fill
 
@@ -299,3 +300,15 @@ def test_a_model_and_pictures_of_ones_own(tmp_path):
     assert "Test robust" in page
     assert "running statistics are learned from the attacked batches" in page
     assert np.isfinite([list(r.outcome.scores.values()) for r in found.records]).all()
+
+
+def test_measuring_the_memory_of_a_step_teaches_the_runs_network_nothing():
+    spec = spec_of(task="adversarial:statistics=every:attack_mode=train:steps=2")
+    task = parse_task(spec.protocol.task)
+    data = task.data(spec.protocol)
+    built = task.build(spec, data)
+    training = _Training(spec, data, built, Upkeep(), _NOWHERE, nothing)
+    assert training._peak_bytes() > 0
+    counts = [b for name, b in built.model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert not any(counts)

@@ -82,6 +82,16 @@ def test_a_folder_like_cocos_is_read(coco):
     assert "1 pictures of instances_train2017 have no boxes" in found.notes[1]
 
 
+def test_a_test_part_alone_is_not_chosen_by(coco):
+    """Without val, validation is held out of train."""
+    (coco / "annotations" / "instances_val2017.json").rename(
+        coco / "annotations" / "instances_test2017.json"
+    )
+    (coco / "val2017").rename(coco / "test2017")
+    found = read_coco(coco)
+    assert (len(found.train), len(found.validation), len(found.test)) == (1, 1, 3)
+
+
 def test_crowds_are_kept_for_judging_and_marked(coco):
     crowded = next(e for e in read_coco(coco).test.take(torch.arange(3)) if len(e.labels) == 2)
     assert crowded.is_crowd.tolist() == [False, True]

@@ -207,6 +207,16 @@ def test_drop_path_grows_with_the_epochs():
     assert {cell.drop_path for cell in fresh._cells} == {cells[0].drop_path}
 
 
+def test_drop_path_stays_below_its_share_where_steps_are_counted():
+    spec = spec_of(GIVEN, epochs=None, steps=12, drop_path=0.3)
+    task, data = parse_task(spec.protocol.task), open_data("digits", 32)
+    started = task.start(spec, data, task.build(spec, data).model)
+    num_epochs = -(-12 // -(-32 // spec.batch_size))
+    assert num_epochs > 1
+    started.begin_epoch(None, num_epochs - 1)
+    assert started._cells[0].drop_path == pytest.approx(0.3 * (num_epochs - 1) / num_epochs)
+
+
 def test_a_network_of_ones_own_has_its_cells_searched(tmp_path, searched):
     file = own_file(tmp_path)
     network = train(spec_of(model=f"{file}:make"))

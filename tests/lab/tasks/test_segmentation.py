@@ -1,5 +1,7 @@
 """Semantic segmentation: the network, the data, and how it is judged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -216,3 +218,33 @@ def test_one_picture_at_a_time_is_refused_for_norms_over_the_batch():
     sweep = SweepSpec(protocol=PROTOCOL, norms=("gn:2", "bn"), batch_sizes=(1,), seeds=(1,))
     with pytest.raises(SpecError, match=r"bn cannot be trained at batch size 1 in small-resnet"):
         task.check(sweep, task.data(PROTOCOL))
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [({"weights": "/gone"}, "--weights"), ({"label_smoothing": 0.1}, "--label")],
+)
+def test_options_without_effect_are_refused(given, option):
+    protocol = PROTOCOL.model_copy(update=given)
+    sweep = SweepSpec(protocol=protocol, norms=("gn:2",), batch_sizes=(4,), seeds=(1,))
+    task = parse_task(protocol.task)
+    with pytest.raises(SpecError, match=rf"{option}.* and --task segmentation does not use it"):
+        task.check(sweep, task.data(protocol))
+
+
+def test_norms_without_statistics_are_left_where_batch_norms_are_frozen():
+    protocol = PROTOCOL.model_copy(update={"task": f"{PROTOCOL.task}:freeze=yes"})
+    task = parse_task(protocol.task)
+    spec = TrainingSpec(protocol=protocol, norm="gn:2", batch_size=4, seed=1)
+    assert task.build(spec, task.data(protocol)).norms
+
+
+def test_a_batch_of_ignored_pixels_has_no_loss():
+    task = parse_task(PROTOCOL.task)
+    data = task.data(PROTOCOL)
+    spec = TrainingSpec(protocol=PROTOCOL, norm="gn:2", batch_size=2, seed=1)
+    started = task.start(spec, data, task.build(spec, data).model)
+    part = started.examples.take(torch.arange(2))
+    ignored = replace(part, classes=torch.full_like(part.classes, IGNORED))
+    assert started.loss(started.network, ignored).loss == 0
+    assert started.loss(started.network, part).loss > 0

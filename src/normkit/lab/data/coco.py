@@ -71,11 +71,12 @@ def read_coco(
                 f"the training part {listed(classes.values())}; give both the same categories"
             )
     train = sources["train"].with_boxes()
-    if "test" in sources:
+    if {"val", "test"} <= sources.keys():
         parts = {name: Part.of(source) for name, source in sources.items()} | {"train": train}
     else:
         rest, held = held_out(train.source, VALIDATION_SHARE)
-        parts = {"train": rest, "val": held, "test": Part.of(sources["val"])}
+        judged = sources["test"] if "test" in sources else sources["val"]
+        parts = {"train": rest, "val": held, "test": Part.of(judged)}
     digest = hashlib.sha256()
     for path in files.values():
         digest.update(path.read_bytes())
@@ -105,7 +106,6 @@ def _annotation_files(folder: Path) -> dict[str, Path]:
             f"it needs instances_train.json, and instances_val.json or instances_test.json, each "
             f"with a folder of pictures of that name"
         )
-    files.setdefault("val", files.get("test", files["train"]))
     for path in files.values():
         pictures = _pictures_of(path)
         if not pictures.is_dir():

@@ -17,6 +17,7 @@ from torch import Tensor
 from normkit.errors import DataError, SpecError
 from normkit.lab.data.annotated import Part, Parts, Source, held_out
 from normkit.lab.data.clips import Clip, clips
+from normkit.lab.data.dataset import SPLIT_SEED, stratified_order
 from normkit.lab.data.folder import PARTS as PART_NAMES
 from normkit.lab.data.folder import PREFIX, SUFFIXES, class_names, decoded
 from normkit.lab.data.sources import data_folder
@@ -169,6 +170,10 @@ def read_clips(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
                 part: parts["train"].keep(held.positions),
                 "train": parts["train"].keep(rest.positions),
             }
+    for part in ("train", "validation"):  # a limit keeps the first ones, and they come by class
+        folders = found[part if part in found else "train"]
+        labels = torch.tensor(folders.labels)[parts[part].positions]
+        parts[part] = parts[part].keep(stratified_order(labels, SPLIT_SEED))
     return Parts(
         name=printable(folder.name),
         num_classes=len(classes),

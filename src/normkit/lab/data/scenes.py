@@ -144,7 +144,7 @@ def _placed(
     """A picture at a random scale and place on an empty canvas, and the pixels that it covers."""
     side, chance = options.side, float(torch.rand((), generator=generator))
     percent = options.smallest + (options.largest - options.smallest) * chance
-    own = max(4, round(percent * side / 100))
+    own = min(side, max(4, round(percent * side / 100)))
     bright = picture[None].float() * (255 / max(1, int(picture.max())))
     scaled = functional.interpolate(bright, size=(own, own), mode="bilinear", antialias=True)[0]
     y, x = torch.randint(side - own + 1, (2,), generator=generator).tolist()
@@ -179,7 +179,7 @@ def single_items(text: str, number: int) -> tuple[Float[Tensor, "n c h w"], Int[
         options,
         side=options.side // 2,
         most=1,
-        smallest=2 * options.smallest,
+        smallest=min(95, 2 * options.smallest),
         largest=min(95, 2 * options.largest),
     )
     items = read(options.items).train

@@ -110,10 +110,14 @@ def detector(
         ),
     )
     if options.freeze:
-        body = model.backbone.body
-        if any(map(is_batch_norm, body.modules())):
-            freeze_statistics(body, lambda norm, _: is_batch_norm(norm))
+        freeze_batch_norms_(model.backbone.body)
     return built if outer is None else _with_outer_norms(built, outer, levels, options, batch_size)
+
+
+def freeze_batch_norms_(model: nn.Module) -> None:
+    """Let the running statistics of batch norms stand still, if a network has any."""
+    if any(map(is_batch_norm, model.modules())):
+        freeze_statistics(model, lambda norm, _: is_batch_norm(norm))
 
 
 def _assembled(

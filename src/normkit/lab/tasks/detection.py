@@ -245,7 +245,7 @@ class Detection(DetectorOptions, Task):
         """Find bad input before the first run."""
         require_batches(sweep, data.name, data.num_examples)
         require_start(self, sweep, data)
-        refuse_augmentation(self.name, sweep.protocol, ("flip",))
+        refuse_unused(self.name, sweep.protocol, ("flip",), ("weights", "label_smoothing"))
         super().check(sweep, data)
 
 
@@ -273,12 +273,27 @@ def require_start(task: Any, sweep: SweepSpec, data: Any) -> None:
             kept_weights(Path(task.backbones).expanduser(), norm)
 
 
-def refuse_augmentation(name: str, protocol: Protocol, known: Sequence[str]) -> None:
-    """Refuse random changes that a task cannot do to its examples.
+def refuse_unused(
+    name: str, protocol: Protocol, known: Sequence[str], unused: Sequence[str]
+) -> None:
+    """Refuse options of the recipe that would be without effect in a task.
+
+    Args:
+        name: Of the task.
+        protocol: What was asked for.
+        known: The random changes that it can do to its examples.
+        unused: Names of options that it does not read.
 
     Raises:
-        SpecError: With those that it can.
+        SpecError: With what was given.
     """
+    for option in unused:
+        if getattr(protocol, option):
+            spelled = f"--{option.replace('_', '-')}"
+            raise SpecError(
+                f"{spelled} was given {getattr(protocol, option)}, and --task {name} does not use "
+                f"it; leave it out"
+            )
     unknown = [change for change in protocol.augment if change not in known]
     if unknown or protocol.mixup:
         given = f"--augment {','.join(unknown)}" if unknown else f"--mixup {protocol.mixup:g}"

@@ -19,10 +19,12 @@ from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.device import seeded
 from normkit.lab.frozen import WrittenCount
+from normkit.lab.loop import num_updates
 from normkit.lab.models.architecture import Shapes
 from normkit.lab.models.build import apply_arm, parse_model, slots_of
 from normkit.lab.models.darts import Cell, CellNetwork, Darts, MakeCell, Supernet, cells_of
 from normkit.lab.models.genotype import GENOTYPES, Genotype, read_genotype
+from normkit.lab.recipe import Timetable
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
 from normkit.lab.task import Found, Task
@@ -117,7 +119,10 @@ class Search(Task):
 
     def start(self, spec: TrainingSpec, data: Dataset[Split], network: nn.Module) -> RetrainingRun:
         """Begin the training of a network of cells."""
-        return RetrainingRun(network, spec.protocol, data, self.auxiliary)
+        protocol = spec.protocol
+        updates = num_updates(len(data.train), spec.batch_size, protocol)
+        timetable = Timetable(protocol, updates, protocol.step_examples(spec.batch_size))
+        return RetrainingRun(network, protocol, data, self.auxiliary, timetable.num_epochs)
 
     def check(self, sweep: SweepSpec, data: Dataset[Split]) -> None:
         """Find bad input before the first run."""
@@ -263,6 +268,7 @@ class RetrainingRun(ClassificationRun):
         protocol: Its drop path and label smoothing.
         dataset: Training examples, and those that it is judged on.
         auxiliary: What the auxiliary head's loss is multiplied by.
+        num_epochs: Of the training; the last one may be cut short.
 
     Source:
         Liu et al. 2019, section 3.3; the schedule is that of the authors' code.
@@ -274,11 +280,12 @@ class RetrainingRun(ClassificationRun):
         protocol: Protocol,
         dataset: Dataset[Split],
         auxiliary: float,
+        num_epochs: int,
     ) -> None:
         super().__init__(network, protocol, dataset)
         self._auxiliary = auxiliary
         self._cells = [module for module in network.modules() if isinstance(module, Cell)]
-        self._drop_path = protocol.drop_path / (protocol.epochs or 1)
+        self._drop_path = protocol.drop_path / num_epochs
         self._smoothing = protocol.label_smoothing
 
     def begin_epoch(self, loop: Loop, num_epochs: int) -> None:

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit import freeze_statistics
 from normkit.errors import DataError, SpecError
 from normkit.lab.arms import FROZEN
 from normkit.lab.changes import BuiltModel
@@ -25,11 +24,17 @@ from normkit.lab.device import seeded
 from normkit.lab.evaluation import metrics_library
 from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
-from normkit.lab.models.detectors import GREY_MEAN, GREY_STD, IMAGENET_MEAN, IMAGENET_STD
+from normkit.lab.models.detectors import (
+    GREY_MEAN,
+    GREY_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    freeze_batch_norms_,
+)
 from normkit.lab.models.segmenters import SegmenterOptions, segmenter
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
-from normkit.lab.tasks.detection import floating, refuse_augmentation, require_start
+from normkit.lab.tasks.detection import floating, refuse_unused, require_start
 from normkit.lab.tasks.starting import start_backbone_
 
 if TYPE_CHECKING:
@@ -163,7 +168,10 @@ class SegmentationRun(TaskRun):
     def loss(self, model: nn.Module, part: Maps) -> Found:
         """The cross-entropy of the pixels that count."""
         scores = scores_of_pixels(model(part.inputs))
-        return Found(functional.cross_entropy(scores, part.classes, ignore_index=IGNORED))
+        total = functional.cross_entropy(
+            scores, part.classes, ignore_index=IGNORED, reduction="sum"
+        )
+        return Found(total / (part.classes != IGNORED).sum().clamp(min=1))
 
     def evaluate(self, loop: Loop, held: Held) -> dict[str, float]:
         """Mean intersection over union of the classes, and the share of pixels that are right."""
@@ -255,7 +263,7 @@ class Segmentation(SegmenterOptions, Task):
             name=spec.protocol.model,
         )
         if self.freeze and not spec.norm.startswith(FROZEN):
-            freeze_statistics(built.model)
+            freeze_batch_norms_(built.model)
         return built
 
     def start(self, spec: TrainingSpec, data: Parts[Mapped], network: nn.Module) -> SegmentationRun:
@@ -266,7 +274,7 @@ class Segmentation(SegmenterOptions, Task):
         """Find bad input before the first run; each network is sent a small batch."""
         require_batches(sweep, data.name, data.num_examples)
         require_start(self, sweep, data)
-        refuse_augmentation(self.name, sweep.protocol, ("crop", "flip"))
+        refuse_unused(self.name, sweep.protocol, ("crop", "flip"), ("weights", "label_smoothing"))
         channels, *sides = data.input_shape
         shape = (channels, *(min(side, TRIED_SIDE) for side in sides))
         for norm in sweep.norms:

@@ -41,7 +41,7 @@ from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.video import tsm
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
-from normkit.lab.tasks.detection import floating, refuse_augmentation
+from normkit.lab.tasks.detection import floating, refuse_unused
 from normkit.lab.tasks.segmentation import require_training_step, scaled
 from normkit.lab.tasks.starting import kept_weights, load_backbone_
 
@@ -226,7 +226,7 @@ class Video(Task):
     def check(self, sweep: SweepSpec, data: Parts[AnyClip]) -> None:
         """Find bad input before the first run; each network is sent a clip."""
         require_batches(sweep, data.name, data.num_examples)
-        refuse_augmentation(self.name, sweep.protocol, ("crop",))
+        refuse_unused(self.name, sweep.protocol, ("crop",), ("weights",))
         if self.backbones is not None:
             for norm in sweep.norms:
                 kept_weights(Path(self.backbones).expanduser(), norm)

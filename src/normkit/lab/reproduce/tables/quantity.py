@@ -13,11 +13,17 @@ from typing import NamedTuple
 from normkit.errors import SpecError
 from normkit.text import listed
 
+
+def ratio(left: float, right: float) -> float:
+    """A quotient; NaN if the divisor is 0."""
+    return left / right if right else math.nan
+
+
 OPERATORS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
+    ast.Div: ratio,
 }
 
 
