@@ -13,7 +13,7 @@ from normkit.errors import SpecError
 from normkit.lab import start, train
 from normkit.lab.data import Examples
 from normkit.lab.device import parse_device
-from normkit.lab.evaluation import evaluate
+from normkit.lab.evaluation import evaluate, shared_out
 from normkit.lab.loop import Loop, num_steps_per_epoch, own_parts
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.spec import TrainingSpec
@@ -270,3 +270,12 @@ def test_garbage_of_others_is_not_collected_in_the_measured_step():
     peak_step_bytes(lambda: found.append(gc.isenabled()), model, optimizer)
     assert found == [True, False]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("number", "size", "most"), [(7, 1, 3), (7, 2, 2), (7, 3, 1), (1, 2, 2)])
+def test_examples_are_shared_out_in_equally_many_batches(number, size, most):
+    shares = [shared_out(number, rank, size, most) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(batch) > 0 for share in shares for batch in share)
+    seen = sorted(torch.cat([batch for share in shares for batch in share]).tolist())
+    assert seen == (list(range(number)) if number >= size else sorted(list(range(number)) * size))

@@ -19,7 +19,9 @@ TOP = 5  # an example counts for the top-5 accuracy if its class is among so man
 ACCURACY, LOSS, TOP5 = "accuracy", "loss", "top5_accuracy"
 
 
-def shared_out(num_examples: int, rank: int, size: int) -> Sequence[Int[Tensor, " b"]]:
+def shared_out(
+    num_examples: int, rank: int, size: int, most: int = EVALUATION_BATCH_SIZE
+) -> Sequence[Int[Tensor, " b"]]:
     """Positions of the batches of one process; all have equally many batches.
 
     Each forward of a process may wait for one of the others. Fewer examples than processes are
@@ -29,13 +31,14 @@ def shared_out(num_examples: int, rank: int, size: int) -> Sequence[Int[Tensor, 
         num_examples: Examples of all processes.
         rank: This process's number.
         size: The number of processes.
+        most: Examples of a batch; more where there are fewer examples than processes.
     """
     order = torch.arange(num_examples)
     if size == 1:
-        return order.split(EVALUATION_BATCH_SIZE)
+        return order.split(most)
     if num_examples < size:
         return [order]
-    return order[rank::size].tensor_split(-(-num_examples // (size * EVALUATION_BATCH_SIZE)))
+    return order[rank::size].tensor_split(-(-num_examples // (size * most)))
 
 
 @torch.no_grad()

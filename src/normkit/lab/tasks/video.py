@@ -35,7 +35,7 @@ from normkit.lab.data.frames import (
 from normkit.lab.data.known import Sample
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
-from normkit.lab.evaluation import metrics_library, require_scores
+from normkit.lab.evaluation import metrics_library, require_scores, shared_out
 from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.video import tsm
@@ -172,7 +172,7 @@ def clip_scores(
         "accuracy": accuracy(num_classes, **options).to(device),
         "top5_accuracy": accuracy(num_classes, top_k=min(TOP, num_classes), **options).to(device),
     }
-    for index in torch.arange(len(examples))[share[0] :: share[1]].split(EVALUATION_BATCH_SIZE):
+    for index in shared_out(len(examples), *share, EVALUATION_BATCH_SIZE):
         part = examples.take(index).to(device)
         scores = model(part.inputs)
         for metric in metrics.values():
