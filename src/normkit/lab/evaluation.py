@@ -31,14 +31,16 @@ def shared_out(
         num_examples: Examples of all processes.
         rank: This process's number.
         size: The number of processes.
-        most: Examples of a batch; more where there are fewer examples than processes.
+        most: Examples of a batch; one more where they cannot be shared out equally, and all where
+            there are fewer examples than processes.
     """
     order = torch.arange(num_examples)
     if size == 1:
         return order.split(most)
     if num_examples < size:
         return [order]
-    return order[rank::size].tensor_split(-(-num_examples // (size * most)))
+    num_batches = min(-(-num_examples // (size * most)), num_examples // size)
+    return order[rank::size].tensor_split(num_batches)
 
 
 @torch.no_grad()
