@@ -1,5 +1,6 @@
 """A training from its first step, or from its checkpoint, to its last one."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from normkit.errors import NormError
 from normkit.lab.data import Examples
 from normkit.lab.data.dataset import Pictures
 from normkit.lab.device import parse_device
@@ -47,6 +49,22 @@ class EpochSoFar:
     def accuracy(self) -> float:
         """Share of the examples that were right; NaN where the task does not count them."""
         return self.num_right / self.num_seen
+
+
+class DivergenceError(NormError, ArithmeticError):
+    """The training loss is no longer finite."""
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        DivergenceError: With the step, counted from 1.
+    """
+    if not math.isfinite(loss):
+        raise DivergenceError(
+            f"the training loss was {loss} at step {step}; lower --base-lr to train on"
+        )
 
 
 def nothing(*_: object) -> None:

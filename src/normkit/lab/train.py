@@ -15,7 +15,7 @@ from normkit import sync_update_rates
 from normkit.errors import DataError, NormError
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints import save_weights
-from normkit.lab.course import Course, EpochSoFar, Hooks, nothing
+from normkit.lab.course import Course, DivergenceError, EpochSoFar, Hooks, check_finite, nothing
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import describe_environment
 from normkit.lab.launch import own_device
@@ -33,10 +33,6 @@ from normkit.lab.work import OnStep, Upkeep, Work
 NUM_LAST_EPOCHS = 5  # the median of their test accuracies is recorded
 _NOWHERE = Sources(code_hash="")
 NUM_KEPT_TIMES = 1000  # step times that a checkpoint keeps
-
-
-class DivergenceError(NormError, ArithmeticError):
-    """The training loss is no longer finite."""
 
 
 def run(
@@ -116,6 +112,8 @@ def _outcome(
                 return train_by(spec, on_step, loggers)
         network = parse_task(spec.protocol.task).build(spec, data)
         return _Training(spec, data, network, upkeep, sources, on_step, times_s).outcome()
+    except DivergenceError as error:  # of what a task trains before the run's own steps
+        return Outcome(status="diverged", message=str(error))
     except NormError as error:
         return Outcome(status="failed", message=str(error))
     except Exception as error:
@@ -203,7 +201,7 @@ class _Training:
             torch.cuda.synchronize(device)
         self.times_s.append(time.perf_counter() - self._started)
         self.on_step()
-        _check_finite(step.loss, num_steps)
+        check_finite(step.loss, num_steps)
         self.course.hooks.notes["times_s"] = self.times_s[-NUM_KEPT_TIMES:]
 
     def _after_epoch(self, epoch: EpochSoFar) -> None:
@@ -279,13 +277,6 @@ class _Training:
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": self.spec.protocol.model, "norm": self.spec.norm}
         save_weights(state, path, about | alterations_of(self.built).metadata())
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise DivergenceError(
-            f"the training loss was {loss} at step {step}; lower --base-lr to train on"
-        )
 
 
 def failed(spec: TrainingSpec, message: str) -> TrainingRecord:

@@ -1,5 +1,7 @@
 """The search for cells, and the training of what is found."""
 
+import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -102,9 +104,11 @@ def test_a_killed_search_goes_on(searched, monkeypatch):
     spec = spec_of(SMALL.replace("search_epochs=1", "search_epochs=2"))
     whole = run(spec).outcome
     (kept,) = searched.glob("*.json")
-    expected = kept.read_text()
+    log = kept.with_suffix(".jsonl")
+    expected = kept.read_text(), log.read_text()
+    assert len(log.read_text().splitlines()) == 2
     kept.unlink()
-    kept.with_suffix(".jsonl").unlink()
+    log.unlink()
     steps = SearchRun.begin_step
     count = 0
 
@@ -117,13 +121,25 @@ def test_a_killed_search_goes_on(searched, monkeypatch):
 
     monkeypatch.setattr(SearchRun, "begin_step", killed)
     monkeypatch.setattr(searching_module, "Checkpoint", partial(Checkpoint, seconds=0.0))
-    monkeypatch.setattr("normkit.lab.tasks.searching.SECONDS", 0.0, raising=False)
     with pytest.raises(KeyboardInterrupt):
         run(spec)
     assert list(searched.glob("*.safetensors"))
     assert run(spec).outcome == whole
     assert count == 5  # 4 steps in all: three before, the fourth that was killed, and that again
-    assert kept.read_text() == expected
+    assert (kept.read_text(), log.read_text()) == expected
+
+
+def test_a_search_whose_loss_is_not_finite_has_diverged(searched, monkeypatch):
+    loss = SearchRun.loss
+    monkeypatch.setattr(
+        SearchRun,
+        "loss",
+        lambda self, *given: replace(loss(self, *given), loss=loss(self, *given).loss * math.nan),
+    )
+    outcome = run(spec_of(SMALL)).outcome
+    assert outcome.status == "diverged"
+    assert outcome.message == "the training loss was nan at step 1; lower --base-lr to train on"
+    assert not list(searched.glob("*.json"))
 
 
 def searching(order="first", rate=0.1):

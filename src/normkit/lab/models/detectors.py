@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from normkit import freeze_statistics
 from normkit.lab.arms import FROZEN, NONE, Arm
@@ -112,6 +113,14 @@ def detector(
     if options.freeze:
         freeze_batch_norms_(model.backbone.body)
     return built if outer is None else _with_outer_norms(built, outer, levels, options, batch_size)
+
+
+def scaled(pictures: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """Pictures with values in [0, 1], minus ImageNet's mean, by its standard deviation."""
+    grey = pictures.shape[1] == 1
+    mean, std = (GREY_MEAN, GREY_STD) if grey else (IMAGENET_MEAN, IMAGENET_STD)
+    shape = (1, -1, 1, 1)
+    return (pictures - pictures.new_tensor(mean).view(shape)) / pictures.new_tensor(std).view(shape)
 
 
 def freeze_batch_norms_(model: nn.Module) -> None:

@@ -109,18 +109,6 @@ def moved(weights: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
                 weight.copy_(old)
 
 
-@contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put running statistics and other buffers back after a block."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(before[name])
-
-
 class ArchitectureOptimizer:
     """Moves architecture parameters by Adam.
 

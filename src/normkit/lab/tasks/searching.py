@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.course import Course, EpochSoFar, Hooks
+from normkit.lab.course import Course, EpochSoFar, Hooks, check_finite
 from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of
+from normkit.lab.files import write_whole
 from normkit.lab.frozen import Frozen
-from normkit.lab.lines import append_line
 from normkit.lab.loading import Loading, loaded_batches
 from normkit.lab.models.darts import Supernet
 from normkit.lab.models.genotype import Genotype, read_genotype
@@ -26,11 +26,11 @@ from normkit.lab.records import sources_of
 from normkit.lab.resume import Checkpoint
 from normkit.lab.spec import TrainingSpec
 from normkit.lab.task import Found, Held, TaskRun
+from normkit.lab.tasks.attack import buffers_kept
 from normkit.lab.tasks.bilevel import (
     ArchitectureOptimizer,
     gradients_of,
     second_order_gradients,
-    unchanged_buffers,
     weight_step_of,
 )
 from normkit.lab.tasks.cell_figure import draw_genotype
@@ -139,7 +139,7 @@ class SearchRun(TaskRun):
         def validation_loss() -> Float[Tensor, ""]:
             return self.loss(loop.model, held).loss
 
-        with unchanged_buffers(loop.network):
+        with buffers_kept(loop.network):
             if self._steps.order == "first":
                 gradients = gradients_of(validation_loss(), architecture)
             else:
@@ -200,7 +200,10 @@ class CellSearch:
             protocol=self.spec.protocol,
             batch_size=self.spec.batch_size,
             seed=self.spec.seed,
-            hooks=Hooks(after_epoch=self._note),
+            hooks=Hooks(
+                after_step=lambda num_steps, step: check_finite(step.loss, num_steps),
+                after_epoch=self._note,
+            ),
             checkpoint=path and Checkpoint(path.with_suffix(".safetensors")),
         )
 
@@ -229,7 +232,9 @@ class CellSearch:
             accuracy=self._course.loop.evaluate("validation")[ACCURACY],
             genotype=str(self.run.network.architecture.genotype()),
         )
-        append_line(self.path.with_suffix(".jsonl"), line)
+        lines = self._course.hooks.notes.setdefault("epochs", [])  # as those of a killed search
+        lines.append(line.model_dump_json())
+        write_whole(self.path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
 
 
 def kept_at(spec: TrainingSpec, dataset: Dataset[Split]) -> Path:

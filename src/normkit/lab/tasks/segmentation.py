@@ -24,13 +24,7 @@ from normkit.lab.device import seeded
 from normkit.lab.evaluation import metrics_library, shared_out
 from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
-from normkit.lab.models.detectors import (
-    GREY_MEAN,
-    GREY_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    freeze_batch_norms_,
-)
+from normkit.lab.models.detectors import freeze_batch_norms_, scaled
 from normkit.lab.models.segmenters import SegmenterOptions, segmenter
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
@@ -98,14 +92,6 @@ def batch_of(examples: Sequence[Mapped]) -> Maps:
     """Pictures of one size, scaled as the network gets them, and their maps."""
     pictures = torch.stack([floating(each.picture) for each in examples])
     return Maps(inputs=scaled(pictures), classes=torch.stack([each.classes for each in examples]))
-
-
-def scaled(pictures: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Pictures with values in [0, 1], minus ImageNet's mean, by its standard deviation."""
-    grey = pictures.shape[1] == 1
-    mean, std = (GREY_MEAN, GREY_STD) if grey else (IMAGENET_MEAN, IMAGENET_STD)
-    shape = (1, -1, 1, 1)
-    return (pictures - pictures.new_tensor(mean).view(shape)) / pictures.new_tensor(std).view(shape)
 
 
 def fitted(example: Mapped, size: tuple[int, int]) -> Mapped:

@@ -17,6 +17,7 @@ from normkit.lab.data.annotated import Parts
 from normkit.lab.data.scenes import single_items
 from normkit.lab.device import seeded
 from normkit.lab.models.build import build_model
+from normkit.lab.models.detectors import scaled
 from normkit.lab.spec import TrainingSpec
 from normkit.text import listed, printable
 
@@ -71,17 +72,10 @@ def learned_on_items(spec: TrainingSpec, data: Parts[Any], num_epochs: int) -> d
             order = torch.randperm(NUM_ITEMS, generator=orders)
             for part in order.split(BATCH_SIZE)[: NUM_ITEMS // BATCH_SIZE]:
                 optimizer.zero_grad(set_to_none=True)
-                functional.cross_entropy(model(_scaled(pictures[part])), classes[part]).backward()
+                functional.cross_entropy(model(scaled(pictures[part])), classes[part]).backward()
                 optimizer.step()
                 schedule.step()
     return model.state_dict()
-
-
-def _scaled(pictures: Tensor) -> Tensor:
-    """As a detector scales grey pictures."""
-    from normkit.lab.models.detectors import GREY_MEAN, GREY_STD
-
-    return (pictures - GREY_MEAN[0]) / GREY_STD[0]
 
 
 def kept_weights(folder: Path, norm: str) -> Path:
