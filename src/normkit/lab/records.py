@@ -13,6 +13,7 @@ from normkit.lab.frozen import Frozen
 from normkit.lab.lines import Contents, append_line, read_lines
 from normkit.lab.models import PlacedNorm
 from normkit.lab.spec import Protocol, RunSpec, TrainingSpec
+from normkit.lab.task import parse_task
 from normkit.lab.user_code import source_hash
 
 RECORDS_NAME = "records.jsonl"
@@ -27,7 +28,8 @@ class Sources(Frozen):
         code_hash: Hash of normkit's code.
         data_hash: Hash of the data set; older records do not have it.
         model_hash: Hash of the user's Python files that the spec names and of the files they
-            import from the same folder, then of the weights that runs start from.
+            import from the same folder, then of the weights that runs start from,
+            and of the files that the task's options name.
     """
 
     code_hash: str
@@ -51,9 +53,10 @@ class Sources(Frozen):
 def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
     """Hash the present code, data and weights of a sweep's runs."""
     found = source_hash(protocol.model, protocol.train, protocol.data)
-    if protocol.weights is not None:
-        require_file(Path(protocol.weights))
-        with Path(protocol.weights).open("rb") as file:
+    started_from = [] if protocol.weights is None else [Path(protocol.weights)]
+    for path in (*started_from, *parse_task(protocol.task).files()):
+        require_file(path)
+        with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         found = f"{found or ''}{content[:12]}"
     return Sources(code_hash=code_hash(), data_hash=data_hash, model_hash=found)

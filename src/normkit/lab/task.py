@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -234,6 +235,10 @@ class Task(Frozen, ABC):
     @abstractmethod
     def start(self, spec: TrainingSpec, data: Any, network: nn.Module) -> TaskRun:
         """Begin the training of a network."""
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that the options name and that there are: other contents are other runs."""
+        return ()
 
     def build(self, spec: TrainingSpec, data: Any) -> BuiltModel:
         """The network of a run, with its norm, before the first step.

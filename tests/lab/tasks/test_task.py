@@ -10,6 +10,7 @@ from normkit.errors import SpecError
 from normkit.lab import task as tasks
 from normkit.lab.dry_run import estimate
 from normkit.lab.experiment import compare
+from normkit.lab.records import sources_of
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import parse_task
 from normkit.lab.train import run, train
@@ -123,3 +124,15 @@ def test_a_dry_run_takes_steps_of_the_task():
     (cell,) = estimate(sweep, data)
     assert cell.num_steps == 8
     assert cell.peak_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["search:genotype", "video:backbones", "detection:backbones"])
+def test_files_that_options_name_decide_the_records(tmp_path, name):
+    file = tmp_path / "weights.safetensors"
+    file.write_text("one")
+    given = file if "genotype" in name else tmp_path
+    protocol = PROTOCOL.model_copy(update={"task": f"{name}={given}"})
+    before = sources_of(protocol, None)
+    file.write_text("other")
+    assert sources_of(protocol, None).model_hash != before.model_hash
+    assert sources_of(PROTOCOL, None).model_hash is None

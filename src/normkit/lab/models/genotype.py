@@ -182,9 +182,8 @@ def read_genotype(text: str) -> Genotype:
     """
     if text in GENOTYPES:
         return GENOTYPES[text]
-    where = "a genotype"
-    if not text.lstrip().startswith(("Genotype", "{")):
-        path = Path(text).expanduser()
+    where, path = "a genotype", genotype_file(text)
+    if path is not None:
         if not path.suffix:
             raise SpecError(
                 f"there is no genotype {printable(text)!r}; known are {', '.join(GENOTYPES)}, or "
@@ -193,6 +192,12 @@ def read_genotype(text: str) -> Genotype:
         require_file(path)
         text, where = path.read_text(encoding="utf-8", errors="replace"), printable(path)
     return Genotype.checked(_values(text, where))
+
+
+def genotype_file(text: str) -> Path | None:
+    """The file that a genotype is named by; None if it is a known one, or written out."""
+    is_written = text.lstrip().startswith(("Genotype", "{"))
+    return None if is_written or text in GENOTYPES else Path(text).expanduser()
 
 
 def _values(text: str, where: str) -> Mapping[str, Any]:

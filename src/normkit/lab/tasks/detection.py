@@ -22,7 +22,7 @@ from normkit.lab.evaluation import metrics_library, shared_out
 from normkit.lab.models.detectors import DetectorOptions, Pictures, detector
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
-from normkit.lab.tasks.starting import classifier, kept_weights, start_backbone_
+from normkit.lab.tasks.starting import classifier, kept_weights, start_backbone_, weights_in
 
 if TYPE_CHECKING:
     from normkit.lab.loop import Loop
@@ -216,6 +216,10 @@ class Detection(DetectorOptions, Task):
     backbones: str | None = Field(
         default=None, description="a folder of weights, one network for each norm, or none"
     )
+
+    def files(self) -> tuple[Path, ...]:
+        """The weights that backbones start from."""
+        return weights_in(self.backbones)
 
     def data(self, protocol: Protocol) -> Parts[Annotated]:
         """Scenes, COCO, a folder like COCO's, or data sets of a user's function."""

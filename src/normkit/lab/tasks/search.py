@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from normkit.lab.loop import num_updates
 from normkit.lab.models.architecture import Shapes
 from normkit.lab.models.build import apply_arm, parse_model, slots_of
 from normkit.lab.models.darts import Cell, CellNetwork, Darts, MakeCell, Supernet, cells_of
-from normkit.lab.models.genotype import GENOTYPES, Genotype, read_genotype
+from normkit.lab.models.genotype import GENOTYPES, Genotype, genotype_file, read_genotype
 from normkit.lab.recipe import Timetable
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
@@ -89,6 +90,11 @@ class Search(Task):
         ge=0,
         description="what the auxiliary head's loss is multiplied by, or 0 for none",
     )
+
+    def files(self) -> tuple[Path, ...]:
+        """The genotype, if it is a file's."""
+        path = None if self.genotype is None else genotype_file(self.genotype)
+        return (path,) if path is not None and path.is_file() else ()
 
     def data(self, protocol: Protocol) -> Dataset[Split]:
         """The data set of a protocol."""

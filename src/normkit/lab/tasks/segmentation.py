@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -29,7 +30,7 @@ from normkit.lab.models.segmenters import SegmenterOptions, segmenter
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_unused, require_start
-from normkit.lab.tasks.starting import start_backbone_
+from normkit.lab.tasks.starting import start_backbone_, weights_in
 
 if TYPE_CHECKING:
     from normkit.lab.loop import Loop
@@ -219,6 +220,10 @@ class Segmentation(SegmenterOptions, Task):
     freeze: bool = Field(
         default=False, description="yes or no: running statistics of batch norms stand still"
     )
+
+    def files(self) -> tuple[Path, ...]:
+        """The weights that backbones start from."""
+        return weights_in(self.backbones)
 
     def data(self, protocol: Protocol) -> Parts[Mapped]:
         """Scenes, Pascal VOC with SBD, or a folder of pictures and maps."""

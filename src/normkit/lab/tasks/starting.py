@@ -78,6 +78,13 @@ def learned_on_items(spec: TrainingSpec, data: Parts[Any], num_epochs: int) -> d
     return model.state_dict()
 
 
+def weights_in(folder: str | None) -> tuple[Path, ...]:
+    """The files of weights in a folder that an option names; none without it."""
+    if folder is None:
+        return ()
+    return tuple(sorted(Path(folder).expanduser().glob("*.safetensors")))
+
+
 def kept_weights(folder: Path, norm: str) -> Path:
     """The file of a folder whose network has a norm.
 

@@ -43,7 +43,7 @@ from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_unused
 from normkit.lab.tasks.segmentation import require_training_step, scaled
-from normkit.lab.tasks.starting import kept_weights, load_backbone_
+from normkit.lab.tasks.starting import kept_weights, load_backbone_, weights_in
 
 if TYPE_CHECKING:
     from normkit.lab.loop import Loop
@@ -190,6 +190,10 @@ class Video(Task):
     backbones: str | None = Field(
         default=None, description="a folder of weights, one network for each norm, or none"
     )
+
+    def files(self) -> tuple[Path, ...]:
+        """The weights that backbones start from."""
+        return weights_in(self.backbones)
 
     def data(self, protocol: Protocol) -> Parts[AnyClip]:
         """Clips that are drawn, Something-Something, or folders of frames."""
