@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from normkit.errors import DataError, SpecError
 from normkit.lab.models import build_model
-from normkit.lab.models.architecture import Task
+from normkit.lab.models.architecture import Shapes
 from normkit.lab.models.build import apply_arm
 from normkit.lab.models.darts import (
     ArchitectureWeights,
@@ -30,8 +30,8 @@ from normkit.lab.models.genotype import (
 )
 from normkit.lab.models.operations import make_operation
 
-CIFAR = Task(input_shape=(3, 32, 32), num_classes=10)
-SMALL = Task(input_shape=(1, 8, 8), num_classes=3)
+CIFAR = Shapes(input_shape=(3, 32, 32), num_classes=10)
+SMALL = Shapes(input_shape=(1, 8, 8), num_classes=3)
 
 
 def supernet(task=SMALL, cells=3, channels=2):
