@@ -76,3 +76,14 @@ def test_the_verdicts_are_those_of_the_records(name, page, norms):
     assert said[0] in text
     if page == "compare.md":
         assert all(line in text for line in said)
+
+
+@pytest.mark.parametrize("page", ["doctor", "tune", "convert"])
+def test_a_page_makes_the_checkpoint_that_its_commands_use(page):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    made = text.index("--save-weights --out runs/first")
+    commands = [line for line in text.splitlines() if line.startswith("    normkit")]
+    used = [line for line in commands if "--checkpoint" in line]
+    assert used
+    assert all("--checkpoint runs/first/weights/bn-b8-s1-*.safetensors" in line for line in used)
+    assert made < text.index(used[0])
