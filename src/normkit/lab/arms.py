@@ -19,6 +19,7 @@ from normkit import (
 from normkit.by_batch_size import spec_for
 from normkit.convert import Conversion
 from normkit.convert.placement.batch_free import batch_free
+from normkit.convert.recipe import ConversionRecipe
 from normkit.convert.selection import find_norms
 from normkit.errors import NormError, SpecError
 from normkit.lab.changes import WEIGHTS, BuiltModel, Place, remove_norms_, reparametrize_
@@ -233,7 +234,8 @@ class Arm:
         if self.placement == FROZEN:
             freeze_statistics(model, lambda _, at: at in specs)
         norms = tuple(self._report(at, places[at].slot, spec) for at, spec in specs.items())
-        return BuiltModel(model=model, norms=norms, standardized=changed)
+        blocks = tuple(place.after_sum_of for place in places.values() if place.after_sum_of)
+        return BuiltModel(model=model, norms=norms, standardized=changed, after_sum=blocks)
 
     def places_(self, model: nn.Module, example_input: Any, name: str) -> Mapping[str, Place]:
         """Say what stands where, in the order of the modules; norms after a sum are added.
@@ -249,13 +251,15 @@ class Arm:
         specs = dict.fromkeys(self._replaced(model, name), self.norm or BATCH_NORM)
         convert_norm_(model, dict.fromkeys(specs, BATCH_NORM), dry_run=True)  # or has no rule
         rule = RULES.get(XBN if self.placement.startswith(XBN) else self.placement)
+        blocks: dict[str, str] = {}
         if rule is not None:
-            specs = dict.fromkeys(specs, BATCH_NORM) | self._special_(model, example_input, rule)
+            special, blocks = self._special_(model, example_input, rule)
+            specs = dict.fromkeys(specs, BATCH_NORM) | special
         if self.placement == IBN_B:
             slots = find_slots(model, example_input, name)
         frozen = self.placement == FROZEN
         return {
-            at: Place(slot=slot, spec=specs[at], is_frozen=frozen)
+            at: Place(slot=slot, spec=specs[at], is_frozen=frozen, after_sum_of=blocks.get(at, ""))
             for at, slot in slots.items()
             if at in specs
         }
@@ -277,14 +281,21 @@ class Arm:
         model: nn.Module,
         example_input: Any,
         rule: tuple[str, str],
-    ) -> dict[str, NormSpec]:
-        """What the placement puts where; that of IBN-Net-b is carried out."""
+    ) -> tuple[dict[str, NormSpec], dict[str, str]]:
+        """What the placement puts where, and the block of each norm that is added after a sum.
+
+        IBN-Net-b, which adds them, is carried out.
+        """
         try:
             done = self._placing(model, example_input)
         except NormError as error:
             raise SpecError(f"{self} {rule[0]}; {rule[1]}: {error}") from error
         own = self.norm if self.placement == IBN_A else None
-        return {change.name: own or NormSpec.parse(change.new) for change in done.changes}
+        specs = {change.name: own or NormSpec.parse(change.new) for change in done.changes}
+        blocks = ConversionRecipe.read(done.recipe()).after_sum
+        starts = {f"{block}.": block for block in blocks}
+        added = {at: starts[start] for at in specs for start in starts if at.startswith(start)}
+        return specs, added
 
     def _placing(self, model: nn.Module, example_input: Any) -> Conversion:
         """Place by the paper's tool, but for IBN-Net-b without changing anything."""

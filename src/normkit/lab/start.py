@@ -74,14 +74,22 @@ def pretrained(spec: TrainingSpec, dataset: Dataset[Split]) -> BuiltModel:
     return replace(found, model=model)
 
 
-def alterations_of(built: BuiltModel) -> Alterations:
-    """What ``--checkpoint`` of the other commands has to do before it loads the weights."""
+def alterations_of(built: BuiltModel, protocol: Protocol) -> Alterations:
+    """What ``--checkpoint`` of the other commands has to do before it loads the weights.
+
+    Args:
+        built: The run's network.
+        protocol: Names the file that the run started from, if there was one.
+    """
     specs = {place.name: place.norm.partition("+")[0] for place in built.norms}
     changes = {at: FROZEN_AS if spec == FROZEN else spec for at, spec in specs.items()}
-    # Other changes of weights are not said, so that the file is refused, not read as this one.
-    is_standardized = all(place.norm.partition("+")[2] == "ws" for place in built.norms)
-    standardized = built.standardized if is_standardized else ()
-    return Alterations(
-        changes={at: spec for at, spec in changes.items() if spec != NONE},
-        standardized=standardized,
+    endings = {place.norm.partition("+")[2] for place in built.norms}
+    before = Alterations() if protocol.weights is None else Alterations.read(Path(protocol.weights))
+    return before.then(
+        Alterations(
+            changes={at: spec for at, spec in changes.items() if spec != NONE},
+            removed=tuple(at for at, spec in specs.items() if spec == NONE),
+            weights=dict.fromkeys(built.standardized, *endings) if built.standardized else {},
+            after_sum=built.after_sum,
+        )
     )
