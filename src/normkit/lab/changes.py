@@ -30,6 +30,8 @@ WEIGHTS: Mapping[str, Callable[..., WeightReport]] = MappingProxyType(
 )
 """What is done to the weights of the convolutions that feed a norm, by the ending of an arm."""
 
+STANDARDIZED = frozenset(ending for ending in WEIGHTS if ending.startswith("ws"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -65,16 +67,20 @@ class BuiltModel:
         model: The network.
         norms: Its norms.
         standardized: Names of the convolutions whose weights are standardised or normalised.
+        preserved: Those of them that have a learned gain and offset of each filter.
         after_sum: Names of the residual blocks that got a norm after their sum.
     """
 
     model: nn.Module
     norms: tuple[PlacedNorm, ...]
     standardized: tuple[str, ...] = ()
+    preserved: tuple[str, ...] = ()
     after_sum: tuple[str, ...] = ()
 
 
-def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) -> tuple[str, ...]:
+def reparametrize_(
+    weights: str, call: Call, norms: Iterable[str], name: str, preserve: bool = False
+) -> tuple[str, ...]:
     """Change the weights of the convolutions that feed one of these norms.
 
     Args:
@@ -82,6 +88,7 @@ def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) ->
         call: The model, and what it is called with.
         norms: Names of the norms.
         name: How messages call the model.
+        preserve: Whether filters of ``STANDARDIZED`` get a gain and an offset (``Arm.apply_``).
 
     Returns:
         Names of the convolutions.
@@ -99,6 +106,7 @@ def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) ->
         model,
         lambda module, at: at in feeding and isinstance(module, CONVOLUTIONS),
         example_input=example_input,
+        **({"preserve": True} if preserve else {}),
     )
     if not report.changed:
         raise SpecError(
