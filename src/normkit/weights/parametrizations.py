@@ -177,9 +177,9 @@ class WeightStandardization(Reparametrization):
                 values = state.pop(f"{prefix}{old}")
                 state.setdefault(f"{prefix}{new}", values * math.sqrt(self.fan_in))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> None:
         self.rename_(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
