@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from contextlib import nullcontext
 
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.errors import DataError, NormError, SpecError
+from normkit.errors import DataError, NormError, PackageError, SpecError
 from normkit.lab import Recipe, compare, experiment
 from normkit.lab.config import options_of, read_config, sweep_of, write_config
 from normkit.lab.data import open_data
@@ -223,6 +224,14 @@ def test_an_experiment_that_breaks_a_rule_says_so(tmp_path, text, error, said):
     path.write_text(text)
     with pytest.raises(error, match=said):
         sweep_of(read_config(path) | {"norms": ["bn"], "batch_sizes": [2], "seeds": [1]}, str)
+
+
+def test_without_pandas_its_rows_are_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    result = compare("mlp:depth=2:width=8", **FAST, limit=40, out=tmp_path)
+    with pytest.raises(PackageError, match=r"frame\(\) needs pandas: pip install pandas; or"):
+        result.frame()
+    assert len(result.rows()) == 2
 
 
 def test_a_dry_run_counts_steps_and_trains_nothing():

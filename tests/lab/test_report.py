@@ -273,9 +273,10 @@ def seen_at(page):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_is_wider_than_the_window(seen_at, width):
-    page = seen_at(width)
+def test_nothing_is_wider_than_the_window(seen_at, width, scheme):
+    page = seen_at(width, scheme)
     page.execute_script("document.querySelectorAll('details').forEach((d) => (d.open = true))")
     assert run(page, "document.documentElement.scrollWidth") <= width
     shown = "[...document.querySelectorAll('#accuracy-chart > div')].map((d) => d.offsetWidth > 0)"
@@ -318,8 +319,9 @@ const contrast = (color) => {
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_lines_stand_out_from_the_page(seen_at, scheme):
-    page = seen_at(1280, scheme)
+@pytest.mark.parametrize("width", [400, 1280])
+def test_text_and_lines_stand_out_from_the_page(seen_at, width, scheme):
+    page = seen_at(width, scheme)
     paper = page.execute_script(f"{LUMINANCE} return paper")
     assert (paper > 0.5) == (scheme == "light")
     texts = "[...document.querySelectorAll('p, li, th, td, h1, h2, figcaption, a, .word')]"
