@@ -2,13 +2,15 @@
 
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from normkit.cli.app import run as command
 from normkit.errors import DataError, SpecError
-from normkit.lab.cluster import run_on_ray
+from normkit.lab.cluster import _done, _resources, run_on_ray
 from normkit.lab.environment import code_hash
 from normkit.lab.experiment import Silent
 from normkit.lab.records import TrainingRecord, read_records
@@ -152,6 +154,65 @@ def test_runs_of_a_node_that_is_killed_are_done_elsewhere(cluster, tmp_path, mon
     assert killer.num_waiting == 2  # one of them was on the node that died
     assert sorted(told.keys) == sorted(spec.key for spec in specs)
     assert outcomes(tmp_path / "away") == outcomes(tmp_path / "home")
+
+
+DYING = """
+import os, signal
+from pathlib import Path
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        here = Path(__file__).parent
+        if self.training and len(x) == 10:
+            with (here / "steps").open("a") as file:
+                file.write(".")
+            if (here / "steps").stat().st_size == 9 and not (here / "home").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+def make():
+    return Net(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+"""
+
+
+def test_a_run_whose_process_is_killed_goes_on_from_its_checkpoint(cluster, tmp_path):
+    file, steps = tmp_path / "dying.py", tmp_path / "steps"
+    file.write_text(DYING)
+    protocol = Protocol(model=f"{file}:make", limit=100, epochs=2)
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=10, seed=1)
+    (tmp_path / "away").mkdir()
+    upkeep = Upkeep(folder=tmp_path / "away", checkpoint_seconds=0)
+    run_on_ray([spec], upkeep, Silent(), TRAINING)
+    num_away = steps.stat().st_size
+    steps.unlink()
+    (tmp_path / "home").mkdir()
+    run_all([spec], tmp_path / "home", 1, Silent(), TRAINING)
+    # Killed in its 9th forward. The second try measures memory and looks at the model once more,
+    # but repeats the step of that forward alone.
+    num_home = steps.stat().st_size
+    assert num_home == 20 + 2
+    assert num_away < num_home + 9
+    assert outcomes(tmp_path / "away") == outcomes(tmp_path / "home")
+    assert [path.name for path in (tmp_path / "away").iterdir()] == ["records.jsonl"]
+
+
+def test_a_machine_without_the_folder_keeps_no_checkpoints(tmp_path):
+    seen = []
+    work = replace(TRAINING, run=lambda _spec, _tell, upkeep: seen.append(upkeep.folder))
+    for mark in (tmp_path / "here", tmp_path / "elsewhere" / "not"):
+        (tmp_path / "here").touch()
+        _done(None, work, Upkeep(folder=Path("relative")), code_hash(), mark)
+    assert seen == [tmp_path, None]
+
+
+@pytest.mark.parametrize(("device", "num_gpus"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
+def test_a_task_takes_the_threads_and_the_gpu_of_its_run(device, num_gpus):
+    protocol = Protocol(model="mlp", device=device, threads=3)
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=10, seed=1)
+    assert _resources(spec) == {"num_cpus": 3, "num_gpus": num_gpus}
 
 
 UNREACHABLE = "127.0.0.1:1"

@@ -3,9 +3,11 @@
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from normkit.errors import DataError, PackageError
@@ -19,6 +21,7 @@ from normkit.text import shortened
 ADDRESS = "RAY_ADDRESS"
 CONNECT_S = 10
 TRIES_ELSEWHERE = 5  # of a run whose machine has gone
+MARK = ".cluster-"  # begins the name of a file that says whose folder it is
 
 
 def run_on_ray(
@@ -26,13 +29,15 @@ def run_on_ray(
 ) -> None:
     """Run each spec as a task of its own; its record comes home as soon as it ends.
 
-    A task takes the run's threads as CPUs, and a GPU if it computes on one. If its machine goes,
-    it is done again on another one. Files that the specs name, data and models, must be at the
-    same path on all machines, and so must normkit, in the same version.
+    A task takes the run's threads as CPUs, and a GPU if it computes on one. If its machine or
+    process goes, it is done again on another one: from its last checkpoint if that machine has this
+    folder at the same path, as machines with shared files have, else from the first step. Files
+    that the specs name, data and models, must be at the same path on all machines, and so must
+    normkit, in the same version.
 
     Args:
         specs: Runs, handed out in this order.
-        upkeep: Its folder is this machine's; checkpoints inside a run stay where it is run.
+        upkeep: Its folder is this machine's; only checkpoints are written there by others.
         watcher: Is told of records.
         work: How they are done.
 
@@ -44,11 +49,10 @@ def run_on_ray(
     if folder is None:
         raise DataError("runs on a cluster need a folder for their records; none was given")
     _require_known(specs)
-    with joined_cluster() as ray:
+    with joined_cluster() as ray, _marked(folder) as mark:
         remote = ray.remote(max_retries=TRIES_ELSEWHERE)(_done)
-        away = replace(upkeep, folder=None)
         waiting = {
-            remote.options(**_resources(spec)).remote(spec, work, away, code_hash()): spec
+            remote.options(**_resources(spec)).remote(spec, work, upkeep, code_hash(), mark): spec
             for spec in specs
         }
         try:
@@ -66,14 +70,34 @@ def _resources(spec: RunSpec) -> dict[str, float]:
     return {"num_cpus": spec.num_threads, "num_gpus": 1 if spec.uses_gpu else 0}
 
 
-def _done(spec: S, work: Work[S, R], upkeep: Upkeep, expected: str) -> R:
-    """What a machine of the cluster does."""
+@contextmanager
+def _marked(folder: Path) -> Iterator[Path]:
+    """Put a file into the folder by which a machine sees whether it has the same folder."""
+    mark = folder.resolve() / f"{MARK}{uuid.uuid4().hex}"
+    mark.touch()
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _done(spec: S, work: Work[S, R], upkeep: Upkeep, expected: str, mark: Path) -> R:
+    """What a machine of the cluster does.
+
+    Args:
+        spec: The run.
+        work: How it is done.
+        upkeep: As the one who asked has it.
+        expected: His version of the code.
+        mark: A file in his folder.
+    """
     if code_hash() != expected:
         raise DataError(
             f"this machine of the cluster ({os.uname().nodename}) has another version of normkit; "
             f"install the same one on all"
         )
-    return work.run(spec, _nothing, upkeep)
+    folder = mark.parent if mark.exists() else None
+    return work.run(spec, _nothing, replace(upkeep, folder=folder))
 
 
 def _nothing() -> None:
