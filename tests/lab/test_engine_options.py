@@ -1,5 +1,7 @@
 """Options that change how a step computes: each is trained with, and seen to do what it says."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
 
+from normkit.lab.data import open_data
+from normkit.lab.device import CPU
 from normkit.lab.loop import Loop
 from normkit.lab.spec import Protocol, TrainingSpec
+from normkit.lab.tasks.classification import ClassificationRun
 from normkit.lab.train import run
 
 
@@ -109,3 +114,26 @@ def spreads(steps):
     pictures = torch.cat([part.inputs for _, (part,) in steps])
     columns = pictures.mean(2)
     return (columns.amax(2) - columns.amin(2)).amax(1)
+
+
+class OneOfTwo(ClassificationRun):
+    """A task whose optimizer moves the first layer alone, while all gradients are computed."""
+
+    def parameters(self, network, recipe):
+        return network[1].parameters()
+
+
+def test_clipping_looks_at_the_gradients_that_the_optimizer_uses():
+    data = open_data("digits", 40)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Linear(10, 10))
+    moved = []
+    for clip in (None, 0.1):
+        model, protocol = copy.deepcopy(network), Protocol(clip=clip, momentum=0, weight_decay=0)
+        loop = Loop(model, protocol, 1.0, CPU, OneOfTwo(model, protocol, data))
+        before = model[1].weight.detach().clone(), model[1].bias.detach().clone()
+        loop.step([data.train.take(torch.arange(20))])
+        after = model[1].weight.detach(), model[1].bias.detach()
+        moved.append(torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]))
+    plain, clipped = moved
+    assert plain.norm() > 0.2
+    torch.testing.assert_close(clipped, 0.1 * plain / plain.norm(), rtol=1e-4, atol=1e-6)

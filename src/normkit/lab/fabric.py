@@ -1,14 +1,12 @@
-"""Where and how the steps of a training compute: Lightning Fabric, or one process by itself."""
+"""Where and how the steps of a training compute: devices, precision and strategy, by Fabric."""
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normkit.errors import SpecError
 from normkit.lab.launch import require_processes
@@ -40,49 +38,8 @@ def make_fabric(protocol: Protocol, device: torch.device) -> Any:
         return _together(protocol, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if protocol.precision == "32-true":
-        return Alone(device)
     devices: Any = 1 if device.type == "cpu" else [device.index or 0]
     return _launched(device, devices=devices, precision=protocol.precision)
-
-
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """One process in float32, with the methods of Fabric that the loop calls.
-
-    Fabric would change nothing there, and its import takes longer than a short run.
-    """
-
-    device: torch.device
-    global_rank: ClassVar[int] = 0
-    is_global_zero: ClassVar[bool] = True
-
-    def setup(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Give both as they are."""
-        return model, optimizer
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients."""
-        loss.backward()
-
-    def no_backward_sync(self, _model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
-        """Nothing is synchronized."""
-        return nullcontext()
-
-    def clip_gradients(
-        self,
-        model: nn.Module,
-        _optimizer: torch.optim.Optimizer,
-        *,
-        max_norm: float,
-        error_if_nonfinite: bool,
-    ) -> None:
-        """Scale the gradients to a norm of at most ``max_norm``."""
-        nn.utils.clip_grad_norm_(
-            model.parameters(), max_norm, error_if_nonfinite=error_if_nonfinite
-        )
 
 
 def _together(protocol: Protocol, device: torch.device) -> Any:
@@ -90,7 +47,7 @@ def _together(protocol: Protocol, device: torch.device) -> Any:
     strategy: Any = "ddp"
     if protocol.strategy == "fsdp":
         sizes = {"data_parallel_size": protocol.processes, "tensor_parallel_size": 1}
-        strategy = _package().strategies.ModelParallelStrategy(_sharded, **sizes)
+        strategy = fabric_library().strategies.ModelParallelStrategy(_sharded, **sizes)
     return _launched(
         device,
         devices=devices,
@@ -101,13 +58,14 @@ def _together(protocol: Protocol, device: torch.device) -> Any:
 
 
 def _launched(device: torch.device, **options: Any) -> Any:
-    fabric = _package().Fabric(accelerator=device.type, **options)
+    fabric = fabric_library().Fabric(accelerator=device.type, **options)
     fabric.launch()
     return fabric
 
 
 @cache
-def _package() -> Any:
+def fabric_library() -> Any:
+    """Lightning Fabric, imported when something is first trained: that takes most of a second."""
     import lightning_fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it greets on every start

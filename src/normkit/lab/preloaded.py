@@ -2,8 +2,10 @@
 
 from normkit.lab import train
 from normkit.lab.evaluation import metrics_library
+from normkit.lab.fabric import fabric_library
 from normkit.lab.tasks import classification
 
 __all__ = ["classification", "train"]
 
 metrics_library()
+fabric_library()
