@@ -167,7 +167,32 @@ def test_a_dry_run_writes_nothing(mine, capsys):
     assert [cell["num_steps"] for cell in cells] == [108, 108]
     assert not (mine / "out").exists()
     assert main(["compare", "--data", "folder:photos", *SMALL, "--dry-run"]) == 0
-    assert "Nothing was trained" in capsys.readouterr().out.replace("\n", " ")
+    assert capsys.readouterr().out.endswith("Nothing was trained.\n")
+    assert main(["compare", "--loggers", "pen", "--dry-run"]) == 2  # as it would be without it
+    assert "no logger 'pen'" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_ones_own_training_knows_its_time_when_it_was_run_once(mine, capsys):
+    own = ["--train", "my.py:train", "--norms", "bn,ln", "--batch-sizes", "4", "--out", "out"]
+    code, cells, _ = compare(capsys, *own, "--seeds", "1,2,3", "--dry-run")
+    assert code == 0
+    assert [(cell["norm"], cell["num_runs"], cell["duration_s"]) for cell in cells] == [
+        ("bn", 3, None), ("ln", 3, None)
+    ]  # fmt: skip
+    assert not (mine / "out").exists()
+    assert main(["compare", *own, "--seeds", "1,2,3", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "Only the function knows its steps" in output
+    assert "\nbn        4     3            \N{EN DASH}" in output
+    compare(capsys, *own, "--seeds", "1", "--workers", "1")
+    lines = (mine / "out" / "records.jsonl").read_text().splitlines()
+    took = {r["spec"]["norm"]: r["duration_s"] for r in map(json.loads, lines)}
+    _, cells, _ = compare(capsys, *own, "--seeds", "1,2,3", "--dry-run")
+    assert [cell["duration_s"] for cell in cells] == [3 * took["bn"], 3 * took["ln"]]
+    assert [cell["num_steps"] for cell in cells] == [1, 1]
+    (mine / "my.py").write_text(MY + "# edited\n")  # which makes other runs
+    _, cells, _ = compare(capsys, *own, "--seeds", "1,2,3", "--dry-run")
+    assert [cell["duration_s"] for cell in cells] == [None, None]
 
 
 def test_pictures_that_do_not_decode_are_told_and_the_rest_is_used(mine, capsys):
@@ -200,7 +225,10 @@ BAD = {
     ),
     "no module": (["--model", "my.py:no_model"], r"my.py:no_model gave a str; it must return an"),
     "no function": (["--model", "my.py:nothing"], r"my.py has no such function; it has Net, make_"),
-    "no norm": (["--model", "plain.py:make"], r"norm"),
+    "no norm": (
+        ["--model", "plain.py:make"],
+        r"plain.py:make' has no norm to replace, only Flatten, Linear; .* or choose a model that",
+    ),
     "classes differ": (["--data", "folder:other"], r"cow, dog are in only one of them; give both"),
     "empty folder": (["--data", "folder:empty"], r"needs a folder of pictures for each class"),
     "no folder": (["--data", "folder:absent"], r"absent is not a folder"),
@@ -212,10 +240,6 @@ BAD = {
     "both lengths": (["--epochs", "1", "--steps", "5"], r"epochs=1 and steps=5; give one of them"),
     "on and off": (["--compile", "--no-compile"], r"--compile and --no-compile were both given"),
     "data workers": (["--data-workers", "-1"], r"--data-workers was given -1: .*; give 0 to 1024"),
-    "dry run": (
-        ["--train", "my.py:train", "--dry-run"],
-        r"only the function knows its steps; leave --dry",
-    ),
     "config": (["--config", "absent.toml"], r"absent.toml cannot be read"),
     "weights": (["--weights", "absent.safetensors"], r"absent.safetensors cannot be read"),
 }

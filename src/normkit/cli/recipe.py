@@ -9,7 +9,7 @@ import tyro
 
 from normkit.cli.shared import decimals, flag, whole_numbers
 from normkit.errors import SpecError
-from normkit.lab.config import KNOWN, LISTS, NOTHING, read_config
+from normkit.lab.config import ALSO, KNOWN, NOTHING, known_options, merged
 from normkit.lab.recipe import Augmentation
 
 Switch = Annotated[bool | None, tyro.conf.FlagConversionOff]
@@ -120,15 +120,10 @@ class RecipeOptions:
             SpecError: If a list or a number cannot be read.
             DataError: If the file cannot be read.
         """
-        found = {} if self.config is None else read_config(self.config)
-        own = [n for n in KNOWN if hasattr(self, n) and n not in (*LISTS, *SWITCHES)]
-        given = {name: getattr(self, name) for name in own}
+        names = [n for n in (*KNOWN, *ALSO) if hasattr(self, n) and n not in SWITCHES]
+        given = {name: getattr(self, name) for name in names}
         values = {k: v for k, v in given.items() if v is not None} | self._switched()
-        if "steps" in values:
-            found.pop("epochs", None)
-        if "epochs" in values:
-            found.pop("steps", None)
-        return found | _read(values)
+        return merged(self.config, known_options(_read(values), "the command line"))
 
     def _switched(self) -> dict[str, bool]:
         """The switches that were given, on or off."""
@@ -144,12 +139,12 @@ class RecipeOptions:
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     """Parse the options that are lists, or a number or ``none``."""
     found = dict(values)
-    for name in sorted({"lr_drops", "lr_values"} & set(found)):
+    for name in sorted({"lr_drops", "lr_values", "tune_lr"} & set(found)):
         found[name] = decimals(flag(name), found[name])
+    for name in sorted({"batch_sizes", "seeds"} & set(found)):
+        found[name] = whole_numbers(flag(name), found[name])
     if "out" in found:
         found["out"] = str(found["out"])
-    if "loggers" in found:
-        found["loggers"] = tuple(n.strip() for n in found["loggers"].split(",") if n.strip())
     if "augment" in found:
         found["augment"] = _augmentations(found["augment"])
     for name in NUMBERS_OR_NONE:
