@@ -25,7 +25,7 @@ class RecipeOptions:
     config: Path | None = None
     """TOML file with any of these options by name, such as experiment.toml beside the records."""
     data: str | None = None
-    """Data set: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH with a folder for each
+    """Data set: digits, fashion-mnist, cifar10, cifar100, svhn, ./PATH with a folder for each
     class, or FILE.py:FUNCTION that gives data sets (default: digits)."""
     model: str | None = None
     """Network: small-resnet, mlp, vgg11, any name of torchvision's or timm's, or FILE.py:FUNCTION

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from normkit.errors import SpecError
 from normkit.lab.arms import Arm
-from normkit.lab.data.folder import PREFIX
+from normkit.lab.data.known import data_text
 from normkit.lab.frozen import Count, Frozen, Seed, Threads
 from normkit.lab.recipe import PositiveRate, Recipe
 from normkit.lab.user_code import absolute
@@ -26,7 +26,7 @@ class Protocol(Recipe):
 
     data: str = Field(
         default="digits",
-        description="the name of a data set, folder:PATH, or FILE.py:FUNCTION",
+        description="the name of a data set, ./PATH or folder:PATH, or FILE.py:FUNCTION",
     )
     limit: Count | None = Field(
         default=None, description="the number of training examples to keep, 1 or more"
@@ -57,13 +57,16 @@ class Protocol(Recipe):
     processes: Count = Field(default=1, description="processes that train together, 1 or more")
     synchronize_statistics: bool = Field(default=False, description="yes or no")
 
-    @field_validator("model", "train", "data")
+    @field_validator("model", "train")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        """The same file or folder, however it was written and from wherever."""
-        if value is not None and value.startswith(PREFIX):
-            return f"{PREFIX}{Path(value.removeprefix(PREFIX)).expanduser().resolve()}"
+        """The same file, however it was written and from wherever."""
         return None if value is None else absolute(value)
+
+    @field_validator("data")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        return data_text(value)
 
     @field_validator("weights")
     @classmethod
