@@ -11,7 +11,7 @@ from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.arms import Arm
 from normkit.lab.changes import BuiltModel
-from normkit.lab.data import READERS, Dataset, Split
+from normkit.lab.data import Dataset, Split
 from normkit.lab.device import parse_device
 from normkit.lab.evaluation import require_scores
 from normkit.lab.fabric import require_precision
@@ -117,11 +117,6 @@ def _refuse_useless(sweep: SweepSpec) -> None:
         raise SpecError(
             "learning rates are chosen by validation examples, and without --hold-out these are "
             "trained on; leave one of the two out"
-        )
-    if protocol.image_size is not None and protocol.data in READERS:
-        raise SpecError(
-            f"--image-size was given {protocol.image_size}, but {protocol.data} has a size of its "
-            f"own; leave it out, or give a folder"
         )
 
 

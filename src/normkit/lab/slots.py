@@ -15,6 +15,7 @@ from normkit.convert.selection import find_norms
 from normkit.errors import ConversionError, SpecError
 from normkit.layers.base import TrackingLayer
 from normkit.passes import call_with, copied, untouched
+from normkit.text import listed
 
 Call = tuple[nn.Module, Any]
 """A model, and what it is called with."""
@@ -105,8 +106,11 @@ def find_slots(model: nn.Module, example_input: Any, name: str) -> Mapping[str, 
         for hook in hooks:
             hook.remove()
     if not slots:
+        leaves = {type(m).__name__: None for m in model.modules() if not any(m.children())}
         raise SpecError(
-            f"model {name!r} has no norm to replace; choose one that has, such as resnet18"
+            f"model {name!r} has no norm to replace, only {listed(leaves)}; norms that a forward "
+            f"calls as functions are not seen: put a module such as nn.BatchNorm2d in their place, "
+            f"or choose a model that has norms, such as resnet18"
         )
     return slots
 

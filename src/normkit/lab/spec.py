@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from normkit.errors import SpecError
 from normkit.lab.arms import Arm
-from normkit.lab.data.folder import PREFIX
+from normkit.lab.data.known import data_text
 from normkit.lab.frozen import Count, Frozen, Seed, Threads
 from normkit.lab.own_norms import reference_in
 from normkit.lab.recipe import PositiveRate, Recipe
@@ -29,7 +29,7 @@ class Protocol(Recipe):
 
     data: str = Field(
         default="digits",
-        description="the name of a data set, folder:PATH, or FILE.py:FUNCTION",
+        description="the name of a data set, ./PATH or folder:PATH, or FILE.py:FUNCTION",
     )
     limit: Count | None = Field(
         default=None, description="the number of training examples to keep, 1 or more"
@@ -63,12 +63,10 @@ class Protocol(Recipe):
     processes: Count = Field(default=1, description="processes that train together, 1 or more")
     synchronize_statistics: bool = Field(default=False, description="yes or no")
 
-    @field_validator("model", "train", "data")
+    @field_validator("model", "train")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        """The same file or folder, however it was written and from wherever."""
-        if value is not None and value.startswith(PREFIX):
-            return f"{PREFIX}{Path(value.removeprefix(PREFIX)).expanduser().resolve()}"
+        """The same file, however it was written and from wherever."""
         return None if value is None else absolute(value)
 
     @field_validator("own_norms")
@@ -79,6 +77,11 @@ class Protocol(Recipe):
             f"{value.removesuffix(reference)}{absolute(reference)}"
             for value, reference in zip(values, references, strict=True)
         )
+
+    @field_validator("data")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        return data_text(value)
 
     @field_validator("weights")
     @classmethod

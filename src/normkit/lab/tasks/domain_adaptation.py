@@ -18,7 +18,7 @@ from normkit.inference.tracked import keeps_statistics
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Split
-from normkit.lab.data.known import KNOWN, Sample, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, data_text, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.build import build_model
@@ -41,7 +41,6 @@ from normkit.lab.tasks.domains import (
     DomainBatch,
     Domains,
     open_domains,
-    target_text,
 )
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class DomainAdaptation(Task):
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures in place of data sets that papers name; others as they are."""
-        target = target_text(self.target)
+        target = data_text(self.target)
         if protocol.data not in KNOWN or target not in KNOWN:
             return Sample(self.data(protocol))
         pair = [random_dataset(name, protocol.limit, False) for name in (protocol.data, target)]
