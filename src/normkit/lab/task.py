@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -239,6 +239,19 @@ class Task(Frozen, ABC):
     def files(self) -> tuple[Path, ...]:
         """The files that the options name and that there are: other contents are other runs."""
         return ()
+
+    def prepare(self, spec: TrainingSpec, data: Any, on_step: Callable[[], object]) -> None:
+        """Do what takes long and is due before a run's network can be built, such as a search.
+
+        Args:
+            spec: The run.
+            data: Its data.
+            on_step: Called after each step.
+        """
+
+    def num_prior_steps(self, spec: TrainingSpec, num_examples: int) -> int:
+        """The steps that :meth:`prepare` takes at most, on so many training examples."""
+        return 0
 
     def build(self, spec: TrainingSpec, data: Any) -> BuiltModel:
         """The network of a run, with its norm, before the first step.

@@ -40,6 +40,7 @@ from normkit.lab.tasks.domains import (
     ClassAware,
     DomainBatch,
     Domains,
+    every_picture,
     open_domains,
     target_text,
 )
@@ -117,7 +118,12 @@ class DomainAdaptation(Task):
         target = target_text(self.target)
         if protocol.data not in KNOWN or target not in KNOWN:
             return Sample(self.data(protocol))
-        pair = [random_dataset(name, protocol.limit, False) for name in (protocol.data, target)]
+        hold_out = protocol.hold_out or self.whole
+        pair = [
+            random_dataset(name, protocol.limit, hold_out, protocol.image_size)
+            for name in (protocol.data, target)
+        ]
+        pair = [every_picture(dataset) for dataset in pair] if self.whole else pair
         missing = [KNOWN[name].missing() for name in (protocol.data, target)]
         return Sample(Domains(*pair), "; ".join(filter(None, missing)) or None)
 
