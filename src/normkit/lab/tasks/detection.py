@@ -18,7 +18,7 @@ from normkit.lab.changes import BuiltModel
 from normkit.lab.data.annotated import Annotated, Part, Parts
 from normkit.lab.data.detection import open_annotated, random_annotated
 from normkit.lab.data.known import Sample
-from normkit.lab.evaluation import metrics_library, shared_out
+from normkit.lab.evaluation import gather_states_, metrics_library, shared_out
 from normkit.lab.models.detectors import DetectorOptions, Pictures, detector
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
@@ -170,12 +170,13 @@ def average_precisions(
     """
     library = metrics_library().detection
     kinds = ("bbox", "segm") if masks else ("bbox",)
-    metric = library.MeanAveragePrecision(iou_type=kinds, sync_on_compute=share[1] > 1)
+    metric = library.MeanAveragePrecision(iou_type=kinds, sync_on_compute=False)
     metric.warn_on_many_detections = False
     for index in shared_out(len(part), *share, EVALUATION_BATCH_SIZE):
         examples = part.take(index)
         found = model([floating(each.picture).to(device) for each in examples])
         metric.update(_predictions(found, masks), [_judged(each, masks) for each in examples])
+    gather_states_(metric, len(part), share[1])
     values = metric.compute()
     prefixes = {"bbox": "", "segm": "mask_"}
     found = {

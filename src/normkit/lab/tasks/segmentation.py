@@ -22,7 +22,7 @@ from normkit.lab.data.known import Sample
 from normkit.lab.data.maps import VOC_NUMBERS, open_maps, read_voc
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
-from normkit.lab.evaluation import metrics_library, shared_out
+from normkit.lab.evaluation import metrics_library, shared_out_singly
 from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.detectors import freeze_batch_norms_, scaled
@@ -197,10 +197,10 @@ def pixel_scores(
     options = {"ignore_index": IGNORED, "sync_on_compute": share[1] > 1, "validate_args": False}
     union = library.MulticlassJaccardIndex(num_classes, average="macro", **options).to(device)
     right = library.MulticlassAccuracy(num_classes, average="micro", **options).to(device)
-    for at in (at for index in shared_out(len(part), *share, 1) for at in index.tolist()):
+    for at, counts in shared_out_singly(len(part), *share):
         batch = batch_of([part[at]]).to(device)
         best = scores_of_pixels(model(batch.inputs)).argmax(1)
-        for metric in (union, right):
+        for metric in (union, right) if counts else ():
             metric.update(best, batch.classes)
     return {"miou": union.compute().item(), "pixel_accuracy": right.compute().item()}
 
