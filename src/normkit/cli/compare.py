@@ -30,6 +30,7 @@ from normkit.lab.dry_run import estimate
 from normkit.lab.experiment import Result, perform
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import is_spoken_for, num_launched
+from normkit.lab.own_norms import register_norms
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
 from normkit.lab.spec import SweepSpec
@@ -117,6 +118,7 @@ class Compare(RecipeOptions):
         """
         values = dict(given)
         lists = DEFAULTS | {name: getattr(self, name) for name in DEFAULTS if getattr(self, name)}
+        register_norms(values.get("own_norms", ()))
         if self.norms or "norms" not in values:
             values["norms"] = tuple(str(arm) for arm in parse_arms(lists["norms"]))
         for name in ("batch_sizes", "seeds"):

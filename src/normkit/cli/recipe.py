@@ -37,6 +37,8 @@ class RecipeOptions:
     """FILE.py:FUNCTION that trains in place of model, data and recipe."""
     better: Literal["higher", "lower"] | None = None
     """Whether higher or lower scores of --train are better (default: higher)."""
+    own_norms: str | None = None
+    """Norms of your own, NAME=FILE.py:CLASS with commas between, which arms then name."""
     weights: str | None = None
     """File of weights (.safetensors) that every run starts from; new norms are calibrated."""
     image_size: int | None = None
@@ -148,8 +150,8 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = decimals(flag(name), found[name])
     if "out" in found:
         found["out"] = str(found["out"])
-    if "loggers" in found:
-        found["loggers"] = tuple(n.strip() for n in found["loggers"].split(",") if n.strip())
+    for name in sorted({"loggers", "own_norms"} & set(found)):
+        found[name] = tuple(part.strip() for part in found[name].split(",") if part.strip())
     if "augment" in found:
         found["augment"] = _augmentations(found["augment"])
     for name in NUMBERS_OR_NONE:

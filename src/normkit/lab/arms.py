@@ -339,7 +339,9 @@ def _alone(body: str, text: str) -> tuple[str, NormSpec | None]:
         if name in METHODS:
             raise
         others = ", ".join(arm for arm in ARMS if not arm.startswith("+"))
-        raise SpecError(f"{error} (besides norms there are: {others})") from error
+        raise SpecError(
+            f"{error} (besides norms there are: {others}; --own-norms names norms of your own)"
+        ) from error
 
 
 def _placed(body: str, text: str) -> tuple[str, NormSpec]:

@@ -9,6 +9,7 @@ from typing import Any
 from normkit.errors import DataError, SpecError
 from normkit.lab.arms import parse_arms
 from normkit.lab.files import require_file, write_whole
+from normkit.lab.own_norms import register_norms
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.work import RunOptions
 from normkit.text import listed, printable, shortened
@@ -51,7 +52,7 @@ def read_config(path: Path) -> dict[str, Any]:
     values = {name.replace("-", "_"): _value(value) for name, value in found.items()}
     if "tune_lr" in values:
         values["learning_rates"] = values.pop("tune_lr")
-    for name in ("augment", "loggers"):
+    for name in ("augment", "loggers", "own_norms"):
         text = values.get(name)
         if isinstance(text, str):
             values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -75,6 +76,7 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:
         SpecError: If one breaks its rule.
     """
     lists = {name: _listed(values[name]) for name in LISTS if name in values}
+    register_norms(values.get("own_norms", ()))
     if "norms" in lists:
         lists["norms"] = tuple(str(arm) for part in lists["norms"] for arm in parse_arms(part))
     own = {name: value for name, value in values.items() if name not in (*LISTS, *WAYS)}

@@ -23,6 +23,7 @@ from normkit.lab.device import parse_device
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import Launch, launched, num_launched
 from normkit.lab.lock import only_user
+from normkit.lab.own_norms import norms_in_use
 from normkit.lab.recipe import Recipe
 from normkit.lab.records import (
     RECORDS_NAME,
@@ -257,7 +258,8 @@ def compare(  # noqa: PLR0913 - all but two by keyword
             a network. Its norms are replaced.
         data: A name such as ``"digits"``, ``"folder:photos"``, ``"my.py:make_datasets"``, or data
             sets: ``{"train": ..., "test": ...}`` or a tuple; a ``Path`` is a folder.
-        norms: Norms or arms; differences are taken to the first.
+        norms: Norms or arms; differences are taken to the first. Norms of your own have their names
+            from ``nk.register_norm``.
         batch_sizes: Examples that a norm sees at a time, on each process.
         seeds: Of weights and data order; each cell runs all of them.
         recipe: How to train; by default ``Recipe()``.
@@ -295,7 +297,9 @@ def compare(  # noqa: PLR0913 - all but two by keyword
         ['bn', 'ln']
     """
     values = _recipe(recipe).model_dump() | protocol
+    arms = [Arm.parse(norm) for norm in _each(norms)]
     given = {
+        "own_norms": norms_in_use(arms),
         "model": model if isinstance(model, str) else name_of(model, "model"),
         "data": _data_name(data),
         "train": train if train is None or isinstance(train, str) else name_of(train, "train"),
@@ -306,7 +310,7 @@ def compare(  # noqa: PLR0913 - all but two by keyword
     sweep = SweepSpec.checked(
         {
             "protocol": Protocol.checked(values | given),
-            "norms": tuple(str(Arm.parse(norm)) for norm in _each(norms)),
+            "norms": tuple(map(str, arms)),
             "batch_sizes": _each(batch_sizes),
             "seeds": _each(seeds),
             "learning_rates": _each(tune_lr),

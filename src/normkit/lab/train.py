@@ -22,6 +22,7 @@ from normkit.lab.launch import own_device
 from normkit.lab.loggers import Logger, open_loggers
 from normkit.lab.loop import Step, own_parts
 from normkit.lab.measure import peak_step_bytes
+from normkit.lab.own_norms import register_norms
 from normkit.lab.own_training import train_by
 from normkit.lab.records import Epoch, Outcome, Sources, TrainingRecord, sources_of
 from normkit.lab.spec import TrainingSpec
@@ -108,6 +109,7 @@ def _outcome(
     times_s: list[float],
 ) -> Outcome:
     try:
+        register_norms(spec.protocol.own_norms)
         if data is None:
             with open_loggers(upkeep.loggers, upkeep.folder, spec) as loggers:
                 return train_by(spec, on_step, loggers)
