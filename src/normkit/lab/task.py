@@ -47,6 +47,8 @@ TASKS: Mapping[str, str] = MappingProxyType(
 Held = Literal["validation", "test"]
 """The examples that a network is judged on."""
 
+PartName = Literal["train", "validation", "test"]
+
 
 class Batch(Protocol):
     """What a step of training gets: pictures with classes, or with boxes, or clips."""
@@ -203,6 +205,8 @@ class Task(Frozen, ABC):
     name: ClassVar[str]
     scores: ClassVar[tuple[str, ...]]
     """What a network is judged by, the first one to be compared: shares; more is better."""
+    further: ClassVar[tuple[str, ...]] = ()
+    """What evaluations give besides, which tables may read."""
 
     def __str__(self) -> str:
         """The name, and the options that are not at their defaults."""
@@ -235,6 +239,21 @@ class Task(Frozen, ABC):
     @abstractmethod
     def start(self, spec: TrainingSpec, data: Any, network: nn.Module) -> TaskRun:
         """Begin the training of a network."""
+
+    def examples(self, data: Any, part: PartName) -> Source:
+        """The examples of a part as they are evaluated, from which statistics can be measured.
+
+        Their batches have ``inputs``, with which a network in evaluation mode is called, and
+        ``targets``.
+
+        Args:
+            data: Of the task.
+            part: Which one.
+
+        Raises:
+            NormError: If they say nothing of the network's statistics.
+        """
+        return getattr(data, part)
 
     def files(self) -> tuple[Path, ...]:
         """The files that the options name and that there are: other contents are other runs."""

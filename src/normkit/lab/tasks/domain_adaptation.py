@@ -25,7 +25,7 @@ from normkit.lab.models.build import build_model
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
-from normkit.lab.task import Found, Held, Task, TaskRun
+from normkit.lab.task import Found, Held, PartName, Source, Task, TaskRun
 from normkit.lab.tasks.clustering import class_centers, spherical_clusters
 from normkit.lab.tasks.contrastive import contrastive_discrepancy
 from normkit.lab.tasks.domain_norms import (
@@ -112,6 +112,17 @@ class DomainAdaptation(Task):
     def data(self, protocol: Protocol) -> Domains:
         """Both domains."""
         return open_domains(protocol, self.target, whole=self.whole)
+
+    def examples(self, data: Domains, part: PartName) -> Source:
+        """Refuse: there are two domains, whose statistics differ.
+
+        Raises:
+            SpecError: Always.
+        """
+        raise SpecError(
+            f"{self} has two domains, and no statistics for both; take method=adabn to measure "
+            f"those of the target anew, or leave the reading out"
+        )
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures in place of data sets that papers name; others as they are."""

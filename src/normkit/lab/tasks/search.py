@@ -20,6 +20,7 @@ from normkit.lab.course import nothing
 from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.device import seeded
+from normkit.lab.evaluation import ACCURACY, LOSS, TOP5
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.lock import in_turn
 from normkit.lab.loop import num_updates
@@ -64,7 +65,8 @@ class Search(Task):
     """
 
     name: ClassVar = "search"
-    scores: ClassVar = ("accuracy",)
+    scores: ClassVar = (ACCURACY,)
+    further: ClassVar = (LOSS, TOP5)
 
     genotype: str | None = Field(
         default=None,

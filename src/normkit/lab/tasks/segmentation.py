@@ -28,7 +28,7 @@ from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.detectors import freeze_batch_norms_, scaled
 from normkit.lab.models.segmenters import SegmenterOptions, segmenter
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, PartName, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_unused, require_start
 from normkit.lab.tasks.starting import start_backbone_, weights_in
 
@@ -49,6 +49,11 @@ class Maps:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def targets(self) -> Int[Tensor, "n h w"]:
+        """The classes, as batches of all tasks call what is learned."""
+        return self.classes
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
@@ -228,6 +233,10 @@ class Segmentation(SegmenterOptions, Task):
     def data(self, protocol: Protocol) -> Parts[Mapped]:
         """Scenes, Pascal VOC with SBD, or a folder of pictures and maps."""
         return open_maps(protocol, protocol.image_size or SIDE)
+
+    def examples(self, data: Parts[Mapped], part: PartName) -> MappedExamples:
+        """Pictures and maps at the size of a training picture."""
+        return MappedExamples(getattr(data, part), data.input_shape[1:])
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures of VOC's number; other data as they are."""
