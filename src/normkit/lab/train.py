@@ -92,6 +92,7 @@ def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
     task = parse_task(spec.protocol.task)
     data = task.data(spec.protocol)
     with threads_of(spec.protocol.threads), seeded(spec.seed, device):
+        task.prepare(spec, data, on_step)
         training = _Training(spec, data, task.build(spec, data), Upkeep(), _NOWHERE, on_step)
         outcome = training.outcome()
     if outcome.status == "diverged":
@@ -112,7 +113,9 @@ def _outcome(
         if data is None:
             with open_loggers(upkeep.loggers, upkeep.folder, spec) as loggers:
                 return train_by(spec, on_step, loggers)
-        network = parse_task(spec.protocol.task).build(spec, data)
+        task = parse_task(spec.protocol.task)
+        task.prepare(spec, data, on_step)
+        network = task.build(spec, data)
         return _Training(spec, data, network, upkeep, sources, on_step, times_s).outcome()
     except DivergenceError as error:  # of what a task trains before the run's own steps
         return Outcome(status="diverged", message=str(error))
