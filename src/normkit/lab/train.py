@@ -281,7 +281,7 @@ class _Training:
         path = folder / "weights" / f"{self.spec.file_name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": self.spec.protocol.model, "norm": self.spec.norm}
-        save_weights(state, path, about | alterations_of(self.built).metadata())
+        save_weights(state, path, about | alterations_of(self.built, self.spec.protocol).metadata())
 
 
 def failed(spec: TrainingSpec, message: str) -> TrainingRecord:
