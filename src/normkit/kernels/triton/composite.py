@@ -7,12 +7,13 @@ its parts. The program is one launch, or two where groups of channels are wide: 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normkit.kernels.calls import Buffers, Slots
+from normkit.kernels.calls import MOST_PARAMETERS, Buffers, Slots
 from normkit.kernels.program import Program, parsed
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.shapes import shapes_of, width_of
@@ -94,18 +95,23 @@ def backward(  # noqa: PLR0913 - the operator's own arguments
     grad: Tensor, x: Tensor, table: Tensor, text: str, parameters: Slots, share: float, wanted: int
 ) -> tuple[Tensor, ...]:
     """Gradient of x, and those of the parameters that are wanted, flat."""
-    dx, *found = planned(_backward, (grad, x, table, *parameters), (text,), share)
-    names = [name for name in parsed(text).results if name.startswith("gradient")]
-    sums = dict(zip(names, found, strict=True))
-    dtype = table_dtype(x.dtype)
-    gradients = list[Tensor]()
-    for i in range(len(parameters)):
-        rows = sums.get(f"gradient{i}") if wanted >> i & 1 else None
-        if rows is None:
-            gradients.append(x.new_empty(0, dtype=dtype))
+    found = planned(_backward, (grad, x, table, *parameters), (text,), share)
+    gradients = [found[0]]
+    for i, place in enumerate(_places(text)):
+        if place == 0 or not wanted >> i & 1:
+            gradients.append(x.new_empty(0, dtype=table_dtype(x.dtype)))
         else:  # of a parameter of all channels each Triton program has its part
+            rows = found[place]
             gradients.append(rows if rows.ndim == 1 else rows.sum(0))
-    return dx, *gradients
+    return tuple(gradients)
+
+
+@lru_cache(maxsize=1024)
+def _places(text: str) -> tuple[int, ...]:
+    """Which result of ``_backward`` is the gradient of each parameter; 0 if none is."""
+    names = ["x", *(name for name in parsed(text).results if name.startswith("gradient"))]
+    known = {name: place for place, name in enumerate(names)}
+    return tuple(known.get(f"gradient{i}", 0) for i in range(MOST_PARAMETERS))
 
 
 def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:
