@@ -44,7 +44,7 @@ def normalize_batch(
 ) -> FeatureMap:
     """Normalise by the statistics of the input's own groups, and update ``running`` with them."""
     call = batch_route(running, False, valid is not None)
-    way, _, _, _, kernels = decide(x, call)
+    way, _, _, kernels = decide(x, call)
     if way == "operator":
         kernels_move = call.why_torch_moves is None
         return _by_operator(kernels, x, partition, running, parameters, kernels_move, ending)
@@ -106,7 +106,7 @@ def _normalize_fixed(
     ending: Ending | None = None,
 ) -> FeatureMap:
     """Normalise by given group statistics ``(1, G)``."""
-    way, _, _, _, kernels = decide(x)
+    way, _, _, kernels = decide(x)
     if way == "operator":
         return _given_by_operator(kernels, x, partition, groups, parameters, ending)
     tables = fixed_tables(groups, partition, x.shape, parameters)

@@ -29,9 +29,6 @@ from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap, PerChannel
 
-AT_ONCE = "ended_positional_forward"
-"""The operator of kernels that go on to what follows in the norm's pass."""
-
 
 def normalize_positions(
     x: FeatureMap,
@@ -41,8 +38,8 @@ def normalize_positions(
 ) -> FeatureMap:
     """Normalise every position over its channels, scale and shift every channel, and go on."""
     if valid is None and x.numel():
-        way, _, _, operators, kernels = decide(x, POSITIONAL)
-        if way == "operator" and (ending is None or hasattr(operators, AT_ONCE)):
+        way, _, _, kernels = decide(x, POSITIONAL)
+        if way == "operator":
             return _by_kernel(kernels, x, parameters, ending)
     found = _normalized(x, parameters, valid)
     return found if ending is None else ended(found, ending, valid)
@@ -53,7 +50,7 @@ def _normalized(x: FeatureMap, parameters: Parameters, valid: Valid | None) -> F
         return empty_result(x, *parameters[:2])
     if valid is not None:
         return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
-    way, _, _, _, kernels = decide(x, POSITIONAL)
+    way, _, _, kernels = decide(x, POSITIONAL)
     if way == "operator":
         return _by_kernel(kernels, x, parameters, None)
     if way == "graph":

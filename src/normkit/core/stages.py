@@ -49,8 +49,6 @@ from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
-AT_ONCE = "ended_composite_forward"
-"""The operator of kernels that go on to what follows in the norm's pass."""
 Formula = Callable[[Tensor, Tensor], Callable[..., Tensor]]
 """Of x and the kept table: the composite of x and its parameters, in plain operators."""
 
@@ -170,7 +168,7 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
         return ended(y, ending, valid)
     is_beside = composite.num_beside > 0
     call = composite_route(running, training, False, valid is not None, is_beside)
-    way, name, _, operators, kernels = decide(x, call)
+    way, name, _, kernels = decide(x, call)
     if way == "operator":
         is_traced = kernels is None and torch.compiler.is_compiling()
         statistics = _statistics(running, training, call.why_torch_moves is None, is_traced)
@@ -179,10 +177,8 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
         programs = look_up(composite, x.shape[1], sizes, statistics.source)
         is_on_triton = name == "triton"
         if programs.why_not is None and not (is_on_triton and programs.why_not_triton):
-            at_once = ending if hasattr(operators, AT_ONCE) else None
-            given = (composite, parameters, statistics, at_once)
-            y = _normalize_by_operator(kernels, x, programs, *given)
-            return y if at_once is ending else ended(y, ending)
+            given = (composite, parameters, statistics, ending)
+            return _normalize_by_operator(kernels, x, programs, *given)
         way = "tables"
     num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)

@@ -114,8 +114,7 @@ class Decision(NamedTuple):
     way: Way
     kernels: Kernels
     reason: str
-    operators: Any = None  # the set of kernels with the operator, see nodes.Kernels
-    called: Any = None  # the set that computes the call; None for the registered operators
+    operators: Any = None  # the set of kernels, see nodes.Kernels; None for the registered ones
 
 
 ORDINARY = Call()
@@ -187,7 +186,7 @@ def decide(x: Tensor, call: Call = ORDINARY, *, is_computed: bool = True) -> Dec
         return _compiled(x, call, kernels)
     usual = _BY_CPU if kernels == "cpu" else _by_triton()
     if type(x) not in PLAIN:
-        usual = usual._replace(called=None)
+        usual = usual._replace(operators=None)
     return usual if call is ORDINARY else _special(x, call, usual)
 
 
@@ -221,15 +220,15 @@ def _candidate(x: Tensor) -> tuple[Kernels, str | None]:
 
 @cache
 def _by_triton() -> Decision:
-    operators, reason = _triton().operators, _COMPUTE.format(NAMES["triton"])
-    return Decision("operator", "triton", reason, operators, operators)
+    return Decision("operator", "triton", _COMPUTE.format(NAMES["triton"]), _triton().operators)
 
 
 def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
     """The decision for a call that differs from the usual one, which is one operator."""
-    kernels, operators, name = usual.kernels, usual.operators, NAMES[usual.kernels]
+    kernels, name = usual.kernels, NAMES[usual.kernels]
     why_tables = call.why_tables
     if call.span is not None:
+        operators = cpu.operators if kernels == "cpu" else _triton().operators
         is_position = call.span == "position"
         most = operators.MOST_CHANNELS_OF_A_POSITION
         most = most if is_position else operators.MOST_CHANNELS_OF_A_GROUP
@@ -336,8 +335,8 @@ def _triton() -> ModuleType:
 _BEST: dict[str, Kernels] = {"cpu": "cpu", "cuda": "triton"}
 """The kernels for each type of device; benchmarks and tests that simulate a GPU change this."""
 _COMPUTE = "the {} kernels compute this"
-_BY_CPU = Decision("operator", "cpu", _COMPUTE.format(NAMES["cpu"]), cpu.operators, cpu.operators)
-_REGISTERED = _BY_CPU._replace(called=None)
+_BY_CPU = Decision("operator", "cpu", _COMPUTE.format(NAMES["cpu"]), cpu.operators)
+_REGISTERED = _BY_CPU._replace(operators=None)
 _EMPTY = Decision("formula", "reference", "the input is empty")
 _TRACED = Decision(
     "formula", "reference", "the call is compiled, and no C++ operator does all of it"
