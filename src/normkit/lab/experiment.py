@@ -298,7 +298,7 @@ def compare(
             function of one's own that trains instead, called as
             ``train(apply_norm, batch_size, seed, report)``. How it is done: ``out`` (the folder),
             ``device``, ``workers``, ``data_workers``, ``threads``, ``cluster``,
-            ``checkpoint_seconds``, ``save_weights``, ``loggers``.
+            ``checkpoint_seconds``, ``save_weights``, ``loggers``, ``probe_every``.
 
     Warns:
         UserWarning: If pictures are left out, or records of other data, models or code.
