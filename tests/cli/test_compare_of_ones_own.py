@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 
 import pytest
@@ -244,12 +245,32 @@ def test_a_dry_run_of_ones_own_training_knows_its_time_when_it_was_run_once(mine
 
 def test_pictures_that_do_not_decode_are_told_and_the_rest_is_used(mine, capsys):
     (mine / "photos" / "cat" / "7.png").write_bytes(b"nothing")
-    code, _, errors = compare(
+    code, result, errors = compare(
         capsys, "--model", "mlp:depth=2:width=8", "--data", "folder:photos", "--norms", "bn",
         "--batch-sizes", "4", "--seeds", "1", "--epochs", "1", "--workers", "1", "--out", "out",
     )  # fmt: skip
     assert code == 0
-    assert "1 picture cannot be read and is left out: cat/7.png" in errors
+    said = "1 picture cannot be read and is left out: cat/7.png"
+    assert said in errors
+    assert result["notes"] == [said]
+    assert f"<b>Note:</b> {said}" in (mine / "out" / "report.html").read_text()
+
+
+def test_a_class_folder_that_is_gone_is_told_where_the_result_is(mine, capsys):
+    given = [
+        "--model", "mlp:depth=2:width=8", "--data", "./photos", "--norms", "bn", "--seeds", "1",
+        "--batch-sizes", "4", "--epochs", "1", "--workers", "1", "--out", "out",
+    ]  # fmt: skip
+    fill(mine / "photos", per_class=20, classes=("cow",), size=(16, 16))
+    assert compare(capsys, *given)[1]["notes"] == []
+    shutil.rmtree(mine / "photos" / "cow")
+    note = (
+        "1 of these runs has earlier records of other data, which are kept and left out; it is run "
+        "anew"
+    )
+    assert compare(capsys, *given)[1]["notes"] == [note]
+    assert main(["compare", *given]) == 0
+    assert f"\nnote: {note}\n" in capsys.readouterr().out
 
 
 def spoil(mine):

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import re
@@ -15,8 +16,8 @@ from normkit.lab import Recipe, compare, experiment
 from normkit.lab.config import ALSO, KNOWN, options_of, read_config, sweep_of, write_config
 from normkit.lab.data import open_data
 from normkit.lab.dry_run import estimate
-from normkit.lab.experiment import plan
-from normkit.lab.records import TrainingRecord, read_records
+from normkit.lab.experiment import _notes_on, plan
+from normkit.lab.records import Sources, TrainingRecord, changed_runs, read_records
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.work import RunOptions
 from pictures import fill
@@ -92,11 +93,38 @@ def test_runs_with_a_record_are_not_repeated_until_the_source_changes(tmp_path):
     )  # fmt: skip
     found = plan(sweep, out)
     assert len(found.missing) == 4
-    assert re.match(r"4 of these runs have records of other data, another model's", found.notes[0])
-    with pytest.warns(UserWarning, match="4 of these runs have records of other data"):
+    (note,) = found.notes
+    assert note == (
+        "4 of these runs have earlier records of other versions of your files, which are kept and "
+        "left out; they are run anew"
+    )
+    with pytest.warns(UserWarning, match="4 of these runs have earlier records of other version"):
         result = compare(f"{path}:make", **options)
     assert num_records() == 8
     assert {r.model_hash for r in result.records} == {found.sources.model_hash}
+
+
+def test_a_note_says_what_has_changed_of_which_runs(record):
+    """Each run is counted once, by its latest record that is left out."""
+    sources = Sources(code_hash="0" * 12, data_hash="d", model_hash="m")
+
+    def made(seed, **hashes):
+        return record(seed=seed).model_copy(update={"data_hash": "d", "model_hash": "m"} | hashes)
+
+    first, second, third = (made(seed).spec.key for seed in (1, 2, 3))
+    specs = [made(seed).spec for seed in (1, 2, 3, 4)]
+    records = [
+        made(1, data_hash="older", code_hash="older"), made(1, data_hash="old"), made(1),
+        made(2, model_hash="old"), made(3, model_hash=None), made(4), made(5, data_hash="old"),
+    ]  # fmt: skip
+    changed = changed_runs(specs, records, sources)
+    assert changed == {first: ("data",), second: ("files",), third: ("files",)}
+    one, two = _notes_on(changed)
+    assert one == (
+        "1 of these runs has earlier records of other data, which are kept and left out; it is run "
+        "anew"
+    )
+    assert two.startswith("2 of these runs have earlier records of other versions of your files,")
 
 
 def test_a_picture_that_is_gone_is_a_new_run(tmp_path):
@@ -104,8 +132,13 @@ def test_a_picture_that_is_gone_is_a_new_run(tmp_path):
     options = {**FAST, "out": tmp_path / "out", "seeds": [1]}
     compare("mlp:depth=2:width=8", f"folder:{tmp_path}/photos", **options)
     (tmp_path / "photos" / "cat" / "0.png").unlink()
-    with pytest.warns(UserWarning, match="2 of these runs have records of other data"):
-        compare("mlp:depth=2:width=8", tmp_path / "photos", **options)
+    said = "2 of these runs have earlier records of other data, which are kept and left out"
+    with pytest.warns(UserWarning, match=said):
+        result = compare("mlp:depth=2:width=8", tmp_path / "photos", **options)
+    assert f"\nnote: {said}" in str(result)
+    assert f"<b>Note:</b> {said}" in result.report().read_text()
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert [row["changed"] for row in csv.DictReader(file)] == ["data", "data"]
     records = read_records(tmp_path / "out", TrainingRecord).records
     assert len(records) == 4
     assert len({record.data_hash for record in records}) == 2

@@ -62,6 +62,9 @@ class Compare(RecipeOptions):
     """Do not write the weights, even if the file given by --config says so."""
     loggers: str | None = None
     """Loggers of each epoch's values, separated by commas: tensorboard, csv, wandb, mlflow."""
+    probe_every: int | None = None
+    """Steps between two records of a probe on the network, whose numbers go to --loggers (default:
+    no probe)."""
     dry_run: Given = False
     """Train nothing: print runs and steps, and time and memory estimated from measured steps."""
     out: Path | None = None

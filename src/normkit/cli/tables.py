@@ -17,7 +17,7 @@ from normkit.lab.verdict import Verdict, verdict_of
 def print_tables(
     comparison: Comparison, records: Iterable[TrainingRecord], paths: Mapping[str, Path]
 ) -> None:
-    """Print the verdict, accuracy and cost, the runs that did not finish, and the files' paths."""
+    """Print the verdict, accuracy and cost, the runs that did not finish, notes, and paths."""
     console = Terminal()
     verdict = verdict_of(comparison)
     answer, *others = verdict.lines
@@ -27,6 +27,8 @@ def print_tables(
     console.print(_accuracy_table(comparison, verdict))
     if any(cell.step_time_s is not None for cell in comparison.cells):
         console.print(_cost_table(comparison))
+    for note in comparison.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     for record in records:
         if record.outcome.status != "finished":
             console.print(Text(_trouble(record), style="red"), soft_wrap=True)

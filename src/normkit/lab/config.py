@@ -114,7 +114,13 @@ def asked(values: Mapping[str, Any], spelled: Any) -> tuple[SweepSpec, RunOption
     """
     whole = {**DEFAULTS, **values, "processes": num_launched()}
     whole["device"] = str(parse_device(whole["device"]))
-    return sweep_of(whole, spelled), options_of(whole, spelled)
+    sweep, options = sweep_of(whole, spelled), options_of(whole, spelled)
+    if sweep.protocol.train is not None and options.probe_every is not None:
+        raise SpecError(
+            "--probe-every was given with --train, whose function makes its own probe: "
+            "nk.Probe(net, writer=report); leave one of them out"
+        )
+    return sweep, options
 
 
 def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:

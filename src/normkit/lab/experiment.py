@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -26,9 +27,11 @@ from normkit.lab.lock import only_user
 from normkit.lab.recipe import Recipe
 from normkit.lab.records import (
     RECORDS_NAME,
+    Change,
     Sources,
     TrainingRecord,
     append_record,
+    changed_runs,
     latest,
     missing_runs,
     read_records,
@@ -38,7 +41,7 @@ from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.resume import FOLDER
 from normkit.lab.spec import SweepSpec, TrainingSpec
 from normkit.lab.sweep import carry_out, prepare, reached
-from normkit.lab.text import table_lines
+from normkit.lab.text import joined, table_lines
 from normkit.lab.train import TRAINING, run
 from normkit.lab.user_code import PREFIX as HELD_PREFIX
 from normkit.lab.user_code import name_of
@@ -48,6 +51,11 @@ from normkit.lab.work import RunOptions, Watcher, Way
 if TYPE_CHECKING:
     import pandas as pd
 
+OTHER: Mapping[Change, str] = {
+    "data": "other data",
+    "files": "other versions of your files",
+    "normkit": "another version of normkit",
+}
 Told = Watcher[TrainingSpec, TrainingRecord]
 Show = Callable[[Sequence[TrainingSpec], int], AbstractContextManager[Told]]
 
@@ -71,7 +79,8 @@ class Plan:
         missing: Those that have no record yet.
         sources: Data, model and code as they are now.
         num_examples: Training examples; 0 where a user's function trains.
-        notes: What the user should know before anything runs.
+        notes: What the user should know before anything runs, and who reads the result.
+        changed: Runs that have records of other data, files or code, by key, with what is other.
     """
 
     sweep: SweepSpec
@@ -79,6 +88,7 @@ class Plan:
     sources: Sources
     num_examples: int
     notes: tuple[str, ...] = ()
+    changed: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
 
 
 def plan(sweep: SweepSpec, out: Path) -> Plan:
@@ -92,21 +102,25 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
     sources = sources_of(sweep.protocol, None if data is None else data.fingerprint)
     contents = read_records(out, TrainingRecord)
     ours = [record for record in contents.records if sources.made(record)]
-    keys = {spec.key for spec in sweep.runs()}
-    stale = {r.spec.key for r in contents.records if r.spec.key in keys and not sources.made(r)}
-    notes = list(() if data is None else data.notes)
-    if stale:
-        notes.append(
-            f"{len(stale)} of these runs have records of other data, another model's source or "
-            f"another version of normkit; those are kept and left out, and the runs done again"
-        )
+    changed = changed_runs(sweep.runs(), contents.records, sources)
     return Plan(
         sweep=sweep,
         missing=missing_runs(sweep.runs(), ours),
         sources=sources,
         num_examples=0 if data is None else data.num_examples,
-        notes=tuple(notes),
+        notes=(*(() if data is None else data.notes), *_notes_on(changed)),
+        changed=changed,
     )
+
+
+def _notes_on(changed: Mapping[str, tuple[Change, ...]]) -> list[str]:
+    """A sentence for the runs of which the same has changed."""
+    return [
+        f"{number} of these runs {'has' if number == 1 else 'have'} earlier records of "
+        f"{joined([OTHER[change] for change in changes])}, which are kept and left out; "
+        f"{'it is' if number == 1 else 'they are'} run anew"
+        for changes, number in Counter(changed.values()).items()
+    ]
 
 
 def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None]) -> Result:
@@ -137,7 +151,7 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
             _run(found, way, show if launch.is_first else _silent, launch)
             if launch.is_first:
                 rmtree(way.out / FOLDER, ignore_errors=True)  # also drafts that a kill has left
-        return launch.first(lambda: Result.of(found.sweep, found.sources, way))
+        return launch.first(lambda: Result.of(found, way))
 
 
 def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], None]) -> Plan:
@@ -192,13 +206,13 @@ class Result:
     folder: Path
 
     @classmethod
-    def of(cls, sweep: SweepSpec, sources: Sources, way: Way) -> Result:
-        """Read the records of a sweep and write its report."""
+    def of(cls, found: Plan, way: Way) -> Result:
+        """Read the records of what was planned, and write the report."""
         known = read_records(way.out, TrainingRecord).records
-        every = latest(sweep.runs(), (record for record in known if sources.made(record)))
-        records = best_rates(sweep, every)
-        comparison = compared(sweep, records)
-        write_report(way.out, comparison, records, way.command)
+        ours = (record for record in known if found.sources.made(record))
+        records = best_rates(found.sweep, latest(found.sweep.runs(), ours))
+        comparison = compared(found.sweep, records, found.notes)
+        write_report(way.out, comparison, records, way.command, found.changed)
         return cls(comparison, records, way.out)
 
     @property
@@ -207,7 +221,8 @@ class Result:
         return verdict_of(self.comparison)
 
     def __str__(self) -> str:
-        return "\n".join([*self.verdict.lines, "", *table_lines(self.comparison)])
+        notes = [f"note: {note}" for note in self.comparison.notes]
+        return "\n".join([*self.verdict.lines, "", *table_lines(self.comparison), *notes])
 
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each norm and batch size: means and spreads over seeds, time and memory."""
@@ -283,7 +298,7 @@ def compare(
             each batch size gets the best. ``train`` is a function of one's own that trains instead,
             called as ``train(apply_norm, batch_size, seed, report)``. How it is done: ``out`` (the
             folder), ``device``, ``workers``, ``data_workers``, ``threads``, ``cluster``,
-            ``checkpoint_seconds``, ``save_weights``, ``loggers``.
+            ``checkpoint_seconds``, ``save_weights``, ``loggers``, ``probe_every``.
 
     Warns:
         UserWarning: If pictures are left out, or records of other data, models or code.

@@ -1,7 +1,7 @@
 """Where a network has norms, and which maps come by."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,14 +105,29 @@ def find_slots(model: nn.Module, example_input: Any, name: str) -> Mapping[str, 
     finally:
         for hook in hooks:
             hook.remove()
-    if not slots:
-        leaves = {type(m).__name__: None for m in model.modules() if not any(m.children())}
-        raise SpecError(
-            f"model {name!r} has no norm to replace, only {listed(leaves)}; norms that a forward "
-            f"calls as functions are not seen: put a module such as nn.BatchNorm2d in their place, "
-            f"or choose a model that has norms, such as resnet18"
-        )
+    require_norms(model, slots, name)
     return slots
+
+
+def require_norms(model: nn.Module, norms: Collection[Any], name: str) -> None:
+    """Refuse a model without norms.
+
+    Args:
+        model: The model.
+        norms: Those that were found in it.
+        name: How the message calls the model.
+
+    Raises:
+        SpecError: With what the model has instead.
+    """
+    if norms:
+        return
+    leaves = {type(m).__name__: None for m in model.modules() if not any(m.children())}
+    raise SpecError(
+        f"model {name!r} has no norm to replace, only {listed(leaves)}; norms that a forward calls "
+        f"as functions are not seen: put a module such as nn.BatchNorm2d in their place, or choose "
+        f"a model that has norms, such as resnet18"
+    )
 
 
 def send(call: Call, complaint: str, way_out: str) -> None:
