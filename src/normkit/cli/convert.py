@@ -13,7 +13,7 @@ from normkit.cli.shared import print_json, require_counts, require_file_name
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import Alterations, save_weights
-from normkit.lab.data import Dataset, load
+from normkit.lab.data import Dataset
 from normkit.lab.data.files import SUFFIX
 from normkit.text import shortened
 
@@ -52,7 +52,7 @@ class Convert(ModelOptions):
             NormError: If an option breaks its rule, or the model cannot be converted.
         """
         self._check()
-        examples = None if self.calibrate is None else load(self.calibrate)
+        examples = None if self.calibrate is None else self.read(self.calibrate)
         dataset = self.opened() or examples
         done = convert_norm_(
             self.build(dataset),

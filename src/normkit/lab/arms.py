@@ -30,7 +30,7 @@ from normkit.lab.changes import (
     remove_norms_,
     reparametrize_,
 )
-from normkit.lab.slots import PlacedNorm, Slot, find_slots, is_batch_norm
+from normkit.lab.slots import PlacedNorm, Slot, find_slots, is_batch_norm, require_norms
 from normkit.passes import all_or_nothing
 from normkit.recipes import METHODS
 from normkit.spec import MAX_LENGTH, parse_list
@@ -262,7 +262,7 @@ class Arm:
         slots = find_slots(model, example_input, name)
         if self.placement == NONE:
             return {at: Place(slot=slot, spec=None) for at, slot in slots.items()}
-        specs = dict.fromkeys(self._replaced(model, name), self.norm or BATCH_NORM)
+        specs = dict.fromkeys(self.replaced(model, name), self.norm or BATCH_NORM)
         convert_norm_(model, dict.fromkeys(specs, BATCH_NORM), dry_run=True)  # or has no rule
         rule = RULES.get(XBN if self.placement.startswith(XBN) else self.placement)
         blocks: dict[str, str] = {}
@@ -278,9 +278,18 @@ class Arm:
             if at in specs
         }
 
-    def _replaced(self, model: nn.Module, name: str) -> list[str]:
-        """Names of the norms that become others."""
+    def replaced(self, model: nn.Module, name: str) -> list[str]:
+        """Names of the norms that become others: those that look at the batch, or else all.
+
+        Args:
+            model: The network.
+            name: How messages call it.
+
+        Raises:
+            SpecError: If there are none.
+        """
         found = find_norms(model)
+        require_norms(model, found, name)
         over_batch = [names[0] for norm, names in found.items() if is_batch_norm(norm)]
         if not over_batch and self.placement:
             kinds = ", ".join(sorted({type(norm).__name__ for norm in found}))
@@ -364,7 +373,9 @@ def _alone(body: str, text: str) -> tuple[str, NormSpec | None]:
         if name in METHODS:
             raise
         others = ", ".join(arm for arm in ARMS if not arm.startswith("+"))
-        raise SpecError(f"{error} (besides norms there are: {others})") from error
+        raise SpecError(
+            f"{error} (besides norms there are: {others}; --own-norms names norms of your own)"
+        ) from error
 
 
 def _placed(body: str, text: str) -> tuple[str, NormSpec]:

@@ -57,7 +57,7 @@ class SwitchableNorm(TrackingLayer):
         torch.Size([4, 6, 5, 7])
     """
 
-    ending_operator = "ended_composite_forward"
+    takes_ending = True
 
     mean_logits: nn.Parameter
     var_logits: nn.Parameter
@@ -95,7 +95,8 @@ class SwitchableNorm(TrackingLayer):
     ) -> FeatureMap:
         running, parameters = self._running(), self._affine()
         logits, name = (self.mean_logits, self.var_logits), type(self).__name__
-        ranks = self._ranks(x) if self.use_batch else None
+        is_part = self._process_group is not None and self.use_batch
+        ranks = self._ranks(x) if is_part else None
         return normalize_switched(
             x, running, self.training, parameters, *logits, name, ranks, valid, ending
         )

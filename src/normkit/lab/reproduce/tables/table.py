@@ -20,6 +20,7 @@ from normkit.lab.reproduce.tables.quantity import Cells, Quantity
 from normkit.lab.reproduce.tables.reading import PLAIN, Reading
 from normkit.lab.reproduce.verdict import Criterion, Side
 from normkit.lab.spec import Protocol, SweepSpec
+from normkit.lab.task import parse_task
 from normkit.text import listed, printable, shortened
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -177,12 +178,13 @@ class Table(Frozen):
         if scale == "paper":
             return dict(self.paper)
         own = dict(getattr(self, scale))
-        parts = {name: {**part} for name, part in self.paper.get("parts", {}).items()}
-        for name, part in own.pop("parts", {}).items():
+        own_parts = own.pop("parts", {})
+        parts = {  # what the scale says of all parts wins over the paper's part, not over its own
+            name: {option: value for option, value in part.items() if option not in own}
+            for name, part in self.paper.get("parts", {}).items()
+        }
+        for name, part in own_parts.items():
             parts[name] = parts.get(name, {}) | dict(part)
-        for part in parts.values():  # what the scale says of all parts wins over the paper's part
-            for option in set(part) & set(own):
-                del part[option]
         merged = {**self.paper, **own} | ({"parts": parts} if parts else {})
         if "epochs" in own or "steps" in own:
             merged.pop("steps" if "epochs" in own else "epochs", None)
@@ -205,12 +207,13 @@ class Table(Frozen):
         if values.get("weights"):
             values["weights"] = str(data_folder() / WEIGHTS / values["weights"])
         sweep = sweep_of({**values, "norms": tuple(arms.values())}, str)
+        task = parse_task(sweep.protocol.task)
         return Part.checked(
             {
                 "name": name,
                 "arms": arms,
                 "sweep": sweep,
-                "readings": {name: Reading.parse(self.readings[name]) for name in read},
+                "readings": {name: Reading.parse(self.readings[name], task) for name in read},
                 **evaluated,
             }
         )
