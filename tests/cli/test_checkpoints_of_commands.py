@@ -12,7 +12,7 @@ import normkit as nk
 from normkit.cli import main
 from normkit.cli.model import ModelOptions
 from normkit.lab import Recipe, compare
-from normkit.lab.arms import ARMS
+from normkit.lab.arm_names import ARMS
 from normkit.lab.changes import WEIGHTS
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.checkpoints.reading import read_metadata

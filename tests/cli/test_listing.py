@@ -8,7 +8,7 @@ import pytest
 
 from normkit.catalog import CATALOG
 from normkit.cli import main
-from normkit.lab.arms import ARMS
+from normkit.lab.arm_names import ARMS
 
 
 @pytest.mark.parametrize("width", [80, 100])

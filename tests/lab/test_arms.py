@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import normkit as nk
 from normkit.inference.freeze import is_frozen
-from normkit.lab.arms import ARMS, Arm, parse_arms
+from normkit.lab.arm_names import ARMS
+from normkit.lab.arms import Arm, parse_arms
 from normkit.lab.changes import WEIGHTS, remove_norms_
 from normkit.lab.models import build_model
 from normkit.lab.models.build import apply_arm

@@ -14,7 +14,7 @@ from normkit.catalog import CATALOG, Method
 from normkit.cli.shared import print_json
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
-from normkit.lab.arms import ARMS
+from normkit.lab.arm_names import ARMS
 from normkit.lab.changes import WEIGHTS
 from normkit.lab.data import FOLDERS, READERS
 from normkit.lab.models import ARCHITECTURES
