@@ -82,9 +82,8 @@ def _of_activation(layer: NormLayer, found: list[Decision]) -> str:
     """Who applies a layer's activation, where it has one."""
     if layer.activation is None:
         return ""
-    operator, first = layer.ending_operator, found[0]
-    can = operator is not None and hasattr(first.operators, operator)
-    at_once = can and first.way == "operator" and layer.why_separate() is None
+    can = layer.ending_operator is not None and layer.why_separate() is None
+    at_once = can and found[0].way == "operator"
     return f"; {layer.activation} in the same pass" if at_once else f"; then {layer.activation}"
 
 

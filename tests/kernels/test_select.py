@@ -158,7 +158,7 @@ def test_gpus_get_the_triton_kernels_or_the_reason_why_not(monkeypatch):
     monkeypatch.setattr(select, "_by_triton", lambda: by_triton)
     assert select.decide(x) is by_triton
     monkeypatch.setattr(select, "_triton_obstacle", lambda device: "the GPU is old")
-    assert select.decide(x) == ("formula", "reference", "the GPU is old", None)
+    assert select.decide(x) == select.Decision("formula", "reference", "the GPU is old")
 
 
 def test_without_the_library_layers_run_and_say_why():

@@ -12,7 +12,7 @@ from normkit.cli.model import ModelOptions
 from normkit.cli.shared import print_json, require_counts, require_file_name
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
-from normkit.lab.checkpoints import save_weights
+from normkit.lab.checkpoints import Alterations, save_weights
 from normkit.lab.data import Dataset
 from normkit.lab.data.files import SUFFIX
 from normkit.text import shortened
@@ -79,7 +79,7 @@ class Convert(ModelOptions):
     def _about(self, done: Conversion) -> dict[str, str]:
         """Facts that are needed to load the weights, for the file's metadata."""
         about = {"model": self.model, "norms": self.to, "where": self.where or ""}
-        about |= self.alterations().after(done).metadata()
+        about |= self.alterations().then(Alterations.of(done)).metadata()
         return {name: value for name, value in about.items() if value}
 
     def _map(self) -> dict[str, str]:

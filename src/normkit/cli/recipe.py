@@ -37,6 +37,8 @@ class RecipeOptions:
     """FILE.py:FUNCTION that trains in place of model, data and recipe."""
     better: Literal["higher", "lower"] | None = None
     """Whether higher or lower scores of --train are better (default: higher)."""
+    own_norms: str | None = None
+    """Norms of your own, NAME=FILE.py:CLASS with commas between, which arms then name."""
     weights: str | None = None
     """File of weights (.safetensors) that every run starts from; new norms are calibrated."""
     image_size: int | None = None

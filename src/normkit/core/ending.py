@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from normkit.core.mask import Valid, without_invalid
+from normkit.core.normalize import differentiable_gradient
 from normkit.errors import InputError, InputTypeError, OptionError
-from normkit.kernels.activations import KINDS, Activation, Kind, activate
+from normkit.kernels.activations import KINDS, Activation, Kind, activate, pass_back
 from normkit.typing import FeatureMap
 
 
@@ -33,6 +35,36 @@ def ended(y: FeatureMap, ending: Ending | None, valid: Valid | None = None) -> F
         y = y + (residual if valid is None else without_invalid(residual, valid))
     y = activate(y, ending.activation)
     return y if valid is None else without_invalid(y, valid)
+
+
+def differentiable_ended(
+    formula: Callable[..., Tensor], activation: Activation, has_residual: bool
+) -> Callable[..., Any]:
+    """Gradients of ``act(formula(x, *parameters) + residual)`` that can be differentiated again.
+
+    Of ``(grad, (x, *parameters), kept, wanted)``, wanted being of x, the residual and parameters.
+    """
+
+    # This function must not refer to the residual: autograd would keep the tensor until backward.
+    def differentiable(
+        grad: Tensor,
+        inputs: tuple[Tensor | None, ...],
+        kept: Tensor | None,
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        x, *parameters = inputs
+        if has_residual and (activation.is_signed or not activation.kind):
+            passed = grad if kept is None else pass_back(grad, kept, activation)
+            own = (wanted[0], *wanted[2:])
+            dx, *found = differentiable_gradient(formula, (x, *parameters), own, passed)
+            return dx, passed if wanted[1] else None, *found
+
+        def whole(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> Tensor:
+            return ended(formula(x, *parameters), Ending(activation, residual))
+
+        return tuple(differentiable_gradient(whole, (x, kept, *parameters), wanted, grad))
+
+    return differentiable
 
 
 def read_activation(name: str | None, negative_slope: float) -> Activation:

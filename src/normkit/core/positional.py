@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from normkit.core.compiled import recomputed_in_backward
-from normkit.core.ending import Ending, ended
+from normkit.core.ending import Ending, differentiable_ended, ended
 from normkit.core.mask import Valid, on_valid
 from normkit.core.normalize import differentiable_gradient
 from normkit.core.parameters import Parameters, empty_result
-from normkit.core.pooled import differentiable_ended, differentiable_gradients
 from normkit.core.routes import POSITIONAL
 from normkit.core.transforms import needs_plain_formula
 from normkit.errors import PartitionError
@@ -29,9 +28,6 @@ from normkit.kernels.calls import Gradients
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap, PerChannel
-
-AT_ONCE = "ended_positional_forward"
-"""The operator of kernels that go on to what follows in the norm's pass."""
 
 
 def normalize_positions(
@@ -42,9 +38,9 @@ def normalize_positions(
 ) -> FeatureMap:
     """Normalise every position over its channels, scale and shift every channel, and go on."""
     if valid is None and x.numel():
-        way, _, _, operators = decide(x, POSITIONAL)
-        if way == "operator" and (ending is None or hasattr(operators, AT_ONCE)):
-            return _by_kernel(operators, x, parameters, ending)
+        way, _, _, kernels = decide(x, POSITIONAL)
+        if way == "operator":
+            return _by_kernel(kernels, x, parameters, ending)
     found = _normalized(x, parameters, valid)
     return found if ending is None else ended(found, ending, valid)
 
@@ -54,9 +50,9 @@ def _normalized(x: FeatureMap, parameters: Parameters, valid: Valid | None) -> F
         return empty_result(x, *parameters[:2])
     if valid is not None:
         return on_valid(x, valid, lambda x: normalize_positions(x, parameters))
-    way, _, _, operators = decide(x, POSITIONAL)
+    way, _, _, kernels = decide(x, POSITIONAL)
     if way == "operator":
-        return _by_kernel(operators, x, parameters, None)
+        return _by_kernel(kernels, x, parameters, None)
     if way == "graph":
         return _compiled(x, *parameters)
     if needs_plain_formula():
@@ -73,8 +69,11 @@ def _by_kernel(
     def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return _plain(x, weight, bias, eps)
 
-    def differentiable(*given: Any) -> Gradients:
-        return differentiable_gradients(formula, bias, *given)
+    def differentiable(
+        grad: Tensor, x: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
+    ) -> Gradients:
+        dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
+        return dx, dweight, dbias
 
     if ending is not None:
         call = ended_nodes.Ended(ending.activation, (), (eps,), of_positions=True)

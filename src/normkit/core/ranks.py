@@ -39,7 +39,7 @@ def active_group(process_group: ProcessGroup) -> dist.ProcessGroup | None:
     group = dist.group.WORLD if process_group == "world" else process_group
     if group is None or dist.get_world_size(group) == 1:
         return None
-    why = transform()
+    why = transform(torch.compiler.is_compiling())
     if why is not None:
         raise InputError(
             f"statistics over several processes were asked for, but {why}, where processes cannot "

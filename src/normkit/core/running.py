@@ -93,9 +93,10 @@ class RunningStatistics(NamedTuple):
         return self.num_batches_tracked.to(self.mean.dtype).reciprocal()
 
 
-Recent = deque[tuple[Tensor, Moments]]
-"""The latest batches: each channel's sum of means, which identifies a batch, and the estimates that
-normalised it. Checkpoint recomputation needs them, because the buffers may have changed since."""
+Recent = deque[tuple[Tensor, Tensor]]
+"""The latest batches: each channel's sum of means, which identifies a batch, and the estimates
+``(2, C)`` that normalised it. Checkpoint recomputation needs them, because the buffers may have
+changed since."""
 
 
 class RunningEstimates(NamedTuple):
@@ -133,7 +134,7 @@ class RunningEstimates(NamedTuple):
         sums = means.sum(dim=0)
         for seen, moved in reversed(self.recent):
             if _is_same(seen, sums):
-                return self._replace(mean=moved.mean, var=moved.var, update_rate=0.0)
+                return self._replace(mean=moved[0], var=moved[1], update_rate=0.0)
         raise InputError(
             f"a layer with running estimates was called during a backward pass on an input that "
             f"none of its last {self.recent.maxlen} training forwards has seen; gradient "
@@ -141,12 +142,14 @@ class RunningEstimates(NamedTuple):
             f"layer outside of the checkpoint"
         )
 
-    def remember(self, means: SegmentTable, moved: Moments) -> None:
-        """Store a batch's means ``(N, C)`` and the estimates that normalised it."""
-        if self.recent is None or buffers_are_frozen() or torch.compiler.is_compiling():
+    def remember(self, means: SegmentTable, moved: Tensor) -> None:
+        """Store the means ``(N, C)`` of a batch, and the estimates ``(2, C)`` that normalised it.
+
+        The estimates are a row of means and a row of variances.
+        """
+        if self.recent is None or torch.compiler.is_compiling() or buffers_are_frozen():
             return
-        mean, var = (t.detach().flatten().clone() for t in (moved.mean, moved.var))
-        self.recent.append((means.detach().sum(dim=0), Moments(mean, var)))
+        self.recent.append((means.detach().sum(dim=0), moved.detach().clone()))
 
     def follow_(self, moved: Moments) -> None:
         """Write the estimates ``(1, C)`` that have just normalised a batch into the buffers."""
@@ -179,6 +182,11 @@ def buffers_are_frozen() -> bool:
     return functorch_is_active() or is_recomputing()
 
 
-def is_recomputing() -> bool:
-    """Whether a backward pass runs, so that this forward is a checkpoint's recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def is_recomputing(*, may_be_traced: bool = True) -> bool:
+    """Whether a backward pass runs, so that this forward is a checkpoint's recomputation.
+
+    ``may_be_traced`` is False if the caller knows that ``torch.compile`` does not trace the call.
+    """
+    if may_be_traced and torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1

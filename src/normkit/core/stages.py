@@ -18,13 +18,12 @@ from normkit.core.algebra import (
     WeighedStatistics,
 )
 from normkit.core.composite import Composite, batch_input
-from normkit.core.ending import Ending, ended
+from normkit.core.ending import Ending, differentiable_ended, ended
 from normkit.core.mask import Valid
 from normkit.core.moments import Moments
 from normkit.core.normalize import differentiable_gradient, measure, normalize, plain
 from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition, has_single_values, require_counted_variance
-from normkit.core.pooled import differentiable_ended
 from normkit.core.ranks import gather, merge
 from normkit.core.routes import composite_route, stage_route
 from normkit.core.running import (
@@ -42,6 +41,7 @@ from normkit.kernels.calls import (
     Buffers,
     DifferentiableComposite,
     DifferentiableEndedComposite,
+    MomentTable,
     Programs,
     Slots,
 )
@@ -49,10 +49,11 @@ from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap
 
-AT_ONCE = "ended_composite_forward"
-"""The operator of kernels that go on to what follows in the norm's pass."""
 Formula = Callable[[Tensor, Tensor], Callable[..., Tensor]]
 """Of x and the kept table: the composite of x and its parameters, in plain operators."""
+
+
+NO_BUFFERS = Buffers()
 
 
 class BatchStage(NamedTuple):
@@ -105,7 +106,7 @@ def update_running_(
     """Update buffers after a training batch of this shape; ``table`` is of the stage's input."""
     if isinstance(running, RunningEstimates):
         moved = stage.rule.groups(table, *stage.given)
-        running.remember(table.mean, moved)
+        running.remember(table.mean, torch.cat((moved.mean, moved.var)))
         running.follow_(moved)
     elif running is not None:
         running.update_(table, shape)
@@ -167,18 +168,17 @@ def normalize_composite(  # noqa: PLR0913 - everything that a composite combines
         return ended(y, ending, valid)
     is_beside = composite.num_beside > 0
     call = composite_route(running, training, False, valid is not None, is_beside)
-    way, kernels, _, operators = decide(x, call)
+    way, name, _, kernels = decide(x, call)
     if way == "operator":
-        statistics = _statistics(running, training, call.why_torch_moves is None)
+        is_traced = kernels is None and torch.compiler.is_compiling()
+        statistics = _statistics(running, training, call.why_torch_moves is None, is_traced)
         sizes = tuple([None if p is None else p.numel() for p in parameters])
-        look_up = programs_in_graph if torch.compiler.is_compiling() else programs_of
+        look_up = programs_in_graph if is_traced else programs_of
         programs = look_up(composite, x.shape[1], sizes, statistics.source)
-        is_on_triton = kernels == "triton"
+        is_on_triton = name == "triton"
         if programs.why_not is None and not (is_on_triton and programs.why_not_triton):
-            at_once = ending if hasattr(operators, AT_ONCE) else None
-            given = (composite, parameters, statistics, at_once)
-            y = _normalize_by_operator(operators, x, programs, *given)
-            return y if at_once is ending else ended(y, ending)
+            given = (composite, parameters, statistics, ending)
+            return _normalize_by_operator(kernels, x, programs, *given)
         way = "tables"
     num_channels = composite.num_batch_channels(x.shape[1])
     stage = batch_stage(x, num_channels, running, training, composite.batch_eps)
@@ -215,16 +215,22 @@ def _normalize_by_operator(  # noqa: PLR0913
             kernels, x, residual, slots, activation, options, buffers, again
         )
     if pending is not None:
-        size, num_cells = programs.kept_columns, x.shape[0] * x.shape[1]
-        batch = Moments(table[:1, -size:], table[1:, -size:])
-        if isinstance(pending, RunningStatistics):
-            num_values = x.shape[0] * math.prod(x.shape[2:])
-            pending.follow_(Moments(batch.mean[0], batch.var[0]), num_values)
-        else:
-            pending.remember(table[0, :num_cells].view(x.shape[0], -1), batch)
-            if torch.compiler.is_compiling():
-                pending.follow_(batch)
+        _do_pending(pending, x.shape, table, programs.kept_columns)
     return y
+
+
+def _do_pending(
+    pending: Running, shape: Sequence[int], table: MomentTable, num_channels: int
+) -> None:
+    """Do what the operator has not done with the batch stage's buffers."""
+    batch = table[:, -num_channels:]
+    if isinstance(pending, RunningStatistics):
+        num_values = shape[0] * math.prod(shape[2:])
+        pending.follow_(Moments(batch[0], batch[1]), num_values)
+    elif torch.compiler.is_compiling():
+        pending.follow_(Moments(batch[:1], batch[1:]))
+    else:
+        pending.remember(table[0, : shape[0] * shape[1]].view(shape[0], -1), batch)
 
 
 class _Statistics(NamedTuple):
@@ -232,28 +238,28 @@ class _Statistics(NamedTuple):
 
     source: Source
     share: float = 0.0  # weight of the input's statistics in the update or the mixture
-    buffers: Buffers = Buffers()
+    buffers: Buffers = NO_BUFFERS
     pending: Running | None = None  # buffers with an update that the operator does not do
 
 
-def _statistics(running: Running | None, training: bool, kernels_move: bool) -> _Statistics:
-    if running is None or (
-        training and isinstance(running, RunningStatistics) and buffers_are_frozen()
-    ):
+def _statistics(
+    running: Running | None, training: bool, kernels_move: bool, is_traced: bool
+) -> _Statistics:
+    is_single = not isinstance(running, RunningEstimates)
+    if running is None or (training and is_single and is_recomputing(may_be_traced=is_traced)):
         return _Statistics("own")
-    given = Buffers(running.mean, running.var)
+    mean, var, count, rate, weight, *_ = running
     if not training:
-        return _evaluation_statistics(float(running.example_weight), given)
-    moved = Buffers(None, None, running.mean, running.var, running.num_batches_tracked)
-    is_traced = torch.compiler.is_compiling()  # a traced node must not change its inputs
+        return _evaluation_statistics(float(weight), Buffers(mean, var))
+    # In a traced call the kernels do not update buffers: its node must not change its inputs.
     if isinstance(running, RunningEstimates):
-        if running.update_rate == 0:  # checkpoint recomputation, or track_running_stats is off
-            return _Statistics("given", buffers=given)
-        buffers = given if is_traced else moved
+        if rate == 0:  # checkpoint recomputation, or track_running_stats is off
+            return _Statistics("given", buffers=Buffers(mean, var))
+        buffers = Buffers(mean, var) if is_traced else Buffers(None, None, mean, var, count)
         return _Statistics("estimates", running.update_rate, buffers, running)
-    if running.momentum is None or is_traced or not kernels_move:
+    if rate is None or is_traced or not kernels_move:
         return _Statistics("own", pending=running)
-    return _Statistics("own", running.momentum, moved)
+    return _Statistics("own", rate, Buffers(None, None, mean, var, count))
 
 
 def _evaluation_statistics(example_weight: float, given: Buffers) -> _Statistics:

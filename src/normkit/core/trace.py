@@ -24,7 +24,7 @@ from normkit.core.normalize import Affine
 from normkit.core.partition import Partition
 from normkit.core.symbol import Symbol, UnsupportedStepError
 from normkit.core.transforms import known_number, known_size
-from normkit.kernels.calls import Programs
+from normkit.kernels.calls import MOST_PARAMETERS, Programs
 from normkit.kernels.program import Program, Steps, finished
 from normkit.kernels.shapes import why_no_kernel
 from normkit.kernels.transpose import transposed
@@ -33,7 +33,6 @@ Source = Literal["own", "estimates", "given", "mixed", "example"]
 """Statistics of a batch stage: the batch's own; estimates that the batch updates first; given ones;
 a mixture of the example's own and given ones; the example's own alone."""
 Sizes = tuple[int | None, ...]
-MOST_PARAMETERS = 4
 _MOVES = {"own": "average", "estimates": "estimates"}
 
 

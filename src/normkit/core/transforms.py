@@ -7,7 +7,7 @@ from normkit.kernels.select import transform
 
 def needs_plain_formula() -> bool:
     """Whether a compiler or transform traces the call and needs plain torch operators."""
-    return torch.compiler.is_compiling() or transform() is not None
+    return torch.compiler.is_compiling() or transform(False) is not None
 
 
 def known_size(size: int) -> int:

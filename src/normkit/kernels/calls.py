@@ -29,6 +29,7 @@ DifferentiableEnded = Callable[
 bias, by operations that autograd can differentiate again; ``kept_beside`` gives ``kept``."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """A composite's parameters, in the order of its formula."""
+MOST_PARAMETERS = 4
 DifferentiableComposite = Callable[
     [Tensor, Tensor, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]
 ]

@@ -22,7 +22,7 @@ from normkit.kernels.calls import (
 from normkit.kernels.nodes import (
     REGISTERED,
     Kernels,
-    as_parameter,
+    as_parameters,
     cast,
     direct,
     needs_gradient,
@@ -105,7 +105,6 @@ def normalize_ended(  # noqa: PLR0913
 
     Kept for the gradient are ``x``, tables, and what ``kept_beside`` says.
     """
-    kernels = direct(kernels, x)
     if needs_gradient(x, residual, weight, bias):
         record = _Ended.apply if kernels is None else _RECORD_ENDED
         return record(x, residual, weight, bias, ended, differentiable, kernels)
@@ -179,7 +178,6 @@ def normalize_ended_composite(  # noqa: PLR0913 - what one operator needs
 
     Kept for the gradient are ``x``, tables, and what ``nodes.kept_beside`` says.
     """
-    kernels = direct(kernels, x)
     if needs_gradient(x, residual, *parameters):
         record = _EndedComposite.apply if kernels is None else _RECORD_COMPOSITE
         given = (activation, options, buffers, differentiable, kernels)
@@ -237,7 +235,7 @@ def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         both = (None, kept) if activation.is_signed else (kept, None)
         given = (*both, programs.backward, *parameters, share, *activation, wants_residual, bits)
         dx, dresidual, *found = kernels.ended_composite_backward(grad, x, table, factors, *given)
-    gradients = [as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
+    gradients = as_parameters(found, parameters, wants)
     return [dx if wants_x else None, dresidual if wants_residual else None, *gradients]
 
 

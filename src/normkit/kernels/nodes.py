@@ -7,11 +7,11 @@ the registered operator is called instead, and torch finds the kernels by the de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normkit.kernels.calls import (
     Buffers,
@@ -25,17 +25,17 @@ from normkit.kernels.calls import (
     Running,
     Slots,
 )
+from normkit.kernels.select import PLAIN
 from normkit.typing import FeatureMap, PerChannel
 
 Kernels = Any
 """A set of kernels; None for the registered operators."""
 REGISTERED = torch.ops.normkit
-PLAIN = (Tensor, nn.Parameter)
 
 
-def direct(kernels: Kernels, x: Tensor) -> Kernels:
-    """The set itself where ``x`` has memory of its own and nothing traces."""
-    return None if torch.compiler.is_compiling() or type(x) not in PLAIN else kernels
+def direct(kernels: Kernels, grad: Tensor) -> Kernels:
+    """The set that computes a backward pass; None if it is traced, though the forward was not."""
+    return None if torch.compiler.is_compiling() or type(grad) not in PLAIN else kernels
 
 
 def recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -84,9 +84,7 @@ def normalize_pooled(  # noqa: PLR0913 - the operator's own arguments
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of statistics, without a gradient.
     """
-    # ``direct`` and the usual answer of ``needs_gradient`` are written out: fewer calls
-    if torch.compiler.is_compiling() or type(x) not in PLAIN:
-        kernels = None
+    # The usual answer of ``needs_gradient`` is written out, which saves a call.
     if (x.requires_grad and torch.is_grad_enabled()) or needs_gradient(x, weight, bias):
         record = _Pooled.apply if kernels is None else _RECORD_POOLED
         return record(x, weight, bias, pooling, running, differentiable, kernels)
@@ -125,7 +123,6 @@ def normalize_given(  # noqa: PLR0913
 
     ``options`` are the number of groups and ``eps``.
     """
-    kernels = direct(kernels, x)
     if needs_gradient(x, weight, bias):
         record = _Given.apply if kernels is None else _RECORD_GIVEN
         return record(x, weight, bias, statistics, options, differentiable, kernels)
@@ -155,7 +152,6 @@ def normalize_positions(
     differentiable: Differentiable | None = None,
 ) -> tuple[FeatureMap, CellTable]:
     """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
-    kernels = direct(kernels, x)
     if needs_gradient(x, weight, bias):
         record = _Positional.apply if kernels is None else _RECORD_POSITIONAL
         return record(x, weight, bias, eps, differentiable, kernels)
@@ -198,8 +194,7 @@ def normalize_composite(
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of moments, without a gradient.
     """
-    kernels = direct(kernels, x)
-    if needs_gradient(x, *parameters):
+    if (x.requires_grad and torch.is_grad_enabled()) or needs_gradient(x, *parameters):
         record = _Composite.apply if kernels is None else _RECORD_COMPOSITE
         return record(x, *parameters, options, buffers, differentiable, kernels)
     programs, share = options
@@ -238,16 +233,22 @@ def _composite_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     programs, share = ctx.options
     operator = (direct(ctx.kernels, grad) or REGISTERED).composite_backward
     dx, *found = operator(grad, x, table, programs.backward, *parameters, share, bits)
-    gradients = [as_parameter(*given) for given in zip(found, parameters, wants, strict=True)]
-    return [dx if wanted[0] else None, *gradients]
+    return [dx if wanted[0] else None, *as_parameters(found, parameters, wants)]
 
 
-def as_parameter(gradient: Tensor, parameter: Tensor | None, want: bool) -> Tensor | None:
-    """A parameter's gradient, which kernels give flat, in its shape and dtype."""
-    if parameter is None or not want:
-        return None
-    shaped = gradient if parameter.ndim == 1 else gradient.view(parameter.shape)
-    return cast(shaped, parameter.dtype)
+def as_parameters(
+    found: Sequence[Tensor], parameters: Slots, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of parameters, which kernels give flat, in the parameters' shapes and dtypes."""
+    gradients: list[Tensor | None] = []
+    for gradient, parameter, want in zip(found, parameters, wanted, strict=True):
+        if parameter is None or not want:
+            gradients.append(None)
+        elif gradient.dtype == parameter.dtype and parameter.ndim == 1:  # saves two calls
+            gradients.append(gradient)
+        else:
+            gradients.append(gradient.view(parameter.shape).to(parameter.dtype))
+    return gradients
 
 
 _RECORD_POOLED, _RECORD_GIVEN, _RECORD_POSITIONAL, _RECORD_COMPOSITE = map(

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from normkit.errors import KernelError
@@ -114,10 +114,13 @@ class Decision(NamedTuple):
     way: Way
     kernels: Kernels
     reason: str
-    operators: Any = None  # the set of kernels with the operator, see nodes.Kernels
+    operators: Any = None  # the set of kernels, see nodes.Kernels; None for the registered ones
 
 
 ORDINARY = Call()
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors with memory of their own; others (subclasses, fake tensors) only stand for
+tensors, so that torch must find the kernels of a registered operator."""
 
 
 @contextmanager
@@ -171,20 +174,35 @@ def decide(x: Tensor, call: Call = ORDINARY, *, is_computed: bool = True) -> Dec
         return _EMPTY
     best = _BEST.get(x.device.type) if _request.kernels is None else None
     kernels, why_formula = _candidate(x) if best is None else (best, None)
+    is_compiled = torch.compiler.is_compiling()
+    obstacle = transform(is_compiled)
+    if why_formula is None and obstacle is not None:
+        why_formula = f"{obstacle}, which the {NAMES[kernels]} kernels do not compute"
     if why_formula is None:
-        obstacle = transform()
-        if obstacle is not None:
-            why_formula = f"{obstacle}, which the {NAMES[kernels]} kernels do not compute"
-        else:
-            why_formula = _WHY_NOT_CPU if kernels == "cpu" else _why_not_triton(x.device)
+        why_formula = _WHY_NOT_CPU if kernels == "cpu" else _why_not_triton(x.device)
     if why_formula is not None:
-        if why_formula is _WHY_NOT_CPU and is_computed and not torch.compiler.is_compiling():
-            cpu.warn_that_it_is_slow()
-        return Decision("formula", "reference", why_formula)
-    if torch.compiler.is_compiling() and (kernels == "triton" or call.why_tables is not None):
-        return _GRAPH if kernels == "triton" else _TRACED
+        return _formula(why_formula, is_computed and not is_compiled)
+    if is_compiled:
+        return _compiled(x, call, kernels)
     usual = _BY_CPU if kernels == "cpu" else _by_triton()
+    if type(x) not in PLAIN:
+        usual = usual._replace(operators=None)
     return usual if call is ORDINARY else _special(x, call, usual)
+
+
+def _formula(why: str, may_warn: bool) -> Decision:
+    if why is _WHY_NOT_CPU and may_warn:
+        cpu.warn_that_it_is_slow()
+    return Decision("formula", "reference", why)
+
+
+def _compiled(x: Tensor, call: Call, kernels: Kernels) -> Decision:
+    """The decision while ``torch.compile`` traces."""
+    if kernels == "triton":
+        return _GRAPH
+    if call.why_tables is not None:
+        return _TRACED
+    return _REGISTERED if call is ORDINARY else _special(x, call, _REGISTERED)
 
 
 def _candidate(x: Tensor) -> tuple[Kernels, str | None]:
@@ -207,9 +225,10 @@ def _by_triton() -> Decision:
 
 def _special(x: Tensor, call: Call, usual: Decision) -> Decision:
     """The decision for a call that differs from the usual one, which is one operator."""
-    kernels, operators, name = usual.kernels, usual.operators, NAMES[usual.kernels]
+    kernels, name = usual.kernels, NAMES[usual.kernels]
     why_tables = call.why_tables
     if call.span is not None:
+        operators = cpu.operators if kernels == "cpu" else _triton().operators
         is_position = call.span == "position"
         most = operators.MOST_CHANNELS_OF_A_POSITION
         most = most if is_position else operators.MOST_CHANNELS_OF_A_GROUP
@@ -317,6 +336,7 @@ _BEST: dict[str, Kernels] = {"cpu": "cpu", "cuda": "triton"}
 """The kernels for each type of device; benchmarks and tests that simulate a GPU change this."""
 _COMPUTE = "the {} kernels compute this"
 _BY_CPU = Decision("operator", "cpu", _COMPUTE.format(NAMES["cpu"]), cpu.operators)
+_REGISTERED = _BY_CPU._replace(operators=None)
 _EMPTY = Decision("formula", "reference", "the input is empty")
 _TRACED = Decision(
     "formula", "reference", "the call is compiled, and no C++ operator does all of it"
@@ -334,8 +354,11 @@ for _constant in (_why_not_triton, _why_not_loaded):
     _constant._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def transform() -> str | None:
-    """The transform that traces the call and needs plain torch operators, in words, or None."""
+def transform(is_compiled: bool) -> str | None:
+    """The transform that traces the call and needs plain torch operators, in words, or None.
+
+    ``is_compiled`` says whether ``torch.compile`` traces the call.
+    """
     # Not is_exporting(), which is always true while torch.compile of torch 2.11 traces.
     if torch.compiler._is_exporting_flag:
         return "the call is being exported"
@@ -343,7 +366,7 @@ def transform() -> str | None:
         return "the call is under a torch.func transform"
     if forward_ad._current_level >= 0:
         return "the call is under forward-mode differentiation"
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if not is_compiled and torch._C._is_tracing():
         return "the call is traced by torch.jit"
     return None
 

@@ -181,8 +181,12 @@ def check_kernels() -> None:
 
 
 def num_steps(spec: TrainingSpec, num_examples: int) -> int:
-    """Training steps of a run that neither diverges nor fails; 1 where a user's function trains."""
+    """Steps of a run that neither diverges nor fails; 1 where a user's function trains.
+
+    Steps that a task takes before the training, such as a search, are counted as well.
+    """
     if spec.protocol.train is not None:
         return 1
     per_epoch = num_updates(num_examples, spec.batch_size, spec.protocol)
-    return Timetable(spec.protocol, per_epoch, spec.batch_size).num_steps
+    prior = parse_task(spec.protocol.task).num_prior_steps(spec, num_examples)
+    return prior + Timetable(spec.protocol, per_epoch, spec.batch_size).num_steps

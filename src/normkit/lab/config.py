@@ -11,6 +11,7 @@ from normkit.lab.arms import parse_arms
 from normkit.lab.device import parse_device
 from normkit.lab.files import require_file, write_whole
 from normkit.lab.launch import num_launched
+from normkit.lab.own_norms import norms_in_use, register_norms
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.work import RunOptions
 from normkit.text import listed, printable, shortened
@@ -18,7 +19,7 @@ from normkit.text import listed, printable, shortened
 CONFIG_NAME = "experiment.toml"
 NOTHING = "none"  # TOML has no empty value
 LISTS = ("norms", "batch_sizes", "seeds", "learning_rates")
-WORDS = ("augment", "loggers")  # a text of these is cut at its commas
+WORDS = ("augment", "loggers", "own_norms")  # a text of these is cut at its commas
 WAYS = tuple(RunOptions.model_fields)
 KNOWN = (*LISTS, *Protocol.model_fields, *WAYS)
 """Every option of ``compare``, in Python, on the command line and in a file."""
@@ -133,10 +134,13 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:
         SpecError: If one breaks its rule.
     """
     lists = {name: _listed(values[name]) for name in LISTS if name in values}
-    if "norms" in lists:
-        arms = (arm for part in lists["norms"] for arm in parse_arms(str(part)))
-        lists["norms"] = tuple(map(str, arms))
     own = {name: value for name, value in values.items() if name not in (*LISTS, *WAYS)}
+    own_norms = tuple(own.get("own_norms", ()))
+    register_norms(own_norms)
+    if "norms" in lists:
+        arms = [arm for part in lists["norms"] for arm in parse_arms(str(part))]
+        lists["norms"] = tuple(map(str, arms))
+        own["own_norms"] = own_norms or norms_in_use(arms)
     return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | lists, spelled)
 
 

@@ -292,12 +292,12 @@ def compare(
         dry_run: Whether nothing is trained, and the result says what it would take.
         show: Displays progress; by default nothing does.
         options: Every other option of ``normkit compare`` by its name, with ``_`` for ``-``, as
-            ``docs/compare.md`` lists them. What is compared: ``norms`` (norms or arms; differences
-            are taken to the first), ``batch_sizes`` and ``seeds``, each one or several. ``tune_lr``
-            has learning rates, of which each norm at each batch size gets the best. ``train`` is a
-            function of one's own that trains instead, called as
-            ``train(apply_norm, batch_size, seed, report)``. How it is done: ``out`` (the folder),
-            ``device``, ``workers``, ``data_workers``, ``threads``, ``cluster``,
+            ``docs/compare.md`` lists them. What is compared: ``norms`` (norms or arms, also those
+            of ``nk.register_norm``; differences are taken to the first), ``batch_sizes`` and
+            ``seeds``, each one or several. ``tune_lr`` has learning rates, of which each norm at
+            each batch size gets the best. ``train`` is a function of one's own that trains instead,
+            called as ``train(apply_norm, batch_size, seed, report)``. How it is done: ``out`` (the
+            folder), ``device``, ``workers``, ``data_workers``, ``threads``, ``cluster``,
             ``checkpoint_seconds``, ``save_weights``, ``loggers``, ``probe_every``.
 
     Warns:

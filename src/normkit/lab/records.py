@@ -12,6 +12,7 @@ from normkit.lab.files import require_file
 from normkit.lab.frozen import Frozen
 from normkit.lab.lines import Contents, append_line, read_lines
 from normkit.lab.models import PlacedNorm
+from normkit.lab.own_norms import reference_in
 from normkit.lab.spec import Protocol, RunSpec, TrainingSpec
 from normkit.lab.task import parse_task
 from normkit.lab.user_code import source_hash
@@ -59,7 +60,8 @@ class Sources(Frozen):
 
 def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
     """Hash the present code, data and weights of a sweep's runs."""
-    found = source_hash(protocol.model, protocol.train, protocol.data)
+    norms = [reference_in(text) for text in protocol.own_norms]
+    found = source_hash(protocol.model, protocol.train, protocol.data, *norms)
     started_from = [] if protocol.weights is None else [Path(protocol.weights)]
     for path in (*started_from, *parse_task(protocol.task).files()):
         require_file(path)

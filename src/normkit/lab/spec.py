@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -13,8 +14,10 @@ from normkit.errors import SpecError
 from normkit.lab.arms import Arm
 from normkit.lab.data.known import data_text
 from normkit.lab.frozen import Count, Frozen, Seed, Threads
+from normkit.lab.own_norms import reference_in
 from normkit.lab.recipe import PositiveRate, Recipe
 from normkit.lab.user_code import absolute
+from normkit.recipes import METHODS
 
 CLASSIFICATION = "classification"
 T = TypeVar("T")
@@ -38,6 +41,9 @@ class Protocol(Recipe):
         default=True, description="yes, or no: validation examples are trained on as well"
     )
     model: str = Field(default="small-resnet", description="the name of a model, or FILE.py:NAME")
+    own_norms: tuple[str, ...] = Field(
+        default=(), description="NAME=FILE.py:CLASS, or several with commas between"
+    )
     weights: str | None = Field(
         default=None, description="a .safetensors file that every run starts from, or none"
     )
@@ -62,6 +68,15 @@ class Protocol(Recipe):
     def _absolute(cls, value: str | None) -> str | None:
         """The same file, however it was written and from wherever."""
         return None if value is None else absolute(value)
+
+    @field_validator("own_norms")
+    @classmethod
+    def _with_absolute_paths(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        references = [reference_in(value) for value in values]
+        return tuple(
+            f"{value.removesuffix(reference)}{absolute(reference)}"
+            for value, reference in zip(values, references, strict=True)
+        )
 
     @field_validator("data")
     @classmethod
@@ -122,8 +137,11 @@ class TrainingSpec(RunSpec):
 
     @field_validator("norm")
     @classmethod
-    def _canonical(cls, value: str) -> str:
-        return str(Arm.parse(value))
+    def _canonical(cls, value: str, about: ValidationInfo) -> str:
+        """The arm's usual text; a record may have a norm of a file that is not imported here."""
+        own = {text.partition("=")[0] for text in about.data["protocol"].own_norms}
+        is_own = not own.isdisjoint(re.split("[/:+]", value))
+        return value if is_own and own.isdisjoint(METHODS) else str(Arm.parse(value))
 
     @property
     def uses_gpu(self) -> bool:
@@ -138,7 +156,9 @@ class TrainingSpec(RunSpec):
     @property
     def own_names(self) -> tuple[str, ...]:
         """Functions and data that Python may have given."""
-        return (self.protocol.model, self.protocol.data, self.protocol.train or "")
+        protocol = self.protocol
+        norms = [reference_in(text) for text in protocol.own_norms]
+        return (protocol.model, protocol.data, protocol.train or "", *norms)
 
     @property
     def file_name(self) -> str:

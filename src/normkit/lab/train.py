@@ -23,6 +23,7 @@ from normkit.lab.launch import own_device
 from normkit.lab.loggers import Loggers, open_loggers
 from normkit.lab.loop import Step, own_parts
 from normkit.lab.measure import peak_step_bytes
+from normkit.lab.own_norms import register_norms
 from normkit.lab.own_training import train_by
 from normkit.lab.records import Epoch, Outcome, Sources, TrainingRecord, sources_of
 from normkit.lab.spec import TrainingSpec
@@ -92,6 +93,7 @@ def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
     task = parse_task(spec.protocol.task)
     data = task.data(spec.protocol)
     with threads_of(spec.protocol.threads), seeded(spec.seed, device):
+        task.prepare(spec, data, on_step)
         training = _Training(spec, data, task.build(spec, data), Upkeep(), _NOWHERE, on_step)
         outcome = training.outcome()
     if outcome.status == "diverged":
@@ -108,10 +110,13 @@ def _outcome(
     times_s: list[float],
 ) -> Outcome:
     try:
+        register_norms(spec.protocol.own_norms)
         if data is None:
             with open_loggers(upkeep.loggers, upkeep.folder, spec) as loggers:
                 return train_by(spec, on_step, loggers)
-        network = parse_task(spec.protocol.task).build(spec, data)
+        task = parse_task(spec.protocol.task)
+        task.prepare(spec, data, on_step)
+        network = task.build(spec, data)
         return _Training(spec, data, network, upkeep, sources, on_step, times_s).outcome()
     except DivergenceError as error:  # of what a task trains before the run's own steps
         return Outcome(status="diverged", message=str(error))
@@ -292,7 +297,7 @@ class _Training:
         path = folder / "weights" / f"{self.spec.file_name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": self.spec.protocol.model, "norm": self.spec.norm}
-        save_weights(state, path, about | alterations_of(self.built).metadata())
+        save_weights(state, path, about | alterations_of(self.built, self.spec.protocol).metadata())
 
 
 def failed(spec: TrainingSpec, message: str) -> TrainingRecord:

@@ -178,25 +178,23 @@ class BatchChannelNorm(NormLayer):
     def _normalize(
         self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
     ) -> FeatureMap:
-        batch, channel = self.batch, self.channel
+        stages: Any = self._modules  # read directly, for the reason given in _affine
+        batch, channel = stages["batch"], stages["channel"]
         if is_watched(batch, channel):
             return ended(channel(batch(x, valid), valid), ending, valid)
-        running, training = self._stage_statistics(), (batch.training, channel.training)
+        running, training = _tracked(batch), (batch.training, channel.training)
         parameters = (batch._affine(), channel._affine())
-        groups, name, ranks = self.num_groups, type(self).__name__, batch._ranks(x)
+        ranks = None if batch._process_group is None else batch._ranks(x)
+        groups, name = self.num_groups, type(self).__name__
         return normalize_batch_then_group(
             x, groups, running, training, *parameters, name, ranks, valid, ending
         )
-
-    def _stage_statistics(self) -> Running | None:
-        stage = self.batch
-        return stage.estimates() if isinstance(stage, EstimatedBatchNorm) else stage._running()
 
     def routes(self, x: FeatureMap, is_masked: bool) -> tuple[Call, ...]:
         """What decides which kernels compute each part of a call on ``x``; ``explain`` uses it."""
         if self.why_separate() is not None:
             return (*self.batch.routes(x, is_masked), *self.channel.routes(x, is_masked))
-        running, is_part = self._stage_statistics(), self.batch._ranks(x) is not None
+        running, is_part = _tracked(self.batch), self.batch._ranks(x) is not None
         return (composite_route(running, self.batch.training, is_part, is_masked, False),)
 
     def why_separate(self) -> str | None:
@@ -312,9 +310,10 @@ class EstimatedBatchNorm(TrackingLayer):
 
     def estimates(self) -> RunningEstimates:
         """The buffers and their update rate, which is 0 if ``track_running_stats`` is off."""
-        mean, var = map(self.get_buffer, BUFFERS)
+        buffers = self._buffers  # read directly, for the reason given in _affine
+        mean, var = (buffers[name] for name in BUFFERS)
         rate = self.update_rate if self.track_running_stats else 0.0
-        count, weight = self.num_batches_tracked, self.example_weight
+        count, weight = buffers["num_batches_tracked"], self._example_weight
         return RunningEstimates(mean, var, count, rate, weight, self._recent)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -367,6 +366,10 @@ class ChannelStage(NormLayer):
 
     def _groups_to_check(self) -> Iterable[Partition]:
         return (self.partition,)
+
+
+def _tracked(stage: InnerBatchNorm | EstimatedBatchNorm) -> Running | None:
+    return stage.estimates() if isinstance(stage, EstimatedBatchNorm) else stage._running()
 
 
 def sync_update_rates(model: nn.Module, optimizer: Optimizer) -> None:

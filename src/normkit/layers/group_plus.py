@@ -112,7 +112,8 @@ class GroupNormPlus(TrackingLayer):
     ) -> FeatureMap:
         groups, order, training = self.num_groups, self.order, self.training
         running, parameters, logit = self._running(), self._affine(), self._slowed_logit()
-        name, ranks = type(self).__name__, self._ranks(x)
+        name = type(self).__name__
+        ranks = None if self._process_group is None else self._ranks(x)
         return normalize_group_and_batch(
             x, groups, order, running, training, parameters, logit, name, ranks, valid, ending
         )
@@ -154,6 +155,6 @@ class GroupNormPlus(TrackingLayer):
 
     def _slowed_logit(self) -> Tensor:
         if self.mix_rate == 1:
-            return self.mix_logit[0]
-        fixed = self.mix_logit[0].detach()
-        return fixed + self.mix_rate * (self.mix_logit[0] - fixed)
+            return self.mix_logit
+        fixed = self.mix_logit.detach()
+        return fixed + self.mix_rate * (self.mix_logit - fixed)

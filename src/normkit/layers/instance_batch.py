@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -111,14 +111,15 @@ class InstanceBatchNorm(NormLayer):
     def _normalize(
         self, x: FeatureMap, valid: Valid | None, ending: Ending | None = None
     ) -> FeatureMap:
-        instance, batch = self.instance, self.batch
+        norms: Any = self._modules  # read directly, for the reason given in _affine
+        instance, batch = norms["instance"], norms["batch"]
         half, name = instance.num_features, type(self).__name__
         if is_watched(instance, batch):
             halves = instance(x[:, :half], valid), batch(x[:, half:], valid)
             return ended(torch.cat(halves, dim=1), ending, valid)
         training = (instance.training, batch.training)
         parameters, running = (instance._affine(), batch._affine()), batch._running()
-        ranks = batch._ranks(x)
+        ranks = None if batch._process_group is None else batch._ranks(x)
         return normalize_instance_beside_batch(
             x, half, running, training, *parameters, name, ranks, valid, ending
         )

@@ -95,7 +95,8 @@ class SwitchableNorm(TrackingLayer):
     ) -> FeatureMap:
         running, parameters = self._running(), self._affine()
         logits, name = (self.mean_logits, self.var_logits), type(self).__name__
-        ranks = self._ranks(x) if self.use_batch else None
+        is_part = self._process_group is not None and self.use_batch
+        ranks = self._ranks(x) if is_part else None
         return normalize_switched(
             x, running, self.training, parameters, *logits, name, ranks, valid, ending
         )

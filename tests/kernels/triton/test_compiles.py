@@ -140,6 +140,31 @@ def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
     assert all(kernel.asm["cubin"] for _, kernel in found)
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("kind", [Kind.RELU, Kind.GELU], ids=lambda kind: kind.name)
+def test_composites_and_positions_that_go_on_to_an_activation_compile(kind, added, monkeypatch):
+    monkeypatch.setattr(plan, "_PLANS", {})
+    formula, sizes = COMPOSITES["batch then group"]
+    x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    residual = torch.zeros_like(x).requires_grad_() if added else None
+    slots = tuple(torch.zeros(size, requires_grad=True) for size in sizes)
+    options = programs_of(formula, 64, sizes, "own"), 0.1
+    activation = Activation(kind, 0.1)
+    ending = ended_nodes.Ended(activation, (), (1e-5,), of_positions=True)
+    with compiled_for(HOPPER) as found:
+        y, _ = ended_nodes.normalize_ended_composite(
+            operators, x, residual, slots, activation, options, calls.Buffers(), None
+        )
+        y.backward(torch.zeros_like(y))
+        y, _ = ended_nodes.normalize_ended(operators, x, residual, *slots[:2], ending)
+        y.backward(torch.zeros_like(y))
+    assert all(kernel.asm["cubin"] for _, kernel in found)
+    assert {name for name, _ in found} >= {
+        "apply_kernel", "reduce_grad_kernel", "combine_grad_kernel", "positions_forward_kernel",
+        "positions_backward_kernel",
+    }  # fmt: skip
+
+
 def test_the_primitives_and_the_kernels_of_positions_compile():
     x, table = torch.zeros(2, 6, 8, 8, dtype=torch.bfloat16), torch.zeros(2, 6)
     with compiled_for(HOPPER) as found:

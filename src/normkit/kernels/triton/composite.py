@@ -7,12 +7,13 @@ its parts. The program is one launch, or two where groups of channels are wide: 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normkit.kernels.calls import Buffers, Slots
+from normkit.kernels.calls import MOST_PARAMETERS, Buffers, Slots
 from normkit.kernels.program import Program, parsed
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.shapes import shapes_of, width_of
@@ -25,7 +26,7 @@ from normkit.kernels.triton.geometry import (
     power_of_two,
     result_like,
 )
-from normkit.kernels.triton.passes import Table
+from normkit.kernels.triton.passes import NOTHING, Ending, Table, Through
 from normkit.kernels.triton.plan import RATE, Part, count_change, in_one_piece, launch, planned
 
 MOST_CHANNELS = 4096  # of a group, which one program holds
@@ -45,16 +46,40 @@ def forward(
     return result
 
 
-def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    *parameters, given_mean, given_var, mean, var, counter, text = given
-    program = parsed(text)
+def forward_ended(  # noqa: PLR0913 - the operator's own arguments
+    x: Tensor,
+    residual: Tensor | None,
+    text: str,
+    parameters: Slots,
+    share: float,
+    activation: tuple[int, float],
+    buffers: Buffers,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act(y + residual)``, the table of moments, and scale and center for the backward pass."""
+    tensors, options = (x, *parameters, *buffers, residual), (text, *activation)
+    result = planned(_forward_ended, tensors, options, share)
+    count_change(buffers[2:])
+    return result
+
+
+def _forward(*given: Any) -> tuple[Tensor, Tensor]:
+    *tensors, text = given
+    y, table, _ = _forward_ended(*tensors, None, text, 0, 0.0)
+    return y, table
+
+
+def _forward_ended(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, residual, text, activation, slope = given
+    *parameters, given_mean, given_var, mean, var, counter = given
+    program, ending = parsed(text), Ending.of(residual, activation, slope)
     source = Map.of(x)
     target = Map.of(result_like(source.tensor))
     grouping = Grouping.of(x, x.shape[1], 1)
     table = x.new_empty((2, grouping.N * grouping.C + program.kept_columns), dtype=torch.float64)
     kept = _Kept.of(table, grouping)
     passes.measure_whole(source, Layout.of(grouping, source), (kept.mean, kept.var))
-    scale, center = kept.mean.new_empty((2, *kept.mean.shape)).unbind()
+    factors = table.new_empty((2, grouping.N * grouping.C))
+    scale, center = factors.unflatten(1, kept.mean.shape).unbind()
     tensors = {
         "mean": kept.mean, "var": kept.var, "scale": scale, "center": center,
         "kept_mean": kept.batch[0], "kept_var": kept.batch[1],
@@ -62,9 +87,10 @@ def _forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         "given1": var if given_var is None else given_var,
     }  # fmt: skip
     _run(text, grouping, {**tensors, **_named(parameters)}, (mean, var, counter))
-    layout = Layout.of(grouping, source, target)
-    passes.apply_segments(source, target, layout, (_rows(kept.mean), _rows(scale), _rows(center)))
-    return target.tensor, table
+    layout = Layout.of(grouping, source, *ending.maps, target)
+    rows = _rows(kept.mean), _rows(scale), _rows(center)
+    passes.apply_segments(source, target, layout, rows, ending)
+    return target.tensor, table, factors
 
 
 class _Kept(NamedTuple):
@@ -95,28 +121,82 @@ def backward(  # noqa: PLR0913 - the operator's own arguments
 ) -> tuple[Tensor, ...]:
     """Gradient of x, and those of the parameters that are wanted, flat."""
     dx, *found = planned(_backward, (grad, x, table, *parameters), (text,), share)
-    names = [name for name in parsed(text).results if name.startswith("gradient")]
-    sums = dict(zip(names, found, strict=True))
-    dtype = table_dtype(x.dtype)
-    gradients = list[Tensor]()
-    for i in range(len(parameters)):
-        rows = sums.get(f"gradient{i}") if wanted >> i & 1 else None
-        if rows is None:
-            gradients.append(x.new_empty(0, dtype=dtype))
+    return dx, *_wanted(found, text, wanted, x)
+
+
+def backward_ended(  # noqa: PLR0913 - the operator's own arguments
+    grad: Tensor,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    added: tuple[Tensor | None, Tensor | None],
+    text: str,
+    parameters: Slots,
+    share: float,
+    activation: tuple[int, float],
+    need_residual: bool,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and the residual, and those of the parameters that are wanted, flat.
+
+    ``tables`` are the forward pass's, ``added`` the residual and the result, one of them or none.
+    """
+    tensors, options = (grad, x, *tables, *parameters, *added), (text, *activation, need_residual)
+    dx, dresidual, *found = planned(_backward_ended, tensors, options, share)
+    return dx, dresidual, *_wanted(found, text, wanted, x)
+
+
+def _wanted(found: list[Tensor], text: str, wanted: int, x: Tensor) -> list[Tensor]:
+    """A gradient for each parameter, empty where it is not wanted."""
+    gradients: list[Tensor] = []
+    for i, place in enumerate(_places(text)):
+        if place is None or not wanted >> i & 1:
+            gradients.append(x.new_empty(0, dtype=table_dtype(x.dtype)))
         else:  # of a parameter of all channels each Triton program has its part
+            rows = found[place]
             gradients.append(rows if rows.ndim == 1 else rows.sum(0))
-    return dx, *gradients
+    return gradients
+
+
+@lru_cache(maxsize=1024)
+def _places(text: str) -> tuple[int | None, ...]:
+    """Which of the gradients that a program stores is that of each parameter; None if none is."""
+    names = [name for name in parsed(text).results if name.startswith("gradient")]
+    known = {name: place for place, name in enumerate(names)}
+    return tuple(known.get(f"gradient{i}") for i in range(MOST_PARAMETERS))
 
 
 def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:
     *parameters, text = given
+    dx, _, *found = _backward_through(grad, x, table, parameters, text)
+    return dx, *found
+
+
+def _backward_ended(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    factors, *parameters, residual, result, text, activation, slope, need_residual = given
+    ending = Ending.of(residual, activation, slope, result)
+    held = in_one_piece(factors).unbind()
+    writes = need_residual or ending.added is not None
+    through = Through(ending, (held[0], held[1]), result_like(x) if writes else None)
+    dx, passed, *found = _backward_through(grad, x, table, parameters, text, through)
+    is_given = need_residual and passed is not None
+    return dx, passed if is_given else x.new_empty(0, dtype=table_dtype(x.dtype)), *found
+
+
+def _backward_through(
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    parameters: list[Tensor | None],
+    text: str,
+    through: Through = NOTHING,
+) -> tuple[Any, ...]:
     program = parsed(text)
     source = Map.of(x)
     maps = Map.of(grad), source, Map.of(result_like(source.tensor))
     grouping = Grouping.of(x, x.shape[1], 1)
-    layout = Layout.of(grouping, *maps)
+    layout = Layout.of(grouping, *maps[:2], *through.ending.maps, maps[2])
     kept = _Kept.of(in_one_piece(table), grouping)
-    sums = passes.reduce_whole(maps[0], source, layout, _rows(kept.mean))
+    sums = passes.reduce_whole(maps[0], source, layout, _rows(kept.mean), through)
     factors = kept.mean.new_empty((3, *kept.mean.shape)).unbind()
     tensors = {
         "mean": kept.mean, "var": kept.var, "grad_center": sums[0], "grad_scale": sums[1],
@@ -126,8 +206,8 @@ def _backward(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tuple[Tens
     found = _gradients(program, grouping, x)
     _run(text, grouping, {**tensors, **found, **_named(parameters)}, (None, None, None))
     k1, k2, k3 = (_rows(factor) for factor in factors)
-    passes.combine_segments(maps, layout, _rows(kept.mean), (k1, k2, k3))
-    return maps[2].tensor, *found.values()
+    passes.combine_segments(maps, layout, _rows(kept.mean), (k1, k2, k3), through)
+    return maps[2].tensor, through.passed, *found.values()
 
 
 def _gradients(program: Program, grouping: Grouping, x: Tensor) -> dict[str, Tensor]:

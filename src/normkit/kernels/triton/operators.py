@@ -179,6 +179,20 @@ def positional_forward(
     return planned(positional.forward, (x, weight, bias), (eps,))
 
 
+def ended_positional_forward(  # noqa: PLR0913
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """The same, then ``act(y + residual)``."""
+    options = eps, activation, slope
+    return planned(positional.forward_ended, (x, weight, bias, residual), options)
+
+
 def positional_backward(  # noqa: PLR0913
     grad: Tensor,
     x: Tensor,
@@ -190,6 +204,24 @@ def positional_backward(  # noqa: PLR0913
 ) -> Three:
     """Gradients of x, weight and bias; the table is not needed, for ``x`` is read anyway."""
     return planned(positional.backward, (grad, x, weight), (eps, need_weight, need_bias))
+
+
+def ended_positional_backward(  # noqa: PLR0913
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+    *needs: bool,
+) -> Four:
+    """Gradients of x, residual, weight and bias; the table is not needed."""
+    tensors, options = (grad, x, weight, bias, residual, result), (eps, activation, slope, *needs)
+    return planned(positional.backward_ended, tensors, options)
 
 
 def composite_forward(  # noqa: PLR0913
@@ -222,6 +254,50 @@ def composite_backward(  # noqa: PLR0913
     """Gradients of x and of the parameters that are wanted."""
     parameters = first, second, third, fourth
     return composites.backward(grad, x, table, program, parameters, share, wanted)
+
+
+def ended_composite_forward(  # noqa: PLR0913
+    x: Tensor,
+    residual: Tensor | None,
+    program: str,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    share: float,
+    activation: int,
+    slope: float,
+    *buffers: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, then ``act(y + residual)``; also scale and center, for the backward pass."""
+    parameters, ending = (first, second, third, fourth), (activation, slope)
+    held = Buffers(*buffers)
+    return composites.forward_ended(x, residual, program, parameters, share, ending, held)
+
+
+def ended_composite_backward(  # noqa: PLR0913
+    grad: Tensor,
+    x: Tensor,
+    table: Tensor,
+    factors: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    program: str,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    fourth: Tensor | None,
+    share: float,
+    activation: int,
+    slope: float,
+    need_residual: bool,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, the residual and the parameters that are wanted."""
+    parameters, ending = (first, second, third, fourth), (activation, slope)
+    tables, added = (table, factors), (residual, result)
+    given = (program, parameters, share, ending, need_residual, wanted)
+    return composites.backward_ended(grad, x, tables, added, *given)
 
 
 def moments(x: Tensor, segment_size: int, wide: bool = False) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,25 @@ class Ending(NamedTuple):
 NO_ENDING = Ending()
 
 
+class Through(NamedTuple):
+    """What a gradient goes through before it reaches a norm of segments: the norm's ending.
+
+    Args:
+        ending: The ending.
+        factors: Scale and center ``(N, K)``, by which the kernels compute ``norm(x)`` again.
+        passed: Where the first launch stores the gradient of the activation's input, in the layout
+            of ``dx``, if the second reads it or it is the residual's; None if the second computes
+            it anew.
+    """
+
+    ending: Ending = NO_ENDING
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
+    passed: Tensor | None = None
+
+
+NOTHING = Through()
+
+
 class Statistics(NamedTuple):
     """Of groups ``(B, G)``."""
 
@@ -226,13 +245,19 @@ def apply_groups(
     _apply((x, y), layout, tables, indices, flags, ending)
 
 
-def apply_segments(x: Map, y: Map, layout: Layout, tables: tuple[Table, Table, Table]) -> None:
-    """``scale * (x - mean) + center`` with tables of segments."""
+def apply_segments(
+    x: Map,
+    y: Map,
+    layout: Layout,
+    tables: tuple[Table, Table, Table],
+    ending: Ending = NO_ENDING,
+) -> None:
+    """``scale * (x - mean) + center`` with tables of segments, and what follows."""
     mean, scale, center = tables
     values = (mean.values, None, scale.values, center.values)
     indices = (1, 1, mean.row, scale.row, center.row, 0.0, 0.0)
     flags = {"POOLED": False, "HAS_SCALE": True, "HAS_CENTER": True}
-    _apply((x, y), layout, values, indices, flags)
+    _apply((x, y), layout, values, indices, flags, ending)
 
 
 def _apply(
@@ -241,7 +266,7 @@ def _apply(
     tables: tuple[Tensor | None, ...],
     indices: tuple[object, ...],
     flags: Constants,
-    ending: Ending = NO_ENDING,
+    ending: Ending,
 ) -> None:
     x, y = (m.tensor for m in maps)
     stream = stream_of(layout, x, PROGRAMS_THAT_WRITE)
@@ -257,8 +282,12 @@ def _apply(
     )
 
 
-def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
-    """``sum(grad)`` and ``sum(grad * (x - mean))`` of parts of segments."""
+def reduce(grad: Map, x: Map, layout: Layout, mean: Table, through: Through = NOTHING) -> Parts:
+    """``sum(grad)`` and ``sum(grad * (x - mean))`` of parts of segments.
+
+    The layout is of ``grad``, ``x``, what is added, and ``dx`` or what else is passed on.
+    """
+    ending, passed = through.ending, through.passed
     grouping, tensor = layout.grouping, x.tensor
     stream = stream_of(layout, tensor, PROGRAMS_THAT_REDUCE)
     dtype = table_dtype(tensor.dtype)
@@ -266,16 +295,19 @@ def reduce(grad: Map, x: Map, layout: Layout, mean: Table) -> Parts:
     launch(
         reduce_grad_kernel,
         stream.num_programs,
-        (grad.tensor, tensor, mean.values, sums, sums_x),
-        (*layout.strides[0], *layout.strides[1], *_cut(grouping, stream), mean.row),
-        **stream_constants(stream, tensor, layout),
-    )
+        (grad.tensor, tensor, mean.values, sums, sums_x, *through.factors, ending.tensor, passed),
+        (*layout.strides[0], *layout.strides[1], *ending.strides(layout), *layout.strides[-1],
+         *_cut(grouping, stream), mean.row, *halves(ending.slope)),
+        PASSES=passed is not None, **ending.flags, **stream_constants(stream, tensor, layout),
+    )  # fmt: skip
     return Parts(sums, sums_x, stream)
 
 
-def reduce_whole(grad: Map, x: Map, layout: Layout, mean: Table) -> tuple[Tensor, Tensor]:
+def reduce_whole(
+    grad: Map, x: Map, layout: Layout, mean: Table, through: Through = NOTHING
+) -> tuple[Tensor, Tensor]:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of segments."""
-    parts = reduce(grad, x, layout, mean)
+    parts = reduce(grad, x, layout, mean, through)
     if parts.stream.splits == 1:
         return parts.first, parts.second
     return sum_rows(parts.first, parts.second, parts.stream.splits)
@@ -331,17 +363,28 @@ def parameter_gradients(
 
 
 def combine_segments(
-    maps: tuple[Map, Map, Map], layout: Layout, mean: Table, factors: tuple[Table, Table, Table]
+    maps: tuple[Map, Map, Map],
+    layout: Layout,
+    mean: Table,
+    factors: tuple[Table, Table, Table],
+    through: Through = NOTHING,
 ) -> None:
-    """``k1 * grad + k2 * (x - mean) + k3`` with tables of segments."""
-    tensors = [m.tensor for m in maps]
-    stream = stream_of(layout, tensors[1], PROGRAMS_THAT_WRITE)
-    strides = [stride for strides in layout.strides for stride in strides]
+    """``k1 * grad + k2 * (x - mean) + k3`` with tables of segments; the layout as in ``reduce``."""
+    grad, x, dx = maps
+    places, ending = layout.strides, through.ending
+    if through.passed is not None:  # it is read in place of the gradient of the result
+        grad = dx._replace(tensor=through.passed)
+        places, ending = (places[-1], *places[1:]), NO_ENDING
+    tensors = grad.tensor, x.tensor, dx.tensor
+    layout = layout._replace(strides=places)
+    stream = stream_of(layout, x.tensor, PROGRAMS_THAT_WRITE)
+    strides = (*places[0], *places[1], *places[-1])
     tables = (mean, *factors)
     launch(
         combine_grad_kernel,
         stream.num_programs,
-        (*tensors, *(table.values for table in tables)),
-        (*strides, *_cut(layout.grouping, stream), *(table.row for table in tables)),
-        **stream_constants(stream, tensors[1], layout),
-    )
+        (*tensors, *(table.values for table in tables), *through.factors),
+        (*strides, *_cut(layout.grouping, stream), *(table.row for table in tables),
+         *halves(ending.slope)),
+        ACT=ending.activation, **stream_constants(stream, x.tensor, layout),
+    )  # fmt: skip

@@ -17,9 +17,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -285,12 +284,9 @@ class Plan:
         results = [draft.piece(t).place for t in returned]
         _require_own_memory(returned, results, draft.num_given)
         self._launches, self._copies = draft.launches, draft.copies
-        self._make = [self._maker(t) for t in returned]
+        self._make = [_allocation(t.shape, t.stride(), t.dtype, self._device) for t in returned]
         self._reserve(draft, results)
         self._resolve()
-
-    def _maker(self, t: Tensor) -> Callable[[], Tensor]:
-        return partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=self._device)
 
     def _reserve(self, draft: _Draft, results: Sequence[int]) -> None:
         """Cut one piece of memory for all that is not returned.
@@ -302,11 +298,12 @@ class Plan:
         self._index: dict[object, int] = {place: place for place in range(count)}
         places = range(count, count + len(draft.reserved))
         inner = [place for place in places if place not in results]
-        self._offsets, self._size = list[int](), 0
+        self._offsets, end = list[int](), 0
         for place in inner:
-            self._offsets.append(self._size)
+            self._offsets.append(end)
             size = draft.reserved[place - count].untyped_storage().nbytes()
-            self._size += max(-(-size // LINE), 1) * LINE
+            end += max(-(-size // LINE), 1) * LINE
+        self._take_memory = _allocation((end,), (1,), torch.uint8, self._device) if end else None
         order = None, *RATE, *results, *inner
         self._index |= {place: i for i, place in enumerate(order, start=count)}
 
@@ -328,25 +325,34 @@ class Plan:
 
     def __call__(self, tensors: Given, addresses: list[Address]) -> Any:
         """Take memory, start the kernels, return the results."""
+        index = self._device.index
+        if index is None or torch._C._cuda_getDevice() == index:
+            return self._carry_out(index, tensors, addresses)
+        with torch.cuda.device(index):
+            return self._carry_out(index, tensors, addresses)
+
+    def _carry_out(self, index: int | None, tensors: Given, addresses: list[Address]) -> Any:
         if self._copies:
             tensors = self._copied(tensors, addresses)
-        results = [make() for make in self._make]
-        addresses += [t.data_ptr() for t in results]
+        results = list[Tensor]()
+        for make in self._make:
+            t = make()
+            results.append(t)
+            addresses.append(t.data_ptr())
         memory = None
-        if self._size:
-            memory = torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        if self._take_memory is not None:
+            memory = self._take_memory()
             start = memory.data_ptr()
             addresses += [start + offset for offset in self._offsets]
-        addresses += [addresses[i] + offset for i, offset in self._views]
-        index = self._device.index
-        with _on_device(index):
-            stream = _current_stream(index)
-            for one in self._launches:
-                if one.start is None:
-                    whole = [*tensors, *addresses[len(tensors) :][:3], *results]
-                    one.compile([self._argument(p, whole, memory) for p in one.pieces])
-                else:
-                    one.start(stream, *one.compiled, *one.pick(addresses), *one.numbers)
+        for i, offset in self._views:
+            addresses.append(addresses[i] + offset)
+        stream = _current_stream(index)
+        for one in self._launches:
+            if one.start is None:
+                whole = [*tensors, *addresses[len(tensors) :][:3], *results]
+                one.compile([self._argument(p, whole, memory) for p in one.pieces])
+            else:
+                one.start(stream, *one.compiled, *one.pick(addresses), *one.numbers)
         return results[0] if self._is_single else tuple(results)
 
     def _copied(self, tensors: Given, addresses: list[Address]) -> Given:
@@ -380,17 +386,24 @@ def _current_stream(device: int | None) -> int | None:
     return None if device is None else torch._C._cuda_getCurrentRawStream(device)
 
 
-def _on_device(device: int | None) -> AbstractContextManager[object]:
-    """Make a GPU the current one, where it is not."""
-    if device is None or torch._C._cuda_getDevice() == device:
-        return _NOTHING
-    return torch.cuda.device(device)
+def _allocation(
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Callable[[], Tensor]:
+    """Return a function that allocates a tensor on a device, which is the current one.
+
+    Inductor's function takes half the time of ``torch.empty_strided``, which parses arguments and
+    asks for dispatch modes.
+    """
+    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if fast is None:
+        return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+    return partial(fast, tuple(shape), tuple(strides), dtype)
 
 
-_NOTHING = nullcontext()
 _NO_RATE = None, 0.0, 0.0
 
 
+@lru_cache(maxsize=1024)
 def halves(value: float) -> tuple[float, float]:
     """A number as the sum of two that float32 holds; kernels take no float64."""
     high = ctypes.c_float(value).value

@@ -12,6 +12,7 @@ from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
 from normkit.kernels.triton.constants import Constants, accumulator
 from normkit.kernels.triton.geometry import Map, ceil_div, power_of_two, result_like
+from normkit.kernels.triton.passes import Ending
 from normkit.kernels.triton.plan import halves, in_one_piece, launch, num_processors
 from normkit.kernels.triton.positions import positions_backward_kernel, positions_forward_kernel
 
@@ -50,23 +51,40 @@ def _constants(blocks: _Blocks, *maps: Map) -> Constants:
     return {"BC": blocks.BC, "BP": blocks.BP, "ACC": acc, "WIDE": wide}
 
 
+def _strides(ending: Ending) -> tuple[int, ...]:
+    return (0, 0, 0) if ending.added is None else ending.added.strides
+
+
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the positions' statistics, float64 ``(2, N * P)``."""
+    return forward_ended(x, weight, bias, None, eps, 0, 0.0)
+
+
+def forward_ended(  # noqa: PLR0913 - the operator's own arguments
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """``act(y + residual)`` and the positions' statistics."""
     y, blocks = result_like(x), _Blocks.of(x)
-    source, target = Map.of(x), Map.of(y)
+    source, target, ending = Map.of(x), Map.of(y), Ending.of(residual, activation, slope)
     table = x.new_empty((2, x.shape[0] * blocks.num_positions), dtype=torch.float64)
     affine = [None if t is None else in_one_piece(t) for t in (weight, bias)]
     launch(
         positions_forward_kernel,
         blocks.num_blocks,
-        (source.tensor, y, *affine, *table),
-        (*source.strides, *target.strides, blocks.num_channels, blocks.num_positions,
-         *halves(eps)),
+        (source.tensor, y, *affine, *table, ending.tensor),
+        (*source.strides, *target.strides, *_strides(ending), blocks.num_channels,
+         blocks.num_positions, *halves(eps), *halves(slope)),
         blocks.num_warps,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        **_constants(blocks, source, target),
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **ending.flags,
+        **_constants(blocks, source, *ending.maps, target),
     )  # fmt: skip
     return y, table
 
@@ -75,7 +93,28 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, *wanted: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight and bias; empty where not wanted."""
+    dx, _, *found = backward_ended(grad, x, weight, None, None, None, eps, 0, 0.0, False, *wanted)
+    return dx, *found
+
+
+def backward_ended(  # noqa: PLR0913
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    result: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+    need_residual: bool,
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, residual, weight and bias; empty where not wanted."""
     dx, blocks = result_like(x), _Blocks.of(x)
+    ending = Ending.of(residual, activation, slope, result)
+    held = [None if t is None else in_one_piece(t) for t in (weight, bias)]
+    passed = result_like(x) if need_residual else None
     maps = Map.of(grad), Map.of(x), Map.of(dx)
     strides = [stride for m in maps for stride in m.strides]
     items = 1
@@ -87,10 +126,12 @@ def backward(
     launch(
         positions_backward_kernel,
         programs,
-        (*(m.tensor for m in maps), None if weight is None else in_one_piece(weight), *sums),
-        (*strides, blocks.num_channels, blocks.num_positions, items, blocks.num_blocks,
-         *halves(eps)),
+        (*(m.tensor for m in maps), *held, *sums, ending.tensor, passed),
+        (*strides, *_strides(ending), blocks.num_channels, blocks.num_positions, items,
+         blocks.num_blocks, *halves(eps), *halves(slope)),
         blocks.num_warps,
-        HAS_WEIGHT=weight is not None, NEEDS_SUMS=any(wanted), **_constants(blocks, *maps),
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, NEEDS_SUMS=any(wanted),
+        PASSES=need_residual, **ending.flags, **_constants(blocks, *maps, *ending.maps),
     )  # fmt: skip
-    return dx, *passes.parameter_gradients(sums, rows, (blocks.num_channels, 1), wanted)
+    dresidual = x.new_empty(0, dtype=table_dtype(x.dtype)) if passed is None else passed
+    return dx, dresidual, *passes.parameter_gradients(sums, rows, (blocks.num_channels, 1), wanted)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normkit.kernels.triton.device import columns, reciprocal_root
+from normkit.kernels.triton.device import columns, load_or, reciprocal_root
+from normkit.kernels.triton.endings import activated, gradient_of_sum, slope_of
 
 
 @triton.jit
@@ -48,11 +49,15 @@ def place(P, BP: tl.constexpr):
 
 @triton.jit
 def positions_forward_kernel(
-    x, y, weight, bias, mean, var, SN, SC, SP, YN, YC, YP, C, P, eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, y, weight, bias, mean, var, residual,
+    SN, SC, SP, YN, YC, YP, RN, RC, RP, C, P, eps_high, eps_low, slope_high, slope_low,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ADDED: tl.constexpr, ACT: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise positions; their means and variances go to float64 tables ``(N * P,)``."""
+    """Normalise positions; their means and variances go to float64 tables ``(N * P,)``.
+
+    Then add a residual (``ADDED``) and apply an activation (``ACT``).
+    """
     n, l = place(P, BP)
     c = tl.arange(0, BC)
     inside = (c < C)[:, None] & (l < P)[None, :]
@@ -63,6 +68,9 @@ def positions_forward_kernel(
         result = result * tl.load(weight + c, mask=c < C, other=0.0).to(ACC)[:, None]
     if HAS_BIAS:
         result = result + tl.load(bias + c, mask=c < C, other=0.0).to(ACC)[:, None]
+    added_at = channel_starts(n, c, RN, RC, WIDE)[:, None] + columns(l, RP, WIDE)[None, :]
+    result += load_or(ADDED > 0, tl.zeros((BC, BP), ACC), residual, added_at, inside)
+    result = activated(result, slope_of(slope_high, slope_low, ACC), ACT)
     at = channel_starts(n, c, YN, YC, WIDE)[:, None] + columns(l, YP, WIDE)[None, :]
     tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + n.to(tl.int64) * P + l, center, mask=l < P)
@@ -71,14 +79,17 @@ def positions_forward_kernel(
 
 @triton.jit
 def positions_backward_kernel(
-    g, x, dx, weight, sums, sums_x,
-    GN, GC, GP, SN, SC, SP, DN, DC, DP, C, P, ITEMS, num_items, eps_high, eps_low,
-    HAS_WEIGHT: tl.constexpr, NEEDS_SUMS: tl.constexpr,
+    g, x, dx, weight, bias, sums, sums_x, added_map, passed,
+    GN, GC, GP, SN, SC, SP, DN, DC, DP, RN, RC, RP, C, P, ITEMS, num_items,
+    eps_high, eps_low, slope_high, slope_low,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_SUMS: tl.constexpr,
+    ADDED: tl.constexpr, ACT: tl.constexpr, PASSES: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``x``, and each program's part of the parameters', ``(programs, C)``.
 
-    A program takes ``ITEMS`` blocks one after another: few parts are left to add up.
+    A program takes ``ITEMS`` blocks one after another: few parts are left to add up. ``PASSES``
+    stores the gradient of the activation's input, which lies as ``dx`` does.
     """
     tiles = tl.cdiv(P, BP)
     c = tl.arange(0, BC)
@@ -87,6 +98,8 @@ def positions_backward_kernel(
     scale = tl.full((BC,), 1.0, ACC)
     if HAS_WEIGHT:
         scale = tl.load(weight + c, mask=c < C, other=0.0).to(ACC)
+    shift = load_or(HAS_BIAS, tl.zeros((BC,), ACC), bias, c, c < C)
+    slope = slope_of(slope_high, slope_low, ACC)
     first = tl.program_id(0) * ITEMS
     for item in range(first, tl.minimum(first + ITEMS, num_items)):
         n = item // tiles
@@ -97,6 +110,13 @@ def positions_backward_kernel(
         )
         at = channel_starts(n, c, GN, GC, WIDE)[:, None] + columns(l, GP, WIDE)[None, :]
         grad = tl.load(g + at, mask=inside, other=0.0).to(ACC)
+        added_at = channel_starts(n, c, RN, RC, WIDE)[:, None] + columns(l, RP, WIDE)[None, :]
+        added = load_or(ADDED > 0, grad, added_map, added_at, inside)
+        value = unit * scale[:, None] + shift[:, None]
+        grad = gradient_of_sum(grad, value, added, slope, ADDED, ACT)
+        out_at = channel_starts(n, c, DN, DC, WIDE)[:, None] + columns(l, DP, WIDE)[None, :]
+        if PASSES:
+            tl.store(passed + out_at, grad.to(passed.dtype.element_ty), mask=inside)
         if NEEDS_SUMS:
             total += tl.sum(grad, axis=1)
             total_x += tl.sum(grad * unit, axis=1)
@@ -105,7 +125,6 @@ def positions_backward_kernel(
         along = tl.sum(grad * unit, axis=0) / C
         level = tl.sum(grad, axis=0) / C
         result = (grad - level[None, :] - unit * along[None, :]) * rstd[None, :]
-        out_at = channel_starts(n, c, DN, DC, WIDE)[:, None] + columns(l, DP, WIDE)[None, :]
         tl.store(dx + out_at, result.to(dx.dtype.element_ty), mask=inside)
     if NEEDS_SUMS:
         out = tl.program_id(0).to(tl.int64) * C + c

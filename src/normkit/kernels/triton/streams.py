@@ -20,7 +20,7 @@ from normkit.kernels.triton.device import (
     row_starts,
     split,
 )
-from normkit.kernels.triton.endings import activated, slope_of
+from normkit.kernels.triton.endings import activated, gradient_of_sum, passed_back, slope_of
 
 
 @triton.jit
@@ -187,33 +187,66 @@ def apply_kernel(
 
 
 @triton.jit
+def factor_or(
+    HAS: tl.constexpr, default: tl.constexpr, values, n, k, K, inside,
+    BK: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A table's values of segments, to be multiplied with a block; or ``default``."""
+    found = tl.full((BK,), default, ACC)
+    if HAS:
+        at = cells(n, k, 1, 1, K, WIDE)
+        found = tl.load(values + at, mask=inside, other=0.0).to(ACC)
+    return found[:, None]
+
+
+@triton.jit
 def reduce_grad_kernel(
-    g, x, mean, sums, sums_x,
-    GN, GC, GP, SN, SC, SP, K, Q, L, SPLITS, span, MEAN_ROW,
+    g, x, mean, sums, sums_x, scale, center, added_map, passed,
+    GN, GC, GP, SN, SC, SP, RN, RC, RP, DN, DC, DP, K, Q, L, SPLITS, span, MEAN_ROW,
+    slope_high, slope_low,
+    ADDED: tl.constexpr, ACT: tl.constexpr, PASSES: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``sum(g)`` and ``sum(g * (x - mean))`` of every part of a segment, ``(N, SPLITS, K)``."""
+    """``sum(g)`` and ``sum(g * (x - mean))`` of every part of a segment, ``(N, SPLITS, K)``.
+
+    With an activation (``ACT``) ``g`` is the gradient of the activation's input, computed from that
+    of its result; ``PASSES`` stores it in ``passed``.
+    """
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
+    adds = row_starts(n, k, RN, RC, RP, Q, L, WIDE, ALIGN)
+    outs = row_starts(n, k, DN, DC, DP, Q, L, WIDE, ALIGN)
     start = part * span
     stop = tl.minimum(start + span, L) // ALIGN * ALIGN
     value = load_block(x, rows, start, stop, inside, SP, BL, WIDE)
     grad = load_block(g, grads, start, stop, inside, GP, BL, WIDE)
     cell = cells(n, k, 1, 1, MEAN_ROW, WIDE)
     high, low = split(tl.load(mean + cell, mask=inside, other=0.0).to(tl.float64), ACC)
+    factor = factor_or(ACT > 0, 1.0, scale, n, k, K, inside, BK, ACC, WIDE)
+    shift = factor_or(ACT > 0, 0.0, center, n, k, K, inside, BK, ACC, WIDE)
+    slope = slope_of(slope_high, slope_low, ACC)
     if ONCE:
-        total = grad.to(ACC)
-        total_x = total * ((value.to(ACC) - high[:, None]) - low[:, None])
+        unit = (value.to(ACC) - high[:, None]) - low[:, None]
+        added = load_unless(ADDED == 0, value, added_map, adds, start, stop, inside, RP, BL, WIDE)
+        total = gradient_of_sum(grad.to(ACC), unit * factor + shift, added, slope, ADDED, ACT)
+        if PASSES:
+            store_block(passed, total, outs, start, stop, inside, DP, BL, WIDE)
+        total_x = total * unit
     else:
         total = tl.zeros((BK, BL // FOLD), ACC)
         total_x = tl.zeros((BK, BL // FOLD), ACC)
         for first in range(start, stop, BL):
             ahead = load_block(x, rows, first + BL, stop, inside, SP, BL, WIDE)
             grad_ahead = load_block(g, grads, first + BL, stop, inside, GP, BL, WIDE)
-            wide = grad.to(ACC)
             unit = (value.to(ACC) - high[:, None]) - low[:, None]
+            added = load_unless(
+                ADDED == 0, value, added_map, adds, first, stop, inside, RP, BL, WIDE
+            )
+            wide = gradient_of_sum(grad.to(ACC), unit * factor + shift, added, slope, ADDED, ACT)
+            if PASSES:
+                store_block(passed, wide, outs, first, stop, inside, DP, BL, WIDE)
             total += folded(wide, BK, BL, FOLD)
             total_x += folded(wide * unit, BK, BL, FOLD)
             value = ahead
@@ -225,13 +258,14 @@ def reduce_grad_kernel(
 
 @triton.jit
 def combine_grad_kernel(
-    g, x, dx, mean, k1, k2, k3,
+    g, x, dx, mean, k1, k2, k3, scale, center,
     GN, GC, GP, SN, SC, SP, DN, DC, DP, K, Q, L, SPLITS, span,
-    MEAN_ROW, K1_ROW, K2_ROW, K3_ROW,
+    MEAN_ROW, K1_ROW, K2_ROW, K3_ROW, slope_high, slope_low,
+    ACT: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``k1 * g + k2 * (x - mean) + k3``."""
+    """``k1 * g + k2 * (x - mean) + k3``, with ``g`` as in ``reduce_grad_kernel``."""
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     grads = row_starts(n, k, GN, GC, GP, Q, L, WIDE, ALIGN)
@@ -247,15 +281,19 @@ def combine_grad_kernel(
     at3 = cells(n, k, 1, 1, K3_ROW, WIDE)
     by_grad = tl.load(k1 + at1, mask=inside, other=0.0).to(ACC)
     by_unit = tl.load(k2 + at2, mask=inside, other=0.0).to(ACC)
-    shift = tl.load(k3 + at3, mask=inside, other=0.0).to(ACC)
+    level = tl.load(k3 + at3, mask=inside, other=0.0).to(ACC)
+    factor = factor_or(ACT > 0, 1.0, scale, n, k, K, inside, BK, ACC, WIDE)
+    shift = factor_or(ACT > 0, 0.0, center, n, k, K, inside, BK, ACC, WIDE)
+    slope = slope_of(slope_high, slope_low, ACC)
     for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
         first = start + block * BL
         ahead = load_unless(ONCE, value, x, rows, first + BL, stop, inside, SP, BL, WIDE)
         grad_ahead = load_unless(ONCE, grad, g, grads, first + BL, stop, inside, GP, BL, WIDE)
         unit = (value.to(ACC) - high[:, None]) - low[:, None]
-        # without a slope (given statistics) x may be infinite, and the gradient is finite
+        wide = passed_back(grad.to(ACC), unit * factor + shift, slope, ACT)
+        # With given statistics k2 is 0; the gradient is then finite even where x is infinite.
         along = tl.where(by_unit[:, None] == 0.0, 0.0, unit * by_unit[:, None])
-        result = grad.to(ACC) * by_grad[:, None] + along + shift[:, None]
+        result = wide * by_grad[:, None] + along + level[:, None]
         store_block(dx, result, outs, first, stop, inside, DP, BL, WIDE)
         value = ahead
         grad = grad_ahead

@@ -84,7 +84,7 @@ def open_domains(protocol: Protocol, target: str, *, whole: bool) -> Domains:
         text = data_text(target)
         _check_class_names(protocol.data, text)
         found = Domains(open_data(protocol.data, *options), open_data(text, *options))
-    found = Domains(_whole(found.source), _whole(found.target)) if whole else found
+    found = Domains(every_picture(found.source), every_picture(found.target)) if whole else found
     _check_alike(found)
     return _scaled_alike(found)
 
@@ -104,7 +104,8 @@ def _with_shift(source: Dataset[Split], names: str) -> Domains:
     return Domains(replace(source, train=source.train.keep(positions[::2])), target)
 
 
-def _whole(dataset: Dataset[Split]) -> Dataset[Split]:
+def every_picture(dataset: Dataset[Split]) -> Dataset[Split]:
+    """The data set whose parts all have all of its pictures."""
     every = dataset.train.joined(dataset.validation).joined(dataset.test)
     return replace(dataset, train=every, validation=every, test=every)
 

@@ -9,7 +9,7 @@ import torch
 
 import normkit as nk
 import oracle
-from cases import CASES, SHAPES, groups, randn, statistics
+from cases import CASES, COMPOSITES, SHAPES, groups, randn, statistics
 from kernels.triton.contract.test_layers import (
     arrange,
     buffers_of,
@@ -19,7 +19,11 @@ from kernels.triton.contract.test_layers import (
 )
 
 THOROUGH = os.environ.get("TRITON_INTERPRET") != "1" and "NORMKIT_CONTRACT" not in os.environ
+NAMED = {case.name: case for case in CASES}
 SINGLE = {case.name: case for case in CASES if case.kind != "pn"}
+MIXED = {c.name: c for c in COMPOSITES if c.kind != "gw"}
+POSITIONAL = {"pn": NAMED["pn"]}
+EVERY = SINGLE | MIXED | POSITIONAL
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh", "relu6")
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 
@@ -28,13 +32,14 @@ def rows():
     """Every activation with and without a residual on both ways; the rest is drawn."""
     pick = random.Random(0)
     found = []
-    ways = itertools.product((*ACTIVATIONS, None), (False, True), ("tile", "stream"))
-    for activation, has_residual, path in ways:
-        if activation is None and not has_residual:
-            continue
+    kinds = SINGLE, MIXED, POSITIONAL
+    ways = itertools.product(kinds, (*ACTIVATIONS, None), (False, True), ("tile", "stream"))
+    for kind, activation, has_residual, path in ways:
+        if (activation is None and not has_residual) or (kind is not SINGLE and path == "tile"):
+            continue  # composites and positions have one way
         for _ in range(20 if THOROUGH else 1):
-            name = pick.choice(list(SINGLE))
-            case = SINGLE[name]
+            name = pick.choice(list(kind))
+            case = EVERY[name]
             small = [s for s in case.shapes if THOROUGH or s in ("line", "one", "dense", "pixel")]
             layouts = tuple(pick.choice(LAYOUTS) for _ in range(3))
             dtype = pick.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
@@ -52,7 +57,7 @@ def rows():
 def test_values_and_gradients_match_the_definition(
     name, shape, dtype, layouts, activation, has_residual, mode, path, device
 ):
-    case, shape = SINGLE[name], SHAPES[shape]
+    case, shape = EVERY[name], SHAPES[shape]
     layer = on(device, case, dtype)
     layer.activation, layer.negative_slope = activation, 0.2
     if mode == "eval":
@@ -119,9 +124,10 @@ def test_activations_are_exact_far_out_too(activation, path, device):
 
 @pytest.mark.parametrize("path", ["tile", "stream"], indirect=True)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_only_what_is_wanted_is_computed(mode, path, device):
+@pytest.mark.parametrize("name", ["bn", "bcn", "pn"])
+def test_only_what_is_wanted_is_computed(name, mode, path, device):
     """The gradient of a residual alone, of a frozen layer, and of neither."""
-    layer = on(device, SINGLE["bn"], torch.float64).train(mode == "train").requires_grad_(False)
+    layer = on(device, EVERY[name], torch.float64).train(mode == "train").requires_grad_(False)
     layer.activation = "gelu"
     x, residual = (randn(3, 6, 5, seed=s).to(device).requires_grad_() for s in (0, 1))
     both = torch.autograd.grad(layer(x, residual=residual).pow(2).sum(), (x, residual))
@@ -147,11 +153,12 @@ def test_buffers_move_as_without_an_ending(device):
 
 @pytest.mark.parametrize("path", ["tile", "stream"], indirect=True)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_no_call_takes_more_launches_than_without(activation, path, device, monkeypatch):
-    from normkit.kernels.triton import passes, pooled, pooled_gradients
+@pytest.mark.parametrize("name", ["bn", "bcn", "pn"])
+def test_no_call_takes_more_launches_than_without(name, activation, path, device, monkeypatch):
+    from normkit.kernels.triton import composite, passes, pooled, pooled_gradients, positional
 
     seen = []
-    for module in (passes, pooled, pooled_gradients):
+    for module in (passes, pooled, pooled_gradients, composite, positional):
         launch = module.launch
         note = lambda kernel, *a, start=launch, **o: (seen.append(kernel), start(kernel, *a, **o))  # noqa: E731
         monkeypatch.setattr(module, "launch", note)
@@ -161,7 +168,7 @@ def test_no_call_takes_more_launches_than_without(activation, path, device, monk
     for ending in (None, activation):
         monkeypatch.setattr(plan, "_PLANS", {})
         seen.clear()
-        layer = on(device, SINGLE["bn"], torch.float32)
+        layer = on(device, EVERY[name], torch.float32)
         layer.activation = ending
         x, residual = (randn(3, 6, 5, seed=s, dtype=torch.float32) for s in (0, 1))
         x, residual = (t.to(device).requires_grad_() for t in (x, residual))
