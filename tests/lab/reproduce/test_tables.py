@@ -102,6 +102,17 @@ READ = Cells(
 )
 
 
+def test_an_option_of_a_scale_gives_way_to_that_of_its_part_and_not_to_the_papers():
+    models = {p.name: p.sweep.protocol.model for p in tables()["G-A5"].parts("small")}
+    assert models == {
+        "A": "vgg11", "B": "vgg11", "A_stack": "vgg11:stacked=8", "B_stack": "vgg11:stacked=8"
+    }  # fmt: skip
+    table = tables()["G-A5"]
+    plain = table.model_copy(update={"small": {**table.small, "parts": {}, "base_lr": 0.5}})
+    assert {part.sweep.protocol.model for part in plain.parts("small")} == {"vgg11"}
+    assert {part.sweep.protocol.base_lr for part in plain.parts("small")} == {0.5}
+
+
 def test_readings_stand_beside_parts_and_batch_sizes():
     scores = {
         At("BN", "a", 2): 1.0, At("BN", "a", 8): 2.0, At("BN", "b", 4): 3.0,
