@@ -54,7 +54,7 @@ def test_every_parameter_is_in_one_group():
     stages = {"6.batch.weight", "6.channel.weight"}
     assert set(found["norm_weights"]) == {"1.weight", "2.1.weight", *stages, "7.weight"}
     assert "7.mean_logits" in found["norm_biases"]
-    assert {"0.parametrizations.weight.original", "0.parametrizations.weight.0.gain"} <= {
+    assert {"0.parametrizations.weight.original", "0.parametrizations.weight.0.length"} <= {
         *found["weights"]
     }
 

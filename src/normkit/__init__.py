@@ -37,6 +37,7 @@ from normkit.layers.over_example import GroupNorm, InstanceNorm, LayerNorm, Posi
 from normkit.layers.switchable import SwitchableNorm
 from normkit.layers.whitening import GroupWhitening
 from normkit.param_groups import decay_gamma_to_one, param_groups
+from normkit.recipes import register_norm
 from normkit.spec import NormSpec, build, parse_specs
 from normkit.version import __version__
 
@@ -275,6 +276,7 @@ __all__ = [
     "projected_updates",
     "recalibrate",
     "recommend",
+    "register_norm",
     "set_example_weight",
     "similarity_propagation",
     "singularity_ratio",

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from normkit.core.check import require_count
 from normkit.errors import SpecError
 from normkit.layers import over_batch, over_example
+from normkit.layers.base import NormLayer
 from normkit.layers.batch_channel import BatchChannelNorm
 from normkit.layers.group_plus import GroupNormPlus
 from normkit.layers.instance_batch import InstanceBatchNorm
@@ -92,37 +93,104 @@ def recommended_bgn_groups(batch_size: int) -> int:
     return RECOMMENDED_BGN_GROUPS[nearest]
 
 
-METHODS: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "bn": Recipe(layer=over_batch.BatchNorm),
-        "in": Recipe(layer=over_example.InstanceNorm),
-        "ln": Recipe(layer=over_example.LayerNorm),
-        "gn": Recipe(layer=over_example.GroupNorm, argument="num_groups"),
-        "pn": Recipe(layer=over_example.PositionalNorm),
-        "bgn": Recipe(
-            layer=over_batch.BatchGroupNorm,
-            argument="num_groups",
-            over_positions=True,
-            automatic=recommended_bgn_groups,
-        ),
-        "ghost": Recipe(layer=over_batch.GhostBatchNorm, argument="ghost_batch_size"),
-        "gbgn": Recipe(
-            layer=over_batch.GeneralBatchGroupNorm,
-            argument="num_groups",
-            short={"examples": "examples_per_group"},
-        ),
-        "gnplus": Recipe(layer=GroupNormPlus, argument="num_groups"),
-        "bcn": Recipe(
-            layer=BatchChannelNorm,
-            argument="num_groups",
-            short={"micro": "micro_batch", "rate": "update_rate"},
-        ),
-        "sn": Recipe(layer=SwitchableNorm),
-        "gw": Recipe(layer=GroupWhitening, argument="num_groups"),
-        "ibn": Recipe(layer=InstanceBatchNorm),
-    }
-)
-"""Every norm that a spec can name."""
+_METHODS: dict[str, Recipe] = {
+    "bn": Recipe(layer=over_batch.BatchNorm),
+    "in": Recipe(layer=over_example.InstanceNorm),
+    "ln": Recipe(layer=over_example.LayerNorm),
+    "gn": Recipe(layer=over_example.GroupNorm, argument="num_groups"),
+    "pn": Recipe(layer=over_example.PositionalNorm),
+    "bgn": Recipe(
+        layer=over_batch.BatchGroupNorm,
+        argument="num_groups",
+        over_positions=True,
+        automatic=recommended_bgn_groups,
+    ),
+    "ghost": Recipe(layer=over_batch.GhostBatchNorm, argument="ghost_batch_size"),
+    "gbgn": Recipe(
+        layer=over_batch.GeneralBatchGroupNorm,
+        argument="num_groups",
+        short={"examples": "examples_per_group"},
+    ),
+    "gnplus": Recipe(layer=GroupNormPlus, argument="num_groups"),
+    "bcn": Recipe(
+        layer=BatchChannelNorm,
+        argument="num_groups",
+        short={"micro": "micro_batch", "rate": "update_rate"},
+    ),
+    "sn": Recipe(layer=SwitchableNorm),
+    "gw": Recipe(layer=GroupWhitening, argument="num_groups"),
+    "ibn": Recipe(layer=InstanceBatchNorm),
+}
+METHODS: Mapping[str, Recipe] = MappingProxyType(_METHODS)
+"""Every norm that a spec can name: normkit's, then those of ``register_norm``."""
+
+OWN_METHODS = tuple(_METHODS)
+"""The names of normkit's norms."""
+_NOT_FOR_NORMS = ("none", "xbn", "gnbn")
+"""Names that mean something else where norms are compared."""
+
+
+def register_norm(name: str, layer: type[NormLayer]) -> None:
+    """Give a layer of your own a name that specs, and with them all tools, understand.
+
+    After it ``nk.build``, ``nk.convert_norm``, ``nk.place_xbn_`` and the other tools take
+    ``"name:option=value"``. If the class derives from one of normkit's layers, an unnamed number,
+    short names and ``auto`` mean what they mean there; else a number is ``num_groups``, where there
+    is such an option. A model that has the layer can be converted to another norm.
+
+    The name is known to this process. For ``normkit compare`` write
+    ``--own-norms NAME=FILE.py:CLASS``.
+
+    Args:
+        name: A lower-case letter, then lower-case letters, digits and underscores.
+        layer: Your class. It derives from one of normkit's layers or from their base classes in
+            ``normkit.layers.base``; its constructor takes the number of channels first.
+
+    Raises:
+        SpecError: If the name cannot be used or belongs to another norm, or the class is not a
+            layer. To register a changed class of the same name again replaces it.
+
+    Example:
+        >>> import normkit as nk
+        >>> from normkit.core.partition import Partition
+        >>> class PairNorm(nk.GroupNorm):
+        ...     @property
+        ...     def partition(self):
+        ...         return Partition(num_groups=self.num_groups, examples_per_group=2)
+        >>> nk.register_norm("pair", PairNorm)
+        >>> nk.build("pair:4:eps=0.001", 16)
+        PairNorm(16, num_groups=4, eps=0.001, affine=True, track_running_stats=False, \
+example_weight=1.0)
+    """
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,39}", name):
+        raise SpecError(
+            f"{name!r} was given as the name of a norm; it must be a lower-case letter and then "
+            f"at most 39 more, digits or underscores"
+        )
+    if not isinstance(layer, type) or not issubclass(layer, NormLayer) or inspect.isabstract(layer):
+        raise SpecError(
+            f"{getattr(layer, '__name__', layer)!r} was given as norm {name!r}; it must be a class "
+            f"that derives from one of normkit's layers, such as nk.GroupNorm, or from a base "
+            f"class in normkit.layers.base, and defines all that is abstract there"
+        )
+    known = _METHODS.get(name)
+    is_again = known is not None and getattr(known.layer, "__qualname__", "") == layer.__qualname__
+    if name in OWN_METHODS or name in _NOT_FOR_NORMS or (known is not None and not is_again):
+        raise SpecError(
+            f"{name!r} was given as the name of {layer.__name__}, but it means something else "
+            f"already; choose another name than: {', '.join([*METHODS, *_NOT_FOR_NORMS])}"
+        )
+    _METHODS[name] = _derived(layer)
+
+
+def _derived(layer: type[NormLayer]) -> Recipe:
+    """How to build a user's layer: as the layer of normkit's that it derives from."""
+    for kind in layer.__mro__:
+        for name in OWN_METHODS:
+            if _METHODS[name].layer is kind:
+                return replace(_METHODS[name], layer=layer)
+    made = Recipe(layer=layer)
+    return replace(made, argument="num_groups") if "num_groups" in made.options() else made
 
 
 def recipe_of(name: str, text: str) -> Recipe:

@@ -1,6 +1,7 @@
 """Every command reads what another command has saved."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ from safetensors.torch import load_file, save_file
 import normkit as nk
 from normkit.cli import main
 from normkit.cli.model import ModelOptions
+from normkit.lab import Recipe, compare
+from normkit.lab.arms import ARMS
+from normkit.lab.changes import WEIGHTS
 from normkit.lab.checkpoints import save_weights
+from normkit.lab.checkpoints.reading import read_metadata
 from normkit.lab.models import build_model
 
 MODEL = ("--model", "small-resnet")
@@ -64,8 +69,8 @@ def saved(monkeypatch):
     return models
 
 
-def readers(path, folder):
-    small = (*MODEL, "--checkpoint", path)
+def readers(path, folder, model=MODEL[1]):
+    small = ("--model", model, "--checkpoint", path)
     return [
         ("convert", *small, *TASK, "--to", "in", "--save", str(folder / "again.safetensors")),
         ("validate", *small, *TASK, "--batch-size", "8"),
@@ -100,10 +105,76 @@ def test_every_command_reads_what_the_others_have_saved(
             assert "normkit:" not in errors
 
 
-def options(path):
-    return ModelOptions(
-        model="small-resnet", num_classes=10, input_shape="1,8,8", checkpoint=Path(path)
-    )
+SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
+ARM_MODEL = "wide-resnet:depth=10:width=1"
+SAVED_ARMS = [
+    "bn", "gn:4", "none", "frozen-bn", "four-things", "ibn-a", "ibn-b", "xbn/gn:4", "xbn-p1/gn:4",
+    "xbn-d2/gn:4", "gnbn/gn:4", "none+wn", "ibn-b+cwn", *(f"gn:4+{ending}" for ending in WEIGHTS),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights_of_arms(tmp_path_factory):
+    """What `compare --save-weights` writes, by arm."""
+    folder = tmp_path_factory.mktemp("arms")
+    compare(
+        ARM_MODEL, norms=SAVED_ARMS, batch_sizes=8, seeds=1, recipe=Recipe(steps=3), limit=60,
+        save_weights=True, workers=1, out=folder,
+    )  # fmt: skip
+    return {read_metadata(path)["norm"]: path for path in (folder / "weights").iterdir()}
+
+
+def test_every_arm_is_among_those_that_are_saved():
+    kinds = {re.sub(r"NORM|P|K", "", arm).strip("/") for arm in ARMS}
+    saved = {re.sub(r"gn:4|\d", "", arm).strip("/") for arm in SAVED_ARMS}
+    assert kinds <= saved
+
+
+@pytest.mark.parametrize("arm", SAVED_ARMS)
+def test_weights_of_every_arm_are_loaded_by_the_file_alone(weights_of_arms, arm):
+    path = weights_of_arms[arm]
+    state = load_file(path)
+    expected = build_model(ARM_MODEL, norm=arm, batch_size=8, seed=5, **SHAPE).model
+    expected.load_state_dict(state)
+    found = options(path, ARM_MODEL).build()
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found(x), expected.eval()(x))
+    assert found.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("arm", ["none+wn", "xbn/gn:4", "gn:4+ws:center"])
+def test_every_command_reads_weights_of_an_arm(weights_of_arms, normkit, tmp_path, arm):
+    for command in readers(str(weights_of_arms[arm]), tmp_path, ARM_MODEL):
+        code, _, errors = normkit(*command)
+        if command[0] == "tune" and arm != "xbn/gn:4":
+            assert "nothing to weigh" in errors
+        elif command[0] == "convert" and arm == "none+wn":
+            assert "no norm" in errors
+        else:
+            assert code in (0, 1), errors
+            assert "normkit:" not in errors
+
+
+@pytest.mark.parametrize("arm", ["ibn-b+cwn", "gn:4+ws:scale"])
+def test_weights_of_an_arm_can_be_converted_and_then_started_from(weights_of_arms, tmp_path, arm):
+    """What the first file says is still said by the next ones."""
+    first, second = str(weights_of_arms[arm]), str(tmp_path / "second.safetensors")
+    given = ("--model", ARM_MODEL, *TASK, "--checkpoint", first, "--to", "gn:2", "--save", second)
+    assert main(["convert", *given]) == 0
+    compare(
+        ARM_MODEL, norms="gn:8", batch_sizes=8, seeds=1, recipe=Recipe(steps=1), limit=60,
+        save_weights=True, workers=1, out=tmp_path, weights=second,
+    )  # fmt: skip
+    (third,) = (tmp_path / "weights").iterdir()
+    for path in (second, third):
+        found = options(path, ARM_MODEL).build()
+        assert all(torch.equal(found.state_dict()[k], v) for k, v in load_file(path).items())
+    norms = {m.num_groups for m in found.modules() if isinstance(m, nk.GroupNorm)}
+    assert norms == {8}
+
+
+def options(path, model="small-resnet"):
+    return ModelOptions(model=model, num_classes=10, input_shape="1,8,8", checkpoint=Path(path))
 
 
 def test_a_tuned_model_comes_back_with_its_example_weights(normkit, trained, tmp_path):

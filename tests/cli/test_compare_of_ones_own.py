@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 
 import pytest
@@ -91,14 +92,27 @@ def test_a_network_and_pictures_of_ones_own_with_a_recipe(mine, capsys):
     assert (mine / "out" / "records.jsonl").read_text().splitlines() == lines
     (weights,) = (mine / "out" / "weights").glob("bn-b4-s1-*")
     for command in (
-        ["tune", "--data", "folder:photos", "--examples", "20"],
-        ["diagnose", "--train-data", "folder:photos", "--test-data", "folder:photos"],
+        ["tune", "--data", "./photos", "--examples", "20"],
+        ["diagnose", "--train-data", "photos", "--test-data", "folder:photos"],
         ["validate", "--batch-size", "4", "--input-shape", "3,16,16", "--num-classes", "2"],
         ["convert", "--to", "gn:4", "--calibrate", "folder:photos", "--save", "c.safetensors"],
     ):
         given = [*command, "--model", "my.py:make_model", "--checkpoint", str(weights), "--json"]
         assert main(given) in (0, 1)
         json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("text", ["./photos", "photos", "folder:photos", "{mine}/photos"])
+def test_a_folder_is_the_same_data_however_it_is_written(mine, capsys, text):
+    text = text.format(mine=mine)
+    code, result, _ = compare(
+        capsys, "--model", "mlp:depth=2:width=8", "--data", text, "--norms", "bn", "--seeds", "1",
+        "--batch-sizes", "8", "--epochs", "1", "--workers", "1", "--out", "out",
+    )  # fmt: skip
+    assert code == 0
+    assert result["cells"][0]["num_finished"] == 1
+    written = tomllib.loads((mine / "out" / "experiment.toml").read_text())
+    assert written["data"] == f"folder:{mine / 'photos'}"
 
 
 def test_a_training_of_ones_own(mine, capsys):
@@ -158,6 +172,40 @@ def test_the_other_commands_take_the_same_model_and_data(mine, capsys):
         assert "--data" in capsys.readouterr().err
 
 
+def test_the_other_commands_take_the_size_of_the_pictures(mine, capsys):
+    """A network whose first layer fits pictures of 12 by 12 only."""
+    own = ["--model", "mlp:depth=2:width=8", "--data", "./photos", "--image-size", "12"]
+    out = ["--out", "small", "--save-weights", "--norms", "bn", "--batch-sizes", "8"]
+    assert compare(capsys, *own, *out, "--seeds", "1", "--epochs", "1", "--workers", "1")[0] == 0
+    (weights,) = (mine / "small/weights").glob("*.safetensors")
+    trained = [*own, "--checkpoint", str(weights)]
+    assert main(["validate", *trained, "--batch-size", "8"]) == 0
+    assert main(["convert", *trained, "--to", "gn:4", "--calibrate", "./photos"]) == 0
+    assert main(["tune", *trained, "--examples", "20"]) == 0
+    assert main(["diagnose", *trained, "--examples", "20"]) in (0, 1)
+    capsys.readouterr()
+    other = ["validate", *trained, "--batch-size", "8", "--image-size", "16"]
+    assert main(other) == 2  # the weights are of another size
+    assert "(8, 432), the model has (8, 768)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["--data", "digits", "--image-size", "12"],
+            r"--image-size was given 12, but digits has",
+        ),
+        (["--image-size", "12"], r"--image-size was given 12 without --data, .* 3,12,12"),
+        (["--data", "./photos", "--image-size", "0"], r"--image-size was given 0; give 1 or more"),
+    ],
+)
+def test_a_size_that_has_no_use_is_refused(mine, capsys, given, said):
+    arguments = ["validate", "--model", "mlp:depth=2:width=8", "--batch-size", "8"]
+    assert main([*arguments, *given]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_a_dry_run_writes_nothing(mine, capsys):
     code, cells, _ = compare(
         capsys, "--model", "my.py:make_model", "--data", "folder:photos", *SMALL, "--dry-run",
@@ -167,17 +215,62 @@ def test_a_dry_run_writes_nothing(mine, capsys):
     assert [cell["num_steps"] for cell in cells] == [108, 108]
     assert not (mine / "out").exists()
     assert main(["compare", "--data", "folder:photos", *SMALL, "--dry-run"]) == 0
-    assert "Nothing was trained" in capsys.readouterr().out.replace("\n", " ")
+    assert capsys.readouterr().out.endswith("Nothing was trained.\n")
+    assert main(["compare", "--loggers", "pen", "--dry-run"]) == 2  # as it would be without it
+    assert "no logger 'pen'" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_ones_own_training_knows_its_time_when_it_was_run_once(mine, capsys):
+    own = ["--train", "my.py:train", "--norms", "bn,ln", "--batch-sizes", "4", "--out", "out"]
+    code, cells, _ = compare(capsys, *own, "--seeds", "1,2,3", "--dry-run")
+    assert code == 0
+    assert [(cell["norm"], cell["num_runs"], cell["duration_s"]) for cell in cells] == [
+        ("bn", 3, None), ("ln", 3, None)
+    ]  # fmt: skip
+    assert not (mine / "out").exists()
+    assert main(["compare", *own, "--seeds", "1,2,3", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "Only the function knows its steps" in output
+    assert "\nbn        4     3            \N{EN DASH}" in output
+    compare(capsys, *own, "--seeds", "1", "--workers", "1")
+    lines = (mine / "out" / "records.jsonl").read_text().splitlines()
+    took = {r["spec"]["norm"]: r["duration_s"] for r in map(json.loads, lines)}
+    _, cells, _ = compare(capsys, *own, "--seeds", "1,2,3", "--dry-run")
+    assert [cell["duration_s"] for cell in cells] == [3 * took["bn"], 3 * took["ln"]]
+    assert [cell["num_steps"] for cell in cells] == [1, 1]
+    (mine / "my.py").write_text(MY + "# edited\n")  # which makes other runs
+    _, cells, _ = compare(capsys, *own, "--seeds", "1,2,3", "--dry-run")
+    assert [cell["duration_s"] for cell in cells] == [None, None]
 
 
 def test_pictures_that_do_not_decode_are_told_and_the_rest_is_used(mine, capsys):
     (mine / "photos" / "cat" / "7.png").write_bytes(b"nothing")
-    code, _, errors = compare(
+    code, result, errors = compare(
         capsys, "--model", "mlp:depth=2:width=8", "--data", "folder:photos", "--norms", "bn",
         "--batch-sizes", "4", "--seeds", "1", "--epochs", "1", "--workers", "1", "--out", "out",
     )  # fmt: skip
     assert code == 0
-    assert "1 picture cannot be read and is left out: cat/7.png" in errors
+    said = "1 picture cannot be read and is left out: cat/7.png"
+    assert said in errors
+    assert result["notes"] == [said]
+    assert f"<b>Note:</b> {said}" in (mine / "out" / "report.html").read_text()
+
+
+def test_a_class_folder_that_is_gone_is_told_where_the_result_is(mine, capsys):
+    given = [
+        "--model", "mlp:depth=2:width=8", "--data", "./photos", "--norms", "bn", "--seeds", "1",
+        "--batch-sizes", "4", "--epochs", "1", "--workers", "1", "--out", "out",
+    ]  # fmt: skip
+    fill(mine / "photos", per_class=20, classes=("cow",), size=(16, 16))
+    assert compare(capsys, *given)[1]["notes"] == []
+    shutil.rmtree(mine / "photos" / "cow")
+    note = (
+        "1 of these runs has earlier records of other data, which are kept and left out; it is run "
+        "anew"
+    )
+    assert compare(capsys, *given)[1]["notes"] == [note]
+    assert main(["compare", *given]) == 0
+    assert f"\nnote: {note}\n" in capsys.readouterr().out
 
 
 def spoil(mine):
@@ -200,10 +293,21 @@ BAD = {
     ),
     "no module": (["--model", "my.py:no_model"], r"my.py:no_model gave a str; it must return an"),
     "no function": (["--model", "my.py:nothing"], r"my.py has no such function; it has Net, make_"),
-    "no norm": (["--model", "plain.py:make"], r"norm"),
+    "no norm": (
+        ["--model", "plain.py:make"],
+        r"plain.py:make' has no norm to replace, only Flatten, Linear; .* or choose a model that",
+    ),
     "classes differ": (["--data", "folder:other"], r"cow, dog are in only one of them; give both"),
     "empty folder": (["--data", "folder:empty"], r"needs a folder of pictures for each class"),
     "no folder": (["--data", "folder:absent"], r"absent is not a folder"),
+    "no path": (
+        ["--data", "./absent"],
+        r"absent is not a folder; give one with a folder per class",
+    ),
+    "no name": (
+        ["--data", "absent"],
+        r"no data set 'absent'; known are digits, .* as ./PATH or folder:PATH, and FILE.py:FUNC",
+    ),
     "larger batch": (["--batch-sizes", "400"], r"--batch-sizes was given 400, but photos has 145 "),
     "precision": (["--precision", "16-mixed"], r"16-mixed needs a GPU; on the CPU give bf16-mixed"),
     "logger": (["--loggers", "pen"], r"no logger 'pen'; known are tensorboard, csv, wandb, mlflow"),
@@ -212,10 +316,6 @@ BAD = {
     "both lengths": (["--epochs", "1", "--steps", "5"], r"epochs=1 and steps=5; give one of them"),
     "on and off": (["--compile", "--no-compile"], r"--compile and --no-compile were both given"),
     "data workers": (["--data-workers", "-1"], r"--data-workers was given -1: .*; give 0 to 1024"),
-    "dry run": (
-        ["--train", "my.py:train", "--dry-run"],
-        r"only the function knows its steps; leave --dry",
-    ),
     "config": (["--config", "absent.toml"], r"absent.toml cannot be read"),
     "weights": (["--weights", "absent.safetensors"], r"absent.safetensors cannot be read"),
 }

@@ -144,6 +144,11 @@ def test_a_file_that_holds_something_else_is_refused(tensors, said, normkit, che
         (("--batch-size", "0"), "--batch-size was given 0; give 1 or more"),
         (("--checkpoints", "none.pt"), "none.pt cannot be read"),
         (("--test-data", "emnist"), "there is no data set 'emnist'"),
+        (("--image-size", "9"), "--image-size was given 9, but digits has a size of its own"),
+        (
+            ("--train-data", "a.safetensors", "--test-data", "b.safetensors", "--image-size", "9"),
+            "but the inputs of .safetensors files have a size of their own; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(options, said, normkit, checkpoints, tmp_path):

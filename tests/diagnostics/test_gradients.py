@@ -44,7 +44,7 @@ def test_lipschitz_terms_are_those_of_the_raw_gradient(batches, preserve):
     unit = ((rows - rows.mean(1, keepdim=True)) / std).requires_grad_()
     squares = mean = weight = 0.0
     for x, y in pairs:
-        gain, offset = (rule.gain, rule.offset) if preserve else (torch.ones(6), torch.zeros(6))
+        gain, offset = rule.gain_and_offset() if preserve else (torch.ones(6), torch.zeros(6))
         used = unit * gain.detach().double()[:, None] + offset.detach().double()[:, None]
         maps = functional.conv2d(x, used.view_as(raw), model[0].bias)
         loss = functional.cross_entropy(

@@ -44,7 +44,7 @@ def squares(model, pairs, options):
     raw = model[0].parametrizations.weight.original.detach().flatten(1)
     gain, offset = torch.ones(3).double(), torch.zeros(3).double()
     if options.get("preserve"):
-        gain, offset = rule.gain.detach(), rule.offset.detach()
+        gain, offset = (values.detach() for values in rule.gain_and_offset())
     how = {key: options[key] for key in ("unbiased", "eps_to", "scale") if key in options}
     how["eps"] = options.get("eps", 1e-5)
     before = after = least = 0.0
@@ -126,9 +126,9 @@ def test_projected_updates_are_those_of_their_equations(options, rate, pairs):
     nk.standardize_weights_(model, **options)
     rule = model[0].parametrizations.weight[0]
     raw = model[0].parametrizations.weight.original.detach().flatten(1)
-    preserved = options.get("preserve")
-    gain = rule.gain.detach() if preserved else torch.ones(3).double()
-    offset = rule.offset.detach() if preserved else torch.zeros(3).double()
+    gain, offset = torch.ones(3).double(), torch.zeros(3).double()
+    if options.get("preserve"):
+        gain, offset = (values.detach() for values in rule.gain_and_offset())
     unbiased = options.get("unbiased", False)
     length = 7 if unbiased else 8
     angles, errors, tangents = [[], [], []], [], [0.0, 0.0]

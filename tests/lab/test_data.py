@@ -14,7 +14,10 @@ from safetensors.torch import save_file
 from normkit.errors import DataError, SpecError
 from normkit.lab.data import READERS, load, read_examples, sources, stratified_order
 from normkit.lab.data.dataset import fingerprint_of
+from normkit.lab.data.detection import COCO
+from normkit.lab.data.frames import SOMETHING
 from normkit.lab.data.idx import read_idx
+from normkit.lab.data.known import data_text
 from normkit.lab.data.opening import forget_data
 
 
@@ -245,3 +248,23 @@ def test_house_numbers_are_channels_first_already(monkeypatch):
 
     stub_torchvision(monkeypatch, svhn)
     assert load("svhn").input_shape == (3, 32, 16)
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet", "scenes", "voc", "clips", COCO, SOMETHING])
+def test_the_name_of_a_data_set_is_not_hidden_by_a_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert data_text(name) == name
+    assert data_text(f"{name}:side=96") == f"{name}:side=96"
+    assert data_text(f"./{name}") == f"folder:{tmp_path / name}"
+
+
+def test_a_path_is_a_folder_from_wherever_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    for path in ("photos", "./photos", "folder:photos", f"../{tmp_path.name}/photos", "~/photos"):
+        assert data_text(path) == f"folder:{tmp_path / 'photos'}"
+    assert data_text("./absent") == f"folder:{tmp_path / 'absent'}"
+    assert data_text("absent") == "absent"
+    assert data_text("my.py:make") == f"{tmp_path / 'my.py'}:make"

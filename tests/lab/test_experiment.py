@@ -1,3 +1,5 @@
+import csv
+import dataclasses
 import json
 import re
 from contextlib import nullcontext
@@ -7,17 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+from normkit.cli.app import run as command
+from normkit.cli.compare import Compare
 from normkit.errors import DataError, NormError, SpecError
 from normkit.lab import Recipe, compare, experiment
-from normkit.lab.config import options_of, read_config, sweep_of, write_config
+from normkit.lab.config import ALSO, KNOWN, options_of, read_config, sweep_of, write_config
 from normkit.lab.data import open_data
 from normkit.lab.dry_run import estimate
-from normkit.lab.experiment import plan
-from normkit.lab.records import TrainingRecord, read_records
+from normkit.lab.experiment import _notes_on, plan
+from normkit.lab.records import Sources, TrainingRecord, changed_runs, read_records
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.work import RunOptions
 from pictures import fill
 
+ALSO_NAMED = {name: also for also, name in ALSO.items()}
 FAST = {
     "norms": ["bn", "ln"],
     "batch_sizes": [8],
@@ -88,11 +93,38 @@ def test_runs_with_a_record_are_not_repeated_until_the_source_changes(tmp_path):
     )  # fmt: skip
     found = plan(sweep, out)
     assert len(found.missing) == 4
-    assert re.match(r"4 of these runs have records of other data, another model's", found.notes[0])
-    with pytest.warns(UserWarning, match="4 of these runs have records of other data"):
+    (note,) = found.notes
+    assert note == (
+        "4 of these runs have earlier records of other versions of your files, which are kept and "
+        "left out; they are run anew"
+    )
+    with pytest.warns(UserWarning, match="4 of these runs have earlier records of other version"):
         result = compare(f"{path}:make", **options)
     assert num_records() == 8
     assert {r.model_hash for r in result.records} == {found.sources.model_hash}
+
+
+def test_a_note_says_what_has_changed_of_which_runs(record):
+    """Each run is counted once, by its latest record that is left out."""
+    sources = Sources(code_hash="0" * 12, data_hash="d", model_hash="m")
+
+    def made(seed, **hashes):
+        return record(seed=seed).model_copy(update={"data_hash": "d", "model_hash": "m"} | hashes)
+
+    first, second, third = (made(seed).spec.key for seed in (1, 2, 3))
+    specs = [made(seed).spec for seed in (1, 2, 3, 4)]
+    records = [
+        made(1, data_hash="older", code_hash="older"), made(1, data_hash="old"), made(1),
+        made(2, model_hash="old"), made(3, model_hash=None), made(4), made(5, data_hash="old"),
+    ]  # fmt: skip
+    changed = changed_runs(specs, records, sources)
+    assert changed == {first: ("data",), second: ("files",), third: ("files",)}
+    one, two = _notes_on(changed)
+    assert one == (
+        "1 of these runs has earlier records of other data, which are kept and left out; it is run "
+        "anew"
+    )
+    assert two.startswith("2 of these runs have earlier records of other versions of your files,")
 
 
 def test_a_picture_that_is_gone_is_a_new_run(tmp_path):
@@ -100,8 +132,13 @@ def test_a_picture_that_is_gone_is_a_new_run(tmp_path):
     options = {**FAST, "out": tmp_path / "out", "seeds": [1]}
     compare("mlp:depth=2:width=8", f"folder:{tmp_path}/photos", **options)
     (tmp_path / "photos" / "cat" / "0.png").unlink()
-    with pytest.warns(UserWarning, match="2 of these runs have records of other data"):
-        compare("mlp:depth=2:width=8", tmp_path / "photos", **options)
+    said = "2 of these runs have earlier records of other data, which are kept and left out"
+    with pytest.warns(UserWarning, match=said):
+        result = compare("mlp:depth=2:width=8", tmp_path / "photos", **options)
+    assert f"\nnote: {said}" in str(result)
+    assert f"<b>Note:</b> {said}" in result.report().read_text()
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert [row["changed"] for row in csv.DictReader(file)] == ["data", "data"]
     records = read_records(tmp_path / "out", TrainingRecord).records
     assert len(records) == 4
     assert len({record.data_hash for record in records}) == 2
@@ -169,7 +206,7 @@ def test_a_training_that_breaks_its_rule_is_a_failed_run_that_says_so(tmp_path, 
     [
         ({"model": lambda: 3}, r"gave a int; it must return an nn.Module"),
         ({"model": lambda: 1 / 0}, r"failed: ZeroDivisionError: .*\(test_experiment.py, line"),
-        ({"model": lambda: nn.Linear(2, 2)}, r"cannot take inputs of shape|no norm"),
+        ({"model": lambda: nn.Linear(2, 2)}, r"cannot take inputs of shape \(1, 8, 8\)"),
         ({"batch_sizes": [41]}, r"--batch-sizes was given 41, but digits has 40 training"),
         ({"precision": "16-mixed"}, r"16-mixed needs a GPU"),
         ({"data": "folder:/no/such"}, r"/no/such is not a folder"),
@@ -223,6 +260,88 @@ def test_an_experiment_that_breaks_a_rule_says_so(tmp_path, text, error, said):
     path.write_text(text)
     with pytest.raises(error, match=said):
         sweep_of(read_config(path) | {"norms": ["bn"], "batch_sizes": [2], "seeds": [1]}, str)
+
+
+def test_python_and_the_command_line_have_the_same_options():
+    of_command = {field.name for field in dataclasses.fields(Compare)}
+    of_command -= {"config", "json_output", "dry_run"}
+    switched_off = {name for name in of_command if name.startswith("no_")}
+    made_by_the_launcher = {"processes"}
+    assert of_command - switched_off == {ALSO_NAMED.get(n, n) for n in KNOWN} - made_by_the_launcher
+
+
+def test_python_takes_every_option_of_the_command_line(tmp_path):
+    """What is asked for reaches the file of the experiment, from where it can be repeated."""
+    given = {
+        "norms": ["bn", "ln"], "batch_sizes": 8, "seeds": range(1, 3), "limit": 40,
+        "out": tmp_path / "out", "workers": 1, "data_workers": 0, "checkpoint_seconds": 7,
+        "save_weights": True, "loggers": "csv", "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    result = compare("mlp:depth=2:width=8", recipe={"epochs": 1}, **given)
+    written = read_config(tmp_path / "out" / "experiment.toml")
+    changed = {"batch_sizes": (8,), "seeds": (1, 2), "loggers": ("csv",)}
+    assert (
+        written.items()
+        >= (
+            given | changed | {"norms": ("bn", "ln"), "epochs": 1, "out": str(tmp_path / "out")}
+        ).items()
+    )
+    assert len(list((tmp_path / "out" / "weights").iterdir())) == 4
+    assert len(list((tmp_path / "out" / "logs").iterdir())) == 4
+    command = f"normkit compare --config {tmp_path / 'out' / 'experiment.toml'}"
+    assert command in re.sub("</?span>", "", result.report().read_text())
+
+
+def test_a_file_of_options_gives_defaults_and_arguments_win(tmp_path):
+    path = tmp_path / "exp.toml"
+    path.write_text(
+        f'model = "mlp:depth=2:width=8"\nnorms = "bn,ln"\nbatch-sizes = [8]\nseeds = 1\n'
+        f'limit = 40\nsteps = 5\nworkers = 1\nschedule = "cosine"\nout = "{tmp_path}/there"\n'
+    )
+    first = compare(config=path)
+    assert (first.comparison.seeds, first.folder) == ((1,), tmp_path / "there")
+    assert first.records[0].spec.protocol.steps == 5
+    second = compare(config=path, norms="bn", recipe={"epochs": 1}, out=tmp_path / "here")
+    (record,) = second.records
+    assert second.folder == tmp_path / "here"
+    assert (record.spec.protocol.epochs, record.spec.protocol.steps) == (1, None)
+    assert record.spec.protocol.schedule == "cosine"
+    (whole,) = compare(config=path, norms="bn", recipe=Recipe(epochs=1)).records
+    assert whole.spec.protocol.schedule == "list"  # a whole recipe has all of its fields
+
+
+def test_a_dry_run_in_python_is_the_table_of_the_command(tmp_path, capsys):
+    options = {"norms": ["bn", "ln"], "batch_sizes": [8], "seeds": [1, 2], "limit": 40}
+    found = compare("mlp:depth=2:width=8", **options, dry_run=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [(row["norm"], row["num_runs"], row["num_steps"]) for row in found.rows()] == [
+        ("bn", 2, 4 * 5), ("ln", 2, 4 * 5)
+    ]  # fmt: skip
+    arguments = ["--norms", "bn,ln", "--batch-sizes", "8", "--seeds", "1,2", "--limit", "40"]
+    assert command(["compare", "--model", "mlp:depth=2:width=8", *arguments, "--dry-run"]) == 0
+
+    def without_numbers(text):
+        return re.sub(r"[\d.]+ (ms|s|min|kB|MB)", "", re.sub(" +", " ", text))
+
+    assert without_numbers(capsys.readouterr().out) == without_numbers(f"{found}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cluster": "slurm"}, r"cluster was given 'slurm'.*; give ray, or none"),
+        ({"cluster": "ray", "loggers": ["csv"]}, r"--loggers was given with --cluster ray"),
+        ({"checkpoint_seconds": -1}, r"checkpoint_seconds was given -1"),
+        ({"loggers": ["pen"]}, r"no logger 'pen'; known are tensorboard"),
+        ({"epoch": 3}, r"compare\(\) has epoch, which no option is named; known are norms, batch"),
+        ({"config": "absent.toml"}, r"absent.toml cannot be read"),
+        ({"recipe": {"epoch": 3}}, r"'epoch' is no field; known are epochs"),
+    ],
+)
+def test_an_option_that_breaks_its_rule_is_refused(tmp_path, given, said):
+    with pytest.raises(NormError, match=said):
+        compare("mlp:depth=2:width=8", **(FAST | given), limit=40, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_counts_steps_and_trains_nothing():

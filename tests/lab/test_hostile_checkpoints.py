@@ -278,8 +278,8 @@ RECIPES = [
     ({"changes": "[" * 100_000}, r"under 'changes' .* not in JSON"),
     ({"changes": "9" * 5000}, r"under 'changes' .* not in JSON"),
     ({"changes": "fixed a bug"}, r"under 'changes' .* not in JSON"),
-    ({"changes": "[1, 2]"}, r"not as names with specs"),
-    ({"changes": '{"1": 5}'}, r"not as names with specs"),
+    ({"changes": "[1, 2]"}, r"not as names with texts"),
+    ({"changes": '{"1": 5}'}, r"not as names with texts"),
     ({"changes": '{"1": "gm:4"}'}, r"do not fit the model: spec 'gm:4' names norm 'gm'"),
     ({"changes": '{"1": "gn:3"}'}, r"(?s)do not fit the model: .*3 groups do not divide"),
     (
@@ -290,6 +290,10 @@ RECIPES = [
     ({"changes": '{"re:(1+)+x": "gn:2"}'}, r"does not have: re:\(1\+\)\+x; .*; check --model"),
     ({"changes": '{"7": "gn:2"}'}, r"norms that the model does not have: 7; .*; check --model"),
     ({"standardized": "0,7"}, r"convolutions that the model does not have: 7; .*; check --model"),
+    ({"weights": '{"0": "wz"}'}, r"weights changed by 'wz' are not known; known: .*'cwn'"),
+    ({"weights": '{"1": "wn"}'}, r"the model has no convolutions at 1; check --model"),
+    ({"weights": "[1]"}, r"says under 'weights' what its weights .* but not as names with texts"),
+    ({"removed": "1,0"}, r"the model has no norms to remove at 0; check --model"),
     ({"standardized": "1"}, r"convolutions that the model does not have: 1; .*; check --model"),
 ]
 

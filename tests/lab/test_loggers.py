@@ -125,6 +125,91 @@ def rows(path):
         ]
 
 
+PROBED = """
+import normkit as nk
+import torch
+from torch import nn
+
+def train(apply_norm, batch_size, seed, report):
+    torch.manual_seed(seed)
+    net = apply_norm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
+    with nk.Probe(net, every=2, writer=report) as probe:
+        for _ in range(4):
+            loss = net(torch.randn(batch_size, 4)).square().mean()
+            loss.backward()
+            probe.step(loss)
+            report(loss=loss.item())
+    return {"loss": loss.item(), "shift_std": probe.records[-1].layers[1].shift_std}
+"""
+
+
+def test_a_probe_in_a_training_of_ones_own_writes_to_the_runs_loggers(tmp_path):
+    (tmp_path / "own.py").write_text(PROBED)
+    protocol = Protocol(train=f"{tmp_path / 'own.py'}:train")
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=8, seed=0)
+    outcome = run(spec, upkeep=Upkeep(folder=tmp_path, loggers=("csv",))).outcome
+    assert (outcome.status, outcome.num_steps) == ("finished", 4)
+    found = rows(tmp_path / "logs" / spec.file_name / "metrics.csv")
+    of_probe = [row for row in found if "normkit/loss" in row]
+    assert [row["step"] for row in of_probe] == [2, 4]
+    assert of_probe[-1]["normkit/loss"] == pytest.approx(outcome.scores["loss"])
+    assert of_probe[-1]["normkit/shift_std/1"] == outcome.scores["shift_std"]
+    assert [row["loss"] for row in found if row.get("step") == 2 and "loss" in row]
+
+
+@pytest.mark.parametrize("norm", ["bn", "none"])
+def test_a_probe_on_the_engines_network_changes_nothing_and_writes_to_the_loggers(
+    spec, tmp_path, norm
+):
+    spec = spec.model_copy(update={"norm": norm})
+    upkeep = Upkeep(folder=tmp_path, loggers=("csv",), probe_every=3)
+    outcome = run(spec, upkeep=upkeep).outcome
+    assert outcome == run(spec).outcome
+    found = rows(tmp_path / "logs" / spec.file_name / "metrics.csv")
+    of_probe = [row for row in found if "normkit/loss" in row]
+    assert [row["step"] for row in of_probe] == [3, 6, 9, 12]
+    epochs = [row["train_loss"] for row in found if "train_loss" in row]
+    assert epochs == [epoch.train_loss for epoch in outcome.epochs]
+    assert any("normkit/shift_std" in name for name in of_probe[0]) == (norm == "bn")
+
+
+def test_a_probe_goes_on_counting_where_a_run_was_killed(spec, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    count = 0
+
+    def kill_at_the_seventh_step():
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise Killed
+
+    every = Upkeep(folder=tmp_path, loggers=("csv",), checkpoint_seconds=0, probe_every=2)
+    with pytest.raises(Killed):
+        run(spec, kill_at_the_seventh_step, every)
+    run(spec, upkeep=every)
+    found = rows(tmp_path / "logs" / spec.file_name / "metrics.csv")
+    assert [row["step"] for row in found if "normkit/loss" in row] == [8, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--probe-every", "2"], "--probe-every was given 2 without --loggers"),
+        (["--probe-every", "0", "--loggers", "csv"], "--probe-every was given 0: "),
+        (
+            ["--probe-every", "2", "--loggers", "csv", "--train", "own.py:train"],
+            "makes its own",
+        ),
+    ],
+)
+def test_a_probe_that_would_write_nowhere_is_refused(tmp_path, capsys, given, said):
+    assert command(["compare", *given, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 class Wandb:
     """Takes what ``wandb.init`` and its ``Run`` take."""
 

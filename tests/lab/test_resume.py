@@ -19,6 +19,7 @@ from normkit.lab.resume import Checkpoint
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.train import run
 from normkit.lab.work import Upkeep
+from pictures import fill
 
 PROTOCOLS = {
     "sgd": Protocol(model="small-resnet:width=4", limit=60, epochs=3),
@@ -129,27 +130,56 @@ def test_every_random_state_comes_back(tmp_path):
     assert draws() == expected
 
 
-def test_kill_9_leaves_the_same_records(tmp_path, capsys):
-    """The program, killed while it trains; then let to its end."""
-    arguments = [
-        "compare", "--model", "small-resnet:width=4", "--limit", "200", "--epochs", "12",
-        "--norms", "bn,gn:4", "--batch-sizes", "4", "--seeds", "1", "--checkpoint-seconds", "0.05",
-        "--json", "--workers", "1", "--out",
-    ]  # fmt: skip
-    killed = [*arguments, str(tmp_path / "killed")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "normkit", *killed],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    folder = tmp_path / "killed" / "checkpoints"
-    deadline = time.monotonic() + 100
-    while not list(folder.glob("*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(random.Random(1).uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    left = list(folder.glob("*.safetensors"))
-    assert main(killed) == main([*arguments, str(tmp_path / "whole")]) == 0
+MY = """
+import timm
+from torch import nn
+
+
+def make_model(num_classes):
+    body = timm.create_model("test_resnet", num_classes=0)
+    channels = body.num_features
+    return nn.Sequential(body, nn.BatchNorm1d(channels), nn.Linear(channels, num_classes))
+"""
+KILLED = [
+    "compare", "--model", "my.py:make_model", "--data", "folder:photos", "--epochs", "6",
+    "--norms", "bn,gn:8", "--batch-sizes", "8", "--seeds", "1", "--precision", "bf16-mixed",
+    "--accumulate", "2", "--schedule", "cosine", "--augment", "flip", "--json", "--workers", "1",
+    "--checkpoint-seconds", "0.1", "--out",
+]  # fmt: skip
+
+
+def newest(folder):
+    """When the newest checkpoint was written; 0 for none."""
+    try:
+        return max((path.stat().st_mtime_ns for path in folder.glob("*.safetensors")), default=0)
+    except FileNotFoundError:  # it has been replaced since
+        return newest(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_9_leaves_the_same_records(tmp_path, monkeypatch, capsys):
+    """The program on a user's network and pictures, killed while it trains, twice; then let end.
+
+    ``benchmarks/killed.py`` does the same at twenty moments.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(MY)
+    fill(tmp_path / "photos", per_class=50, size=(32, 32))
+    folder, moments = tmp_path / "killed" / "checkpoints", random.Random(1)
+    for _ in range(2):
+        before, deadline = newest(folder), time.monotonic() + 100
+        process = subprocess.Popen(
+            [sys.executable, "-m", "normkit", *KILLED, "killed"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while newest(folder) <= before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        assert newest(folder) > before, "it was killed before its first checkpoint"
+    assert main([*KILLED, "killed"]) == main([*KILLED, "whole"]) == 0
     capsys.readouterr()
     found, expected = (
         {r.spec.key: r.outcome for r in read_records(tmp_path / name, TrainingRecord).records}
@@ -157,4 +187,3 @@ def test_kill_9_leaves_the_same_records(tmp_path, capsys):
     )
     assert found == expected
     assert len(found) == 2
-    assert left, "it was killed before its first checkpoint"

@@ -255,12 +255,13 @@ def test_estimates_of_micro_batches_move_by_the_learning_rate(
     ]
 
 
-@pytest.mark.parametrize(("arm", "is_said"), [("bn+ws", True), ("bn+ws:center", False)])
-def test_a_part_of_weight_standardization_is_not_saved_as_all_of_it(protocol, arm, is_said):
-    spec = spec_of(protocol, norm=arm, model="small-resnet:width=4:blocks=1")
+@pytest.mark.parametrize("ending", ["ws", "ws:center"])
+def test_what_is_done_to_weights_is_saved_by_its_name(protocol, ending):
+    spec = spec_of(protocol, norm=f"bn+{ending}", model="small-resnet:width=4:blocks=1")
     found = start.built(spec, start.data_of(spec.protocol))
-    assert found.standardized
-    assert bool(start.alterations_of(found).standardized) == is_said
+    said = start.alterations_of(found, spec.protocol).weights
+    assert said == dict.fromkeys(found.standardized, ending)
+    assert len(said) == 5
 
 
 def test_garbage_of_others_is_not_collected_in_the_measured_step():

@@ -177,10 +177,41 @@ def test_preserve_leaves_the_function(options):
     nk.standardize_weights_(model, preserve=True, **options)
     assert_close(model(x), before, rtol=1e-5, atol=1e-5)
     rule = model.conv1.parametrizations.weight[0]
-    assert rule.gain.shape == rule.offset.shape == (64,)
+    learned = dict(rule.named_parameters())
+    assert learned.keys() == {"length" if rule.scale else "gain", "shift"}
+    assert all(parameter.shape == (64,) for parameter in learned.values())
     model(x).sum().backward()
-    assert rule.gain.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in learned.values())
     assert model.conv1.parametrizations.weight.original.grad.isfinite().all()
+
+
+def test_a_step_of_sgd_changes_a_preserved_weight_as_it_changes_a_plain_one():
+    """Gradients of a gain and an offset are sums over a filter: a step of these would not."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(8, 6, 3, bias=False), nk.GroupNorm(6, num_groups=2)).double()
+    kept, x = copy.deepcopy(plain), torch.rand(2, 8, 5, 5).double()
+    nk.standardize_weights_(kept, preserve=True, eps=0)
+    before = plain[0].weight.detach().clone()
+    for model in (plain, kept):
+        model(x).pow(3).sum().backward()
+        torch.optim.SGD(model.parameters(), 1e-6).step()
+    moved = plain[0].weight - before
+    assert moved.sum((1, 2, 3)).abs().min() > 100 * moved.std() * 1e-3  # along the offset, too
+    assert_close(kept[0].weight - before, moved, rtol=1e-3, atol=1e-3 * moved.abs().max().item())
+
+
+def test_gains_and_offsets_of_earlier_versions_are_read():
+    model, x = normed().eval(), torch.randn(2, 3, 6, 6)
+    nk.standardize_weights_(model, preserve=True)
+    expected, rule = model(x), model[0].parametrizations.weight[0]
+    (gain, offset), start = rule.gain_and_offset(), "0.parametrizations.weight.0"
+    old = dict(model.state_dict(), **{f"{start}.gain": gain, f"{start}.offset": offset})
+    del old[f"{start}.length"], old[f"{start}.shift"]
+    torch.nn.init.ones_(rule.length)
+    torch.nn.init.ones_(rule.shift)
+    model.load_state_dict(old)
+    assert_close(model(x), expected)
+    assert f"{start}.gain" in old  # the caller's dict is left as it is
 
 
 def test_weight_norm_leaves_the_function_and_is_torchs():
@@ -240,7 +271,7 @@ def test_copies_and_state_dicts():
     model, x = normed().eval(), torch.randn(2, 3, 6, 6)
     nk.standardize_weights_(model, preserve=True)
     with torch.no_grad():
-        model[0].parametrizations.weight[0].gain.mul_(2)
+        model[0].parametrizations.weight[0].length.mul_(2)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
     with torch.no_grad():
@@ -444,6 +475,6 @@ def test_a_shared_weight_of_which_all_make_the_same_is_baked():
     model = tied(True)
     nk.standardize_weights_(model, preserve=True)
     with torch.no_grad():
-        model[2].parametrizations.weight[0].gain.mul_(2)
+        model[2].parametrizations.weight[0].length.mul_(2)
     with pytest.raises(nk.WeightError, match="give one of them a parameter of its own first"):
         nk.bake_weights_(model)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normkit.convert.adapters import adapters_of, base_of
-from normkit.convert.rules import RULES, key_of
+from normkit.convert.rules import has_rule
 from normkit.core.partition import Partition
 from normkit.errors import PartitionError
 from normkit.layers.base import NormLayer
@@ -112,7 +112,7 @@ def _computes_as_known(layer: nn.Module) -> bool:
     """Whether the layer uses the forward of a known class, rather than one of its own."""
     kind = base_of(layer)
     is_normkits = isinstance(layer, NormLayer) and kind.forward is NormLayer.forward
-    return kind.forward in TORCH_FORWARDS or key_of(kind) in RULES or is_normkits
+    return kind.forward in TORCH_FORWARDS or has_rule(kind) or is_normkits
 
 
 def _part_shape(part: Part, shape: Shape) -> Shape:

@@ -2,42 +2,28 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from normkit.cli.progress import sweep_progress
 from normkit.cli.recipe import Given, RecipeOptions
-from normkit.cli.shared import (
-    decimals,
-    flag,
-    print_json,
-    require_counts,
-    tell_of_corrupt_lines,
-    whole_numbers,
-)
-from normkit.cli.tables import print_estimates, print_tables
-from normkit.errors import SpecError
-from normkit.lab.arms import parse_arms
-from normkit.lab.check import check
-from normkit.lab.config import options_of, sweep_of
-from normkit.lab.device import parse_device
-from normkit.lab.dry_run import estimate
+from normkit.cli.shared import flag, print_json, require_counts, tell_of_corrupt_lines
+from normkit.cli.tables import print_tables
+from normkit.lab.config import asked
+from normkit.lab.dry_run import DryRun, dry_run_of
 from normkit.lab.experiment import Result, perform
 from normkit.lab.files import usable_folder
-from normkit.lab.launch import is_spoken_for, num_launched
+from normkit.lab.launch import is_spoken_for
 from normkit.lab.records import RECORDS_NAME, TrainingRecord, read_records
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME
-from normkit.lab.spec import SweepSpec
-from normkit.lab.task import parse_task
 from normkit.lab.work import MAX_PROCESSES
 
 EXIT_FAILED_RUNS = 1
-DEFAULTS = {"norms": "bn,gn:8,bgn:auto", "batch_sizes": "2,8,32", "seeds": "1,2,3"}
 NOT_REPEATED = ("json_output", "workers", "dry_run", "data_workers")  # do not change the report
 
 
@@ -76,6 +62,9 @@ class Compare(RecipeOptions):
     """Do not write the weights, even if the file given by --config says so."""
     loggers: str | None = None
     """Loggers of each epoch's values, separated by commas: tensorboard, csv, wandb, mlflow."""
+    probe_every: int | None = None
+    """Steps between two records of a probe on the network, whose numbers go to --loggers (default:
+    no probe)."""
     dry_run: Given = False
     """Train nothing: print runs and steps, and time and memory estimated from measured steps."""
     out: Path | None = None
@@ -90,44 +79,26 @@ class Compare(RecipeOptions):
         Returns:
             0, or 1 if runs failed or none finished.
         """
-        if self.dry_run:
-            return self._estimate()
         with redirect_stdout(sys.stderr):  # downloads print to the output
-            require_counts(self, "workers", at_most=MAX_PROCESSES)
-            values = self.values()
-            sweep, options = self.sweep(values), options_of(values, flag)
-            way = options.way(self.command(options.out))
-            if way.out.exists():
-                usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
-            tell_of_corrupt_lines(read_records(way.out, TrainingRecord), way.out / RECORDS_NAME)
-            result = perform(sweep, way, sweep_progress, _tell)
+            found = self._done()
         if is_spoken_for():
             return 0
-        self._print(result)
-        return _exit_code(result.records)
+        if isinstance(found, DryRun):
+            self._print_dry_run(found)
+            return 0
+        self._print(found)
+        return _exit_code(found.records)
 
-    def sweep(self, given: Mapping[str, Any]) -> SweepSpec:
-        """The sweep that the options describe.
-
-        Args:
-            given: The options of the command line and the file, by name.
-
-        Raises:
-            SpecError: If an option breaks its rule.
-        """
-        values = dict(given)
-        lists = DEFAULTS | {name: getattr(self, name) for name in DEFAULTS if getattr(self, name)}
-        if self.norms or "norms" not in values:
-            values["norms"] = tuple(str(arm) for arm in parse_arms(lists["norms"]))
-        for name in ("batch_sizes", "seeds"):
-            if getattr(self, name) or name not in values:
-                values[name] = whole_numbers(flag(name), lists[name])
-        if self.tune_lr is not None:
-            values["learning_rates"] = decimals("--tune-lr", self.tune_lr)
-        device = self.device or values.get("device", "auto")
-        values["device"] = str(parse_device(device))
-        values["processes"] = num_launched()
-        return sweep_of(values, flag)
+    def _done(self) -> Result | DryRun:
+        require_counts(self, "workers", at_most=MAX_PROCESSES)
+        sweep, options = asked(self.values(), flag)
+        way = options.way(self.command(options.out))
+        if self.dry_run:
+            return dry_run_of(sweep, way.out)
+        if way.out.exists():
+            usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
+        tell_of_corrupt_lines(read_records(way.out, TrainingRecord), way.out / RECORDS_NAME)
+        return perform(sweep, way, sweep_progress, _tell)
 
     def command(self, out: str) -> str:
         """The command line that repeats this run, with every option that was given.
@@ -143,21 +114,11 @@ class Compare(RecipeOptions):
             words += [flag(option.name)] + ([] if value is True else [str(value)])
         return shlex.join(words)
 
-    def _estimate(self) -> int:
-        with redirect_stdout(sys.stderr):  # downloads print to the output
-            sweep = self.sweep(self.values())
-            dataset = check(sweep)
-            if dataset is None:
-                raise SpecError(
-                    "--dry-run was given with --train, but only the function knows its steps; "
-                    "leave --dry-run out, or try one norm, batch size and seed"
-                )
-            found = estimate(sweep, parse_task(sweep.protocol.task).sample(sweep.protocol).data)
+    def _print_dry_run(self, found: DryRun) -> None:
         if self.json_output:
-            print_json([cell.model_dump() | {"duration_s": cell.duration_s} for cell in found])
+            print_json(found.rows())
         else:
-            print_estimates(found)
-        return 0
+            sys.stdout.write(f"{found}\n")
 
     def _print(self, result: Result) -> None:
         comparison, records = result.comparison, result.records

@@ -12,8 +12,8 @@ from normkit.cli.model import ModelOptions
 from normkit.cli.shared import print_json, require_counts, require_file_name
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
-from normkit.lab.checkpoints import save_weights
-from normkit.lab.data import Dataset, load
+from normkit.lab.checkpoints import Alterations, save_weights
+from normkit.lab.data import Dataset
 from normkit.lab.data.files import SUFFIX
 from normkit.text import shortened
 
@@ -52,7 +52,7 @@ class Convert(ModelOptions):
             NormError: If an option breaks its rule, or the model cannot be converted.
         """
         self._check()
-        examples = None if self.calibrate is None else load(self.calibrate)
+        examples = None if self.calibrate is None else self.read(self.calibrate)
         dataset = self.opened() or examples
         done = convert_norm_(
             self.build(dataset),
@@ -79,7 +79,7 @@ class Convert(ModelOptions):
     def _about(self, done: Conversion) -> dict[str, str]:
         """Facts that are needed to load the weights, for the file's metadata."""
         about = {"model": self.model, "norms": self.to, "where": self.where or ""}
-        about |= self.alterations().after(done).metadata()
+        about |= self.alterations().then(Alterations.of(done)).metadata()
         return {name: value for name, value in about.items() if value}
 
     def _map(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from normkit.cli.shared import batches_of, flag, require_counts
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import earlier_state
-from normkit.lab.data import Dataset, Examples, load, read_examples
+from normkit.lab.data import Dataset, Examples, read_examples
 from normkit.lab.data.files import SUFFIX
 from normkit.lab.files import usable_folder, write_whole
 from normkit.lab.report import DIAGNOSIS_NAME, REPORT_NAME, write_diagnosis
@@ -111,7 +111,13 @@ class Diagnose(ModelOptions):
                 f"training and test examples were both given as {train_name!r}; give test examples "
                 f"that the model was not trained on"
             )
-        train, test = _read(train_name, "train"), _read(test_name, "test")
+        are_files = train_name.endswith(SUFFIX) and test_name.endswith(SUFFIX)
+        if self.image_size is not None and are_files:
+            raise SpecError(
+                f"--image-size was given {self.image_size}, but the inputs of {SUFFIX} files have "
+                f"a size of their own; leave it out"
+            )
+        train, test = self._part(train_name, "train"), self._part(test_name, "test")
         shapes = train.inputs.shape[1:], test.inputs.shape[1:]
         if shapes[0] != shapes[1]:
             raise SpecError(
@@ -123,6 +129,12 @@ class Diagnose(ModelOptions):
         return Dataset(
             name=train_name, num_classes=num_classes, train=train, validation=none, test=test
         )
+
+    def _part(self, name: str, part: str) -> Examples:
+        """The examples of a file, or those of a data set that are for training or the test."""
+        if name.endswith(SUFFIX):
+            return read_examples(Path(name))
+        return getattr(self.read(name), part)
 
     def _earlier(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
         """State dicts of the earlier checkpoints, by their files' names."""
@@ -152,7 +164,3 @@ class Diagnose(ModelOptions):
         sys.stdout.write((text if self.json_output else str(found)) + "\n")
         if not self.json_output:
             sys.stdout.write(f"report: {report}\n")
-
-
-def _read(name: str, part: str) -> Examples:
-    return read_examples(Path(name)) if name.endswith(SUFFIX) else getattr(load(name), part)

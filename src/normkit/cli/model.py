@@ -13,6 +13,7 @@ from normkit.lab.data import MAX_CLASSES, Dataset, load
 from normkit.lab.models import build_model
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
+MAX_SIDE = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,11 @@ class ModelOptions:
     model: str
     """Network: small-resnet, mlp, vgg11, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION."""
     data: str | None = None
-    """Data set that it is for: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH, or
-    FILE.py:FUNCTION."""
+    """Data set that it is for: digits, fashion-mnist, cifar10, cifar100, svhn, ./PATH with a folder
+    for each class, or FILE.py:FUNCTION."""
+    image_size: int | None = None
+    """Height and width of the network's input, for folders and functions (default: the pictures'
+    own)."""
     checkpoint: Path | None = None
     """File with the weights: .safetensors, or one that torch.save wrote. Norms that were replaced
     before saving are replaced again."""
@@ -39,7 +43,19 @@ class ModelOptions:
         Raises:
             NormError: If there is no such data set, or it cannot be read.
         """
-        return None if self.data is None else load(self.data)
+        return None if self.data is None else self.read(self.data)
+
+    def read(self, data: str) -> Dataset:
+        """Read a data set, its pictures in the size of ``--image-size``.
+
+        Args:
+            data: Names it as ``--data`` does.
+
+        Raises:
+            NormError: If there is no such data set, or it cannot be read.
+        """
+        require_counts(self, "image_size", at_most=MAX_SIDE)
+        return load(data, None, self.image_size)
 
     def build(self, dataset: Dataset | None = None) -> nn.Module:
         """Build the model and load its weights; without a checkpoint they are random.
@@ -52,6 +68,11 @@ class ModelOptions:
             DataError: If the checkpoint cannot be read or does not fit.
         """
         require_counts(self, "num_classes", at_most=MAX_CLASSES)
+        if self.image_size is not None and dataset is None:
+            raise SpecError(
+                f"--image-size was given {self.image_size} without --data, whose pictures it is "
+                f"for; give --data too, or --input-shape 3,{self.image_size},{self.image_size}"
+            )
         known = NUM_CLASSES if dataset is None else dataset.num_classes
         built = build_model(
             self.model,

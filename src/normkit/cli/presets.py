@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from normkit.cli.shared import print_json
-from normkit.cli.tables import print_estimates
+from normkit.lab.dry_run import DryRun
 from normkit.lab.reproduce import SCALES, Preset, Scale
 from normkit.lab.reproduce.tables.dry_run import PartEstimate
 from normkit.lab.reproduce.tables.table import Table
@@ -46,7 +46,7 @@ def print_table_estimates(
             sys.stdout.write(f"{about} at scale {scale}, on {part.data}\n")
             if part.missing:
                 sys.stdout.write(f"missing data: {part.missing}\n")
-            print_estimates(part.cells)
+            sys.stdout.write(f"{DryRun(cells=part.cells)}\n")
 
 
 def _described(preset: Preset) -> dict[str, object]:

@@ -9,7 +9,7 @@ import tyro
 
 from normkit.cli.shared import decimals, flag, whole_numbers
 from normkit.errors import SpecError
-from normkit.lab.config import KNOWN, LISTS, NOTHING, read_config
+from normkit.lab.config import ALSO, KNOWN, NOTHING, known_options, merged
 from normkit.lab.recipe import Augmentation
 
 Switch = Annotated[bool | None, tyro.conf.FlagConversionOff]
@@ -25,7 +25,7 @@ class RecipeOptions:
     config: Path | None = None
     """TOML file with any of these options by name, such as experiment.toml beside the records."""
     data: str | None = None
-    """Data set: digits, fashion-mnist, cifar10, cifar100, svhn, folder:PATH with a folder for each
+    """Data set: digits, fashion-mnist, cifar10, cifar100, svhn, ./PATH with a folder for each
     class, or FILE.py:FUNCTION that gives data sets (default: digits)."""
     model: str | None = None
     """Network: small-resnet, mlp, vgg11, any name of torchvision's or timm's, or FILE.py:FUNCTION
@@ -37,6 +37,8 @@ class RecipeOptions:
     """FILE.py:FUNCTION that trains in place of model, data and recipe."""
     better: Literal["higher", "lower"] | None = None
     """Whether higher or lower scores of --train are better (default: higher)."""
+    own_norms: str | None = None
+    """Norms of your own, NAME=FILE.py:CLASS with commas between, which arms then name."""
     weights: str | None = None
     """File of weights (.safetensors) that every run starts from; new norms are calibrated."""
     image_size: int | None = None
@@ -120,15 +122,10 @@ class RecipeOptions:
             SpecError: If a list or a number cannot be read.
             DataError: If the file cannot be read.
         """
-        found = {} if self.config is None else read_config(self.config)
-        own = [n for n in KNOWN if hasattr(self, n) and n not in (*LISTS, *SWITCHES)]
-        given = {name: getattr(self, name) for name in own}
+        names = [n for n in (*KNOWN, *ALSO) if hasattr(self, n) and n not in SWITCHES]
+        given = {name: getattr(self, name) for name in names}
         values = {k: v for k, v in given.items() if v is not None} | self._switched()
-        if "steps" in values:
-            found.pop("epochs", None)
-        if "epochs" in values:
-            found.pop("steps", None)
-        return found | _read(values)
+        return merged(self.config, known_options(_read(values), "the command line"))
 
     def _switched(self) -> dict[str, bool]:
         """The switches that were given, on or off."""
@@ -144,12 +141,12 @@ class RecipeOptions:
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     """Parse the options that are lists, or a number or ``none``."""
     found = dict(values)
-    for name in sorted({"lr_drops", "lr_values"} & set(found)):
+    for name in sorted({"lr_drops", "lr_values", "tune_lr"} & set(found)):
         found[name] = decimals(flag(name), found[name])
+    for name in sorted({"batch_sizes", "seeds"} & set(found)):
+        found[name] = whole_numbers(flag(name), found[name])
     if "out" in found:
         found["out"] = str(found["out"])
-    if "loggers" in found:
-        found["loggers"] = tuple(n.strip() for n in found["loggers"].split(",") if n.strip())
     if "augment" in found:
         found["augment"] = _augmentations(found["augment"])
     for name in NUMBERS_OR_NONE:

@@ -1,6 +1,6 @@
 """Tables of a comparison for the terminal."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from rich.text import Text
 
 from normkit.cli.streams import Terminal
 from normkit.lab.comparison import Cell, Comparison
-from normkit.lab.dry_run import Estimate
 from normkit.lab.records import TrainingRecord
 from normkit.lab.text import MINUS, MISSING, percent, points, size_text
 from normkit.lab.verdict import Verdict, verdict_of
@@ -18,7 +17,7 @@ from normkit.lab.verdict import Verdict, verdict_of
 def print_tables(
     comparison: Comparison, records: Iterable[TrainingRecord], paths: Mapping[str, Path]
 ) -> None:
-    """Print the verdict, accuracy and cost, the runs that did not finish, and the files' paths."""
+    """Print the verdict, accuracy and cost, the runs that did not finish, notes, and paths."""
     console = Terminal()
     verdict = verdict_of(comparison)
     answer, *others = verdict.lines
@@ -28,50 +27,13 @@ def print_tables(
     console.print(_accuracy_table(comparison, verdict))
     if any(cell.step_time_s is not None for cell in comparison.cells):
         console.print(_cost_table(comparison))
+    for note in comparison.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     for record in records:
         if record.outcome.status != "finished":
             console.print(Text(_trouble(record), style="red"), soft_wrap=True)
     for name, path in paths.items():
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def print_estimates(cells: Sequence[Estimate]) -> None:
-    """Print the estimated time and memory of each cell of a sweep."""
-    table = Table(title="What it would take", title_justify="left", title_style="bold")
-    table.add_column("norm")
-    for name in ("batch", "runs", "steps a run", "time a step", "memory", "time in all"):
-        table.add_column(name, justify="right")
-    for cell in cells:
-        table.add_row(
-            Text(cell.norm),
-            str(cell.batch_size),
-            str(cell.num_runs),
-            f"{cell.num_steps:,}",
-            f"{1000 * cell.step_time_s:.3g} ms",
-            size_text(cell.peak_bytes),
-            duration_text(cell.duration_s),
-        )
-    console = Terminal()
-    console.print(table)
-    whole = duration_text(sum(cell.duration_s for cell in cells))
-    console.print(
-        f"{whole} of training steps, one run after the other; evaluation comes on top. Nothing "
-        f"was trained.",
-        highlight=False,
-    )
-
-
-def duration_text(seconds: float) -> str:
-    """Write a duration in the unit (s, min or h) in which it is below 100.
-
-    Example:
-        >>> duration_text(240)
-        '4 min'
-    """
-    for limit, unit, size in ((100, "s", 1), (100 * 60, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 3600:.3g} h"
 
 
 def _accuracy_table(comparison: Comparison, verdict: Verdict) -> Table:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from normkit.convert.adapters import adapters_of
 from normkit.convert.agreement import Calibration, Outputs, agreement, tensors_of
 from normkit.convert.plan import Replacement
+from normkit.convert.report import Change
+from normkit.convert.selection import find_norms
 from normkit.core.moments import Moments
 from normkit.core.partition import Partition
 from normkit.errors import DataError
@@ -177,6 +179,28 @@ class Calibrator:
 
     def _inputs(self, place: _LayerInModel, layer: nn.Module) -> Iterator[Tensor]:
         return inputs_of(place.model, layer, self._batches, place.num_calls, self._forward)
+
+
+def calibrate_like_(
+    model: nn.Module, original: nn.Module, names: Iterable[str], batches: Iterable[Any]
+) -> Calibration:
+    """Calibrate norms of a model on the outputs of norms of the same names in another one.
+
+    Args:
+        model: Was ``original`` before its norms, and perhaps its weights, were changed.
+        original: Is not changed.
+        names: Norms of the model; those that ``original`` does not have stay as they are.
+        batches: As in ``Calibrator``.
+
+    Raises:
+        DataError: As ``Calibrator`` does.
+    """
+    olds = {name: norm for norm, found in find_norms(original).items() for name in found}
+    replacements = [
+        Replacement(olds[name], new, Change(name=name, old=type(olds[name]).__name__, new=str(new)))
+        for name, new in ((name, model.get_submodule(name)) for name in names if name in olds)
+    ]
+    return Calibrator(original, replacements, batches, None).run(model)
 
 
 class _LayerInModel(NamedTuple):

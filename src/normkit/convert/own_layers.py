@@ -13,17 +13,15 @@ from normkit.layers.base import BUFFERS, NormLayer, TrackingLayer
 from normkit.layers.parts import Slot
 from normkit.spec import METHODS, Recipe, Value
 
-RECIPES = {recipe.layer: recipe for recipe in METHODS.values()}
 
-
-@rule(*(kind for kind in RECIPES if isinstance(kind, type)))
+@rule(NormLayer)
 def own(layer: NormLayer) -> Source:
-    """Read one of normkit's layers.
+    """Read one of normkit's layers, or one that ``register_norm`` has named.
 
     A layer of the same class takes over everything, except tensors whose shape depends on the
     spec's number, such as the number of groups.
     """
-    recipe = RECIPES[base_of(layer)]
+    recipe = next(r for r in METHODS.values() if r.layer is base_of(layer))
     activation, channels_last = adapters_of(layer)
     slots = layer.affine_slots()
     weight, bias = (_joined([getattr(s.layer, name) for s in slots]) for name in AFFINE)

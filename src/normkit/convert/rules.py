@@ -16,6 +16,8 @@ from normkit.convert.source import Activation, Source, Statistics
 from normkit.errors import ConversionError
 from normkit.inference import norm_classes
 from normkit.inference.freeze import is_frozen
+from normkit.layers.base import NormLayer
+from normkit.recipes import METHODS
 
 Rule = Callable[[Any], Source]
 
@@ -86,13 +88,24 @@ def read(module: nn.Module) -> Source:
         raise ConversionError(
             "some of its values are on the meta device and others are not; load all of them first"
         )
-    found = RULES.get(key_of(kind)) or (_frozen if norm_classes.is_fixed(module) else None)
+    found = _rule_of(kind) or (_frozen if norm_classes.is_fixed(module) else None)
     if found is None:
         raise ConversionError(
             f"{key_of(kind)} has no rule; leave it out with where= or by mapping its name to "
             f"None, or register a rule with normkit.convert.rule"
         )
     return found(module)
+
+
+def has_rule(kind: type[nn.Module]) -> bool:
+    """Whether norms of a class can be read."""
+    return _rule_of(kind) is not None
+
+
+def _rule_of(kind: type[nn.Module]) -> Rule | None:
+    """The rule of a class; layers that specs name have one together, that of their base class."""
+    is_layer = any(recipe.layer is kind for recipe in METHODS.values())
+    return RULES.get(key_of(kind)) or (RULES[key_of(NormLayer)] if is_layer else None)
 
 
 def require_unmodified(module: nn.Module) -> None:

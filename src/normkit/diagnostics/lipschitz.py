@@ -186,9 +186,10 @@ def _terms(
 def _split(rule: WeightStandardization, raw: Tensor, grad: Tensor) -> Tensor:
     """Compute a layer's squared gradient and the terms along the constant and the weight, (3,)."""
     values, g = (rule.filters.rows(t)[0].double() for t in (raw, grad))
-    if rule.gain is not None:
+    gain, _ = rule.gain_and_offset()
+    if gain is not None:
         # The formula needs the gradient of the weight before gain and offset.
-        g = g * rule.gain.detach().double()[:, None]
+        g = g * gain.detach().double()[:, None]
     size, centred = g.shape[1], values - values.mean(dim=1, keepdim=True)
     var = centred.square().mean(dim=1, keepdim=True)
     unit = centred * rule.algebra.factor(Moments(values.mean(dim=1, keepdim=True), var))

@@ -104,10 +104,11 @@ def stand_ins(
             if name not in leaves:
                 leaves[name] = start(rule, raw).detach().requires_grad_()
             made = follow(rule, leaves[name])
-            if rule.gain is not None:
-                made = made * rule.gain.detach()[:, None]
-            if rule.offset is not None:
-                made = made + rule.offset.detach()[:, None]
+            gain, offset = rule.gain_and_offset()
+            if gain is not None:
+                made = made * gain.detach()[:, None]
+            if offset is not None:
+                made = made + offset.detach()[:, None]
             return rule.filters.weight(made.to(raw.dtype), raw)
 
         return replace

@@ -22,6 +22,7 @@ from normkit.diagnostics import (
 from normkit.diagnostics.measurement import Measurement
 from normkit.doctor import causes
 from normkit.doctor.causes import ADAPTED, AS_IT_IS, BY_BATCH, RECALIBRATED, RESTORED, thawed
+from normkit.doctor.detectors import OWN_LOSSES, are_of_detectors, losses_of_pictures
 from normkit.doctor.diagnosis import (
     AtCheckpoint,
     Diagnosis,
@@ -82,7 +83,8 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and facts that only the user
             once and kept.
         test_batches: Test data with targets, two batches or more; read once and kept.
         loss: ``loss(output, batch)`` gives one value for each example; smaller is better. The
-            default is the cross entropy of pairs ``(inputs, target)``.
+            default is the cross entropy of pairs ``(inputs, target)``, and for lists of pictures
+            and targets, as detectors take them, the sum of the model's own losses.
         batch_size: Examples of a batch in training. The default is the median size of the train
             batches.
         checkpoints: Earlier state dicts of this model by name, the oldest first.
@@ -150,19 +152,24 @@ def _admit(  # noqa: PLR0913 - the arguments of diagnose
     forward: Forward | None,
 ) -> Patient:
     """Check all arguments before anything runs."""
-    metric = read_metric("loss" if loss is None else loss, larger_is_better=False)
     train, test = as_list(train_batches, "train_batches"), as_list(test_batches, "test_batches")
     halves = test[::2], test[1::2]
     _require_examples(halves)
-    send = forward or forward_batch
     return Patient(
         model=model,
         train=train,
-        judge=Judge(halves, metric, send),
-        forward=send,
+        judge=_judge(halves, loss, forward),
+        forward=forward or forward_batch,
         batch_size=require_count("batch_size", _usual_size(train, batch_size)),
         checkpoints=_require_fitting(model, checkpoints or {}),
     )
+
+
+def _judge(halves: Halves, loss: Score | None, forward: Forward | None) -> Judge:
+    if loss is None and forward is None and are_of_detectors(halves[0]):
+        return Judge(halves, OWN_LOSSES, losses_of_pictures, is_single=True)
+    metric = read_metric("loss" if loss is None else loss, larger_is_better=False)
+    return Judge(halves, metric, forward or forward_batch)
 
 
 def _require_examples(halves: Halves) -> None:

@@ -68,11 +68,14 @@ class Judge:
     Args:
         halves: Held-out batches in two halves; one half judges what was measured on the other.
         metric: Gives one value for each example; smaller is better.
-        forward: ``forward(model, batch)`` calls the model.
+        forward: ``forward(model, batch)`` gives what the metric scores.
+        is_single: Whether it sends each example alone.
     """
 
-    def __init__(self, halves: Halves, metric: Metric, forward: Forward) -> None:
-        self.halves, self.metric, self._forward = halves, metric, forward
+    def __init__(
+        self, halves: Halves, metric: Metric, forward: Forward, *, is_single: bool = False
+    ) -> None:
+        self.halves, self.metric, self.forward, self.is_single = halves, metric, forward, is_single
 
     def scores(self, model: nn.Module, what: str, half: int | None = None) -> Scores:
         """Score a model with its present modes and buffers, which the caller has set.
@@ -88,7 +91,7 @@ class Judge:
         losses, right = list[Tensor](), list[Tensor]()
 
         def send(model: nn.Module, batch: Any) -> None:
-            output = self._forward(model, batch)
+            output = self.forward(model, batch)
             losses.append(self.metric.of(output, batch).cpu())
             if self.metric is KNOWN["loss"]:
                 right.append(KNOWN["accuracy"].of(output, batch).cpu())

@@ -77,6 +77,8 @@ class Patient:
 
     def by_batch(self) -> Scores | str:
         """Score the model with each test batch's own statistics, or say why that is impossible."""
+        if self.judge.is_single:
+            return "the losses of a detector are taken of one picture at a time, and not of a batch"
         with at_evaluation(self.model), ExitStack() as stack:
             for layer in tracked(self.model).values():
                 stack.enter_context(watch_inputs(layer, ignore, by_batch=True))

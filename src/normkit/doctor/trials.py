@@ -159,7 +159,7 @@ def _weigh(patient: Patient, case: Case) -> _Fix:
             model,
             test_half,
             metric="loss" if metric is KNOWN["loss"] else metric.score,
-            forward=patient.forward,
+            forward=patient.judge.forward,
             larger_is_better=False,
         )
         return f"alpha {shown(found.alpha)}"

@@ -19,10 +19,18 @@ from normkit import (
 from normkit.by_batch_size import spec_for
 from normkit.convert import Conversion
 from normkit.convert.placement.batch_free import batch_free
+from normkit.convert.recipe import ConversionRecipe
 from normkit.convert.selection import find_norms
 from normkit.errors import NormError, SpecError
-from normkit.lab.changes import WEIGHTS, BuiltModel, Place, remove_norms_, reparametrize_
-from normkit.lab.slots import PlacedNorm, Slot, find_slots, is_batch_norm
+from normkit.lab.changes import (
+    STANDARDIZED,
+    WEIGHTS,
+    BuiltModel,
+    Place,
+    remove_norms_,
+    reparametrize_,
+)
+from normkit.lab.slots import PlacedNorm, Slot, find_slots, is_batch_norm, require_norms
 from normkit.passes import all_or_nothing
 from normkit.recipes import METHODS
 from normkit.spec import MAX_LENGTH, parse_list
@@ -185,6 +193,7 @@ class Arm:
         example_input: Any,
         batch_size: int | None = None,
         name: str = "",
+        preserve: bool = False,
     ) -> BuiltModel:
         """Change a network's norms and weights in place; values that fit are carried over.
 
@@ -198,6 +207,7 @@ class Arm:
                 the only one. Shows the sizes of the maps and who feeds whom.
             batch_size: Decides ``auto`` arguments of the norm.
             name: How messages call the network.
+            preserve: Whether ``+ws`` keeps the function, by a learned gain and offset per filter.
 
         Returns:
             The network, each norm with its place, and the convolutions whose weights are changed.
@@ -216,24 +226,30 @@ class Arm:
             ('gn:4+ws', ('0',))
         """
         name = name or type(model).__name__
-        if self.placement == FOUR_THINGS:
-            given = {"example_input": example_input, "batch_size": batch_size, "name": name}
-            return self.at(batch_size).apply_(model, **given)
-        places = self.places_(model, example_input, name)
+        arm, call = self.at(batch_size), (model, example_input)
+        places = arm.places_(model, example_input, name)
         specs = {
             at: None if place.spec is None else place.slot.resolved(place.spec, batch_size)
             for at, place in places.items()
         }
-        changed = reparametrize_(self.weights, (model, example_input), places, name)
+        preserve = preserve and arm.weights in STANDARDIZED
+        changed = reparametrize_(arm.weights, call, places, name, preserve)
         kept = {at: spec for at, spec in specs.items() if spec is not None}
         if kept:
             convert_norm_(model, kept)
         else:
-            remove_norms_((model, example_input), name)
-        if self.placement == FROZEN:
+            remove_norms_(call, name)
+        if arm.placement == FROZEN:
             freeze_statistics(model, lambda _, at: at in specs)
-        norms = tuple(self._report(at, places[at].slot, spec) for at, spec in specs.items())
-        return BuiltModel(model=model, norms=norms, standardized=changed)
+        norms = tuple(arm._report(at, places[at].slot, spec) for at, spec in specs.items())
+        blocks = tuple(place.after_sum_of for place in places.values() if place.after_sum_of)
+        return BuiltModel(
+            model=model,
+            norms=norms,
+            standardized=changed,
+            preserved=changed if preserve else (),
+            after_sum=blocks,
+        )
 
     def places_(self, model: nn.Module, example_input: Any, name: str) -> Mapping[str, Place]:
         """Say what stands where, in the order of the modules; norms after a sum are added.
@@ -246,23 +262,34 @@ class Arm:
         slots = find_slots(model, example_input, name)
         if self.placement == NONE:
             return {at: Place(slot=slot, spec=None) for at, slot in slots.items()}
-        specs = dict.fromkeys(self._replaced(model, name), self.norm or BATCH_NORM)
+        specs = dict.fromkeys(self.replaced(model, name), self.norm or BATCH_NORM)
         convert_norm_(model, dict.fromkeys(specs, BATCH_NORM), dry_run=True)  # or has no rule
         rule = RULES.get(XBN if self.placement.startswith(XBN) else self.placement)
+        blocks: dict[str, str] = {}
         if rule is not None:
-            specs = dict.fromkeys(specs, BATCH_NORM) | self._special_(model, example_input, rule)
+            special, blocks = self._special_(model, example_input, rule)
+            specs = dict.fromkeys(specs, BATCH_NORM) | special
         if self.placement == IBN_B:
             slots = find_slots(model, example_input, name)
         frozen = self.placement == FROZEN
         return {
-            at: Place(slot=slot, spec=specs[at], is_frozen=frozen)
+            at: Place(slot=slot, spec=specs[at], is_frozen=frozen, after_sum_of=blocks.get(at, ""))
             for at, slot in slots.items()
             if at in specs
         }
 
-    def _replaced(self, model: nn.Module, name: str) -> list[str]:
-        """Names of the norms that become others."""
+    def replaced(self, model: nn.Module, name: str) -> list[str]:
+        """Names of the norms that become others: those that look at the batch, or else all.
+
+        Args:
+            model: The network.
+            name: How messages call it.
+
+        Raises:
+            SpecError: If there are none.
+        """
         found = find_norms(model)
+        require_norms(model, found, name)
         over_batch = [names[0] for norm, names in found.items() if is_batch_norm(norm)]
         if not over_batch and self.placement:
             kinds = ", ".join(sorted({type(norm).__name__ for norm in found}))
@@ -277,14 +304,21 @@ class Arm:
         model: nn.Module,
         example_input: Any,
         rule: tuple[str, str],
-    ) -> dict[str, NormSpec]:
-        """What the placement puts where; that of IBN-Net-b is carried out."""
+    ) -> tuple[dict[str, NormSpec], dict[str, str]]:
+        """What the placement puts where, and the block of each norm that is added after a sum.
+
+        IBN-Net-b, which adds them, is carried out.
+        """
         try:
             done = self._placing(model, example_input)
         except NormError as error:
             raise SpecError(f"{self} {rule[0]}; {rule[1]}: {error}") from error
         own = self.norm if self.placement == IBN_A else None
-        return {change.name: own or NormSpec.parse(change.new) for change in done.changes}
+        specs = {change.name: own or NormSpec.parse(change.new) for change in done.changes}
+        blocks = ConversionRecipe.read(done.recipe()).after_sum
+        starts = {f"{block}.": block for block in blocks}
+        added = {at: starts[start] for at in specs for start in starts if at.startswith(start)}
+        return specs, added
 
     def _placing(self, model: nn.Module, example_input: Any) -> Conversion:
         """Place by the paper's tool, but for IBN-Net-b without changing anything."""
@@ -339,7 +373,9 @@ def _alone(body: str, text: str) -> tuple[str, NormSpec | None]:
         if name in METHODS:
             raise
         others = ", ".join(arm for arm in ARMS if not arm.startswith("+"))
-        raise SpecError(f"{error} (besides norms there are: {others})") from error
+        raise SpecError(
+            f"{error} (besides norms there are: {others}; --own-norms names norms of your own)"
+        ) from error
 
 
 def _placed(body: str, text: str) -> tuple[str, NormSpec]:

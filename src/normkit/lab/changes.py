@@ -14,7 +14,9 @@ from normkit.convert.rules import read
 from normkit.convert.selection import find_hidden, find_norms
 from normkit.errors import SpecError
 from normkit.lab.slots import Call, PlacedNorm, Slot, send
+from normkit.text import listed
 from normkit.tracing import CONVOLUTIONS, trace_feeds
+from normkit.tracing.kinds import is_producer
 from normkit.weights import WeightReport, centered_weight_norm_, weight_norm_
 
 WEIGHTS: Mapping[str, Callable[..., WeightReport]] = MappingProxyType(
@@ -28,6 +30,8 @@ WEIGHTS: Mapping[str, Callable[..., WeightReport]] = MappingProxyType(
 )
 """What is done to the weights of the convolutions that feed a norm, by the ending of an arm."""
 
+STANDARDIZED = frozenset(ending for ending in WEIGHTS if ending.startswith("ws"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -37,11 +41,13 @@ class Place:
         slot: The place.
         spec: The norm; None for none.
         is_frozen: Whether its running statistics stand still.
+        after_sum_of: The residual block after whose sum the norm was added; "" for other norms.
     """
 
     slot: Slot
     spec: NormSpec | None
     is_frozen: bool = False
+    after_sum_of: str = ""
 
     def try_out(self, batch_size: int, num_examples: int) -> None:
         """Build what comes here, and send such a batch through it as training does.
@@ -61,14 +67,20 @@ class BuiltModel:
         model: The network.
         norms: Its norms.
         standardized: Names of the convolutions whose weights are standardised or normalised.
+        preserved: Those of them that have a learned gain and offset of each filter.
+        after_sum: Names of the residual blocks that got a norm after their sum.
     """
 
     model: nn.Module
     norms: tuple[PlacedNorm, ...]
     standardized: tuple[str, ...] = ()
+    preserved: tuple[str, ...] = ()
+    after_sum: tuple[str, ...] = ()
 
 
-def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) -> tuple[str, ...]:
+def reparametrize_(
+    weights: str, call: Call, norms: Iterable[str], name: str, preserve: bool = False
+) -> tuple[str, ...]:
     """Change the weights of the convolutions that feed one of these norms.
 
     Args:
@@ -76,6 +88,7 @@ def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) ->
         call: The model, and what it is called with.
         norms: Names of the norms.
         name: How messages call the model.
+        preserve: Whether filters of ``STANDARDIZED`` get a gain and an offset (``Arm.apply_``).
 
     Returns:
         Names of the convolutions.
@@ -93,6 +106,7 @@ def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) ->
         model,
         lambda module, at: at in feeding and isinstance(module, CONVOLUTIONS),
         example_input=example_input,
+        **({"preserve": True} if preserve else {}),
     )
     if not report.changed:
         raise SpecError(
@@ -101,6 +115,32 @@ def reparametrize_(weights: str, call: Call, norms: Iterable[str], name: str) ->
             f"resnet18"
         )
     return report.changed
+
+
+def reparametrize_layers_(
+    model: nn.Module, weights: Mapping[str, str], preserved: Iterable[str] = ()
+) -> None:
+    """Change the weights of layers of these names.
+
+    Args:
+        model: Changed in place.
+        weights: One of ``WEIGHTS`` for each layer.
+        preserved: Layers that get a gain and an offset of each filter.
+
+    Raises:
+        SpecError: If there is no such change, or no such layer.
+        NormError: If a weight cannot be changed so.
+    """
+    layers, kept = dict(model.named_modules()), frozenset(preserved)
+    unknown = [at for at in weights if not is_producer(layers.get(at, model))]
+    if unknown:
+        raise SpecError(f"the model has no convolutions at {listed(unknown)}")
+    for ending, preserve in sorted({(ending, at in kept) for at, ending in weights.items()}):
+        if ending not in WEIGHTS:
+            raise SpecError(f"weights changed by {ending!r} are not known; known: {[*WEIGHTS]}")
+        names = {at for at, text in weights.items() if text == ending and (at in kept) == preserve}
+        options = {"preserve": True} if preserve else {}
+        WEIGHTS[ending](model, lambda _, at, names=names: at in names, **options)
 
 
 def remove_norms_(call: Call, name: str) -> None:
@@ -116,15 +156,28 @@ def remove_norms_(call: Call, name: str) -> None:
             f"none removes norms that are modules of the model, but {hidden[0].name} of model "
             f"{name!r} holds one in a Python list or the like; hold it in an nn.ModuleList"
         )
-    for norm, names in find_norms(model).items():
-        rest = _without_norm(norm)
-        for at in names:
-            model.set_submodule(at, rest)
+    take_out_(model, [names[0] for names in find_norms(model).values()])
     send(
         call,
         f"none leaves model {name!r} without norms, which its forward cannot do without",
         "choose another arm or another model",
     )
+
+
+def take_out_(model: nn.Module, norms: Iterable[str]) -> None:
+    """Put in the place of norms of these names what they do besides normalising.
+
+    Raises:
+        SpecError: If the model has no norm of such a name.
+    """
+    by_name = {name: (norm, names) for norm, names in find_norms(model).items() for name in names}
+    unknown = [name for name in norms if name not in by_name]
+    if unknown:
+        raise SpecError(f"the model has no norms to remove at {listed(unknown)}")
+    for norm, names in {by_name[name][0]: by_name[name][1] for name in norms}.items():
+        rest = _without_norm(norm)
+        for at in names:
+            model.set_submodule(at, rest)
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from normkit.errors import KernelError, SpecError
 from normkit.kernels.select import ENVIRONMENT_VARIABLE, require_kernels
 from normkit.lab.arms import Arm
 from normkit.lab.changes import BuiltModel
-from normkit.lab.data import READERS, Dataset, Split
+from normkit.lab.data import Dataset, Split
 from normkit.lab.device import parse_device
 from normkit.lab.evaluation import require_scores
 from normkit.lab.fabric import require_precision
@@ -118,11 +118,6 @@ def _refuse_useless(sweep: SweepSpec) -> None:
             "learning rates are chosen by validation examples, and without --hold-out these are "
             "trained on; leave one of the two out"
         )
-    if protocol.image_size is not None and protocol.data in READERS:
-        raise SpecError(
-            f"--image-size was given {protocol.image_size}, but {protocol.data} has a size of its "
-            f"own; leave it out, or give a folder"
-        )
 
 
 def _check_outputs(built: BuiltModel, dataset: Dataset[Split], name: str) -> None:
@@ -186,8 +181,12 @@ def check_kernels() -> None:
 
 
 def num_steps(spec: TrainingSpec, num_examples: int) -> int:
-    """Training steps of a run that neither diverges nor fails; 1 where a user's function trains."""
+    """Steps of a run that neither diverges nor fails; 1 where a user's function trains.
+
+    Steps that a task takes before the training, such as a search, are counted as well.
+    """
     if spec.protocol.train is not None:
         return 1
     per_epoch = num_updates(num_examples, spec.batch_size, spec.protocol)
-    return Timetable(spec.protocol, per_epoch, spec.batch_size).num_steps
+    prior = parse_task(spec.protocol.task).num_prior_steps(spec, num_examples)
+    return prior + Timetable(spec.protocol, per_epoch, spec.batch_size).num_steps

@@ -59,6 +59,7 @@ class Comparison(Frozen):
         metric: Name of the scores: test accuracy, or the name that a user's training gives them.
         higher_is_better: Whether a higher score is ahead.
         is_share: Whether scores are shares from 0 to 1, which are written in percent.
+        notes: What a reader should know, such as pictures and records that are left out.
     """
 
     norms: tuple[str, ...]
@@ -68,18 +69,22 @@ class Comparison(Frozen):
     metric: str = ACCURACY
     higher_is_better: bool = True
     is_share: bool = True
+    notes: tuple[str, ...] = ()
 
     def cell(self, norm: str, batch_size: int) -> Cell:
         """The cell of a norm and a batch size."""
         return next(c for c in self.cells if (c.norm, c.batch_size) == (norm, batch_size))
 
 
-def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
+def compared(
+    sweep: SweepSpec, records: Iterable[TrainingRecord], notes: tuple[str, ...] = ()
+) -> Comparison:
     """Summarise the records of a sweep.
 
     Args:
         sweep: The sweep, which decides the cells.
         records: Records of this and possibly other sweeps, with one learning rate in each cell.
+        notes: What a reader should know.
     """
     ours = latest(sweep.runs(), records)
     return Comparison(
@@ -89,6 +94,7 @@ def compared(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> Comparison:
         metric=next((next(iter(r.outcome.scores), ACCURACY) for r in ours), ACCURACY),
         is_share=sweep.protocol.train is None,
         higher_is_better=sweep.protocol.better == "higher",
+        notes=notes,
         cells=tuple(
             _cell(norm, batch_size, ours, sweep.norms[0])
             for norm in sweep.norms

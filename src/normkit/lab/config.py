@@ -1,14 +1,17 @@
-"""Experiments as TOML files: what was asked for, whole, so that it runs again by itself."""
+"""What is asked for by name: in Python, on the command line, and in TOML files that run again."""
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from normkit.errors import DataError, SpecError
 from normkit.lab.arms import parse_arms
+from normkit.lab.device import parse_device
 from normkit.lab.files import require_file, write_whole
+from normkit.lab.launch import num_launched
+from normkit.lab.own_norms import norms_in_use, register_norms
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.work import RunOptions
 from normkit.text import listed, printable, shortened
@@ -16,8 +19,17 @@ from normkit.text import listed, printable, shortened
 CONFIG_NAME = "experiment.toml"
 NOTHING = "none"  # TOML has no empty value
 LISTS = ("norms", "batch_sizes", "seeds", "learning_rates")
+WORDS = ("augment", "loggers", "own_norms")  # a text of these is cut at its commas
 WAYS = tuple(RunOptions.model_fields)
 KNOWN = (*LISTS, *Protocol.model_fields, *WAYS)
+"""Every option of ``compare``, in Python, on the command line and in a file."""
+ALSO = {"tune_lr": "learning_rates"}  # another name, and the one that it stands for
+DEFAULTS: Mapping[str, Any] = {
+    "norms": ("bn", "gn:8", "bgn:auto"),
+    "batch_sizes": (2, 8, 32),
+    "seeds": (1, 2, 3),
+    "device": "auto",
+}
 HEADER = (
     "# What was compared, and how. It runs again by: normkit compare --config FILE\n"
     "# Options on the command line win over those here.\n"
@@ -49,19 +61,66 @@ def read_config(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{printable(path)} is no TOML file: {shortened(error)}") from error
     values = {name.replace("-", "_"): _value(value) for name, value in found.items()}
-    if "tune_lr" in values:
-        values["learning_rates"] = values.pop("tune_lr")
-    for name in ("augment", "loggers"):
-        text = values.get(name)
-        if isinstance(text, str):
-            values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
+    return known_options(values, printable(path))
+
+
+def known_options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Options by the names of ``KNOWN``.
+
+    Args:
+        given: By these names, or those of ``ALSO``.
+        place: Where they were given, for the error message.
+
+    Raises:
+        SpecError: If there is no such option.
+    """
+    values = {ALSO.get(name, name): value for name, value in given.items()}
     unknown = sorted(set(values) - set(KNOWN))
     if unknown:
         raise SpecError(
-            f"{printable(path)} has {listed(unknown)}, which no option is named; known are "
-            f"{', '.join(KNOWN)}"
+            f"{place} has {listed(unknown)}, which no option is named; known are {', '.join(KNOWN)}"
         )
+    values = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
+    for name in set(WORDS) & set(values):
+        if isinstance(values[name], str):
+            parts = (part.strip() for part in values[name].split(","))
+            values[name] = tuple(part for part in parts if part)
     return values
+
+
+def merged(config: Path | str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a file, if there is one, and those that were given, which win.
+
+    Raises:
+        NormError: If the file cannot be read, or has an option that there is not.
+    """
+    found = {} if config is None else read_config(Path(config))
+    if given.get("steps") is not None:
+        found.pop("epochs", None)
+    if given.get("epochs") is not None:
+        found.pop("steps", None)
+    return found | dict(given)
+
+
+def asked(values: Mapping[str, Any], spelled: Any) -> tuple[SweepSpec, RunOptions]:
+    """What is compared, and how its runs are done; options that are not given have defaults.
+
+    Args:
+        values: Options by the names of ``KNOWN``.
+        spelled: How messages write a name.
+
+    Raises:
+        SpecError: If one breaks its rule.
+    """
+    whole = {**DEFAULTS, **values, "processes": num_launched()}
+    whole["device"] = str(parse_device(whole["device"]))
+    sweep, options = sweep_of(whole, spelled), options_of(whole, spelled)
+    if sweep.protocol.train is not None and options.probe_every is not None:
+        raise SpecError(
+            "--probe-every was given with --train, whose function makes its own probe: "
+            "nk.Probe(net, writer=report); leave one of them out"
+        )
+    return sweep, options
 
 
 def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:
@@ -75,9 +134,13 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:
         SpecError: If one breaks its rule.
     """
     lists = {name: _listed(values[name]) for name in LISTS if name in values}
-    if "norms" in lists:
-        lists["norms"] = tuple(str(arm) for part in lists["norms"] for arm in parse_arms(part))
     own = {name: value for name, value in values.items() if name not in (*LISTS, *WAYS)}
+    own_norms = tuple(own.get("own_norms", ()))
+    register_norms(own_norms)
+    if "norms" in lists:
+        arms = [arm for part in lists["norms"] for arm in parse_arms(str(part))]
+        lists["norms"] = tuple(map(str, arms))
+        own["own_norms"] = own_norms or norms_in_use(arms)
     return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | lists, spelled)
 
 
@@ -91,7 +154,10 @@ def options_of(values: Mapping[str, Any], spelled: Any) -> RunOptions:
 
 
 def _listed(value: object) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    """Several values; one alone is read as the only one."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return tuple(value)
+    return (value,)
 
 
 def _toml(value: object) -> str:

@@ -1,25 +1,41 @@
 """What a sweep would take, from one measured step of each cell; nothing is trained."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from normkit.lab.check import check
+from normkit.lab.comparison import select
+from normkit.lab.data.opening import forget_data
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.frozen import Frozen
 from normkit.lab.loop import Loop, num_updates
 from normkit.lab.measure import peak_step_bytes
 from normkit.lab.recipe import Timetable
+from normkit.lab.records import TrainingRecord, read_records, sources_of
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import TaskData, TaskRun, parse_task
+from normkit.lab.text import MISSING, aligned, duration_text, size_text
 
 NUM_TIMED_STEPS = 3
+TITLE = "What it would take"
+HEAD = ("norm", "batch", "runs", "steps a run", "time a step", "memory", "time in all")
+MEASURED = (
+    "{} of training steps, one run after the other; evaluation comes on top. Nothing was trained."
+)
+OF_RECORDS = "{} by the runs that have a record, one run after the other. Nothing was run."
+UNKNOWN = (
+    "Only the function knows its steps, so time and memory are not known before each norm and "
+    "batch size was run once: give one seed first. Nothing was run."
+)
 
 
 class Estimate(Frozen):
-    """What one norm at one batch size takes.
+    """What one norm at one batch size takes; None for what is not known.
 
     Args:
         norm: The norm.
@@ -28,19 +44,117 @@ class Estimate(Frozen):
         num_steps: Steps of the optimizer in each.
         step_time_s: Median time of a step, after the first.
         peak_bytes: Memory at the peak of a step.
+        run_time_s: Time of a whole run, where it was run before and its steps were not measured.
     """
 
     norm: str
     batch_size: int
     num_runs: int
-    num_steps: int
-    step_time_s: float
-    peak_bytes: int
+    num_steps: int | None = None
+    step_time_s: float | None = None
+    peak_bytes: int | None = None
+    run_time_s: float | None = None
 
     @property
-    def duration_s(self) -> float:
-        """Time of the steps of all runs of the cell, one after the other."""
-        return self.num_runs * self.num_steps * self.step_time_s
+    def duration_s(self) -> float | None:
+        """Time of all runs of the cell, one after the other: of the steps alone if measured."""
+        if self.num_steps is not None and self.step_time_s is not None:
+            return self.num_runs * self.num_steps * self.step_time_s
+        return None if self.run_time_s is None else self.num_runs * self.run_time_s
+
+    def row(self) -> dict[str, Any]:
+        """The values by name, with ``duration_s``."""
+        return self.model_dump() | {"duration_s": self.duration_s}
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The row of the table."""
+        step, size, whole = self.step_time_s, self.peak_bytes, self.duration_s
+        return (
+            self.norm,
+            str(self.batch_size),
+            str(self.num_runs),
+            MISSING if self.num_steps is None else f"{self.num_steps:,}",
+            MISSING if step is None else f"{1000 * step:.3g} ms",
+            MISSING if size is None else size_text(size),
+            MISSING if whole is None else duration_text(whole),
+        )
+
+
+class DryRun(Frozen):
+    """What a sweep would take; printed, it is a table.
+
+    Args:
+        cells: One for each norm and batch size.
+    """
+
+    cells: tuple[Estimate, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict for each norm and batch size: runs, steps, time and memory."""
+        return [cell.row() for cell in self.cells]
+
+    @property
+    def duration_s(self) -> float | None:
+        """Time of all runs, one after the other; None if a cell's is not known."""
+        each = [cell.duration_s for cell in self.cells]
+        return None if None in each else sum(filter(None, each))
+
+    def __str__(self) -> str:
+        table = aligned([HEAD, *(cell.words for cell in self.cells)])
+        return "\n".join([TITLE, *table, self._sentence])
+
+    @property
+    def _sentence(self) -> str:
+        if self.duration_s is None:
+            return UNKNOWN
+        is_measured = all(cell.step_time_s is not None for cell in self.cells)
+        return (MEASURED if is_measured else OF_RECORDS).format(duration_text(self.duration_s))
+
+
+def dry_run_of(sweep: SweepSpec, out: Path) -> DryRun:
+    """Say what a sweep would take; nothing is trained and nothing written.
+
+    The runs of a user's function cannot be measured before: their time is that of those which have
+    a record.
+
+    Args:
+        sweep: What would be run.
+        out: Folder of the records.
+
+    Raises:
+        NormError: If something is wrong with what is asked for.
+    """
+    forget_data()  # files may have changed since it was last read
+    protocol = sweep.protocol
+    if check(sweep) is None:
+        known = read_records(out, TrainingRecord).records
+        sources = sources_of(protocol, None)
+        return DryRun(cells=_of_records(sweep, [r for r in known if sources.made(r)]))
+    data = parse_task(protocol.task).sample(protocol).data
+    return DryRun(cells=tuple(estimate(sweep, data)))
+
+
+def _of_records(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> tuple[Estimate, ...]:
+    """The runs of a user's function, timed by those of the same protocol that have finished."""
+    ours = [
+        record
+        for record in records
+        if record.spec.protocol == sweep.protocol and record.outcome.status == "finished"
+    ]
+    cells = []
+    for norm, batch_size in ((norm, size) for norm in sweep.norms for size in sweep.batch_sizes):
+        done = select(ours, norm, batch_size)
+        cells.append(
+            Estimate(
+                norm=norm,
+                batch_size=batch_size,
+                num_runs=len(sweep.seeds),
+                num_steps=max((record.outcome.num_steps for record in done), default=None),
+                run_time_s=median(record.duration_s for record in done) if done else None,
+            )
+        )
+    return tuple(cells)
 
 
 def estimate(sweep: SweepSpec, data: TaskData, most_examples: int | None = None) -> list[Estimate]:

@@ -43,6 +43,36 @@ def shared_out(
     return order[rank::size].tensor_split(num_batches)
 
 
+def shared_out_singly(num_examples: int, rank: int, size: int) -> list[tuple[int, bool]]:
+    """Positions of one process's examples that are evaluated one by one, and whether each counts.
+
+    All processes have equally many, as in :func:`shared_out`: the last one of some is evaluated
+    twice, and counts once. Fewer examples than processes are evaluated, and count, on all.
+    """
+    if num_examples < size:
+        return [(at, True) for at in range(num_examples)]
+    own = [(at, True) for at in range(rank, num_examples, size)]
+    return own + [(own[-1][0], False)] * (-(-num_examples // size) - len(own))
+
+
+def gather_states_(metric: Any, num_examples: int, size: int) -> None:
+    """Give a metric whose states are lists what those of the other processes have seen.
+
+    The metric's own exchange takes lists of equal lengths only. All processes have to call it.
+
+    Args:
+        metric: Of torchmetrics, with states on the CPU.
+        num_examples: Examples of all processes; if fewer than processes, each has seen all.
+        size: The number of processes.
+    """
+    if size == 1 or num_examples < size:
+        return
+    states: list[Any] = [None] * size
+    torch.distributed.all_gather_object(states, metric.metric_state)
+    for name in metric.metric_state:
+        setattr(metric, name, [value for state in states for value in state[name]])
+
+
 @torch.no_grad()
 def scores_of(
     model: Callable[[Tensor], Tensor],

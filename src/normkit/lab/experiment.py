@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
 from normkit.errors import PackageError, SpecError
-from normkit.lab.arms import Arm, parse_arms
 from normkit.lab.check import check
 from normkit.lab.comparison import Comparison, best_rates, compared
-from normkit.lab.config import CONFIG_NAME, write_config
+from normkit.lab.config import CONFIG_NAME, asked, known_options, merged, write_config
 from normkit.lab.data.folder import PREFIX
 from normkit.lab.data.opening import forget_data
-from normkit.lab.device import parse_device
+from normkit.lab.dry_run import DryRun, dry_run_of
 from normkit.lab.files import usable_folder
-from normkit.lab.launch import Launch, launched, num_launched
+from normkit.lab.launch import Launch, launched
 from normkit.lab.lock import only_user
 from normkit.lab.recipe import Recipe
 from normkit.lab.records import (
     RECORDS_NAME,
+    Change,
     Sources,
     TrainingRecord,
     append_record,
+    changed_runs,
     latest,
     missing_runs,
     read_records,
@@ -36,17 +39,23 @@ from normkit.lab.records import (
 )
 from normkit.lab.report import REPORT_NAME, RESULTS_NAME, write_report
 from normkit.lab.resume import FOLDER
-from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
+from normkit.lab.spec import SweepSpec, TrainingSpec
 from normkit.lab.sweep import carry_out, prepare, reached
-from normkit.lab.text import table_lines
+from normkit.lab.text import joined, table_lines
 from normkit.lab.train import TRAINING, run
+from normkit.lab.user_code import PREFIX as HELD_PREFIX
 from normkit.lab.user_code import name_of
 from normkit.lab.verdict import Verdict, verdict_of
-from normkit.lab.work import Upkeep, Watcher, Way
+from normkit.lab.work import RunOptions, Watcher, Way
 
 if TYPE_CHECKING:
     import pandas as pd
 
+OTHER: Mapping[Change, str] = {
+    "data": "other data",
+    "files": "other versions of your files",
+    "normkit": "another version of normkit",
+}
 Told = Watcher[TrainingSpec, TrainingRecord]
 Show = Callable[[Sequence[TrainingSpec], int], AbstractContextManager[Told]]
 
@@ -70,7 +79,8 @@ class Plan:
         missing: Those that have no record yet.
         sources: Data, model and code as they are now.
         num_examples: Training examples; 0 where a user's function trains.
-        notes: What the user should know before anything runs.
+        notes: What the user should know before anything runs, and who reads the result.
+        changed: Runs that have records of other data, files or code, by key, with what is other.
     """
 
     sweep: SweepSpec
@@ -78,6 +88,7 @@ class Plan:
     sources: Sources
     num_examples: int
     notes: tuple[str, ...] = ()
+    changed: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
 
 
 def plan(sweep: SweepSpec, out: Path) -> Plan:
@@ -91,21 +102,25 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
     sources = sources_of(sweep.protocol, None if data is None else data.fingerprint)
     contents = read_records(out, TrainingRecord)
     ours = [record for record in contents.records if sources.made(record)]
-    keys = {spec.key for spec in sweep.runs()}
-    stale = {r.spec.key for r in contents.records if r.spec.key in keys and not sources.made(r)}
-    notes = list(() if data is None else data.notes)
-    if stale:
-        notes.append(
-            f"{len(stale)} of these runs have records of other data, another model's source or "
-            f"another version of normkit; those are kept and left out, and the runs done again"
-        )
+    changed = changed_runs(sweep.runs(), contents.records, sources)
     return Plan(
         sweep=sweep,
         missing=missing_runs(sweep.runs(), ours),
         sources=sources,
         num_examples=0 if data is None else data.num_examples,
-        notes=tuple(notes),
+        notes=(*(() if data is None else data.notes), *_notes_on(changed)),
+        changed=changed,
     )
+
+
+def _notes_on(changed: Mapping[str, tuple[Change, ...]]) -> list[str]:
+    """A sentence for the runs of which the same has changed."""
+    return [
+        f"{number} of these runs {'has' if number == 1 else 'have'} earlier records of "
+        f"{joined([OTHER[change] for change in changes])}, which are kept and left out; "
+        f"{'it is' if number == 1 else 'they are'} run anew"
+        for changes, number in Counter(changed.values()).items()
+    ]
 
 
 def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None]) -> Result:
@@ -136,7 +151,7 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
             _run(found, way, show if launch.is_first else _silent, launch)
             if launch.is_first:
                 rmtree(way.out / FOLDER, ignore_errors=True)  # also drafts that a kill has left
-        return launch.first(lambda: Result.of(found.sweep, found.sources, way))
+        return launch.first(lambda: Result.of(found, way))
 
 
 def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], None]) -> Plan:
@@ -191,13 +206,13 @@ class Result:
     folder: Path
 
     @classmethod
-    def of(cls, sweep: SweepSpec, sources: Sources, way: Way) -> Result:
-        """Read the records of a sweep and write its report."""
+    def of(cls, found: Plan, way: Way) -> Result:
+        """Read the records of what was planned, and write the report."""
         known = read_records(way.out, TrainingRecord).records
-        every = latest(sweep.runs(), (record for record in known if sources.made(record)))
-        records = best_rates(sweep, every)
-        comparison = compared(sweep, records)
-        write_report(way.out, comparison, records, way.command)
+        ours = (record for record in known if found.sources.made(record))
+        records = best_rates(found.sweep, latest(found.sweep.runs(), ours))
+        comparison = compared(found.sweep, records, found.notes)
+        write_report(way.out, comparison, records, way.command, found.changed)
         return cls(comparison, records, way.out)
 
     @property
@@ -206,7 +221,8 @@ class Result:
         return verdict_of(self.comparison)
 
     def __str__(self) -> str:
-        return "\n".join([*self.verdict.lines, "", *table_lines(self.comparison)])
+        notes = [f"note: {note}" for note in self.comparison.notes]
+        return "\n".join([*self.verdict.lines, "", *table_lines(self.comparison), *notes])
 
     def rows(self) -> list[dict[str, Any]]:
         """A dict for each norm and batch size: means and spreads over seeds, time and memory."""
@@ -229,24 +245,36 @@ class Result:
         return self.folder / REPORT_NAME
 
 
-def compare(  # noqa: PLR0913 - all but two by keyword
-    model: str | Callable[..., nn.Module] = "small-resnet",
-    data: Any = "digits",
+@overload
+def compare(
+    model: str | Callable[..., nn.Module] | None = None,
+    data: Any = None,
     *,
-    norms: str | Iterable[str] = ("bn", "gn:8", "bgn:auto"),
-    batch_sizes: int | Iterable[int] = (2, 8, 32),
-    seeds: int | Iterable[int] = (1, 2, 3),
+    dry_run: Literal[True],
+    **options: Any,
+) -> DryRun: ...
+
+
+@overload
+def compare(
+    model: str | Callable[..., nn.Module] | None = None,
+    data: Any = None,
+    *,
+    dry_run: Literal[False] = False,
+    **options: Any,
+) -> Result: ...
+
+
+def compare(
+    model: str | Callable[..., nn.Module] | None = None,
+    data: Any = None,
+    *,
     recipe: Recipe | Mapping[str, Any] | None = None,
-    train: str | Callable[..., Any] | None = None,
-    out: str | Path = "runs/compare",
-    device: str = "auto",
-    threads: int = 1,
-    workers: int | None = None,
-    tune_lr: float | Iterable[float] = (),
-    save_weights: bool = False,
+    config: str | Path | None = None,
+    dry_run: bool = False,
     show: Show | None = None,
-    **protocol: Any,
-) -> Result:
+    **options: Any,
+) -> Result | DryRun:
     """Train one network with several norms at several batch sizes, and say which is best.
 
     Runs that have a record in ``out`` are not repeated, unless the data, the model's source or
@@ -254,31 +282,30 @@ def compare(  # noqa: PLR0913 - all but two by keyword
 
     Args:
         model: A name such as ``"timm:resnet18"``, ``"my.py:make_model"``, or a function that makes
-            a network. Its norms are replaced.
-        data: A name such as ``"digits"``, ``"folder:photos"``, ``"my.py:make_datasets"``, or data
-            sets: ``{"train": ..., "test": ...}`` or a tuple; a ``Path`` is a folder.
-        norms: Norms or arms; differences are taken to the first.
-        batch_sizes: Examples that a norm sees at a time, on each process.
-        seeds: Of weights and data order; each cell runs all of them.
-        recipe: How to train; by default ``Recipe()``.
-        train: A function of one's own that trains instead, called as
-            ``train(apply_norm, batch_size, seed, report)``; it returns a number, or several by
-            name. ``model``, ``data`` and ``recipe`` have no part then.
-        out: Folder of the records, the report and checkpoints.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        threads: CPU threads of one run.
-        workers: Runs at once; by default as many as the machine has room for.
-        tune_lr: Learning rates, of which each norm at each batch size gets the one that is best on
-            validation data.
-        save_weights: Whether the trained weights are written to ``out/weights``.
+            a network; by default ``"small-resnet"``. Its norms are replaced.
+        data: A name such as ``"digits"``, a folder with a folder for each class such as
+            ``"./photos"``, ``"my.py:make_datasets"``, or data sets: ``{"train": ..., "test": ...}``
+            or a tuple; a ``Path`` is a folder. By default ``"digits"``.
+        recipe: How to train, whole; or some of its fields by name.
+        config: A TOML file of options, such as the ``experiment.toml`` of another comparison;
+            what else is given here wins over it.
+        dry_run: Whether nothing is trained, and the result says what it would take.
         show: Displays progress; by default nothing does.
-        protocol: Further fields of ``normkit.lab.spec.Protocol``, such as ``limit=1000``.
+        options: Every other option of ``normkit compare`` by its name, with ``_`` for ``-``, as
+            ``docs/compare.md`` lists them. What is compared: ``norms`` (norms or arms, also those
+            of ``nk.register_norm``; differences are taken to the first), ``batch_sizes`` and
+            ``seeds``, each one or several. ``tune_lr`` has learning rates, of which each norm at
+            each batch size gets the best. ``train`` is a function of one's own that trains instead,
+            called as ``train(apply_norm, batch_size, seed, report)``. How it is done: ``out`` (the
+            folder), ``device``, ``workers``, ``data_workers``, ``threads``, ``cluster``,
+            ``checkpoint_seconds``, ``save_weights``, ``loggers``, ``probe_every``.
 
     Warns:
         UserWarning: If pictures are left out, or records of other data, models or code.
 
     Returns:
-        The result: print it, or take ``.rows()``, ``.frame()``, ``.verdict`` and ``.report()``.
+        The result: print it, or take ``.rows()``, ``.frame()``, ``.verdict`` and ``.report()``; of
+        a dry run the table of what it would take, with ``.rows()``.
 
     Raises:
         NormError: If something is wrong with what was given; nothing is then written.
@@ -294,42 +321,33 @@ def compare(  # noqa: PLR0913 - all but two by keyword
         >>> [row["norm"] for row in result.rows()]
         ['bn', 'ln']
     """
-    values = _recipe(recipe).model_dump() | protocol
-    given = {
-        "model": model if isinstance(model, str) else name_of(model, "model"),
-        "data": _data_name(data),
-        "train": train if train is None or isinstance(train, str) else name_of(train, "train"),
-        "device": str(parse_device(device)),
-        "threads": threads,
-        "processes": num_launched(),
-    }
-    sweep = SweepSpec.checked(
-        {
-            "protocol": Protocol.checked(values | given),
-            "norms": tuple(str(Arm.parse(norm)) for norm in _each(norms)),
-            "batch_sizes": _each(batch_sizes),
-            "seeds": _each(seeds),
-            "learning_rates": _each(tune_lr),
-        }
-    )
-    folder = Path(out)
-    upkeep = Upkeep(folder=folder, save_weights=save_weights)
-    way = Way(out=folder, num_workers=workers, upkeep=upkeep)
+    named = {"model": model, "data": data, "train": options.pop("train", None)}
+    given = {name: _as_text(name, value) for name, value in named.items() if value is not None}
+    values = known_options(_recipe(recipe) | options | given, "compare()")
+    sweep, run_options = asked(merged(config, values), str)
+    way = run_options.way(_command(run_options, sweep))
+    if dry_run:
+        return dry_run_of(sweep, way.out)
     return perform(sweep, way, show or _silent, lambda note: warnings.warn(note, stacklevel=2))
 
 
-def _recipe(given: Recipe | Mapping[str, Any] | None) -> Recipe:
-    return given if isinstance(given, Recipe) else Recipe.checked(given or {})
+def _recipe(given: Recipe | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields that are given: all of a recipe, or those that are named."""
+    if isinstance(given, Recipe):
+        return given.model_dump()
+    Recipe.checked(given or {})
+    return dict(given or {})
 
 
-def _each(given: Any) -> tuple[Any, ...]:
-    """Several values; one alone is read as the only one."""
-    if isinstance(given, str):
-        return parse_arms(given)
-    return tuple(given) if isinstance(given, Iterable) else (given,)
-
-
-def _data_name(given: Any) -> str:
+def _as_text(name: str, given: Any) -> str:
+    """What stands for a model, data or a function in specs and files."""
     if isinstance(given, Path):
-        return f"{PREFIX}{given}"
-    return given if isinstance(given, str) else name_of(given, "data")
+        return f"{PREFIX}{given}" if name == "data" else str(given)
+    return given if isinstance(given, str) else name_of(given, name)
+
+
+def _command(options: RunOptions, sweep: SweepSpec) -> str:
+    """What makes the report again; nothing if only this process knows the functions."""
+    if any(name.startswith(HELD_PREFIX) for name in sweep.runs()[0].own_names):
+        return ""
+    return shlex.join(["normkit", "compare", "--config", str(Path(options.out) / CONFIG_NAME)])

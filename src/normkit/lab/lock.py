@@ -1,4 +1,4 @@
-"""One process at a time for a folder."""
+"""One process at a time for a folder, or for a file."""
 
 import fcntl
 import os
@@ -41,12 +41,29 @@ def only_user(folder: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int:
+@contextmanager
+def in_turn(path: Path) -> Generator[None]:
+    """Let one process at a time into the block, for a file that it makes; others wait until then.
+
+    Args:
+        path: The file, whose folder exists; the lock lies beside it.
+    """
+    lock = path.with_name(f"{path.name}{LOCK_NAME}")
+    with file_errors(lock):
+        descriptor = _locked(lock, waits=True)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(path: Path, *, waits: bool = False) -> int:
     """Open and lock the file; the process before may remove it in between, then once more."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             who = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)

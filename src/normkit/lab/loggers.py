@@ -34,7 +34,7 @@ def require_loggers(names: Sequence[str]) -> None:
 @contextmanager
 def open_loggers(
     names: Sequence[str], folder: Path | None, spec: TrainingSpec
-) -> Generator[list["Logger"]]:
+) -> Generator["Loggers"]:
     """Begin the logs of a run, and end them with the block.
 
     Args:
@@ -46,7 +46,23 @@ def open_loggers(
         opened = [Logger(name, (folder or Path()) / FOLDER, spec) for name in names]
         for logger in opened:
             held.callback(logger.end)
-        yield opened
+        yield Loggers(opened)
+
+
+class Loggers:
+    """The loggers of one run together; ``nk.Probe(writer=)`` takes them as it takes one.
+
+    Args:
+        opened: None or more.
+    """
+
+    def __init__(self, opened: "Sequence[Logger]" = ()) -> None:
+        self._opened = tuple(opened)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Write values of a step to all of them."""
+        for logger in self._opened:
+            logger.log_metrics(values, step)
 
 
 class Logger:

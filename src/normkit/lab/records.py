@@ -12,6 +12,7 @@ from normkit.lab.files import require_file
 from normkit.lab.frozen import Frozen
 from normkit.lab.lines import Contents, append_line, read_lines
 from normkit.lab.models import PlacedNorm
+from normkit.lab.own_norms import reference_in
 from normkit.lab.spec import Protocol, RunSpec, TrainingSpec
 from normkit.lab.task import parse_task
 from normkit.lab.user_code import source_hash
@@ -19,6 +20,8 @@ from normkit.lab.user_code import source_hash
 RECORDS_NAME = "records.jsonl"
 
 S = TypeVar("S", bound=RunSpec)
+Change = Literal["data", "files", "normkit"]
+"""What decides a run besides its spec: data, a user's files, and normkit's code."""
 
 
 class Sources(Frozen):
@@ -43,16 +46,22 @@ class Sources(Frozen):
 
     def made(self, record: "Record") -> bool:
         """Whether a record has these hashes; a record without a data hash may have any data."""
-        return (
-            record.data_hash in (None, self.data_hash)
-            and record.model_hash == self.model_hash
-            and record.code_hash == self.code_hash
-        )
+        return not self.changes(record)
+
+    def changes(self, record: "Record") -> tuple[Change, ...]:
+        """What has changed since a record was made."""
+        same: dict[Change, bool] = {
+            "data": record.data_hash in (None, self.data_hash),
+            "files": record.model_hash == self.model_hash,
+            "normkit": record.code_hash == self.code_hash,
+        }
+        return tuple(name for name, is_same in same.items() if not is_same)
 
 
 def sources_of(protocol: Protocol, data_hash: str | None) -> Sources:
     """Hash the present code, data and weights of a sweep's runs."""
-    found = source_hash(protocol.model, protocol.train, protocol.data)
+    norms = [reference_in(text) for text in protocol.own_norms]
+    found = source_hash(protocol.model, protocol.train, protocol.data, *norms)
     started_from = [] if protocol.weights is None else [Path(protocol.weights)]
     for path in (*started_from, *parse_task(protocol.task).files()):
         require_file(path)
@@ -177,6 +186,14 @@ def missing_runs(specs: Iterable[S], records: Iterable[Record]) -> tuple[S, ...]
     """Runs that have no record yet, or only the record of a failure."""
     done = {record.spec.key for record in records if record.is_final}
     return tuple(spec for spec in specs if spec.key not in done)
+
+
+def changed_runs(
+    specs: Iterable[RunSpec], records: Iterable[Record], sources: Sources
+) -> dict[str, tuple[Change, ...]]:
+    """Runs with a record that is left out, by key, and what has changed since the latest one."""
+    left_out = {r.spec.key: sources.changes(r) for r in records if not sources.made(r)}
+    return {spec.key: left_out[spec.key] for spec in specs if spec.key in left_out}
 
 
 def run_in_turn(specs: Iterable[S], folder: Path, work: Callable[[S], R]) -> Iterator[R]:

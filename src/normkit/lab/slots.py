@@ -1,7 +1,7 @@
 """Where a network has norms, and which maps come by."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from normkit.convert.selection import find_norms
 from normkit.errors import ConversionError, SpecError
 from normkit.layers.base import TrackingLayer
 from normkit.passes import call_with, copied, untouched
+from normkit.text import listed
 
 Call = tuple[nn.Module, Any]
 """A model, and what it is called with."""
@@ -104,11 +105,29 @@ def find_slots(model: nn.Module, example_input: Any, name: str) -> Mapping[str, 
     finally:
         for hook in hooks:
             hook.remove()
-    if not slots:
-        raise SpecError(
-            f"model {name!r} has no norm to replace; choose one that has, such as resnet18"
-        )
+    require_norms(model, slots, name)
     return slots
+
+
+def require_norms(model: nn.Module, norms: Collection[Any], name: str) -> None:
+    """Refuse a model without norms.
+
+    Args:
+        model: The model.
+        norms: Those that were found in it.
+        name: How the message calls the model.
+
+    Raises:
+        SpecError: With what the model has instead.
+    """
+    if norms:
+        return
+    leaves = {type(m).__name__: None for m in model.modules() if not any(m.children())}
+    raise SpecError(
+        f"model {name!r} has no norm to replace, only {listed(leaves)}; norms that a forward calls "
+        f"as functions are not seen: put a module such as nn.BatchNorm2d in their place, or choose "
+        f"a model that has norms, such as resnet18"
+    )
 
 
 def send(call: Call, complaint: str, way_out: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -11,10 +12,12 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from normkit.errors import SpecError
 from normkit.lab.arms import Arm
-from normkit.lab.data.folder import PREFIX
+from normkit.lab.data.known import data_text
 from normkit.lab.frozen import Count, Frozen, Seed, Threads
+from normkit.lab.own_norms import reference_in
 from normkit.lab.recipe import PositiveRate, Recipe
 from normkit.lab.user_code import absolute
+from normkit.recipes import METHODS
 
 CLASSIFICATION = "classification"
 T = TypeVar("T")
@@ -26,7 +29,7 @@ class Protocol(Recipe):
 
     data: str = Field(
         default="digits",
-        description="the name of a data set, folder:PATH, or FILE.py:FUNCTION",
+        description="the name of a data set, ./PATH or folder:PATH, or FILE.py:FUNCTION",
     )
     limit: Count | None = Field(
         default=None, description="the number of training examples to keep, 1 or more"
@@ -38,6 +41,9 @@ class Protocol(Recipe):
         default=True, description="yes, or no: validation examples are trained on as well"
     )
     model: str = Field(default="small-resnet", description="the name of a model, or FILE.py:NAME")
+    own_norms: tuple[str, ...] = Field(
+        default=(), description="NAME=FILE.py:CLASS, or several with commas between"
+    )
     weights: str | None = Field(
         default=None, description="a .safetensors file that every run starts from, or none"
     )
@@ -57,13 +63,25 @@ class Protocol(Recipe):
     processes: Count = Field(default=1, description="processes that train together, 1 or more")
     synchronize_statistics: bool = Field(default=False, description="yes or no")
 
-    @field_validator("model", "train", "data")
+    @field_validator("model", "train")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        """The same file or folder, however it was written and from wherever."""
-        if value is not None and value.startswith(PREFIX):
-            return f"{PREFIX}{Path(value.removeprefix(PREFIX)).expanduser().resolve()}"
+        """The same file, however it was written and from wherever."""
         return None if value is None else absolute(value)
+
+    @field_validator("own_norms")
+    @classmethod
+    def _with_absolute_paths(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        references = [reference_in(value) for value in values]
+        return tuple(
+            f"{value.removesuffix(reference)}{absolute(reference)}"
+            for value, reference in zip(values, references, strict=True)
+        )
+
+    @field_validator("data")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        return data_text(value)
 
     @field_validator("weights")
     @classmethod
@@ -119,8 +137,11 @@ class TrainingSpec(RunSpec):
 
     @field_validator("norm")
     @classmethod
-    def _canonical(cls, value: str) -> str:
-        return str(Arm.parse(value))
+    def _canonical(cls, value: str, about: ValidationInfo) -> str:
+        """The arm's usual text; a record may have a norm of a file that is not imported here."""
+        own = {text.partition("=")[0] for text in about.data["protocol"].own_norms}
+        is_own = not own.isdisjoint(re.split("[/:+]", value))
+        return value if is_own and own.isdisjoint(METHODS) else str(Arm.parse(value))
 
     @property
     def uses_gpu(self) -> bool:
@@ -135,7 +156,9 @@ class TrainingSpec(RunSpec):
     @property
     def own_names(self) -> tuple[str, ...]:
         """Functions and data that Python may have given."""
-        return (self.protocol.model, self.protocol.data, self.protocol.train or "")
+        protocol = self.protocol
+        norms = [reference_in(text) for text in protocol.own_norms]
+        return (protocol.model, protocol.data, protocol.train or "", *norms)
 
     @property
     def file_name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -46,6 +46,8 @@ TASKS: Mapping[str, str] = MappingProxyType(
 
 Held = Literal["validation", "test"]
 """The examples that a network is judged on."""
+
+PartName = Literal["train", "validation", "test"]
 
 
 class Batch(Protocol):
@@ -203,6 +205,8 @@ class Task(Frozen, ABC):
     name: ClassVar[str]
     scores: ClassVar[tuple[str, ...]]
     """What a network is judged by, the first one to be compared: shares; more is better."""
+    further: ClassVar[tuple[str, ...]] = ()
+    """What evaluations give besides, which tables may read."""
 
     def __str__(self) -> str:
         """The name, and the options that are not at their defaults."""
@@ -236,9 +240,37 @@ class Task(Frozen, ABC):
     def start(self, spec: TrainingSpec, data: Any, network: nn.Module) -> TaskRun:
         """Begin the training of a network."""
 
+    def examples(self, data: Any, part: PartName) -> Source:
+        """The examples of a part as they are evaluated, from which statistics can be measured.
+
+        Their batches have ``inputs``, with which a network in evaluation mode is called, and
+        ``targets``.
+
+        Args:
+            data: Of the task.
+            part: Which one.
+
+        Raises:
+            NormError: If they say nothing of the network's statistics.
+        """
+        return getattr(data, part)
+
     def files(self) -> tuple[Path, ...]:
         """The files that the options name and that there are: other contents are other runs."""
         return ()
+
+    def prepare(self, spec: TrainingSpec, data: Any, on_step: Callable[[], object]) -> None:
+        """Do what takes long and is due before a run's network can be built, such as a search.
+
+        Args:
+            spec: The run.
+            data: Its data.
+            on_step: Called after each step.
+        """
+
+    def num_prior_steps(self, spec: TrainingSpec, num_examples: int) -> int:
+        """The steps that :meth:`prepare` takes at most, on so many training examples."""
+        return 0
 
     def build(self, spec: TrainingSpec, data: Any) -> BuiltModel:
         """The network of a run, with its norm, before the first step.

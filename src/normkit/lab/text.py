@@ -57,6 +57,19 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.3g} GB"
 
 
+def duration_text(seconds: float) -> str:
+    """Write a duration in the unit (s, min or h) in which it is below 100.
+
+    Example:
+        >>> duration_text(240)
+        '4 min'
+    """
+    for limit, unit, size in ((100, "s", 1), (100 * 60, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
+
+
 def table_lines(comparison: Comparison) -> list[str]:
     """Scores as a table of plain text: a row for each norm, a column for each batch size."""
     head = ["norm", *(f"batch {size}" for size in comparison.batch_sizes)]
@@ -67,8 +80,17 @@ def table_lines(comparison: Comparison) -> list[str]:
         [norm, *(percent(c.accuracy, comparison.is_share) if c.accuracy else MISSING for c in row)]
         for norm, row in zip(comparison.norms, cells, strict=True)
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return aligned([head, *rows])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of equal columns, the first one to the left and the others to the right.
+
+    Example:
+        >>> aligned([["norm", "batch 2"], ["gn:8", "97.3"]])
+        ['norm  batch 2', 'gn:8     97.3']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in (head, *rows)
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]

@@ -4,14 +4,15 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from normkit import sync_update_rates
+from normkit import Probe, sync_update_rates
 from normkit.errors import DataError, NormError
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints import save_weights
@@ -19,9 +20,10 @@ from normkit.lab.course import Course, DivergenceError, EpochSoFar, Hooks, check
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import describe_environment
 from normkit.lab.launch import own_device
-from normkit.lab.loggers import Logger, open_loggers
+from normkit.lab.loggers import Loggers, open_loggers
 from normkit.lab.loop import Step, own_parts
 from normkit.lab.measure import peak_step_bytes
+from normkit.lab.own_norms import register_norms
 from normkit.lab.own_training import train_by
 from normkit.lab.records import Epoch, Outcome, Sources, TrainingRecord, sources_of
 from normkit.lab.spec import TrainingSpec
@@ -91,6 +93,7 @@ def train(spec: TrainingSpec, on_step: OnStep = nothing) -> nn.Module:
     task = parse_task(spec.protocol.task)
     data = task.data(spec.protocol)
     with threads_of(spec.protocol.threads), seeded(spec.seed, device):
+        task.prepare(spec, data, on_step)
         training = _Training(spec, data, task.build(spec, data), Upkeep(), _NOWHERE, on_step)
         outcome = training.outcome()
     if outcome.status == "diverged":
@@ -107,10 +110,13 @@ def _outcome(
     times_s: list[float],
 ) -> Outcome:
     try:
+        register_norms(spec.protocol.own_norms)
         if data is None:
             with open_loggers(upkeep.loggers, upkeep.folder, spec) as loggers:
                 return train_by(spec, on_step, loggers)
-        network = parse_task(spec.protocol.task).build(spec, data)
+        task = parse_task(spec.protocol.task)
+        task.prepare(spec, data, on_step)
+        network = task.build(spec, data)
         return _Training(spec, data, network, upkeep, sources, on_step, times_s).outcome()
     except DivergenceError as error:  # of what a task trains before the run's own steps
         return Outcome(status="diverged", message=str(error))
@@ -142,7 +148,8 @@ class _Training:
     course: Course = field(init=False)
     epochs: list[Epoch] = field(init=False, default_factory=list)
     _started: float = field(init=False, default=0.0)
-    _loggers: list[Logger] = field(init=False, default_factory=list)
+    _loggers: Loggers = field(init=False, default_factory=Loggers)
+    _probe: Probe | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -188,7 +195,20 @@ class _Training:
         with open_loggers(names, self.upkeep.folder, self.spec) as self._loggers:
             for number in range(len(self.epochs)):  # those before the run was killed
                 self._log(number)
-            self.course.train()
+            with self._probed() if names else nullcontext():
+                self.course.train()
+
+    @contextmanager
+    def _probed(self) -> Generator[None]:
+        """Let a probe, if one is asked for, write to the loggers in a block."""
+        every = self.upkeep.probe_every
+        if every is None:
+            yield
+            return
+        self._probe = Probe(self.course.loop.network, every, writer=self._loggers)
+        self._probe.num_steps = self.course.num_steps  # those before the run was killed
+        with self._probe:
+            yield
 
     def _before_step(self, _num_steps: int, _parts: Sequence[Any]) -> None:
         if self.spec.has_learning_rate_as_update_rate:
@@ -200,6 +220,8 @@ class _Training:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.times_s.append(time.perf_counter() - self._started)
+        if self._probe is not None:
+            self._probe.step(step.loss)
         self.on_step()
         check_finite(step.loss, num_steps)
         self.course.hooks.notes["times_s"] = self.times_s[-NUM_KEPT_TIMES:]
@@ -213,8 +235,7 @@ class _Training:
         """Give the loggers an epoch's figures."""
         timetable = self.course.timetable
         step = min((number + 1) * timetable.steps_per_epoch, timetable.num_steps)
-        for logger in self._loggers:
-            logger.log_metrics(self.epochs[number].figures(), step)
+        self._loggers.log_metrics(self.epochs[number].figures(), step)
 
     def _tested(self, epoch: EpochSoFar) -> Epoch:
         loop, num_epochs = self.course.loop, self.course.timetable.num_epochs
@@ -276,7 +297,7 @@ class _Training:
         path = folder / "weights" / f"{self.spec.file_name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": self.spec.protocol.model, "norm": self.spec.norm}
-        save_weights(state, path, about | alterations_of(self.built).metadata())
+        save_weights(state, path, about | alterations_of(self.built, self.spec.protocol).metadata())
 
 
 def failed(spec: TrainingSpec, message: str) -> TrainingRecord:

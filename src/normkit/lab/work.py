@@ -8,7 +8,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 from pydantic import Field
 
 from normkit.errors import SpecError
-from normkit.lab.frozen import Frozen
+from normkit.lab.frozen import Count, Frozen
 from normkit.lab.loggers import require_loggers
 from normkit.lab.records import Record, Sources
 from normkit.lab.resume import FOLDER, SECONDS, SUFFIX, Checkpoint, SharedCheckpoint
@@ -33,6 +33,7 @@ class Upkeep:
         save_weights: Whether the trained weights are written, to ``weights/``.
         data_workers: Processes that read pictures ahead.
         loggers: Names of loggers that get every epoch's figures.
+        probe_every: The steps after which these get a probe's numbers again; None for no probe.
     """
 
     folder: Path | None = None
@@ -40,6 +41,7 @@ class Upkeep:
     save_weights: bool = False
     data_workers: int = 0
     loggers: tuple[str, ...] = ()
+    probe_every: int | None = None
 
     def checkpoint(self, spec: RunSpec, sources: Sources) -> Checkpoint | None:
         """Where a run's state is kept until it has ended; None without a folder."""
@@ -98,6 +100,10 @@ class RunOptions(Frozen):
         default=(), description="tensorboard, csv, wandb, mlflow, or several with commas between"
     )
 
+    probe_every: Count | None = Field(
+        default=None, description="the steps between two records of a probe, 1 or more, or none"
+    )
+
     def way(self, command: str = "") -> "Way":
         """What the runs are carried out by.
 
@@ -105,11 +111,16 @@ class RunOptions(Frozen):
             command: What makes the report again, for the page.
 
         Raises:
-            SpecError: If there is no such logger, or a cluster's machines would keep what is asked
-                for.
+            SpecError: If there is no such logger, none for a probe, or a cluster's machines would
+                keep what is asked for.
             PackageError: If its package is missing.
         """
         require_loggers(self.loggers)
+        if self.probe_every is not None and not self.loggers:
+            raise SpecError(
+                f"--probe-every was given {self.probe_every} without --loggers, which get what the "
+                f"probe finds; give --loggers csv or tensorboard too"
+            )
         if self.cluster is not None and (self.save_weights or self.loggers):
             option = "--save-weights" if self.save_weights else "--loggers"
             raise SpecError(
@@ -123,6 +134,7 @@ class RunOptions(Frozen):
             save_weights=self.save_weights,
             data_workers=self.data_workers,
             loggers=self.loggers,
+            probe_every=self.probe_every,
         )
         return Way(
             out=folder,
@@ -163,4 +175,5 @@ class Way:
             checkpoint_seconds=upkeep.checkpoint_seconds,
             save_weights=upkeep.save_weights,
             loggers=upkeep.loggers,
+            probe_every=upkeep.probe_every,
         )

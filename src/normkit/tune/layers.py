@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normkit.convert import Conversion, convert_norm_
-from normkit.convert.rules import RULES, key_of
+from normkit.convert.rules import has_rule
 from normkit.errors import OptionError
 from normkit.inference.tracked import callers
 from normkit.layers.base import NormLayer, SegmentLayer, TrackingLayer
@@ -120,7 +120,7 @@ def _replaceable(model: nn.Module) -> tuple[set[nn.Module], dict[str, str]]:
             continue
         if module.running_mean is None:
             left[name] = "it has no running statistics"
-        elif key_of(type(module)) not in RULES:
+        elif not has_rule(type(module)):
             left[name] = f"{type(module).__name__} is no batch norm that normkit can replace"
         else:
             found.add(module)

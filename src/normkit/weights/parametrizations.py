@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +44,19 @@ class Reparametrization(nn.Module, ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Compute the layer's weight from the raw one; same shape, dtype and memory format."""
-        gain, offset = self.gain, self.offset
         if self.cache is None or needs_plain_formula():
-            return reparametrize(weight, self.filters, self.algebra, gain, offset)
+            return reparametrize(weight, self.filters, self.algebra, *self.gain_and_offset())
 
         def compute(known: Result | None) -> Result:
-            rows = self.filters.rows(weight)
-            return normalize(rows, self.fan_in, self.algebra, gain, offset, known=known)
+            rows, affine = self.filters.rows(weight), self.gain_and_offset()
+            return normalize(rows, self.fan_in, self.algebra, *affine, known=known)
 
-        return self.filters.weight(self.cache.value(self, (weight, gain, offset), compute), weight)
+        sources = (weight, *self._parameters.values())
+        return self.filters.weight(self.cache.value(self, sources, compute), weight)
+
+    def gain_and_offset(self) -> tuple[Tensor | None, Tensor | None]:
+        """Compute what each filter is multiplied by, and what is then added; None is 1 and 0."""
+        return self.gain, self.offset
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the raw weight for a weight that is assigned to the layer: the same tensor."""
@@ -84,7 +90,11 @@ class WeightStandardization(Reparametrization):
         eps_to: ``"variance"`` or ``"std"``.
         gain: Learn a factor of each filter, initialised to 1.
         preserve: Learn a factor and an offset of each filter, initialised so that the computed
-            weight equals the raw one.
+            weight equals the raw one. The parameters are :math:`\sqrt I g_o` (``length``) and
+            :math:`\sqrt I b_o` (``shift``), where :math:`I` is the fan-in: a step of SGD then
+            changes the computed weight as it would change a plain weight, whereas the gradients of
+            :math:`g_o` and :math:`b_o` are sums over a filter, which need a rate :math:`I` times
+            smaller.
 
     Raises:
         WeightError: If a filter has a single value.
@@ -102,6 +112,9 @@ class WeightStandardization(Reparametrization):
         >>> conv.parametrizations.weight.original is before
         True
     """
+
+    length: nn.Parameter | None
+    shift: nn.Parameter | None
 
     def __init__(  # noqa: PLR0913 - the options of standardize
         self,
@@ -122,6 +135,8 @@ class WeightStandardization(Reparametrization):
         self.eps = eps
         self.unbiased = unbiased
         self.eps_to: EpsTo = eps_to
+        self.register_parameter("length", None)
+        self.register_parameter("shift", None)
         require_spread(self.algebra)
         if preserve:
             self._preserve(weight)
@@ -141,13 +156,35 @@ class WeightStandardization(Reparametrization):
         )
 
     def _preserve(self, weight: Tensor) -> None:
-        table = self._moments(weight)
+        table, root = self._moments(weight), math.sqrt(self.fan_in)
         if self.scale:
-            self.gain = _per_filter(1 / self.algebra.factor(table), weight)
+            self.length = _per_filter(root / self.algebra.factor(table), weight)
         else:
             self.gain = nn.Parameter(weight.new_ones(self.filters.num_filters(weight)))
         mean = table.mean if self.center else torch.zeros_like(table.mean)
-        self.offset = _per_filter(mean, weight)
+        self.shift = _per_filter(root * mean, weight)
+
+    def gain_and_offset(self) -> tuple[Tensor | None, Tensor | None]:
+        """Compute what each filter is multiplied by, and what is then added; None is 1 and 0."""
+        root = math.sqrt(self.fan_in)
+        gain = self.gain if self.length is None else self.length / root
+        return gain, self.offset if self.shift is None else self.shift / root
+
+    def rename_(self, state: dict[str, Any], prefix: str) -> None:
+        """Turn gains and offsets of an earlier version into lengths and shifts."""
+        for old, new in (("gain", "length"), ("offset", "shift")):
+            if getattr(self, new) is not None and f"{prefix}{old}" in state:
+                values = state.pop(f"{prefix}{old}")
+                state.setdefault(f"{prefix}{new}", values * math.sqrt(self.fan_in))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> None:
+        self.rename_(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in ("length", "shift"):  # pickles of earlier versions have gains and offsets
+            self._parameters.setdefault(name, None)
 
 
 class WeightNorm(Reparametrization):

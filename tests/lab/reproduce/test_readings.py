@@ -12,24 +12,36 @@ from torch import nn
 
 import normkit as nk
 from normkit.errors import SpecError
+from normkit.lab import train as train_module
 from normkit.lab.checkpoints import save_weights
 from normkit.lab.data import Dataset, Examples, load
 from normkit.lab.evaluation import evaluate
 from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.records import Epoch, Outcome
+from normkit.lab.reproduce.tables import reading
 from normkit.lab.reproduce.tables.analyses import ANALYSES
 from normkit.lab.reproduce.tables.catalog import tables
 from normkit.lab.reproduce.tables.figure import draw_table, panels_of
 from normkit.lab.reproduce.tables.page import ours, table_markdown, table_text
-from normkit.lab.reproduce.tables.reading import STATES, Reading, first_norms, take
+from normkit.lab.reproduce.tables.reading import STATES, Reading, first_norms
+from normkit.lab.reproduce.tables.readings import ReadingSpec, read_off
 from normkit.lab.reproduce.tables.result import read_table_result
 from normkit.lab.reproduce.tables.run import run_table
+from normkit.lab.reproduce.tables.subject import Subject
+from normkit.lab.reproduce.tables.table import Table
+from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.start import data_of
+from normkit.lab.task import parse_task
 from normkit.lab.train import train
 from normkit.lab.work import Upkeep, Way
 
 SPLITS = ("validation", "test")
+SPEC = TrainingSpec(protocol=Protocol(), norm="bn", batch_size=8, seed=1)
+
+
+def take(model, data, state, spec=SPEC):
+    return reading.take(model, Subject(spec, data), state)
 
 
 def examples(seed, size=40, num_classes=6):
@@ -285,6 +297,7 @@ from pathlib import Path
 
 from normkit.lab.experiment import _silent
 from normkit.lab.reproduce.tables.catalog import tables
+from normkit.lab.reproduce.tables import reading
 from normkit.lab.reproduce.tables.result import read_table_result
 from normkit.lab.reproduce.tables.run import run_table
 from normkit.lab.work import Upkeep, Way
@@ -315,3 +328,102 @@ def test_one_of_several_processes_evaluates_for_all(tmp_path):
     assert found["loss"][0] > 0
     records = tmp_path / "S-F2" / "c100" / "readings" / "records.jsonl"
     assert len(records.read_text().splitlines()) == 1
+
+
+SCENES = "scenes:items=digits:side=32:most=2:smallest=40:largest=70:test=6"
+RESNET = "small-resnet:width=4:blocks=1:stages=3"
+OF_TASKS = {
+    "detection:channels=8:hidden=16:anchor=4:proposals=20:rois=8:detections=5": {
+        "data": SCENES, "model": RESNET, "limit": 12,
+    },
+    "segmentation:stride=8:rate=1:channels=8": {"data": SCENES, "model": RESNET, "limit": 12},
+    "video:frames=3": {
+        "data": "clips:items=digits:side=20:test=6", "limit": 12,
+        "model": "small-resnet:width=8:blocks=1:stages=2",
+    },
+    "few-shot:episodes=4": {"data": "digits", "model": "small-resnet:width=4:blocks=1:stages=2"},
+    "adversarial:steps=1": {"data": "digits", "model": "mlp:depth=2:width=8", "limit": 100},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", OF_TASKS)
+def test_networks_of_each_task_are_read_off_as_it_judges_them(task, tmp_path):
+    protocol = Protocol(task=task, epochs=1, base_lr=0.01, **OF_TASKS[task])
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=4, seed=1)
+    outcome = train_module.run(spec, upkeep=Upkeep(folder=tmp_path, save_weights=True)).outcome
+    assert outcome.status == "finished", outcome.message
+    states = ("plain", "weight=0", "weight=0.7", "recalibrated", "test-statistics")
+    upkeep = Upkeep(folder=tmp_path / "readings")
+    found = read_off(ReadingSpec(training=spec, states=states), upkeep=upkeep)
+    assert found.message is None
+    numbers = {name for name in outcome.scores if "interval" not in name}
+    for state in states:
+        assert numbers <= found.values[state]["test"].keys()
+    for state in ("plain", "weight=0"):
+        own = found.values[state]["test"]
+        assert {name: own[name] for name in numbers} == pytest.approx(
+            {name: outcome.scores[name] for name in numbers}, abs=1e-6
+        )
+        validation = found.values[state]["validation"]
+        for name, value in outcome.epochs[-1].validation_scores.items():
+            assert validation[name] == pytest.approx(value, abs=1e-6)
+    assert len({str(found.values[state]) for state in states[2:]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "expected"),
+    [
+        ("detection", "weight=0.1", ("weight=0.1", "ap", True)),
+        ("detection", "tuned-for-ap: ap50", ("tuned-for-ap", "ap50", True)),
+        ("instance-segmentation", "plain: mask_ap", ("plain", "mask_ap", True)),
+        ("few-shot", "epochs: validation five_shot", ("epochs", "validation five_shot", True)),
+        ("segmentation", "recalibrated: weight", ("recalibrated", "weight", False)),
+        ("search", "plain: loss", ("plain", "loss", False)),
+    ],
+)
+def test_numbers_of_a_reading_are_the_tasks(task, text, expected):
+    found = Reading.parse(text, parse_task(task))
+    assert (found.state, found.number, found.is_share) == expected
+
+
+def test_readings_that_a_task_has_not_are_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"the numbers of plain are ap, ap50, .*, weight"):
+        Reading.parse("plain: accuracy", parse_task("detection"))
+    with pytest.raises(SpecError, match="the states are plain, weight=NUMBER, tuned-for-miou,"):
+        Reading.parse("tuned-for-accuracy", parse_task("segmentation"))
+    protocol = Protocol(task="domain-adaptation:method=source", limit=40, epochs=1)
+    spec = TrainingSpec(protocol=protocol, norm="bn", batch_size=8, seed=1)
+    found = read_off(ReadingSpec(training=spec, states=("recalibrated",)))
+    assert "has two domains, and no statistics for both; take method=adabn" in found.message
+    (tmp_path / "own.safetensors").touch()
+    given = Protocol(task="adversarial", weights=str(tmp_path / "own.safetensors"))
+    spec = TrainingSpec(protocol=given, norm="bn", batch_size=8, seed=1)
+    found = read_off(ReadingSpec(training=spec, is_trained=False, states=("plain",)))
+    assert "as they are for classification only, and the task is adversarial" in found.message
+
+
+def test_a_table_of_another_task_has_readings(tmp_path):
+    table = Table.checked({
+        "name": "T", "of": "zhou", "place": "Table", "title": "t", "arms": {"BN": "bn"},
+        "readings": {"w05": "weight=0.5", "clean": "plain: clean"}, "small": {}, "tiny": {},
+        "paper": {
+            "task": "adversarial:steps=1", "data": "digits", "model": "mlp:depth=1:width=8",
+            "limit": 60, "epochs": 1, "batch_sizes": (8,), "seeds": (1,),
+        },
+    })  # fmt: skip
+    result = run_table(
+        table,
+        "paper",
+        folder=tmp_path,
+        way=lambda place: Way(out=place, num_workers=1, upkeep=Upkeep(folder=place)),
+        show=_silent,
+        tell=lambda note: None,
+    )
+    (part,) = table.parts("paper")
+    subject = Subject.of(part.sweep.runs()[0])
+    network = train(subject.spec)
+    cells = {cell.reading: cell.scores[0] for cell in result.cells}
+    assert cells["clean"] == pytest.approx(100 * subject.scores(network, "test")["clean"], abs=1e-3)
+    nk.set_example_weight(network, 0.5)
+    assert cells["w05"] == pytest.approx(100 * subject.scores(network, "test")["robust"], abs=1e-3)
+    draw_table(result, tmp_path / "figure.svg")

@@ -82,6 +82,18 @@ def test_a_folder_like_cocos_is_read(coco):
     assert "1 pictures of instances_train2017 have no boxes" in found.notes[1]
 
 
+def test_another_picture_is_another_data_set(coco):
+    first = read_coco(coco).fingerprint
+    picture = np.full((12, 16, 3), 9, dtype=np.uint8)
+    Image.fromarray(picture).save(coco / "train2017" / "8.png")
+    read_coco.cache_clear()
+    assert read_coco(coco).fingerprint != first
+    (coco / "train2017" / "8.png").unlink()
+    read_coco.cache_clear()
+    with pytest.raises(DataError, match=r"train2017/8.png cannot be read: No such file"):
+        read_coco(coco)
+
+
 def test_a_test_part_alone_is_not_chosen_by(coco):
     """Without val, validation is held out of train."""
     (coco / "annotations" / "instances_val2017.json").rename(

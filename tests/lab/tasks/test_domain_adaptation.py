@@ -316,12 +316,18 @@ def test_far_targets_are_left_out_of_the_training():
     assert outcome.scores["clustered"] == 0
 
 
-def test_a_dry_run_at_paper_scale_needs_no_pictures():
-    changes = {"data": "office31-amazon", "limit": None, "image_size": None}
-    protocol = protocol_of("", task="domain-adaptation:target=office31-dslr", **changes)
+@pytest.mark.parametrize(
+    ("options", "hold_out", "num_pictures"),
+    [("", True, 2254 - 225), ("", False, 2254), (":whole=true", False, 2817)],
+)
+def test_a_dry_run_at_paper_scale_needs_no_pictures(options, hold_out, num_pictures):
+    changes = {"data": "office31-amazon", "limit": None, "image_size": 32, "hold_out": hold_out}
+    task = f"domain-adaptation:target=office31-dslr{options}"
+    protocol = protocol_of("", task=task, **changes)
     sample = parse_task(protocol.task).sample(protocol)
     assert "office31/amazon is not there" in sample.missing
     assert "office31/dslr is not there" in sample.missing
-    sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(12,), seeds=(1,))
-    (cell,) = estimate(sweep, sample.data, most_examples=12)
-    assert cell.num_steps == 3 * -(-2254 // 12)
+    assert sample.data.input_shape == (3, 32, 32)
+    sweep = SweepSpec(protocol=protocol, norms=("bn",), batch_sizes=(14,), seeds=(1,))
+    (cell,) = estimate(sweep, sample.data, most_examples=14)
+    assert cell.num_steps == 3 * -(-num_pictures // 14)

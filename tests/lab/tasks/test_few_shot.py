@@ -207,10 +207,10 @@ def test_options_out_of_bounds_are_answered_in_a_sentence(options, message):
 def test_a_paper_scale_sample_has_the_sizes_of_mini_imagenet(tmp_path, monkeypatch):
     monkeypatch.setenv("NORMKIT_DATA", str(tmp_path))
     task = parse_task("few-shot:novel=20:validation=16")
-    protocol = Protocol(task=str(task), data="mini-imagenet", image_size=84, hold_out=False)
+    protocol = Protocol(task=str(task), data="mini-imagenet", image_size=80, hold_out=False)
     data, missing = task.sample(protocol)
     assert (data.num_classes, data.num_examples) == (64, 64 * 600)
-    assert data.input_shape == (3, 84, 84)
+    assert data.input_shape == (3, 80, 80)
     assert len(data.pools["test"].targets) == 20 * 600
     assert "mini-imagenet is not there: folders train, val and test" in missing
 

@@ -3,16 +3,19 @@
 import math
 from dataclasses import replace
 from functools import partial
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
 from normkit.errors import SpecError
-from normkit.lab.check import check
+from normkit.lab.check import check, num_steps
 from normkit.lab.course import Course
 from normkit.lab.data import open_data
 from normkit.lab.dry_run import estimate
+from normkit.lab.lock import in_turn
 from normkit.lab.models.darts import Cell, CellNetwork
 from normkit.lab.models.genotype import GENOTYPES, read_genotype
 from normkit.lab.resume import Checkpoint
@@ -20,7 +23,7 @@ from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import parse_task
 from normkit.lab.tasks import searching as searching_module
 from normkit.lab.tasks.cell_figure import draw_genotype
-from normkit.lab.tasks.searching import ArchitectureSteps, SearchRun
+from normkit.lab.tasks.searching import ArchitectureSteps, SearchRun, kept_at
 from normkit.lab.train import run, train
 
 SMALL = "search:search_epochs=1:search_cells=1:search_channels=2:rate=0.1:auxiliary=0"
@@ -268,6 +271,44 @@ def test_functions_that_make_no_network_of_cells_are_refused(tmp_path):
         check(sweep_of(model=f"{file}:plain"))
     with pytest.raises(SpecError, match=r"wrong gave a int; it gives an nn.Module"):
         check(sweep_of(model=f"{file}:wrong"))
+
+
+def test_progress_counts_the_steps_of_the_search_and_of_the_training(searched):
+    task = SMALL.replace("search_epochs=1", "search_epochs=2:search_batch=6")
+    spec, calls = spec_of(task, epochs=3), []
+    run(spec, lambda: calls.append(1))
+    # halves of 32 examples in batches of 6 for 2 epochs, then 32 in batches of 8 for 3
+    assert len(calls) == num_steps(spec, 32) == 2 * 3 + 3 * 4
+    calls.clear()
+    run(spec, lambda: calls.append(1))
+    assert len(calls) == 3 * 4  # the search was kept
+    assert num_steps(spec_of(GIVEN), 32) == 4
+
+
+def test_of_runs_that_share_a_search_one_searches_and_the_others_wait(searched, monkeypatch):
+    task = f"{SMALL}:search_batch=8"
+    spec, other = spec_of(task), spec_of(task, batch_size=4)
+    found: Any = parse_task(task)
+    data = found.data(spec.protocol)
+    (path,) = {kept_at(found._search_spec(each), data) for each in (spec, other)}
+    monkeypatch.setattr(type(found), "_searched", lambda *given: pytest.fail("searched"))
+    genotypes = []
+    waiting = Thread(target=lambda: genotypes.append(found._genotype(other, data)))
+    path.parent.mkdir(parents=True)
+    with in_turn(path):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        GENOTYPES["darts-v1"].write(path)
+    waiting.join(20)
+    assert genotypes == [GENOTYPES["darts-v1"]]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_dry_run_takes_the_size_of_the_pictures(searched):
+    sample = parse_task(SMALL).sample(protocol_of(data="imagenet", image_size=48))
+    assert sample.data.input_shape == (3, 48, 48)
+    assert sample.data.train.take(torch.arange(2)).inputs.shape == (2, 3, 48, 48)
 
 
 def test_a_dry_run_searches_nothing(searched):

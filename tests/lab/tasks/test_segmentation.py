@@ -184,6 +184,29 @@ def test_a_folder_of_ones_own_is_read(own):
     assert (found.num_classes, found.class_names) == (2, ("background", "cat", "dog"))
 
 
+@pytest.mark.parametrize("name", ["images/3.jpg", "maps/3.png"])
+def test_another_file_of_the_same_size_is_another_data_set(own, name):
+    first = read_maps(own, 8).fingerprint
+    read_maps.cache_clear()
+    assert read_maps(own, 8).fingerprint == first
+    path = own / "train" / name
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    read_maps.cache_clear()
+    assert read_maps(own, 8).fingerprint != first
+
+
+def test_another_map_of_sbd_is_another_data_set(voc):
+    first = read_voc(*voc, 9).fingerprint
+    path = voc[1] / "cls" / "c.mat"
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    read_voc.cache_clear()
+    assert read_voc(*voc, 9).fingerprint != first
+
+
 def all_of(parts):
     for part in (parts.train, parts.validation, parts.test):
         part.take(torch.arange(len(part)))

@@ -1,5 +1,7 @@
 """Video recognition: shifts, sampling of frames, data, and runs."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,24 @@ def test_a_folder_of_clips_is_read(own):
     assert set(batch.targets.tolist()) <= {0, 1}
 
 
+def fingerprint(folder):
+    read_clips.cache_clear()
+    return read_clips(folder, 8).fingerprint
+
+
+def test_another_frame_of_the_same_size_is_another_data_set(own, tmp_path_factory):
+    first = fingerprint(own)
+    copied = shutil.copytree(own, tmp_path_factory.mktemp("copy") / "own")
+    assert fingerprint(copied) == first
+    frame = own / "train" / "rise" / "clip3" / "000.png"
+    content = bytearray(frame.read_bytes())
+    content[-20] ^= 1  # in the compressed pixels
+    frame.write_bytes(content)
+    assert fingerprint(own) != first
+    (copied / "train" / "rise" / "clip3").rename(copied / "train" / "fall" / "clip33")
+    assert fingerprint(copied) != first
+
+
 def test_a_limit_keeps_every_class(own):
     found = read_clips(own, 8)
     first = ClipExamples(found.train, 2).take(torch.arange(10)).targets
@@ -139,6 +159,10 @@ def test_something_something_is_read_by_its_lists(tmp_path):
     found = read_something(tmp_path, 8)
     assert (len(found.train), len(found.validation), len(found.test)) == (38, 2, 1)
     assert found.test[0].label == 1
+    rows[:2] = ["1;Lifting a thing", "0;Pushing a thing"]  # as many of each class as before
+    (tmp_path / f"{SOMETHING}-train.csv").write_text("\n".join(rows))
+    read_something.cache_clear()
+    assert read_something(tmp_path, 8).fingerprint != found.fingerprint
     (tmp_path / f"{SOMETHING}-validation.csv").write_text("7;Eating a thing\n")
     read_something.cache_clear()
     with pytest.raises(DataError, match=r"names the class Eating a thing, which the list of label"):

@@ -14,10 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normkit.convert import Conversion, apply_recipe, convert_norm_
 from normkit.convert.recipe import ConversionRecipe
 from normkit.errors import DataError, NormError
+from normkit.lab.changes import reparametrize_layers_, take_out_
 from normkit.lab.checkpoints.fitting import EXAMPLE_WEIGHT, load_tensors_, plain_names
 from normkit.lab.checkpoints.reading import read_metadata, read_weights
 from normkit.layers.base import NormLayer
 from normkit.text import printable
+
+LISTS = ("standardized", "preserved", "after_sum", "removed")
+MAPS = {
+    "changes": "what its norms were converted to",
+    "weights": "what its weights are computed by",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +34,18 @@ class Alterations:
     Args:
         changes: Specs of the norms that were converted, by name.
         standardized: Names of the layers whose weights are standardised.
-        preserved: Those of them that have a gain and an offset of each filter.
+        preserved: Layers whose computed weights have a gain and an offset of each filter.
         after_sum: Residual blocks that got a norm after their sum.
+        weights: What else is done to weights, by the layers' names: an ending of an arm, as "wn".
+        removed: Names of the norms that were taken away.
     """
 
     changes: Mapping[str, str] = field(default_factory=dict)
     standardized: tuple[str, ...] = ()
     preserved: tuple[str, ...] = ()
     after_sum: tuple[str, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -45,29 +56,37 @@ class Alterations:
         """
         about = read_metadata(path)
         return cls(
-            changes=_changes(about.get("changes", "{}"), path),
-            standardized=_names(about.get("standardized", "")),
-            preserved=_names(about.get("preserved", "")),
-            after_sum=_names(about.get("after_sum", "")),
+            changes=_texts("changes", about, path),
+            weights=_texts("weights", about, path),
+            **{name: _names(about.get(name, "")) for name in LISTS},
         )
 
-    def after(self, done: Conversion) -> Self:
-        """Those of a model that was converted once more."""
+    @classmethod
+    def of(cls, done: Conversion) -> Self:
+        """Those of a model that was converted."""
         new = ConversionRecipe.read(done.recipe())
+        return cls(
+            changes=new.norms,
+            standardized=new.standardized,
+            preserved=new.preserved,
+            after_sum=new.after_sum,
+        )
+
+    def then(self, later: Alterations) -> Self:
+        """Those of a model to which something more was done."""
+        changes = {**self.changes, **later.changes}
         return type(self)(
-            changes={**self.changes, **new.norms},
-            standardized=(*self.standardized, *new.standardized),
-            preserved=(*self.preserved, *new.preserved),
-            after_sum=(*self.after_sum, *new.after_sum),
+            changes={at: spec for at, spec in changes.items() if at not in later.removed},
+            weights={**self.weights, **later.weights},
+            **{name: (*getattr(self, name), *getattr(later, name)) for name in LISTS},
         )
 
     def metadata(self) -> dict[str, str]:
         """What a file says of itself; ``read`` reads it."""
         texts = {
             "changes": json.dumps(dict(self.changes)) if self.changes else "",
-            "standardized": ",".join(self.standardized),
-            "preserved": ",".join(self.preserved),
-            "after_sum": ",".join(self.after_sum),
+            "weights": json.dumps(dict(self.weights)) if self.weights else "",
+            **{name: ",".join(getattr(self, name)) for name in LISTS},
         }
         return {name: text for name, text in texts.items() if text}
 
@@ -77,13 +96,17 @@ class Alterations:
         Raises:
             NormError: If it has no such norms, or they cannot become what is asked for.
         """
+        if self.after_sum:  # these norms may have been converted, too
+            apply_recipe(model, ConversionRecipe(after_sum=self.after_sum).as_dict())
+        reparametrize_layers_(model, self.weights, self.preserved)
         done = ConversionRecipe(
             norms=self.changes,
-            after_sum=self.after_sum,
             standardized=self.standardized,
-            preserved=self.preserved,
+            preserved=tuple(name for name in self.standardized if name in self.preserved),
         )
-        return apply_recipe(model, done.as_dict()).model
+        model = apply_recipe(model, done.as_dict()).model
+        take_out_(model, self.removed)
+        return model
 
 
 def restored(model: nn.Module, path: Path) -> nn.Module:
@@ -128,18 +151,19 @@ def _weighed(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return convert_norm_(model, "bn", where=lambda module, _: module in found).model
 
 
-def _changes(text: str, path: Path) -> dict[str, str]:
+def _texts(key: str, about: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Read texts by the names of modules from a file's metadata."""
     try:
-        found = json.loads(text)
+        found = json.loads(about.get(key, "{}"))
     except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise DataError(
-            f"{printable(path)} says under 'changes' what its norms were converted to, but not in "
-            f"JSON; save it again by normkit convert"
+            f"{printable(path)} says under {key!r} {MAPS[key]}, but not in JSON; save it again by "
+            f"normkit convert or normkit compare"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise DataError(
-            f"{printable(path)} says under 'changes' what its norms were converted to, but not as "
-            f"names with specs; save it again by normkit convert"
+            f"{printable(path)} says under {key!r} {MAPS[key]}, but not as names with texts; save "
+            f"it again by normkit convert or normkit compare"
         )
     return found
 

@@ -13,6 +13,7 @@ from normkit.errors import DataError
 from normkit.lab.checkpoints.reading import read_weights
 from normkit.layers.base import TrackingLayer
 from normkit.text import listed, printable
+from normkit.weights import WeightStandardization
 
 EXAMPLE_WEIGHT, COUNT = "example_weight", "num_batches_tracked"
 COMPILED = "_orig_mod."  # what torch.compile puts into names, also in the middle of them
@@ -65,6 +66,9 @@ def load_tensors_(model: nn.Module, tensors: Tensors, path: Path) -> None:
     """
     expected = _state(model)
     found = plain_names(tensors, expected)
+    for name, module in model.named_modules():
+        if isinstance(module, WeightStandardization):
+            module.rename_(found, f"{name}.")
     _require_fit(found, expected, path)
     before = {key: value.clone() for key, value in expected.items()}
     try:

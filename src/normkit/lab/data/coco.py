@@ -1,6 +1,5 @@
 """Folders of pictures with annotations as COCO's: of one's own, or COCO itself."""
 
-import hashlib
 import importlib
 import json
 import warnings
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from normkit.errors import DataError
 from normkit.lab.data.annotated import Annotated, Part, Parts, held_out
+from normkit.lab.data.fingerprint import fingerprint_of_files
 from normkit.lab.data.folder import decoded
 from normkit.lab.files import require_file
 from normkit.text import listed, printable, shortened
@@ -77,9 +77,6 @@ def read_coco(
         rest, held = held_out(train.source, VALIDATION_SHARE)
         judged = sources["test"] if "test" in sources else sources["val"]
         parts = {"train": rest, "val": held, "test": Part.of(judged)}
-    digest = hashlib.sha256()
-    for path in files.values():
-        digest.update(path.read_bytes())
     size = side or DEFAULT_SIDE
     return Parts(
         name=printable(folder.name),
@@ -88,7 +85,11 @@ def read_coco(
         train=parts["train"],
         validation=parts["val"],
         test=parts["test"],
-        fingerprint=digest.hexdigest()[:12],
+        fingerprint=fingerprint_of_files(
+            (f"{part} {path.parent.name} {path.name}", path)
+            for part, source in sources.items()
+            for path in (source.path, *source.files())
+        ),
         notes=tuple(note for source in sources.values() for note in source.notes),
         class_names=tuple(classes.values()),
     )
@@ -167,6 +168,10 @@ class CocoPictures:
             masks=self._masks(objects, size, name) if self.masks else None,
             is_crowd=torch.tensor([bool(each.get("iscrowd", 0)) for each in objects]).bool(),
         )
+
+    def files(self) -> list[Path]:
+        """The pictures' files."""
+        return [_pictures_of(self.path) / str(each["file_name"]) for each in self.pictures]
 
     def _masks(
         self, objects: Sequence[Mapping[str, Any]], size: tuple[int, int], name: str

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from normkit.errors import DataError, SpecError
 from normkit.lab.data.annotated import Part, Parts, Source, held_out
 from normkit.lab.data.clips import Clip, clips
 from normkit.lab.data.dataset import SPLIT_SEED, stratified_order
+from normkit.lab.data.fingerprint import fingerprint_of_files
 from normkit.lab.data.folder import PARTS as PART_NAMES
 from normkit.lab.data.folder import PREFIX, SUFFIXES, class_names, decoded
 from normkit.lab.data.sources import data_folder
@@ -181,7 +181,12 @@ def read_clips(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
         train=parts["train"],
         validation=parts["validation"],
         test=parts["test"],
-        fingerprint=_digest(found),
+        fingerprint=fingerprint_of_files(
+            (f"{part} {source.labels[at]} {path.parent.name} {path.name}", path)
+            for part, source in found.items()
+            for at in range(len(source))
+            for path in source[at].frames
+        ),
         class_names=tuple(classes),
     )
 
@@ -203,17 +208,11 @@ def _of_classes(root: Path, classes: Sequence[str], side: int) -> FrameFolders:
     return source
 
 
-def _digest(found: Mapping[str, FrameFolders]) -> str:
-    digest = hashlib.sha256()
-    for part, source in found.items():
-        for folder, label in zip(source.folders, source.labels, strict=True):
-            digest.update(f"{part} {label} {folder.name} {len(list(folder.iterdir()))}".encode())
-    return digest.hexdigest()[:12]
-
-
 @lru_cache(maxsize=1)
 def read_something(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
     """Something-Something V1, tested on its validation clips.
+
+    Its fingerprint is that of the lists: the four million frames are not looked at.
 
     Args:
         folder: Holds the folder of clips and three lists.
@@ -224,10 +223,11 @@ def read_something(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
     """
     if not folder.is_dir():
         raise DataError(f"{printable(folder)} is not there; put {HOLDS} there")
-    classes = [row[0] for row in _rows(folder / f"{SOMETHING}-labels.csv")]
+    lists = {part: folder / f"{SOMETHING}-{part}.csv" for part in ("labels", "train", "validation")}
+    classes = [row[0] for row in _rows(lists["labels"])]
     parts: dict[str, FrameFolders] = {}
     for part in ("train", "validation"):
-        path = folder / f"{SOMETHING}-{part}.csv"
+        path = lists[part]
         rows = _rows(path)
         unknown = sorted({label for _, label in rows} - {*classes})
         if unknown:
@@ -250,7 +250,7 @@ def read_something(folder: Path, side: int) -> Parts[Clip | ClipFiles]:
         train=rest,
         validation=held,
         test=Part.of(sources["validation"]),
-        fingerprint=hashlib.sha256(repr(sorted(parts["train"].labels)).encode()).hexdigest()[:12],
+        fingerprint=fingerprint_of_files((path.name, path) for path in lists.values()),
         class_names=tuple(classes),
     )
 

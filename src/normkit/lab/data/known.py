@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from normkit.errors import SpecError
 from normkit.lab.data.dataset import VALIDATION_SHARE, Dataset, Examples, Scaling
-from normkit.lab.data.sources import data_folder
+from normkit.lab.data.folder import PREFIX
+from normkit.lab.data.sources import OF_FOLDERS, READERS, data_folder
+from normkit.lab.user_code import absolute, is_reference
 
 DOWNLOADED = "torchvision's files, which the first run downloads"
 
@@ -107,6 +110,29 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
         },
     }
 )
+
+
+OF_TASKS = ("scenes", "coco", "voc", "clips", "something-something-v1")
+"""Data that only some tasks have a use for."""
+
+
+def data_text(text: str) -> str:
+    """The name of data in one way, however it was written and from wherever.
+
+    A path is a folder: one with a ``/`` in it, and a word that is no data set's name where there
+    is a folder of this name. It becomes ``folder:`` and the whole path. Files of Python functions
+    get their whole path too; names stay as they are.
+
+    Example:
+        >>> data_text("digits"), data_text("scenes:side=96"), data_text("/photos")
+        ('digits', 'scenes:side=96', 'folder:/photos')
+    """
+    if is_reference(text):
+        return absolute(text)
+    path = Path(text.removeprefix(PREFIX)).expanduser()
+    is_name = text.partition(":")[0] in {*READERS, *OF_FOLDERS, *KNOWN, *OF_TASKS}
+    is_path = text.startswith(PREFIX) or "/" in text or (not is_name and path.is_dir())
+    return f"{PREFIX}{path.resolve()}" if is_path else text
 
 
 class Sample(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from normkit.errors import DataError, SpecError
 from normkit.lab.data.annotated import IGNORED, Annotated, Drawn, Mapped, Part, Parts, held_out
+from normkit.lab.data.fingerprint import fingerprint_of_files
 from normkit.lab.data.folder import PARTS as PART_NAMES
 from normkit.lab.data.folder import PREFIX, SUFFIXES, decoded
 from normkit.lab.data.scenes import scenes
@@ -185,7 +185,8 @@ def read_voc(voc: Path, sbd: Path, side: int) -> Parts[Mapped]:
     of_voc = {*own}
     files = [_voc_files(voc, at) if at in of_voc else _sbd_files(sbd, at) for at in train]
     number = len(VOC_CLASSES)
-    rest, held = held_out(MappedFiles(files, _any_map, number), VALIDATION_SHARE)
+    trained = MappedFiles(files, _any_map, number)
+    rest, held = held_out(trained, VALIDATION_SHARE)
     judged = MappedFiles([_voc_files(voc, at) for at in test], _any_map, number)
     return Parts(
         name="voc",
@@ -194,7 +195,9 @@ def read_voc(voc: Path, sbd: Path, side: int) -> Parts[Mapped]:
         train=rest,
         validation=held,
         test=Part.of(judged),
-        fingerprint=_digest([*train, *test]),
+        fingerprint=fingerprint_of_files(
+            _listed_files({"train": trained, "test": judged}), *train, *test
+        ),
         class_names=VOC_CLASSES,
     )
 
@@ -210,10 +213,6 @@ def _sbd_files(sbd: Path, name: str) -> tuple[Path, Path]:
 def _names(path: Path) -> list[str]:
     require_file(path)
     return path.read_text(encoding="utf-8").split()
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=1)
@@ -252,7 +251,7 @@ def read_maps(folder: Path, side: int) -> Parts[Mapped]:
         train=parts["train"],
         validation=parts["validation"],
         test=parts["test"],
-        fingerprint=_digest(_listed_files(found)),
+        fingerprint=fingerprint_of_files(_listed_files(found), *classes),
         class_names=classes,
     )
 
@@ -262,12 +261,12 @@ def _split(part: Part[Mapped]) -> tuple[Part[Mapped], Part[Mapped]]:
     return part.keep(rest.positions), part.keep(held.positions)
 
 
-def _listed_files(found: Mapping[str, MappedFiles]) -> list[str]:
-    return [
-        f"{part} {path.name} {path.stat().st_size} {own.stat().st_size}"
-        for part, source in found.items()
-        for path, own in source.files
-    ]
+def _listed_files(found: Mapping[str, MappedFiles]) -> Iterator[tuple[str, Path]]:
+    """Pictures and maps of each part."""
+    for part, source in found.items():
+        for pair in source.files:
+            for path in pair:
+                yield f"{part} {path.parent.name} {path.name}", path
 
 
 def _pairs(root: Path) -> list[tuple[Path, Path]]:

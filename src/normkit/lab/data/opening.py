@@ -5,11 +5,13 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from normkit.errors import SpecError
 from normkit.lab.data.dataset import Dataset, Examples, Split, loaded
 from normkit.lab.data.folder import PREFIX, read_folder
 from normkit.lab.data.given import read_given
+from normkit.lab.data.known import data_text
 from normkit.lab.data.papers import open_folder
-from normkit.lab.data.sources import read
+from normkit.lab.data.sources import READERS, read
 from normkit.lab.user_code import HELD, is_reference, load_function, users_errors
 
 Key = tuple[str, int | None, int | None]
@@ -23,9 +25,9 @@ def open_data(
     """Open a data set, split and scaled.
 
     Args:
-        text: A name such as ``digits`` or ``caltech256:seed=1``; ``folder:PATH`` with a folder for
-            each class; or ``FILE.py:FUNCTION``, a function without arguments that returns data
-            sets.
+        text: A name such as ``digits`` or ``caltech256:seed=1``; ``./PATH`` or ``folder:PATH`` with
+            a folder for each class; or ``FILE.py:FUNCTION``, a function without arguments that
+            returns data sets.
         limit: Number of training examples to keep, ``None`` for all.
         side: Height and width of the network's inputs, for folders and functions; by default the
             size of the pictures.
@@ -33,9 +35,10 @@ def open_data(
             trained on, as in papers that train on all examples.
 
     Raises:
-        SpecError: If there is no such data set or function.
+        SpecError: If there is no such data set or function, or its pictures have one size only.
         DataError: If it cannot be read.
     """
+    text = data_text(text)
     found = opened_once((text, limit, side), lambda: _read(text, limit, side))
     return found if hold_out else replace(found, train=found.train.joined(found.validation))
 
@@ -56,21 +59,29 @@ def _read(text: str, limit: int | None, side: int | None) -> Dataset[Split]:
             given = make() if callable(make) else make
         return read_given(given, text.rpartition("/")[2], limit, side)
     found = open_folder(text, limit, side)
-    return read(text, limit) if found is None else found
+    if found is not None:
+        return found
+    if side is not None and text in READERS:
+        raise SpecError(
+            f"--image-size was given {side}, but {text} has a size of its own; leave it out, or "
+            f"give a folder"
+        )
+    return read(text, limit)
 
 
 @lru_cache(maxsize=1)
-def load(text: str, limit: int | None = None) -> Dataset[Examples]:
+def load(text: str, limit: int | None = None, side: int | None = None) -> Dataset[Examples]:
     """Open a data set and load all its inputs into memory.
 
     Args:
         text: As in :func:`open_data`.
         limit: Number of training examples to keep, ``None`` for all.
+        side: As in :func:`open_data`.
 
     Raises:
         NormError: As in :func:`open_data`.
     """
-    return loaded(open_data(text, limit))
+    return loaded(open_data(text, limit, side))
 
 
 def forget_data() -> None:

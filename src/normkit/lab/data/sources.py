@@ -59,8 +59,8 @@ def read(name: str, limit: int | None = None) -> Dataset[Pictures]:
     if name not in READERS:
         raise SpecError(
             f"there is no data set {printable(name)!r}; known are {', '.join(READERS)}, "
-            f"{', '.join(OF_FOLDERS)}, "
-            f"folder:PATH with a folder for each class, and FILE.py:FUNCTION that makes data sets"
+            f"{', '.join(OF_FOLDERS)}, a folder that there is and that has a folder for each "
+            f"class, as ./PATH or folder:PATH, and FILE.py:FUNCTION that makes data sets"
         )
     source = READERS[name]()
     own = {"validation": source.validation, "test": source.test}

@@ -73,6 +73,7 @@ def apply_arm(
     batch_size: int | None,
     input_shape: tuple[int, ...],
     name: str,
+    preserve: bool = False,
 ) -> BuiltModel:
     """Replace the norms of any existing network by those of an arm, in place.
 
@@ -83,6 +84,7 @@ def apply_arm(
         batch_size: Decides ``auto`` arguments of the norm.
         input_shape: Shape of one input.
         name: Name of the network in error messages.
+        preserve: As in ``Arm.apply_``.
 
     Raises:
         NormError: As in ``Arm.apply_``; the network is then unchanged.
@@ -94,7 +96,9 @@ def apply_arm(
         'bgn:16'
     """
     example = _example(model, input_shape)
-    return Arm.parse(arm).apply_(model, example_input=example, batch_size=batch_size, name=name)
+    return Arm.parse(arm).apply_(
+        model, example_input=example, batch_size=batch_size, name=name, preserve=preserve
+    )
 
 
 def _example(model: nn.Module, input_shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """The report of a sweep: one self-contained HTML file, and its runs as CSV."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -36,7 +37,11 @@ class Resolution:
 
 
 def write_report(
-    folder: Path, comparison: Comparison, records: Sequence[TrainingRecord], command: str
+    folder: Path,
+    comparison: Comparison,
+    records: Sequence[TrainingRecord],
+    command: str,
+    changed: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Path:
     """Write the report of a sweep, and beside it ``results.csv`` with a row for each run.
 
@@ -45,6 +50,7 @@ def write_report(
         comparison: The table.
         records: The sweep's records, one per run.
         command: Command line that makes this report again.
+        changed: What has changed since earlier records of a run, by its key.
 
     Returns:
         Path of the report.
@@ -52,7 +58,7 @@ def write_report(
     Raises:
         DataError: If one of the files cannot be written.
     """
-    write_whole(folder / RESULTS_NAME, csv_text(records))
+    write_whole(folder / RESULTS_NAME, csv_text(records, changed))
     return write_whole(folder / REPORT_NAME, render(comparison, records, command))
 
 

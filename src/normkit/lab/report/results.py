@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from normkit.lab.records import TrainingRecord
 
 RESULTS_NAME = "results.csv"
+CHANGED = "changed"
 
 COLUMNS: Mapping[str, Callable[[TrainingRecord], object]] = {
     "norm": lambda run: run.spec.norm,
@@ -28,8 +29,11 @@ COLUMNS: Mapping[str, Callable[[TrainingRecord], object]] = {
 }
 
 
-def csv_text(records: Sequence[TrainingRecord]) -> str:
+def csv_text(records: Sequence[TrainingRecord], changed: Mapping[str, Sequence[str]]) -> str:
     """A row of column names, then a row for each run; a value that a run does not have is empty.
+
+    ``changed`` has what has changed since earlier records of a run, by its key: data, files,
+    normkit.
 
     The test scores of the runs follow at the end, each in a column ``test_NAME``. Accuracies are
     shares, times in seconds, memory in bytes.
@@ -37,8 +41,9 @@ def csv_text(records: Sequence[TrainingRecord]) -> str:
     scores = list(dict.fromkeys(name for run in records for name in run.outcome.scores))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"test_{name}" for name in scores)])
+    writer.writerow([*COLUMNS, CHANGED, *(f"test_{name}" for name in scores)])
     for run in records:
         values = [of(run) for of in COLUMNS.values()]
+        values.append(" and ".join(changed.get(run.spec.key, ())))
         writer.writerow([*values, *(run.outcome.scores.get(name) for name in scores)])
     return text.getvalue()

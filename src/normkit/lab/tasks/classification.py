@@ -13,7 +13,7 @@ from torch.nn import functional
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.data.known import KNOWN, Sample, random_dataset
-from normkit.lab.evaluation import require_scores, scores_of
+from normkit.lab.evaluation import ACCURACY, LOSS, TOP5, require_scores, scores_of
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import data_of
 from normkit.lab.task import Found, Held, Task, TaskRun
@@ -60,7 +60,8 @@ class Classification(Task):
     """One class for each picture."""
 
     name: ClassVar = "classification"
-    scores: ClassVar = ("accuracy",)
+    scores: ClassVar = (ACCURACY,)
+    further: ClassVar = (LOSS, TOP5)
 
     def data(self, protocol: Protocol) -> Dataset[Split]:
         """The data set of a protocol."""

@@ -18,10 +18,10 @@ from normkit.lab.changes import BuiltModel
 from normkit.lab.data.annotated import Annotated, Part, Parts
 from normkit.lab.data.detection import open_annotated, random_annotated
 from normkit.lab.data.known import Sample
-from normkit.lab.evaluation import metrics_library, shared_out
+from normkit.lab.evaluation import gather_states_, metrics_library, shared_out
 from normkit.lab.models.detectors import DetectorOptions, Pictures, detector
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, PartName, Task, TaskRun, require_batches
 from normkit.lab.tasks.starting import classifier, kept_weights, start_backbone_, weights_in
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def inputs(self) -> list[Float[Tensor, "c h w"]]:
+        """The pictures, as batches of all tasks call what the network gets."""
+        return self.images
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
@@ -170,12 +175,13 @@ def average_precisions(
     """
     library = metrics_library().detection
     kinds = ("bbox", "segm") if masks else ("bbox",)
-    metric = library.MeanAveragePrecision(iou_type=kinds, sync_on_compute=share[1] > 1)
+    metric = library.MeanAveragePrecision(iou_type=kinds, sync_on_compute=False)
     metric.warn_on_many_detections = False
     for index in shared_out(len(part), *share, EVALUATION_BATCH_SIZE):
         examples = part.take(index)
         found = model([floating(each.picture).to(device) for each in examples])
         metric.update(_predictions(found, masks), [_judged(each, masks) for each in examples])
+    gather_states_(metric, len(part), share[1])
     values = metric.compute()
     prefixes = {"bbox": "", "segm": "mask_"}
     found = {
@@ -209,6 +215,7 @@ class Detection(DetectorOptions, Task):
 
     name: ClassVar = "detection"
     scores: ClassVar = ("ap",)
+    further: ClassVar = tuple(name for name in SCORES if name != "ap")
 
     pretrain: int = Field(
         default=0, ge=0, description="epochs in which the backbone learns single objects first"
@@ -224,6 +231,10 @@ class Detection(DetectorOptions, Task):
     def data(self, protocol: Protocol) -> Parts[Annotated]:
         """Scenes, COCO, a folder like COCO's, or data sets of a user's function."""
         return open_annotated(protocol, self.masks)
+
+    def examples(self, data: Parts[Annotated], part: PartName) -> Annotations:
+        """Pictures, and what is in them."""
+        return Annotations(getattr(data, part), self.masks)
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures of COCO's size; other data as they are."""
@@ -257,6 +268,9 @@ class InstanceSegmentation(Detection):
 
     name: ClassVar = "instance-segmentation"
     scores: ClassVar = ("ap", "mask_ap")
+    further: ClassVar = tuple(
+        f"{kind}{name}" for kind in ("", "mask_") for name in SCORES if name != "ap"
+    )
     masks: ClassVar = True
 
 

@@ -18,14 +18,14 @@ from normkit.inference.tracked import keeps_statistics
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Split
-from normkit.lab.data.known import KNOWN, Sample, random_dataset
+from normkit.lab.data.known import KNOWN, Sample, data_text, random_dataset
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of, shared_out
 from normkit.lab.frozen import WrittenCount
 from normkit.lab.models.build import build_model
 from normkit.lab.recipe import Recipe
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
-from normkit.lab.task import Found, Held, Task, TaskRun
+from normkit.lab.task import Found, Held, PartName, Source, Task, TaskRun
 from normkit.lab.tasks.clustering import class_centers, spherical_clusters
 from normkit.lab.tasks.contrastive import contrastive_discrepancy
 from normkit.lab.tasks.domain_norms import (
@@ -40,8 +40,8 @@ from normkit.lab.tasks.domains import (
     ClassAware,
     DomainBatch,
     Domains,
+    every_picture,
     open_domains,
-    target_text,
 )
 
 if TYPE_CHECKING:
@@ -112,12 +112,28 @@ class DomainAdaptation(Task):
         """Both domains."""
         return open_domains(protocol, self.target, whole=self.whole)
 
+    def examples(self, data: Domains, part: PartName) -> Source:
+        """Refuse: there are two domains, whose statistics differ.
+
+        Raises:
+            SpecError: Always.
+        """
+        raise SpecError(
+            f"{self} has two domains, and no statistics for both; take method=adabn to measure "
+            f"those of the target anew, or leave the reading out"
+        )
+
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures in place of data sets that papers name; others as they are."""
-        target = target_text(self.target)
+        target = data_text(self.target)
         if protocol.data not in KNOWN or target not in KNOWN:
             return Sample(self.data(protocol))
-        pair = [random_dataset(name, protocol.limit, False) for name in (protocol.data, target)]
+        hold_out = protocol.hold_out or self.whole
+        pair = [
+            random_dataset(name, protocol.limit, hold_out, protocol.image_size)
+            for name in (protocol.data, target)
+        ]
+        pair = [every_picture(dataset) for dataset in pair] if self.whole else pair
         missing = [KNOWN[name].missing() for name in (protocol.data, target)]
         return Sample(Domains(*pair), "; ".join(filter(None, missing)) or None)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from normkit.errors import DataError
 from normkit.lab.data import Dataset, Examples, Split, open_data
 from normkit.lab.data.folder import PREFIX, class_names, training_folders
+from normkit.lab.data.known import data_text
 from normkit.lab.data.shifts import SHIFTS, shifted
 from normkit.lab.loading import Loading, loaded_batches
 from normkit.lab.spec import Protocol
-from normkit.lab.user_code import absolute, is_reference
 from normkit.text import listed, printable
 
 
@@ -81,21 +81,12 @@ def open_domains(protocol: Protocol, target: str, *, whole: bool) -> Domains:
     if set(target.split("+")) <= set(SHIFTS):
         found = _with_shift(open_data(protocol.data, *options), target)
     else:
-        text = target_text(target)
+        text = data_text(target)
         _check_class_names(protocol.data, text)
         found = Domains(open_data(protocol.data, *options), open_data(text, *options))
-    found = Domains(_whole(found.source), _whole(found.target)) if whole else found
+    found = Domains(every_picture(found.source), every_picture(found.target)) if whole else found
     _check_alike(found)
     return _scaled_alike(found)
-
-
-def target_text(target: str) -> str:
-    """The target as ``--data`` would name it: a path without a prefix is a folder."""
-    if is_reference(target):
-        return absolute(target)
-    path = Path(target.removeprefix(PREFIX)).expanduser()
-    is_path = target.startswith(PREFIX) or "/" in target or path.is_dir()
-    return f"{PREFIX}{path.resolve()}" if is_path else target
 
 
 def _with_shift(source: Dataset[Split], names: str) -> Domains:
@@ -113,7 +104,8 @@ def _with_shift(source: Dataset[Split], names: str) -> Domains:
     return Domains(replace(source, train=source.train.keep(positions[::2])), target)
 
 
-def _whole(dataset: Dataset[Split]) -> Dataset[Split]:
+def every_picture(dataset: Dataset[Split]) -> Dataset[Split]:
+    """The data set whose parts all have all of its pictures."""
     every = dataset.train.joined(dataset.validation).joined(dataset.test)
     return replace(dataset, train=every, validation=every, test=every)
 

@@ -152,7 +152,7 @@ class FewShot(Task):
         """Random pictures in place of a data set that papers name; others as they are."""
         if protocol.data not in KNOWN:
             return Sample(self.data(protocol))
-        dataset = random_dataset(protocol.data, None, protocol.hold_out)
+        dataset = random_dataset(protocol.data, None, protocol.hold_out, protocol.image_size)
         classes = chosen_classes(dataset, self.novel, self.validation, self.split_seed)
         found = self._divided(dataset, classes, protocol.limit)
         return Sample(found, KNOWN[protocol.data].missing())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,10 +16,13 @@ from torch.nn import functional
 from normkit.errors import SpecError
 from normkit.lab.changes import BuiltModel
 from normkit.lab.check import check_norms, check_sizes
+from normkit.lab.course import nothing
 from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.data.known import KNOWN, Sample, random_dataset
 from normkit.lab.device import seeded
+from normkit.lab.evaluation import ACCURACY, LOSS, TOP5
 from normkit.lab.frozen import WrittenCount
+from normkit.lab.lock import in_turn
 from normkit.lab.loop import num_updates
 from normkit.lab.models.architecture import Shapes
 from normkit.lab.models.build import apply_arm, parse_model, slots_of
@@ -62,7 +65,8 @@ class Search(Task):
     """
 
     name: ClassVar = "search"
-    scores: ClassVar = ("accuracy",)
+    scores: ClassVar = (ACCURACY,)
+    further: ClassVar = (LOSS, TOP5)
 
     genotype: str | None = Field(
         default=None,
@@ -107,7 +111,7 @@ class Search(Task):
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures in place of a data set that papers name; nothing is searched on them."""
         found: Dataset[Any] = (
-            random_dataset(protocol.data, protocol.limit, protocol.hold_out)
+            random_dataset(protocol.data, protocol.limit, protocol.hold_out, protocol.image_size)
             if protocol.data in KNOWN
             else data_of(protocol)
         )
@@ -115,6 +119,20 @@ class Search(Task):
         return Sample(
             Unsearched(**{f.name: getattr(found, f.name) for f in fields(found)}), missing
         )
+
+    def prepare(
+        self, spec: TrainingSpec, data: Dataset[Split], on_step: Callable[[], object]
+    ) -> None:
+        """Search for the genotype, unless it is given or was found before."""
+        self._genotype(spec, data, on_step)
+
+    def num_prior_steps(self, spec: TrainingSpec, num_examples: int) -> int:
+        """The steps of the search."""
+        if self.genotype is not None:
+            return 0
+        own = self._search_spec(spec)
+        num_halved = num_examples - num_examples // 2
+        return self.search_epochs * num_updates(num_halved, own.batch_size, own.protocol)
 
     def build(self, spec: TrainingSpec, data: Dataset[Split]) -> BuiltModel:
         """The network of the genotype that is given or searched for."""
@@ -166,22 +184,30 @@ class Search(Task):
         if self.genotype is None and protocol.precision == "16-mixed":
             raise SpecError("a search computes in 32-true or bf16-mixed; --precision was 16-mixed")
 
-    def _genotype(self, spec: TrainingSpec, data: Dataset[Split]) -> Genotype:
+    def _genotype(
+        self, spec: TrainingSpec, data: Dataset[Split], on_step: Callable[[], object] = nothing
+    ) -> Genotype:
         if self.genotype is not None:
             return read_genotype(self.genotype)
         if isinstance(data, Unsearched):
             return STAND_IN
         own = self._search_spec(spec)
         path = kept_at(own, data)
-        return kept(path) or self._searched(own, data, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with in_turn(path):  # other runs may share this search, such as those at other batch sizes
+            return kept(path) or self._searched(own, data, path, on_step)
 
-    def _searched(self, spec: TrainingSpec, data: Dataset[Split], path: Any) -> Genotype:
+    def _searched(
+        self, spec: TrainingSpec, data: Dataset[Split], path: Path, on_step: Callable[[], object]
+    ) -> Genotype:
         with seeded(spec.seed):
             supernet = self._supernet(spec, data)
             _with_norm(supernet, spec, data)
             steps = ArchitectureSteps(order=self.order, rate=self.rate, weight_decay=self.decay)
             run = SearchRun(supernet, data, spec, steps)
-            return CellSearch(run=run, spec=spec, dataset=data, path=path).genotype()
+            return CellSearch(
+                run=run, spec=spec, dataset=data, path=path, on_step=on_step
+            ).genotype()
 
     def _search_spec(self, spec: TrainingSpec) -> TrainingSpec:
         """What decides the search of a run; runs that differ in the training only share one."""

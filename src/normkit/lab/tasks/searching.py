@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normkit.lab.course import Course, EpochSoFar, Hooks, check_finite
+from normkit.lab.course import Course, EpochSoFar, Hooks, check_finite, nothing
 from normkit.lab.data import Dataset, Examples, Split
 from normkit.lab.evaluation import ACCURACY, require_scores, scores_of
 from normkit.lab.files import write_whole
 from normkit.lab.frozen import Frozen
 from normkit.lab.loading import Loading, loaded_batches
+from normkit.lab.loop import Step
 from normkit.lab.models.darts import Supernet
 from normkit.lab.models.genotype import Genotype, read_genotype
 from normkit.lab.recipe import Recipe
@@ -185,12 +186,14 @@ class CellSearch:
         spec: Decides the search: equal specs find equal cells on one machine.
         dataset: The data.
         path: Of the genotype; None if neither it nor a checkpoint is kept.
+        on_step: Called after each step.
     """
 
     run: SearchRun
     spec: TrainingSpec
     dataset: Dataset[Split]
     path: Path | None
+    on_step: Callable[[], object] = nothing
     _course: Course = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,7 +204,7 @@ class CellSearch:
             batch_size=self.spec.batch_size,
             seed=self.spec.seed,
             hooks=Hooks(
-                after_step=lambda num_steps, step: check_finite(step.loss, num_steps),
+                after_step=self._after_step,
                 after_epoch=self._note,
             ),
             checkpoint=path and Checkpoint(path.with_suffix(".safetensors")),
@@ -221,6 +224,10 @@ class CellSearch:
         if course.checkpoint is not None:
             course.checkpoint.remove()
         return found
+
+    def _after_step(self, num_steps: int, step: Step) -> None:
+        self.on_step()
+        check_finite(step.loss, num_steps)
 
     def _note(self, epoch: EpochSoFar) -> None:
         """Write down what an epoch of the search came to, for who waits."""

@@ -22,13 +22,13 @@ from normkit.lab.data.known import Sample
 from normkit.lab.data.maps import VOC_NUMBERS, open_maps, read_voc
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
-from normkit.lab.evaluation import metrics_library, shared_out
+from normkit.lab.evaluation import metrics_library, shared_out_singly
 from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.detectors import freeze_batch_norms_, scaled
 from normkit.lab.models.segmenters import SegmenterOptions, segmenter
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, PartName, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_unused, require_start
 from normkit.lab.tasks.starting import start_backbone_, weights_in
 
@@ -49,6 +49,11 @@ class Maps:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def targets(self) -> Int[Tensor, "n h w"]:
+        """The classes, as batches of all tasks call what is learned."""
+        return self.classes
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
@@ -197,10 +202,10 @@ def pixel_scores(
     options = {"ignore_index": IGNORED, "sync_on_compute": share[1] > 1, "validate_args": False}
     union = library.MulticlassJaccardIndex(num_classes, average="macro", **options).to(device)
     right = library.MulticlassAccuracy(num_classes, average="micro", **options).to(device)
-    for at in (at for index in shared_out(len(part), *share, 1) for at in index.tolist()):
+    for at, counts in shared_out_singly(len(part), *share):
         batch = batch_of([part[at]]).to(device)
         best = scores_of_pixels(model(batch.inputs)).argmax(1)
-        for metric in (union, right):
+        for metric in (union, right) if counts else ():
             metric.update(best, batch.classes)
     return {"miou": union.compute().item(), "pixel_accuracy": right.compute().item()}
 
@@ -228,6 +233,10 @@ class Segmentation(SegmenterOptions, Task):
     def data(self, protocol: Protocol) -> Parts[Mapped]:
         """Scenes, Pascal VOC with SBD, or a folder of pictures and maps."""
         return open_maps(protocol, protocol.image_size or SIDE)
+
+    def examples(self, data: Parts[Mapped], part: PartName) -> MappedExamples:
+        """Pictures and maps at the size of a training picture."""
+        return MappedExamples(getattr(data, part), data.input_shape[1:])
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random pictures of VOC's number; other data as they are."""

@@ -40,7 +40,7 @@ from normkit.lab.loading import Loading
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.video import tsm
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
-from normkit.lab.task import Found, Held, Task, TaskRun, require_batches
+from normkit.lab.task import Found, Held, PartName, Task, TaskRun, require_batches
 from normkit.lab.tasks.detection import floating, refuse_unused
 from normkit.lab.tasks.segmentation import require_training_step, scaled
 from normkit.lab.tasks.starting import kept_weights, load_backbone_, weights_in
@@ -198,6 +198,10 @@ class Video(Task):
     def data(self, protocol: Protocol) -> Parts[AnyClip]:
         """Clips that are drawn, Something-Something, or folders of frames."""
         return open_clips(protocol)
+
+    def examples(self, data: Parts[AnyClip], part: PartName) -> ClipExamples:
+        """Clips, of which the middle frame of each segment is taken."""
+        return ClipExamples(getattr(data, part), self.frames)
 
     def sample(self, protocol: Protocol) -> Sample:
         """Random clips of Something-Something's number; other data as they are."""

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from normkit.lab.evaluation import ACCURACY
 from normkit.lab.figures import Curve, draw_curves, figure_file
-from normkit.lab.reproduce.tables.reading import OF_SPLITS, Reading
+from normkit.lab.reproduce.tables.analyses import ANALYSES
+from normkit.lab.reproduce.tables.reading import state_and_number
 from normkit.lab.reproduce.tables.result import Column, TableResult
 
 MAX_WIDE = 3  # panels beside each other
@@ -65,9 +67,9 @@ def panels_of(result: TableResult) -> list[Panel]:
 def _number(result: TableResult, column: Column) -> str:
     """What is drawn on axes of its own: a score, or a number of an analysis."""
     if not column.reading:
-        return OF_SPLITS[0]
-    reading = Reading.parse(result.readings[column.reading])
-    return reading.state if reading.is_analysis else reading.number
+        return ACCURACY
+    state, number = state_and_number(result.readings[column.reading])
+    return state if state in ANALYSES else number or ACCURACY
 
 
 def _shared(result: TableResult, columns: Sequence[Column], parts: set[str]) -> list[list[Column]]:
@@ -86,7 +88,7 @@ def _shared(result: TableResult, columns: Sequence[Column], parts: set[str]) -> 
 
 
 def _draw(axes: Any, result: TableResult, panel: Panel) -> None:
-    y = result.measured if panel.number == OF_SPLITS[0] else panel.number
+    y = result.measured if panel.number == ACCURACY else panel.number
     if panel.over_sizes:
         parts = dict.fromkeys(column.part for column in panel.columns if column.part)
         draw_curves(

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normkit as nk
 from normkit.convert.placement.blocks import find_layout
 from normkit.errors import SpecError
 from normkit.inference.tracked import tracked
-from normkit.lab.data import Dataset, Split
-from normkit.lab.evaluation import ACCURACY, LOSS, TOP5, evaluate
+from normkit.lab.evaluation import LOSS
 from normkit.lab.frozen import Frozen
 from normkit.lab.records import Outcome
 from normkit.lab.reproduce.tables.analyses import ANALYSES, analysed
-from normkit.lab.task import finite_scores
+from normkit.lab.reproduce.tables.subject import Subject, Values
+from normkit.lab.task import Held, PartName, Task
+from normkit.lab.tasks.classification import Classification
 from normkit.layers.base import TrackingLayer
 from normkit.text import listed
 from normkit.tune.grids import grid_for
 
-Values = dict[str, float | None]
 Taken = Mapping[str, Values]  # by split
 PLAIN = "plain"
 EPOCHS = "epochs"
-SPLITS = ("validation", "test")
-OF_SPLITS = (ACCURACY, LOSS, TOP5, "weight")
+TUNED = "tuned-for-"
+WEIGHT = "weight"
+SPLITS: tuple[Held, ...] = ("validation", "test")
 TRAINING = {"training accuracy": "train_accuracy", "training loss": "train_loss"}
-OF_EPOCHS = TRAINING | {"validation accuracy": ACCURACY, "validation loss": LOSS}
+OF_VALIDATION = "validation "
+CLASSIFIER = Classification()
 NUM_DRAWS, NUM_BLOCKS = 5, 6  # disturbed statistics: Huang et al., Fig. 8
-BATCH_SIZE = 256  # of pictures that statistics are measured on
+BATCH_SIZES: Mapping[str, int] = MappingProxyType(
+    {"detection": 4, "instance-segmentation": 4, "segmentation": 8, "video": 8}
+)
+BATCH_SIZE = 256  # of small pictures that statistics are measured on
 
 
 class Reading(Frozen):
@@ -46,7 +50,7 @@ class Reading(Frozen):
     plain               as it was trained
     weight=A            with the example weight ``A``
     tuned-for-accuracy  with the example weight that is best on validation examples
-    tuned-for-loss      the same by their cross entropy
+    tuned-for-loss      the same by their cross entropy; of other tasks by a score of theirs
     recalibrated        by the statistics of the training examples, not augmented
     test-statistics     by the statistics of the test examples
     disturbed=D         by statistics disturbed by ``D`` in the first norm of the first six
@@ -61,10 +65,11 @@ class Reading(Frozen):
                         ``training`` and at ``evaluation``
     ==================  ================================================================
 
-    Networks without running statistics are evaluated as they were trained. A number is one of
-    ``accuracy`` (the default), ``loss``, ``top5_accuracy`` and ``weight``, the example weight; of
-    ``epochs`` it is ``training accuracy``, ``training loss``, or those of validation. Analyses look
-    at 128 validation examples.
+    Networks without running statistics are evaluated as they were trained. A number is a score of
+    the task, the first one by default, or ``weight``, the example weight: for classification
+    ``accuracy``, ``loss``, ``top5_accuracy`` and ``weight``. Of ``epochs`` it is
+    ``training accuracy``, ``training loss``, or those of validation. Analyses look at 128
+    validation examples.
 
     Args:
         state: How the network is evaluated.
@@ -76,27 +81,28 @@ class Reading(Frozen):
     """
 
     state: str
-    number: str = OF_SPLITS[0]
+    number: str
 
     @classmethod
-    def parse(cls, text: str) -> Reading:
-        """Read what a preset says.
+    def parse(cls, text: str, task: Task = CLASSIFIER) -> Reading:
+        """Read what a preset says of the networks of a task.
 
         Raises:
             SpecError: If there is no such state or number.
         """
-        state, _, number = (part.strip() for part in text.partition(":"))
-        numbers = _numbers(state)
+        state, number = state_and_number(text)
+        numbers = _numbers(state, task)
         if (number or numbers[0]) not in numbers:
             raise SpecError(
-                f"a reading {text!r} was given; the numbers of {state} are {listed(numbers)}"
+                f"a reading {text!r} was given; the numbers of {state} are "
+                f"{listed(numbers, len(numbers))}"
             )
         return cls(state=state, number=number or numbers[0])
 
     @property
     def is_share(self) -> bool:
         """Whether the number is a share, which tables have in percent."""
-        return self.number.endswith("accuracy")
+        return not self.is_analysis and not self.number.endswith((LOSS, WEIGHT))
 
     @property
     def is_analysis(self) -> bool:
@@ -115,9 +121,9 @@ class Reading(Frozen):
     def of_epochs(self, outcome: Outcome) -> float | None:
         """The mean over the epochs of a training; None if it diverged."""
         values = [
-            getattr(epoch, OF_EPOCHS[self.number])
+            getattr(epoch, TRAINING[self.number])
             if self.number in TRAINING
-            else epoch.validation_scores.get(OF_EPOCHS[self.number])
+            else epoch.validation_scores.get(self.number.removeprefix(OF_VALIDATION))
             for epoch in outcome.epochs
         ]
         finite = [value for value in values if value is not None]
@@ -126,87 +132,90 @@ class Reading(Frozen):
         return sum(finite) / len(finite)
 
 
-def take(model: nn.Module, dataset: Dataset[Split], state: str) -> Taken:
+def state_and_number(text: str) -> tuple[str, str]:
+    """What a preset says of a reading; without a number it is empty."""
+    state, _, number = (part.strip() for part in text.partition(":"))
+    return state, number
+
+
+def take(model: nn.Module, subject: Subject, state: str) -> Taken:
     """Evaluate a trained network in a state, on validation and test examples.
 
     The network is left as it was.
 
     Args:
         model: The network.
-        dataset: What it was trained on.
+        subject: What it was trained for.
         state: As ``Reading`` has it.
 
     Raises:
         SpecError: If there is no such state.
     """
     if state in ANALYSES:
-        return dict.fromkeys(SPLITS, analysed(model, dataset, state))
-    name, argument = _parsed(state)
+        return dict.fromkeys(SPLITS, analysed(model, subject, state))
+    name, argument = _parsed(state, subject.task)
     model = copy.deepcopy(model)
     if not tracked(model):
         name, argument = PLAIN, None
-    return STATES[name](model, dataset, argument)
+    return STATES[name](model, subject, argument)
 
 
-def _plain(model: nn.Module, dataset: Dataset[Split], _argument: Any = None) -> Taken:
-    return {split: _scores(model, getattr(dataset, split)) for split in SPLITS}
+def _plain(model: nn.Module, subject: Subject, _argument: Any = None) -> Taken:
+    return {split: _scores(model, subject, split) for split in SPLITS}
 
 
-def _scores(model: nn.Module, split: Split) -> Values:
-    found: Values = dict(finite_scores(evaluate(model, split)))
+def _scores(model: nn.Module, subject: Subject, split: Held) -> Values:
+    found = subject.scores(model, split)
     weights = {m.example_weight for m in model.modules() if isinstance(m, TrackingLayer)}
-    return found | {"weight": float(weights.pop()) if len(weights) == 1 else None}
+    return found | {WEIGHT: float(weights.pop()) if len(weights) == 1 else None}
 
 
-def _weighed(model: nn.Module, dataset: Dataset[Split], weight: float) -> Taken:
+def _weighed(model: nn.Module, subject: Subject, weight: float) -> Taken:
     nk.set_example_weight(model, weight)
-    return _plain(model, dataset)
+    return _plain(model, subject)
 
 
-def _tuned(number: str) -> Callable[[nn.Module, Dataset[Split], Any], Taken]:
-    """The state whose example weight is best on validation examples; of equals, nearest to now."""
-    sign = -1.0 if number == "loss" else 1.0
-
-    def taken(model: nn.Module, dataset: Dataset[Split], _argument: Any) -> Taken:
-        now = _scores(model, dataset.validation)["weight"] or 0.0
-        found = dict[float, float]()
-        for weight in grid_for([now]):
-            nk.set_example_weight(model, weight)
-            value = _scores(model, dataset.validation)[number]
-            found[weight] = -math.inf if value is None else sign * value
-        best = max(found, key=lambda weight: (found[weight], -abs(weight - now)))
-        return _weighed(model, dataset, best)
-
-    return taken
+def _tuned(model: nn.Module, subject: Subject, number: str) -> Taken:
+    """With the example weight that is best on validation examples; of equals, nearest to now."""
+    sign = -1.0 if number == LOSS else 1.0
+    now = _scores(model, subject, "validation")[WEIGHT] or 0.0
+    found = dict[float, float]()
+    for weight in grid_for([now]):
+        nk.set_example_weight(model, weight)
+        value = _scores(model, subject, "validation").get(number)
+        found[weight] = -math.inf if value is None else sign * value
+    best = max(found, key=lambda weight: (found[weight], -abs(weight - now)))
+    return _weighed(model, subject, best)
 
 
-def _measured(part: str) -> Callable[[nn.Module, Dataset[Split], Any], Taken]:
-    """The state whose statistics are those of a split, as it is at evaluation."""
+def _measured(part: PartName) -> Callable[[nn.Module, Subject, Any], Taken]:
+    """The state whose statistics are those of a part, as it is at evaluation."""
 
-    def taken(model: nn.Module, dataset: Dataset[Split], _argument: Any) -> Taken:
-        nk.recalibrate(model, _Inputs(getattr(dataset, part))).apply()
-        return _plain(model, dataset)
+    def taken(model: nn.Module, subject: Subject, _argument: Any) -> Taken:
+        nk.recalibrate(model, _Batches(subject, part)).apply()
+        return _plain(model, subject)
 
     return taken
 
 
-class _Inputs:
-    """Batches of a split's inputs, taken when they are read."""
+class _Batches:
+    """Batches of a part, taken when they are read."""
 
-    def __init__(self, split: Split) -> None:
-        self._split = split
+    def __init__(self, subject: Subject, part: PartName) -> None:
+        self._subject = subject
+        self._part: PartName = part
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for part in torch.arange(len(self._split)).split(BATCH_SIZE):
-            yield self._split.take(part).inputs
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        size = BATCH_SIZES.get(self._subject.task.name, BATCH_SIZE)
+        return self._subject.batches(self._part, size)
 
 
-def _disturbed(model: nn.Module, dataset: Dataset[Split], delta: float) -> Taken:
+def _disturbed(model: nn.Module, subject: Subject, delta: float) -> Taken:
     chosen = set(first_norms(model, NUM_BLOCKS))
     found = []
     for draw in range(1, NUM_DRAWS + 1):
         with nk.disturb_statistics(model, delta, seed=draw, where=lambda _, at: at in chosen):
-            found.append(_plain(model, dataset))
+            found.append(_plain(model, subject))
     return {split: _mean([taken[split] for taken in found]) for split in SPLITS}
 
 
@@ -229,39 +238,49 @@ def first_norms(model: nn.Module, num_blocks: int) -> list[str]:
     return [names[block.norms[0]] for block in layout.blocks[:num_blocks]]
 
 
-STATES: Mapping[str, Callable[[nn.Module, Dataset[Split], Any], Taken]] = MappingProxyType(
+STATES: Mapping[str, Callable[[nn.Module, Subject, Any], Taken]] = MappingProxyType(
     {
         PLAIN: _plain,
-        "weight": _weighed,
-        "tuned-for-accuracy": _tuned("accuracy"),
-        "tuned-for-loss": _tuned("loss"),
+        WEIGHT: _weighed,
+        TUNED: _tuned,
         "recalibrated": _measured("train"),
         "test-statistics": _measured("test"),
         "disturbed": _disturbed,
     }
 )
-WITH_NUMBER = ("weight", "disturbed")
+WITH_NUMBER = (WEIGHT, "disturbed")
 
 
-def _numbers(state: str) -> tuple[str, ...]:
+def _scores_of(task: Task) -> tuple[str, ...]:
+    return (*task.scores, *task.further)
+
+
+def _numbers(state: str, task: Task) -> tuple[str, ...]:
     """The numbers of a state, the first one being the default."""
     if state in ANALYSES:
         return ANALYSES[state][1]
     if state == EPOCHS:
-        return tuple(OF_EPOCHS)
-    _parsed(state)
-    return OF_SPLITS
+        return (*TRAINING, *(f"{OF_VALIDATION}{name}" for name in _scores_of(task)))
+    _parsed(state, task)
+    return (*_scores_of(task), WEIGHT)
 
 
-def _parsed(state: str) -> tuple[str, float | None]:
+def _parsed(state: str, task: Task) -> tuple[str, Any]:
+    """The name of a state in ``STATES``, and its argument."""
+    tuned = [f"{TUNED}{name}" for name in _scores_of(task)]
+    if state in tuned:
+        return TUNED, state.removeprefix(TUNED)
     name, equals, argument = state.partition("=")
-    if name not in STATES or bool(equals) != (name in WITH_NUMBER):
-        known = [f"{known}=NUMBER" if known in WITH_NUMBER else known for known in STATES]
-        known += [EPOCHS, *ANALYSES]
-        raise SpecError(
-            f"a reading {state!r} was given; the states are {listed(known, len(known))}"
-        )
+    if name == TUNED or name not in STATES or bool(equals) != (name in WITH_NUMBER):
+        _refuse(state, tuned)
     try:
         return name, float(argument) if equals else None
     except ValueError as error:
         raise SpecError(f"a reading {state!r} was given; after = comes a number") from error
+
+
+def _refuse(state: str, tuned: Sequence[str]) -> None:
+    known = [f"{name}=NUMBER" if name in WITH_NUMBER else name for name in STATES]
+    at = known.index(TUNED)
+    known = [*known[:at], *tuned, *known[at + 1 :], EPOCHS, *ANALYSES]
+    raise SpecError(f"a reading {state!r} was given; the states are {listed(known, len(known))}")

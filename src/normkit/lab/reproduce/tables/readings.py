@@ -8,16 +8,18 @@ from pathlib import Path
 
 from torch import nn
 
-from normkit.errors import DataError, NormError
+from normkit.errors import DataError, NormError, SpecError
 from normkit.lab.checkpoints import load_weights_, restored
 from normkit.lab.course import nothing
 from normkit.lab.device import parse_device, seeded, threads_of
 from normkit.lab.environment import code_hash, describe_environment
 from normkit.lab.models import apply_arm, build_model
 from normkit.lab.records import Record, Sources, TrainingRecord, sources_of
-from normkit.lab.reproduce.tables.reading import Taken, Values, take
+from normkit.lab.reproduce.tables.reading import Taken, take
+from normkit.lab.reproduce.tables.subject import Subject, Values
 from normkit.lab.spec import RunSpec, TrainingSpec
-from normkit.lab.start import built, data_of
+from normkit.lab.task import parse_task
+from normkit.lab.tasks.classification import Classification
 from normkit.lab.train import train
 from normkit.lab.user_code import told
 from normkit.lab.work import OnStep, Upkeep, Work
@@ -67,7 +69,7 @@ class ReadingRecord(Record[ReadingSpec]):
 def sources_of_readings(spec: ReadingSpec) -> Sources:
     """What decides a reading besides its spec, as it is now."""
     protocol = spec.training.protocol
-    found = sources_of(protocol, data_of(protocol).fingerprint)
+    found = sources_of(protocol, parse_task(protocol.task).data(protocol).fingerprint)
     return found.model_copy(update={"code_hash": code_hash(INVOLVED)})
 
 
@@ -85,22 +87,24 @@ def read_off(
         DataError: If the data set's files are missing.
     """
     started, training = time.perf_counter(), spec.training
-    device, dataset = parse_device(training.protocol.device), data_of(training.protocol)
+    device, subject = parse_device(training.protocol.device), Subject.of(training)
     folder = None if upkeep is None or upkeep.folder is None else upkeep.folder.parent
     with threads_of(spec.num_threads), seeded(training.seed, device):
         try:
-            network = _network(spec, folder, on_step).to(device).eval()
-            values, message = {state: take(network, dataset, state) for state in spec.states}, None
+            network = _network(spec, subject, folder, on_step).to(device).eval()
+            values, message = {state: take(network, subject, state) for state in spec.states}, None
         except Exception as error:  # noqa: BLE001 - its record says so
             values, message = {}, str(error) if isinstance(error, NormError) else told(error)
     return _record(spec, values, message, time.perf_counter() - started)
 
 
-def _network(spec: ReadingSpec, folder: Path | None, on_step: OnStep) -> nn.Module:
+def _network(
+    spec: ReadingSpec, subject: Subject, folder: Path | None, on_step: OnStep
+) -> nn.Module:
     """The network from its weights; it is trained again where these are no longer there."""
-    training, dataset = spec.training, data_of(spec.training.protocol)
+    training = spec.training
     if not spec.is_trained:
-        return _given(training)
+        return _given(subject)
     path = (folder or Path()) / WEIGHTS / f"{training.file_name}.safetensors"
     if not path.exists():
         if training.protocol.processes > 1:
@@ -109,16 +113,21 @@ def _network(spec: ReadingSpec, folder: Path | None, on_step: OnStep) -> nn.Modu
                 f"one; take {folder} away, and the same command trains and evaluates anew"
             )
         return train(training, on_step)
-    network = built(training, dataset).model
+    network = subject.task.build(training, subject.data).model
     load_weights_(network, path)
     return network
 
 
-def _given(training: TrainingSpec) -> nn.Module:
-    """A network with the weights of a file, whose norms are replaced by those of the same kind."""
-    protocol, dataset = training.protocol, data_of(training.protocol)
-    shape = dataset.input_shape
-    built_model = build_model(protocol.model, num_classes=dataset.num_classes, input_shape=shape)
+def _given(subject: Subject) -> nn.Module:
+    """A classifier with the weights of a file, whose norms are replaced by those of one kind."""
+    training, data = subject.spec, subject.data
+    protocol, shape = training.protocol, data.input_shape
+    if not isinstance(subject.task, Classification):
+        raise SpecError(
+            f"weights of a file are evaluated as they are for classification only, and the task is "
+            f"{subject.task}; train it, or name the file by an option of the task"
+        )
+    built_model = build_model(protocol.model, num_classes=data.num_classes, input_shape=shape)
     return apply_arm(
         restored(built_model.model, Path(protocol.weights or "")),
         training.norm,

@@ -23,6 +23,7 @@ from normkit.lab.reproduce.tables.table import Numbers, Part, Table
 from normkit.lab.reproduce.verdict import judge
 from normkit.lab.spec import TrainingSpec
 from normkit.lab.student import half_width
+from normkit.lab.task import parse_task
 from normkit.lab.text import MISSING, joined
 from normkit.lab.train import NUM_LAST_EPOCHS
 
@@ -230,7 +231,8 @@ class _OneRun(NamedTuple):
 
     def number(self, table: Table, part: Part, reading: str, score: str | None) -> float | None:
         """A score, or a reading where one is named, in the units of the table."""
-        how = part.readings[reading] if reading else Reading(state=PLAIN)
+        task = parse_task(part.sweep.protocol.task)
+        how = part.readings[reading] if reading else Reading.parse(PLAIN, task)
         if not reading and self.outcome is not None:
             value = _score(table, part, self.outcome, score)
         elif not how.of_network and self.outcome is not None:

@@ -20,6 +20,7 @@ from normkit.lab.reproduce.tables.quantity import Cells, Quantity
 from normkit.lab.reproduce.tables.reading import PLAIN, Reading
 from normkit.lab.reproduce.verdict import Criterion, Side
 from normkit.lab.spec import Protocol, SweepSpec
+from normkit.lab.task import parse_task
 from normkit.text import listed, printable, shortened
 
 PRESETS = Path(__file__).parents[2] / "presets"
@@ -205,12 +206,13 @@ class Table(Frozen):
         if values.get("weights"):
             values["weights"] = str(data_folder() / WEIGHTS / values["weights"])
         sweep = sweep_of({**values, "norms": tuple(arms.values())}, str)
+        task = parse_task(sweep.protocol.task)
         return Part.checked(
             {
                 "name": name,
                 "arms": arms,
                 "sweep": sweep,
-                "readings": {name: Reading.parse(self.readings[name]) for name in read},
+                "readings": {name: Reading.parse(self.readings[name], task) for name in read},
                 **evaluated,
             }
         )
