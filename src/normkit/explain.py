@@ -82,7 +82,7 @@ def _of_activation(layer: NormLayer, found: list[Decision]) -> str:
     """Who applies a layer's activation, where it has one."""
     if layer.activation is None:
         return ""
-    can = layer.ending_operator is not None and layer.why_separate() is None
+    can = layer.takes_ending and layer.why_separate() is None
     at_once = can and found[0].way == "operator"
     return f"; {layer.activation} in the same pass" if at_once else f"; then {layer.activation}"
 

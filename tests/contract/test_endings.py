@@ -18,7 +18,7 @@ from normkit.errors import InputError, InputTypeError, OptionError, SpecError
 from values import arrange, buffers_of, in_float64, parameters_for, scaled
 
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh", "relu6")
-AT_ONCE = tuple(c for c in EVERY if c.layer.ending_operator is not None)
+AT_ONCE = tuple(c for c in EVERY if c.layer.takes_ending)
 RELU_LIKE = ("relu", "leaky_relu")
 
 

@@ -133,7 +133,7 @@ def _why_not(norm: nn.Module, calls: Counter[int], places: Counter[int]) -> str:
         return "it is called in several places"
     if is_watched(norm):
         return "it has forward or backward hooks"
-    if isinstance(norm, NormLayer) and norm.ending_operator is None:
+    if isinstance(norm, NormLayer) and not norm.takes_ending:
         return f"{base_of(norm).__name__} has no kernels that also apply an activation"
     return ""
 

@@ -53,8 +53,8 @@ class NormLayer(nn.Module, ABC):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     __signature__ = ConstructorSignature()
-    ending_operator: ClassVar[str | None] = None
-    """The operator that also adds the residual and activates; None if the layer has none."""
+    takes_ending: ClassVar[bool] = False
+    """Whether ``_normalize`` also adds the residual and activates, in the norm's own passes."""
     # A layer that was pickled by a version without activations has no such attributes.
     _activation = NO_ACTIVATION
     _activation_name: ActivationName | None = None
@@ -173,8 +173,8 @@ class NormLayer(nn.Module, ABC):
         return self._normalize_to_end(x, valid, Ending(self._activation, residual))
 
     def _normalize_to_end(self, x: FeatureMap, valid: Valid | None, ending: Ending) -> FeatureMap:
-        """Normalise, add the residual and activate; layers with an operator do it at once."""
-        if self.ending_operator is not None:  # then _normalize takes the ending too
+        """Normalise, add the residual and activate; most layers do it at once."""
+        if self.takes_ending:
             return self._normalize(x, valid, ending)  # pyright: ignore[reportCallIssue]
         return ended(self._normalize(x, valid), ending, valid)
 
@@ -182,7 +182,7 @@ class NormLayer(nn.Module, ABC):
     def _normalize(self, x: FeatureMap, valid: Valid | None) -> FeatureMap:
         """Normalise an input that has been checked, by the statistics of its valid positions.
 
-        Layers that have an ``ending_operator`` also take an ``Ending``.
+        A layer that ``takes_ending`` also takes an ``Ending``.
         """
 
     def _read_mask(self, mask: Mask, x: FeatureMap) -> Valid:
@@ -470,7 +470,7 @@ class SegmentLayer(TrackingLayer):
     with a share of ``example_weight`` of the example's own.
     """
 
-    ending_operator = "ended_forward"
+    takes_ending = True
 
     @property
     @abstractmethod

@@ -95,7 +95,7 @@ class BatchChannelNorm(NormLayer):
         torch.Size([1, 6, 5, 7])
     """
 
-    ending_operator = "ended_composite_forward"
+    takes_ending = True
 
     batch: InnerBatchNorm | EstimatedBatchNorm
     channel: ChannelStage

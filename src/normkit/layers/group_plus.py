@@ -77,7 +77,7 @@ class GroupNormPlus(TrackingLayer):
         torch.Size([4, 6, 5, 7])
     """
 
-    ending_operator = "ended_composite_forward"
+    takes_ending = True
 
     mix_logit: nn.Parameter
 

@@ -63,7 +63,7 @@ class InstanceBatchNorm(NormLayer):
         torch.Size([4, 6, 5, 7])
     """
 
-    ending_operator = "ended_composite_forward"
+    takes_ending = True
 
     instance: InstanceNorm
     batch: InnerBatchNorm

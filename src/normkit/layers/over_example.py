@@ -203,7 +203,7 @@ class PositionalNorm(NormLayer):
         tensor(True)
     """
 
-    ending_operator = "ended_positional_forward"
+    takes_ending = True
 
     def __init__(
         self,

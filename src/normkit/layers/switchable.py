@@ -57,7 +57,7 @@ class SwitchableNorm(TrackingLayer):
         torch.Size([4, 6, 5, 7])
     """
 
-    ending_operator = "ended_composite_forward"
+    takes_ending = True
 
     mean_logits: nn.Parameter
     var_logits: nn.Parameter

@@ -176,3 +176,19 @@ def test_no_call_takes_more_launches_than_without(name, activation, path, device
         torch.autograd.grad(y.sum(), (x, *layer.parameters()))
         counts.append(len(seen))
     assert counts[0] == counts[1] > 1
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("name", ["bn", "bcn", "gnplus", "sn", "ibn", "pn"])
+def test_only_x_and_one_map_that_is_there_anyway_are_kept(name, activation, has_residual, device):
+    layer = on(device, {**NAMED, **MIXED}[name], torch.float32)
+    layer.activation = activation
+    x, residual = (randn(3, 6, 5, 7, seed=s, dtype=torch.float32) for s in (0, 1))
+    x, residual = (t.to(device).requires_grad_() for t in (x, residual))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x, residual=residual) if has_residual else layer(x)
+    maps = {t.untyped_storage().data_ptr() for t in kept if t.numel() == x.numel()}
+    beside = [y if activation == "relu" else residual] if has_residual else []
+    assert maps == {t.untyped_storage().data_ptr() for t in (x, *beside)}
