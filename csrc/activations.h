@@ -1,4 +1,4 @@
-// Activations and their derivatives on vectors: what may follow a norm.
+// Activations, which may follow a norm, and their derivatives, on vectors.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ inline V at_least(V v, V least) {
   return v < least ? least : v;
 }
 
-// The bits of v that mask has.
+// v where the bits of mask are 1, and 0 elsewhere.
 inline vec<float> with_mask(vec<float> v, vec<float> mask) {
   const uint32v bits = load_as<uint32v>(&v) & load_as<uint32v>(&mask);
   return load_as<vec<float>>(&bits);
@@ -31,8 +31,7 @@ inline vec<double> with_mask(vec<double> v, vec<double> mask) {
   return load_as<vec<double>>(&bits);
 }
 
-// What ReLU and leaky ReLU make of v where u is not above 0: slope * v, and of ReLU 0 even where v is
-// infinite.
+// Where u <= 0, leaky ReLU gives slope * v, and ReLU gives 0 even if v is infinite.
 template <class T>
 struct Below {
   vec<T> slope, mask;
@@ -44,7 +43,7 @@ struct Below {
   }
 };
 
-// Every lane by a scalar function: double, where digits count for more than time.
+// Applies a scalar function to each lane: for double, where precision matters more than time.
 template <class F>
 inline vec<double> by_lane(vec<double> v, const F& function) {
   for (int lane = 0; lane < kWidth<double>; ++lane) v[lane] = function(v[lane]);
@@ -111,7 +110,7 @@ template <class T>
 inline vec<T> logistic(vec<T> u) {
   return splat<T>(1) / (exponential(-u) + splat<T>(1));
 }
-// The standard normal distribution up to u.
+// The cumulative distribution function of the standard normal distribution.
 template <class T>
 inline vec<T> normal_share(vec<T> u) {
   const vec<T> one = splat<T>(1), root_half = splat<T>(acc_t<T>(0.70710678118654752440));
@@ -170,7 +169,7 @@ template <class T, Activation act>
   return g;
 }
 
-// Calls body with the activation as a constant, so that loops are compiled for each.
+// Calls body with the activation as a constant, so that its loop is compiled for each activation.
 template <Activation act>
 using Constant = std::integral_constant<Activation, act>;
 template <class F>
@@ -197,8 +196,8 @@ inline void with_activation(Activation act, const F& body) {
   }
 }
 
-// By an activation that is known only at run time: one function each, where loops would otherwise be
-// compiled for every one.
+// Applies an activation that is known only at run time. One call for each vector, so that the loops
+// around it are compiled once, not for every activation.
 template <class T>
 [[gnu::noinline]] vec<T> activate_any(Activation act, vec<T> u, vec<T> slope) {
   vec<T> result;

@@ -44,7 +44,7 @@ struct Block {
     }
   }
 
-  // Rows from last to first: the end is what the pass before left in the cache.
+  // From the last row to the first, because the pass before left the last rows in the cache.
   void finish(void (*kernel)(const Columns&, int64_t begin, int64_t end)) const {
     for (int64_t end = rows; end > 0; end -= kRowBlock) {
       kernel(columns, end < kRowBlock ? 0 : end - kRowBlock, end);

@@ -1,5 +1,5 @@
-// Matrices whose columns carry the statistics: how a partition of a channels_last map or of a dense
-// input lies in memory, and the sums that the operators share.
+// Matrices whose columns belong to statistics groups: how a partition of a channels_last map or of
+// an input (N, C) lies in memory, and the sums that the operators share.
 //
 // Memory is a list of blocks, each a matrix whose columns lie in one statistics group each. A cell
 // is one column of one block. Per cell: moments, then the group's, then one (scale, center).
@@ -211,7 +211,7 @@ void cell_moments(const Plan& plan, const FeatureMap& x, const Kernels& kernels,
   });
 }
 
-// Sums over each cell of g and g (x - mean), mean being the group's; pivots stay behind.
+// Sums of g and of g (x - mean) over each cell, with the group's mean; also stores pivots.
 template <class A>
 void cell_gradients(const Plan& plan, const FeatureMap& x, const Tensor& g, const Kernels& kernels,
                     const Statistics& given, Cells<A>& cells, const Ending& ending = {}) {
@@ -242,7 +242,7 @@ void cell_gradients(const Plan& plan, const FeatureMap& x, const Tensor& g, cons
   });
 }
 
-// Chunks from last to first: the end of the map is what the pass before left in the cache.
+// From the last chunk to the first, because the pass before left the end of the map in the cache.
 template <class F>
 void each_chunk_backwards(const Plan& plan, const F& body) {
   parallel(int64_t(plan.chunks.size()), chunk_grain(plan), [&](int64_t begin, int64_t end) {

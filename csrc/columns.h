@@ -1,5 +1,5 @@
-// Statistics and results over columns of a row-major matrix: channels_last maps, where channels lie
-// side by side, and dense inputs.
+// Statistics and results of the columns of a row-major matrix: channels_last maps, whose channels
+// are contiguous, and inputs (N, C).
 #pragma once
 
 #include "endings.h"

@@ -30,9 +30,9 @@ struct KeptTable {
   double* row(int which) const { return doubles(tensor) + which * tensor.size(1); }
   double* kept(int which) const { return row(which) + num_examples * num_channels; }
 
-  // Lets channels that are normalised by given statistics alone be written around those: the cells'
-  // own means may be infinite, and nothing of them is in the result. Around 0 where the given mean is
-  // not finite: the gradient does not depend on it, and 0 * (x - NaN) would make it NaN.
+  // Channels that are normalised by given statistics alone use the given mean as pivot. The cells'
+  // own means do not enter the result, and may be infinite. If the given mean is not finite, the
+  // pivot is 0: the gradient does not depend on the mean, but 0 * (x - NaN) would be NaN.
   void center_on_given(int64_t first) const {
     const int64_t size = num_channels - first;
     for (int64_t example = 0; example < num_examples && size > 0; ++example) {
@@ -64,12 +64,13 @@ void count_batch(const OptionalTensor& num_batches_tracked) {
 
 using Slots = decltype(TableInputs::parameters);
 
-// Statistics that the batch stage is given, and buffers that follow it.
+// Statistics that the batch stage is given, and buffers that it updates.
 struct Buffers {
   const OptionalTensor &given_mean, &given_var, &running_mean, &running_var, &num_batches_tracked;
 };
 
-// `factors` is null, or takes scale and center of every cell, for a backward pass through an ending.
+// `factors` is null, or memory for scale and center of every cell, which the backward pass of an
+// ending needs.
 std::tuple<Tensor, Tensor> forward(const FeatureMap& x, const std::string& text, const Slots& slots,
                                    double share, const Buffers& buffers, const Ending& ending,
                                    double* factors) {
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor> forward(const FeatureMap& x, const std::string& text,
   return {y, table.tensor};
 }
 
-// Writes dx; the parameters' gradients that are wanted.
+// Writes dx, and returns the parameters' gradients that are wanted.
 std::array<Tensor, 4> backward(const Tensor& grad, const FeatureMap& x, const Tensor& kept,
                                const std::string& text, const Slots& slots, double share,
                                int64_t wanted, const Tensor& dx, const double* factors,

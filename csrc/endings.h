@@ -1,5 +1,5 @@
-// What follows a norm, y = act(u + residual) with u = scale * (x - pivot) + center, row by row; and
-// where backward takes the gradient of u from, given that of y.
+// The ending of a call, y = act(u + residual) with u = scale * (x - pivot) + center, row by row; and
+// for backward, how the gradient of u is computed from that of y.
 #pragma once
 
 #include "activations.h"
@@ -40,13 +40,13 @@ struct End {
   }
 };
 
-// Nothing follows.
+// No ending.
 template <class T>
 struct NoEnd {
   [[gnu::always_inline]] vec<T> operator()(int64_t, int, vec<T> u) const { return u; }
 };
 
-// Calls body(end) with the one that an ending needs.
+// Calls body(end) with the function for this ending.
 template <class T, bool is_cheap, class F>
 inline void with_residual(const Ending& ending, const F& body) {
   if (ending.residual) {
@@ -74,7 +74,7 @@ void row_end(const T* x, T* y, int64_t at, int64_t length, const Line<T>& line, 
   });
 }
 
-// Elements [at, at + length) of a map: u, and what follows.
+// Elements [at, at + length) of a map: u, then the ending.
 template <class T>
 inline void row_result(const T* x, T* y, int64_t at, int64_t length, const Line<T>& line,
                        const Ending& ending) {
@@ -86,7 +86,7 @@ inline void row_result(const T* x, T* y, int64_t at, int64_t length, const Line<
 
 // Below: gradient(at, n, u) is the gradient of u where that of y is g.
 
-// Nothing follows the norm, or the gradient of u has been written already.
+// No ending, or the first pass has stored the gradient of u.
 template <class T>
 struct PlainGradient {
   static constexpr bool reads_u = false;
@@ -110,7 +110,7 @@ struct SignedGradient {
   }
 };
 
-// All others: the first pass writes the gradient of u, which the second reads.
+// All other endings: the first pass stores the gradient of u, and the second reads it.
 template <class T>
 struct PassedGradient {
   static constexpr bool reads_u = true;
@@ -136,7 +136,7 @@ struct PassedGradient {
   }
 };
 
-// Calls body(gradient) with the one of these that an ending needs.
+// Calls body(gradient) with the function for this ending.
 template <class T, class F>
 inline void with_gradient(const void* grad, const Ending& ending,
                                                  const F& body) {
@@ -145,7 +145,7 @@ inline void with_gradient(const void* grad, const Ending& ending,
   body(SignedGradient<T>(grad, ending));
 }
 
-// What the second pass of backward reads: the gradient that the first has written, if it has.
+// The gradient that the second pass of backward reads: the stored one, if the first pass stored it.
 template <class A>
 inline A second_pass(A arguments) {
   if (arguments.ending.passed) {

@@ -1,4 +1,4 @@
-// What the operators ask of the vector code: plain data in, plain functions out.
+// The interface between operators and vector code: plain data and plain functions.
 //
 // The vector code (rows.h, columns.h, positional.h) is compiled once for each instruction set and
 // reached through one table of functions for each element type. Nothing here knows about torch.
@@ -13,7 +13,7 @@ enum class Element { float32, float64, bfloat16, float16 };
 // As in kernels/activations.py.
 enum class Activation : int64_t { none, relu, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, relu6 };
 
-// What follows a norm, y = act(norm(x) + residual), and what its gradient needs: maps of x's layout.
+// The ending of a call, y = act(norm(x) + residual), and maps for its gradient, in x's layout.
 struct Ending {
   Activation activation;
   double slope;          // of a leaky ReLU below 0

@@ -1,5 +1,5 @@
 // Registers the operators' CPU kernels with torch, on its stable ABI: one build serves many torch
-// versions. What the operators take and return is said in kernels/operators.py.
+// versions. kernels/operators.py describes the operators' arguments and results.
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY_IMPL(normkit, CPU, m) {

@@ -25,7 +25,7 @@ Partition make_partition(const FeatureMap& x, int64_t num_groups, int64_t exampl
 }
 
 bool by_columns(const FeatureMap& x, const Partition& p) {
-  // Runs shorter than a vector, but many of them below each other, are better taken side by side.
+  // If runs are shorter than a vector and there are many, several are computed side by side.
   return x.layout == Layout::channels_last || (p.run < 16 && p.examples_per_group >= 4);
 }
 
@@ -71,7 +71,7 @@ Statistics parts_of(const Tensor& table, int64_t num_cells, bool channels) {
           channels ? vars + num_cells : nullptr};
 }
 
-// Buffers that follow the batch: of the channels where the table has them, else of the groups.
+// Buffers to update: by the channels' statistics if the table has them, otherwise by the groups'.
 struct Running {
   const OptionalTensor& mean;
   const OptionalTensor& var;
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> forward(const FeatureMap& x, const Finish& finish, co
   return {y, table};
 }
 
-// Statistics of a table that forward has filled.
+// Statistics from a table that the forward pass has filled.
 Statistics read_table(const Tensor& table, const Partition& p) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == 2 && table.is_contiguous() &&
                       table.size(1) >= p.num_batches * p.num_groups,
@@ -118,7 +118,7 @@ Statistics read_table(const Tensor& table, const Partition& p) {
   return parts_of(table, 0, false);
 }
 
-// Whole-batch statistics that someone else computed, as the kernels read them.
+// Given statistics of the whole batch, as the kernels read them.
 class Given {
  public:
   Given(const Tensor& mean, const Tensor& var, const Partition& p)

@@ -12,7 +12,7 @@ Partition make_partition(const FeatureMap& x, int64_t num_groups, int64_t exampl
 // Whether columns of a matrix carry the statistics rather than runs of memory.
 bool by_columns(const FeatureMap& x, const Partition& p);
 
-// Everything the pooled operators compute besides y and dx. Null tables are not wanted.
+// Everything that the pooled operators compute besides y and dx. A null table is not wanted.
 struct Statistics {
   double* mean;
   double* var;
@@ -20,7 +20,7 @@ struct Statistics {
   double* channel_var;
   bool constant = false;  // mean and var are given and do not depend on x: evaluation
 };
-// What is done with the statistics of groups: y = act(weight * xhat + bias + residual).
+// How a result is computed from the statistics: y = act(weight * xhat + bias + residual).
 struct Finish {
   const OptionalTensor& weight;
   const OptionalTensor& bias;
@@ -41,7 +41,7 @@ void forward_by_rows(const FeatureMap& x, const Tensor& y, const Finish& finish,
 void backward_by_rows(const Tensor& g, const FeatureMap& x, const Tensor& dx,
                       const Statistics& given, const Finish& finish, const Partition& p,
                       ParameterGradients& gradients);
-// Whether whole runs of examples, one for each thread, are the way through a channels_last map.
+// Whether threads take whole runs of examples of a channels_last map.
 bool by_blocks(const FeatureMap& x, const Partition& p);
 void forward_by_blocks(const FeatureMap& x, const Tensor& y, const Finish& finish,
                        const Partition& p, const Statistics& result);
@@ -59,7 +59,7 @@ void backward_by_columns(const Tensor& g, const FeatureMap& x, const Tensor& dx,
 void pool_channels(const Partition& p, int64_t cells_per_channel, const double* mean,
                    const double* var, const Statistics& result);
 
-// Moves running statistics of `size` values towards those of a batch, `count` elements a value.
+// Updates `size` running statistics by those of a batch, each of which is of `count` elements.
 void blend_running(const Tensor& running_mean, const Tensor& running_var, const double* mean,
                    const double* var, int64_t size, int64_t count, double momentum);
 

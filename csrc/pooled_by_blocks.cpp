@@ -1,5 +1,5 @@
-// Threads for the pooled operators on channels_last maps: whole runs of examples where there are
-// enough of them. Maps that this does not suit are taken by columns.
+// How threads share the pooled operators on channels_last maps: each takes whole runs of examples,
+// if there are enough. Other maps go to pooled_by_columns.cpp.
 #include "pooled.h"
 
 namespace normkit {

@@ -1,5 +1,5 @@
-// Threads for the pooled operators on contiguous memory: whole groups where there are enough of
-// them, parts of one group after another where there are not.
+// How threads share the pooled operators on contiguous memory: each takes whole groups if there are
+// enough; otherwise all threads share one group after another.
 #include <algorithm>
 
 #include "pooled.h"
@@ -14,7 +14,7 @@ bool expands(const Partition& p, bool affine) {
   return affine && p.plane < kVector && p.run >= kVector;
 }
 
-// Whether giving whole groups to threads leaves some of them idle for long.
+// Whether some threads would be idle for long if each took whole groups.
 bool shares_groups(const Partition& p) {
   const int64_t threads = num_threads(), groups = p.num_batches * p.num_groups;
   if (p.examples_per_group * p.run < 2 * kGrain) return false;

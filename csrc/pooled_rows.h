@@ -40,7 +40,7 @@ struct Place {
   }
 };
 
-// What one group's elements have in common.
+// The factors that are the same for all elements of a group.
 template <class T>
 struct Group {
   double mean, rstd;

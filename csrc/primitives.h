@@ -37,7 +37,7 @@ void row_moments(const Rows& a, int64_t begin, int64_t end) {
   }
 }
 
-// tables: mean, scale, center; y = scale * (x - mean) + center, and what follows
+// tables: mean, scale, center; y = scale * (x - mean) + center, then the ending
 template <class T>
 void row_apply(const Rows& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;

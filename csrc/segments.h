@@ -19,7 +19,7 @@ Partition partition_of_segments(const FeatureMap& x, int64_t num_segments);
 
 // Writes tables (N, K), of double where `wide`, else of float.
 void segment_moments(const FeatureMap& x, const Partition& p, bool wide, void* mean, void* var);
-// y = scale * (x - mean) + center, and what follows
+// y = scale * (x - mean) + center, then the ending
 void segment_apply(const FeatureMap& x, const Partition& p, const SegmentTables& tables,
                    const Tensor& y, const Ending& ending = {});
 // sum(g) and sum(g * (x - mean)) of every segment, (N, K) each; g being that of u, which is written

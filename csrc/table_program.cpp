@@ -96,8 +96,8 @@ void TableProgram::read(const std::string& line) {
   steps_.push_back(step);
 }
 
-// Whether a step's table and those that it takes have columns as they must: nothing else keeps a run
-// within its memory.
+// Whether a step's table and its arguments have the right numbers of columns. No other check keeps a
+// run from reading or writing outside its memory.
 bool TableProgram::fits(const Step& step) const {
   const auto columns_of = [&](int i) { return steps_[step.tables[i]].columns; };
   const auto is_alike = [&](int i) {
@@ -144,7 +144,7 @@ int TableProgram::line_of(const std::string& result) const {
   return -1;
 }
 
-// Tables of the map's channels come out in memory of their own.
+// Results with a column for each channel of the map have memory of their own.
 void TableProgram::copy_results() {
   static const char* tables[] = {"scale", "center", "k1", "k2", "k3"};
   for (auto& [name, line] : results_) {
@@ -169,7 +169,7 @@ void TableProgram::copy_results() {
   }
 }
 
-// In which pass over the rows each table is made. A sum over examples is there after a pass.
+// In which pass over the rows each table is computed. A sum over examples is known after a pass.
 void TableProgram::plan_phases() {
   for (Step& step : steps_) {
     step.phase = 0;
@@ -237,7 +237,7 @@ void TableProgram::plan_memory() {
   plan_blocks();
 }
 
-// Gives tables of a pass memory that nothing needs any more.
+// Lets the tables of a pass use memory that no later step reads.
 void TableProgram::plan_blocks() {
   for (const std::vector<int>& lines : in_pass_) {
     std::vector<int> last(steps_.size(), -1);  // the line that reads it last

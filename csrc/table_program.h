@@ -1,9 +1,10 @@
 // Programs on tables: what a composite of norms does to the moments of a map's channels.
 //
-// kernels/program.py says what a program's text is, which is made from the composite's formula. Here
-// it is read once, and it is planned what is computed when, and where in memory. A run works on a few
-// rows of all tables at a time, so that they stay in the nearest cache; what sums over examples ends
-// such a pass over the rows, and what a later pass needs is kept in whole tables.
+// kernels/program.py describes the text of a program, which is made from the composite's formula.
+// This file parses a text once, and plans when each step is computed and where its table lies. A run
+// computes all steps for a few rows of the tables at a time, so that these stay in the nearest cache.
+// A sum over examples needs all rows, so it ends such a pass over the rows; tables that a later pass
+// needs are stored whole.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ enum class Op {
 
 class TableProgram {
  public:
-  // The program of a text, which is read when it is first asked for.
+  // The program of a text; it is parsed by the first call.
   static const TableProgram& of(const std::string& text);
   explicit TableProgram(const std::string& text);
 

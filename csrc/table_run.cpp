@@ -30,7 +30,7 @@ TableRun::TableRun(const TableProgram& program, const TableInputs& inputs)
   partials_ = blocks_ + num_threads_ * program.block_size_;
 }
 
-// Memory of this thread's last run, where that is enough and not much.
+// The memory of this thread's last run, if it is large enough, and small enough to be kept.
 double* TableRun::memory(int64_t size) {
   static thread_local std::vector<double> kept;
   if (size > kMostKept) {
@@ -144,7 +144,7 @@ void TableRun::accumulate(const Step& step, int thread, int64_t row, int64_t cou
   }
 }
 
-// Adds up what the threads have summed, in their order.
+// Adds up the threads' sums, in the order of the threads.
 void TableRun::merge(int phase) {
   const int64_t rows = inputs_.num_examples, share = ceil_div(rows, num_threads_);
   for (const int line : program_.in_pass_[phase]) {
@@ -173,7 +173,7 @@ void TableRun::merge(int phase) {
   }
 }
 
-// Makes `count` rows of a table, from `row` on.
+// Computes `count` rows of a table, from `row` on.
 void TableRun::make(int line, int thread, int64_t row, int64_t count) const {
   const Step& step = program_.steps_[line];
   const View a = view(step.tables[0], thread, row);
@@ -196,7 +196,7 @@ void TableRun::value_by_value(Op op, int64_t rows, int64_t columns, const View& 
     columns *= rows;
     rows = 1;
   }
-  // A single value is the second of the two, but where it is what is subtracted from.
+  // A single number is the second argument, except in "number - table".
   const bool is_first = a.is_scalar && op != Op::subtract;
   const View &x = is_first ? b : a, &y = is_first ? a : b;
   for (int64_t i = 0; i < rows; ++i, out += columns) {

@@ -11,7 +11,7 @@ namespace normkit {
 
 using ParameterTensors = std::array<const OptionalTensor*, 4>;
 
-// What a program is given; tables (N, C) of double.
+// Inputs of a program; tables (N, C) of double.
 struct TableInputs {
   int64_t num_examples;
   int64_t segment_size;
@@ -22,7 +22,7 @@ struct TableInputs {
   ParameterTensors parameters;
 };
 
-// One run of a program; a thread has one at a time, which its results are read from.
+// One run of a program, which holds its results. A thread has one run at a time.
 class TableRun {
  public:
   TableRun(const TableProgram& program, const TableInputs& inputs);

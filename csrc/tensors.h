@@ -16,10 +16,10 @@ namespace normkit {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Work below this many elements is not worth waking a second thread for.
+// With fewer elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
-// Cells of a table are dearer: a root or several reads and writes each.
+// The same for cells of a table, which cost more each: a square root, or several reads and writes.
 constexpr int64_t kTableGrain = 4096;
 
 enum class Layout { contiguous, channels_last };
@@ -55,9 +55,9 @@ inline double* doubles(const Tensor& table) { return static_cast<double*>(table.
 
 // The values of a contiguous floating-point tensor.
 std::vector<double> as_doubles(const Tensor& table);
-// The same into memory that is there; the tensor has `count` values.
+// Copies them into existing memory; the tensor has `count` values.
 void read_doubles(const Tensor& table, int64_t count, double* to);
-// The way back: writes `count` values into a float32 or float64 table.
+// Copies `count` values into a float32 or float64 table.
 void copy_doubles(const double* values, int64_t count, const Tensor& table);
 
 // A parameter (C,) in the accumulator's type, each value repeated `repeat` times.

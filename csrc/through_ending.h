@@ -1,11 +1,11 @@
-// What the operators are told of an ending, y = act(norm(x) + residual), as the kernels read it.
+// An ending, y = act(norm(x) + residual), from the operators' arguments to the kernels' struct.
 #pragma once
 
 #include "tensors.h"
 
 namespace normkit {
 
-// A map beside x in the memory of x, or nothing.
+// A map in the layout of x, or none.
 inline OptionalTensor beside(const FeatureMap& x, const OptionalTensor& other) {
   if (!other) return std::nullopt;
   STD_TORCH_CHECK(other->numel() == x.numel(), "residual and result have the shape of x");
@@ -18,9 +18,9 @@ inline Ending ending_of(int64_t activation, double slope, const OptionalTensor& 
   return {Activation(activation), slope, residual ? residual->data_ptr() : nullptr, nullptr, nullptr};
 }
 
-// The gradients of x, residual, weight and bias through y = act(norm(x) + residual). The gradient
-// of the norm's result is written where that of the residual belongs, else where dx will be; of
-// ReLU and leaky ReLU alone, nowhere.
+// The gradients of x, residual, weight and bias of y = act(norm(x) + residual). The gradient of
+// norm(x) is stored in the residual's gradient if that is wanted, otherwise in the memory of dx. For
+// ReLU and leaky ReLU without a residual it is not stored.
 struct ThroughEnding {
   OptionalTensor residual, result;  // hold the memory that the ending points to
   Ending ending;
@@ -42,7 +42,7 @@ struct ThroughEnding {
       ending.passed = dx.data_ptr();
     }
   }
-  // Of kernels whose first pass always writes the gradient of u: where that is.
+  // Where the gradient of u is, for kernels whose first pass always stores it.
   const Tensor& always_passed() {
     if (!ending.passed) ending.passed = dx.data_ptr();
     return ending.passed == dx.data_ptr() ? dx : dresidual;

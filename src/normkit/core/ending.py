@@ -1,4 +1,4 @@
-"""What may follow a norm in the same pass: ``y = act(norm(x) + residual)``."""
+"""The ending of a norm's call: a residual and an activation, ``y = act(norm(x) + residual)``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from normkit.typing import FeatureMap
 
 
 class Ending(NamedTuple):
-    """What is done with the normalised map.
+    """What a layer does after it has normalised a map.
 
     Args:
-        activation: Applied last.
-        residual: Added before, in the shape, dtype and device of ``x``; None adds nothing.
+        activation: The activation, applied last.
+        residual: Added before the activation; it has the shape, dtype and device of ``x``. None
+            adds nothing.
     """
 
     activation: Activation
@@ -27,7 +28,7 @@ class Ending(NamedTuple):
 
 
 def ended(y: FeatureMap, ending: Ending | None, valid: Valid | None = None) -> FeatureMap:
-    """``act(y + residual)`` in torch's operations; 0 where a mask says that nothing is valid."""
+    """Compute ``act(y + residual)`` by torch's operations; 0 at positions that are not valid."""
     if ending is None:
         return y
     residual = ending.residual
@@ -40,9 +41,12 @@ def ended(y: FeatureMap, ending: Ending | None, valid: Valid | None = None) -> F
 def differentiable_ended(
     formula: Callable[..., Tensor], activation: Activation, has_residual: bool
 ) -> Callable[..., Any]:
-    """Gradients of ``act(formula(x, *parameters) + residual)`` that can be differentiated again.
+    """Return a function that computes gradients of ``act(formula(x, *parameters) + residual)``.
 
-    Of ``(grad, (x, *parameters), kept, wanted)``, wanted being of x, the residual and parameters.
+    Autograd can differentiate these gradients again. The function takes
+    ``(grad, (x, *parameters), kept, wanted)``, where ``kept`` is the map that
+    ``ended_nodes.kept_beside`` returned and ``wanted`` says whether the gradients of x, of the
+    residual and of each parameter are wanted.
     """
 
     # This function must not refer to the residual: autograd would keep the tensor until backward.
@@ -71,29 +75,29 @@ def read_activation(name: str | None, negative_slope: float) -> Activation:
     """The activation of this name.
 
     Raises:
-        OptionError: If there is none of this name, or the slope is no number.
+        OptionError: If the name is unknown, or the slope is not a number.
     """
     if isinstance(negative_slope, bool) or not isinstance(negative_slope, int | float):
         raise OptionError(
-            f"negative_slope={negative_slope!r} was given; it is a number, what a leaky ReLU "
-            f"multiplies values below 0 by"
+            f"negative_slope={negative_slope!r} was given; it must be a number: the factor "
+            f"by which a leaky ReLU multiplies values below 0"
         )
     if name is None:
         return Activation(0)
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise OptionError(
-            f"activation={name!r} was given; these are known: {', '.join(map(repr, KINDS))}, or "
-            f"None for none"
+            f"activation={name!r} was given; these are known: {', '.join(map(repr, KINDS))}; None "
+            f"applies no activation"
         )
     return Activation(int(kind), float(negative_slope) if kind == Kind.LEAKY_RELU else 0.0)
 
 
 def require_residual(residual: Tensor, x: FeatureMap, name: str) -> None:
-    """Refuse what cannot be added element by element.
+    """Refuse a residual that cannot be added to ``x`` element by element.
 
     Raises:
-        InputTypeError: If it is no tensor, or its dtype is not that of the input.
+        InputTypeError: If it is not a tensor, or its dtype is not that of the input.
         InputError: If its shape or its device is not that of the input.
     """
     if not isinstance(residual, Tensor):
@@ -104,18 +108,20 @@ def require_residual(residual: Tensor, x: FeatureMap, name: str) -> None:
     if residual.shape != x.shape:
         raise InputError(
             f"{name} was given a residual of shape {tuple(residual.shape)} for an input of shape "
-            f"{tuple(x.shape)}; both have the same shape: nothing is broadcast, so expand it "
-            f"first (residual.expand_as(x))"
+            f"{tuple(x.shape)}; it must have the input's shape, because residuals are not "
+            f"broadcast: expand it first (residual.expand_as(x))"
         )
     if residual.dtype != x.dtype:
         raise InputTypeError(
             f"{name} was given a residual of {residual.dtype} for an input of {x.dtype}, both of "
-            f"shape {tuple(x.shape)}; convert it first: residual.to(x.dtype)"
+            f"shape {tuple(x.shape)}; both must have one dtype: convert it first, "
+            f"residual.to(x.dtype)"
         )
     if residual.device != x.device:
         raise InputError(
             f"{name} was given a residual on {residual.device} and an input on {x.device}, both of "
-            f"shape {tuple(x.shape)}; move it first: residual.to(x.device)"
+            f"shape {tuple(x.shape)}; both must be on one device: move it first, "
+            f"residual.to(x.device)"
         )
 
 
@@ -126,7 +132,7 @@ def read_ending(
     residual: FeatureMap | None,
     name: str,
 ) -> Ending | None:
-    """What the functions without state do at the end; None if nothing."""
+    """The ending that a function of ``normkit.functional`` was asked for; None without one."""
     found = read_activation(activation, negative_slope)
     if residual is None:
         return Ending(found) if found.kind else None

@@ -145,11 +145,11 @@ class RunningEstimates(NamedTuple):
     def remember(self, means: SegmentTable, moved: Tensor) -> None:
         """Store the means ``(N, C)`` of a batch, and the estimates ``(2, C)`` that normalised it.
 
-        The estimates are a row of means and a row of variances.
+        The estimates are a row of means and a row of variances. Neither has a gradient.
         """
         if self.recent is None or torch.compiler.is_compiling() or buffers_are_frozen():
             return
-        self.recent.append((means.detach().sum(dim=0), moved.detach().clone()))
+        self.recent.append((means.sum(dim=0), moved.clone()))
 
     def follow_(self, moved: Moments) -> None:
         """Write the estimates ``(1, C)`` that have just normalised a batch into the buffers."""

@@ -106,7 +106,7 @@ def update_running_(
     """Update buffers after a training batch of this shape; ``table`` is of the stage's input."""
     if isinstance(running, RunningEstimates):
         moved = stage.rule.groups(table, *stage.given)
-        running.remember(table.mean, torch.cat((moved.mean, moved.var)))
+        running.remember(table.mean.detach(), torch.cat((moved.mean, moved.var)).detach())
         running.follow_(moved)
     elif running is not None:
         running.update_(table, shape)
@@ -223,14 +223,14 @@ def _do_pending(
     pending: Running, shape: Sequence[int], table: MomentTable, num_channels: int
 ) -> None:
     """Do what the operator has not done with the batch stage's buffers."""
-    batch = table[:, -num_channels:]
+    batch = table.narrow(1, table.shape[1] - num_channels, num_channels)
     if isinstance(pending, RunningStatistics):
         num_values = shape[0] * math.prod(shape[2:])
         pending.follow_(Moments(batch[0], batch[1]), num_values)
     elif torch.compiler.is_compiling():
         pending.follow_(Moments(batch[:1], batch[1:]))
     else:
-        pending.remember(table[0, : shape[0] * shape[1]].view(shape[0], -1), batch)
+        pending.remember(table.as_strided(shape[:2], (shape[1], 1)), batch)  # means lie first
 
 
 class _Statistics(NamedTuple):

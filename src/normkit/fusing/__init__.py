@@ -1,4 +1,4 @@
-"""Activations and sums that follow the norms of a model, put into the norms' own pass."""
+"""Fusing the activations and residual sums of a model into the norms before them."""
 
 from normkit.fusing.verbs import Fused, Fusion, NotFused, fuse_activations_
 

@@ -1,4 +1,4 @@
-"""A module whose own forward calls a norm where it added and activated before."""
+"""Rewriting a module's forward: a norm's call replaces the sum and the activation after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from normkit.fusing.sites import Own, Site, follow, sites
 
 
 class _ModuleName(NamedTuple):
-    """Stands for an imported module among the names of a forward, so that these can be pickled."""
+    """The name of an imported module that a forward uses; modules themselves cannot be pickled."""
 
     name: str
 
@@ -37,7 +37,7 @@ class Code(NamedTuple):
 
 
 class _Rewritten(nn.Module):
-    """A module whose class is made at run time from its own, so that its names stay."""
+    """A module whose class is made at run time, as a subclass of its own class."""
 
     base: type[nn.Module]
     code: Code
@@ -60,14 +60,17 @@ def _empty(base: type[nn.Module], code: Code) -> _Rewritten:
 
 
 def rewritten(own: Own, norms: Collection[str]) -> type[nn.Module]:
-    """A class for a module, in whose forward these of its norms go on to what followed them.
+    """Make a class for a module, whose forward lets these norms add and activate.
 
     Raises:
-        ConversionError: If the forward is not what it was when it was followed first.
+        ConversionError: If ``torch.fx`` can no longer trace the forward.
     """
     again = follow(own.name, own.module)
     if again is None or again.graph is None:
-        raise ConversionError(f"the forward of {own.name} can no longer be followed")
+        raise ConversionError(
+            f"torch.fx traced the forward of {own.name or 'the model'} when it was planned, and "
+            f"cannot trace it any more; do not change the model while its activations are fused"
+        )
     found = [s for s in sites(again) if isinstance(s, Site) and s.norm.target in norms]
     for site in found:
         _join(again.graph, site)
@@ -83,7 +86,7 @@ def rewritten(own: Own, norms: Collection[str]) -> type[nn.Module]:
 
 
 def _join(graph: fx.Graph, site: Site) -> None:
-    """Let the norm be called where the activation was, and with what was added."""
+    """Move the norm's call to the place of the activation, and pass it the residual."""
     mine = {site.norm, *site.between}
     inputs = [a for node in site.between for a in node.args if isinstance(a, fx.Node)]
     added = [a for a in inputs if a not in mine]

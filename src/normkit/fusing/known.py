@@ -1,4 +1,4 @@
-"""Activations that a norm can apply itself, as a model has them: modules, functions, methods."""
+"""Which modules, functions and methods are activations that a norm can apply itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IN_PLACE_SUMS = ("iadd", "add_")
 
 
 class Known(NamedTuple):
-    """An activation by its name and, of a leaky ReLU, its slope."""
+    """The name of an activation, and the slope of a leaky ReLU."""
 
     name: ActivationName
     slope: float = SLOPE
@@ -61,7 +61,7 @@ _METHODS: dict[str, ActivationName] = {
 
 
 def of_module(module: nn.Module) -> Known | None:
-    """Which activation a module is, if it is one that a norm can apply."""
+    """The activation that a module computes; None if no norm can apply it."""
     if isinstance(module, nn.LeakyReLU) and type(module) is nn.LeakyReLU:
         return Known("leaky_relu", float(module.negative_slope))
     if type(module) is nn.GELU or key_of(type(module)) == "timm.layers.activations.GELU":
@@ -71,7 +71,7 @@ def of_module(module: nn.Module) -> Known | None:
 
 
 def of_node(node: fx.Node, root: nn.Module) -> Known | None:
-    """Which activation a call is, if it is one that a norm can apply."""
+    """The activation that a call computes; None if no norm can apply it."""
     if node.op == "call_module":
         return of_module(root.get_submodule(str(node.target)))
     given = {k: v for k, v in node.kwargs.items() if k not in ("input", "inplace")}

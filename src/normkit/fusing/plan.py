@@ -1,4 +1,4 @@
-"""Which norms of a model go on to what follows them, how, and why others do not."""
+"""Planning: which norms of a model are fused with what follows, how, and why others are not."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ACTIVATED = (
     *norm_classes.SYNC_BATCH_NORM_ACTS,
     *norm_classes.GROUP_NORM_ACTS,
 )
-"""Norms of timm that hold their activation."""
+"""Norms of timm that apply an activation themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A norm that goes on to an activation.
+    """A norm that will apply an activation itself.
 
     Args:
         name: The norm's name in the model.
-        activation: What it applies.
-        residual: Whether something is added before.
-        own: The module whose forward has the calls; None where the norm holds its activation.
-        place: Name, in that module, of the activation that becomes ``nn.Identity``; None where the
+        activation: The activation.
+        residual: Whether a residual is added before the activation.
+        own: The module whose forward calls both; None if the norm applied its activation before.
+        place: Name, in that module, of the activation that becomes ``nn.Identity``; None if the
             forward is rewritten.
         target: The norm's name in that module.
     """
@@ -50,12 +50,12 @@ class Step:
 
 @dataclass(slots=True)
 class Plan:
-    """What is done, and norms that stay, with the reason.
+    """Which norms are fused, and which are not.
 
     Args:
-        steps: What is done.
-        left: Reasons by the norm's name.
-        twins: Specs of the layers of ours that norms of other libraries become first.
+        steps: The norms that are fused.
+        left: Why the other norms are left alone, by their names.
+        twins: Specs of our layers that replace norms of other libraries, by the norms' names.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Plan:
 
 
 def plan(model: nn.Module) -> Plan:
-    """Follow every module's own forward and work out what can be put together."""
+    """Trace every module's own forward, and find what can be fused."""
     found = Plan()
     holders = [(n, m) for n, m in model.named_modules() if _holds_norm(m)]
     owns = [own for name, module in holders if (own := follow(name, module)) is not None]
@@ -83,7 +83,7 @@ def plan(model: nn.Module) -> Plan:
 
 
 def _name_the_rest(found: Plan, model: nn.Module, owns: list[Own]) -> None:
-    """Say of every other norm why it stays, and forget what those would have become."""
+    """Give a reason for every other norm, and drop the specs of norms that are left alone."""
     for own in owns:
         if own.graph is None:
             _say_why_not_followed(found, own)
@@ -99,7 +99,7 @@ def _holds_norm(module: nn.Module) -> bool:
 
 
 def _calls(owns: list[Own]) -> Counter[int]:
-    """How often each module is called by the forwards of all."""
+    """How often all forwards together call each module."""
     return Counter(id(own.child(node)) for own in owns for node in own.calls())
 
 
@@ -114,7 +114,7 @@ def _consider(
     norm, target = own.child(node), str(node.target)
     name = f"{own.name}.{target}" if own.name else target
     if isinstance(norm, NormLayer) and norm.activation is not None:
-        return  # it does already
+        return  # it is fused already
     why = site[1] if isinstance(site, tuple) else _why_not(norm, calls, places)
     if not why and not isinstance(norm, NormLayer):
         why = _twin(found, name, norm)
@@ -132,14 +132,14 @@ def _why_not(norm: nn.Module, calls: Counter[int], places: Counter[int]) -> str:
     if calls[id(norm)] > 1 or places[id(norm)] > 1:
         return "it is called in several places"
     if is_watched(norm):
-        return "hooks look at what it gives"
+        return "it has forward or backward hooks"
     if isinstance(norm, NormLayer) and not norm.takes_ending:
-        return f"{base_of(norm).__name__} has no kernels that go on to an activation"
+        return f"{base_of(norm).__name__} has no kernels that also apply an activation"
     return ""
 
 
 def _twin(found: Plan, name: str, norm: nn.Module) -> str:
-    """Note what a norm of another library becomes first; or say why it becomes nothing."""
+    """Store the spec of our layer that replaces another library's norm, or return why none does."""
     try:
         source = read(norm)
     except ConversionError as error:
@@ -148,15 +148,15 @@ def _twin(found: Plan, name: str, norm: nn.Module) -> str:
     if any(not isinstance(part, nn.Identity) for part in acts):
         return "it has an activation of its own"
     kind = source.equivalent_spec.partition(":")[0]
-    lost = set(source.lost) - {UNBATCHED}  # refused in words, should one come
+    lost = set(source.lost) - {UNBATCHED}  # our layer raises an error for such an input
     if kind not in ("bn", "gn", "in") or lost or source.fixed:
-        return f"{type(norm).__name__} has no layer of ours that computes the same in one pass"
+        return f"{type(norm).__name__} cannot be replaced by a layer of ours with the same result"
     found.twins[name] = source.equivalent_spec
     return ""
 
 
 def _settle(found: Plan, own: Own) -> None:
-    """Rewrite a forward for all of its norms, or leave those alone that would need it."""
+    """Rewrite a forward for all of its norms, or leave the norms alone that need a new forward."""
     mine = [step for step in found.steps if step.own is own]
     if all(step.place is not None for step in mine):
         return
@@ -183,7 +183,7 @@ def _consider_activated(found: Plan, name: str, module: nn.Module, places: Count
     elif places[id(module)] > 1:
         found.left[name] = "it is called in several places"
     elif is_watched(source_act):
-        found.left[name] = "hooks look at the activation"
+        found.left[name] = "its activation has forward or backward hooks"
     else:
         try:
             source = read(module)
@@ -204,7 +204,7 @@ def _say_why_not_followed(found: Plan, own: Own) -> None:
 
 
 def _norms_of(module: nn.Module) -> Iterator[str]:
-    """Norms that a forward can call itself: its children, and what lies in lists of them."""
+    """Names of norms that a forward can call: children, and norms in lists of modules."""
     for name, child in module.named_children():
         if is_norm(child):
             yield name

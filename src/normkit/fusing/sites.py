@@ -1,4 +1,4 @@
-"""Places in a module's own forward where a norm's result goes to a sum, to an activation."""
+"""Places in a module's own forward where a sum or an activation follows a norm."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from normkit.tracing.kinds import is_norm
 from normkit.tracing.symbolic import fx_graph
 
 WRITTEN_IN_PLACE = frozenset(("add", "sub", "mul", "truediv"))
-"""Operations of Python that are recorded alike whether they write to their first argument."""
+"""Operators that ``torch.fx`` records alike as ``x + y`` and as ``x += y``."""
 IN_PLACE = frozenset(("iadd", "isub", "imul", "itruediv", "setitem"))
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A norm, what is added to its result, and the activation behind that.
+    """The call of a norm, and those of the sum and the activation after it.
 
     Args:
         norm: The call of the norm.
-        between: Calls of ``nn.Identity`` and the sum, in their order.
-        residual: What is added, or None.
+        between: Calls of ``nn.Identity`` and of the sum, in their order.
+        residual: The other term of the sum; None without a sum.
         end: The call of the activation.
-        activation: Which it is.
+        activation: The activation.
     """
 
     norm: fx.Node
@@ -44,13 +44,13 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """A module's own forward, as far as it can be followed.
+    """A module's own forward, traced by ``torch.fx`` if that is possible.
 
     Args:
         name: The module's name in the model.
         module: The module.
-        graph: The calls of its forward; None if it cannot be followed.
-        why_not: Why it cannot, or why its forward must stay as it is; empty if neither.
+        graph: The traced forward; None if it cannot be traced.
+        why_not: Why the forward cannot be traced or rewritten; empty if both are possible.
     """
 
     name: str
@@ -59,23 +59,23 @@ class Own:
     why_not: str
 
     def child(self, node: fx.Node) -> nn.Module:
-        """The module that is called."""
+        """The module that a node calls."""
         return self.module.get_submodule(str(node.target))
 
     def calls(self) -> Iterator[fx.Node]:
-        """Calls of modules."""
+        """The nodes that call modules."""
         nodes = [] if self.graph is None else self.graph.nodes
         return (node for node in nodes if node.op == "call_module")
 
 
 def follow(name: str, module: nn.Module) -> Own | None:
-    """Follow a module's own forward; None if it has none."""
+    """Trace a module's own forward; None if it has none."""
     if type(module).forward is nn.Module.forward or is_norm(module):
         return None
     try:
         graphs = [_graph(module, training) for training in (False, True)]
     except Exception as error:  # noqa: BLE001 - the module's own code runs on proxies
-        return Own(name, module, None, f"its forward cannot be followed: {shortened(error)}")
+        return Own(name, module, None, f"torch.fx cannot trace its forward: {shortened(error)}")
     texts = [graph.python_code("self").src for graph in graphs]
     is_one = texts[0] == texts[1]
     return Own(name, module, graphs[0], _why_not(module, is_one) or _why_aliased(module, graphs[0]))
@@ -87,12 +87,12 @@ def _graph(module: nn.Module, training: bool) -> fx.Graph:
 
 
 def _why_not(module: nn.Module, is_one: bool) -> str:
-    """Why a module's forward must stay as it is; empty if another may stand for it."""
+    """Why a module's forward cannot be rewritten; empty if it can."""
     kind = type(module)
     if not is_one:
         return "its forward differs between training and evaluation"
     if "forward" in vars(module):
-        return "its forward was replaced on this very module"
+        return "its forward is an attribute of the module, not a method of its class"
     given = list(inspect.signature(kind.forward).parameters.values())[1:]
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.kind is not plain or p.default is not p.empty for p in given):
@@ -103,15 +103,15 @@ def _why_not(module: nn.Module, is_one: bool) -> str:
         return f"its forward calls its own {', '.join(sorted(called))}()"
     code = methods_of(kind)["forward"]
     if {"isinstance", "type", "hasattr"} & set(code.co_names):
-        return "its forward asks what it was given"
+        return "its forward depends on the types of its inputs"
     return ""
 
 
 def _why_aliased(module: nn.Module, graph: fx.Graph) -> str:
-    """Why a graph may say less than the forward does; empty if it says all.
+    """Why the traced graph may compute something else than the forward; empty if it does not.
 
-    ``torch.fx`` records ``x += y`` as ``x + y``, which is another thing where ``x`` is used again,
-    or is the caller's.
+    ``torch.fx`` records ``x += y`` as ``x + y``. The results differ if ``x`` is used again, or is
+    an input, which the caller may use.
     """
     code = methods_of(type(module)).get("forward")
     if code is None or not any(map(_is_in_place, dis.get_instructions(code))):
@@ -122,7 +122,7 @@ def _why_aliased(module: nn.Module, graph: fx.Graph) -> str:
         if isinstance(first, fx.Node) and plain_operator(node) in WRITTEN_IN_PLACE:
             is_again = any(order[user] > order[node] for user in first.users)
             if is_again or first.op == "placeholder":
-                return "its forward may change a map in place that is used elsewhere"
+                return "its forward may change, in place, a map that is used elsewhere"
     return ""
 
 
@@ -132,7 +132,7 @@ def _is_in_place(instruction: dis.Instruction) -> bool:
 
 
 def sites(own: Own) -> Iterator[Site | tuple[fx.Node, str]]:
-    """Find what can be put together; a norm whose result goes elsewhere, with the reason."""
+    """Find what can be fused; for a norm that cannot, its node and the reason."""
     for node in own.calls():
         if is_norm(own.child(node)):
             found = _site(own, node)
@@ -142,7 +142,7 @@ def sites(own: Own) -> Iterator[Site | tuple[fx.Node, str]]:
 
 def _site(own: Own, norm: fx.Node) -> Site | str | None:  # noqa: PLR0911 - a reason each
     if len(norm.args) != 1 or norm.kwargs:
-        return None  # it ends with a sum already, or has a mask
+        return None  # the call has a residual already, or a mask
     passed, last = _through_identities(own, norm)
     if len(last.users) != 1:
         ends = [of_node(user, own.module) or _is_sum(user) for user in last.users]
@@ -162,13 +162,13 @@ def _site(own: Own, norm: fx.Node) -> Site | str | None:  # noqa: PLR0911 - a re
     if activation is None or user.args[:1] != (last,):
         return _behind(own, user)
     if user.op == "call_module" and is_watched(own.child(user)):
-        return "hooks look at the activation"
+        return "its activation has forward or backward hooks"
     site = Site(norm, passed, residual, user, activation)
     return _disturbed(own, site) or site
 
 
 def _behind(own: Own, user: fx.Node) -> str | None:
-    """Say so where an activation comes after something that is neither a sum nor nothing."""
+    """Name a module that stands between a norm and an activation; None if there is none."""
     if user.op == "call_module" and _ends_with_activation(own, user):
         return f"{type(own.child(user)).__name__} comes between it and the activation"
     return None
@@ -201,11 +201,11 @@ def _sum_name(node: fx.Node) -> str:
 
 
 def _addend(node: fx.Node, own: fx.Node) -> fx.Node | str:
-    """What is added to ``own`` in a sum, or why the two cannot be put together."""
+    """The node that a sum adds to ``own``, or why the sum cannot be fused."""
     first, second = node.args
     other = second if first is own else first
     if not isinstance(other, fx.Node) or other is own:
-        return "a number is added to its result, or its result to itself"
+        return "a number, or the result itself, is added to its result"
     if other.op == "get_attr":
         return "a parameter is added to its result"
     if first is not own and _sum_name(node) in IN_PLACE_SUMS:
@@ -214,7 +214,7 @@ def _addend(node: fx.Node, own: fx.Node) -> fx.Node | str:
 
 
 def _disturbed(own: Own, site: Site) -> str:
-    """Why the norm cannot be computed where the activation is; empty if it can."""
+    """Why the norm's call cannot be moved to the activation's place; empty if it can."""
     order = list(site.end.graph.nodes)
     last = order.index(site.end)
     mine = {site.norm, site.end, *site.between}
@@ -223,12 +223,12 @@ def _disturbed(own: Own, site: Site) -> str:
         for user in needed.users if isinstance(needed, fx.Node) else ():
             between = begin < order.index(user) < last and user not in mine
             if between and _may_write(own, user):
-                return f"{user.name} may write to a map that is needed later"
+                return f"{user.name} may write to a map that the norm reads"
     return ""
 
 
 def _may_write(own: Own, node: fx.Node) -> bool:
-    """Whether a call between a norm and its activation may change what it is given."""
+    """Whether a call between a norm and its activation may change its arguments in place."""
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) for m in own.child(node).modules())
     name = str(node.target) if node.op == "call_method" else plain_operator(node)
@@ -236,5 +236,5 @@ def _may_write(own: Own, node: fx.Node) -> bool:
 
 
 def plain_operator(node: fx.Node) -> str:
-    """Name of the function that is called."""
+    """Name of the function that a node calls."""
     return str(getattr(node.target, "__name__", node.target))

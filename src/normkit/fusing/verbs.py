@@ -1,4 +1,4 @@
-"""Putting activations and sums into the norms of a model, and the way back."""
+"""Fusing activations and sums into the norms of a model, and reverting it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from normkit.fusing.plan import Plan, Step, plan
 from normkit.passes import all_or_nothing, attempt, call_with, copied, require_unwrapped, untouched
 from normkit.text import module_name, table_lines
 
-TOLERANCE = 1e-3  # of outputs beside their largest value, in evaluation mode
+TOLERANCE = 1e-3  # largest difference of outputs, relative to their largest value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
-    """A norm that goes on to an activation.
+    """A norm that now applies an activation.
 
     Args:
         name: Its name in the model.
-        activation: What it applies.
-        residual: Whether something is added before.
-        how: What became of the activation: ``"nn.Identity"`` in its place, or ``"rewritten"``: the
-            forward around it calls the norm with what was added.
-        converted: What the norm was before, where it was none of ours.
+        activation: The activation.
+        residual: Whether a residual is added before the activation.
+        how: ``"nn.Identity"`` if that replaced the activation; ``"rewritten"`` if the module around
+            both has a new forward.
+        converted: Class of the norm that our layer replaced; empty if the norm was ours.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Fused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotFused:
-    """A norm that is followed by an activation, and was left as it was.
+    """A norm that was left as it was.
 
     Args:
         name: Its name in the model.
-        why: Why it was left.
+        why: The reason.
     """
 
     name: str
@@ -55,12 +55,12 @@ class NotFused:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Fusion:
-    """What was put together; prints as a table.
+    """The result of fusing; prints as a table.
 
     Args:
         model: The model.
-        fused: Norms that go on to an activation.
-        left: Norms that are followed by one and stay as they were.
+        fused: Norms that now apply an activation.
+        left: Norms that stayed as they were, with the reasons.
     """
 
     model: nn.Module
@@ -70,9 +70,9 @@ class Fusion:
     _conversion: Conversion | None = field(kw_only=True, default=None)
 
     def revert(self) -> nn.Module:
-        """Put everything back as it was, and return the model; a second time changes nothing.
+        """Restore the modules, classes and norms from before, and return the model.
 
-        Norms of other libraries come back too. Parameters have the values that they have now.
+        Parameters and buffers keep their present values. A second call changes nothing.
         """
         converted = [] if self._conversion is None else [self._conversion]
         return attempt(self._revert, self, self.model, *converted)
@@ -109,29 +109,32 @@ def _ending(fused: Fused) -> str:
 
 @all_or_nothing
 def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:
-    """Let the norms of a model add and activate in their own pass, in place.
+    """Fuse the activations and residual sums of a model, in place, into the norms before them.
 
-    Where a norm's result goes to an activation, or to a sum and then an activation, and nowhere
-    else, the norm gets the option ``activation=`` and, in the forward around it, ``residual=``. The
-    activation's module becomes ``nn.Identity``; where the forward calls it several times, calls a
-    function instead, or adds, that forward is rewritten: the module gets a class of its own, made
-    from its old one. The state dict stays the same. Batch, group and instance norms of torch and
-    timm (``BatchNormAct2d`` with its activation too) become ours first, with their very parameters.
+    A norm is fused if its result is used only by an activation, or only by a sum whose result is
+    used only by an activation. The norm then has the option ``activation=``, and in the second case
+    it is called with ``residual=``. If the activation is a module that is called once and nothing
+    is added, ``nn.Identity`` replaces it. Otherwise the forward around both is rewritten: the
+    module gets a new class, a subclass of its old one. The state dict stays the same. Batch, group
+    and instance norms of torch and timm, also timm's ``BatchNormAct2d`` with its activation, are
+    replaced by ours first, which hold the same parameters.
 
-    A rewritten forward does what the old one does now: what it asks of its module's own attributes
-    is asked once. It is left alone where it differs between training and evaluation.
+    A rewritten forward reads its module's attributes (flags, sizes) once, when it is written, so
+    later changes of them have no effect. A forward is not rewritten if it differs between training
+    and evaluation.
 
     Args:
         model: Any model.
-        example_input: A tuple of arguments, a dict of named ones, or the only one. It is sent
-            through the model before and after, in evaluation mode, and the outputs must agree.
+        example_input: The model's only argument, a tuple of arguments, or a dict of named ones. The
+            model is called with it before and after, in evaluation mode, and the outputs must
+            agree to a thousandth of the largest.
 
     Returns:
-        What was done and what was not, with the reasons; ``.revert()`` puts all of it back.
+        The norms that were fused, and the others with the reasons; ``.revert()`` undoes it.
 
     Raises:
-        OptionError: If the model is wrapped, compiled, or cannot be looked into.
-        ConversionError: If a norm cannot become ours, or the outputs on the example differ.
+        OptionError: If the model is wrapped or compiled, or hides its layers.
+        ConversionError: If our layer cannot replace a norm, or the outputs on the example differ.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -171,7 +174,7 @@ def _said(step: Step, kinds: dict[str, str]) -> Fused:
 
 
 def _carry_out(model: nn.Module, planned: Plan) -> Iterator[tuple[Any, ...]]:
-    """Change the model; give what ``_put`` takes to put each change back."""
+    """Change the model; yield the arguments with which ``_put`` undoes each change."""
     steps = planned.steps
     for own in dict.fromkeys(step.own for step in steps if step.own and step.place is None):
         norms = {step.target for step in steps if step.own is own}
@@ -188,7 +191,7 @@ def _carry_out(model: nn.Module, planned: Plan) -> Iterator[tuple[Any, ...]]:
 
 
 def _replace(owner: nn.Module, name: str) -> tuple[Any, ...]:
-    """Put ``nn.Identity`` in the place of an activation."""
+    """Replace an activation by ``nn.Identity``."""
     path, _, key = name.rpartition(".")
     holder = owner.get_submodule(path)
     old = holder._modules[key]
@@ -214,10 +217,10 @@ def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
 
 
 def _require_same(before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
-    """Refuse a change that moves the outputs.
+    """Refuse fusing if it changes the outputs.
 
     Raises:
-        ConversionError: With the largest difference.
+        ConversionError: If outputs differ by more than ``TOLERANCE``.
     """
     for old, new in zip(before, after, strict=True):
         finite = old.isfinite()
@@ -226,6 +229,7 @@ def _require_same(before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
         largest = max(1.0, old[finite].double().abs().max().item()) if distance.numel() else 1.0
         if not far <= TOLERANCE * largest or not torch.equal(finite, new.isfinite()):
             raise ConversionError(
-                f"the outputs on the example input differ by {far:.2g} beside {largest:.2g} once "
-                f"the activations are fused; nothing was changed"
+                f"with fused activations the outputs on the example input differ by {far:.2g}, and "
+                f"the largest is {largest:.2g}; a difference of {TOLERANCE:g} of that is allowed, "
+                f"so the model was left as it was"
             )

@@ -11,11 +11,11 @@ from torch import Tensor
 from normkit.typing import GroupTable, PerChannel
 
 CellTable = Float[Tensor, "2 cells"]
-"""A row of means and a row of biased variances, float64: of the groups in order, then of the
-channels if they are wanted."""
+"""A row of means and a row of biased variances, float64. The cells are those of the groups, in
+order, and after them, if they are wanted, those of the channels."""
 MomentTable = Float[Tensor, "2 cells"]
-"""A row of means and a row of biased variances, float64: of every channel of every example, then
-the batch stage's statistics of each channel, measured or given."""
+"""A row of means and a row of biased variances, float64. The cells are those of every channel of
+every example, and after them the statistics by which the batch stage normalised each channel."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Differentiable = Callable[[Tensor, Tensor, Tensor | None, tuple[bool, bool, bool]], Gradients]
 """Maps ``(grad, x, weight, (wants_x, wants_weight, wants_bias))`` to three gradients, by operations
@@ -26,7 +26,7 @@ DifferentiableEnded = Callable[
     EndedGradients,
 ]
 """Maps ``(grad, (x, weight, bias), kept, wanted)`` to the gradients of x, residual, weight and
-bias, by operations that autograd can differentiate again; ``kept_beside`` gives ``kept``."""
+bias, by operations that autograd can differentiate again; ``kept`` comes from ``kept_beside``."""
 Slots = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """A composite's parameters, in the order of its formula."""
 MOST_PARAMETERS = 4
@@ -40,8 +40,8 @@ operations that autograd can differentiate again."""
 DifferentiableEndedComposite = Callable[
     [Tensor, Tensor, Tensor | None, Tensor, Slots, tuple[bool, ...]], list[Tensor | None]
 ]
-"""The same of what follows too: ``(grad, x, kept, table, parameters, wanted)``, wanted being of x,
-the residual and the parameters; ``kept`` is what ``kept_beside`` says."""
+"""Maps ``(grad, x, kept, table, parameters, wanted)`` to the gradients of x, the residual and the
+parameters, in a call that ends with an activation; ``kept`` comes from ``kept_beside``."""
 
 
 class Pooling(NamedTuple):

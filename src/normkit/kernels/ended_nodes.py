@@ -1,4 +1,4 @@
-"""The operators that go on to ``act(y + residual)``, with their gradients: one node each."""
+"""The operators that also compute ``act(y + residual)``, with their gradients: one node each."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from normkit.typing import FeatureMap, PerChannel
 
 
 class Ended(NamedTuple):
-    """How a call ends, and whose statistics it uses.
+    """Which operator computes a call that ends with an activation, and its options.
 
     Args:
-        activation: What is applied last.
-        statistics: Given ones ``(G,)``, mean and variance; empty for the input's own.
-        options: A ``Pooling``; of given statistics the number of groups and ``eps``; of positions
-            ``eps``.
-        running: Buffers that follow the input's own statistics.
-        of_positions: Whether statistics are those of positions.
+        activation: The activation, applied last.
+        statistics: Mean and variance ``(G,)`` to normalise by; empty to use the input's own.
+        options: For the input's own statistics a ``Pooling``, for given statistics the number of
+            groups and ``eps``, for statistics of positions ``eps``.
+        running: Buffers that are updated with the input's own statistics.
+        of_positions: Whether each position is normalised over its channels.
     """
 
     activation: Activation
@@ -51,7 +51,7 @@ class Ended(NamedTuple):
 
     @property
     def backwards(self) -> tuple[str, str]:
-        """The operators that go back: of the norm alone, and through an activation."""
+        """Names of the operators of the backward pass: without and with an activation."""
         if self.statistics:
             return "evaluate_backward", "ended_evaluate_backward"
         if self.of_positions:
@@ -80,10 +80,10 @@ class Ended(NamedTuple):
 def kept_beside(
     activation: Activation, y: FeatureMap, residual: FeatureMap | None
 ) -> FeatureMap | None:
-    """The map beside ``x`` that backward needs: none where there is no residual.
+    """The map that backward needs beside ``x``; None without a residual.
 
-    ReLU and leaky ReLU need the sign of the sum, which the result has, and which the next layer
-    keeps anyway; other activations need the sum, and so the residual.
+    ReLU and leaky ReLU need only the sign of ``norm(x) + residual``. The result has the same sign,
+    and the next layer keeps it anyway. Other activations need the sum, and so the residual.
     """
     if residual is None or activation == NO_ACTIVATION:
         return None
@@ -103,7 +103,7 @@ def normalize_ended(  # noqa: PLR0913
 
     .. math::  y = act(w_c (x - \mu) / \sqrt{\sigma^2 + \epsilon} + b_c + r)
 
-    Kept for the gradient are ``x``, tables, and what ``kept_beside`` says.
+    Saved for backward are ``x``, tables, and the map that ``kept_beside`` returns.
     """
     if needs_gradient(x, residual, weight, bias):
         record = _Ended.apply if kernels is None else _RECORD_ENDED
@@ -174,9 +174,10 @@ def normalize_ended_composite(  # noqa: PLR0913 - what one operator needs
     buffers: Buffers,
     differentiable: DifferentiableEndedComposite,
 ) -> tuple[FeatureMap, MomentTable]:
-    """Normalise by a composite of norms, add and activate, as ``nodes.normalize_composite`` does.
+    """Normalise by a composite of norms, add the residual and activate.
 
-    Kept for the gradient are ``x``, tables, and what ``nodes.kept_beside`` says.
+    The other arguments are those of ``nodes.normalize_composite``. Saved for backward are ``x``,
+    tables, and the map that ``kept_beside`` returns.
     """
     if needs_gradient(x, residual, *parameters):
         record = _EndedComposite.apply if kernels is None else _RECORD_COMPOSITE

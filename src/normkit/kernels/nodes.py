@@ -1,8 +1,8 @@
-"""The operators with their gradients: one autograd node each, keeping ``x`` and tables.
+"""The operators with their gradients: one autograd node each, which keeps ``x`` and tables.
 
 A set of kernels is a module or an object with a function for each operator of
-``operators.SCHEMAS``. While ``torch.compile`` traces, and for tensors that only stand for others,
-the registered operator is called instead, and torch finds the kernels by the device.
+``operators.SCHEMAS``. While ``torch.compile`` traces, and for tensor subclasses and fake tensors,
+the registered operator is called instead, and torch chooses the kernels by the device.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ REGISTERED = torch.ops.normkit
 
 
 def direct(kernels: Kernels, grad: Tensor) -> Kernels:
-    """The set that computes a backward pass; None if it is traced, though the forward was not."""
+    """The set of kernels for a backward pass; None if the backward pass alone is traced."""
     return None if torch.compiler.is_compiling() or type(grad) not in PLAIN else kernels
 
 
 def recorder(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without its search for functorch's tensors, a third of a node's time.
 
-    Callers have asked ``kernels.select``, which never sends a ``torch.func`` transform here.
+    No such tensor comes here: under ``torch.func``, ``select.decide`` chooses the plain formula.
     """
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether autograd is to record: without, the node and its Python are saved."""
+    """Whether autograd must record the call; if not, the operator is called without a node."""
     if not torch.is_grad_enabled():
         return False
     if x.requires_grad:
@@ -67,7 +67,7 @@ def normalize_pooled(  # noqa: PLR0913 - the operator's own arguments
     running: Running | None = None,
     differentiable: Differentiable | None = None,
 ) -> tuple[FeatureMap, CellTable]:
-    r"""Normalise by the statistics of ``x``'s own groups; ``running`` follows them in place.
+    r"""Normalise by the statistics of ``x``'s own groups, and update ``running`` in place.
 
     .. math::  y = w_c (x - \mu) / \sqrt{\sigma^2 + \epsilon} + b_c
 
@@ -77,14 +77,15 @@ def normalize_pooled(  # noqa: PLR0913 - the operator's own arguments
         weight: Scale of each channel, ``(C,)``.
         bias: Shift of each channel, ``(C,)``.
         pooling: The groups.
-        running: Buffers to move towards the batch's statistics, the variance's unbiased. None while
-            ``torch.compile`` traces: a traced node must not change its inputs.
-        differentiable: Makes the gradients when a backward pass is itself differentiated.
+        running: Buffers that the operator updates with the batch's statistics, of which the
+            variance is unbiased. None while ``torch.compile`` traces, because a traced node must
+            not change its inputs.
+        differentiable: Computes the gradients when the backward pass is itself differentiated.
 
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of statistics, without a gradient.
     """
-    # The usual answer of ``needs_gradient`` is written out, which saves a call.
+    # The usual answer of ``needs_gradient`` is repeated here and below, which saves a call.
     if (x.requires_grad and torch.is_grad_enabled()) or needs_gradient(x, weight, bias):
         record = _Pooled.apply if kernels is None else _RECORD_POOLED
         return record(x, weight, bias, pooling, running, differentiable, kernels)
@@ -119,7 +120,7 @@ def normalize_given(  # noqa: PLR0913
     options: tuple[int, float],
     differentiable: Differentiable | None = None,
 ) -> FeatureMap:
-    """Normalise by given statistics ``(G,)``, which get no gradient: evaluation, frozen layers.
+    """Normalise by given statistics ``(G,)``, which get no gradient, as in evaluation.
 
     ``options`` are the number of groups and ``eps``.
     """
@@ -151,7 +152,7 @@ def normalize_positions(
     eps: float,
     differentiable: Differentiable | None = None,
 ) -> tuple[FeatureMap, CellTable]:
-    """Normalise each position over its channels; the table's cells are the ``N * P`` positions."""
+    """Normalise each position over its channels; the table has a cell for each position."""
     if needs_gradient(x, weight, bias):
         record = _Positional.apply if kernels is None else _RECORD_POSITIONAL
         return record(x, weight, bias, eps, differentiable, kernels)
@@ -180,16 +181,17 @@ def normalize_composite(
     buffers: Buffers,
     differentiable: DifferentiableComposite,
 ) -> tuple[FeatureMap, MomentTable]:
-    """Normalise by a composite of norms; running statistics move in place.
+    """Normalise by a composite of norms, and update running statistics in place.
 
     Args:
         kernels: The set of kernels.
         x: Feature map ``(N, C, *S)``, not empty.
         parameters: In the order of the composite's formula.
-        options: What is computed, and the share of what the input says: in running statistics, in
-            estimates, or beside given statistics.
-        buffers: The batch stage's. None are running while ``torch.compile`` traces.
-        differentiable: Makes the gradients when a backward pass is itself differentiated.
+        options: The programs, and the weight of the input's statistics: in the update of running
+            statistics or estimates, or in a mixture with given statistics.
+        buffers: The batch stage's statistics. While ``torch.compile`` traces none are updated,
+            because a traced node must not change its inputs.
+        differentiable: Computes the gradients when the backward pass is itself differentiated.
 
     Returns:
         ``y`` in the dtype and layout of ``x``, and the table of moments, without a gradient.
@@ -262,7 +264,7 @@ def _keep(
     table: Tensor,
     differentiable: Differentiable | None,
 ) -> None:
-    """Keep what ``_three_gradients`` reads, and say that the table has no gradient."""
+    """Save what ``_three_gradients`` needs, and mark the table as not differentiable."""
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight, table)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -294,5 +296,5 @@ def _three_gradients(ctx: Any, grad: Tensor | None, name: str) -> Gradients:
 
 
 def cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient.to(dtype)`` without the microseconds of a call that changes nothing."""
+    """``gradient.to(dtype)``, but without a call of torch if the dtype is right already."""
     return gradient if gradient.dtype == dtype else gradient.to(dtype)

@@ -51,7 +51,7 @@ def _allocations(step: Callable[[], object]) -> list[int]:
     """Bytes taken (positive) and given back (negative) by torch, in order of time."""
     with (
         _quiet_kineto(),
-        _no_collection(),
+        no_collection(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         step()
@@ -69,8 +69,8 @@ def _peak_of(allocations: Iterable[int]) -> int:
 
 
 @contextmanager
-def _no_collection() -> Generator[None]:
-    """Let Python collect no garbage: what others have left is not the step's."""
+def no_collection() -> Generator[None]:
+    """Switch off Python's garbage collector, which would disturb what is measured."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -310,8 +310,8 @@ class EstimatedBatchNorm(TrackingLayer):
 
     def estimates(self) -> RunningEstimates:
         """The buffers and their update rate, which is 0 if ``track_running_stats`` is off."""
-        buffers = self._buffers  # read directly, for the reason given in _affine
-        mean, var = (buffers[name] for name in BUFFERS)
+        buffers: Any = self._buffers  # read directly, for the reason given in _affine
+        mean, var = buffers["running_mean"], buffers["running_var"]
         rate = self.update_rate if self.track_running_stats else 0.0
         count, weight = buffers["num_batches_tracked"], self._example_weight
         return RunningEstimates(mean, var, count, rate, weight, self._recent)

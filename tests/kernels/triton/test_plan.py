@@ -139,9 +139,9 @@ def halved(x):
 
 
 def test_what_a_plan_cannot_carry_out_is_refused():
-    with pytest.raises(RuntimeError, match="kernels compute"):
+    with pytest.raises(RuntimeError, match="it may only allocate, view and launch"):
         plan.planned(doubled, (torch.zeros(3),))
-    with pytest.raises(RuntimeError, match="no memory of its own"):
+    with pytest.raises(RuntimeError, match="shares memory with another"):
         plan.planned(halved, (torch.zeros(3),))
 
 

@@ -1,7 +1,8 @@
-"""Composites: two passes over the map each way, and between them a program on tables.
+"""Composites: two passes over the map, forward and backward, and a program on tables between them.
 
-Where a segment is shared by several programs, as on few and large channels, one launch more adds up
-its parts. The program is one launch, or two where groups of channels are wide: see ``generated``.
+The program is one launch, or several if groups of channels are wide (``parts``). If channels are
+few and large, several instances of a kernel share a segment, and one more launch adds up their
+parts.
 """
 
 from __future__ import annotations
@@ -29,18 +30,17 @@ from normkit.kernels.triton.geometry import (
 from normkit.kernels.triton.passes import NOTHING, Ending, Table, Through
 from normkit.kernels.triton.plan import RATE, Part, count_change, in_one_piece, launch, planned
 
-MOST_CHANNELS = 4096  # of a group, which one program holds
-MOST_CELLS = 16384
-"""Of a table that one program goes over by itself."""
-COLUMNS = 16  # of a strip of channels
-BLOCK = 512  # cells that a program takes at a time, where channels are not more
+MOST_CHANNELS = 4096  # of a group that one program can hold
+MOST_CELLS = 16384  # of the part of a table that one program reads in several turns
+COLUMNS = 16  # channels that a program takes if groups are wide
+BLOCK = 512  # cells that a program takes at a time, if a group has not more channels
 Pair = tuple[Tensor, Tensor]
 
 
 def forward(
     x: Tensor, text: str, parameters: Slots, share: float, buffers: Buffers
 ) -> tuple[Tensor, Tensor]:
-    """``y`` and the table of moments; running statistics move in the kernels."""
+    """``y`` and the table of moments; the kernels update running statistics."""
     result = planned(_forward, (x, *parameters, *buffers), (text,), share)
     count_change(buffers[2:])
     return result
@@ -69,8 +69,8 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_ended(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *given, residual, text, activation, slope = given
-    *parameters, given_mean, given_var, mean, var, counter = given
+    *tensors, residual, text, activation, slope = given
+    *parameters, given_mean, given_var, mean, var, counter = tensors
     program, ending = parsed(text), Ending.of(residual, activation, slope)
     source = Map.of(x)
     target = Map.of(result_like(source.tensor))
@@ -94,7 +94,7 @@ def _forward_ended(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Kept(NamedTuple):
-    """The parts of a table: moments of channels ``(N, C)``, and of what the batch stage took."""
+    """The parts of a table: moments of channels ``(N, C)``, and the batch stage's statistics."""
 
     mean: Tensor
     var: Tensor
@@ -151,7 +151,7 @@ def _wanted(found: list[Tensor], text: str, wanted: int, x: Tensor) -> list[Tens
     for i, place in enumerate(_places(text)):
         if place is None or not wanted >> i & 1:
             gradients.append(x.new_empty(0, dtype=table_dtype(x.dtype)))
-        else:  # of a parameter of all channels each Triton program has its part
+        else:  # a parameter of all channels has a row for each Triton program
             rows = found[place]
             gradients.append(rows if rows.ndim == 1 else rows.sum(0))
     return gradients
@@ -178,8 +178,9 @@ def _backward_ended(grad: Tensor, x: Tensor, table: Tensor, *given: Any) -> tupl
     writes = need_residual or ending.added is not None
     through = Through(ending, (held[0], held[1]), result_like(x) if writes else None)
     dx, passed, *found = _backward_through(grad, x, table, parameters, text, through)
-    is_given = need_residual and passed is not None
-    return dx, passed if is_given else x.new_empty(0, dtype=table_dtype(x.dtype)), *found
+    if not need_residual or passed is None:
+        passed = x.new_empty(0, dtype=table_dtype(x.dtype))
+    return dx, passed, *found
 
 
 def _backward_through(
@@ -211,7 +212,7 @@ def _backward_through(
 
 
 def _gradients(program: Program, grouping: Grouping, x: Tensor) -> dict[str, Tensor]:
-    """Memory for parameters' gradients; a row for each Triton program where each has a part."""
+    """Empty gradients of parameters; with a row for each Triton program if each stores a part."""
     dtype = table_dtype(x.dtype)
     cut = _Cut.of(program, grouping)
     shapes = shapes_of(program)
@@ -226,7 +227,7 @@ def _gradients(program: Program, grouping: Grouping, x: Tensor) -> dict[str, Ten
 
 
 class _Cut(NamedTuple):
-    """How a table is shared among Triton programs: groups of channels, of a width, in examples."""
+    """How a table of examples by channels is cut among Triton programs; groups have a width."""
 
     num_examples: int
     channels: int
@@ -241,7 +242,7 @@ class _Cut(NamedTuple):
         return self.width > COLUMNS and self.num_examples * self.width > MOST_CELLS
 
     def block(self, axes: str) -> tuple[int, int, int]:
-        """Examples, groups and channels of a group that a Triton program takes at a time."""
+        """Numbers of examples, groups, and channels of a group in a block."""
         if axes == "examples":
             groups, channels = 1, COLUMNS
         else:
@@ -267,7 +268,7 @@ def _run(
     tensors: Mapping[str, Tensor],
     buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    """Start the kernels of a program; what one stores for the next is new memory."""
+    """Plan the launches of a program, and memory for what one stores for the next."""
     program = parsed(text)
     cut = _Cut.of(program, grouping)
     known = dict(tensors)

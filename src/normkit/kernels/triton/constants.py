@@ -1,4 +1,4 @@
-"""What kernels are compiled for, by name."""
+"""Constants that kernels are compiled for, by name."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from normkit.kernels.triton.geometry import Layout, Stream
 
 Constants = dict[str, Any]
 ELEMENTS = 4096
-"""Of two bytes, of a block that a program streams at a time: 64 bytes a thread."""
-VECTOR_BYTES = 16  # that a thread loads at a time, at most
+"""Elements, of two bytes, of the block that a program streams at a time: 64 bytes a thread."""
+VECTOR_BYTES = 16  # the most that a thread loads at a time
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """What kernels compute maps of this dtype in."""
+    """The dtype in which kernels compute maps of this dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def stream_constants(stream: Stream, x: Tensor, layout: Layout) -> Constants:
-    """For every streaming kernel."""
+    """Constants of every streaming kernel."""
     constants = map_constants(layout, x)
-    constants["ALIGN"] = min(layout.alignment, stream.BL)  # divides a program's span, too
+    constants["ALIGN"] = min(layout.alignment, stream.BL)  # must also divide a program's span
     constants["ONCE"] = stream.span <= stream.BL
     constants["FOLD"] = fold((stream.BK, stream.BL), x, layout)
     return {"BK": stream.BK, "BL": stream.BL, **constants}
 
 
 def fold(block: tuple[int, int], x: Tensor, layout: Layout, num_warps: int = 4) -> int:
-    """Parts of the rows of a block ``(rows, elements)`` that a thread has in its registers.
+    """Into how many parts a row of a block ``(rows, elements)`` can be cut and added up.
 
-    Threads are spread over whatever lies side by side in memory, then over the rest of a row.
+    Elements of a row that are added up lie in registers of the same thread, so this costs no
+    exchange between threads. Threads lie along the axis that is contiguous in memory.
     """
     rows, elements = block
     if rows > 1 and not layout.by_channel:
@@ -43,5 +44,5 @@ def fold(block: tuple[int, int], x: Tensor, layout: Layout, num_warps: int = 4) 
 
 
 def map_constants(layout: Layout, x: Tensor) -> Constants:
-    """For every kernel on maps."""
+    """Constants of every kernel on maps."""
     return {"ACC": accumulator(x.dtype), "WIDE": layout.wide, "ALIGN": layout.alignment}

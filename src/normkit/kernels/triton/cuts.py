@@ -1,4 +1,4 @@
-"""How single-partition layers' programs are cut, forward and backward alike."""
+"""How the calls of single-partition layers are cut into programs, forward and backward."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ from normkit.kernels.triton.geometry import (
 from normkit.kernels.triton.plan import in_one_piece, num_processors
 
 ROWS_AT_ONCE = 1024  # cells of a table of parts that a program pools at a time
-PROGRAMS_OF_ROWS = 3  # a multiprocessor: each leaves a row, and each of the next pools all of them
+PROGRAMS_OF_ROWS = 3  # programs of a multiprocessor that store a row each for the next launch
 
 
 def table_of(values: Tensor | None) -> Tensor | None:
-    """Values of channels as kernels read them."""
+    """Values of channels in one piece, as kernels read them."""
     return None if values is None else in_one_piece(values)
 
 
 def numbers_of(grouping: Grouping) -> tuple[int, ...]:
-    """What kernels are told of a grouping."""
+    """The kernels' arguments for a grouping."""
     return (grouping.N, grouping.Q, grouping.L, grouping.E, grouping.J, grouping.G)
 
 
 def tile_of(layout: Layout, x: Tensor, limits: Limits) -> Tile | None:
-    """Blocks that hold whole groups, if they fit."""
+    """Blocks that hold whole groups; None if they do not fit."""
     wide = table_dtype(x.dtype).itemsize // 4
     fitting = Limits(limits.elements // wide, limits.elements_per_warp // wide)
     return tile_blocks(layout, x.element_size(), fitting, num_processors())
 
 
 def tile_constants(tile: Tile, layout: Layout, x: Tensor) -> Constants:
-    """What kernels of such blocks are compiled for."""
+    """Constants of the kernels of such blocks."""
     single = layout.grouping.J == 1
     blocks = {"BG": tile.BG, "BR": tile.BR, "BL": tile.BL, "SINGLE": single}
     return {**blocks, **map_constants(layout, x)}
 
 
 def rows_of(layout: Layout, x: Tensor) -> Rows:
-    """Programs that each leave a row of parts."""
+    """Programs that each store a row of parts."""
     processors = num_processors()
     elements = passes.block_elements(x)
     if layout.by_channel and 1 < layout.grouping.J < MOST_CHANNELS:
-        elements = max(elements // 2, 1)  # threads lie along positions, so nothing is folded
+        elements = max(elements // 2, 1)  # ``fold`` is 1 here, so a block needs more registers
     return row_blocks(layout, elements, PROGRAMS_OF_ROWS * processors, processors)
 
 
 def row_constants(rows: Rows, layout: Layout, x: Tensor) -> Constants:
-    """What their kernels are compiled for."""
+    """Constants of the kernels of such programs."""
     constants = map_constants(layout, x)
-    constants["ALIGN"] = min(layout.alignment, rows.BL)  # divides a stretch, too
+    constants["ALIGN"] = min(layout.alignment, rows.BL)  # must also divide a stretch
     is_mixed = rows.BG > 1 and rows.BJ > 1
     block = rows.BG * rows.BJ, rows.BL
     constants["FOLD"] = 1 if is_mixed else fold(block, x, layout, rows.num_warps)
@@ -77,7 +77,7 @@ def row_constants(rows: Rows, layout: Layout, x: Tensor) -> Constants:
 
 
 def stream_of(layout: Layout, x: Tensor, num_rows: int) -> tuple[Stream, Constants]:
-    """Blocks of programs that write, which also pool so many rows."""
+    """Blocks of the programs that write the map, which also pool ``num_rows`` rows of parts."""
     stream = passes.stream_of(layout, x, PROGRAMS_OF_ROWS)
     rows = min(power_of_two(num_rows), max(ROWS_AT_ONCE // stream.BK, 1))
     return stream, {"BR": rows, **stream_constants(stream, x, layout)}

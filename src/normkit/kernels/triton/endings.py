@@ -1,9 +1,10 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
-"""What may follow a norm, in registers: activations and their gradients.
+"""Activations and their gradients, for kernels that apply them to values in registers.
 
-``ACT`` is a number of ``kernels.activations.Kind``. ``ADDED`` says what a gradient's kernel reads
-beside ``x``: nothing (0), the residual (1), or the result, whose sign is that of the sum (2).
+``ACT`` is a number of ``kernels.activations.Kind``. ``ADDED`` says which map a backward kernel
+reads beside ``x``: none (0), the residual (1), or the result (2), which has the sign of the
+activation's input.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ DENSITY_AT_0 = tl.constexpr(0.39894228040143267794)
 
 @triton.jit
 def slope_of(high, low, ACC: tl.constexpr):
-    """The slope of a leaky ReLU below 0, which comes in two parts."""
+    """The slope of a leaky ReLU below 0, which a kernel is given in two parts."""
     return join(high, low).to(ACC)
 
 
 @triton.jit
 def logistic(u):
-    """``1 / (1 + exp(-u))``, without a power that could be too large."""
+    """``1 / (1 + exp(-u))``, computed by ``exp(-abs(u))``, which cannot overflow."""
     e = tl.exp(-tl.abs(u))
     return tl.where(u < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
 def hyperbolic_tangent(u):
-    """``tanh(u)``, with an error of the last digit of 1."""
+    """``tanh(u)``; the absolute error is about that of rounding 1."""
     e = tl.exp(-2.0 * tl.abs(u))
     size = (1.0 - e) / (1.0 + e)
     return tl.where(u < 0.0, -size, size)
@@ -40,13 +41,13 @@ def hyperbolic_tangent(u):
 
 @triton.jit
 def normal_share(u):
-    """The standard normal distribution up to ``u``."""
+    """The cumulative distribution function of the standard normal distribution."""
     return 0.5 * (1.0 + tl.erf(u * ROOT_HALF))
 
 
 @triton.jit
 def clamped(u, least, most):
-    """``u`` between two numbers; a NaN stays one."""
+    """``u`` limited to an interval; NaN stays NaN."""
     return tl.where(u < least, least, tl.where(u > most, most, u))
 
 
@@ -100,7 +101,7 @@ def passed_back(grad, u, slope, ACT: tl.constexpr):  # noqa: C901
 
 @triton.jit
 def gradient_of_sum(grad, u, added, slope, ADDED: tl.constexpr, ACT: tl.constexpr):
-    """The gradient of ``norm(x) + residual``, ``u`` being ``norm(x)``."""
+    """The gradient of ``norm(x) + residual``, for ``u = norm(x)``."""
     if ADDED == 1:
         u = u + added.to(u.dtype)
     if ADDED == 2:

@@ -1,8 +1,8 @@
-"""Kernels written from programs on tables, see ``kernels.program``.
+"""Triton kernels that are generated from programs on tables, see ``kernels.program``.
 
-A Triton program holds a block ``(BR, BG, BJ)``: so many examples, groups, and channels of a group.
-It goes over the examples in a loop for each sum over them; the steps before the sum are computed
-anew each time, so that nothing is stored in between.
+An instance of such a kernel holds a block ``(BR, BG, BJ)`` of examples, groups and channels of a
+group. For each sum over examples it loops over all of them. Each loop computes the steps before its
+sum again, so that nothing is stored between two loops.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import triton.language as tl
 from normkit.kernels.program import OVER_COLUMNS, OVER_EXAMPLES, TABLES, Program, parsed
 from normkit.kernels.shapes import Shape, shapes_of, width_of
 from normkit.kernels.triton import device, on_tables
+from normkit.kernels.triton.arguments import halves
 from normkit.kernels.triton.geometry import power_of_two
 from normkit.kernels.triton.parts import Part, parts_of
-from normkit.kernels.triton.plan import halves
 
 BUFFERS = "running_mean", "running_var", "counter", "rate_high", "rate_low"
 CONSTANTS = "HAS_RUNNING", "HAS_COUNTER", "BR", "BG", "BJ"
@@ -39,7 +39,7 @@ _TEXTS = {
 
 
 class Kernel(NamedTuple):
-    """A kernel, and the names of the tensors that it takes before its numbers N and L."""
+    """A kernel, and the names of its tensor arguments, which come before the numbers N and L."""
 
     function: Any
     names: tuple[str, ...]
@@ -47,13 +47,13 @@ class Kernel(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def kernel_of(text: str, is_wide: bool, index: int) -> Kernel:
-    """The kernel of a part of a program."""
+    """The kernel of one launch of a program."""
     parts = parts_of(text, is_wide)
     program = parsed(text)
     known: dict[int, str] = {}
     for part in parts[:index]:
         kept = (name for name in part.results if name.startswith("kept"))
-        known |= {program.results[name]: name for name in kept}  # buffers have moved meanwhile
+        known |= {program.results[name]: name for name in kept}  # buffers are updated by now
         known |= {line: f"stored{line}" for line in part.stored}
     writer = _Writer(program, parts[index], known)
     source = writer.write()
@@ -65,7 +65,7 @@ def kernel_of(text: str, is_wide: bool, index: int) -> Kernel:
 
 
 class _Writer:
-    """The text of a part's kernel."""
+    """Writes the source text of the kernel of one launch."""
 
     def __init__(self, program: Program, part: Part, known: dict[int, str]) -> None:
         self.program, self.part, self.known = program, part, known
@@ -74,7 +74,7 @@ class _Writer:
         self.lines: list[str] = []
         self.indent = 1
         self.names: list[str] = []
-        self.made: set[int] = set()  # rows, and sums over examples that are done
+        self.made: set[int] = set()  # lines of computed rows and sums over examples
 
     def write(self) -> str:
         self._begin()
@@ -176,7 +176,7 @@ class _Writer:
             self.made.add(line)
 
     def _rows(self, lines: Iterable[int]) -> None:
-        """Compute the rows that these lines are computed from."""
+        """Compute the rows that these lines need."""
         steps = self.program.steps
         for line in self._needed(lines):
             if not steps[line].per_example and line not in self.made:
@@ -184,7 +184,7 @@ class _Writer:
                 self.made.add(line)
 
     def _examples(self, lines: list[int]) -> None:
-        """Compute lines for the examples of a block; rows are there."""
+        """Compute lines for the examples of a block; the rows they need have been computed."""
         for line in self._needed(lines):
             if self.program.steps[line].per_example:
                 self._make(line)
@@ -206,7 +206,7 @@ class _Writer:
             self._put(f"v{line} = {self._formula(line, shape)}")
 
     def _center_on_given(self, line: int) -> None:
-        """Have channels that are normalised by given statistics alone written around those."""
+        """Use given statistics as the mean of channels that are normalised by these alone."""
         program, name = self.program, self.program.steps[line].name
         is_given = name in ("mean", "var") and "kept_mean" in program.results
         if program.given_from == program.channels or not is_given:
@@ -232,7 +232,7 @@ class _Writer:
         return f"tl.load({name} + {at}, mask={mask}, other=0.0).to(tl.float64)"
 
     def _columns(self, shape: Shape, columns: int) -> tuple[str, str]:
-        """Where a row's values lie, and which of a block's are there."""
+        """Address of a row's values, and a mask of those in a block that exist."""
         if shape.kind == "cell":
             if columns == self.program.channels:
                 return "c", "there"
@@ -282,7 +282,7 @@ class _Writer:
         return total if step.name == "sum_runs" else f"{total} / {self.width}"
 
     def _in_columns(self, line: int, shape: Shape, v: list[str]) -> str:
-        """slice, pad, join."""
+        """Write a step ``slice``, ``pad`` or ``join``."""
         step = self.program.steps[line]
         source = self.program.steps[step.tables[0]]
         if step.name == "join":
@@ -300,7 +300,7 @@ class _Writer:
     def _store(self, name: str, line: int) -> None:
         step = self.program.steps[line]
         out = self._name(name)
-        # zeros make a table of what may be a row, or a number
+        # Adding zeros makes a table of a value that may be a row or a number.
         value, at, mask = f"tl.zeros((1, 1, 1), tl.float64) + v{line}", "at", "inside"
         if name.startswith("stored"):
             is_one = step.columns == 1
@@ -309,7 +309,7 @@ class _Writer:
         self._put(f"tl.store({out} + {at}, ({value}).to({out}.dtype.element_ty), mask={mask})")
 
     def _finish_rows(self, names: list[str]) -> None:
-        """Store the rows that come out, or that later parts need, and move buffers."""
+        """Store rows that are results or that later launches need, and update the buffers."""
         results, steps = self.program.results, self.program.steps
         stored = [i for i in self.part.stored if not steps[i].per_example]
         self._rows([*(results[n] for n in names), *stored])
@@ -354,6 +354,6 @@ class _Writer:
 
 
 def _literal(value: float) -> str:
-    """A number in float64; in kernels a literal that float32 does not hold is rounded."""
+    """Source text of a float64 number; Triton would round a plain literal to float32."""
     high, low = halves(value)
     return repr(value) if low == 0 else f"device.join({high!r}, {low!r})"

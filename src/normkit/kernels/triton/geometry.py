@@ -1,4 +1,8 @@
-"""How a map lies in memory, how it is cut into segments and groups, and how programs share it."""
+"""How a map lies in memory, how it is cut into segments and groups, and which program gets what.
+
+A *program* is one instance of a Triton kernel. It computes a *block* at a time: an array whose axes
+are powers of two, held in registers.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,11 @@ from normkit.kernels.operators import is_dense
 from normkit.kernels.triton.plan import copied
 
 LARGEST_INT32 = 2**31 - 1
-MOST_ALIGNED = 16  # what triton finds out about numbers by itself
+MOST_ALIGNED = 16  # triton compiles for integers that 16 divides, and for no larger divisor
 
 
 class Strides(NamedTuple):
-    """Elements between neighbours along examples, channels and positions."""
+    """Distances in memory, in elements, between neighbouring examples, channels and positions."""
 
     example: int
     channel: int
@@ -31,14 +35,17 @@ class Map(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
-        """Read in place wherever the spatial axes are one axis in memory; copy otherwise."""
+        """Read ``x`` in place if one stride reaches all positions; otherwise copy it first."""
         position = _position_stride(x)
         if position is None:
             x, position = copied(x), 1
         return cls(x, Strides(x.stride(0), x.stride(1), position))
 
     def folded(self, num_examples: int, num_positions: int) -> Strides | None:
-        """Strides with runs of examples as one longer axis of positions, where memory has it so."""
+        """Strides that read a run of examples as one example with more positions.
+
+        None if the examples do not follow each other in memory as positions do.
+        """
         example, channel, position = self.strides
         if num_positions == 1:
             position = example
@@ -54,7 +61,7 @@ class Map(NamedTuple):
 
 
 def _position_stride(x: Tensor) -> int | None:
-    """Elements between neighbouring positions; None where they have no single distance."""
+    """Distance between neighbouring positions; None if it is not the same for all of them."""
     axes = [(size, x.stride(axis + 2)) for axis, size in enumerate(x.shape[2:]) if size > 1]
     if not axes:
         return 1
@@ -74,9 +81,10 @@ def result_like(x: Tensor) -> Tensor:
 
 
 class Grouping(NamedTuple):
-    """How a map ``(N, C, P)`` is cut: every channel into ``Q`` segments of ``L``, and who shares.
+    """Segments and statistics groups of a map ``(N, C, P)``.
 
-    A group has ``J`` segments of each of ``E`` examples; an example has ``G`` groups.
+    Every channel has ``Q`` segments of ``L`` elements. A group has ``J`` segments of each of ``E``
+    examples; an example has parts of ``G`` groups.
     """
 
     N: int
@@ -89,7 +97,7 @@ class Grouping(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, num_groups: int, examples_per_group: int) -> Self:
-        """Of a map that ``num_groups`` divides; no examples a group: the whole batch."""
+        """Groups of ``x``; with ``examples_per_group=0`` they span the whole batch."""
         num_examples, num_channels = x.shape[:2]
         positions = math.prod(x.shape[2:])
         size = positions
@@ -104,7 +112,7 @@ class Grouping(NamedTuple):
 
     @classmethod
     def of_segments(cls, x: Tensor, segment_size: int) -> Self:
-        """Every segment a group."""
+        """Groups of one segment each."""
         parts = math.prod(x.shape[2:]) // segment_size
         return cls(x.shape[0], x.shape[1], parts, segment_size, 1, 1, x.shape[1] * parts)
 
@@ -134,7 +142,7 @@ class Grouping(NamedTuple):
         return ((self.N - 1) % self.E + 1) * self.J * self.L
 
     def folded(self) -> Self:
-        """Runs of examples read as one example with so many more positions."""
+        """The grouping of a map of which each run of examples is read as one longer example."""
         return self._replace(N=self.B, L=self.E * self.L, E=1)
 
 
@@ -147,7 +155,10 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, grouping: Grouping, *maps: Map) -> Self:
-        """Fold runs of examples into positions wherever all maps lie so: a simpler grouping."""
+        """Read each run of examples as one longer example if all maps allow it.
+
+        Groups then have segments of one example, which is simpler for the kernels.
+        """
         strides = tuple(m.strides for m in maps)
         wide = any(m.is_wide for m in maps)
         if grouping.Q == 1 and grouping.E > 1 and grouping.N % grouping.E == 0:
@@ -158,7 +169,7 @@ class Layout(NamedTuple):
         return cls(grouping, strides, wide)
 
     def with_whole_groups(self) -> Self:
-        """Read groups of the first map as one segment each, where memory has them so."""
+        """The layout of the first map, with each group as one segment if it lies in one piece."""
         grouping, (example, channel, position) = self.grouping, self.strides[0]
         if channel != grouping.Q * grouping.L * position:
             return self._replace(strides=self.strides[:1])
@@ -168,7 +179,10 @@ class Layout(NamedTuple):
 
     @property
     def alignment(self) -> int:
-        """A power of two that divides segments' addresses and sizes, where it is of use."""
+        """A power of two that divides addresses and sizes of segments.
+
+        It is 1 where channels lie side by side, because the kernels do not need it there.
+        """
         found = MOST_ALIGNED
         for strides in self.strides:
             found = math.gcd(found, strides.example, strides.channel)
@@ -192,9 +206,10 @@ class Stream(NamedTuple):
 
 
 _Cut = TypeVar("_Cut", "Stream", "Rows")
-MOST_CHANNELS = 64  # of a block, side by side: 128 bytes and more
+MOST_CHANNELS = 64  # of a block of channels that lie side by side: at least 128 bytes
 LEAST_ELEMENTS = 1024
-"""Of a block that is made smaller, so that a small map gives every multiprocessor something."""
+"""The smallest block. Blocks of small maps are made smaller than usual, so that there are enough
+programs for all multiprocessors."""
 
 
 def stream_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Stream:
@@ -204,7 +219,7 @@ def stream_blocks(layout: Layout, elements: int, wanted_programs: int, processor
 
 
 def _sizes(elements: int) -> Iterator[int]:
-    """Of blocks that may be tried."""
+    """Sizes of blocks to try, from the largest to the smallest."""
     yield elements
     while elements > LEAST_ELEMENTS:
         elements //= 2
@@ -212,13 +227,13 @@ def _sizes(elements: int) -> Iterator[int]:
 
 
 def _enough(cuts: Sequence[_Cut], num_programs: int) -> _Cut:
-    """The first of so many programs; else of the most."""
+    """The first cut that has at least ``num_programs``; if none has, the one with the most."""
     enough = (cut for cut in cuts if cut.num_programs >= num_programs)
     return next(enough, max(cuts, key=lambda cut: cut.num_programs))
 
 
 def _stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Stream:
-    """Blocks of ``elements``; several programs share segments where these are few."""
+    """Cut a map into blocks of ``elements``; if segments are few, several programs share one."""
     grouping = layout.grouping
     if layout.by_channel:
         rows = min(power_of_two(grouping.K), MOST_CHANNELS)
@@ -234,11 +249,11 @@ def _stream_blocks(layout: Layout, elements: int, wanted_programs: int) -> Strea
 
 
 class Rows(NamedTuple):
-    """Programs that each see a part of some groups: blocks of ``(BG, BJ, BL)`` elements.
+    """Programs that each measure a part of some groups, in blocks of ``(BG, BJ, BL)`` elements.
 
-    An example's positions are cut into ``spans`` stretches of ``span``; a program takes ``items``
-    pairs of an example and a stretch, and leaves one of the ``R`` rows of a run of examples. It
-    takes a group's segments in so many ``turns``.
+    The positions of an example are cut into ``spans`` stretches of ``span``. A program takes
+    ``items`` pairs of an example and a stretch, and stores one row of a table; each run of examples
+    has ``R`` rows. A group's segments are taken in ``turns`` blocks.
     """
 
     BG: int
@@ -254,21 +269,21 @@ class Rows(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """What a kernel is told of it."""
+        """The kernel's arguments for it."""
         steps = ceil_div(self.span, self.BL)
         return self.items, self.spans, self.span, self.R, steps, self.turns
 
 
 MOST_ROWS = 128
-"""That the programs of the second launch pool again and again."""
+"""Most rows of a group. Each program of the second launch pools all rows of its groups."""
 FEW_ROWS = 16
-"""That they pool at once."""
+"""So many rows are pooled in one step, so fewer would save nothing."""
 
 
 def row_blocks(layout: Layout, elements: int, wanted_programs: int, processors: int) -> Rows:
-    """Cut a map into programs of whole groups' segments, and blocks of about ``elements``.
+    """Cut a map into programs that store a row each, in blocks of about ``elements``.
 
-    Programs of twice as many threads where not enough of them are allowed.
+    If ``MOST_ROWS`` does not allow as many programs as are wanted, they have twice as many threads.
     """
     rows = _row_blocks(layout, elements, wanted_programs)
     num_groups = rows.num_programs // rows.R
@@ -291,7 +306,7 @@ def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
         segments = min(power_of_two(grouping.J), elements // positions)
         groups = min(power_of_two(grouping.G), elements // (positions * segments))
     columns = grouping.B * ceil_div(grouping.G, groups)
-    # of a small group fewer: else programs would read more of rows than of the map
+    # Small groups have fewer rows; otherwise the second launch would read more rows than map.
     most = min(MOST_ROWS, max(FEW_ROWS, math.isqrt(grouping.group_size // 3)))
     wanted = min(ceil_div(wanted_programs, columns), most)
     spans = min(max(wanted // grouping.E, 1), ceil_div(grouping.L, positions))
@@ -306,7 +321,7 @@ def _row_blocks(layout: Layout, elements: int, wanted_programs: int) -> Rows:
 
 
 class Tile(NamedTuple):
-    """Programs that take whole groups: blocks of ``(BG, BR, BL)`` elements."""
+    """Programs that hold whole groups, in one block of ``(BG, BR, BL)`` elements."""
 
     BG: int
     BR: int
@@ -320,14 +335,14 @@ FEW_ELEMENTS = 4096
 
 
 class Limits(NamedTuple):
-    """How much a program can hold: elements of a block, and of a warp of it."""
+    """How many elements of a block a program can hold, and each of its warps."""
 
     elements: int
     elements_per_warp: int
 
 
 def tile_blocks(layout: Layout, item_bytes: int, limits: Limits, processors: int) -> Tile | None:
-    """Blocks that hold whole groups; None where groups are too large, or too few for the device."""
+    """Blocks that hold whole groups; None if groups are too large, or too few for the device."""
     grouping = layout.grouping
     rows, columns = power_of_two(grouping.E * grouping.J), power_of_two(grouping.L)
     size, groups = rows * columns, 1

@@ -1,9 +1,10 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
-"""Kernels for groups that no program holds, backward: two launches.
+"""Backward kernels for groups that are too large for one program: two launches.
 
-The first leaves rows of sums of what each program has seen, the second adds up those of the groups
-that it needs and writes the gradient of its part of the map. Blocks are those of ``groups``.
+In the first launch each program stores a row of sums over the part of the map that it reads. In the
+second launch each program adds up the rows of the groups that it needs, and writes the gradient of
+its part of the map. Blocks are those of ``groups``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def store_groups(
     y, value, n, k, inside, top, stop, YN, YC, YP, Q, L,
     BL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write a block ``(BG, BJ, BL)`` of a map, from position ``top`` on and not beyond ``stop``."""
+    """Store a block ``(BG, BJ, BL)`` of a map, from position ``top`` on and not beyond ``stop``."""
     l = top + tl.arange(0, BL)
     rows = row_starts(n, k, YN, YC, YP, Q, L, WIDE, ALIGN)
     at = rows[:, :, None] + columns(l, YP, WIDE)[None, None, :]
@@ -53,11 +54,11 @@ def reduce_groups_kernel(
     BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr,
     UNIT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``sum(g)`` and ``sum(g * unit)``, ``unit = (x - mean) / std``, of what each program sees.
+    """``sum(g)`` and ``sum(g * unit)``, with ``unit = (x - mean) / std``, of each program's part.
 
-    Of segments, rows ``(B, R, K)`` of two planes, for the parameters; of groups, weighed by the
-    channels' scale, rows ``(B, R, G)``. With an activation, ``g`` is the gradient behind it, which
-    goes to ``passed`` where it ``PASSES``.
+    Sums of segments, for the parameters' gradients, are two planes of rows ``(B, R, K)``; sums of
+    groups, in which the channels' scale is a factor, are two of rows ``(B, R, G)``. With an
+    activation ``g`` is the gradient of its input; ``PASSES`` stores it in ``passed``.
     """
     g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
     n0 = run * E
@@ -128,7 +129,7 @@ def summed_rows(
     table, plane, top, num_rows, width, first_column, num_columns, inside,
     ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Sums of rows of two planes, in each row of some columns, in a fixed order."""
+    """Sums over some rows and columns of two planes, added up in a fixed order."""
     start = top.to(tl.int64) * width + first_column
     one = tl.zeros((BR, BK), ACC)
     two = tl.zeros((BR, BK), ACC)
@@ -146,7 +147,7 @@ def sums_of_groups(
     sums, group_sums, plane, group_plane, top, num_rows, K, G, k, J, scale, inside,
     HAS_GROUPS: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Of the groups that segments belong to, weighed by the channels' scale."""
+    """Sums of the segments' groups, in which the channels' scale is a factor."""
     if HAS_GROUPS:
         of_group, of_group_x = summed_rows(
             group_sums, group_plane, top, num_rows, G, k // J, 1, inside, ACC, BK, BR
@@ -170,10 +171,11 @@ def gradient_groups_kernel(
     FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the map; ``ADDS``: the first programs add up those of weight and bias.
+    """Gradient of the map; with ``ADDS`` the first programs also compute those of weight and bias.
 
-    ``CONSTANT``: the statistics are given, so nothing flows through them, and x is read for an
-    activation only: ``ACT``, if the first launch has not written the gradient behind it.
+    ``CONSTANT``: the statistics are given, so they have no gradient, and the kernel reads x only
+    for an activation. ``ACT`` is the activation if the first launch has not stored the gradient of
+    its input, and 0 otherwise.
     """
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)

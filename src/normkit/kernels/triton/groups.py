@@ -1,14 +1,15 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
-"""Kernels for groups that no program holds, forward: two launches.
+"""Forward kernels for groups that are too large for one program: two launches.
 
-The first reads the map and leaves, for each group, a few rows of parts: what one program has seen
-of it. Each program of the second pools the rows of the groups that it needs (they come from the
-cache) and writes its part of the map; the first of a group's programs also writes what is kept of
-the group, and moves running statistics. ``group_gradients`` goes the same way back.
+In the first launch each program measures a part of some groups, and stores these parts as one row
+of a table. In the second launch each program pools the rows of the groups that it needs (they are
+in the cache), and writes its part of the map. The first program of a group also writes the group's
+statistics for backward and updates the running statistics. ``group_gradients`` has the kernels of
+the backward pass.
 
-A run of ``E`` examples has ``SPANS`` stretches of positions in each example; ``ITEMS`` of these
-pairs belong to a row. A block is ``(BG, BJ, BL)``: groups, segments of a group, positions.
+The positions of an example are cut into ``SPANS`` stretches. A row belongs to ``ITEMS`` pairs of an
+example and a stretch. A block is ``(BG, BJ, BL)``: groups, segments of a group, positions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from normkit.kernels.triton.streams import load_block, place, write_normalized
 
 @triton.jit
 def rows_of(N, G, E, ITEMS, SPANS, R, BG: tl.constexpr):
-    """A program's groups, its run of examples, its row, and the pairs that belong to it."""
+    """A program's groups, its run of examples, its row, and the pairs that it measures."""
     tiles = tl.cdiv(G, BG)
     rest = tl.program_id(0) // tiles
     g = (tl.program_id(0) % tiles) * BG + tl.arange(0, BG)
@@ -45,9 +46,10 @@ def rows_of(N, G, E, ITEMS, SPANS, R, BG: tl.constexpr):
 
 @triton.jit
 def segments_of(g, first, G, J, BJ: tl.constexpr, UNIT: tl.constexpr):
-    """Segments ``first`` and on of groups, ``(BG, BJ)``, and which there are.
+    """Segments of groups from the ``first`` on, ``(BG, BJ)``, and a mask of those that exist.
 
-    ``UNIT`` divides ``J``: said as a product, for then segments side by side are read together.
+    ``UNIT`` divides ``J``. It is written as a product, so that the compiler sees the divisor and
+    reads neighbouring segments together.
     """
     num_segments = J // UNIT * UNIT
     j = first + tl.arange(0, BJ)
@@ -57,9 +59,9 @@ def segments_of(g, first, G, J, BJ: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def stretch(t, last, SPANS, span, L, STEPS, BL: tl.constexpr, ALIGN: tl.constexpr):
-    """Where block ``t`` of a program begins: example, first position, and where its stretch ends.
+    """Example and first position of a program's block ``t``, and the end of its stretch.
 
-    Beyond the last pair nothing is left: its stretch ends at once.
+    After the program's last pair the stretch is empty.
     """
     item = t // STEPS
     start = (item % SPANS) * span
@@ -72,7 +74,7 @@ def load_groups(
     x, n, k, inside, top, stop, SN, SC, SP, Q, L,
     BL: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A block ``(BG, BJ, BL)`` of a map, from position ``top`` on; 0 from ``stop`` on."""
+    """Load a block ``(BG, BJ, BL)`` from position ``top`` on; it is 0 from ``stop`` on."""
     l = top + tl.arange(0, BL)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)
     at = rows[:, :, None] + columns(l, SP, WIDE)[None, None, :]
@@ -81,7 +83,7 @@ def load_groups(
 
 @triton.jit
 def num_positions(first, last, SPANS, span, L):
-    """Positions of all pairs of a program; the last stretch of an example is shorter."""
+    """Number of positions of all pairs of a program; an example's last stretch may be shorter."""
     whole = tl.cast(tl.maximum(last - first, 0), tl.int64) * span
     shorter = tl.maximum(last // SPANS - first // SPANS, 0)
     return whole - shorter * (tl.cast(SPANS, tl.int64) * span - L)
@@ -89,7 +91,7 @@ def num_positions(first, last, SPANS, span, L):
 
 @triton.jit
 def store_part(parts, plane, at, mask, high, low, square):
-    """Write the three planes of a part: a mean as two summands, squared deviations."""
+    """Store the three planes of a part: a mean in two numbers, squared deviations."""
     tl.store(parts + at, high, mask=mask)
     tl.store(parts + plane + at, low, mask=mask)
     tl.store(parts + 2 * plane + at, square, mask=mask)
@@ -97,7 +99,7 @@ def store_part(parts, plane, at, mask, high, low, square):
 
 @triton.jit
 def store_size(pointer, size, g, ACC: tl.constexpr):
-    """Write a row's number of elements, once: by the program of its first group."""
+    """Store a row's number of elements; only the program of the first group does."""
     tl.store(pointer + g, (0 * g + size).to(ACC), mask=g == 0)
 
 
@@ -108,11 +110,11 @@ def measure_groups_kernel(
     BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr,
     UNIT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``(B, R, G)`` of three planes, a mean as two summands and squared deviations.
+    """Store parts of groups in three planes ``(B, R, G)``: a mean in two numbers, its deviations.
 
-    Behind them each row's number of elements, ``(B, R)``. A program takes the ``TURNS`` blocks of
-    its groups' segments at a stretch of positions, then the next stretch. Sums are taken around the
-    mean of the first block, so a mean far from 0 costs no digits.
+    After the planes comes each row's number of elements, ``(B, R)``. A program takes the ``TURNS``
+    blocks of its groups' segments at one stretch of positions, then those at the next stretch. Sums
+    are taken around the mean of the first block, so a mean far from 0 costs no digits.
     """
     g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
     n0 = run * E
@@ -148,7 +150,7 @@ def first_element(
     x, n0, k, inside, first, last, SN, SC, SP, Q, L, SPANS, span,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Of segments: what a program sees first."""
+    """The first element of each segment that a program reads."""
     at = row_starts(n0 + first // SPANS, k, SN, SC, SP, Q, L, WIDE, 1)
     at += columns((first % SPANS) * span, SP, WIDE)
     return tl.load(x + at, mask=inside & (first < last), other=0.0).to(ACC)
@@ -160,10 +162,10 @@ def segment_moments(
     BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Number, mean and squared deviations of segments ``(BG, BJ)``: what one program sees of them.
+    """Number, mean and squared deviations of a program's part of segments ``(BG, BJ)``.
 
-    Every lane sums around its own first element, so nothing needs a division before the end, and a
-    mean far from 0 costs no digits. Means come relative to ``corner``, an element of each segment.
+    Every lane sums around its own first element, so nothing is divided before the end, and a mean
+    far from 0 costs no digits. Means are relative to ``corner``, one element of each segment.
     """
     shift = tl.zeros((BG, BJ, BL), ACC) + corner[:, :, None]
     count = tl.zeros((BG, BJ, BL), ACC)
@@ -191,7 +193,7 @@ def segment_moments(
 
 @triton.jit
 def pooled_parts(size, level, square, axis: tl.constexpr):
-    """Number, mean and squared deviations of what parts along an axis have together."""
+    """Number, mean and squared deviations of the union of the parts along an axis."""
     whole = tl.sum(size, axis=axis)
     center = tl.sum(tl.where(size > 0.0, level * size, 0.0), axis=axis) / tl.maximum(whole, 1.0)
     away = level - tl.expand_dims(center, axis)
@@ -206,7 +208,7 @@ def measure_segments_kernel(
     BG: tl.constexpr, BJ: tl.constexpr, BL: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Parts of groups as ``measure_groups_kernel`` leaves them, and of segments, ``(B, R, K)``."""
+    """Store parts of groups as ``measure_groups_kernel`` does, and of segments, ``(B, R, K)``."""
     g, run, row, first, last = rows_of(N, G, E, ITEMS, SPANS, R, BG)
     n0 = run * E
     corner = first_element(
@@ -244,7 +246,7 @@ def measure_segments_kernel(
 
 @triton.jit
 def load_part(parts, plane, at, mask, which: tl.constexpr):
-    """A plane's values of rows and groups."""
+    """Load values of one plane."""
     return tl.load(parts + which * plane + at, mask=mask, other=0.0)
 
 
@@ -253,9 +255,10 @@ def pooled_moments(
     parts, plane, top, num_rows, width, first_column, num_columns, inside,
     ACC: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Mean, as two summands, variance and number of elements, by the law of total variance.
+    """Pool parts by the law of total variance: mean in two numbers, variance, number of elements.
 
-    Of ``num_rows`` rows of ``width`` parts from row ``top`` on, in each of them ``num_columns``.
+    These are the parts in ``num_columns`` neighbouring columns of ``num_rows`` rows, from row
+    ``top`` on; a row has ``width`` parts.
     """
     start = top.to(tl.int64) * width + first_column
     high = load_part(parts, plane, start, inside, 0)
@@ -283,7 +286,7 @@ def pooled_moments(
 
 @triton.jit
 def place_in_rows(i, width, num_columns):
-    """Where the ``i``-th of some columns of rows lies."""
+    """Index of the ``i``-th part, counted row by row, of ``num_columns`` columns."""
     return (i // num_columns).to(tl.int64) * width + i % num_columns
 
 
@@ -293,7 +296,7 @@ def keep_moments(
     rate_low, channel,
     MOVES: tl.constexpr,
 ):  # fmt: skip
-    """Write cells of the table; ``MOVES``: running statistics follow, the variance's unbiased."""
+    """Store statistics in the table; with ``MOVES`` also update the running statistics by them."""
     mean = high.to(tl.float64) + low.to(tl.float64)
     tl.store(table + at, mean, mask=mask)
     tl.store(table + num_cells + at, var.to(tl.float64), mask=mask)
@@ -316,10 +319,11 @@ def normalize_groups_kernel(
     BR: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Pool, normalise, scale, shift, and what follows; on the way the table and running statistics.
+    """Pool parts, normalise, scale, shift, add a residual (``ADDED``) and activate (``ACT``).
 
-    ``HAS_CHANNELS``: behind the groups' cells are the whole batch's of channels, which running
-    statistics then follow.
+    The kernel also stores the table of statistics and updates running statistics. With
+    ``HAS_CHANNELS`` the table has, after the groups, the statistics of each channel over the whole
+    batch, and the running statistics are updated by these.
     """
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)

@@ -1,6 +1,6 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
-"""What kernels that are written from programs on tables call, see ``generated``."""
+"""Functions that generated kernels call, see ``generated``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def logistic(values):
 
 @triton.jit
 def shares(values, lanes, COUNT: tl.constexpr):
-    """Softmax of the first ``COUNT`` values, and zeros."""
+    """Softmax of the first ``COUNT`` values; the other lanes are 0."""
     raised = tl.where(lanes < COUNT, values, -float("inf"))
     powers = tl.exp(raised - tl.max(raised, axis=0))
     return powers / tl.sum(powers, axis=0)
@@ -32,11 +32,11 @@ def shares(values, lanes, COUNT: tl.constexpr):
 
 @triton.jit
 def sum_columns(values):
-    """Of a block ``(rows, groups, channels)``: one sum a row."""
+    """Sum of each row of a block ``(rows, groups, channels)``."""
     return tl.sum(tl.sum(values, axis=2), axis=1)[:, None, None]
 
 
 @triton.jit
 def sum_block(values):
-    """Of a block ``(rows, groups, channels)``: one sum."""
+    """Sum of a block ``(rows, groups, channels)``."""
     return tl.sum(tl.sum(tl.sum(values, axis=2), axis=1), axis=0)

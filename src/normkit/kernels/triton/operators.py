@@ -1,6 +1,6 @@
-"""The operators of ``kernels.operators`` on a GPU: a function for each, in its words.
+"""The operators of ``kernels.operators`` on a GPU: a function of the same name for each.
 
-Called directly they cost less than by way of torch; ``register`` lets torch call them too.
+A direct call costs less than one through torch's dispatcher. ``register`` lets torch call them too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from normkit.kernels.triton.pooled_gradients import Four, Three
 
 MOST_CHANNELS_OF_A_POSITION = positional.MOST_CHANNELS
 MOST_CHANNELS_OF_A_GROUP = composites.MOST_CHANNELS
-"""Which a program holds; beyond, the layers compute their formula."""
+"""The most channels that one program can hold; with more, torch's operators work on tables."""
 
 
 def pooled_forward(  # noqa: PLR0913 - the operator's own arguments, in its order

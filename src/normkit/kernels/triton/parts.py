@@ -1,9 +1,9 @@
-"""Into which launches a program on tables is cut.
+"""How a program on tables is split into launches.
 
-Mostly it is one: each Triton program takes some groups of channels of all examples, and needs
-nothing of the others. Where groups are too wide for that, launches take turns: Triton programs of
-one take strips of channels and sum over examples, those of the next take examples and sum over
-channels. The sums lie in memory between them, the steps before are computed anew.
+Usually one launch is enough: each instance of the kernel takes some groups of channels of all
+examples, and needs no other channels. If groups are too wide for that, launches alternate: in one,
+each instance takes some channels and sums over examples; in the next, each takes some examples and
+sums over channels. Sums are stored between launches; all other steps are computed again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from normkit.kernels.shapes import shapes_of
 
 
 class Part(NamedTuple):
-    """A launch of a program on tables.
+    """One launch of a program on tables.
 
     Args:
-        axes: What a Triton program sums over: ``"both"``, ``"examples"`` or ``"columns"``.
+        axes: The axes that an instance of the kernel sums over: ``"both"``, ``"examples"`` or
+            ``"columns"``.
         sums: Lines of the sums that it computes.
-        results: What it stores of the program's results.
-        stored: Lines that it stores for later parts.
+        results: The results of the program that it stores.
+        stored: Lines that it stores for later launches.
     """
 
     axes: str
@@ -34,7 +35,7 @@ class Part(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def parts_of(text: str, is_wide: bool) -> tuple[Part, ...]:
-    """The launches of a program: one, or where groups are too wide as few as there may be."""
+    """The launches of a program: one, or as few as possible if groups are too wide."""
     program = parsed(text)
     if not is_wide:
         everything = range(len(program.steps))

@@ -1,4 +1,4 @@
-"""The passes over a map: how each streaming kernel is called."""
+"""The passes over a map: one function for each streaming kernel, which plans its launch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
+from normkit.kernels.triton.arguments import halves
 from normkit.kernels.triton.constants import (
     ELEMENTS,
     Constants,
@@ -24,7 +25,7 @@ from normkit.kernels.triton.geometry import (
     power_of_two,
     stream_blocks,
 )
-from normkit.kernels.triton.plan import RATE, Part, halves, in_one_piece, launch, num_processors
+from normkit.kernels.triton.plan import RATE, Part, in_one_piece, launch, num_processors
 from normkit.kernels.triton.streams import (
     apply_kernel,
     combine_grad_kernel,
@@ -33,19 +34,22 @@ from normkit.kernels.triton.streams import (
 )
 from normkit.kernels.triton.tables import parameter_sums_kernel, pool_rows_kernel, sum_rows_kernel
 
-PROGRAMS_THAT_REDUCE = 4  # a multiprocessor: each leaves a row for the next kernel to add up
-PROGRAMS_THAT_WRITE = 8
+PROGRAMS_THAT_REDUCE = 4  # per multiprocessor; each stores a row that the next kernel adds up
+PROGRAMS_THAT_WRITE = 8  # per multiprocessor
 
 
 class Table(NamedTuple):
-    """A table of one value for each group or segment; the row of all examples has stride 0."""
+    """A table with a value for each group or segment.
+
+    ``row`` is the distance between the rows of two examples; it is 0 if all examples share a row.
+    """
 
     values: Tensor
     row: int
 
     @classmethod
     def of(cls, values: Tensor) -> Table:
-        """Of ``(N, K)`` or ``(1, K)``."""
+        """The table of ``values``, ``(N, K)`` or ``(1, K)``."""
         return cls(in_one_piece(values), 0 if values.shape[0] == 1 else values.shape[1])
 
 
@@ -58,14 +62,13 @@ class Parts(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What follows a norm, as kernels take it; in a layout its map is the last but one.
+    """The ending of a call, as kernels take it. In a ``Layout``, ``added`` is the last map but one.
 
     Args:
-        added: Added before the activation, or where ``is_result`` what a gradient's kernel reads
-            in its place.
-        is_result: Whether that is the result, whose sign is that of the sum.
+        added: The residual. If ``is_result``, the result, which a backward kernel reads instead.
+        is_result: Whether ``added`` is the result, which has the sign of the activation's input.
         activation: A number of ``kernels.activations.Kind``.
-        slope: Of a leaky ReLU below 0.
+        slope: Slope of a leaky ReLU below 0.
     """
 
     added: Map | None = None
@@ -77,34 +80,34 @@ class Ending(NamedTuple):
     def of(
         cls, residual: Tensor | None, activation: int, slope: float, result: Tensor | None = None
     ) -> Ending:
-        """Of an operator's arguments."""
+        """The ending that an operator's arguments describe."""
         added = residual if result is None else result
         found = None if added is None else Map.of(added)
         return cls(found, result is not None, activation, slope)
 
     @property
     def maps(self) -> tuple[Map, ...]:
-        """What a layout must know of."""
+        """The maps that a ``Layout`` must include."""
         return () if self.added is None else (self.added,)
 
     @property
     def tensor(self) -> Tensor | None:
-        """What kernels read."""
+        """The tensor that kernels read; None if there is none."""
         return None if self.added is None else self.added.tensor
 
     @property
     def reads_norm(self) -> bool:
-        """Whether a gradient's kernel computes the normalised map again."""
+        """Whether a backward kernel computes the normalised map again."""
         return self.activation > 0 and not self.is_result
 
     @property
     def flags(self) -> Constants:
-        """What kernels are compiled for."""
+        """Constants that kernels are compiled for."""
         added = 0 if self.added is None else 1 + self.is_result
         return {"ADDED": added, "ACT": self.activation}
 
     def strides(self, layout: Layout) -> Strides:
-        """Of what is added, in a layout."""
+        """Strides of ``added`` in a layout."""
         return layout.strides[-2] if self.added is not None else Strides(0, 0, 0)
 
 
@@ -112,14 +115,14 @@ NO_ENDING = Ending()
 
 
 class Through(NamedTuple):
-    """What a gradient goes through before it reaches a norm of segments: the norm's ending.
+    """The ending of a composite's call, for its backward kernels.
 
     Args:
         ending: The ending.
         factors: Scale and center ``(N, K)``, by which the kernels compute ``norm(x)`` again.
-        passed: Where the first launch stores the gradient of the activation's input, in the layout
-            of ``dx``, if the second reads it or it is the residual's; None if the second computes
-            it anew.
+        passed: Memory in the layout of ``dx``, in which the first launch stores the gradient of the
+            activation's input. It is the residual's gradient, and the second launch reads it. With
+            None the second launch computes that gradient again.
     """
 
     ending: Ending = NO_ENDING
@@ -131,7 +134,7 @@ NOTHING = Through()
 
 
 class Statistics(NamedTuple):
-    """Of groups ``(B, G)``."""
+    """Statistics of groups ``(B, G)``."""
 
     mean: Tensor
     var: Tensor
@@ -139,18 +142,21 @@ class Statistics(NamedTuple):
 
 
 def block_elements(x: Tensor) -> int:
-    """Of a block of this map."""
+    """Number of elements of a block of this map."""
     return max(2 * ELEMENTS // x.element_size(), 1)
 
 
 def stream_of(layout: Layout, x: Tensor, programs: int) -> Stream:
-    """Programs that stream, so many a multiprocessor where the map is large enough."""
+    """Cut a map into ``programs`` streaming programs per multiprocessor, fewer if it is small."""
     processors = num_processors()
     return stream_blocks(layout, block_elements(x), programs * processors, processors)
 
 
 def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) -> Parts:
-    """Mean and variance of parts of segments, float64; in ``out`` where parts are whole."""
+    """Mean and variance of parts of segments, float64.
+
+    They are stored in ``out`` if it is given and each segment is one part.
+    """
     grouping, tensor = layout.grouping, x.tensor
     stream = stream_of(layout, tensor, PROGRAMS_THAT_REDUCE)
     if out is None or stream.splits > 1:
@@ -160,14 +166,15 @@ def measure(x: Map, layout: Layout, out: tuple[Tensor, Tensor] | None = None) ->
         stream.num_programs,
         (tensor, *out),
         (*layout.strides[0], *_cut(grouping, stream)),
-        2 if stream.span <= stream.BL and layout.alignment > 1 else 4,  # few threads meet sooner
+        # A small block has half as many threads, which synchronise faster.
+        2 if stream.span <= stream.BL and layout.alignment > 1 else 4,
         **stream_constants(stream, tensor, layout),
     )
     return Parts(*out, stream)
 
 
 def measure_whole(x: Map, layout: Layout, out: tuple[Tensor, Tensor]) -> Parts:
-    """Mean and variance of segments, float64, in ``out``; returns those of their parts."""
+    """Store mean and variance of segments, float64, in ``out``; return those of their parts."""
     parts = measure(x, layout, out)
     if parts.stream.splits > 1:
         pool_rows(parts, layout, out)
@@ -175,7 +182,7 @@ def measure_whole(x: Map, layout: Layout, out: tuple[Tensor, Tensor]) -> Parts:
 
 
 def two_tables(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for two."""
+    """Two empty tables of this size."""
     return x.new_empty((rows, columns), dtype=dtype), x.new_empty((rows, columns), dtype=dtype)
 
 
@@ -184,12 +191,12 @@ def _cut(grouping: Grouping, stream: Stream) -> tuple[int, ...]:
 
 
 class Follower(NamedTuple):
-    """Buffers that a kernel moves while it writes what they follow.
+    """Buffers that a kernel updates with the statistics that it computes.
 
     Args:
         mean: Running mean.
         var: Running variance, unbiased.
-        counter: Counts batches.
+        counter: Number of batches.
     """
 
     mean: Tensor
@@ -200,7 +207,7 @@ class Follower(NamedTuple):
 def follower_arguments(
     follower: Follower | None,
 ) -> tuple[tuple[Tensor | Part | None, ...], Constants]:
-    """A kernel's arguments for buffers that follow, or for none, and their rate."""
+    """A kernel's arguments for the buffers that it updates, if any, and for their rate."""
     counter = None if follower is None else follower.counter
     flags = {"HAS_RUNNING": follower is not None, "HAS_COUNTER": counter is not None}
     if follower is None:
@@ -209,7 +216,7 @@ def follower_arguments(
 
 
 def pool_rows(parts: Parts, layout: Layout, out: tuple[Tensor, Tensor]) -> None:
-    """Pool the parts of segments: ``(N, K)``."""
+    """Pool the parts of segments into ``out``, two tables ``(N, K)``."""
     grouping, stream = layout.grouping, parts.stream
     columns = min(power_of_two(grouping.K), 32)
     launch(
@@ -229,9 +236,9 @@ def apply_groups(
     affine: tuple[Tensor | None, ...],
     ending: Ending,
 ) -> None:
-    """Normalise by the statistics of groups, then the channels' scale and shift, and what follows.
+    """Normalise by the statistics of groups, scale and shift channels, and apply the ending.
 
-    The layout is of ``x``, what is added, and ``y``.
+    The layout is that of ``x``, the ending's map, and ``y``.
     """
     weight, bias = affine
     grouping = layout.grouping
@@ -252,7 +259,7 @@ def apply_segments(
     tables: tuple[Table, Table, Table],
     ending: Ending = NO_ENDING,
 ) -> None:
-    """``scale * (x - mean) + center`` with tables of segments, and what follows."""
+    """``scale * (x - mean) + center`` with tables of segments, then the ending."""
     mean, scale, center = tables
     values = (mean.values, None, scale.values, center.values)
     indices = (1, 1, mean.row, scale.row, center.row, 0.0, 0.0)
@@ -285,7 +292,7 @@ def _apply(
 def reduce(grad: Map, x: Map, layout: Layout, mean: Table, through: Through = NOTHING) -> Parts:
     """``sum(grad)`` and ``sum(grad * (x - mean))`` of parts of segments.
 
-    The layout is of ``grad``, ``x``, what is added, and ``dx`` or what else is passed on.
+    The layout is that of ``grad``, ``x``, the ending's map, and ``dx``.
     """
     ending, passed = through.ending, through.passed
     grouping, tensor = layout.grouping, x.tensor
@@ -314,7 +321,7 @@ def reduce_whole(
 
 
 def sum_rows(first: Tensor, second: Tensor, run_rows: int) -> tuple[Tensor, Tensor]:
-    """Sums of runs of so many rows of two tables."""
+    """Sums over each run of ``run_rows`` rows of two tables."""
     num_rows, num_columns = first.shape
     num_runs = ceil_div(num_rows, run_rows)
     columns, rows = min(power_of_two(num_columns), 32), min(power_of_two(run_rows), 32)
@@ -330,7 +337,7 @@ def sum_rows(first: Tensor, second: Tensor, run_rows: int) -> tuple[Tensor, Tens
 
 
 def flat_sums(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Memory for ``sum(grad)`` and ``sum(grad * unit)``."""
+    """Two empty tensors, for ``sum(grad)`` and ``sum(grad * unit)``."""
     dtype = table_dtype(x.dtype)
     return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
 
@@ -340,7 +347,8 @@ def parameter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias from rows of sums of segments; empty where not wanted.
 
-    ``sizes`` are channels and segments of each. The only row of whole channels is the gradient.
+    ``sizes`` are the number of channels and of segments of a channel. If there is one row and
+    segments are whole channels, the row is the gradient.
     """
     first, second = sums
     num_channels, parts = sizes

@@ -1,24 +1,23 @@
-"""Plans: what calls of one kind do, worked out once and carried out again and again.
+"""Plans: the allocations and launches of a kind of call, worked out once and then repeated.
 
-A kind is everything that decides how a map is cut or what a kernel is compiled for: the function,
-its options, and each tensor's shape, strides, dtype, device and address modulo 16 bytes, which
-triton compiles pointers for. The first call of a kind runs the function on tensors without memory:
-``launch`` then starts nothing, it notes the kernel and which tensors it takes. What is noted is the
-plan. Carrying it out takes memory, starts kernels and returns: no geometry, no look-ups.
+Calls are of one kind if they have the same function, options, and shapes, strides, dtypes, device
+and address modulo 16 bytes of each tensor. (Triton compiles a faster kernel if 16 divides an
+address.) The first call of a kind runs the function on tensors without memory. During this run
+``launch`` starts nothing, but records a kernel and its arguments. These records are the plan. Later
+calls of the kind allocate memory, start the kernels, and return.
 
-A function that is planned thus decides by its options and by the tensors' kinds alone, and computes
-with kernels only. What it reserves with ``new_empty`` and does not return is one piece of memory.
-One number may change from call to call: the rate at which buffers move. Kernels take ``RATE``, its
-two parts, after their tensors.
+So a planned function may decide only by its options and by shapes, strides and dtypes, and only
+kernels may compute. All tensors that it makes with ``new_empty`` and does not return share one
+allocation. One number may differ between calls of a kind: the rate of the buffers' update. Kernels
+take its two parts, ``RATE``, after their tensors.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import Enum
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -27,24 +26,25 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normkit.kernels.triton.arguments import allocation, halves
 from normkit.kernels.triton.streams import moments_kernel
 
 INTERPRETED = not isinstance(moments_kernel, triton.JITFunction)
 """Whether the kernels were defined under ``TRITON_INTERPRET=1``, to run on the CPU."""
 INTERPRETED_PROCESSORS = 2
 MOST_PLANS = 4096
-"""Then the oldest goes: shapes that change with each call must not fill memory."""
-ALIGNMENT = 16  # bytes that triton compiles pointers for
-LINE = 128  # bytes of a GPU's cache line, where a piece of memory begins
+"""More plans replace the oldest, so that shapes which change with each call do not fill memory."""
+ALIGNMENT = 16  # bytes; triton compiles a kernel for whether this divides an address
+LINE = 128  # bytes of a GPU's cache line, at whose start each tensor begins
 
 Given = tuple[Any, ...]
-"""Tensors, or None in the place of one."""
+"""Tensors, or None where a call has none."""
 Address = Any
-"""What a kernel is given for a tensor, an integer; for a part of the rate a float; or None."""
+"""A kernel's argument: the address of a tensor, a part of the rate, or None."""
 
 
 class Part(Enum):
-    """Of the rate, as the sum of two numbers that float32 holds."""
+    """A part of the rate, which is the sum of two float32 numbers."""
 
     HIGH = 1
     LOW = 2
@@ -61,13 +61,13 @@ def planned(
     options: tuple[Hashable, ...] = (),
     rate: float | None = None,
 ) -> Any:
-    """``function(*tensors, *options)`` by the plan of its kind.
+    """Compute ``function(*tensors, *options)`` by the plan of this kind of call.
 
     Args:
         function: Takes tensors and returns one or a tuple of them, each with memory of its own.
         tensors: The first is on the device that computes.
         options: Numbers, flags and tuples of them.
-        rate: At which buffers move; no part of the kind.
+        rate: Rate of the buffers' update; calls with different rates are of one kind.
     """
     kind: list[Hashable] = [function, options]
     addresses: list[Address] = []
@@ -81,7 +81,7 @@ def planned(
             bits |= address
             kind += (t.shape, t.stride(), t.dtype)
             addresses.append(address)
-    kind.append(tensors[0].get_device())  # the others are there, too
+    kind.append(tensors[0].get_device())  # all are on one device
     if bits % ALIGNMENT:
         kind += [None if a is None else a % ALIGNMENT for a in addresses]
     addresses += _NO_RATE if rate is None else (None, *halves(rate))
@@ -102,16 +102,16 @@ def launch(
     num_warps: int = 4,
     **constants: Any,
 ) -> None:
-    """Have a kernel started at this point of the plan.
+    """Record the launch of a kernel in the plan.
 
     Args:
-        kernel: Takes tensors and perhaps ``RATE``, then numbers, then constants.
-        num_programs: How many run.
-        tensors: The planned function's, memory that it has reserved, or views of either; None, or
-            the parts of the rate.
-        numbers: What the kernel reads.
-        num_warps: Of a program.
-        constants: What the kernel is compiled for, by name.
+        kernel: A Triton kernel that takes tensors, perhaps ``RATE``, then numbers, then constants.
+        num_programs: Number of programs.
+        tensors: Arguments of the planned function, tensors that it has made, views of these, None,
+            or the parts of the rate.
+        numbers: The kernel's arguments that are numbers.
+        num_warps: Number of warps of a program.
+        constants: The kernel's constants, by name.
     """
     draft: _Draft = _drafts.current
     pieces = [draft.piece(t) if isinstance(t, Tensor) else t for t in tensors]
@@ -121,24 +121,24 @@ def launch(
 
 
 def count_change(buffers: Iterable[Tensor | None]) -> None:
-    """Tell autograd of buffers that a kernel has moved; it does not see kernels write."""
+    """Tell autograd that kernels have changed these buffers, because it cannot see that."""
     moved = [buffer for buffer in buffers if buffer is not None]
     if moved:
         torch.autograd.graph.increment_version(moved)
 
 
 def copied(x: Tensor) -> Tensor:
-    """A contiguous copy of one of the planned function's tensors, which it takes in its place."""
+    """Plan a contiguous copy of an argument of the planned function, and return the copy."""
     return _drafts.current.copied(x)
 
 
 def in_one_piece(t: Tensor) -> Tensor:
-    """A tensor as kernels read tables: contiguous."""
+    """The tensor, or a contiguous copy, because kernels read tables as contiguous."""
     return t if t.is_contiguous() else copied(t)
 
 
 def num_processors() -> int:
-    """Multiprocessors of the GPU that the plan is for."""
+    """Number of multiprocessors of the GPU that the plan is for."""
     return _num_processors(_drafts.current.device)
 
 
@@ -150,7 +150,7 @@ def _num_processors(device: torch.device) -> int:
 
 
 class Piece(NamedTuple):
-    """An argument of a kernel: which tensor or memory, how many bytes in, read as which dtype."""
+    """A kernel's argument: the place of a tensor, an offset in bytes, and the dtype to read."""
 
     place: int
     offset: int
@@ -158,10 +158,10 @@ class Piece(NamedTuple):
 
 
 class Launch:
-    """One kernel of a plan.
+    """One launch of a plan.
 
-    The first start goes by way of triton, which compiles; the others start what it has compiled,
-    with addresses in the place of tensors.
+    The first time triton compiles and starts the kernel. Later the compiled kernel is started
+    directly, with addresses in place of tensors.
     """
 
     __slots__ = (
@@ -185,22 +185,22 @@ class Launch:
         self.pick: Callable[[Sequence[Address]], tuple[Address, ...]] = tuple
 
     def compile(self, arguments: Sequence[Tensor | float | None]) -> None:
-        """Start the kernel by way of triton."""
+        """Let triton compile and start the kernel."""
         compiled = self.kernel[self.grid](
             *arguments, *self.numbers, **self.constants, num_warps=self.num_warps
         )
         if not INTERPRETED:
             names = self.kernel.arg_names[len(arguments) + len(self.numbers) :]
             self.numbers = (*self.numbers, *(self.constants[name] for name in names))
-            # with None for what triton's own profiler would be told of a start, and its hooks
+            # None stands for what triton's profiler and hooks would be told about a start.
             self.compiled = compiled.function, compiled.packed_metadata, None, None, None
             self.start = partial(compiled.run, *self.grid)
 
 
 class _Draft:
-    """A plan in the making: tensors without memory, and the place of each.
+    """A plan that is being made: tensors without memory, and the place of each.
 
-    Places count the function's tensors, then what it reserves.
+    Places number the arguments first, then the tensors that the function makes.
     """
 
     def __init__(self, tensors: Given, device: torch.device) -> None:
@@ -210,7 +210,7 @@ class _Draft:
         self.reserved: list[Tensor] = []
         self.num_given = len(tensors)
         self._places: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # so that no storage takes another's identity
+        self._alive: list[Tensor] = []  # so that identities stay unique
         self.given = [None if t is None else self._given(i, t) for i, t in enumerate(tensors)]
 
     def _given(self, place: int, t: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class _Draft:
         return self._keep(place, t.new_empty(t.shape))
 
     def piece(self, t: Tensor) -> Piece:
-        """Where a tensor lies; what is new is to be reserved."""
+        """The place of a tensor; one that the function has just made gets a new place."""
         if _identity(t) not in self._places:
             self._keep(self.num_given + len(self.reserved), t)
             self.reserved.append(t)
@@ -249,7 +249,7 @@ def _identity(t: Tensor) -> int:
 
 
 class _OnlyShapes(TorchDispatchMode):
-    """Refuses what a plan would not carry out: all but reserving memory and viewing it."""
+    """Refuses every operation of torch but allocations and views, because plans have no others."""
 
     def __torch_dispatch__(
         self,
@@ -259,7 +259,10 @@ class _OnlyShapes(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if not (func.is_view or "empty" in func.overloadpacket.__name__):
-            raise RuntimeError(f"a plan cannot carry out {func}: kernels compute, or its caller")
+            raise RuntimeError(
+                f"a planned function called {func}; it may only allocate, view and launch: compute "
+                f"this in a kernel, or before or after the planned function"
+            )
         return func(*args, **kwargs or {})
 
 
@@ -267,11 +270,14 @@ def _require_own_memory(results: Sequence[Tensor], places: Sequence[int], num_gi
     for t, place in zip(results, places, strict=True):
         is_whole = t.untyped_storage().nbytes() == t.numel() * t.itemsize
         if not is_whole or place < num_given or places.count(place) > 1:
-            raise RuntimeError(f"a result {tuple(t.shape)} of a plan has no memory of its own")
+            raise RuntimeError(
+                f"a planned function returned a tensor {tuple(t.shape)} that shares memory with "
+                f"another or with an argument; each result must be a whole tensor that it has made"
+            )
 
 
 class Plan:
-    """What calls of one kind do: memory to take, kernels to start, tensors to return."""
+    """The allocations, launches and results of calls of one kind."""
 
     def __init__(
         self, function: Callable[..., Any], tensors: Given, options: tuple[Hashable, ...]
@@ -284,15 +290,15 @@ class Plan:
         results = [draft.piece(t).place for t in returned]
         _require_own_memory(returned, results, draft.num_given)
         self._launches, self._copies = draft.launches, draft.copies
-        self._make = [_allocation(t.shape, t.stride(), t.dtype, self._device) for t in returned]
+        self._make = [allocation(t.shape, t.stride(), t.dtype, self._device) for t in returned]
         self._reserve(draft, results)
         self._resolve()
 
     def _reserve(self, draft: _Draft, results: Sequence[int]) -> None:
-        """Cut one piece of memory for all that is not returned.
+        """Divide one allocation among all tensors that are not returned.
 
-        A call's list of addresses has its tensors', None and the rate, its results', those of the
-        memory's parts, and those of views.
+        A call's list of addresses has arguments, None, the rate's parts, results, parts of the
+        allocation, and views, in this order.
         """
         count = draft.num_given
         self._index: dict[object, int] = {place: place for place in range(count)}
@@ -303,12 +309,12 @@ class Plan:
             self._offsets.append(end)
             size = draft.reserved[place - count].untyped_storage().nbytes()
             end += max(-(-size // LINE), 1) * LINE
-        self._take_memory = _allocation((end,), (1,), torch.uint8, self._device) if end else None
+        self._take_memory = allocation((end,), (1,), torch.uint8, self._device) if end else None
         order = None, *RATE, *results, *inner
         self._index |= {place: i for i, place in enumerate(order, start=count)}
 
     def _resolve(self) -> None:
-        """Say of each kernel which addresses it takes."""
+        """Decide which addresses each kernel takes from the list."""
         views = dict[tuple[int, int], int]()
         for one in self._launches:
             picked = list[int]()
@@ -324,7 +330,7 @@ class Plan:
         self._views = tuple(views)
 
     def __call__(self, tensors: Given, addresses: list[Address]) -> Any:
-        """Take memory, start the kernels, return the results."""
+        """Allocate, start the kernels, and return the results."""
         index = self._device.index
         if index is None or torch._C._cuda_getDevice() == index:
             return self._carry_out(index, tensors, addresses)
@@ -368,7 +374,7 @@ class Plan:
         whole: Sequence[Any],
         memory: Tensor | None,
     ) -> Tensor | float | None:
-        """The tensor, or the number, behind an address."""
+        """The tensor or number that an address stands for, for triton's first start."""
         if not isinstance(piece, Piece):
             return whole[self._index[piece]]
         at = self._index[piece.place]
@@ -376,7 +382,7 @@ class Plan:
             start = self._offsets[at - len(whole)] + piece.offset
             return memory[start:].view(piece.dtype)
         base = whole[at]
-        if piece.offset in (0, base.untyped_storage().nbytes()):  # at its end there is nothing
+        if piece.offset in (0, base.untyped_storage().nbytes()):  # an empty view
             return base
         return base.as_strided((1,), (1,), base.storage_offset() + piece.offset // base.itemsize)
 
@@ -386,25 +392,4 @@ def _current_stream(device: int | None) -> int | None:
     return None if device is None else torch._C._cuda_getCurrentRawStream(device)
 
 
-def _allocation(
-    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Callable[[], Tensor]:
-    """Return a function that allocates a tensor on a device, which is the current one.
-
-    Inductor's function takes half the time of ``torch.empty_strided``, which parses arguments and
-    asks for dispatch modes.
-    """
-    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
-    if fast is None:
-        return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
-    return partial(fast, tuple(shape), tuple(strides), dtype)
-
-
 _NO_RATE = None, 0.0, 0.0
-
-
-@lru_cache(maxsize=1024)
-def halves(value: float) -> tuple[float, float]:
-    """A number as the sum of two that float32 holds; kernels take no float64."""
-    high = ctypes.c_float(value).value
-    return high, value - high

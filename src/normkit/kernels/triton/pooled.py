@@ -1,7 +1,7 @@
-"""Single-partition layers forward: statistics, pooling, affine and what follows.
+"""Forward passes of single-partition layers: statistics, pooling, scale and shift, the ending.
 
-Groups that fit a program are read once (``tiles``), in one launch. For others the map is read
-twice (``groups``), in two. ``pooled_gradients`` goes the same ways back.
+If groups fit a program, the map is read once, in one launch (``tiles``). Otherwise it is read
+twice, in two launches (``groups``). ``pooled_gradients`` has the backward passes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
+from normkit.kernels.triton.arguments import halves
 from normkit.kernels.triton.constants import Constants
 from normkit.kernels.triton.cuts import (
     numbers_of,
@@ -30,7 +31,7 @@ from normkit.kernels.triton.groups import (
     normalize_groups_kernel,
 )
 from normkit.kernels.triton.passes import Ending, Follower, Statistics, follower_arguments
-from normkit.kernels.triton.plan import halves, in_one_piece, launch
+from normkit.kernels.triton.plan import in_one_piece, launch
 from normkit.kernels.triton.tiles import tile_forward_kernel
 
 ONE_MAP = Limits(32768, 1024)  # float32: 64 registers of each of at most 512 threads
@@ -59,7 +60,7 @@ class _Forward(NamedTuple):
 
     @property
     def buffers(self) -> tuple[object, ...]:
-        """Buffers that follow, the rate, and the residual."""
+        """Buffers that are updated, their rate, and the residual."""
         return *follower_arguments(self.follower)[0], self.ending.tensor
 
     @property
@@ -87,7 +88,7 @@ def forward(  # noqa: PLR0913 - the operator's own arguments
     activation: int = 0,
     slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``y`` and the table of statistics, float64 ``(2, cells)``; the buffers move."""
+    """``y`` and the table of statistics, float64 ``(2, cells)``; buffers are updated."""
     follower = None
     if running_mean is not None and running_var is not None:
         follower = Follower(running_mean, running_var, counter)
@@ -131,7 +132,7 @@ def _forward_in_two(call: _Forward, table: Tensor, has_channels: bool) -> None:
     parts = segments = x.new_empty(3 * planes[0] + num_rows, dtype=dtype)
     numbers = (*whole.strides[0], *numbers_of(whole.grouping), *rows.numbers)
     constants = row_constants(rows, whole, x)
-    if has_channels and whole.grouping.J > 1:  # else a group's parts are a segment's
+    if has_channels and whole.grouping.J > 1:  # otherwise groups are channels
         segments = x.new_empty(3 * planes[1] + num_rows, dtype=dtype)
         for unused in ("FOLD", "UNIT"):
             del constants[unused]

@@ -1,8 +1,8 @@
-"""Single-partition layers backward: what follows, pooling's transpose, and the gradients.
+"""Backward passes of single-partition layers: the ending, the transpose of pooling, gradients.
 
-With a residual, the gradient behind the activation is the residual's, so it is written out: in
-tiles beside that of ``x``, else by the first launch, for the second to read. Without one both
-launches compute it anew from what they read anyway.
+The gradient of the activation's input is also the residual's gradient. With a residual it is
+therefore stored: by the only launch if groups fit a program, otherwise by the first launch, and
+the second reads it. Without a residual both launches compute it from ``x``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
+from normkit.kernels.triton.arguments import halves
 from normkit.kernels.triton.constants import Constants
 from normkit.kernels.triton.cuts import (
     numbers_of,
@@ -34,7 +35,7 @@ from normkit.kernels.triton.geometry import (
 )
 from normkit.kernels.triton.group_gradients import gradient_groups_kernel, reduce_groups_kernel
 from normkit.kernels.triton.passes import NO_ENDING, Ending
-from normkit.kernels.triton.plan import halves, in_one_piece, launch
+from normkit.kernels.triton.plan import in_one_piece, launch
 from normkit.kernels.triton.tiles import tile_backward_kernel
 
 TWO_MAPS = Limits(16384, 512)  # float32: 64 registers of each of at most 512 threads
@@ -45,9 +46,9 @@ Affine = tuple[Tensor | None, Tensor | None]
 
 
 class _Backward(NamedTuple):
-    """What a backward pass reads and writes; ``var`` lies ``VAR_AT`` cells into its tensor.
+    """What a backward pass reads and writes; variances begin at cell ``var_at`` of their tensor.
 
-    ``passed`` takes the gradient behind the activation, in the layout of ``dx``.
+    ``passed`` is memory for the gradient of the activation's input, in the layout of ``dx``.
     """
 
     grad: Map
@@ -91,7 +92,7 @@ class _Backward(NamedTuple):
 
     @property
     def cell_row(self) -> int:
-        """Cells of a run of examples; 0 where all share one row."""
+        """Number of cells of a run of examples; 0 if all examples share one row."""
         return 0 if self.is_constant else self.layout.grouping.G
 
 
@@ -221,7 +222,7 @@ def _or_nothing(passed: Tensor | None, x: Tensor) -> Tensor:
 
 
 class _Sums(NamedTuple):
-    """Parts of sums over segments, and over groups; two planes of rows each, or none."""
+    """Rows of partial sums over segments and over groups; each has two planes, or is empty."""
 
     rows: Rows
     of_segments: Tensor
@@ -251,7 +252,7 @@ def _in_two(call: _Backward, needs_residual: bool) -> Four:
 
 
 def _behind(call: _Backward) -> _Backward:
-    """What is left to do where the gradient behind the activation has been written."""
+    """The second launch; it reads the gradient of the activation's input if that was stored."""
     if call.passed is None:
         return call
     strides = call.layout.strides
@@ -262,7 +263,7 @@ def _behind(call: _Backward) -> _Backward:
 
 
 def _reduced(call: _Backward) -> _Sums:
-    """What a gradient's second launch reads: the first, where there is need of one."""
+    """Do the first launch, if the second needs sums or a stored gradient; return the sums."""
     grouping, (grad, x, _) = call.layout.grouping, call.tensors
     writes, strides = call.passed is not None, call.layout.strides
     layout = call.layout._replace(strides=(*strides[2:], *strides[:2]) if writes else strides[:2])

@@ -1,4 +1,4 @@
-"""``PositionalNorm``: one launch forward; backward one, and one that adds up what it has left."""
+"""``PositionalNorm``: one launch forward, and two backward, of which the second adds up parts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import passes
+from normkit.kernels.triton.arguments import halves
 from normkit.kernels.triton.constants import Constants, accumulator
 from normkit.kernels.triton.geometry import Map, ceil_div, power_of_two, result_like
 from normkit.kernels.triton.passes import Ending
-from normkit.kernels.triton.plan import halves, in_one_piece, launch, num_processors
+from normkit.kernels.triton.plan import in_one_piece, launch, num_processors
 from normkit.kernels.triton.positions import positions_backward_kernel, positions_forward_kernel
 
-MOST_CHANNELS = 32768  # of a position, which one program holds
+MOST_CHANNELS = 32768  # that one program can hold
 ELEMENTS = 8192  # of a block
-MOST_POSITIONS = 64
-PROGRAMS_THAT_REDUCE = 4  # a multiprocessor
+MOST_POSITIONS = 64  # of a block
+PROGRAMS_THAT_REDUCE = 4  # per multiprocessor
 
 
 class _Blocks(NamedTuple):
-    """How a map ``(N, C, P)`` is shared: blocks of channels by positions."""
+    """How a map ``(N, C, P)`` is cut into blocks of channels by positions."""
 
     num_channels: int
     num_positions: int

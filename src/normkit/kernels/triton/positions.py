@@ -1,9 +1,9 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
-"""Kernels for statistics across the channels of a position; a program takes all channels of some.
+"""Kernels for statistics across the channels of a position.
 
-Blocks are ``(BC, BP)``: channels by positions of one example. Nothing but ``x`` is kept: the
-backward pass reads it anyway, and measures it again.
+A program takes all channels of some positions of one example, in blocks ``(BC, BP)``. The backward
+kernel reads only ``x`` and computes its statistics again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def channel_starts(n, c, SN, SC, WIDE: tl.constexpr):
 def standardized(
     x, SN, SC, SP, n, c, l, inside, C, eps_high, eps_low, ACC: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """A block of ``x`` with mean 0 and variance 1 at each position, its mean, variance and rstd."""
+    """A standardised block of ``x``, and each position's mean, variance and ``1 / std``."""
     at = channel_starts(n, c, SN, SC, WIDE)[:, None] + columns(l, SP, WIDE)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(ACC)
     some = tl.sum(tl.where((c == 0)[:, None], value, 0.0), axis=0)
@@ -86,10 +86,10 @@ def positions_backward_kernel(
     ADDED: tl.constexpr, ACT: tl.constexpr, PASSES: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``x``, and each program's part of the parameters', ``(programs, C)``.
+    """Gradient of ``x``, and each program's part of the parameters' gradients, ``(programs, C)``.
 
-    A program takes ``ITEMS`` blocks one after another: few parts are left to add up. ``PASSES``
-    stores the gradient of the activation's input, which lies as ``dx`` does.
+    A program takes ``ITEMS`` blocks one after another, so that there are few parts to add up.
+    ``PASSES`` stores the gradient of the activation's input in ``passed``, in the layout of ``dx``.
     """
     tiles = tl.cdiv(P, BP)
     c = tl.arange(0, BC)

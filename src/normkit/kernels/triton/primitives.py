@@ -1,4 +1,4 @@
-"""The four primitives of ``reference`` by Triton kernels, in the same words."""
+"""The four primitives of ``reference``, computed by Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normkit.typing import FeatureMap, SegmentTable
 
 
 def moments(x: FeatureMap, segment_size: int) -> tuple[SegmentTable, SegmentTable]:
-    """Mean and biased variance of every segment, in float64: an offset then costs no digits."""
+    """Mean and biased variance of every segment, in float64, so that an offset costs no digits."""
     return planned(_moments, (x,), (segment_size,))
 
 

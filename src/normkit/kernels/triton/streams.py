@@ -1,10 +1,11 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
 """Kernels that stream over a map: the four primitives, with tables of segments or of groups.
 
-A program takes ``BK`` segments of an example, ``BL`` elements of each at a time. Whichever of both
-axes lies side by side in memory is read side by side: strides of 1 are known when a kernel is
-compiled. Segments may be shared by several programs (``SPLITS``), each of which takes ``span``.
+A program takes ``BK`` segments of an example, and ``BL`` elements of each at a time. The axis that
+is contiguous in memory is read in vectors, because strides of 1 are known when a kernel is
+compiled. A segment may be shared by several programs (``SPLITS``), each of which takes ``span``
+elements.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def place(K, SPLITS, BK: tl.constexpr):
 def load_block(
     x, rows, first, stop, inside, SP, BL: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Elements ``first`` and on of segments, ``(BK, BL)``; 0 from ``stop`` on."""
+    """Load elements of segments from ``first`` on, ``(BK, BL)``; they are 0 from ``stop`` on."""
     l = first + tl.arange(0, BL)
     mask = inside[:, None] & (l < stop)[None, :]
     return tl.load(x + rows[:, None] + columns(l, SP, WIDE)[None, :], mask=mask, other=0.0)
@@ -48,7 +49,7 @@ def load_unless(
     SKIP: tl.constexpr, value, x, rows, first, stop, inside, SP, BL: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The next block of segments; ``SKIP``: ``value``, for nobody reads another."""
+    """Load the next block of segments; with ``SKIP`` return ``value``, which nobody will read."""
     if not SKIP:
         value = load_block(x, rows, first, stop, inside, SP, BL, WIDE)
     return value
@@ -58,7 +59,7 @@ def load_unless(
 def store_block(
     y, value, rows, first, stop, inside, SP, BL: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Write elements ``first`` and on of segments, in the dtype of ``y``."""
+    """Store elements of segments from ``first`` on, in the dtype of ``y``."""
     l = first + tl.arange(0, BL)
     mask = inside[:, None] & (l < stop)[None, :]
     at = rows[:, None] + columns(l, SP, WIDE)[None, :]
@@ -74,9 +75,9 @@ def moments_kernel(
 ):  # fmt: skip
     """Mean and biased variance of every part of a segment, in float64: tables ``(N, SPLITS, K)``.
 
-    A part of one block is read, then measured twice, around its first element and around its mean.
-    Of more blocks, sums are taken around the mean of the first. An offset thus costs no digits, and
-    no value needs a division.
+    If a part is one block, it is measured in two steps: its mean around its first element, then its
+    variance around the mean. If it has more blocks, all sums are taken around the mean of the first
+    block. So an offset costs no digits, and the loop has no division.
     """
     n, part, k, inside = place(K, SPLITS, BK)
     start = part * span
@@ -129,7 +130,7 @@ def write_normalized(
 ):  # fmt: skip
     """``factor * (x - mean) + shift`` of a part of segments, whose first block is ``value``.
 
-    And what follows: ``ADDED``, a residual; ``ACT``, an activation.
+    Then add a residual (``ADDED``) and apply an activation (``ACT``).
     """
     for block in range(1 if ONCE else tl.cdiv(stop - start, BL)):
         first = start + block * BL
@@ -154,10 +155,10 @@ def apply_kernel(
     BK: tl.constexpr, BL: tl.constexpr, FOLD: tl.constexpr, ONCE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``scale * (x - mean) + center``, and what follows.
+    """``scale * (x - mean) + center``, then a residual and an activation.
 
-    ``POOLED``: the mean and variance are those of groups, scale and center those of channels, and
-    the scale is divided by the standard deviation.
+    With ``POOLED`` mean and variance are those of groups, scale and center are those of channels,
+    and the kernel divides the scale by the standard deviation.
     """
     n, part, k, inside = place(K, SPLITS, BK)
     rows = row_starts(n, k, SN, SC, SP, Q, L, WIDE, ALIGN)

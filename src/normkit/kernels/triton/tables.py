@@ -1,4 +1,4 @@
-"""Kernels on tables: what lies between the passes over a map.
+"""Kernels on tables, which run between the passes over a map.
 
 All tables of moments are float64. A program takes ``BK`` columns and ``BR`` rows at a time.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def part_size(i, SPLITS, span, L):
-    """Elements of the part of a segment that is row ``i`` of a table of parts."""
+    """Number of elements of the part of a segment in row ``i`` of a table of parts."""
     return tl.minimum(span, L - (i % SPLITS) * span).to(tl.float64)
 
 
@@ -19,7 +19,7 @@ def part_size(i, SPLITS, span, L):
 def pool_rows_kernel(
     mean, var, out_mean, out_var, SPLITS, span, L, K, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Pool the parts of segments ``(N, SPLITS, K)``: ``(N, K)``."""
+    """Pool the parts of segments, ``(N, SPLITS, K)``, into ``(N, K)``."""
     tiles = tl.cdiv(K, BK)
     example = tl.program_id(0) // tiles
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
@@ -51,7 +51,7 @@ def sum_rows_kernel(
     first_in, second_in, first_out, second_out, num_rows, run_rows, K,
     BK: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of runs of ``run_rows`` rows of two tables ``(num_rows, K)``, in a fixed order."""
+    """Add up each run of ``run_rows`` rows of two tables ``(num_rows, K)``, in a fixed order."""
     tiles = tl.cdiv(K, BK)
     run = tl.program_id(0) // tiles
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)

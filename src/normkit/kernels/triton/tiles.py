@@ -1,6 +1,6 @@
-# triton declares what kernels call as never returning
+# triton declares that functions which kernels call never return, so pyright finds dead code
 # pyright: reportGeneralTypeIssues=false
-"""Kernels for groups that fit a program: the map is read once and written once.
+"""Kernels for groups that fit a program: they read the map once and write it once.
 
 A program takes ``BG`` groups side by side, of ``E`` examples and ``J`` segments each: a block of
 ``(BG, BR, BL)`` elements, whose rows are the pairs of an example and a segment.
@@ -28,7 +28,7 @@ from normkit.kernels.triton.endings import activated, gradient_of_sum, slope_of
 def block(
     N, G, E, J, L, BG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
-    """A program's run of examples and groups; its rows' examples and segments; what is inside."""
+    """A program's run of examples and groups, its rows' examples and segments, and masks."""
     tiles = tl.cdiv(G, BG)
     run = tl.program_id(0) // tiles
     g = (tl.program_id(0) % tiles) * BG + tl.arange(0, BG)
@@ -37,14 +37,14 @@ def block(
     n = run * E + row // J
     k = g[:, None] * J + (row % J)[None, :]
     rows_inside = (g < G)[:, None] & (row < examples * J)[None, :]
-    size = L // ALIGN * ALIGN  # L, and known to be a multiple: elements are then read together
+    size = L // ALIGN * ALIGN  # equals L; tells the compiler that ALIGN divides it
     inside = rows_inside[:, :, None] & (tl.arange(0, BL) < size)[None, None, :]
     return run, g, n, k, rows_inside, inside, examples * J * L
 
 
 @triton.jit
 def of_rows(values, g, G, k, inside, Q, ACC: tl.constexpr, SINGLE: tl.constexpr):
-    """A channel's value for each row; ``SINGLE``: for each group, which is then one segment."""
+    """A channel's value for each row; with ``SINGLE`` for each group, which is one segment."""
     if SINGLE:
         found = tl.load(values + g // Q, mask=g < G, other=0.0)[:, None]
     else:
@@ -57,7 +57,7 @@ def of_rows_or(
     HAS: tl.constexpr, default: tl.constexpr, values, g, G, k, inside, Q,
     BG: tl.constexpr, ACC: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """The same, to be multiplied with a block; ``default`` where there are no values."""
+    """The values of ``of_rows`` in a shape that broadcasts to a block, or ``default``."""
     found = tl.full((BG, 1), default, ACC)
     if HAS:
         found = of_rows(values, g, G, k, inside, Q, ACC, SINGLE)
@@ -84,7 +84,7 @@ def tile_forward_kernel(
 ):  # fmt: skip
     """Normalise groups; their means and variances go to ``table``, float64 ``(2, num_cells)``.
 
-    And what follows: ``ADDED``, a residual; ``ACT``, an activation.
+    Then add a residual (``ADDED``) and apply an activation (``ACT``).
     """
     run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL, ALIGN)
     l = tl.arange(0, BL)
@@ -133,8 +133,8 @@ def tile_backward_kernel(
     """Gradient of groups' elements, and the parts of the parameters' gradients.
 
     Sums of ``g`` and of ``g * (x - mean) / std`` go to tables ``(B, K)`` (``BY_RUN``, for groups of
-    one segment) or ``(N, K)`` (``BY_ROW``). ``PASSES``: the gradient behind an activation goes to
-    ``passed``, which lies as ``dx`` does.
+    one segment) or ``(N, K)`` (``BY_ROW``). ``PASSES`` stores the gradient of the activation's
+    input in ``passed``, which has the layout of ``dx``.
     """
     run, g, n, k, rows_inside, inside, size = block(N, G, E, J, L, BG, BR, BL, ALIGN)
     l = tl.arange(0, BL)

@@ -1,15 +1,14 @@
 """Timing several calls in turns, so that disturbances of the machine affect all of them."""
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from normkit.lab.frozen import Frozen
+from normkit.lab.measure import no_collection
 
 WARM_UPS = 2
 LEAST_REPEATS = 5
@@ -55,7 +54,7 @@ def time_in_turns(
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
-    with _no_collection():
+    with no_collection():
         for _ in range(min(WARM_UPS, budget.repeats)):
             for name in order:
                 _time_once(calls[name], device, budget.clock)
@@ -116,15 +115,3 @@ def _by_events(call: Call, device: torch.device) -> float:
         stop.synchronize()
     del result
     return start.elapsed_time(stop) / 1e3
-
-
-@contextmanager
-def _no_collection() -> Generator[None]:
-    """Switch off Python's garbage collector while calls are timed."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -1,4 +1,4 @@
-"""Residual and dense networks as they are built for pictures of 32x32."""
+"""Residual and dense networks for pictures of 32x32, such as CIFAR's."""
 
 import importlib
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ THIN_WIDTHS = (16, 32, 64)
 @architecture("cifar-resnet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CifarResNet:
-    """torchvision's ResNet of 64 to 512 channels, with a stem that does not shrink the picture.
+    """torchvision's ResNet with 64 to 512 channels, and a stem that keeps the picture's size.
 
-    The stem is a 3x3 convolution of stride 1, in place of one of 7x7 and stride 2 and a pool.
+    The stem is a 3x3 convolution of stride 1. It replaces torchvision's stem, a 7x7 convolution of
+    stride 2 and a pooling layer.
     """
 
     depth: int = 18
@@ -41,7 +42,7 @@ class CifarResNet:
 class CifarDenseNet:
     """torchvision's DenseNet, with the stem of ``cifar-resnet``.
 
-    Depth 21 is ours, for small machines: four blocks of two layers that add 8 channels each.
+    Depth 21 is not from a paper. It is small: four blocks of two layers, which add 8 channels each.
     """
 
     depth: int = 121
@@ -61,7 +62,7 @@ def _torchvision_model(family: str, depth: int, depths: tuple[int, ...], shapes:
     """Build one of torchvision's networks, whose attributes pyright does not know.
 
     Raises:
-        SpecError: If there is none of this depth.
+        SpecError: If torchvision has no network of this depth.
     """
     if depth not in depths:
         known = ", ".join(map(str, depths))
@@ -113,7 +114,7 @@ class ThinResNet:
 @architecture("wide-resnet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WideResNet:
-    """Three stages of blocks that normalise before they convolve, ``width`` times as wide as usual.
+    """Three stages of pre-activation blocks, ``width`` times as wide as in ``ThinResNet``.
 
     ``wide-resnet:depth=10:width=2`` is WRN-10-2: a stem of 16 channels, one block each of 32, 64
     and 128, and a last norm. The stages after the first halve the map.
@@ -146,10 +147,10 @@ class WideResNet:
 
 
 class PreactivatedBlock(nn.Module):
-    """Two convolutions, each after a norm and a ReLU, around which the input is added back.
+    """Two convolutions, each after a norm and a ReLU; the block adds its input to their result.
 
-    Where the width or the size of the map changes, the normalised input is added through a 1x1
-    convolution.
+    If the number of channels or the size of the map changes, it adds a 1x1 convolution of the
+    normalised input instead.
     """
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:

@@ -1,4 +1,4 @@
-"""Small networks for small pictures, with batch norm throughout."""
+"""Small networks for small pictures, all with batch norm."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ VGG11_WIDTHS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 @architecture("small-resnet")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallResNet:
-    """A stem, and stages of residual blocks of which each halves the map and doubles the channels.
+    """A stem and stages of residual blocks; each stage halves the map and doubles the channels.
 
-    Shortcuts have no parameters, so every norm of the network stands on the main path.
+    Shortcuts have no parameters and no norms.
 
     Source:
         He et al. 2015, arXiv:1512.03385, section 4.2, option A.
@@ -47,7 +47,7 @@ class SmallResNet:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around which the input is added back."""
+    """Two convolutions, to whose result the block adds its input."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -95,10 +95,10 @@ class Mlp:
 @architecture("vgg11")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vgg11:
-    """VGG-11 for small pictures: pools while there is something to pool, and one linear layer.
+    """VGG-11 for small pictures, with one linear layer; it pools until the map is one position.
 
-    With ``stacked`` a group norm of so many groups stands before each norm, and stays where norms
-    are replaced: Gunawan et al., appendix A.5.
+    With ``stacked`` each norm comes after a group norm of so many groups, which is not replaced
+    when the network's norms are replaced: Gunawan et al., appendix A.5.
 
     Source:
         Simonyan & Zisserman 2014, arXiv:1409.1556, configuration A.
@@ -129,12 +129,14 @@ def conv_norm_relu(num_in: int, num_out: int) -> tuple[nn.Module, ...]:
 
 
 def head(num_features: int, shapes: Shapes) -> nn.Linear:
-    """The layer that gives the classes' scores."""
+    """The linear layer that computes the classes' scores."""
     return nn.Linear(num_features, shapes.num_classes)
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw every convolution and linear weight anew: normal, variance 2 / fan-in, no bias.
+    """Initialise the weights of convolutions and linear layers: normal, variance 2 / fan-in.
+
+    Biases are set to 0.
 
     Source:
         He et al. 2015, arXiv:1502.01852, eq. 10.

@@ -12,7 +12,6 @@ import normkit as nk
 from normkit.core.composite import Composite, group_and_batch
 from normkit.core.trace import programs_of
 from normkit.kernels.operators import NAMESPACE, SCHEMAS
-from normkit.kernels.triton import operators
 
 THOROUGH = os.environ.get("TRITON_INTERPRET") != "1"
 
@@ -31,9 +30,9 @@ def test_operators_tell_the_truth_to_tracers(device):
     formula = Composite(group_and_batch, (1, 1e-4, "group-first"), 1e-5)
     programs = programs_of(formula, 2, (2, None, 1), "own")
     forward, backward = ((text, *parameters, 0.1) for text in programs[:2])
-    _, kept = namespace.composite_forward(x, *forward, None, None)
     segments = torch.zeros(2, 2, device=device)
     affine, relu, silu = (weight, mean), (1, 0.0), (3, 0.0)
+    _, kept, factors = namespace.ended_composite_forward(x, None, *forward, *silu, None, None)
     calls = {
         "pooled_forward": (x, weight, None, 2, 0, 1e-5, True),
         "pooled_backward": (grad, x, table, weight, 2, 0, 1e-5, True, False),
@@ -61,14 +60,39 @@ def test_operators_tell_the_truth_to_tracers(device):
         "positional_backward": (grad, x, positions, weight, 1e-5, True, False),
         "composite_forward": (x, *forward, None, None),
         "composite_backward": (grad, x, kept, *backward, 0b0101),
+        "ended_positional_forward": (x, grad, *affine, 1e-5, *silu),
+        "ended_positional_backward": (
+            grad,
+            x,
+            positions,
+            grad,
+            None,
+            *affine,
+            1e-5,
+            *silu,
+            True,
+            True,
+            False,
+        ),
+        "ended_composite_forward": (x, grad, *forward, *silu, None, None),
+        "ended_composite_backward": (
+            grad,
+            x,
+            kept,
+            factors,
+            grad,
+            None,
+            *backward,
+            *silu,
+            True,
+            0b0101,
+        ),
         "moments": (x, 3),
         "apply": (x, segments, segments, segments),
         "reduce_grad": (grad, x, segments),
         "combine_grad": (grad, x, segments, segments, segments, segments),
     }
-    on_a_cpu_only = {name for name in SCHEMAS if not hasattr(operators, name)}
-    assert all(name.startswith("ended_") for name in on_a_cpu_only)
-    assert calls.keys() == SCHEMAS.keys() - on_a_cpu_only
+    assert calls.keys() == SCHEMAS.keys()
     for name, arguments in calls.items():
         utilities = ("test_schema", "test_faketensor")
         utilities += ("test_aot_dispatch_dynamic",) if THOROUGH else ()
