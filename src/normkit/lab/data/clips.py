@@ -85,7 +85,7 @@ def clips(text: str = "clips") -> Parts[Clip]:
     """
     options = read_options(ClipOptions, text)
     found = read(options.items)
-    parts = drawn_parts(
+    train, validation, test = drawn_parts(
         found, partial(draw_clip, options), SEEDS, {**NUM_CLIPS, "test": options.test}
     )
     return Parts(
@@ -94,7 +94,9 @@ def clips(text: str = "clips") -> Parts[Clip]:
         input_shape=(found.input_shape[0], options.side, options.side),
         fingerprint=found.fingerprint,
         class_names=tuple(DOES),
-        **parts,
+        train=train,
+        validation=validation,
+        test=test,
     )
 
 

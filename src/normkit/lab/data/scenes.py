@@ -61,7 +61,7 @@ def scenes(text: str = "scenes") -> Parts[Annotated]:
     """
     options = read_options(SceneOptions, text)
     found = read(options.items)
-    parts = drawn_parts(
+    train, validation, test = drawn_parts(
         found, partial(draw_scene, options), SEEDS, {**NUM_SCENES, "test": options.test}
     )
     return Parts(
@@ -69,7 +69,9 @@ def scenes(text: str = "scenes") -> Parts[Annotated]:
         num_classes=found.num_classes,
         input_shape=(found.input_shape[0], options.side, options.side),
         fingerprint=found.fingerprint,
-        **parts,
+        train=train,
+        validation=validation,
+        test=test,
     )
 
 
@@ -78,7 +80,7 @@ def drawn_parts(
     draw: Callable[[Pictures, int, int], E],
     seeds: Mapping[str, int],
     numbers: Mapping[str, int],
-) -> dict[str, Part[E]]:
+) -> list[Part[E]]:
     """The parts of a set whose examples show the pictures of another one.
 
     Args:
@@ -86,12 +88,15 @@ def drawn_parts(
         draw: Draws an example of these pictures, by a seed and its position.
         seeds: Of each part.
         numbers: How many examples each part has.
+
+    Returns:
+        Training, validation and test examples.
     """
     parts = {"train": items.train, "validation": items.validation, "test": items.test}
-    return {
-        name: Part.of(Drawn(partial(draw, pictures, seeds[name]), numbers[name]))
+    return [
+        Part.of(Drawn(partial(draw, pictures, seeds[name]), numbers[name]))
         for name, pictures in parts.items()
-    }
+    ]
 
 
 def generator_of(seed: int, at: int) -> torch.Generator:
