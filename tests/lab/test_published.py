@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import re
 import statistics
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from normkit.lab.comparison import compared
+from normkit.lab.config import KNOWN as OPTIONS
+from normkit.lab.data.known import KNOWN as NAMED_BY_PAPERS
+from normkit.lab.data.sources import OF_FOLDERS, READERS
+from normkit.lab.models import ARCHITECTURES
 from normkit.lab.records import TrainingRecord
 from normkit.lab.spec import SweepSpec
 from normkit.lab.verdict import verdict_of
@@ -87,3 +93,18 @@ def test_a_page_makes_the_checkpoint_that_its_commands_use(page):
     assert used
     assert all("--checkpoint runs/first/weights/bn-b8-s1-*.safetensors" in line for line in used)
     assert made < text.index(used[0])
+
+
+def test_the_tables_of_options_names_and_models_are_those_of_the_code():
+    page = (DOCS / "compare.md").read_text()
+    table = page.partition("| option | default | meaning |")[2].partition("The exit code is 0")[0]
+    rows = {line.split("`")[1].split(" ")[0]: line for line in table.splitlines() if "`" in line}
+    spelled = {"learning_rates": "tune_lr"}
+    options = {f"--{spelled.get(name, name).replace('_', '-')}" for name in OPTIONS}
+    assert options - {"--processes"} <= {*re.findall(r"`(--[\w-]+)", table)}  # torchrun says it
+    for name in (*READERS, *OF_FOLDERS, *NAMED_BY_PAPERS):
+        assert f"`{name}" in rows["--data"]
+    for name, kind in ARCHITECTURES.items():
+        said = re.search(rf"`{name}((:\w+=N)*)`", rows["--model"].split("|")[3])
+        assert said is not None, name
+        assert re.findall(r":(\w+)=N", said[1]) == [field.name for field in fields(kind)]

@@ -10,7 +10,7 @@ from normkit.errors import DataError
 from normkit.lab.comparison import compared
 from normkit.lab.models import PlacedNorm
 from normkit.lab.report import render, write_report
-from normkit.lab.report.figures import NARROW, accuracy_chart
+from normkit.lab.report.comparison_charts import NARROW, accuracy_chart
 from normkit.lab.report.page import best_norms
 from normkit.lab.spec import SweepSpec
 from normkit.lab.text import MINUS, MISSING

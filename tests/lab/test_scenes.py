@@ -69,7 +69,7 @@ def test_a_scene_of_one_place_has_one_object():
         values=torch.full((1, 1, 4, 4), 16, dtype=torch.uint8), targets=torch.zeros(1, dtype=int)
     )
     for at in range(20):  # objects of four pixels on seven by seven overlap mostly
-        scene = draw_scene(full, SceneOptions(side=5, most=9), 0, at)
+        scene = draw_scene(SceneOptions(side=5, most=9), full, 0, at)
         assert 1 <= len(scene.labels) <= 2
         assert int(scene.picture[0][scene.masks[-1]].min()) == 255
 
@@ -120,7 +120,7 @@ def test_clips_move_as_their_class_says():
     items = Pictures(values=square, targets=torch.zeros(1, dtype=int))
     grid = torch.arange(40.0)
     for label, name in enumerate(DOES):
-        frames = draw_clip(items, ClipOptions(), 0, label).frames[:, 0].float()
+        frames = draw_clip(ClipOptions(), items, 0, label).frames[:, 0].float()
         frames = torch.where(frames > 60, frames, 0.0)
         light = frames.sum((1, 2))
         x, y = ((frames.sum(axis) * grid).sum(1) / light for axis in (1, 2))

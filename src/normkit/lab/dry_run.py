@@ -1,9 +1,13 @@
 """What a sweep would take, from one measured step of each cell; nothing is trained."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +36,11 @@ UNKNOWN = (
     "Only the function knows its steps, so time and memory are not known before each norm and "
     "batch size was run once: give one seed first. Nothing was run."
 )
+NOT_OF_A_STEP: Mapping[str, object] = MappingProxyType({"data": "", "limit": None, "task": ""})
+"""What a step does not depend on, where the shape of the data is known, and the task apart."""
+
+Measured = dict[Hashable, "Steps"]
+"""What steps have taken so far, by all that decides it."""
 
 
 class Estimate(Frozen):
@@ -157,7 +166,12 @@ def _of_records(sweep: SweepSpec, records: Iterable[TrainingRecord]) -> tuple[Es
     return tuple(cells)
 
 
-def estimate(sweep: SweepSpec, data: TaskData, most_examples: int | None = None) -> list[Estimate]:
+def estimate(
+    sweep: SweepSpec,
+    data: TaskData,
+    most_examples: int | None = None,
+    measured: Measured | None = None,
+) -> list[Estimate]:
     """Take four steps of each cell on training examples, and measure them.
 
     Args:
@@ -166,6 +180,8 @@ def estimate(sweep: SweepSpec, data: TaskData, most_examples: int | None = None)
         most_examples: One step of one batch of at most so many examples is measured; time and
             memory are scaled to the batch, and time to the batches of a step. By default four whole
             steps are measured, and nothing is scaled.
+        measured: Of other sweeps; cells that differ in the number of examples only are measured
+            once. Filled in place.
 
     Raises:
         NormError: If a network cannot be built.
@@ -177,21 +193,10 @@ def estimate(sweep: SweepSpec, data: TaskData, most_examples: int | None = None)
             next(s for s in sweep.runs() if (s.norm, s.batch_size) == cell),
             data,
             num_runs,
-            most_examples,
+            partial(_measured, most_examples, {} if measured is None else measured),
         )
         for cell in ((norm, size) for norm in sweep.norms for size in sweep.batch_sizes)
     ]
-
-
-def _cell(spec: TrainingSpec, data: TaskData, num_runs: int, most_examples: int | None) -> Estimate:
-    protocol = spec.protocol
-    with threads_of(protocol.threads), seeded(spec.seed, parse_device(protocol.device)):
-        task = parse_task(protocol.task)
-        run = task.start(spec, data, task.build(spec, data).model)
-        steps = measure_steps(run, protocol, spec.batch_size, most_examples)
-    return Estimate(
-        norm=spec.norm, batch_size=spec.batch_size, num_runs=num_runs, **steps._asdict()
-    )
 
 
 class Steps(NamedTuple):
@@ -200,6 +205,36 @@ class Steps(NamedTuple):
     num_steps: int
     step_time_s: float
     peak_bytes: int
+
+
+def _cell(
+    spec: TrainingSpec,
+    data: TaskData,
+    num_runs: int,
+    measured: Callable[[TrainingSpec, TaskData], Steps],
+) -> Estimate:
+    timetable = _timetable(spec.protocol, data.num_examples, spec.batch_size)
+    steps = measured(spec, data)._replace(num_steps=timetable.num_steps)
+    return Estimate(
+        norm=spec.norm, batch_size=spec.batch_size, num_runs=num_runs, **steps._asdict()
+    )
+
+
+def _measured(
+    most_examples: int | None, known: Measured, spec: TrainingSpec, data: TaskData
+) -> Steps:
+    """What a step of a run takes, measured unless it is known."""
+    protocol, task = spec.protocol, parse_task(spec.protocol.task)
+    key = (
+        spec.model_copy(update={"protocol": protocol.model_copy(update=dict(NOT_OF_A_STEP))}),
+        (type(task), task.model_dump_json(exclude=set(task.costless))),
+        (data.input_shape, data.num_classes, min(data.num_examples, spec.batch_size)),
+    )
+    if key not in known:
+        with threads_of(protocol.threads), seeded(spec.seed, parse_device(protocol.device)):
+            run = task.start(spec, data, task.build(spec, data).model)
+            known[key] = measure_steps(run, protocol, spec.batch_size, most_examples)
+    return known[key]
 
 
 def measure_steps(
@@ -213,8 +248,7 @@ def measure_steps(
         batch_size: Examples of a batch.
         most_examples: As in :func:`estimate`.
     """
-    updates = num_updates(len(run.examples), batch_size, protocol)
-    timetable = Timetable(protocol, updates, protocol.step_examples(batch_size))
+    timetable = _timetable(protocol, len(run.examples), batch_size)
     size = min(batch_size, len(run.examples), most_examples or batch_size)
     scale = batch_size / size
     alone = protocol.model_copy(update={"processes": 1, "strategy": "auto"})
@@ -230,6 +264,11 @@ def measure_steps(
         step_time_s=scale * protocol.accumulate / num_parts * median(times),
         peak_bytes=round(scale * peak),
     )
+
+
+def _timetable(protocol: Protocol, num_examples: int, batch_size: int) -> Timetable:
+    updates = num_updates(num_examples, batch_size, protocol)
+    return Timetable(protocol, updates, protocol.step_examples(batch_size))
 
 
 def _timed(loop: Loop, parts: Sequence) -> float:

@@ -1,6 +1,6 @@
 """Batches of a split in a given order, read ahead by processes of their own where that helps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,45 @@ def loaded_batches(
             collate_fn=_Collate(split),
         )
     )
+
+
+def read_ahead(
+    make: Callable[[Int[Tensor, " b"]], Any], parts: Sequence[Int[Tensor, " b"]], num_workers: int
+) -> Iterator[Any]:
+    """The batches that a function makes of positions, in their order.
+
+    Args:
+        make: Draws nothing from a random state that it does not seed itself.
+        parts: Positions of the examples of each batch.
+        num_workers: Processes that make batches ahead; 0 for none.
+    """
+    if num_workers == 0:
+        return map(make, parts)
+    return iter(
+        DataLoader(
+            _Made(make, parts),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(0),  # else it draws from the run's random state
+            collate_fn=_as_it_is,
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    make: Callable[[Int[Tensor, " b"]], Any]
+    parts: Sequence[Int[Tensor, " b"]]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, at: int) -> Any:
+        return self.make(self.parts[at])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Views:

@@ -33,8 +33,21 @@ class Saved(NamedTuple):
     extra: dict[str, Tensor]
 
 
+class Periodic:
+    """What is written from time to time."""
+
+    __slots__ = ()
+    seconds: float
+    written_at: float
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this process finds it time to write again."""
+        return time.monotonic() - self.written_at >= self.seconds
+
+
 @dataclass(slots=True)
-class Checkpoint:
+class Checkpoint(Periodic):
     """One file that holds the last state of one run; gone when the run has ended.
 
     Args:
@@ -45,11 +58,6 @@ class Checkpoint:
     path: Path
     seconds: float = SECONDS
     written_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to write again."""
-        return time.monotonic() - self.written_at >= self.seconds
 
     def write(
         self,
@@ -117,7 +125,7 @@ class Checkpoint:
 
 
 @dataclass(slots=True)
-class SharedCheckpoint:
+class SharedCheckpoint(Periodic):
     """The states of the processes that train together, all from one step.
 
     Each process has files of its own, with the number of steps in their names. The states of the
@@ -133,11 +141,6 @@ class SharedCheckpoint:
     name: str
     seconds: float = SECONDS
     written_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether this process finds it time to write again."""
-        return time.monotonic() - self.written_at >= self.seconds
 
     def write(
         self,

@@ -205,6 +205,8 @@ class Task(Frozen, ABC):
     name: ClassVar[str]
     scores: ClassVar[tuple[str, ...]]
     """What a network is judged by, the first one to be compared: shares; more is better."""
+    costless: ClassVar[frozenset[str]] = frozenset()
+    """Options that do not change what a step takes, such as the names of further data."""
     further: ClassVar[tuple[str, ...]] = ()
     """What evaluations give besides, which tables may read."""
 

@@ -10,6 +10,7 @@ import torch
 from normkit.cli import main
 from normkit.errors import SpecError
 from normkit.lab.data.known import random_dataset
+from normkit.lab.dry_run import measure_steps
 from normkit.lab.experiment import _silent
 from normkit.lab.models import build_model
 from normkit.lab.records import Epoch
@@ -100,6 +101,17 @@ READ = Cells(
     {"a": [2, 8], "b": [4]},
     {"a": ["tuned", "loss"], "b": ["loss"]},
 )
+
+
+def test_an_option_of_a_scale_gives_way_to_that_of_its_part_and_not_to_the_papers():
+    models = {p.name: p.sweep.protocol.model for p in tables()["G-A5"].parts("small")}
+    assert models == {
+        "A": "vgg11", "B": "vgg11", "A_stack": "vgg11:stacked=8", "B_stack": "vgg11:stacked=8"
+    }  # fmt: skip
+    table = tables()["G-A5"]
+    plain = table.model_copy(update={"small": {**table.small, "parts": {}, "base_lr": 0.5}})
+    assert {part.sweep.protocol.model for part in plain.parts("small")} == {"vgg11"}
+    assert {part.sweep.protocol.base_lr for part in plain.parts("small")} == {0.5}
 
 
 def test_readings_stand_beside_parts_and_batch_sizes():
@@ -432,3 +444,41 @@ def test_random_pictures_have_the_sizes_of_the_data_set():
     assert parse_task(protocol.task).sample(protocol).data.input_shape == (3, 331, 331)
     with pytest.raises(SpecError, match="the sizes of 'digits' are not known; known are cifar10"):
         random_dataset("digits")
+
+
+def test_a_dry_run_measures_equal_steps_of_several_parts_once(monkeypatch):
+    measured = []
+
+    def counted(run, protocol, batch_size, most_examples):
+        measured.append((protocol.task, batch_size))
+        return measure_steps(run, protocol, batch_size, most_examples)
+
+    monkeypatch.setattr("normkit.lab.dry_run.measure_steps", counted)
+    task = "domain-adaptation:target="
+    table = Table.checked({
+        "name": "T", "of": "zhou", "place": "Table", "title": "t", "arms": {"BN": "bn"},
+        "small": {}, "tiny": {},
+        "paper": {
+            "data": "digits", "model": "mlp:depth=2:width=8", "epochs": 2, "batch_sizes": (12, 14),
+            "seeds": (1, 2), "parts": {
+                "rotated": {"task": f"{task}rotated"},
+                "blurred": {"task": f"{task}blurred:distance=0.05", "limit": 200, "seeds": (1,)},
+                "source": {"task": f"{task}blurred:method=source", "limit": 200},
+            },
+        },
+    })  # fmt: skip
+    found = {part.part: part.cells for part in estimate_table(table, "paper")}
+    assert [task.partition(":")[2] for task, _ in measured] == [
+        "target=rotated", "target=rotated", "target=blurred:method=source",
+        "target=blurred:method=source",
+    ]  # fmt: skip
+    assert [cell.step_time_s for cell in found["rotated"]] == [
+        cell.step_time_s for cell in found["blurred"]
+    ]
+    num_source = 100  # every second one of 200
+    assert [cell.num_steps for cell in found["blurred"]] == [
+        2 * -(-num_source // 12), 2 * -(-num_source // 14),
+    ]  # fmt: skip
+    assert [cell.num_runs for cell in found["rotated"]] == [2, 2]
+    assert [cell.num_runs for cell in found["blurred"]] == [1, 1]
+    assert found["rotated"][0].num_steps > found["blurred"][0].num_steps

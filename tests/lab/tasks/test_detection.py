@@ -311,6 +311,7 @@ def test_what_does_not_fit_is_refused_before_the_first_run(changes, complaint):
 
 
 def test_single_objects_are_learned_from_scenes_only(coco):
+    coco = coco.rename(coco.with_name("scenes of mine"))
     protocol = PROTOCOL.model_copy(
         update={"data": f"folder:{coco}", "task": "detection:pretrain=2", "limit": None}
     )

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from normkit.errors import DataError
-
 BACKGROUND, IGNORED = 0, 255  # classes of a pixel that belongs to nothing, and of one left out
 
 
@@ -182,15 +180,3 @@ class Drawn(Generic[E]):
 
     def __getitem__(self, at: int) -> E:
         return self.draw(at)
-
-
-def require_sizes(sizes: Sequence[int], name: str) -> None:
-    """Refuse a data set of which a part is empty.
-
-    Raises:
-        DataError: With the numbers.
-    """
-    if min(sizes) == 0:
-        names = ("training", "validation", "test")
-        said = ", ".join(f"{n} {part}" for n, part in zip(sizes, names, strict=True))
-        raise DataError(f"{name} has {said} examples; give one of each or more")

@@ -15,10 +15,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from normkit.lab.data.annotated import Drawn, Part, Parts
+from normkit.lab.data.annotated import Parts
 from normkit.lab.data.dataset import Pictures
 from normkit.lab.data.named import Options, read_options
-from normkit.lab.data.scenes import generator_of
+from normkit.lab.data.scenes import drawn_parts, generator_of
 from normkit.lab.data.sources import read
 
 NUM_CLIPS = {"train": 2000, "validation": 200}
@@ -85,32 +85,25 @@ def clips(text: str = "clips") -> Parts[Clip]:
     """
     options = read_options(ClipOptions, text)
     found = read(options.items)
-    pictures = {"train": found.train, "validation": found.validation, "test": found.test}
-    parts = {name: _part(items, options, name) for name, items in pictures.items()}
+    parts = drawn_parts(
+        found, partial(draw_clip, options), SEEDS, {**NUM_CLIPS, "test": options.test}
+    )
     return Parts(
         name=text,
         num_classes=len(DOES),
         input_shape=(found.input_shape[0], options.side, options.side),
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
         fingerprint=found.fingerprint,
         class_names=tuple(DOES),
+        **parts,
     )
 
 
-def _part(items: Pictures, options: ClipOptions, name: str) -> Part[Clip]:
-    return Part.of(
-        Drawn(partial(draw_clip, items, options, SEEDS[name]), NUM_CLIPS.get(name, options.test))
-    )
-
-
-def draw_clip(items: Pictures, options: ClipOptions, seed: int, at: int) -> Clip:
+def draw_clip(options: ClipOptions, items: Pictures, seed: int, at: int) -> Clip:
     """Draw the clip at a position, whose class is the position modulo the number of classes.
 
     Args:
-        items: Pictures, of which one is shown.
         options: Size and length of a clip.
+        items: Pictures, of which one is shown.
         seed: Of the part that the clip belongs to.
         at: Position of the clip.
     """

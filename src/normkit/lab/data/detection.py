@@ -14,7 +14,7 @@ from normkit.lab.data.boxes import read_given_boxes
 from normkit.lab.data.coco import COCO_NUMBERS, read_coco
 from normkit.lab.data.folder import PREFIX
 from normkit.lab.data.known import Sample
-from normkit.lab.data.scenes import scenes
+from normkit.lab.data.scenes import SCENES, scenes
 from normkit.lab.data.sources import FOLDER_VARIABLE, data_folder
 from normkit.lab.user_code import is_reference
 from normkit.text import printable
@@ -41,7 +41,7 @@ def open_annotated(protocol: Protocol, masks: bool) -> Parts[Annotated]:
 
 def _opened(protocol: Protocol, masks: bool) -> Parts[Annotated]:
     text, side = protocol.data, protocol.image_size
-    if text.partition(":")[0] == "scenes":
+    if text.partition(":")[0] == SCENES:
         return scenes(text)
     if text.startswith(PREFIX):
         return read_coco(Path(text.removeprefix(PREFIX)).expanduser(), masks, side)

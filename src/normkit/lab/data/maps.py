@@ -17,7 +17,7 @@ from normkit.lab.data.annotated import IGNORED, Annotated, Drawn, Mapped, Part, 
 from normkit.lab.data.fingerprint import fingerprint_of_files
 from normkit.lab.data.folder import PARTS as PART_NAMES
 from normkit.lab.data.folder import PREFIX, SUFFIXES, decoded
-from normkit.lab.data.scenes import scenes
+from normkit.lab.data.scenes import SCENES, scenes
 from normkit.lab.data.sources import data_folder
 from normkit.lab.files import require_file
 from normkit.text import listed, printable, shortened
@@ -48,7 +48,7 @@ def open_maps(protocol: Protocol, side: int) -> Parts[Mapped]:
         NormError: If it is unknown or cannot be read.
     """
     text = protocol.data
-    if text.partition(":")[0] == "scenes":
+    if text.partition(":")[0] == SCENES:
         found = _of_scenes(text)
     elif text.startswith(PREFIX):
         found = read_maps(Path(text.removeprefix(PREFIX)).expanduser(), side)

@@ -4,6 +4,7 @@ Boxes, masks and the class of each pixel are known. The scene at a position is d
 and the position alone, so that nothing has to be kept.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -12,11 +13,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from normkit.lab.data.annotated import Annotated, Drawn, Part, Parts
-from normkit.lab.data.dataset import Pictures
+from normkit.lab.data.annotated import Annotated, Drawn, E, Part, Parts
+from normkit.lab.data.dataset import Dataset, Pictures
 from normkit.lab.data.named import Options, read_options
 from normkit.lab.data.sources import read
 
+SCENES = "scenes"
 NUM_SCENES = {"train": 2000, "validation": 50}
 SEEDS = {"train": 1, "validation": 2, "test": 3, "single": 4}  # of the scenes, not of a run
 INK = 10  # values above it belong to the object, where its brightest is 255
@@ -59,22 +61,37 @@ def scenes(text: str = "scenes") -> Parts[Annotated]:
     """
     options = read_options(SceneOptions, text)
     found = read(options.items)
-    parts = {"train": found.train, "validation": found.validation, "test": found.test}
-    drawn = {name: _part(pictures, options, name) for name, pictures in parts.items()}
+    parts = drawn_parts(
+        found, partial(draw_scene, options), SEEDS, {**NUM_SCENES, "test": options.test}
+    )
     return Parts(
         name=text,
         num_classes=found.num_classes,
         input_shape=(found.input_shape[0], options.side, options.side),
-        train=drawn["train"],
-        validation=drawn["validation"],
-        test=drawn["test"],
         fingerprint=found.fingerprint,
+        **parts,
     )
 
 
-def _part(items: Pictures, options: SceneOptions, name: str) -> Part[Annotated]:
-    draw = partial(draw_scene, items, options, SEEDS[name])
-    return Part.of(Drawn(draw, NUM_SCENES.get(name, options.test)))
+def drawn_parts(
+    items: Dataset[Pictures],
+    draw: Callable[[Pictures, int, int], E],
+    seeds: Mapping[str, int],
+    numbers: Mapping[str, int],
+) -> dict[str, Part[E]]:
+    """The parts of a set whose examples show the pictures of another one.
+
+    Args:
+        items: Pictures; those of a part are shown in the same part.
+        draw: Draws an example of these pictures, by a seed and its position.
+        seeds: Of each part.
+        numbers: How many examples each part has.
+    """
+    parts = {"train": items.train, "validation": items.validation, "test": items.test}
+    return {
+        name: Part.of(Drawn(partial(draw, pictures, seeds[name]), numbers[name]))
+        for name, pictures in parts.items()
+    }
 
 
 def generator_of(seed: int, at: int) -> torch.Generator:
@@ -82,7 +99,7 @@ def generator_of(seed: int, at: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + at)
 
 
-def draw_scene(items: Pictures, options: SceneOptions, seed: int, at: int) -> Annotated:
+def draw_scene(options: SceneOptions, items: Pictures, seed: int, at: int) -> Annotated:
     """Draw the scene at a position.
 
     Objects are put one over the other. A mask holds the pixels that are visible in the end, and a
@@ -90,8 +107,8 @@ def draw_scene(items: Pictures, options: SceneOptions, seed: int, at: int) -> An
     elsewhere, and left out where that fails.
 
     Args:
-        items: Pictures of objects.
         options: Size of the scene, and the largest number of objects.
+        items: Pictures of objects.
         seed: Of the part that the scene belongs to.
         at: Position of the scene.
     """
@@ -183,6 +200,6 @@ def single_items(text: str, number: int) -> tuple[Float[Tensor, "n c h w"], Int[
         largest=min(95, 2 * options.largest),
     )
     items = read(options.items).train
-    drawn = [draw_scene(items, half, SEEDS["single"], at) for at in range(number)]
+    drawn = [draw_scene(half, items, SEEDS["single"], at) for at in range(number)]
     pictures = torch.stack([each.picture for each in drawn]).float() / 255
     return pictures, torch.stack([each.labels[0] for each in drawn]) - 1

@@ -11,7 +11,7 @@ from normkit.doctor import Diagnosis, LayerReport
 from normkit.lab.environment import describe_environment
 from normkit.lab.files import write_whole
 from normkit.lab.report.charts import Axis, Chart, Frame, Line, Tick, Value, line_chart
-from normkit.lab.report.figures import NARROW
+from normkit.lab.report.comparison_charts import NARROW
 from normkit.lab.report.page import REPORT_NAME, templates
 from normkit.lab.text import MISSING
 from normkit.text import module_name

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from normkit.lab.comparison import Comparison, select
 from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
-from normkit.lab.report import figures
+from normkit.lab.report import comparison_charts as charts
+from normkit.lab.report.charts import Chart
 from normkit.lab.report.results import RESULTS_NAME, csv_text
 from normkit.lab.task import parse_task
 from normkit.lab.text import MISSING, percent, points, size_text
@@ -25,7 +26,7 @@ class SizePanel:
     """Learning curves at one batch size."""
 
     batch_size: int
-    charts: tuple[figures.Chart, ...]
+    charts: tuple[Chart, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,8 @@ def render(comparison: Comparison, records: Sequence[TrainingRecord], command: s
             kernels=sorted({r.environment.kernels or "not recorded" for r in records}),
             code_hashes=sorted({record.code_hash for record in records}),
             accuracy_charts={
-                "wide": figures.accuracy_chart(comparison, records, figures.WIDE),
-                "narrow": figures.accuracy_chart(comparison, records, figures.NARROW),
+                "wide": charts.accuracy_chart(comparison, records, charts.WIDE),
+                "narrow": charts.accuracy_chart(comparison, records, charts.NARROW),
             },
             panels=[
                 _panel(comparison, records, size)
@@ -121,8 +122,8 @@ def _panel(comparison: Comparison, records: Sequence[TrainingRecord], batch_size
     return SizePanel(
         batch_size=batch_size,
         charts=(
-            figures.loss_chart(comparison, records, batch_size),
-            figures.validation_chart(comparison, records, batch_size),
+            charts.loss_chart(comparison, records, batch_size),
+            charts.validation_chart(comparison, records, batch_size),
         ),
     )
 

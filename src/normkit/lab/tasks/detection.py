@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -18,7 +18,9 @@ from normkit.lab.changes import BuiltModel
 from normkit.lab.data.annotated import Annotated, Part, Parts
 from normkit.lab.data.detection import open_annotated, random_annotated
 from normkit.lab.data.known import Sample
+from normkit.lab.data.scenes import SCENES
 from normkit.lab.evaluation import gather_states_, metrics_library, shared_out
+from normkit.lab.loading import Loading, read_ahead
 from normkit.lab.models.detectors import DetectorOptions, Pictures, detector
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
 from normkit.lab.task import Found, Held, PartName, Task, TaskRun, require_batches
@@ -85,6 +87,10 @@ class Annotations:
             images=[floating(each.picture) for each in found],
             targets=[self._target(each) for each in found],
         )
+
+    def batches(self, parts: Sequence[Int[Tensor, " b"]], loading: Loading) -> Iterator[Images]:
+        """The batches at these positions; a step mirrors its pictures itself."""
+        return read_ahead(self.take, parts, loading.num_workers)
 
     def _target(self, example: Annotated) -> dict[str, Tensor]:
         counts = torch.ones(len(example.labels), dtype=torch.bool)
@@ -280,7 +286,7 @@ def require_start(task: Any, sweep: SweepSpec, data: Any) -> None:
     Raises:
         NormError: If single objects are asked for and there are no scenes, or weights are missing.
     """
-    if task.pretrain and not data.name.startswith("scenes"):
+    if task.pretrain and sweep.protocol.data.partition(":")[0] != SCENES:
         raise SpecError(
             f"{task.name}:pretrain was given {task.pretrain}, and {data.name} has no single "
             f"objects to learn; leave it out, or give weights by backbones=FOLDER"

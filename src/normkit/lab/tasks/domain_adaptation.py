@@ -62,6 +62,7 @@ class DomainAdaptation(Task):
 
     name: ClassVar = "domain-adaptation"
     scores: ClassVar = ("target", "source")
+    costless: ClassVar = frozenset({"target", "weight", "distance", "fewest", "stop", "head_rate"})
 
     target: str = Field(
         default="rotated",

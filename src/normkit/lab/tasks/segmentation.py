@@ -23,7 +23,7 @@ from normkit.lab.data.maps import VOC_NUMBERS, open_maps, read_voc
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
 from normkit.lab.evaluation import metrics_library, shared_out_singly
-from normkit.lab.loading import Loading
+from normkit.lab.loading import Loading, read_ahead
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.detectors import freeze_batch_norms_, scaled
 from normkit.lab.models.segmenters import SegmenterOptions, segmenter
@@ -81,8 +81,10 @@ class MappedExamples:
 
     def batches(self, parts: Sequence[Int[Tensor, " b"]], loading: Loading) -> Iterator[Maps]:
         """The batches at these positions, changed at random as ``loading`` asks for."""
-        for part in parts:
-            yield batch_of([self._changed(at, loading) for at in part.tolist()])
+        return read_ahead(partial(self._batch, loading), parts, loading.num_workers)
+
+    def _batch(self, loading: Loading, part: Int[Tensor, " b"]) -> Maps:
+        return batch_of([self._changed(at, loading) for at in part.tolist()])
 
     def _changed(self, at: int, loading: Loading) -> Mapped:
         with seeded((loading.seed * 1_000_003 + at) % 2**63):

@@ -7,22 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from normkit.errors import DataError
 from normkit.lab.arms import FROZEN, Arm
 from normkit.lab.changes import BuiltModel
 from normkit.lab.checkpoints.reading import read_metadata, read_weights
+from normkit.lab.data import Dataset, Examples
 from normkit.lab.data.annotated import Parts
 from normkit.lab.data.scenes import single_items
-from normkit.lab.device import seeded
+from normkit.lab.device import CPU, seeded
+from normkit.lab.loop import Loop, make_optimizer
 from normkit.lab.models.build import build_model
 from normkit.lab.models.detectors import scaled
-from normkit.lab.spec import TrainingSpec
+from normkit.lab.recipe import Recipe, Timetable
+from normkit.lab.spec import Protocol, TrainingSpec
+from normkit.lab.tasks.classification import ClassificationRun
 from normkit.text import listed, printable
 
 NUM_ITEMS, BATCH_SIZE = 1000, 32  # pictures of single objects, and how many of them at a time
-RATE, MOMENTUM, DECAY = 0.05, 0.9, 1e-4
+RECIPE = Recipe(
+    base_lr=0.05, lr_batch_size=None, momentum=0.9, weight_decay=1e-4, schedule="cosine"
+)
 
 
 def learned_norm(arm: Arm) -> str:
@@ -53,7 +58,8 @@ def classifier(spec: TrainingSpec, data: Any, norm: str | None = None) -> BuiltM
 def learned_on_items(spec: TrainingSpec, data: Parts[Any], num_epochs: int) -> dict[str, Tensor]:
     """Weights and buffers of a backbone that has learned to classify single objects.
 
-    Nothing of torch's random state is used up. SGD with momentum, on a cosine to 0.
+    The engine's steps, by ``RECIPE``; a last batch that is not full is left out. Nothing of torch's
+    random state is used up.
 
     Args:
         spec: Says the model, the norm and the seed.
@@ -64,17 +70,21 @@ def learned_on_items(spec: TrainingSpec, data: Parts[Any], num_epochs: int) -> d
     with seeded(spec.seed):
         model = classifier(spec, data, learned_norm(Arm.parse(spec.norm))).model
         orders = torch.Generator().manual_seed(spec.seed)
-        optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, num_epochs * (NUM_ITEMS // BATCH_SIZE)
+        num_batches = NUM_ITEMS // BATCH_SIZE
+        protocol = Protocol(**RECIPE.model_copy(update={"epochs": num_epochs}).model_dump())
+        rate = Timetable(protocol, num_batches, BATCH_SIZE).rate
+        items = Examples(inputs=scaled(pictures), targets=classes)
+        told_apart = Dataset(
+            name=data.name, num_classes=data.num_classes, train=items, validation=items, test=items
         )
-        for _ in range(num_epochs):
-            order = torch.randperm(NUM_ITEMS, generator=orders)
-            for part in order.split(BATCH_SIZE)[: NUM_ITEMS // BATCH_SIZE]:
-                optimizer.zero_grad(set_to_none=True)
-                functional.cross_entropy(model(scaled(pictures[part])), classes[part]).backward()
-                optimizer.step()
-                schedule.step()
+        loop = Loop(model, protocol, rate(0), CPU, ClassificationRun(model, protocol, told_apart))
+        # The engine's fused optimizer rounds differently, and would give other weights than before.
+        loop.optimizer = make_optimizer(model.parameters(), protocol, rate(0))
+        for epoch in range(num_epochs):
+            parts = torch.randperm(NUM_ITEMS, generator=orders).split(BATCH_SIZE)[:num_batches]
+            for at, part in enumerate(parts, epoch * num_batches):
+                loop.set_rate(rate(at))
+                loop.step([items.take(part)])
     return model.state_dict()
 
 

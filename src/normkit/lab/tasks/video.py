@@ -36,7 +36,7 @@ from normkit.lab.data.known import Sample
 from normkit.lab.data.sources import data_folder
 from normkit.lab.device import seeded
 from normkit.lab.evaluation import metrics_library, require_scores, shared_out
-from normkit.lab.loading import Loading
+from normkit.lab.loading import Loading, read_ahead
 from normkit.lab.models.build import apply_arm, build_model
 from normkit.lab.models.video import tsm
 from normkit.lab.spec import Protocol, SweepSpec, TrainingSpec
@@ -75,8 +75,10 @@ class ClipExamples:
 
     def batches(self, parts: Sequence[Int[Tensor, " b"]], loading: Loading) -> Iterator[Examples]:
         """The batches at these positions: a random frame of each segment."""
-        for part in parts:
-            yield batch_of([self._changed(at, loading) for at in part.tolist()])
+        return read_ahead(partial(self._batch, loading), parts, loading.num_workers)
+
+    def _batch(self, loading: Loading, part: Int[Tensor, " b"]) -> Examples:
+        return batch_of([self._changed(at, loading) for at in part.tolist()])
 
     def _shown(self, clip: AnyClip, chances: Tensor | None = None) -> tuple[Tensor, int]:
         index = segments(num_frames_of(clip), self.num_frames, chances)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from normkit.lab.dry_run import Estimate, estimate
+from normkit.lab.dry_run import Estimate, Measured, estimate
 from normkit.lab.frozen import Frozen
 from normkit.lab.reproduce.preset import Scale
 from normkit.lab.reproduce.tables.table import Part, Table
@@ -41,15 +41,16 @@ def estimate_table(table: Table, scale: Scale, device: str = "cpu") -> list[Part
     Raises:
         NormError: If an arm cannot be built.
     """
-    return [_estimate(part) for part in table.parts(scale, device)]
+    measured: Measured = {}
+    return [_estimate(part, measured) for part in table.parts(scale, device)]
 
 
-def _estimate(part: Part) -> PartEstimate:
+def _estimate(part: Part, measured: Measured) -> PartEstimate:
     protocol = part.sweep.protocol
     data, files = parse_task(protocol.task).sample(protocol)
     plain = protocol.model_copy(update={"weights": None})  # random weights take as long
     sweep = part.sweep.model_copy(update={"protocol": plain})
-    cells = estimate(sweep, data, most_examples=MOST_EXAMPLES)
+    cells = estimate(sweep, data, MOST_EXAMPLES, measured)
     if not part.trained:
         num_examples = len(part.states) * (len(data.validation) + len(data.test))
         cells = [

@@ -101,13 +101,18 @@ def _paper_markdown(numbers: Numbers) -> list[str]:
     return ["The paper's numbers:\n", *_markdown(theirs(numbers)), "", *note]
 
 
+MOST_COLUMNS = 8  # of a page that needs no scrolling
+
+
 def ours(result: TableResult) -> list[list[str]]:
-    """Rows of our numbers, the head first."""
+    """Rows of our numbers, the head first; arms are rows, or columns if there are fewer of them."""
     rows = []
     for arm in result.arms:
         found = [result.cell(arm, column) for column in result.columns]
         rows.append([arm, *(MISSING if cell is None else str(cell) for cell in found)])
-    return [["", *(head_of(column, result) for column in result.columns)], *rows]
+    found = [["", *(head_of(column, result) for column in result.columns)], *rows]
+    is_wide = len(result.columns) > max(MOST_COLUMNS, len(rows))
+    return [list(row) for row in zip(*found, strict=True)] if is_wide else found
 
 
 def theirs(numbers: Numbers) -> list[list[str]]:

@@ -178,12 +178,13 @@ class Table(Frozen):
         if scale == "paper":
             return dict(self.paper)
         own = dict(getattr(self, scale))
-        parts = {name: {**part} for name, part in self.paper.get("parts", {}).items()}
-        for name, part in own.pop("parts", {}).items():
+        own_parts = own.pop("parts", {})
+        parts = {  # what the scale says of all parts wins over the paper's part, not over its own
+            name: {option: value for option, value in part.items() if option not in own}
+            for name, part in self.paper.get("parts", {}).items()
+        }
+        for name, part in own_parts.items():
             parts[name] = parts.get(name, {}) | dict(part)
-        for part in parts.values():  # what the scale says of all parts wins over the paper's part
-            for option in set(part) & set(own):
-                del part[option]
         merged = {**self.paper, **own} | ({"parts": parts} if parts else {})
         if "epochs" in own or "steps" in own:
             merged.pop("steps" if "epochs" in own else "epochs", None)
