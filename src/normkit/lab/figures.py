@@ -21,6 +21,7 @@ STYLES = (
     ("#56b4e9", "X", (0, (8, 2))),
 )
 FONT_SIZE = 9
+WIDTH_OF_A_PLACE = 0.6  # that points of several curves share
 INK = "#1d2126"
 
 
@@ -84,6 +85,26 @@ def draw_curves(axes: Any, curves: Iterable[Curve], labels: Mapping[str, str]) -
         if len(curve.x) == 1:  # a band has no width there
             axes.vlines(curve.x, low, high, color=colour, linewidth=1)
         axes.fill_between(curve.x, low, high, color=colour, alpha=0.15, linewidth=0)
+    label_axes(axes, labels)
+    axes.legend(fontsize=FONT_SIZE - 1)
+
+
+def draw_points(axes: Any, curves: Iterable[Curve], labels: Mapping[str, str]) -> None:
+    """Draw the mean and the range of each value, curves beside each other, at places in no order.
+
+    Args:
+        axes: Of matplotlib.
+        curves: In the order of the styles; ``x`` counts the places.
+        labels: ``title``, ``x`` and ``y``.
+    """
+    drawn = list(zip(curves, STYLES, strict=False))
+    for number, (curve, (colour, marker, _)) in enumerate(drawn):
+        values = np.array(curve.values, dtype=float)
+        mean, low, high = values.mean(0), values.min(0), values.max(0)
+        beside = WIDTH_OF_A_PLACE * ((number + 0.5) / len(drawn) - 0.5)
+        style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1}
+        place, reach = np.array(curve.x, dtype=float) + beside, [mean - low, high - mean]
+        axes.errorbar(place, mean, reach, linestyle="none", label=curve.label, **style)
     label_axes(axes, labels)
     axes.legend(fontsize=FONT_SIZE - 1)
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,11 @@ from normkit.errors import SpecError
 from normkit.lab.data.known import random_dataset
 from normkit.lab.dry_run import measure_steps
 from normkit.lab.experiment import _silent
+from normkit.lab.figures import Curve, draw_points
 from normkit.lab.models import build_model
 from normkit.lab.records import Epoch
 from normkit.lab.reproduce.preset import SCALES
+from normkit.lab.reproduce.report import result_path
 from normkit.lab.reproduce.tables.catalog import find_table, tables
 from normkit.lab.reproduce.tables.dry_run import estimate_table
 from normkit.lab.reproduce.tables.page import ours
@@ -482,3 +485,30 @@ def test_a_dry_run_measures_equal_steps_of_several_parts_once(monkeypatch):
     assert [cell.num_runs for cell in found["rotated"]] == [2, 2]
     assert [cell.num_runs for cell in found["blurred"]] == [1, 1]
     assert found["rotated"][0].num_steps > found["blurred"][0].num_steps
+
+
+def test_columns_in_no_order_are_points_beside_each_other_and_no_line():
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    curves = [
+        Curve(label="bn", x=[0, 1], values=np.array([[1.0, 2.0], [3.0, 4.0]])),
+        Curve(label="gn", x=[1], values=np.array([[5.0], [9.0]])),
+    ]
+    draw_points(axes, curves, {"title": "", "x": "", "y": "%"})
+    bn, gn = axes.containers
+    assert bn[0].get_linestyle() == gn[0].get_linestyle() == "None"
+    assert [point.tolist() for point in bn[0].get_data()] == [[-0.15, 0.85], [2.0, 3.0]]
+    assert [point.tolist() for point in gn[0].get_data()] == [[1.15], [7.0]]
+    (ends,) = (bars.get_segments() for bars in gn[2])
+    assert ends[0][:, 1].tolist() == [5.0, 9.0]
+    plt.close(figure)
+
+
+def test_arms_are_columns_where_they_are_fewer_than_columns_that_do_not_fit():
+    folder = Path(__file__).parents[3] / "docs" / "records"
+    wide, narrow = (ours(read_table_result(result_path(folder, name))) for name in ("S-F1", "S-B"))
+    assert wide[0] == ["", "BN"]
+    assert wide[1][0].startswith("resnet batch 64")
+    assert narrow[0][:2] == ["", "batch 32"]
+    assert [row[0] for row in narrow[1:]] == ["BN"]

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normkit.lab.evaluation import ACCURACY
-from normkit.lab.figures import Curve, draw_curves, figure_file
+from normkit.lab.figures import Curve, draw_curves, draw_points, figure_file
 from normkit.lab.reproduce.tables.analyses import ANALYSES
 from normkit.lab.reproduce.tables.reading import state_and_number
 from normkit.lab.reproduce.tables.result import Column, TableResult
 
 MAX_WIDE = 3  # panels beside each other
-MAX_LETTERS = 60  # of all names below axes together; longer ones stand upright
+MAX_LETTERS = 48  # of all names below axes together; longer ones stand upright
 
 
 class Panel(NamedTuple):
@@ -100,7 +100,7 @@ def _draw(axes: Any, result: TableResult, panel: Panel) -> None:
         return
     places = {column: at for at, column in enumerate(panel.columns)}
     curves = [curve for arm in result.arms if (curve := _curve(result, arm, arm, places))]
-    draw_curves(axes, curves, {"title": "", "x": "", "y": y})
+    draw_points(axes, curves, {"title": "", "x": "", "y": y})
     names = [head_of(column, result) for column in panel.columns]
     too_long = sum(map(len, names)) > MAX_LETTERS
     axes.set_xticks(range(len(names)), names, rotation=90 if too_long else 0)
