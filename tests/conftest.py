@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from hypothesis import HealthCheck, settings
 
+from normkit import recipes
+
 # A busy machine is not a failure. In CI the drawn examples are the same every time.
 settings.register_profile(
     "normkit",
@@ -24,6 +26,12 @@ settings.register_profile(
     derandomize="CI" in os.environ,
 )
 settings.load_profile("normkit")
+
+
+def pytest_runtest_setup():
+    """Forget the norms that the test before, or an example, has registered."""
+    for name in recipes._METHODS.keys() - set(recipes.OWN_METHODS):
+        del recipes._METHODS[name]
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,6 @@ class Quarter(nk.BatchGroupNorm):
     """Another norm."""
 
 
-@pytest.fixture(autouse=True)
-def unregistered():
-    before = dict(recipes._METHODS)
-    yield
-    recipes._METHODS.clear()
-    recipes._METHODS.update(before)
-
-
 def net():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)

@@ -159,8 +159,8 @@ def register_norm(name: str, layer: type[NormLayer]) -> None:
         ...         return Partition(num_groups=self.num_groups, examples_per_group=2)
         >>> nk.register_norm("pair", PairNorm)
         >>> nk.build("pair:4:eps=0.001", 16)
-        PairNorm(16, num_groups=4, eps=0.001, affine=True, track_running_stats=False, \
-example_weight=1.0)
+        PairNorm(16, num_groups=4, eps=0.001, momentum=0.1, affine=True, \
+track_running_stats=False, example_weight=1.0)
     """
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]{0,39}", name):
         raise SpecError(

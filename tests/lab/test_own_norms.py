@@ -30,14 +30,6 @@ class PairNorm(nk.GroupNorm):
         return Partition(num_groups=self.num_groups, examples_per_group=2 if self.training else 1)
 
 
-@pytest.fixture(autouse=True)
-def unregistered():
-    before = dict(recipes._METHODS)
-    yield
-    recipes._METHODS.clear()
-    recipes._METHODS.update(before)
-
-
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "my.py"
