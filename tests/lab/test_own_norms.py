@@ -116,3 +116,25 @@ def test_a_name_that_nobody_registered_says_how(normkit):
     code, said = normkit(*[w for w in COMMAND if w not in {"--own-norms", "pair=my.py:PairNorm"}])
     assert code == 2
     assert "--own-norms names norms of your own" in said
+
+
+def test_other_commands_read_weights_that_were_trained_with_them(file, normkit):
+    words = [word.replace("pair:2", "xbn/pair:2+ws") for word in COMMAND]
+    assert normkit(*words, "--save-weights")[0] == 0
+    (weights,) = (file.parent / "out" / "weights").glob("xbn_pair*")
+    read = ("--model", "small-resnet:width=4", "--data", "digits", "--checkpoint", str(weights))
+    code, said = normkit("validate", "--batch-size", "4", *read)
+    assert code == 2
+    assert "names norm 'pair'" in said
+    assert "name norms of your own by --own-norms" in said
+    named = (*read, "--own-norms", "pair=my.py:PairNorm")
+    assert normkit("validate", "--batch-size", "4", *named)[0] == 0
+    assert normkit("tune", "--examples", "20", *named)[0] == 0
+    assert normkit("diagnose", "--examples", "20", "--out", "found", *named)[0] in (0, 1)
+    saved = str(file.parent / "again.safetensors")
+    assert normkit("convert", "--to", "pair:4", "--save", saved, *named)[0] == 0
+    again = ("--checkpoint", saved, "--own-norms", "pair=my.py:PairNorm")
+    assert normkit("validate", "--batch-size", "4", *read[:4], *again)[0] == 0
+    code, said = normkit("validate", "--batch-size", "4", *read, "--own-norms", "pair")
+    assert code == 2
+    assert "it must be a name, = and a class in a Python file" in said

@@ -6,6 +6,7 @@ from torch import nn
 
 import normkit as nk
 from normkit.errors import DataError, NormError, SpecError
+from normkit.lab import compare
 from normkit.lab.loggers import Loggers
 from normkit.lab.own_training import ApplyNorm, Report, train_by
 from normkit.lab.spec import Protocol, TrainingSpec
@@ -158,3 +159,29 @@ def test_an_arm_that_needs_an_input_says_so():
         given("gn:2+ws")(make_net())
     with pytest.raises(SpecError, match=r"changes batch norms"):
         given("frozen-bn")(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("source", "takes"),
+    [
+        ("def train(apply_norm): ...", "(apply_norm)"),
+        ("def train(apply_norm, batch_size, seed, report, lr): ...", "seed, report, lr)"),
+        ("def train(*, apply_norm, batch_size, seed, report): ...", "(*, apply_norm"),
+    ],
+)
+def test_a_function_with_other_arguments_is_refused_before_anything_is_written(
+    tmp_path, source, takes
+):
+    (tmp_path / "my.py").write_text(source)
+    with pytest.raises(SpecError) as refused:
+        compare(train=f"{tmp_path}/my.py:train", norms=["bn", "ln"], out=tmp_path / "out")
+    assert takes in str(refused.value)
+    assert "it is called with apply_norm, batch_size, seed, report" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_function_may_take_whatever_is_given():
+    def train(*given):
+        return len(given[0].spec)
+
+    assert outcome_of(train).scores == {"score": 4.0}

@@ -11,6 +11,7 @@ from normkit.errors import SpecError
 from normkit.lab.checkpoints import Alterations, restored
 from normkit.lab.data import MAX_CLASSES, Dataset, load
 from normkit.lab.models import build_model
+from normkit.lab.own_norms import register_norms
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 MAX_SIDE = 2**14
@@ -31,6 +32,8 @@ class ModelOptions:
     checkpoint: Path | None = None
     """File with the weights: .safetensors, or one that torch.save wrote. Norms that were replaced
     before saving are replaced again."""
+    own_norms: str | None = None
+    """Norms of your own, NAME=FILE.py:CLASS with commas between, which the checkpoint has."""
     num_classes: int | None = None
     """Length of the output (default: the data set's if there is one, else 1000)."""
     input_shape: str | None = None
@@ -64,10 +67,13 @@ class ModelOptions:
             dataset: Gives the number of classes and the input shape if the options do not.
 
         Raises:
-            SpecError: If the model is unknown or cannot take the inputs.
+            SpecError: If the model is unknown or cannot take the inputs, or a norm of one's own is
+                not there.
             DataError: If the checkpoint cannot be read or does not fit.
         """
         require_counts(self, "num_classes", at_most=MAX_CLASSES)
+        if self.own_norms is not None:
+            register_norms(self.own_norms.split(","))
         if self.image_size is not None and dataset is None:
             raise SpecError(
                 f"--image-size was given {self.image_size} without --data, whose pictures it is "

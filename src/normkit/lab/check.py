@@ -18,11 +18,12 @@ from normkit.lab.fabric import require_precision
 from normkit.lab.launch import require_processes
 from normkit.lab.loop import num_updates, own_parts
 from normkit.lab.models.build import NormSlots, norm_slots
+from normkit.lab.own_training import training_function
 from normkit.lab.recipe import Timetable
 from normkit.lab.spec import CLASSIFICATION, Protocol, SweepSpec, TrainingSpec
 from normkit.lab.start import built
 from normkit.lab.task import TaskData, parse_task, require_batches
-from normkit.lab.user_code import load_function, users_errors
+from normkit.lab.user_code import users_errors
 
 
 def check(sweep: SweepSpec) -> TaskData | None:
@@ -45,7 +46,7 @@ def check(sweep: SweepSpec) -> TaskData | None:
     require_precision(protocol.precision, device)
     require_processes(protocol.processes, protocol.strategy, device)
     if protocol.train is not None:
-        load_function(protocol.train, "--train")
+        training_function(protocol.train)
         return None
     data = task.data(protocol)
     _check_update_rates(sweep)

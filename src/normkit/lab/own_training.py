@@ -1,5 +1,6 @@
 """A run that a user's own function trains: any task, any framework."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from normkit import convert_norm_
-from normkit.errors import DataError
+from normkit.errors import DataError, SpecError
 from normkit.lab.arms import Arm
 from normkit.lab.loggers import Loggers
 from normkit.lab.records import Outcome
@@ -17,6 +18,28 @@ from normkit.lab.user_code import load_function
 from normkit.text import shortened
 
 SCORE = "score"  # what a single number is called
+ARGUMENTS = ("apply_norm", "batch_size", "seed", "report")  # what the function is given, in order
+
+
+def training_function(name: str) -> Callable[..., Any]:
+    """The function that ``--train`` names.
+
+    Raises:
+        SpecError: If it is not there, or cannot be called with what a run gives it.
+    """
+    function = load_function(name, "--train")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function that does not say what it takes
+        return function
+    try:
+        signature.bind(*ARGUMENTS)
+    except TypeError as error:
+        raise SpecError(
+            f"{name} takes {signature}, but it is called with {', '.join(ARGUMENTS)}, in this "
+            f"order; give it these four arguments"
+        ) from error
+    return function
 
 
 class ApplyNorm:
@@ -147,7 +170,7 @@ def train_by(
         DataError: If it returns something else, or takes no notice of the norm.
     """
     name, loggers = spec.protocol.train or "", loggers or Loggers()
-    function = load_function(name, "--train")
+    function = training_function(name)
     apply_norm, report = ApplyNorm(spec), Report(name, on_step, loggers)
     scores = _scores(function(apply_norm, spec.batch_size, spec.seed, report), name)
     if not apply_norm.is_used:

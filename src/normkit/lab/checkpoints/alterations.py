@@ -130,7 +130,7 @@ def restored(model: nn.Module, path: Path) -> nn.Module:
     except NormError as error:
         raise DataError(
             f"{printable(path)} says that it has other norms, which do not fit the model: {error}; "
-            f"check --model"
+            f"check --model, and name norms of your own by --own-norms"
         ) from error
     load_tensors_(model, tensors, path)
     return model
