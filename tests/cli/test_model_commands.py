@@ -54,9 +54,9 @@ def test_a_saved_conversion_brings_its_norms_with_it(normkit, tmp_path):
     code, output, _ = normkit("validate", *SMALL, "--checkpoint", second, "--batch-size", "32")
     assert code == 0
     state = load_file(second)
-    assert any(key.startswith("3.conv1.parametrizations") and "gain" in key for key in state)
+    assert any(key.startswith("3.conv1.parametrizations") and "length" in key for key in state)
     assert any(key.startswith("4.conv1.parametrizations") for key in state)
-    assert not any(key.startswith("4.") and "gain" in key for key in state)
+    assert not any(key.startswith("4.") and "length" in key for key in state)
 
 
 def test_a_checkpoint_is_calibrated_on_a_data_set(normkit, tmp_path):

@@ -338,7 +338,7 @@ def test_buffers_move_as_without():
 
 
 def test_an_unknown_activation_is_refused_with_the_known_ones():
-    known = "'relu', 'leaky_relu', 'silu', 'gelu', 'hardswish', 'sigmoid', 'tanh', 'relu6', or None"
+    known = "'relu', 'leaky_relu', 'silu', 'gelu', 'hardswish', 'sigmoid', 'tanh', 'relu6'; None applies no activation"
     with pytest.raises(
         OptionError, match=f"activation='swish' was given; these are known: {known}"
     ):
@@ -347,7 +347,7 @@ def test_an_unknown_activation_is_refused_with_the_known_ones():
     with pytest.raises(OptionError, match="activation=<built-in"):
         layer.activation = torch.relu
     assert layer.activation is None
-    with pytest.raises(OptionError, match="negative_slope='steep' was given; it is a number"):
+    with pytest.raises(OptionError, match="negative_slope='steep' was given; it must be a number"):
         nk.BatchNorm(6, activation="leaky_relu", negative_slope="steep")
 
 

@@ -9,6 +9,7 @@ derivatives are those of these formulas.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from normkit.core.partition import Partition
 from normkit.core.routes import batch_route, evaluation_route
 from normkit.core.running import RunningStatistics, is_recomputing
 from normkit.kernels import ended_nodes, nodes, reference
-from normkit.kernels.calls import Differentiable, Gradients, Pooling, Running
+from normkit.kernels.calls import Gradients, Pooling, Running
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.select import decide
 from normkit.typing import FeatureMap, PerChannel
@@ -148,7 +149,7 @@ def _by_operator(  # noqa: PLR0913 - what one operator needs
         mean, var, count, momentum, _ = running
         moved = Running(mean, var, count, momentum or 0.0)
     if ending is None:
-        again = _differentiable(formula, bias)
+        again = partial(_differentiable, formula, bias)
         y, table = nodes.normalize_pooled(kernels, x, weight, bias, pooling, moved, again)
     else:
         call = ended_nodes.Ended(ending.activation, (), pooling, moved)
@@ -179,7 +180,7 @@ def _given_by_operator(
     if ending is not None:
         call = ended_nodes.Ended(ending.activation, statistics, options)
         return _normalize_ended(kernels, x, parameters, ending, call, formula)[0]
-    again = _differentiable(formula, bias)
+    again = partial(_differentiable, formula, bias)
     return nodes.normalize_given(kernels, x, statistics, weight, bias, options, again)
 
 
@@ -197,13 +198,14 @@ def _normalize_ended(
     return ended_nodes.normalize_ended(kernels, x, ending.residual, weight, bias, call, again)
 
 
-def _differentiable(formula: Formula, bias: PerChannel | None) -> Differentiable:
+def _differentiable(
+    formula: Formula,
+    bias: PerChannel | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> Gradients:
     """Gradients of the formula that autograd can differentiate again."""
-
-    def gradients(
-        grad: Tensor, x: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
-    ) -> Gradients:
-        dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
-        return dx, dweight, dbias
-
-    return gradients
+    dx, dweight, dbias = differentiable_gradient(formula, (x, weight, bias), wanted, grad)
+    return dx, dweight, dbias
