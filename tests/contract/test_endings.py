@@ -338,7 +338,7 @@ def test_buffers_move_as_without():
 
 
 def test_an_unknown_activation_is_refused_with_the_known_ones():
-    known = "'relu', 'leaky_relu', 'silu', 'gelu', 'hardswish', 'sigmoid', 'tanh', 'relu6'; None applies no activation"
+    known = f"{', '.join(map(repr, ACTIVATIONS))}; None applies no activation"
     with pytest.raises(
         OptionError, match=f"activation='swish' was given; these are known: {known}"
     ):
