@@ -31,6 +31,7 @@ from normkit.doctor.diagnosis import (
     State,
 )
 from normkit.doctor.judge import Halves, Judge, Scores, at_evaluation, temporary_statistics
+from normkit.doctor.pixels import PIXELS_LOSS, are_of_segmenters
 from normkit.doctor.states import Patient, Rows, is_dropout, new_values, rows_of, with_dropout
 from normkit.doctor.symptoms import STATISTICS, Case, has_small_last_batch
 from normkit.doctor.trials import try_all
@@ -83,8 +84,9 @@ def diagnose(  # noqa: PLR0913 - a model, its data, and facts that only the user
             once and kept.
         test_batches: Test data with targets, two batches or more; read once and kept.
         loss: ``loss(output, batch)`` gives one value for each example; smaller is better. The
-            default is the cross entropy of pairs ``(inputs, target)``, and for lists of pictures
-            and targets, as detectors take them, the sum of the model's own losses.
+            default is the cross entropy of pairs ``(inputs, target)``; for maps of classes
+            ``(N, H, W)`` its mean over a picture's pixels, but those of class 255; and for lists of
+            pictures and targets, as detectors take them, the sum of the model's own losses.
         batch_size: Examples of a batch in training. The default is the median size of the train
             batches.
         checkpoints: Earlier state dicts of this model by name, the oldest first.
@@ -168,6 +170,8 @@ def _admit(  # noqa: PLR0913 - the arguments of diagnose
 def _judge(halves: Halves, loss: Score | None, forward: Forward | None) -> Judge:
     if loss is None and forward is None and are_of_detectors(halves[0]):
         return Judge(halves, OWN_LOSSES, losses_of_pictures, is_single=True)
+    if loss is None and are_of_segmenters(halves[0]):
+        return Judge(halves, PIXELS_LOSS, forward or forward_batch)
     metric = read_metric("loss" if loss is None else loss, larger_is_better=False)
     return Judge(halves, metric, forward or forward_batch)
 

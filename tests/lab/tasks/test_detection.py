@@ -1,6 +1,7 @@
 """Detection as a task: data in COCO's form, average precision, and whole runs."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -128,6 +129,10 @@ def with_value(key, value, at=0):
         (with_value("category_id", 5), r"has the class 5, and the categories are 3, 18"),
         (with_value("image_id", 5), r"is of picture 5, which images does not have"),
         (with_value("bbox", [1, 2, 3]), r"has the box \[1, 2, 3\]; give \[x, y, width, height\]"),
+        (with_value("bbox", ["a", 2, 3, 4]), r"has the box \['a', 2, 3, 4\]; give"),
+        (with_value("bbox", [math.nan, 2, 3, 4]), r"has the box \[nan, 2, 3, 4\]; give"),
+        (annotations(images=[{"id": 7, "file_name": "7.png", "height": 12}]),
+         r"picture 7 of .*train2017.json has no width; give file_name, height and width"),
         (without("segmentation"), r"has no mask; give a segmentation, or take --task detection"),
         (without("bbox"), r"is no annotation file as COCO's \(KeyError"),
         ([], r"is no annotation file as COCO's"),
@@ -140,6 +145,14 @@ def test_annotations_that_are_wrong_are_refused_in_a_sentence(coco, content, com
     write(coco, content)
     with pytest.raises(DataError, match=complaint):
         read_coco(coco, masks=True)
+
+
+def test_boxes_that_reach_out_of_their_pictures_are_counted(coco):
+    assert not any("reach out" in note for note in read_coco(coco).notes)
+    write(coco, with_value("bbox", [8, 6, 10, 9]))  # its corners, read as a width and a height
+    read_coco.cache_clear()
+    notes = " ".join(read_coco(coco).notes)
+    assert "1 boxes of instances_train2017 reach out of their pictures; a box is [x, y" in notes
 
 
 def test_missing_files_are_named(coco, tmp_path):
@@ -178,10 +191,11 @@ def test_masks_of_another_size_or_form_are_refused(given, complaint):
 OWN = """
 import torch
 def make():
-    boxes = torch.tensor([[1.0, 2, 8, 9]])
+    boxes = torch.tensor({boxes})
     example = (torch.rand(1, 16, 16), {{"boxes": boxes, "labels": {labels}, "masks": {masks}}})
     return {{"train": [example] * 20, "test": [example] * 3, "num_classes": 2}}
 """
+BOXES = "[[1.0, 2, 8, 9]]"
 
 
 @pytest.mark.parametrize(
@@ -195,15 +209,34 @@ def make():
 )
 def test_data_sets_of_a_function_are_checked(tmp_path, labels, masks, complaint):
     path = tmp_path / "own.py"
-    path.write_text(OWN.format(labels=labels, masks=masks))
+    path.write_text(OWN.format(boxes=BOXES, labels=labels, masks=masks))
     read_given_boxes.cache_clear()
     with pytest.raises(DataError, match=complaint):
         read_given_boxes(f"{path}:make", masks=True)
 
 
+@pytest.mark.parametrize(
+    ("boxes", "complaint"),
+    [
+        ("[[8.0, 8, 3, 3]]", r"has the box \[8.0, 8.0, 3.0, 3.0\], of no width .*give corners"),
+        ("[[float('nan'), 2, 8, 9]]", r"has the box \[nan, 2.0, 8.0, 9.0\]"),
+        ("[[0.1, 0.2, 0.8, 0.9]]", r"give corners in pixels, not as shares of the picture"),
+        ("[1.0, 2, 8, 9]", r"has boxes of shape \(4,\); a target is"),
+    ],
+)
+def test_boxes_of_a_function_are_corners_in_pixels(tmp_path, boxes, complaint):
+    path = tmp_path / "own.py"
+    path.write_text(OWN.format(boxes=boxes, labels="torch.tensor([1])", masks="None"))
+    read_given_boxes.cache_clear()
+    with pytest.raises(DataError, match=complaint):
+        read_given_boxes(f"{path}:make")
+
+
 def test_data_sets_of_a_function_are_read(tmp_path):
     path = tmp_path / "fine.py"
-    path.write_text(OWN.format(labels="torch.tensor([2])", masks="torch.ones(1, 16, 16)"))
+    path.write_text(
+        OWN.format(boxes=BOXES, labels="torch.tensor([2])", masks="torch.ones(1, 16, 16)")
+    )
     found = read_given_boxes(f"{path}:make", masks=True)
     assert (len(found.train), len(found.validation), len(found.test)) == (18, 2, 3)
     assert found.input_shape == (1, 16, 16)

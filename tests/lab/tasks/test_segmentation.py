@@ -229,6 +229,19 @@ def test_wrong_maps_are_refused_in_a_sentence(own):
         read_maps(own, 8)
 
 
+def test_classes_are_named_a_line_the_background_first(own):
+    path = own / "classes.txt"
+    path.write_text("background\n cat\ndog\n\n", encoding="utf-8")
+    assert read_maps(own, 8).class_names == ("background", "cat", "dog")
+    path.write_text("background\n\n", encoding="utf-8")
+    read_maps.cache_clear()
+    with pytest.raises(DataError, match=r"classes.txt has 1 classes; give two or more, one a line"):
+        read_maps(own, 8)
+    path.unlink()
+    with pytest.raises(DataError, match=r"has no classes.txt; write the name of a class a line"):
+        read_maps(own, 8)
+
+
 def test_a_pretrained_network_is_trained_and_judged():
     record = run(TrainingSpec(protocol=PROTOCOL, norm="gn:2+ws", batch_size=4, seed=1))
     assert record.outcome.status == "finished", record.outcome.message

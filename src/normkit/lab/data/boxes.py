@@ -100,7 +100,12 @@ class _Given(Source[Annotated]):
         picture, target = as_tensor(example[0], where), example[1]
         if not isinstance(target, Mapping) or not {"boxes", "labels"} <= {*target}:
             raise DataError(f"{where} has no boxes and labels; a target is {TARGET}")
-        boxes = torch.as_tensor(target["boxes"]).float().reshape(-1, 4)
+        boxes = torch.as_tensor(target["boxes"]).float()
+        if boxes.numel() and (boxes.ndim != 2 or boxes.shape[1] != 4):
+            raise DataError(
+                f"{where} has boxes of shape {tuple(boxes.shape)}; a target is {TARGET}"
+            )
+        boxes = boxes.reshape(-1, 4)
         labels = torch.as_tensor(target["labels"]).long().flatten()
         self._require_sound(boxes, labels, where)
         return Annotated(
@@ -120,8 +125,17 @@ class _Given(Source[Annotated]):
                 f"{where} has classes from {int(labels.min())} to {int(labels.max())}; they are "
                 f"counted from 1 to num_classes, which is {self.num_classes}"
             )
-        if bool((boxes[:, 2:] <= boxes[:, :2]).any()):
-            raise DataError(f"{where} has a box of no width or height; leave it out")
+        sound = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1)
+        if not bool(sound.all()):
+            raise DataError(
+                f"{where} has the box {boxes[~sound][0].tolist()}, of no width or height; give "
+                f"corners x1, y1, x2, y2 in pixels, or leave it out"
+            )
+        if len(boxes) and float(boxes.max()) <= 1:
+            raise DataError(
+                f"{where} has no box beyond the first pixel, as {boxes[0].tolist()}; give corners "
+                f"in pixels, not as shares of the picture"
+            )
 
     def _masks(self, target: Mapping[str, Any], number: int, picture: Tensor, where: str) -> Tensor:
         if "masks" not in target:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,11 +238,16 @@ def _is_polygon(given: Any) -> bool:
     return is_list and all(isinstance(value, int | float) for value in given)
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _read(path: Path, masks: bool) -> CocoPictures:
     require_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pictures = {each["id"]: each for each in content["images"]}
+        _require_sizes(content["images"], path)
         classes = {each["id"]: str(each["name"]) for each in content["categories"]}
         annotations = content["annotations"]
         objects: dict[Any, list[Mapping[str, Any]]] = {at: [] for at in pictures}
@@ -262,14 +268,35 @@ def _read(path: Path, masks: bool) -> CocoPictures:
     if bare == len(objects):
         raise DataError(f"no picture of {printable(path)} has a box; give one or more")
     said = f"{bare} pictures of {path.stem} have no boxes; they are tested on, and not trained on"
+    far = sum(_reaches_out(each, pictures[at]) for at, found in objects.items() for each in found)
+    reach = (
+        f"{far} boxes of {path.stem} reach out of their pictures; a box is [x, y, width, height]"
+    )
     return CocoPictures(
         path,
         classes,
         list(pictures.values()),
         list(objects.values()),
         masks,
-        (*(notes if empty else ()), *((said,) if bare else ())),
+        (*(notes if empty else ()), *((said,) if bare else ()), *((reach,) if far else ())),
     )
+
+
+def _require_sizes(pictures: Sequence[Mapping[str, Any]], path: Path) -> None:
+    for each in pictures:
+        missing = [key for key in ("file_name", "height", "width") if key not in each]
+        if missing:
+            raise DataError(
+                f"picture {each['id']} of {printable(path)} has no {listed(missing)}; "
+                f"give file_name, height and width of each picture"
+            )
+
+
+def _reaches_out(each: Mapping[str, Any], picture: Mapping[str, Any]) -> bool:
+    """Whether a box lies outside its picture by more than the pixel of a rounded corner."""
+    x, y, width, height = each["bbox"]
+    right, bottom = x + width - picture["width"], y + height - picture["height"]
+    return max(-x, -y, right, bottom) > 1
 
 
 def _require_sound(
@@ -287,7 +314,7 @@ def _require_sound(
         )
     if each["image_id"] not in pictures:
         raise DataError(f"{where} is of picture {each['image_id']}, which images does not have")
-    if len(each["bbox"]) != 4:
+    if len(each["bbox"]) != 4 or not all(map(_is_finite, each["bbox"])):
         raise DataError(f"{where} has the box {each['bbox']}; give [x, y, width, height]")
     if masks and not each.get("segmentation"):
         raise DataError(f"{where} has no mask; give a segmentation, or take --task detection")

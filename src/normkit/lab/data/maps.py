@@ -231,8 +231,7 @@ def read_maps(folder: Path, side: int) -> Parts[Mapped]:
     """
     if not folder.is_dir():
         raise DataError(f"{printable(folder)} is no folder; give one with train/images, train/maps")
-    require_file(folder / CLASSES_FILE)
-    classes = tuple((folder / CLASSES_FILE).read_text(encoding="utf-8").splitlines())
+    classes = _classes_of(folder)
     found: dict[str, MappedFiles] = {}
     for part, names in PART_NAMES.items():
         roots = [folder / name for name in names if (folder / name).is_dir()]
@@ -254,6 +253,24 @@ def read_maps(folder: Path, side: int) -> Parts[Mapped]:
         fingerprint=fingerprint_of_files(_listed_files(found), *classes),
         class_names=classes,
     )
+
+
+def _classes_of(folder: Path) -> tuple[str, ...]:
+    path = folder / CLASSES_FILE
+    if not path.exists():
+        raise DataError(
+            f"{printable(folder)} has no {CLASSES_FILE}; write the name of a class a line there, "
+            f"the background first, beside train/images and train/maps"
+        )
+    require_file(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    classes = tuple(line.strip() for line in lines if line.strip())
+    if len(classes) < 2:
+        raise DataError(
+            f"{printable(path)} has {len(classes)} classes; give two or more, one a line, the "
+            f"background first"
+        )
+    return classes
 
 
 def _split(part: Part[Mapped]) -> tuple[Part[Mapped], Part[Mapped]]:
