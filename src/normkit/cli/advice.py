@@ -12,7 +12,9 @@ from normkit.cli.model import ModelOptions
 from normkit.cli.shared import print_json
 
 EXIT_FINDINGS = 1
-Json = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
+Json = Annotated[
+    bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from normkit.cli.convert import Convert
 from normkit.cli.diagnose import Diagnose
 from normkit.cli.explain import Explain
 from normkit.cli.listing import List
+from normkit.cli.options import tidied
 from normkit.cli.reproduce import Reproduce
 from normkit.cli.shared import MAX_DIGITS
 from normkit.cli.streams import drop_output, is_closed, prepare_streams, wide_enough
@@ -154,7 +155,7 @@ def _unboxed(text: str) -> str:
 
 def _read(given: Sequence[str]) -> Command:
     return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
+        {name: tidied(command) for name, command in COMMANDS.items()},
         prog="normkit",
         description="Normalization for PyTorch: compare norms on your model and data. "
         "--version alone prints the version.",

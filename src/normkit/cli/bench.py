@@ -76,7 +76,9 @@ class Bench:
     """Measure nothing: print the tables of this record as Markdown and draw its chart again."""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also print the times of every shape."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

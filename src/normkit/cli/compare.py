@@ -70,7 +70,9 @@ class Compare(RecipeOptions):
     out: Path | None = None
     """Folder for records.jsonl, results.csv, report.html and experiment.toml (default:
     runs/compare)."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -39,7 +39,9 @@ class Convert(ModelOptions):
     """Training examples to calibrate on."""
     batch_size: int = 64
     """Examples in a batch of calibration; for bgn:auto, in a training batch."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print the report as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -44,11 +44,15 @@ class Diagnose(ModelOptions):
     """Earlier checkpoints of the model, separated by commas, the oldest first."""
     examples: int | None = None
     """Largest number of training examples and of test examples to use (default: all)."""
-    try_: Annotated[bool, tyro.conf.arg(name="try"), tyro.conf.FlagCreatePairsOff] = False
+    try_: Annotated[
+        bool, tyro.conf.arg(name="try", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Try fixes on copies of the model, and measure what each gains."""
     out: Path = Path("runs/diagnose")
     """Folder for diagnosis.json and report.html."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print the diagnosis as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

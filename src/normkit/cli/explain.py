@@ -42,7 +42,9 @@ class Explain:
     """Explain evaluation instead of training."""
     out: Path | None = None
     """File for a picture: its name ends in .png or .svg."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print the groups as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

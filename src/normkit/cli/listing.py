@@ -30,7 +30,9 @@ class List:
 
     method: Annotated[str, tyro.conf.Positional, METHOD] = ""
     """Print all facts about this method: bn, gn, ..., ws, wn, cwn, iew."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -84,11 +84,15 @@ class Reproduce:
     dry_run: Flag = False
     """Train nothing: build every arm as the scale says, take a step of each on random pictures, and
     print runs, steps, time, memory, and which data are missing."""
-    list_presets: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
+    list_presets: Annotated[
+        bool, tyro.conf.arg(name="list", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """List the presets and the claims of each, and run nothing."""
     report: Flag = False
     """Print the tables of all results in the folder as Markdown, and run nothing."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -47,7 +47,9 @@ class Tune(ModelOptions):
     """File for the weights; its name ends in .safetensors. Without it nothing is written."""
     plot: Path | None = None
     """File for the curve: its name ends in .png, .svg or .pdf."""
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    json_output: Annotated[
+        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+    ] = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -161,13 +161,12 @@ def test_fake_kernels_tell_the_truth(layout):
 
 
 def tiny_layers(x, weight, bias, mean, var):
+    kernels = None if torch.compiler.is_compiling() else cpu.operators  # as select.decide says
     running = calls.Running(mean, var, None, 0.1)
-    y, _ = nodes.normalize_pooled(
-        cpu.operators, x, weight, bias, calls.Pooling(6, 0, 1e-5), running
-    )
-    y, _ = nodes.normalize_positions(cpu.operators, y, weight, bias, 1e-5)
+    y, _ = nodes.normalize_pooled(kernels, x, weight, bias, calls.Pooling(6, 0, 1e-5), running)
+    y, _ = nodes.normalize_positions(kernels, y, weight, bias, 1e-5)
     statistics = weight.detach(), bias.detach().abs()
-    return nodes.normalize_given(cpu.operators, y, statistics, weight, bias, (6, 1e-5))
+    return nodes.normalize_given(kernels, y, statistics, weight, bias, (6, 1e-5))
 
 
 # torch's tracer instantiates the autograd function itself
