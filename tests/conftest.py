@@ -30,7 +30,7 @@ settings.load_profile("normkit")
 
 def pytest_runtest_setup():
     """Forget the norms that the test before, or an example, has registered."""
-    for name in recipes._METHODS.keys() - set(recipes.OWN_METHODS):
+    for name in recipes._METHODS.keys() - set(recipes.BUILT_IN):
         del recipes._METHODS[name]
 
 

@@ -124,7 +124,7 @@ _METHODS: dict[str, Recipe] = {
 METHODS: Mapping[str, Recipe] = MappingProxyType(_METHODS)
 """Every norm that a spec can name: normkit's, then those of ``register_norm``."""
 
-OWN_METHODS = tuple(_METHODS)
+BUILT_IN = tuple(_METHODS)
 """The names of normkit's norms."""
 _NOT_FOR_NORMS = ("none", "xbn", "gnbn")
 """Names that mean something else where norms are compared."""
@@ -175,7 +175,7 @@ track_running_stats=False, example_weight=1.0)
         )
     known = _METHODS.get(name)
     is_again = known is not None and getattr(known.layer, "__qualname__", "") == layer.__qualname__
-    if name in OWN_METHODS or name in _NOT_FOR_NORMS or (known is not None and not is_again):
+    if name in BUILT_IN or name in _NOT_FOR_NORMS or (known is not None and not is_again):
         raise SpecError(
             f"{name!r} was given as the name of {layer.__name__}, but it means something else "
             f"already; choose another name than: {', '.join([*METHODS, *_NOT_FOR_NORMS])}"
@@ -186,7 +186,7 @@ track_running_stats=False, example_weight=1.0)
 def _derived(layer: type[NormLayer]) -> Recipe:
     """How to build a user's layer: as the layer of normkit's that it derives from."""
     for kind in layer.__mro__:
-        for name in OWN_METHODS:
+        for name in BUILT_IN:
             if _METHODS[name].layer is kind:
                 return replace(_METHODS[name], layer=layer)
     made = Recipe(layer=layer)

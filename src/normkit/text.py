@@ -88,3 +88,8 @@ def listed(names: Iterable[object], at_most: int = 5) -> str:
     found = list(names)
     rest = len(found) - at_most
     return ", ".join(map(printable, found[:at_most])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    """The parts of a text between its commas, without the blanks around them; none is empty."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

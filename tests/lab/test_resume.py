@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from killing import Killed, killed_after
 from normkit.cli import main
 from normkit.lab.records import TrainingRecord, read_records
 from normkit.lab.resume import Checkpoint
@@ -31,22 +32,6 @@ PROTOCOLS = {
     "micro-batches": Protocol(model="small-resnet:width=4", limit=60, epochs=2, steps=None),
 }  # fmt: skip
 NORMS = {"micro-batches": "bcn:4:micro"}
-
-
-class Killed(BaseException):
-    """Nothing may catch it, as nothing may catch SIGKILL."""
-
-
-def killed_after(num_steps):
-    count = 0
-
-    def on_step():
-        nonlocal count
-        count += 1
-        if count == num_steps:
-            raise Killed
-
-    return on_step
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -9,12 +9,10 @@ import tyro
 from normkit.advice import recommend, validate
 from normkit.advice.recommend import Task
 from normkit.cli.model import ModelOptions
+from normkit.cli.options import Json
 from normkit.cli.shared import print_json
 
 EXIT_FINDINGS = 1
-Json = Annotated[
-    bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normkit.cli.bench_tables import print_bench, print_end_to_end, print_fused
+from normkit.cli.options import Json
 from normkit.cli.shared import flag, print_json, require_counts, whole_numbers
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
@@ -76,9 +77,7 @@ class Bench:
     """Measure nothing: print the tables of this record as Markdown and draw its chart again."""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also print the times of every shape."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

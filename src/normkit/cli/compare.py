@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from normkit.cli.options import Json
 from normkit.cli.progress import sweep_progress
 from normkit.cli.recipe import Given, RecipeOptions
 from normkit.cli.shared import flag, print_json, require_counts, tell_of_corrupt_lines
@@ -70,9 +69,7 @@ class Compare(RecipeOptions):
     out: Path | None = None
     """Folder for records.jsonl, results.csv, report.html and experiment.toml (default:
     runs/compare)."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

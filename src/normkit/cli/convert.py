@@ -4,11 +4,9 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from normkit.cli.model import ModelOptions
+from normkit.cli.options import Json
 from normkit.cli.shared import print_json, require_counts, require_file_name
 from normkit.convert import Conversion, convert_norm_
 from normkit.errors import SpecError
@@ -39,9 +37,7 @@ class Convert(ModelOptions):
     """Training examples to calibrate on."""
     batch_size: int = 64
     """Examples in a batch of calibration; for bgn:auto, in a training batch."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print the report as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

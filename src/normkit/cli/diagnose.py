@@ -11,6 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from normkit.cli.model import ModelOptions
+from normkit.cli.options import Json
 from normkit.cli.shared import batches_of, flag, require_counts
 from normkit.doctor import Diagnosis, diagnose
 from normkit.errors import SpecError
@@ -50,9 +51,7 @@ class Diagnose(ModelOptions):
     """Try fixes on copies of the model, and measure what each gains."""
     out: Path = Path("runs/diagnose")
     """Folder for diagnosis.json and report.html."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print the diagnosis as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

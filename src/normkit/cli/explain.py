@@ -11,6 +11,7 @@ import tyro
 from rich.text import Text
 from torch import nn
 
+from normkit.cli.options import Json
 from normkit.cli.shared import print_json, require_counts, require_file_name, whole_numbers
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
@@ -42,9 +43,7 @@ class Explain:
     """Explain evaluation instead of training."""
     out: Path | None = None
     """File for a picture: its name ends in .png or .svg."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print the groups as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normkit.catalog import CATALOG, Method
+from normkit.cli.options import Json
 from normkit.cli.shared import print_json
 from normkit.cli.streams import Terminal
 from normkit.errors import SpecError
@@ -30,9 +31,7 @@ class List:
 
     method: Annotated[str, tyro.conf.Positional, METHOD] = ""
     """Print all facts about this method: bn, gn, ..., ws, wn, cwn, iew."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

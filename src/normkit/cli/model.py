@@ -12,6 +12,7 @@ from normkit.lab.checkpoints import Alterations, restored
 from normkit.lab.data import MAX_CLASSES, Dataset, load
 from normkit.lab.models import build_model
 from normkit.lab.own_norms import register_norms
+from normkit.text import parts_of
 
 NUM_CLASSES, INPUT_SHAPE = 1000, "3,224,224"  # ImageNet's
 MAX_SIDE = 2**14
@@ -73,7 +74,7 @@ class ModelOptions:
         """
         require_counts(self, "num_classes", at_most=MAX_CLASSES)
         if self.own_norms is not None:
-            register_norms(self.own_norms.split(","))
+            register_norms(parts_of(self.own_norms))
         if self.image_size is not None and dataset is None:
             raise SpecError(
                 f"--image-size was given {self.image_size} without --data, whose pictures it is "

@@ -10,6 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
+Json = Annotated[
+    bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
+]
+"""``--json`` of every command that has it."""
+
 
 @cache
 def tidied(command: type) -> type:

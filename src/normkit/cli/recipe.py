@@ -11,6 +11,7 @@ from normkit.cli.shared import decimals, flag, whole_numbers
 from normkit.errors import SpecError
 from normkit.lab.config import ALSO, KNOWN, NOTHING, known_options, merged
 from normkit.lab.recipe import Augmentation
+from normkit.text import parts_of
 
 Switch = Annotated[bool | None, tyro.conf.FlagConversionOff]
 Given = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -166,7 +167,7 @@ def _single(option: str, text: str) -> float:
 
 
 def _augmentations(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    names = parts_of(text)
     wrong = [name for name in names if name not in get_args(Augmentation)]
     if wrong:
         raise SpecError(

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from normkit.cli.options import Json
 from normkit.cli.presets import print_list, print_table_estimates
 from normkit.cli.progress import sweep_progress
 from normkit.cli.shared import (
@@ -90,9 +91,7 @@ class Reproduce:
     """List the presets and the claims of each, and run nothing."""
     report: Flag = False
     """Print the tables of all results in the folder as Markdown, and run nothing."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

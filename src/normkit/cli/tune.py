@@ -11,6 +11,7 @@ import tyro
 from torch import Tensor
 
 from normkit.cli.model import ModelOptions
+from normkit.cli.options import Json
 from normkit.cli.shared import batches_of, print_json, require_counts, require_file_name
 from normkit.errors import SpecError
 from normkit.lab.checkpoints import save_weights
@@ -47,9 +48,7 @@ class Tune(ModelOptions):
     """File for the weights; its name ends in .safetensors. Without it nothing is written."""
     plot: Path | None = None
     """File for the curve: its name ends in .png, .svg or .pdf."""
-    json_output: Annotated[
-        bool, tyro.conf.arg(name="json", help_behavior_hint=""), tyro.conf.FlagCreatePairsOff
-    ] = False
+    json_output: Json = False
     """Print the result as JSON, and nothing else, to the standard output."""
 
     def run(self) -> int:

@@ -14,7 +14,7 @@ from normkit.lab.launch import num_launched
 from normkit.lab.own_norms import norms_in_use, register_norms
 from normkit.lab.spec import Protocol, SweepSpec
 from normkit.lab.work import RunOptions
-from normkit.text import listed, printable, shortened
+from normkit.text import listed, parts_of, printable, shortened
 
 CONFIG_NAME = "experiment.toml"
 NOTHING = "none"  # TOML has no empty value
@@ -83,8 +83,7 @@ def known_options(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     values = {n: str(value) if isinstance(value, Path) else value for n, value in values.items()}
     for name in set(WORDS) & set(values):
         if isinstance(values[name], str):
-            parts = (part.strip() for part in values[name].split(","))
-            values[name] = tuple(part for part in parts if part)
+            values[name] = parts_of(values[name])
     return values
 
 

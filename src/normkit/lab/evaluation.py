@@ -111,7 +111,7 @@ def _metrics(num_classes: int, device: torch.device, *, together: bool) -> dict[
     library = metrics_library()
     options = {"sync_on_compute": together}
     counts = {"average": "micro", "validate_args": False} | options
-    accuracy = library.classification.MulticlassAccuracy
+    accuracy = metrics_library("classification").MulticlassAccuracy
     found = {
         ACCURACY: accuracy(num_classes, **counts),
         LOSS: library.MeanMetric(nan_strategy="disable", **options).set_dtype(torch.float64),
@@ -122,10 +122,13 @@ def _metrics(num_classes: int, device: torch.device, *, together: bool) -> dict[
 
 
 @cache
-def metrics_library() -> Any:
-    """torchmetrics, which imports torchvision; that takes two seconds, and is done when needed."""
+def metrics_library(part: str | None = None) -> Any:
+    """torchmetrics, or the part of it that is called ``torchmetrics.PART``.
+
+    It imports torchvision; that takes two seconds, and is done when needed.
+    """
     register_missing_operators()
-    return import_module("torchmetrics")
+    return import_module("torchmetrics" if part is None else f"torchmetrics.{part}")
 
 
 def _exact(share: float, num_examples: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 from normkit.errors import SpecError
 from normkit.lab.arms import Arm
 from normkit.lab.user_code import load_function, name_of
-from normkit.recipes import METHODS, OWN_METHODS, register_norm
+from normkit.recipes import BUILT_IN, METHODS, register_norm
 
 
 def reference_in(text: str) -> str:
@@ -42,5 +42,5 @@ def register_norms(given: Iterable[str]) -> None:
 def norms_in_use(arms: Iterable[Arm]) -> tuple[str, ...]:
     """What ``--own-norms`` would be for arms whose norms this process has registered."""
     names = dict.fromkeys(arm.norm.name for arm in arms if arm.norm is not None)
-    own = [name for name in names if name not in OWN_METHODS]
+    own = [name for name in names if name not in BUILT_IN]
     return tuple(f"{name}={name_of(METHODS[name].layer, 'norm')}" for name in own)

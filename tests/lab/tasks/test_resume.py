@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from killing import Killed, killed_after
 from normkit.lab.spec import Protocol, TrainingSpec
 from normkit.lab.train import run
 from normkit.lab.work import Upkeep
@@ -53,22 +54,6 @@ def searched(tmp_path, monkeypatch):
 def spec_of(name):
     size = SIZES.get(name, 8)
     return TrainingSpec(protocol=PROTOCOLS[name], norm="bn", batch_size=size, seed=3)
-
-
-class Killed(BaseException):
-    """Nothing may catch it, as nothing may catch SIGKILL."""
-
-
-def killed_after(num_steps):
-    count = 0
-
-    def on_step():
-        nonlocal count
-        count += 1
-        if count == num_steps:
-            raise Killed
-
-    return on_step
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

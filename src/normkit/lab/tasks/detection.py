@@ -179,7 +179,7 @@ def average_precisions(
         ``ap_small``, ``ap_medium`` and ``ap_large``: of boxes. With ``mask_`` before it of masks.
         What is of no object is left out.
     """
-    library = metrics_library().detection
+    library = metrics_library("detection")
     kinds = ("bbox", "segm") if masks else ("bbox",)
     metric = library.MeanAveragePrecision(iou_type=kinds, sync_on_compute=False)
     metric.warn_on_many_detections = False

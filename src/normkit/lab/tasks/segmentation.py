@@ -200,7 +200,7 @@ def pixel_scores(
         ``miou``, the mean over the classes of intersection over union, counted over all pictures,
         of the classes that occur; and ``pixel_accuracy``.
     """
-    library = metrics_library().classification
+    library = metrics_library("classification")
     options = {"ignore_index": IGNORED, "sync_on_compute": share[1] > 1, "validate_args": False}
     union = library.MulticlassJaccardIndex(num_classes, average="macro", **options).to(device)
     right = library.MulticlassAccuracy(num_classes, average="micro", **options).to(device)

@@ -168,7 +168,7 @@ def clip_scores(
     Returns:
         ``accuracy`` and ``top5_accuracy``.
     """
-    accuracy = metrics_library().classification.MulticlassAccuracy
+    accuracy = metrics_library("classification").MulticlassAccuracy
     options = {"average": "micro", "validate_args": False, "sync_on_compute": share[1] > 1}
     metrics = {
         "accuracy": accuracy(num_classes, **options).to(device),
