@@ -202,6 +202,23 @@ def test_peak_memory_counts_what_a_step_holds_at_once():
     assert peak_step_bytes(step, model, optimizer) == 4 * (weight_and_momentum + 5000)
 
 
+def test_blocks_that_were_there_before_a_step_do_not_count():
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    seen, unseen = [], []
+
+    def replace():
+        if not unseen:  # not measured yet: at addresses of blocks that the profiler remembers
+            unseen.extend(torch.zeros(1000) for _ in range(50))
+        else:
+            unseen.clear()
+            torch.zeros(7)
+
+    peak_step_bytes(lambda: seen.extend(torch.zeros(1000) for _ in range(50)), model, optimizer)
+    seen.clear()
+    assert peak_step_bytes(replace, model, optimizer) == 4 + 4 * 7
+
+
 def test_peak_memory_grows_with_the_batch_and_repeats_exactly(protocol):
     peaks = [run(spec_of(protocol, batch_size=b)).outcome.peak_bytes for b in (10, 10, 40)]
     assert peaks[0] == peaks[1] < peaks[2]

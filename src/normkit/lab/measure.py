@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+
+ALLOCATION = _EventType.Allocation
 
 
 def peak_step_bytes(
@@ -47,8 +50,12 @@ def _num_bytes(tensors: Iterable[Shaped[Tensor, "..."]]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _allocations(step: Callable[[], object]) -> list[int]:
-    """Bytes taken (positive) and given back (negative) by torch, in order of time."""
+def _allocations(step: Callable[[], object]) -> list[tuple[int, int]]:
+    """Blocks taken (positive) and given back (negative) by torch, in order of time.
+
+    Returns:
+        The address and the bytes of each.
+    """
     with (
         _quiet_kineto(),
         no_collection(),
@@ -56,15 +63,32 @@ def _allocations(step: Callable[[], object]) -> list[int]:
     ):
         step()
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events = [e for e in _all_of(results.experimental_event_tree()) if e.tag == ALLOCATION]
+    blocks = [event.extra_fields for event in sorted(events, key=lambda event: event.start_time_ns)]
+    return [(block.ptr, block.alloc_size) for block in blocks]
 
 
-def _peak_of(allocations: Iterable[int]) -> int:
-    alive = peak = 0
-    for num_bytes in allocations:
-        alive += num_bytes
-        peak = max(peak, alive)
+def _all_of(events: Iterable[Any]) -> Generator[Any]:
+    for event in events:
+        yield event
+        yield from _all_of(event.children)
+
+
+def _peak_of(allocations: Iterable[tuple[int, int]]) -> int:
+    """The most bytes alive at once of the blocks that are taken here.
+
+    A block that is only given back here is not counted: torch may remember another one, of another
+    size, that lay at its address when something else was measured.
+    """
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for address, num_bytes in allocations:
+        if num_bytes > 0:
+            total += num_bytes
+            alive[address] = num_bytes
+        else:
+            total -= alive.pop(address, 0)
+        peak = max(peak, total)
     return peak
 
 
