@@ -15,7 +15,7 @@ import normkit as nk
 from normkit.cli import main
 from normkit.lab.device import threads_of
 from normkit.lab.task import TASKS, parse_task
-from normkit.lab.torchvision_ops import serve_detection
+from normkit.lab.torchvision_ops import register_missing_operators, serve_detection
 from pictures import fill
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -109,6 +109,16 @@ def write_clips(folder):
     for name in ("rise", "fall"):
         for at in range(21):
             fill(folder / "train" / name, per_class=3, size=(16, 16), classes=(f"{at}",), seed=at)
+
+
+def test_the_tools_work_on_a_network_of_clips_as_the_page_shows(capsys):
+    (shown,) = re.findall(r"```python\n(.*?)```", PAGES["video"].read_text(), re.DOTALL)
+    register_missing_operators()
+    exec(compile(shown, "video.md", "exec"), {})
+    assert re.fullmatch(
+        r"layers measured: 13\n.*\nnorms replaced: 12\nproblems at batch 1: \d+\n",
+        capsys.readouterr().out,
+    )
 
 
 SMALL_HEADS = ":channels=8:hidden=16:proposals=20:rois=8:detections=5"
