@@ -3,6 +3,7 @@
 Accelerate accumulates gradients over several forwards. `nk.accumulate_statistics` lets running
 statistics see the same whole batches.
 
+    pip install "normkit[lab,trainers]"
     python examples/accelerate_loop.py
 """
 

@@ -3,6 +3,7 @@
 Models of `transformers` hold torch's layers: convert them in place, then train as ever. Here a
 small ResNet of theirs, fresh, on the digits.
 
+    pip install "normkit[lab,trainers]"
     python examples/huggingface_trainer.py
 """
 
