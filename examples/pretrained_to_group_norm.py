@@ -2,7 +2,7 @@
 
 You have a trained network with batch norm, and are going to fine-tune it with a few images at a
 time. Batch norm would then learn with statistics that it does not evaluate with. Here the network
-gets group norm with weight standardization, starts near what it knew, and is fine-tuned with
+gets group norm with weight standardization, keeps most of what it knew, and is fine-tuned with
 batches of two.
 
     python examples/pretrained_to_group_norm.py
