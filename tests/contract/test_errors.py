@@ -374,3 +374,24 @@ def test_a_weight_of_another_length_is_refused():
     text = r"layer_norm was given weight of shape \(5,\) for 6 channels; .* shape \(6,\)"
     with pytest.raises(nk.InputError, match=text):
         F.layer_norm(torch.ones(2, 6), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda x: nk.functional.batch_norm(x, traning=True),
+            r"batch_norm .* did you mean training",
+        ),
+        (lambda x: nk.functional.group_norm(x, 2, training=True), r"training=, .* options: eps, "),
+    ],
+)
+def test_a_function_names_an_option_that_it_does_not_take(call, said):
+    with pytest.raises(nk.ArgumentError, match=said):
+        call(torch.randn(2, 4, 3))
+
+
+def test_functions_show_every_option_to_help():
+    parameters = inspect.signature(nk.functional.ghost_batch_norm).parameters
+    assert [*parameters][6:] == [*nk.functional.StatisticsOptions.__annotations__]
+    assert (parameters["momentum"].default, parameters["training"].default) == (0.1, False)

@@ -117,6 +117,26 @@ def test_estimation_shift_of_an_mlp_and_of_groups_and_of_the_input():
     assert last.num_groups == 1
 
 
+def test_estimation_shift_in_standard_deviations_does_not_depend_on_the_unit_of_a_channel(batches):
+    model = lived(Cnn())
+    found = nk.estimation_shift(model, batches, normalize="std").layers[1:]
+    for row in found:
+        layer = model.get_submodule(row.name)
+        values = inputs(model, row.name, batches)
+        unit = (values.var(1, correction=0) + layer.eps).sqrt()
+        mean = (layer.running_mean.double() - values.mean(1)) / unit
+        std = (layer.running_var.double().sqrt() - values.std(1, correction=0)) / unit
+        assert row.esm_mean == pytest.approx(float(mean.square().mean().sqrt()), rel=1e-9)
+        assert row.esm_std == pytest.approx(float(std.square().mean().sqrt()), rel=1e-9)
+    assert found[0].esm_mean > 0
+
+
+def test_a_channel_that_is_constant_in_the_data_has_a_shift_by_eps():
+    layer = nn.BatchNorm1d(2, eps=0.01)
+    (_, row) = nk.estimation_shift(layer, [torch.zeros(4, 2)], normalize="std").layers
+    assert (row.esm_mean, row.esm_std) == pytest.approx((0.0, 10.0))
+
+
 def _mean(x):
     return x.mean(0)
 

@@ -60,3 +60,23 @@ def test_cost_is_the_median_time_and_the_highest_peak(sweep, record):
     ]
     cell = compared(sweep, records).cell("bn", 10)
     assert (cell.step_time_s, cell.peak_bytes) == (1.5, 30)
+
+
+def test_every_other_score_is_summarised_by_name_where_it_is_there(sweep, record):
+    def scored(**scores):
+        one = record(seed=len(scores), accuracy=0.5)
+        return one.model_copy(update={"outcome": one.outcome.model_copy(update={"scores": scores})})
+
+    records = [
+        scored(robust=0.2),
+        scored(robust=0.4, clean=None),
+    ]
+    assert compared(sweep, records).further == ()
+    records = [scored(robust=0.2, clean=0.7), scored(robust=0.4)]
+    comparison = compared(sweep, records)
+    cell = comparison.cell("bn", 10)
+    assert comparison.further == ("clean",)
+    assert cell.accuracy.mean == pytest.approx(0.3)
+    assert (cell.further["clean"].mean, cell.further["clean"].num_seeds) == (0.7, 1)
+    assert cell.row()["test_clean"] == 0.7
+    assert "test_clean" not in comparison.cell("ln", 10).row()

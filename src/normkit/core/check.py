@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from normkit.core.partition import require_divides
-from normkit.errors import InputError, InputTypeError, OptionError
+from normkit.errors import ArgumentError, InputError, InputTypeError, OptionError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -103,6 +103,29 @@ def require_choice(name: str, value: str, known: Sequence[str]) -> None:
     """
     if value not in known:
         raise OptionError(f"{name}={value!r} was given; it is one of: {', '.join(known)}")
+
+
+def require_known(name: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse an option that a layer or function does not take.
+
+    Args:
+        name: Of the layer or function.
+        given: Names of the options of the call.
+        known: Names of all its options.
+
+    Raises:
+        ArgumentError: With the options that there are, and the one that was probably meant.
+    """
+    unknown = [option for option in given if option not in known]
+    if unknown:
+        from difflib import get_close_matches  # slow import
+
+        known = list(known)
+        close = get_close_matches(unknown[0], known, n=1)
+        raise ArgumentError(
+            f"{name} was given {unknown[0]}=, which is none of its options: {', '.join(known)}"
+            f"{f'; did you mean {close[0]}?' if close else ''}"
+        )
 
 
 def require_eps(eps: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -36,7 +36,8 @@ from normkit.passes import (
     unwrap,
 )
 
-Normalize = Literal["sqrt_c"]
+Normalize = Literal["sqrt_c", "std"]
+EPS = 1e-5  # of the model's input, and of layers that do not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,7 @@ class EstimationShift(Measurement):
     Args:
         layers: The model's input first, then the layers in the order of the forward.
         num_batches: Number of batches that were measured.
-        normalize: ``"sqrt_c"`` if distances were divided by the square root of ``num_groups``;
-            None if they were not divided.
+        normalize: What distances were divided by; None if they were not divided.
         left: Layers with running statistics that were not measured, with the reason.
     """
 
@@ -131,8 +131,10 @@ def estimation_shift(
             of the training and the test inputs; without it that row has no values.
         where: ``where(layer, name)`` chooses the layers to measure; by default all.
         normalize: ``"sqrt_c"`` divides by the square root of the number of channels, so that
-            layers of different widths can be compared; by default nothing is divided, as in the
-            paper.
+            layers of different widths can be compared. ``"std"`` first divides each channel's
+            difference by :math:`\sqrt{\sigma^2 + \epsilon}`, with the layer's :math:`\epsilon`:
+            the distances are then in standard deviations of the data, and layers with inputs of
+            different sizes can be compared, too. By default nothing is divided, as in the paper.
         forward: ``forward(model, batch)`` calls the model, for batches of another form.
 
     Returns:
@@ -154,7 +156,7 @@ def estimation_shift(
         (['input', '1'], 612)
     """
     if normalize is not None:
-        require_choice("normalize", normalize, ("sqrt_c",))
+        require_choice("normalize", normalize, get_args(Normalize))
     model = unwrap(model, "measure")
     fixed = {name: layer for name, layer in model.named_modules() if is_fixed(layer)}
     known = select_layers(tracked(model) | fixed, where)
@@ -178,7 +180,7 @@ def estimation_shift(
         data = Data(batches=train_batches, forward=send, name="train_batches")
         trained = _observed(model, {}, data).of_model.moments
     rows = [
-        _row(name, population, running_moments(layers[name]), normalize)
+        _row(name, population, running_moments(layers[name]), normalize, _eps(layers[name]))
         for name, population in inputs.of_layers.items()
         if population.count and name not in left
     ]
@@ -260,13 +262,24 @@ def distances_between(given: Moments, expected: Moments) -> tuple[float, float]:
     return mean.item(), std.item()
 
 
+def _eps(layer: nn.Module) -> float:
+    """What a layer adds to the variance before it divides by the root."""
+    return getattr(layer, "eps", EPS)
+
+
 def _row(
-    name: str, population: Population, given: Moments | None, normalize: Normalize | None
+    name: str,
+    population: Population,
+    given: Moments | None,
+    normalize: Normalize | None,
+    eps: float = EPS,
 ) -> LayerShift:
     expected, distances = population.moments, (None, None)
     size = expected.mean.numel() if population.count else 0
     if given is not None and given.mean.shape == expected.mean.shape and size:
-        scale = size**0.5 if normalize == "sqrt_c" else 1.0
+        if normalize == "std":
+            given, expected = _in_stds(given, expected, eps), _in_stds(expected, expected, eps)
+        scale = 1.0 if normalize is None else size**0.5
         distances = tuple(value / scale for value in distances_between(given, expected))
     return LayerShift(
         name=name,
@@ -275,3 +288,9 @@ def _row(
         esm_mean=distances[0],
         esm_std=distances[1],
     )
+
+
+def _in_stds(table: Moments, unit: Moments, eps: float) -> Moments:
+    """Moments of the inputs after each channel is divided by its standard deviation in the data."""
+    var = unit.var + eps
+    return Moments(table.mean / var.sqrt(), table.var / var)

@@ -6,6 +6,7 @@ input's own statistics and updates the given buffers in place; ``training=False`
 buffers, mixed with a share of ``example_weight`` of each example's own statistics.
 """
 
+from normkit.functional.arguments import Options, StatisticsOptions
 from normkit.functional.composite import (
     batch_channel_norm,
     group_norm_plus,
@@ -27,6 +28,8 @@ from normkit.functional.over_example import (
 )
 
 __all__ = [
+    "Options",
+    "StatisticsOptions",
     "batch_channel_norm",
     "batch_group_norm",
     "batch_norm",

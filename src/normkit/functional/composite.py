@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Unpack, get_args
 
 from torch import Tensor
 
@@ -13,15 +13,11 @@ from normkit.core.check import (
     require_update_rate,
 )
 from normkit.core.composite import Order
-from normkit.core.ending import ended, read_ending
+from normkit.core.ending import ended
 from normkit.core.parameters import Parameters
 from normkit.core.running import RunningEstimates
 from normkit.errors import InputError
-from normkit.functional.arguments import (
-    read_parameters,
-    read_statistics,
-    require_values,
-)
+from normkit.functional.arguments import Call, Options, StatisticsOptions, with_named_options
 from normkit.functional.checked import (
     normalize_batch_then_group,
     normalize_group_and_batch,
@@ -29,10 +25,10 @@ from normkit.functional.checked import (
     normalize_switched,
     whiten,
 )
-from normkit.kernels.activations import ActivationName
 from normkit.typing import FeatureMap, PerChannel
 
 
+@with_named_options
 def group_norm_plus(  # noqa: PLR0913 - torch's order
     x: FeatureMap,
     num_groups: int,
@@ -43,13 +39,7 @@ def group_norm_plus(  # noqa: PLR0913 - torch's order
     bias: PerChannel | None = None,
     *,
     order: Order = "group-first",
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Mix group norm and batch norm; see :class:`normkit.GroupNormPlus`.
 
@@ -64,21 +54,15 @@ def group_norm_plus(  # noqa: PLR0913 - torch's order
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         order: ``"group-first"``, ``"batch-first"`` or ``"parallel"``.
-        training: Normalise by the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variances; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics in BN at evaluation.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If groups do not divide, or one has a single value in training.
         InputError: If shapes do not match, or evaluation has no running statistics.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If groups do not divide, or one has a single value in training.
         OptionError: If the order or the activation is unknown.
 
     Source:
@@ -89,19 +73,19 @@ def group_norm_plus(  # noqa: PLR0913 - torch's order
         >>> group_norm_plus(torch.randn(4, 6, 5, 7), 3, torch.ones(()), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "group_norm_plus"
-    parameters = read_parameters(x, weight, bias, eps, name)
+    call = Call.with_statistics("group_norm_plus", x, options)
+    parameters = call.parameters(weight, bias)
     require_choice("order", order, get_args(Order))
     num_groups = require_channel_groups(num_groups, x.shape[1])
-    given, needed_by = (running_mean, running_var), None if training else name
-    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    needed = not call.training
+    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
     mix_logit = mix_logit.squeeze() if mix_logit.numel() == 1 else mix_logit
-    require_values(mix_logit, (), "mix_logit", name)
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    given = (x, num_groups, order, running, training, parameters, mix_logit, name)
-    return normalize_group_and_batch(*given, ending=ending)
+    call.require_values(mix_logit, (), "mix_logit")
+    given = (x, num_groups, order, running, call.training, parameters, mix_logit, call.name)
+    return normalize_group_and_batch(*given, ending=call.ending())
 
 
+@with_named_options
 def batch_channel_norm(  # noqa: PLR0913
     x: FeatureMap,
     num_groups: int,
@@ -112,14 +96,8 @@ def batch_channel_norm(  # noqa: PLR0913
     channel_weight: Tensor | None = None,
     channel_bias: Tensor | None = None,
     *,
-    training: bool = False,
     update_rate: float | None = None,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Batch norm, or running estimates, then group norm; see :class:`normkit.BatchChannelNorm`.
 
@@ -135,23 +113,18 @@ def batch_channel_norm(  # noqa: PLR0913
         batch_bias: Shift in the batch stage, ``(C,)``; None is 0.
         channel_weight: Scale in the channel stage, ``(num_groups,)`` or ``(C,)``; None is 1.
         channel_bias: Shift in the channel stage, of the same shape; None is 0.
-        training: Use the input's statistics and update the running ones.
         update_rate: Weight of the batch in the running estimates, in (0, 1]: training updates
-            them and normalises by them (micro batches, Algorithm 1). None is a batch norm.
-        momentum: Weight of the new value in the running statistics if ``update_rate`` is None.
-        eps: Added to the variances; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics in the batch stage at evaluation.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+            them and normalises by them (micro batches, Algorithm 1). None is a batch norm, whose
+            statistics are updated by ``momentum``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If groups do not divide, or one has a single value in training.
         InputError: If shapes do not match.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If groups do not divide, or one has a single value in training.
         OptionError: If ``update_rate`` lies outside (0, 1], or the activation is unknown.
 
     Source:
@@ -165,24 +138,23 @@ def batch_channel_norm(  # noqa: PLR0913
         >>> batch_channel_norm(x, 3, mean, var, training=True, update_rate=0.1).shape
         torch.Size([1, 6, 5, 7])
     """
-    name = "batch_channel_norm"
-    first = read_parameters(x, batch_weight, batch_bias, eps, name)
+    call = Call.with_statistics("batch_channel_norm", x, options)
+    first = call.parameters(batch_weight, batch_bias)
     num_groups = require_channel_groups(num_groups, x.shape[1])
-    given = (running_mean, running_var)
-    running = read_statistics(given, x.shape[1], momentum, example_weight, name)
+    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=True)
     if update_rate is not None:
         rate = require_update_rate(update_rate)
-        running = RunningEstimates(running_mean, running_var, None, rate, example_weight)
+        running = RunningEstimates(running_mean, running_var, None, rate, call.example_weight)
     for what, values in (("channel_weight", channel_weight), ("channel_bias", channel_bias)):
         size = num_groups if values is None or values.numel() == num_groups else x.shape[1]
-        require_values(values, (size,), what, name)
-    second = Parameters(channel_weight, channel_bias, eps)
-    modes = (training, training)
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    given = (x, num_groups, running, modes, first, second, name)
-    return normalize_batch_then_group(*given, ending=ending)
+        call.require_values(values, (size,), what)
+    second = Parameters(channel_weight, channel_bias, call.eps)
+    modes = (call.training, call.training)
+    given = (x, num_groups, running, modes, first, second, call.name)
+    return normalize_batch_then_group(*given, ending=call.ending())
 
 
+@with_named_options
 def switchable_norm(  # noqa: PLR0913
     x: FeatureMap,
     mean_logits: Tensor,
@@ -191,14 +163,7 @@ def switchable_norm(  # noqa: PLR0913
     running_var: Tensor | None = None,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Normalise by a mixture of three statistics; see :class:`normkit.SwitchableNorm`.
 
@@ -214,22 +179,16 @@ def switchable_norm(  # noqa: PLR0913
         running_var: Running unbiased variance, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
-        training: Use the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variance; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics in the batch part at evaluation.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If a channel has a single value in training.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If a channel has a single value in training.
 
     Source:
         Luo, Ren, Peng, Zhang & Li 2018, arXiv:1806.10779.
@@ -240,32 +199,25 @@ def switchable_norm(  # noqa: PLR0913
         >>> switchable_norm(torch.randn(4, 6, 5, 7), logits, logits, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "switchable_norm"
-    parameters = read_parameters(x, weight, bias, eps, name)
+    call = Call.with_statistics("switchable_norm", x, options)
+    parameters = call.parameters(weight, bias)
     use_batch = mean_logits.numel() != 2
-    given, needed_by = (running_mean, running_var), name if use_batch and not training else None
-    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
-    require_values(mean_logits, (3 if use_batch else 2,), "mean_logits", name)
-    require_values(var_logits, tuple(mean_logits.shape), "var_logits", name)
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    given = (x, running, training, parameters, mean_logits, var_logits, name)
-    return normalize_switched(*given, ending=ending)
+    needed = use_batch and not call.training
+    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
+    call.require_values(mean_logits, (3 if use_batch else 2,), "mean_logits")
+    call.require_values(var_logits, tuple(mean_logits.shape), "var_logits")
+    given = (x, running, call.training, parameters, mean_logits, var_logits, call.name)
+    return normalize_switched(*given, ending=call.ending())
 
 
-def instance_batch_norm(  # noqa: PLR0913
+@with_named_options
+def instance_batch_norm(
     x: FeatureMap,
     running_mean: Tensor,
     running_var: Tensor,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Apply instance norm to the first channels, batch norm to those with running statistics.
 
@@ -279,22 +231,16 @@ def instance_batch_norm(  # noqa: PLR0913
         running_var: Running unbiased variance, ``(R,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
-        training: Use the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variance; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics in the batch norm at evaluation.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If a channel of an example has a single value in training.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If a channel of an example has a single value in training.
 
     Source:
         Pan, Luo, Shi & Tang 2018, arXiv:1807.09441.
@@ -305,37 +251,34 @@ def instance_batch_norm(  # noqa: PLR0913
         >>> instance_batch_norm(torch.randn(4, 6, 5, 7), mean, var, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "instance_batch_norm"
-    read_parameters(x, weight, bias, eps, name)
+    call = Call.with_statistics("instance_batch_norm", x, options)
+    call.parameters(weight, bias)
     half = x.shape[1] - running_mean.numel()
     if not 0 < half < x.shape[1]:
         raise InputError(
-            f"{name} was given running statistics of {running_mean.numel()} channels for an input "
-            f"of {x.shape[1]}; the instance norm takes the other channels, so pass statistics of "
-            f"at least one channel and fewer than {x.shape[1]}"
+            f"{call.name} was given running statistics of {running_mean.numel()} channels for an "
+            f"input of {x.shape[1]}; the instance norm takes the other channels, so pass "
+            f"statistics of at least one channel and fewer than {x.shape[1]}"
         )
-    given, size = (running_mean, running_var), running_mean.numel()
-    running = read_statistics(given, size, momentum, example_weight, name)
+    size = running_mean.numel()
+    running = call.statistics(running_mean, running_var, size, is_needed=True)
     first, rest = (
-        Parameters(_part(weight, part), _part(bias, part), eps)
+        Parameters(_part(weight, part), _part(bias, part), call.eps)
         for part in (slice(half), slice(half, None))
     )
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    given = (x, half, running, (training, training), first, rest, name)
-    return normalize_instance_beside_batch(*given, ending=ending)
+    given = (x, half, running, (call.training, call.training), first, rest, call.name)
+    return normalize_instance_beside_batch(*given, ending=call.ending())
 
 
-def group_whitening(  # noqa: PLR0913
+@with_named_options
+def group_whitening(
     x: FeatureMap,
     num_groups: int,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
     *,
     iterations: int = 5,
-    eps: float = 1e-5,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[Options],
 ) -> FeatureMap:
     r"""Whiten the groups of channels of every example; see :class:`normkit.GroupWhitening`.
 
@@ -348,19 +291,16 @@ def group_whitening(  # noqa: PLR0913
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
         iterations: Newton steps.
-        eps: Added to the variances; unit of ``x`` squared.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.Options`.
 
     Returns:
         The whitened map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If ``num_groups`` does not divide ``C``, or a row has a single value.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If ``num_groups`` does not divide ``C``, or a row has a single value.
 
     Source:
         Huang, Zhou, Liu & Shao 2021, arXiv:2009.13333.
@@ -370,13 +310,12 @@ def group_whitening(  # noqa: PLR0913
         >>> group_whitening(torch.randn(4, 6, 5, 7), 3).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "group_whitening"
-    parameters = read_parameters(x, weight, bias, eps, name)
+    call = Call.of("group_whitening", x, options)
+    parameters = call.parameters(weight, bias)
     num_groups = require_channel_groups(num_groups, x.shape[1])
-    ending = read_ending(x, activation, negative_slope, residual, name)
     return ended(
-        whiten(x, num_groups, require_count("iterations", iterations), parameters, True, name),
-        ending,
+        whiten(x, num_groups, require_count("iterations", iterations), parameters, True, call.name),
+        call.ending(),
     )
 
 

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from normkit.core.check import require_channel_groups, require_count
-from normkit.core.ending import read_ending
 from normkit.core.partition import Partition
-from normkit.functional.arguments import read_parameters, read_statistics
+from normkit.functional.arguments import Call, StatisticsOptions, with_named_options
 from normkit.functional.checked import normalize_single
-from normkit.kernels.activations import ActivationName
 from normkit.typing import FeatureMap, PerChannel
 
 
-def batch_norm(  # noqa: PLR0913 - torch's options
+@with_named_options
+def batch_norm(
     x: FeatureMap,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Normalise every channel over the whole batch; see :class:`normkit.BatchNorm`.
 
@@ -38,22 +32,16 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         running_var: Running unbiased variance, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
-        training: Normalise by the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variance; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If a channel has a single value in training.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If a channel has a single value in training.
 
     Source:
         Ioffe & Szegedy 2015, arXiv:1502.03167.
@@ -63,30 +51,25 @@ def batch_norm(  # noqa: PLR0913 - torch's options
         >>> batch_norm(torch.randn(4, 6, 5, 7), training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "batch_norm"
-    parameters = read_parameters(x, weight, bias, eps, name)
-    given, needed_by = (running_mean, running_var), None if training else name
-    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    call = Call.with_statistics("batch_norm", x, options)
+    parameters = call.parameters(weight, bias)
+    needed = not call.training
+    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
     groups = Partition(num_groups=x.shape[1])
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
+    return normalize_single(
+        x, groups, running, parameters, call.training, call.name, ending=call.ending()
+    )
 
 
-def batch_group_norm(  # noqa: PLR0913
+@with_named_options
+def batch_group_norm(
     x: FeatureMap,
     num_groups: int,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Normalise runs of the flattened ``(C, *S)`` axis; see :class:`normkit.BatchGroupNorm`.
 
@@ -99,22 +82,16 @@ def batch_group_norm(  # noqa: PLR0913
         running_var: Running unbiased variance, ``(G,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
-        training: Normalise by the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variance; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If the groups do not divide, or one has a single value in training.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If the groups do not divide, or one has a single value in training.
 
     Source:
         Zhou et al., Batch Group Normalization, eqs. 8-9.
@@ -124,31 +101,26 @@ def batch_group_norm(  # noqa: PLR0913
         >>> batch_group_norm(torch.randn(4, 6, 5, 7), 14, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "batch_group_norm"
-    parameters = read_parameters(x, weight, bias, eps, name)
+    call = Call.with_statistics("batch_group_norm", x, options)
+    parameters = call.parameters(weight, bias)
     num_groups = require_count("num_groups", num_groups)
-    given, needed_by = (running_mean, running_var), None if training else name
-    running = read_statistics(given, num_groups, momentum, example_weight, needed_by)
+    needed = not call.training
+    running = call.statistics(running_mean, running_var, num_groups, is_needed=needed)
     groups = Partition(num_groups=num_groups)
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
+    return normalize_single(
+        x, groups, running, parameters, call.training, call.name, ending=call.ending()
+    )
 
 
-def ghost_batch_norm(  # noqa: PLR0913
+@with_named_options
+def ghost_batch_norm(
     x: FeatureMap,
     ghost_batch_size: int,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Normalise every channel over runs of examples; see :class:`normkit.GhostBatchNorm`.
 
@@ -161,22 +133,16 @@ def ghost_batch_norm(  # noqa: PLR0913
         running_var: Running unbiased variance, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
-        training: Normalise by the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variance; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If a group has a single value in training.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If a group has a single value in training.
 
     Source:
         Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, eq. 4.
@@ -186,16 +152,18 @@ def ghost_batch_norm(  # noqa: PLR0913
         >>> ghost_batch_norm(torch.randn(4, 6, 5, 7), 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name = "ghost_batch_norm"
-    parameters = read_parameters(x, weight, bias, eps, name)
+    call = Call.with_statistics("ghost_batch_norm", x, options)
+    parameters = call.parameters(weight, bias)
     size = require_count("ghost_batch_size", ghost_batch_size)
-    given, needed_by = (running_mean, running_var), None if training else name
-    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    needed = not call.training
+    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
     groups = Partition(num_groups=x.shape[1], examples_per_group=size)
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
+    return normalize_single(
+        x, groups, running, parameters, call.training, call.name, ending=call.ending()
+    )
 
 
+@with_named_options
 def general_batch_group_norm(  # noqa: PLR0913 - torch's order
     x: FeatureMap,
     num_groups: int,
@@ -204,14 +172,7 @@ def general_batch_group_norm(  # noqa: PLR0913 - torch's order
     running_var: Tensor | None = None,
     weight: PerChannel | None = None,
     bias: PerChannel | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    example_weight: float = 0.0,
-    activation: ActivationName | None = None,
-    negative_slope: float = 0.01,
-    residual: FeatureMap | None = None,
+    **options: Unpack[StatisticsOptions],
 ) -> FeatureMap:
     r"""Normalise runs of channels over runs of examples.
 
@@ -227,22 +188,16 @@ def general_batch_group_norm(  # noqa: PLR0913 - torch's order
         running_var: Running unbiased variance, ``(C,)``.
         weight: Scale of each channel, ``(C,)``; None is 1.
         bias: Shift of each channel, ``(C,)``; None is 0.
-        training: Normalise by the input's own statistics and update the running ones.
-        momentum: Weight of the new value in the running statistics.
-        eps: Added to the variance; unit of ``x`` squared.
-        example_weight: Share of the example's own statistics at evaluation, from 0 to 1.
-        activation: Activation that is applied last; ``normkit.layers.options`` lists them.
-        negative_slope: Slope of ``"leaky_relu"`` below 0.
-        residual: Added before the activation; it has the shape, dtype and device of ``x``.
+        options: Those of :class:`normkit.functional.StatisticsOptions`.
 
     Returns:
         The normalised map, in the shape, dtype and memory format of ``x``.
 
     Raises:
+        PartitionError: If the groups do not divide, or one has a single value in training.
         OptionError: If an option is out of range, or the activation is unknown.
         InputError: If shapes do not match, or evaluation has no running statistics.
         InputTypeError: If the input is not float32, float64, bfloat16 or float16.
-        PartitionError: If the groups do not divide, or one has a single value in training.
 
     Source:
         Summers & Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 3.4.
@@ -252,13 +207,14 @@ def general_batch_group_norm(  # noqa: PLR0913 - torch's order
         >>> general_batch_group_norm(torch.randn(4, 6, 5, 7), 3, 2, training=True).shape
         torch.Size([4, 6, 5, 7])
     """
-    name, size = "general_batch_group_norm", examples_per_group
-    parameters = read_parameters(x, weight, bias, eps, name)
+    call, size = Call.with_statistics("general_batch_group_norm", x, options), examples_per_group
+    parameters = call.parameters(weight, bias)
     num_groups = require_channel_groups(num_groups, x.shape[1])
     if size is not None:
         size = require_count("examples_per_group", size)
-    given, needed_by = (running_mean, running_var), None if training else name
-    running = read_statistics(given, x.shape[1], momentum, example_weight, needed_by)
+    needed = not call.training
+    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
     groups = Partition(num_groups=num_groups, examples_per_group=size)
-    ending = read_ending(x, activation, negative_slope, residual, name)
-    return normalize_single(x, groups, running, parameters, training, name, ending=ending)
+    return normalize_single(
+        x, groups, running, parameters, call.training, call.name, ending=call.ending()
+    )

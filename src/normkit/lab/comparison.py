@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from pydantic import Field
+
 from normkit.lab.evaluation import ACCURACY
 from normkit.lab.frozen import Frozen
 from normkit.lab.records import TrainingRecord, latest
@@ -25,7 +27,8 @@ class Cell(Frozen):
     """One norm at one batch size.
 
     Accuracies are shares of the test examples after the last epoch. ``difference`` is the
-    difference from the first norm with the same seed, so effects of the seed cancel.
+    difference from the first norm with the same seed, so effects of the seed cancel. ``further``
+    has the other test scores by name.
     """
 
     norm: str
@@ -38,12 +41,15 @@ class Cell(Frozen):
     num_diverged: int
     num_failed: int
     base_lr: float | None = None
+    further: Mapping[str, Summary] = Field(default_factory=dict)
 
     def row(self) -> dict[str, object]:
         """The cell as plain values: means and spreads by name."""
-        values = self.model_dump(exclude={"accuracy", "difference"})
-        for name in ("accuracy", "difference"):
-            summary = getattr(self, name)
+        values = self.model_dump(exclude={"accuracy", "difference", "further"})
+        summaries = {"accuracy": self.accuracy, "difference": self.difference}
+        for name, summary in (
+            summaries | {f"test_{n}": s for n, s in self.further.items()}
+        ).items():
             values |= {name: summary and summary.mean, f"{name}_spread": summary and summary.spread}
         return values
 
@@ -74,6 +80,11 @@ class Comparison(Frozen):
     def cell(self, norm: str, batch_size: int) -> Cell:
         """The cell of a norm and a batch size."""
         return next(c for c in self.cells if (c.norm, c.batch_size) == (norm, batch_size))
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Names of the scores besides the one that is compared."""
+        return tuple(dict.fromkeys(name for cell in self.cells for name in cell.further))
 
 
 def compared(
@@ -143,7 +154,18 @@ def _cell(norm: str, batch_size: int, records: Sequence[TrainingRecord], first_n
         num_diverged=_num_with(mine, "diverged"),
         num_failed=_num_with(mine, "failed"),
         base_lr=next((record.spec.protocol.base_lr for record in mine), None),
+        further=_further(mine),
     )
+
+
+def _further(records: Sequence[TrainingRecord]) -> dict[str, Summary]:
+    """Every test score but the first; of each, the records that have it."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in list(record.outcome.scores.items())[1:]:
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {name: s for name, values in found.items() if (s := summarise(values)) is not None}
 
 
 def select(records: Iterable[TrainingRecord], norm: str, batch_size: int) -> list[TrainingRecord]:

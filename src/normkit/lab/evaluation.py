@@ -17,6 +17,18 @@ from normkit.lab.torchvision_ops import register_missing_operators
 EVALUATION_BATCH_SIZE = 500
 TOP = 5  # an example counts for the top-5 accuracy if its class is among so many scores
 ACCURACY, LOSS, TOP5 = "accuracy", "loss", "top5_accuracy"
+WEIGHT, SHIFT = "weight", "shift"
+NO_SHARES = (LOSS, WEIGHT, SHIFT)
+
+
+def is_share(name: str) -> bool:
+    """Whether a number of a network is a share, which is written in percent.
+
+    Example:
+        >>> is_share("top5_accuracy"), is_share("training loss")
+        (True, False)
+    """
+    return not name.endswith(NO_SHARES)
 
 
 def shared_out(

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from normkit.core.check import require_known
 from normkit.core.ranks import ProcessGroup
 from normkit.errors import ArgumentError
 from normkit.kernels.activations import ActivationName
@@ -141,15 +142,7 @@ def require_arguments(
     if not layer.__init__.__module__.startswith("normkit."):
         return  # a user's subclass has its own constructor, which may take anything
     name, known = layer.__name__, list(signature_of(layer).parameters)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        from difflib import get_close_matches  # slow import
-
-        close = get_close_matches(unknown[0], known, n=1)
-        raise ArgumentError(
-            f"{name} was given {unknown[0]}=, which is none of its options: {', '.join(known[1:])}"
-            f"{f'; did you mean {close[0]}?' if close else ''}"
-        )
+    require_known(name, [each for each in options if each != known[0]], known[1:])
     if len(given) > 1:
         raise ArgumentError(
             f"{name}({', '.join(map(repr, given))}) was written; the first argument is the number "

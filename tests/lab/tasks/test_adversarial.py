@@ -1,5 +1,7 @@
 """Adversarial training: what is attacked, what statistics learn from, and how it is judged."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -154,9 +156,59 @@ def test_scores_are_of_attacked_and_clean_pictures_and_repeat():
     one, other = run(spec_of(**ABLE)).outcome, run(spec_of(**ABLE)).outcome
     assert one.status == "finished", one.message
     assert one == other
-    assert list(one.scores) == ["robust", "clean"]
+    assert list(one.scores) == ["robust", "clean", "attacked_shift", "clean_shift"]
     assert 0 < one.scores["robust"] < one.scores["clean"] < 1
     assert set(one.epochs[0].validation_scores) == {"robust", "clean"}
+
+
+def test_running_statistics_are_near_those_of_the_pictures_they_were_learned_from():
+    """With strong attacks the two differ; statistics learned from one are far from the other's."""
+    options = {"model": "small-resnet:width=4:stages=1", "limit": 400, "epochs": 6}
+    strong = "adversarial:epsilon=0.4:step_size=0.2"
+    shifts = {
+        learned: run(spec_of(task=f"{strong}:statistics={learned}", **options)).outcome.scores
+        for learned in ("attacked", "clean")
+    }
+    assert shifts["attacked"]["attacked_shift"] < 0.7 * shifts["attacked"]["clean_shift"]
+    assert shifts["clean"]["clean_shift"] < 0.7 * shifts["clean"]["attacked_shift"]
+
+
+def shifts_by_definition(network, layers, pictures):
+    """Distances of running means from those of each layer's input, in standard deviations."""
+    given = {}
+    hooks = [m.register_forward_pre_hook(lambda m, x: given.update({m: x[0]})) for m in layers]
+    network(pictures)
+    for hook in hooks:
+        hook.remove()
+    for layer, x in given.items():
+        values = x.detach().double().movedim(1, 0).flatten(1)
+        away = layer.running_mean.double() - values.mean(1)
+        unit = (values.var(1, correction=0) + layer.eps).sqrt()
+        yield (away / unit).square().mean().sqrt()
+
+
+def test_shifts_are_those_of_the_attacked_and_the_clean_test_pictures(monkeypatch):
+    """Every layer's inputs are caught by hooks on both kinds of pictures."""
+    training, _, network = started(task=f"{STRONG}:test_pictures=30")
+    kept = [m for m in network.modules() if hasattr(m, "running_mean")]
+    for at, layer in enumerate(kept):
+        torch.nn.init.constant_(layer.running_mean, 0.1 * at)
+    seen = []
+    attacked = Attack.__call__
+    monkeypatch.setattr(
+        Attack, "__call__", lambda *given: seen.append(attacked(*given)) or seen[-1]
+    )
+    loop = SimpleNamespace(device=torch.device("cpu"), share=(0, 1), model=network.eval())
+    found = training.evaluate(loop, "test")
+    clean = training._held["test"].take(torch.arange(30)).inputs
+    for name, pictures in (("attacked_shift", seen[0]), ("clean_shift", clean)):
+        expected = shifts_by_definition(network, kept, pictures)
+        assert found[name] == pytest.approx(float(sum(expected) / len(kept)), rel=1e-6)
+    assert "attacked_shift" not in training.evaluate(loop, "validation")
+
+
+def test_a_network_without_running_statistics_has_no_shifts():
+    assert list(run(spec_of("gn:2")).outcome.scores) == ["robust", "clean"]
 
 
 def test_more_steps_in_the_test_find_more_errors():
@@ -171,7 +223,8 @@ def test_more_steps_in_the_test_find_more_errors():
 def test_a_part_of_the_test_pictures_can_be_judged():
     task = f"{STRONG}:test_pictures=30"
     scores = run(spec_of(task=task)).outcome.scores
-    assert all((30 * score) % 1 == pytest.approx(0, abs=1e-9) for score in scores.values())
+    shares = scores["robust"], scores["clean"]
+    assert all((30 * score) % 1 == pytest.approx(0, abs=1e-9) for score in shares)
     training, _, _ = started(task=task)
     assert training._held["test"].targets.bincount().tolist() == [3] * 10
 
@@ -271,10 +324,11 @@ def test_pictures_in_floating_point_beyond_black_and_white_are_refused():
 
 def test_the_report_says_what_statistics_were_learned_from():
     task = parse_task("adversarial:attack_mode=train:statistics=clean:clean_share=0.5")
-    loss, running = task.sentences
+    loss, running, shifts = task.sentences
     assert "by 0.5 on the clean batch" in loss
     assert "training mode, so by the statistics of the batch under attack" in loss
     assert "running statistics are learned from the clean batches" in running
+    assert "means of attacked and of clean test pictures, in standard deviations" in shifts
 
 
 def test_a_model_and_pictures_of_ones_own(tmp_path):
@@ -299,7 +353,10 @@ def test_a_model_and_pictures_of_ones_own(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Test robust" in page
     assert "running statistics are learned from the attacked batches" in page
-    assert np.isfinite([list(r.outcome.scores.values()) for r in found.records]).all()
+    assert all(np.isfinite(list(r.outcome.scores.values())).all() for r in found.records)
+    assert [len(r.outcome.scores) for r in found.records] == [4, 2]
+    for score in ("clean", "attacked_shift", "clean_shift"):
+        assert f"Test {score.replace('_', ' ')}" in page
 
 
 def test_measuring_the_memory_of_a_step_teaches_the_runs_network_nothing():

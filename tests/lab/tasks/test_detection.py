@@ -232,6 +232,38 @@ def test_boxes_of_a_function_are_corners_in_pixels(tmp_path, boxes, complaint):
         read_given_boxes(f"{path}:make")
 
 
+FULL = "(example[0], {'boxes': [[1.0, 2, 8, 9]], 'labels': [1]})"
+
+
+def bare_data(tmp_path, train, test):
+    """Data sets of pictures without boxes, but where they are put by hand."""
+    path = tmp_path / "bare.py"
+    text = OWN.format(boxes="[]", labels="torch.tensor([])", masks="None")
+    text = text.replace("[example] * 20", train).replace("[example] * 3", test)
+    path.write_text(text)
+    read_given_boxes.cache_clear()
+    return f"{path}:make"
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "complaint"),
+    [
+        ("[example] * 20", f"[{FULL}] * 3", r"none of the 18 train pictures has a box, so there"),
+        (f"[{FULL}] * 20", "[example] * 3", r"none of the 3 test pictures has a box"),
+    ],
+)
+def test_a_part_without_any_box_is_refused(tmp_path, train, test, complaint):
+    with pytest.raises(DataError, match=complaint):
+        read_given_boxes(bare_data(tmp_path, train, test))
+
+
+def test_first_pictures_without_boxes_are_told(tmp_path):
+    name = bare_data(tmp_path, f"[example] * 80 + [{FULL}]", f"[example] + [{FULL}]")
+    notes = read_given_boxes(name).notes
+    assert notes[0] == "the first 64 of 73 train pictures have no boxes"
+    assert set(notes[1:]) <= {"the first 8 of 8 validation pictures have no boxes"}
+
+
 def test_data_sets_of_a_function_are_read(tmp_path):
     path = tmp_path / "fine.py"
     path.write_text(

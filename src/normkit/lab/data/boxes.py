@@ -63,7 +63,28 @@ def read_given_boxes(text: str, masks: bool = False, side: int | None = None) ->
         validation=parts["validation"],
         test=parts["test"],
         fingerprint=_fingerprint(parts),
+        notes=_bare(parts),
     )
+
+
+def _bare(parts: Mapping[str, Part[Annotated]]) -> tuple[str, ...]:
+    """What to say of parts whose first pictures have no boxes.
+
+    Raises:
+        DataError: If these are all pictures of the training or the test part.
+    """
+    notes = []
+    for name, part in parts.items():
+        seen = min(len(part), NUM_FOR_FINGERPRINT)
+        if any(len(part[at].boxes) for at in range(seen)):
+            continue
+        if seen == len(part) and name != "validation":
+            raise DataError(
+                f"none of the {seen} {name} pictures has a box, so there is nothing to find; each "
+                f"target is {TARGET}"
+            )
+        notes.append(f"the first {seen} of {len(part)} {name} pictures have no boxes")
+    return tuple(notes)
 
 
 def _fingerprint(parts: Mapping[str, Part[Annotated]]) -> str:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from normkit.lab.comparison import Comparison, select
+from normkit.lab.evaluation import is_share
 from normkit.lab.files import write_whole
 from normkit.lab.records import TrainingRecord
 from normkit.lab.report import comparison_charts as charts
@@ -113,6 +114,7 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["is_share"] = is_share
     environment.filters["points"] = points
     environment.filters["size"] = size_text
     return environment

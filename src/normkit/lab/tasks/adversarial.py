@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normkit.diagnostics.estimation_shift import estimation_shift
 from normkit.errors import DataError, SpecError
+from normkit.inference.tracked import tracked
 from normkit.lab.check import check_pictures
 from normkit.lab.data import Dataset, Examples, Split, stratified_order
 from normkit.lab.data.dataset import SPLIT_SEED, Pictures
@@ -59,6 +62,8 @@ class Adversarial(Task):
 
     The network is judged on attacked test pictures, ``robust``, and on plain ones, ``clean``. Both
     are normalised by the same running statistics; ``statistics`` says what these were learned from.
+    ``attacked_shift`` and ``clean_shift`` tell how far they are from the statistics of each kind of
+    test pictures, for networks that have running statistics.
 
     Source:
         Madry et al. 2018, arXiv:1706.06083.
@@ -66,6 +71,7 @@ class Adversarial(Task):
 
     name: ClassVar = "adversarial"
     scores: ClassVar = ("robust", "clean")
+    further: ClassVar = ("attacked_shift", "clean_shift")
 
     epsilon: Pixels = Field(
         default=4 / 255,
@@ -144,7 +150,11 @@ class Adversarial(Task):
             f"running statistics are learned from {learned}; the same ones judge clean and "
             f"attacked test pictures"
         )
-        return loss, running
+        shift = (
+            "attacked_shift and clean_shift are how far the running means are from the means of "
+            "attacked and of clean test pictures, in standard deviations, as a mean over layers"
+        )
+        return loss, running, shift
 
     def data(self, protocol: Protocol) -> Dataset[Split]:
         """The data set of a protocol."""
@@ -272,21 +282,40 @@ class AdversarialRun(TaskRun):
     def evaluate(self, loop: Loop, held: Held) -> dict[str, float]:
         """Shares of the attacked and of the clean examples that are right.
 
-        Every evaluation attacks from the same starts, so that epochs can be compared.
+        Every evaluation attacks from the same starts, so that epochs can be compared. The shifts of
+        the running statistics are measured on the first test pictures, of all classes alike.
         """
-        split = self._held[held]
+        split, shifts = self._held[held], dict[str, float]()
         starts = torch.Generator(loop.device).manual_seed(STARTS_SEED)
         right = torch.zeros(3, dtype=torch.float64, device=loop.device)
         for index in shared_out(len(split), *loop.share):
             part = split.take(index).to(loop.device)
             with autocast_of(self._protocol.precision, loop.device):
                 attacked = self._test_attack(self.network, part.inputs, part.targets, starts)
+            if held == "test" and not shifts:
+                shifts = _shifts(self.network, attacked=attacked, clean=part.inputs)
             found = [loop.model(x).argmax(1) == part.targets for x in (attacked, part.inputs)]
             right += torch.stack([*(f.sum() for f in found), right.new_tensor(len(part))])
         if loop.share[1] > 1:
             torch.distributed.all_reduce(right)
         robust, clean, number = right.tolist()
-        return {"robust": robust / number, "clean": clean / number}
+        return {"robust": robust / number, "clean": clean / number} | shifts
+
+
+def _shifts(network: nn.Module, **inputs: Float[Tensor, "n c h w"]) -> dict[str, float]:
+    """How far the running statistics are from those of these inputs, in standard deviations.
+
+    Root of the mean square over the channels of each layer, then the mean over layers. Nothing
+    where no layer has running statistics, or none of these gets an input.
+    """
+    if not tracked(network):
+        return {}
+    found = dict[str, float]()
+    with suppress(DataError):
+        for name, x in inputs.items():
+            _, *layers = estimation_shift(network, [x], normalize="std").layers
+            found[f"{name}_shift"] = fmean(layer.esm_mean or 0.0 for layer in layers)
+    return found
 
 
 def _extremes(split: Split) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import normkit as nk
 from normkit.convert.placement.blocks import find_layout
 from normkit.errors import SpecError
 from normkit.inference.tracked import tracked
-from normkit.lab.evaluation import LOSS
+from normkit.lab.evaluation import WEIGHT, is_share
 from normkit.lab.frozen import Frozen
 from normkit.lab.records import Outcome
 from normkit.lab.reproduce.tables.analyses import ANALYSES, analysed
@@ -29,7 +29,6 @@ Taken = Mapping[str, Values]  # by split
 PLAIN = "plain"
 EPOCHS = "epochs"
 TUNED = "tuned-for-"
-WEIGHT = "weight"
 SPLITS: tuple[Held, ...] = ("validation", "test")
 TRAINING = {"training accuracy": "train_accuracy", "training loss": "train_loss"}
 OF_VALIDATION = "validation "
@@ -102,7 +101,7 @@ class Reading(Frozen):
     @property
     def is_share(self) -> bool:
         """Whether the number is a share, which tables have in percent."""
-        return not self.is_analysis and not self.number.endswith((LOSS, WEIGHT))
+        return not self.is_analysis and is_share(self.number)
 
     @property
     def is_analysis(self) -> bool:
@@ -177,7 +176,7 @@ def _weighed(model: nn.Module, subject: Subject, weight: float) -> Taken:
 
 def _tuned(model: nn.Module, subject: Subject, number: str) -> Taken:
     """With the example weight that is best on validation examples; of equals, nearest to now."""
-    sign = -1.0 if number == LOSS else 1.0
+    sign = 1.0 if is_share(number) else -1.0
     now = _scores(model, subject, "validation")[WEIGHT] or 0.0
     found = dict[float, float]()
     for weight in grid_for([now]):
