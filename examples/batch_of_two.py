@@ -74,21 +74,21 @@ print(result)
 # > ln    75.70 ± 4.75
 
 # %% What to do with it
-# With two images the head's batch norm knows one thing of each feature: which of the two images had
-# more of it. The norms of single images do not depend on the batch, and are ahead; the intervals
-# say that this is no chance. With more images at a time the order can be another: `batch_sizes=[2,
-# 8, 32]` shows where it turns. `result.report()` is a page with charts, to be opened in a browser.
-# The same on the command line, for your file and your pictures:
+# With two images, all that the head's batch norm passes on of a feature is which of the two images
+# has more of it. `gn:8` and `ln` normalise each image by itself; both are ahead, and the intervals
+# do not contain zero. With more images at a time the order can be another: `batch_sizes=[2, 8, 32]`
+# compares at three batch sizes. `result.report()` is the path of a page with charts for your
+# browser. The same on the command line, for your file and your pictures:
 #
 #     normkit compare --model my.py:make_model --data folder:photos --norms bn,gn:8,ln --batch-sizes 2,8,32
 #
-# Take the norm that is ahead, and build your model with it:
+# Build your model with a norm that is ahead:
 
 model = make_model()
-print(nk.convert_norm_(model, "gn:8"))
+print(nk.convert_norm_(model, "ln"))
 
 # > converted 3 of 3 norms
-# >   name   old              new   carried       lost
-# >   0.0.1  BatchNorm2d(16)  gn:8  weight, bias  running statistics
-# >   0.1.1  BatchNorm2d(32)  gn:8  weight, bias  running statistics
-# >   1.1    BatchNorm1d(32)  gn:8  weight, bias  running statistics
+# >   name   old              new  carried       lost
+# >   0.0.1  BatchNorm2d(16)  ln   weight, bias  running statistics
+# >   0.1.1  BatchNorm2d(32)  ln   weight, bias  running statistics
+# >   1.1    BatchNorm1d(32)  ln   weight, bias  running statistics

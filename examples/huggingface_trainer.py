@@ -1,8 +1,9 @@
 """With Hugging Face's Trainer.
 
 Models of `transformers` hold torch's layers: convert them in place, then train as ever. Here a
-small ResNet of theirs, fresh, on the digits.
+small ResNet of theirs is trained from scratch on the digits.
 
+    pip install "normkit[lab,trainers]"
     python examples/huggingface_trainer.py
 """
 
@@ -26,8 +27,8 @@ logging.disable_progress_bar()
 torch.manual_seed(0)
 
 # %% Convert
-# `from_pretrained` instead of a configuration works alike; then pass `calibrate=` some batches,
-# which keeps most of what the model knows.
+# A model of `from_pretrained` is converted in the same way. Then pass some batches as `calibrate=`,
+# so that it keeps most of what it knows.
 
 config = ResNetConfig(
     num_channels=1, num_labels=10, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1],

@@ -3,6 +3,7 @@
 A `LightningModule` is a module: convert the network in it, and let a probe watch the norms as a
 callback.
 
+    pip install "normkit[lab,trainers]"
     python examples/lightning_trainer.py
 """
 

@@ -106,10 +106,10 @@ print(result)
 # > pair:4  90.44 ± 0.70
 
 # %% Where to go from here
-# Undecided, and the interval is within a point of zero: no gain worth an idea. That is what
-# measuring is for. The same name works in every tool, as in `nk.convert_norm(model, "pair:4")`, and
-# `compare` takes a network and pictures of your own.
+# The comparison is undecided, and the whole interval is within one point of zero: if pairs gain
+# anything, it is little. The same name works in every tool, as in `nk.convert_norm(model,
+# "pair:4")`, and `compare` takes a network and pictures of your own.
 #
 # A norm that mixes several statistics is a formula on tables: [Composites](../docs/composites.md)
-# writes one, and kernels follow from the formula. What belongs to a layer that is to stay, its name
-# in specs and its row in the tests, is in [Contributing](../CONTRIBUTING.md).
+# writes one, and kernels follow from the formula. [Contributing](../CONTRIBUTING.md) lists what a
+# layer needs to become part of normkit: a name in specs, a definition, and a row in the tests.

@@ -1,8 +1,8 @@
 """Small GPUs: accumulation, synchronization, DDP.
 
 The batch that a norm sees is what one GPU holds at a time. Gradients can be accumulated, and
-averaged over GPUs; batch statistics cannot be added up by DDP. Here they are taken over all parts,
-first in one process, then in two.
+averaged over GPUs by DDP; batch statistics are not. Here they are taken over all parts, first in
+one process, then in two.
 
     torchrun --nproc-per-node 2 examples/small_gpus.py
 """
@@ -81,8 +81,8 @@ say("synchronized: the gradient is that of the whole batch:", bool(distance < 1e
 # > synchronized: the gradient is that of the whole batch: True
 
 # %% Or a norm that does not care
-# Group norm has no statistics over the batch: parts and processes are all the same to it, and
-# nothing is exchanged.
+# Group norm takes no statistics over the batch: it computes the same in parts and on several
+# processes, and nothing is exchanged.
 
 model, other = (nk.convert_norm(make_model(), "gn:4").model for _ in range(2))
 F.cross_entropy(other(batch.inputs), batch.targets).backward()

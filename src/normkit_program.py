@@ -4,6 +4,7 @@ This file is not part of the package: importing the package takes about a second
 interrupt would end in a traceback. --version and --help are answered without that import.
 """
 
+import re
 import signal
 import sys
 
@@ -31,9 +32,7 @@ def main() -> int:
     """
     given = sys.argv[1:]
     if given == ["--version"]:
-        from importlib.metadata import version  # for this alone
-
-        sys.stdout.write(f"normkit {version('normkit')}\n")
+        say_version()
         return 0
     if given in (["--help"], ["-h"]):
         sys.stdout.write(help_text())
@@ -43,6 +42,36 @@ def main() -> int:
 
     signal.signal(signal.SIGINT, handler)
     return run()
+
+
+def say_version() -> None:
+    """Write the version, and to the standard error which packages the commands lack."""
+    from importlib.metadata import version  # for this alone
+
+    sys.stdout.write(f"normkit {version('normkit')}\n")
+    missing = packages_not_installed("lab")
+    if missing:
+        sys.stderr.write(
+            f"normkit: the commands need the extra lab: pip install 'normkit[lab]' "
+            f"(not installed: {', '.join(missing)})\n"
+        )
+
+
+def packages_not_installed(extra: str) -> list[str]:
+    """Packages of an extra that are not installed."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    missing = []
+    for line in requires("normkit") or ():
+        requirement, _, condition = line.partition(";")
+        if condition.strip() not in (f'extra == "{extra}"', f"extra == '{extra}'"):
+            continue
+        name = re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0]
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
 
 
 def help_text() -> str:

@@ -1,6 +1,6 @@
 """A hook of MkDocs: the examples as pages, and what both the pages and the tests read of them.
 
-An example is a script. Its docstring has the title, what it is about, and the command that runs it,
+An example is a script. Its docstring has the title, what it is about, and the commands that run it,
 indented. A line ``# %% Title`` begins a section; the comment below it is its text; lines
 ``# > ...`` are what the section prints, as ``python docs/update_examples.py`` has written it there.
 """
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from pages import relinked
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SECTION, PRINTED = "# %%", "# > "
+SCRIPTS = "scripts"  # the folder of the scripts, beside the pages
 # Where torchvision was built for another torch, libraries that import it run all the same.
 RUN = """
 import runpy, sys
@@ -78,10 +79,21 @@ def command(source: str) -> list[str]:
     return [sys.executable, *start, *arguments]
 
 
-def page(source: str) -> str:
-    """The example as Markdown."""
+def page(source: str, name: str) -> str:
+    """The example as Markdown, with its script for download.
+
+    Args:
+        source: The script.
+        name: Its file's name.
+    """
     title, _, text = introduction(source).partition("\n")
-    parts = [f"# {title.rstrip('.')}", text.strip()]
+    about, commands = re.split(r"^(?=    )", text.strip(), maxsplit=1, flags=re.MULTILINE)
+    download = (
+        f"[Download the script]({SCRIPTS}/{name}) or copy the code below into a file of that name. "
+        f"It needs [normkit with its extra `lab`](../docs/install.md)."
+    )
+    commands = commands.replace(f"examples/{name}", name)
+    parts = [f"# {title.rstrip('.')}", about.strip(), download, commands.rstrip()]
     for section in sections(source):
         parts += [f"## {section.title}" if section.title else "", section.text]
         parts += [
@@ -101,9 +113,13 @@ def examples() -> Iterable[Path]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each example."""
+    """Add a page for each example, and its script for download."""
     for path in examples():
         target = f"tutorials/{path.stem.replace('_', '-')}.md"
-        text = relinked(page(path.read_text(encoding="utf-8")), f"examples/{path.name}", target)
+        text = page(path.read_text(encoding="utf-8"), path.name)
+        text = relinked(text, f"examples/{path.name}", target)
         files.append(File.generated(config, target, content=text))
+        script = File.generated(config, f"tutorials/{SCRIPTS}/{path.name}", abs_src_path=str(path))
+        script.inclusion = InclusionLevel.INCLUDED  # mkdocs.yml excludes the scripts of docs/
+        files.append(script)
     return files

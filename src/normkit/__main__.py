@@ -2,7 +2,7 @@
 
 import sys
 
-from normkit.cli import main
+from normkit_program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import normkit as nk
 from normkit.lab.torchvision_ops import register_missing_operators
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,28 @@ def is_alike(value, expected):
     if isinstance(value, float):
         return value == expected or expected / 10 < value < expected * 10
     return value == expected
+
+
+UNMEASURED = re.findall(
+    r"^\| (?:apex|detectron2) \| .* \| (.*) \|$", PAGE.read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("ours", UNMEASURED)
+def test_our_calls_for_what_was_not_measured_work(ours):
+    (call, *_) = re.findall(r"`(nk\.[^`]*)`", ours)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 1), torch.nn.BatchNorm2d(64))
+    found = eval(call, {"nk": nk, "model": model})
+    if "residual=" in ours:
+        x = torch.randn(2, 64, 4, 4).to(memory_format=torch.channels_last)
+        assert found(x, residual=x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_statistics_leave_the_scales_trainable():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4))
+    nk.freeze_statistics(model)
+    assert len(UNMEASURED) == 5
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGE.read_text()))

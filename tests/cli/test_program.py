@@ -164,10 +164,51 @@ def test_without_the_labs_packages_the_extra_is_named(tmp_path):
     done = program("list", env=env, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "normkit: the package tyro is not installed; the commands need those of the lab: "
-        "pip install 'normkit[lab]'\n"
+        "normkit: the package tyro is not installed; normkit.lab and the commands need the extra "
+        "lab: pip install 'normkit[lab]'\n"
     )
     assert program("--version", env=env, text=True).returncode == 0
+    assert program("--help", env=env, text=True).stdout == normkit_program.help_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from normkit.lab import compare",
+        "from normkit.lab.data import load",
+        "from normkit.lab.models import build_model",
+    ],
+)
+def test_in_python_the_extra_is_named_too(tmp_path, line):
+    (tmp_path / "pydantic.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", line], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "normkit.errors.PackageError: the package pydantic is not installed; normkit.lab and the "
+        "commands need the extra lab: pip install 'normkit[lab]'"
+    )
+
+
+def test_the_version_says_what_the_commands_lack(monkeypatch, capsys):
+    required = [
+        "torch>=2.11",
+        'tyro>=0.9; extra == "lab"',
+        'no-such-package[more]>=2; extra == "lab"',
+        'no-other-package; extra == "test"',
+    ]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: required)
+    monkeypatch.setattr(sys, "argv", ["normkit", "--version"])
+    assert normkit_program.main() == 0
+    output, errors = capsys.readouterr()
+    assert output == f"normkit {version('normkit')}\n"
+    assert errors == (
+        "normkit: the commands need the extra lab: pip install 'normkit[lab]' "
+        "(not installed: no-such-package)\n"
+    )
 
 
 LONG = {

@@ -3,6 +3,7 @@
 import gc
 import random
 import sys
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,6 +24,7 @@ from normkit.passes import (
     run_cleanup,
     untouched,
 )
+from normkit.passes.settings import save_settings
 from normkit.passes.snapshot import Snapshot
 
 
@@ -358,3 +360,18 @@ def test_a_context_that_was_left_suspended_ends_before_things_are_put_back():
     finally:
         sys.settrace(tracer)
     assert said[:3] == ["interrupted", "late", "put back"]
+
+
+@pytest.mark.parametrize("is_of_the_thread", [False, True], ids=["torch 2.13", "torch 2.14"])
+def test_that_torch_fx_traces_is_put_back_where_each_torch_keeps_it(monkeypatch, is_of_the_thread):
+    fx = sys.modules["torch.fx._symbolic_trace"]
+    monkeypatch.setattr(fx, "_is_fx_tracing_flag", False, raising=False)
+    monkeypatch.delattr(fx, "_is_fx_tracing_tls", raising=False)
+    home, name = fx, "_is_fx_tracing_flag"
+    if is_of_the_thread:
+        home, name = threading.local(), "flag"
+        monkeypatch.setattr(fx, "_is_fx_tracing_tls", home, raising=False)
+    steps = save_settings()
+    setattr(home, name, True)
+    run_cleanup(steps)
+    assert getattr(home, name) is False

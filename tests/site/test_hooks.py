@@ -141,8 +141,11 @@ def test_an_example_is_read_in_sections():
     assert first == tutorials.Section("First", text, "print(math.pi)", "3.14\n\n more")
     assert last == tutorials.Section("Last", "Nothing but text.", "", "")
     assert tutorials.command(EXAMPLE)[-2:] == ["examples/one.py", "--fast"]
-    page = tutorials.page(EXAMPLE)
-    assert page.startswith("# A title\n\nWhat it is about.")
+    page = tutorials.page(EXAMPLE, "one.py")
+    assert page.startswith(
+        "# A title\n\nWhat it is about.\n\n[Download the script](scripts/one.py)"
+    )
+    assert "    python one.py --fast\n" in page
     assert "```python\nprint(math.pi)\n```\n\n```{ .text .printed .no-copy }\n3.14" in page
 
 

@@ -4,13 +4,15 @@ import json
 import sys
 from collections.abc import Sequence
 
+from normkit.errors import PackageError
+from normkit.lab.extra import lab_packages
 from normkit.version import __version__
 
 EXIT_BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program ``normkit``.
+    """Run a command of the program ``normkit``.
 
     Args:
         arguments: The words after the program's name; ``None`` takes those of the command line.
@@ -23,20 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"normkit {__version__}\n")
         return 0
     try:
-        from normkit.cli.app import run  # its packages are an extra
+        with lab_packages():
+            from normkit.cli.app import run  # its packages are an extra
 
-        return run(given)
-    except ModuleNotFoundError as error:
-        package = (error.name or "normkit").partition(".")[0]
-        if package == "normkit":
-            raise
-        said = (
-            f"the package {package} is not installed; the commands need those of the lab: "
-            f"pip install 'normkit[lab]'"
-        )
-        sys.stderr.write(f"normkit: {said}\n")
+            return run(given)
+    except PackageError as error:
+        sys.stderr.write(f"normkit: {error}\n")
         if "--json" in given:
-            sys.stdout.write(json.dumps({"error": said, "type": type(error).__name__}) + "\n")
+            said = {"error": str(error), "type": type(error).__name__}
+            sys.stdout.write(json.dumps(said) + "\n")
         return EXIT_BAD_INPUT
 
 

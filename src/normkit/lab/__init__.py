@@ -21,4 +21,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    from normkit.lab.extra import lab_packages
+
+    with lab_packages():
+        return getattr(import_module(_HOMES[name]), name)

@@ -73,14 +73,17 @@ def _save_fx_patches() -> CleanupStep:
     """Save the methods of ``nn.Module`` that ``torch.fx`` replaces while it traces."""
     fx: Any = sys.modules["torch.fx._symbolic_trace"]
     methods = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
-    patcher, is_tracing = fx.CURRENT_PATCHER, fx._is_fx_tracing_flag
+    patcher = fx.CURRENT_PATCHER
+    thread = getattr(fx, "_is_fx_tracing_tls", None)  # since torch 2.14 each thread has its flag
+    flag = (fx, "_is_fx_tracing_flag") if thread is None else (thread, "flag")
+    is_tracing = getattr(*flag, False)
 
     def put_back() -> None:
         # Forget the reverted patches: torch's suspended generator may revert them once more later.
         if fx.CURRENT_PATCHER is not patcher:
             fx.CURRENT_PATCHER.revert_all_patches()
             fx.CURRENT_PATCHER.patches_made.clear()
-        fx._is_fx_tracing_flag = is_tracing
+        setattr(*flag, is_tracing)
         for name, method in methods.items():
             if vars(nn.Module)[name] is not method:
                 setattr(nn.Module, name, method)

@@ -1,0 +1,67 @@
+"""A hook of MkDocs: the source archive that pip installs, and the link to it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+MARK = "<!-- on the site: the archive -->"
+SOURCES = (
+    "csrc",
+    "src",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "normkit_build.py",
+    "pyproject.toml",
+    "setup.py",
+)
+BUILD = "import sys, normkit_build; normkit_build.build_sdist(sys.argv[1])"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the archive."""
+    with TemporaryDirectory() as folder:
+        path = built(Path(folder))
+        files.append(File.generated(config, path.name, content=path.read_bytes()))
+    return files
+
+
+def built(folder: Path) -> Path:
+    """Build the archive from a copy of the sources: setuptools writes beside what it packs."""
+    copy = folder / "sources"
+    copy.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "not_built.txt")
+            shutil.copytree(source, copy / name, ignore=ignored)
+        else:
+            shutil.copy(source, copy)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(folder)],
+        cwd=copy,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the source archive cannot be built: {done.stderr}")
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the link to the archive where the page has the mark."""
+    if MARK not in markdown:
+        return markdown
+    (name,) = (file.src_uri for file in files if file.src_uri.endswith(".tar.gz"))
+    return markdown.replace(
+        MARK, f"Download [{name}]({name}), the source of this release, into the folder you work in."
+    )
