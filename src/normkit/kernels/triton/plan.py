@@ -89,7 +89,7 @@ def planned(
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= MOST_PLANS:
-            del _PLANS[next(iter(_PLANS))]
+            _PLANS.pop(next(iter(_PLANS)), None)  # another thread may have removed it
         plan = _PLANS[key] = Plan(function, tensors, options)
     return plan(tensors, addresses)
 
@@ -166,7 +166,7 @@ class Launch:
 
     __slots__ = (
         "compiled", "constants", "grid", "kernel", "num_warps",
-        "numbers", "pick", "pieces", "start",
+        "numbers", "pick", "pieces", "start", "values",
     )  # fmt: skip
 
     def __init__(
@@ -182,19 +182,20 @@ class Launch:
         self.numbers, self.num_warps, self.constants = numbers, num_warps, constants
         self.start: Callable[..., object] | None = None
         self.compiled: tuple[object, ...] = ()
+        self.values: tuple[object, ...] = ()  # numbers and constants, as a compiled kernel has them
         self.pick: Callable[[Sequence[Address]], tuple[Address, ...]] = tuple
 
     def compile(self, arguments: Sequence[Tensor | float | None]) -> None:
-        """Let triton compile and start the kernel."""
+        """Let triton compile and start the kernel; several threads may do so at once."""
         compiled = self.kernel[self.grid](
             *arguments, *self.numbers, **self.constants, num_warps=self.num_warps
         )
         if not INTERPRETED:
             names = self.kernel.arg_names[len(arguments) + len(self.numbers) :]
-            self.numbers = (*self.numbers, *(self.constants[name] for name in names))
+            self.values = (*self.numbers, *(self.constants[name] for name in names))
             # None stands for what triton's profiler and hooks would be told about a start.
             self.compiled = compiled.function, compiled.packed_metadata, None, None, None
-            self.start = partial(compiled.run, *self.grid)
+            self.start = partial(compiled.run, *self.grid)  # last: other threads look at it
 
 
 class _Draft:
@@ -358,7 +359,7 @@ class Plan:
                 whole = [*tensors, *addresses[len(tensors) :][:3], *results]
                 one.compile([self._argument(p, whole, memory) for p in one.pieces])
             else:
-                one.start(stream, *one.compiled, *one.pick(addresses), *one.numbers)
+                one.start(stream, *one.compiled, *one.pick(addresses), *one.values)
         return results[0] if self._is_single else tuple(results)
 
     def _copied(self, tensors: Given, addresses: list[Address]) -> Given:
