@@ -128,6 +128,22 @@ def test_a_map_at_another_address_modulo_16_has_its_own_plan(started):
     assert aligned != unaligned  # of two compiled kernels
 
 
+def test_a_tensor_on_another_device_never_reaches_a_kernel(started):
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    x, weight = map_of((4, 8, 5, 5)), torch.ones(8)
+    elsewhere = weight.as_subclass(Elsewhere)
+    options = 8, 0, 1e-5, False
+    operators.pooled_forward(x, weight, weight, *options)  # there is a plan for such shapes
+    started.clear()
+    for tensors in ((x, elsewhere, weight), (x, weight, elsewhere)):
+        with pytest.raises(RuntimeError, match=r"on one device; these are on .*move the layer"):
+            operators.pooled_forward(*tensors, *options)
+    assert not started
+
+
 def test_plans_are_bounded(started, monkeypatch):
     monkeypatch.setattr(plan, "MOST_PLANS", 3)
     for size in range(3, 9):

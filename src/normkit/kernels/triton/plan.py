@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normkit.kernels.operators import several_devices
 from normkit.kernels.triton.arguments import allocation, halves
 from normkit.kernels.triton.streams import moments_kernel
 
@@ -68,7 +69,11 @@ def planned(
         tensors: The first is on the device that computes.
         options: Numbers, flags and tuples of them.
         rate: Rate of the buffers' update; calls with different rates are of one kind.
+
+    Raises:
+        RuntimeError: If tensors are on several devices, whose memory a kernel cannot read.
     """
+    device = tensors[0].get_device()
     kind: list[Hashable] = [function, options]
     addresses: list[Address] = []
     bits = 0
@@ -77,11 +82,13 @@ def planned(
             kind.append(None)
             addresses.append(None)
         else:
+            if t.get_device() != device:
+                raise several_devices(tensors)
             address = t.data_ptr()
             bits |= address
             kind += (t.shape, t.stride(), t.dtype)
             addresses.append(address)
-    kind.append(tensors[0].get_device())  # all are on one device
+    kind.append(device)
     if bits % ALIGNMENT:
         kind += [None if a is None else a % ALIGNMENT for a in addresses]
     addresses += _NO_RATE if rate is None else (None, *halves(rate))
@@ -118,13 +125,6 @@ def launch(
     draft.launches.append(
         Launch(kernel, num_programs, pieces, tuple(numbers), num_warps, constants)
     )
-
-
-def count_change(buffers: Iterable[Tensor | None]) -> None:
-    """Tell autograd that kernels have changed these buffers, because it cannot see that."""
-    moved = [buffer for buffer in buffers if buffer is not None]
-    if moved:
-        torch.autograd.graph.increment_version(moved)
 
 
 def copied(x: Tensor) -> Tensor:
