@@ -1,6 +1,7 @@
 """Layers of a user's own under a name in specs."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -46,6 +47,34 @@ def test_specs_take_the_name_with_the_options_of_the_class():
     assert str(nk.NormSpec.parse("pair:4+ws")) == "pair:4+ws"
     with pytest.raises(nk.SpecError, match="sets 'weight_decay'; its options are: "):
         nk.build("pair:weight_decay=1", 8)
+
+
+Mode = Literal["left", "right"]
+
+
+class Options(nk.GroupNorm):
+    """A norm whose options are written in every way that Python knows."""
+
+    def __init__(
+        self, num_features, *, num_groups: int = 4, noise: float = 0.1, mode: Mode = "left",
+        place: "Literal['in', 'out']" = "in", text: str = "", plain=0.5, is_on: bool = False,
+        **shared,
+    ):  # fmt: skip
+        super().__init__(num_features, num_groups=num_groups, **shared)
+        self.noise, self.mode, self.place, self.text = noise, mode, place, text
+        self.plain, self.is_on = plain, is_on
+
+
+def test_options_are_read_by_their_annotation_or_default():
+    nk.register_norm("options", Options)
+    layer = nk.build("options:8:noise=0.5:mode=right:place=out:text=abc:plain=2:is_on", 16)
+    found = (layer.num_groups, layer.noise, layer.mode, layer.place, layer.text, layer.plain)
+    assert found == (8, 0.5, "right", "out", "abc", 2.0)
+    assert layer.is_on
+    with pytest.raises(nk.SpecError, match="'mode=up'; the value must be one of: left, right"):
+        nk.build("options:mode=up", 16)
+    with pytest.raises(nk.SpecError, match="'noise=x'; the value must be of type float"):
+        nk.build("options:noise=x", 16)
 
 
 def test_a_name_keeps_what_its_base_class_says_of_auto():

@@ -6,8 +6,10 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -59,6 +61,26 @@ class Recipe:
         parameters = inspect.signature(self.layer).parameters
         hidden = ("num_features", "process_group", "device", "dtype")
         return {name: p for name, p in parameters.items() if name not in hidden}
+
+    def annotation(self, option: str) -> str:
+        """The type of an option as text: its annotation, or without one its default's type."""
+        parameter = self.options()[option]
+        if isinstance(parameter.annotation, str):
+            return parameter.annotation
+        if parameter.annotation is parameter.empty:
+            return type(parameter.default).__name__
+        return inspect.formatannotation(parameter.annotation)
+
+    def words(self, option: str) -> tuple[str, ...]:
+        """What an option may be whose constructor annotates it by a ``Literal`` of words."""
+        kinds = self.layer.__mro__ if isinstance(self.layer, type) else ()
+        for init in (vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)):
+            if option in inspect.signature(init).parameters:
+                with suppress(Exception):  # names that only a type checker knows
+                    hint = get_type_hints(init)[option]
+                    return get_args(hint) if get_origin(hint) is Literal else ()
+                break
+        return ()
 
 
 def require_size(name: str, value: int, at_most: int = MAX_NUMBER) -> int:

@@ -289,7 +289,9 @@ def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
         raise SpecError(f"spec {text!r} sets {key!r}; its options are: {', '.join(known)}")
     if option == recipe.argument:
         return "", _whole_number(value, argument, text)
-    return option, _value(value, str(recipe.options()[option].annotation), argument, text)
+    annotation = recipe.annotation(option)
+    words = WORDS.get(annotation) or recipe.words(option)
+    return option, _value(value, annotation, words, argument, text)
 
 
 def _checked(name: str, value: Value) -> int:
@@ -304,8 +306,7 @@ def _sort_key(argument: tuple[str, Value]) -> tuple[int, str]:
 
 def _read_unnamed(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     option = recipe.short.get(argument, argument)
-    known = recipe.options().get(option)
-    if known is not None and str(known.annotation) == "bool":
+    if option in recipe.options() and recipe.annotation(option) == "bool":
         return option, True
     if recipe.argument is None:
         raise SpecError(
@@ -333,19 +334,20 @@ def _whole_number(value: str, argument: str, text: str) -> int:
     )
 
 
-def _value(value: str, annotation: str, argument: str, text: str) -> Value:
+def _value(value: str, annotation: str, words: tuple[str, ...], argument: str, text: str) -> Value:
     """Parse a value as the annotation of its option says."""
     constants: dict[str, Value] = {"true": True, "false": False, "none": None}
     if value in constants and (constants[value] is None) == ("None" in annotation):
         return constants[value]
-    if annotation in WORDS:
-        if value in WORDS[annotation]:
+    if words:
+        if value in words:
             return value
         raise SpecError(
-            f"spec {text!r} has argument {argument!r}; the value must be one of: "
-            f"{', '.join(WORDS[annotation])}"
+            f"spec {text!r} has argument {argument!r}; the value must be one of: {', '.join(words)}"
         )
     kind = annotation.split(" ", maxsplit=1)[0]
+    if kind == "str":
+        return value
     if kind == "int":
         return _whole_number(value, argument, text)
     # float() also accepts underscores and other alphabets' digits, which a spec must not have.

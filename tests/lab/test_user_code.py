@@ -5,6 +5,7 @@ import pytest
 
 from normkit.errors import SpecError
 from normkit.lab.user_code import (
+    absolute,
     is_reference,
     load_function,
     name_of,
@@ -92,3 +93,15 @@ def test_a_file_that_was_run_is_found_again_by_others(tmp_path):
     path = write(tmp_path, text)
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
     assert load_function(done.stdout.strip(), "--model")() == 5
+
+
+def test_a_file_of_normkits_is_found_from_anywhere_and_keeps_its_short_name(tmp_path, monkeypatch):
+    text = "normkit/lab/stochastic.py:NoisyGroupNorm"
+    monkeypatch.chdir(tmp_path)
+    assert absolute(text) == text
+    assert load_function(text, "--own-norms").__name__ == "NoisyGroupNorm"
+    own = tmp_path / "normkit" / "lab"
+    own.mkdir(parents=True)
+    (own / "stochastic.py").write_text("class NoisyGroupNorm: mine = True")
+    assert absolute(text) == f"{own.resolve()}/stochastic.py:NoisyGroupNorm"
+    assert load_function(text, "--own-norms").mine

@@ -18,6 +18,7 @@ from normkit.lab.sources import SUFFIX, files_hash, import_names
 from normkit.lab.torchvision_ops import register_missing_operators
 from normkit.text import printable, shortened
 
+PACKAGES = Path(__file__).parents[2]  # the folder that normkit was installed in
 LONGEST_LINE = 160  # characters of an error's last line
 
 
@@ -95,7 +96,14 @@ def absolute(text: str) -> str:
     if not is_reference(text) or text.startswith(PREFIX):
         return text
     path, _, name = text.rpartition(":")
-    return f"{Path(path).expanduser().resolve()}:{name}" if path.endswith(SUFFIX) else text
+    if not path.endswith(SUFFIX) or _is_of_normkit(path):
+        return text
+    return f"{Path(path).expanduser().resolve()}:{name}"
+
+
+def _is_of_normkit(path: str) -> bool:
+    """Whether a path such as ``normkit/lab/stochastic.py`` is one of normkit's, and no other's."""
+    return path.startswith("normkit/") and not Path(path).is_file() and (PACKAGES / path).is_file()
 
 
 def is_reference(text: str) -> bool:
@@ -107,7 +115,7 @@ def is_reference(text: str) -> bool:
 
 
 def parse_reference(text: str, option: str) -> Reference:
-    """Read ``FILE.py:NAME``.
+    """Read ``FILE.py:NAME``; ``normkit/lab/...py`` is a file of normkit's, wherever that is.
 
     Raises:
         SpecError: If the name is missing or there is no such file.
@@ -118,9 +126,10 @@ def parse_reference(text: str, option: str) -> Reference:
             f"{option} was given {printable(text)}; after the file comes a colon and the name of "
             f"a function in it, such as {printable(text)}:make"
         )
-    if not Path(path).is_file():
+    file = PACKAGES / path if _is_of_normkit(path) else Path(path)
+    if not file.is_file():
         raise SpecError(f"{option} was given {printable(text)}, and there is no file {path}")
-    return Reference(Path(path).resolve(), name)
+    return Reference(file.resolve(), name)
 
 
 def load_function(text: str, option: str) -> Callable[..., Any]:

@@ -216,8 +216,8 @@ def test_the_tiny_scale_of_a_table_runs_and_is_judged(name, tmp_path):
     assert len(result.claims) == len(table.claims_at("tiny"))
     assert all(judged.verdict.outcome == "not decided" for judged in result.claims)  # one seed
     for cell in result.cells:
-        (run,) = cell.runs
-        assert run.score is None or 0 <= run.score <= 100
+        assert len(cell.runs) == 1 or cell.part.endswith("shift")  # of running statistics
+        assert all(run.score is None or 0 <= run.score <= 100 for run in cell.runs)
 
 
 @pytest.mark.parametrize("parts", [(), ("a", "b")])
@@ -236,10 +236,29 @@ def test_a_table_shows_several_scores_of_a_run(parts, record):
         table, "paper", [(part, Results(runs, ())) for part in table.parts("paper")]
     )
     assert [cell.part for cell in result.cells] == names
-    assert [cell.scores for cell in result.cells] == [[10, 20], [50, 50]] * (len(names) // 2)
+    assert [cell.scores for cell in result.cells] == [[10, 20], [0.5, 0.5]] * (len(names) // 2)
     assert Quantity(f"mean(BN({names[1]}))", table.cells("paper"))(
         {At("BN", name, 10): float(at) for at, name in enumerate(names)}
     ) == 1  # fmt: skip
+
+
+def test_a_score_that_a_finished_run_does_not_have_is_not_a_diverged_run(record):
+    table = Table.checked({
+        "name": "T", "of": "zhou", "place": "Table", "title": "t", "small": {}, "tiny": {},
+        "arms": {"BN": "bn", "GN": "gn:2", "LN": "ln"}, "scores": ("robust", "clean_shift"),
+        "paper": {"batch_sizes": (10,), "seeds": (1,), "task": "adversarial"},
+    })  # fmt: skip
+    (part,) = table.parts("paper")
+    runs = [
+        record("bn", scores={"robust": 0.5, "clean_shift": 0.0812}),
+        record("gn:2", scores={"robust": 0.4}),
+        record("ln", scores={}, status="diverged", diverged_step=3),
+    ]
+    result = conclude_table(table, "paper", [(part, Results(runs, ()))])
+    assert ours(result)[1:] == [
+        ["BN", "50.00", "0.081"], ["GN", "40.00", MISSING],
+        ["LN", "1 of 1 diverged", "1 of 1 diverged"],
+    ]  # fmt: skip
 
 
 def test_scores_come_from_the_records_seed_by_seed(tmp_path):

@@ -12,6 +12,7 @@ from normkit.lab.reproduce.preset import Preset, Scale
 from normkit.lab.reproduce.run import measured
 from normkit.lab.reproduce.tasks.records import PresetRecord
 from normkit.lab.reproduce.verdict import OUTCOMES, Criterion, Verdict
+from normkit.lab.text import joined
 
 
 class Judged(Frozen):
@@ -195,12 +196,28 @@ def _minutes(runs: Iterable[PresetRecord]) -> float:
 
 
 def _circumstances(result: Result) -> str:
-    differences = "; ".join(result.differences) or "nothing"
     return (
         f"{find_preset(result.preset).title}: {_cited(result)}. {len(result.runs)} runs, "
-        f"{_minutes(result.runs):.1f} minutes of one core. "
-        f"Otherwise than in the paper: {differences}.\n"
+        f"{_minutes(result.runs):.1f} minutes of one core.\n"
     )
+
+
+def differences_markdown(differences: Sequence[str], silent: Sequence[str] = ()) -> list[str]:
+    """What is otherwise than in the paper, as a list that a reader opens.
+
+    Args:
+        differences: Of the settings.
+        silent: Settings that the paper does not state.
+    """
+    number = len(differences)
+    settings = f"{number or 'no'} {'setting' if number == 1 else 'settings'}"
+    return [
+        '<details markdown="1">',
+        f"<summary>Otherwise than in the paper: {settings}</summary>\n",
+        *(f"- {difference}" for difference in differences),
+        *([f"\nThe paper does not state {joined(silent)}."] if silent else []),
+        "\n</details>\n",
+    ]
 
 
 def _section(result: Result, images: str) -> str:
@@ -209,6 +226,7 @@ def _section(result: Result, images: str) -> str:
         [
             f"### {result.preset}\n",
             _circumstances(result),
+            *differences_markdown(result.differences),
             f"![{title}]({images}reproduce-{result.preset}.svg)\n",
             *claims_markdown(result.claims),
         ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from normkit.lab.reproduce.report import claims_markdown
+from normkit.lab.reproduce.report import claims_markdown, differences_markdown
 from normkit.lab.reproduce.tables.figure import head_of
 from normkit.lab.reproduce.tables.result import TableResult
 from normkit.lab.reproduce.tables.table import Number, Numbers, Table
-from normkit.lab.text import MISSING, joined
+from normkit.lab.text import MISSING, duration_text
 
 
 def table_text(result: TableResult) -> str:
@@ -39,16 +39,14 @@ def table_markdown(result: TableResult, images: str = "") -> str:
         result: Of the table.
         images: What stands before the name of the figure's file.
     """
-    differences = "; ".join(result.differences) or "nothing"
-    silent = f" The paper does not state {joined(result.silent)}." if result.silent else ""
     return "\n".join(
         [
             f"### {result.preset}\n",
             (
                 f"{result.title}: {result.paper}, {result.place}. Scale {result.scale}, "
-                f"{result.num_seeds} seeds, {result.duration_s / 60:.0f} minutes of runs. "
-                f"Otherwise than in the paper: {differences}.{silent}\n"
+                f"{result.num_seeds} seeds, {duration_text(result.duration_s)} of runs.\n"
             ),
+            *differences_markdown(result.differences, result.silent),
             f"![{result.title}]({images}reproduce-{result.preset}.svg)\n",
             (
                 f"Ours, {result.measured}: mean ± 95 % interval over seeds; code "

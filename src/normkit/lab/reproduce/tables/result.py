@@ -72,7 +72,7 @@ class Cell(Frozen):
         if not scores:
             return said or MISSING
         mean = statistics.fmean(scores)
-        digits = 2 if abs(mean) >= 10 or not self.reading else 3
+        digits = 3 if abs(mean) < (10 if self.reading else 1) else 2
         text = f"{mean:.{digits}f}"
         if len(scores) > 1:
             text += f" ± {half_width(statistics.stdev(scores), len(scores)):.{digits}f}"
@@ -214,6 +214,7 @@ def cells_of(table: Table, part: Part, results: Results) -> list[Cell]:
                 )
                 for run in runs
                 if (run.spec.norm, run.spec.batch_size) == (part.sweep.norms[at], size)
+                and run.may_have(score)
             ),
         )
         for column, reading, score in found
@@ -229,10 +230,21 @@ class _OneRun(NamedTuple):
     outcome: Outcome | None
     taken: Mapping[str, Taken]
 
+    def may_have(self, score: str | None) -> bool:
+        """Whether a finished run has the score; a shift of statistics needs norms that have some.
+
+        A run that is not finished might have had it.
+        """
+        outcome = self.outcome
+        if score is None or outcome is None or outcome.status != "finished":
+            return True
+        return score in outcome.scores
+
     def number(self, table: Table, part: Part, reading: str, score: str | None) -> float | None:
         """A score, or a reading where one is named, in the units of the table."""
         task = parse_task(part.sweep.protocol.task)
-        how = part.readings[reading] if reading else Reading.parse(PLAIN, task)
+        plain = PLAIN if score is None else f"{PLAIN}: {score}"
+        how = part.readings[reading] if reading else Reading.parse(plain, task)
         if not reading and self.outcome is not None:
             value = _score(table, part, self.outcome, score)
         elif not how.of_network and self.outcome is not None:
