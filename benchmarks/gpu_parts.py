@@ -81,8 +81,8 @@ class Bench:
         return [
             (name, (batch_size, *shape), dtype, layout)
             for dtype, layout in sizes.settings
-            for batch_size in sizes.batch_sizes
             for shape in sizes.shapes
+            for batch_size in sizes.batch_sizes
             for name in peers_of(sizes.groups)
         ]
 

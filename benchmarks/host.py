@@ -150,6 +150,7 @@ def measure(norm, shape, counting, options):
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--norms", default=",".join(NORMS), help="their specs, with commas between")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--inner", type=int, default=50, help="calls in a turn")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "host.json")
@@ -157,12 +158,12 @@ def arguments():
 
 
 def main():
-    """Measure every norm on every shape."""
+    """Measure the norms on every shape."""
     options = arguments()
     torch.set_num_threads(1)
     counting = pretend()
     rows = []
-    for norm in NORMS:
+    for norm in options.norms.split(","):
         for shape in SHAPES:
             rows.append(measure(norm, shape, counting, options))
             print("  ".join(str(value) for value in rows[-1].values()), flush=True)

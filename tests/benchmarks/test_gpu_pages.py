@@ -63,6 +63,21 @@ def test_ratios_are_geometric_means_with_the_slowest_and_bold_where_they_miss(re
     assert lines[0].endswith("| wanted | called |")  # no column for what was not measured
 
 
+@pytest.mark.parametrize(
+    ("norm", "way", "batch_size", "ours_ms", "cell"),
+    [
+        ("batch", "eager", 2, 10.9, "0.92"), ("batch", "eager", 2, 11.1, "**0.90**"),
+        ("batch", "eager", 128, 9.8, "**1.02**"), ("group", "eager", 32, 8.4, "1.19"),
+        ("batch", "compiled", 32, 10.0, "1.00"), ("group", "compiled", 32, 9.5, "**1.05**"),
+    ],
+)  # fmt: skip
+def test_steps_are_bold_where_they_miss_their_target(norm, way, batch_size, ours_ms, cell, report):
+    common = {"norm": norm, "way": way, "batch_size": batch_size}
+    times = {"torch": 10.0, "ours": ours_ms}
+    rows = [{**common, "whose": whose, "step_ms": ms} for whose, ms in times.items()]
+    assert report.steps({"steps": rows}).splitlines()[2].split(" | ")[4] == cell
+
+
 def test_a_step_without_a_counterpart_has_dashes(report):
     step = {"norm": "group", "way": "compiled", "batch_size": 2, "whose": "ours", "step_ms": 3.21}
     assert "| group norm, compiled | 2 | - | 3.2 | - | - | - |" in report.steps({"steps": [step]})

@@ -79,12 +79,15 @@ def test_every_layer_is_timed_called_on_the_host_and_in_a_graph(parts, bench):
 def test_the_most_important_layers_come_first_and_a_batch_of_two_is_reached(parts):
     bench = parts.Bench(device=torch.device("cpu"), sizes=parts.Sizes(), budget=None)
     rows = bench.rows()
-    norms, shapes = 7, len(parts.Sizes().shapes)
-    first, second = rows[: norms * shapes], rows[norms * shapes : 2 * norms * shapes]
-    for some, batch_size in ((first, 32), (second, 2)):
-        assert {(row[1][0], *row[2:]) for row in some} == {
-            (batch_size, "bfloat16", "channels_last")
+    norms, sizes = 7, parts.Sizes()
+    for place, batch_size in enumerate((32, 2)):  # before any other shape
+        some = rows[place * norms : (place + 1) * norms]
+        assert {row[1:] for row in some} == {
+            ((batch_size, *sizes.shapes[0]), "bfloat16", "channels_last")
         }
+    assert {row[2:] for row in rows[: 2 * norms * len(sizes.shapes)]} == {
+        ("bfloat16", "channels_last")
+    }
     assert len({name for name, *_ in rows[:norms]}) == norms
 
 

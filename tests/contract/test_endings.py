@@ -423,7 +423,7 @@ def test_transforms_look_through_it(name):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript")  # as in test_transforms
 @pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hardswish", "tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_it_exports(activation, tmp_path):
     import onnxruntime  # slow
 
@@ -449,11 +449,19 @@ def test_fx_records_one_node():
     assert list(call.kwargs) == ["residual"]
 
 
-def test_autocast_keeps_the_dtype_of_its_input():
-    layer = nk.BatchNorm(6, activation="relu")
-    x, residual = (randn(4, 6, 5, 3, seed=s, dtype=torch.bfloat16) for s in (0, 1))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_autocast_changes_nothing(case, dtype):
+    """The result has the dtype of the input, and is computed as without autocast."""
+    layer, other = (case.make(activation="relu") for _ in range(2))
+    inputs = [randn(4, 6, 5, 3, seed=s, dtype=dtype).requires_grad_() for s in (0, 1)]
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x, residual=residual).dtype == torch.bfloat16
+        y = layer(inputs[0], residual=inputs[1])
+    expected = other(inputs[0], residual=inputs[1])
+    assert y.dtype == dtype
+    assert_close(y, expected)
+    found, wanted = (torch.autograd.grad(out.float().sum(), inputs) for out in (y, expected))
+    assert_close(found, wanted)
 
 
 def test_frozen_statistics_stay():

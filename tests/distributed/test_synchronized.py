@@ -16,6 +16,7 @@ from distributed.worker import (
     make,
     mask_of,
     rows,
+    through_an_ending,
     train,
     whole,
 )
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.timeout(600),  # they compute everything before the first test
 ]
 JOBS = {
-    2: ("equality", "masked", "checkpointed", "wrapped", "compiled", "refused"),
+    2: ("equality", "masked", "ended", "checkpointed", "wrapped", "compiled", "refused"),
     4: ("equality",),
 }
 TOLERANCE = {
@@ -85,6 +86,14 @@ def test_parts_with_fewer_positions_are_the_whole_with_a_mask(case, way, found):
     call = partial(layer, mask=mask_of(sizes))
     expected = _through(layer, call, *whole(case, sizes, torch.float64))
     parts = [each["masked"][case.name, way] for each in found[2]]
+    assert_parts_make(parts, expected, sizes, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_parts_that_go_on_to_a_sum_and_an_activation_make_the_whole(case, found):
+    sizes, layer = SIZES[2][0], make(case, torch.float64, None)
+    expected = through_an_ending(layer, *whole(case, sizes, torch.float64))
+    parts = [each["ended"][case.name] for each in found[2]]
     assert_parts_make(parts, expected, sizes, TOLERANCE[torch.float64])
 
 

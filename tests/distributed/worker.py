@@ -96,6 +96,23 @@ def masked(rank, size):
     return found
 
 
+def ended(rank, size):
+    """The layer with a residual and an activation after it."""
+    found = {}
+    sizes = SIZES[size][0]
+    for case in MAIN:
+        mine = part(sizes, rank)
+        x, weights = (t[mine] for t in whole(case, sizes, torch.float64))
+        found[case.name] = through_an_ending(make(case, torch.float64), x, weights)
+    return found
+
+
+def through_an_ending(layer, x, weights):
+    """As ``_through``, with the weights as the residual too."""
+    layer.activation = "silu"
+    return _through(layer, partial(layer, residual=weights), x, weights)
+
+
 def checkpointed(rank, size):
     """The layer inside of a checkpoint, in both modes; and twice before one backward."""
     found = {}
@@ -173,7 +190,7 @@ def refused(rank, size):
     return found
 
 
-JOBS = {f.__name__: f for f in (equality, masked, checkpointed, wrapped, compiled, refused)}
+JOBS = {f.__name__: f for f in (equality, masked, ended, checkpointed, wrapped, compiled, refused)}
 
 
 if __name__ == "__main__":

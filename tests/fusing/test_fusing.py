@@ -14,8 +14,6 @@ import normkit as nk
 from convert.networks import WITH_BATCH_NORM, build, images
 from normkit.errors import ConversionError
 
-CONVERTED = {"BatchNorm2d", "BatchNormAct2d"}
-
 
 class Block(nn.Module):
     """A residual block with one activation module in several places."""
@@ -50,11 +48,14 @@ def batch(seed=0):
 
 
 def state_of(model):
-    """Every module with its class and its children, and where everything is."""
+    """Every module with its class, mode, children and activation, and where everything is."""
     return {
-        name: (id(m), type(m), list(m._modules), {k: id(v) for k, v in m._parameters.items()})
+        name: (
+            id(m), type(m), m.training, list(m._modules), getattr(m, "activation", None),
+            {k: id(v) for k, v in (*m._parameters.items(), *m._buffers.items())},
+        )
         for name, m in model.named_modules()
-    }
+    }  # fmt: skip
 
 
 def step(model, x):
@@ -83,16 +84,21 @@ def fused_as(model, x, **expected):
     done = nk.fuse_activations_(model, x)
     assert {f.name: (f.activation, f.residual, f.how) for f in done.fused} == expected
     assert list(model.state_dict()) == keys
+    fused = state_of(model)
     again = nk.fuse_activations_(model, x)
     assert not again.fused
+    assert again.revert() is model
+    assert state_of(model) == fused
     require_alike(step(plain, x), step(model, x))
     require_alike([plain.eval()(x)], [model.eval()(x)])
     copied = pickle.loads(pickle.dumps(copy.deepcopy(done.model))) if is_known(model) else model
     require_alike([plain(x)], [copied.eval()(x)])
     assert done.revert() is model
+    model.train()
     assert state_of(model) == before
     done.revert()
     assert state_of(model) == before
+    require_alike(step(plain, x), step(model, x))
     return done
 
 
@@ -213,7 +219,31 @@ def a_number(self, x):
     return (self.norm(self.conv(x)) + 1).relu()
 
 
+def seen_in_training(self, x):
+    y = self.norm(self.conv(x))
+    return self.act(y) + y.mean() if self.training else self.act(y)
+
+
+def activated_twice_in_training(self, x):
+    z = self.act(self.norm(self.conv(x)))
+    return z + self.act(self.conv(x)) if self.training else z
+
+
+def with_a_shortcut_out(self, x, raw=False):
+    y = self.norm(self.conv(x))
+    return y if raw else self.act(y)
+
+
+def by_the_type(self, x):
+    y = self.norm(self.conv(x))
+    return y if isinstance(x, torch.Tensor) else self.act(y)
+
+
 REFUSED = {
+    seen_in_training: "differs between training and evaluation",
+    activated_twice_in_training: "differs between training and evaluation",
+    with_a_shortcut_out: "optional arguments",
+    by_the_type: "depends on the types of its inputs",
     used_twice: "used in 2 places",
     in_training: "differs between training and evaluation",
     with_option: "optional arguments",
@@ -229,9 +259,18 @@ REFUSED = {
 }
 
 
+def dropped_behind(self, x):
+    return F.dropout(self.act(self.norm(self.conv(x))), 0.5, self.training)
+
+
+def test_a_difference_in_training_behind_the_activation_does_no_harm():
+    model = Written(dropped_behind, act=nn.ReLU())
+    fused_as(model, batch(), norm=("relu", False, "nn.Identity"))
+
+
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
 def test_what_cannot_be_put_together_stays_with_the_reason(forward):
-    model = Written(forward, drop=nn.Dropout(0.5)).double()
+    model = Written(forward, drop=nn.Dropout(0.5), act=nn.ReLU()).double()
     before = state_of(model)
     done = nk.fuse_activations_(model, batch())
     assert done.fused == ()
@@ -239,6 +278,87 @@ def test_what_cannot_be_put_together_stays_with_the_reason(forward):
     assert len(done.left) == 1
     assert re.search(REFUSED[forward], done.left[0].why)
     assert done.left[0].why in str(done)
+
+
+class Mixed(nn.Module):
+    """A sum of two maps of one shape, and one of two maps that torch broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.pool, self.act = nn.AdaptiveAvgPool2d(1), nn.ReLU()
+
+    def forward(self, x):
+        y = self.act(self.bn1(self.conv1(x)) + x)
+        return self.act(self.bn2(self.conv2(y)) + self.pool(y))
+
+
+def test_a_sum_that_broadcasts_is_seen_on_the_example():
+    done = fused_as(Mixed(), batch(), bn1=("relu", True, "rewritten"))
+    (left,) = done.left
+    assert left.name == "bn2"
+    assert left.why == (
+        "a map of (3, 4, 1, 1) in torch.float64 is added to its result of (3, 4, 6, 5) in "
+        "torch.float64"
+    )
+
+
+def test_a_sum_of_two_dtypes_is_seen_on_an_example_under_autocast():
+    """The shortcut of the first block is the image, which autocast leaves in float32."""
+    model = nn.Sequential(Block(), Block())
+    x = batch().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        done = nk.fuse_activations_(model, x)
+        y = model(x)
+    assert [f.name for f in done.fused if f.residual] == []
+    assert len(done.fused) == 2
+    assert {(left.name, "in torch.float32 is added" in left.why) for left in done.left} == {
+        ("0.bn2", True), ("1.bn2", True),
+    }  # fmt: skip
+    assert y.isfinite().all()
+
+
+def test_outputs_of_16_bits_may_differ_by_roundings():
+    model = nn.Sequential(Block(), Block(), Block()).bfloat16()
+    done = nk.fuse_activations_(model, batch().bfloat16())
+    assert len(done.fused) == 6
+
+
+def test_norms_of_timm_with_an_activation_go_on_or_say_why_not():
+    layers = pytest.importorskip("timm.layers")
+    made = {
+        "batch": layers.BatchNormAct2d(4, act_layer=nn.SiLU),
+        "group": layers.GroupNormAct(4, num_groups=2, act_layer=nn.ReLU),
+        "synchronized": layers.convert_sync_batchnorm(layers.BatchNormAct2d(4, act_layer=nn.Tanh)),
+        "unknown": layers.BatchNormAct2d(4, act_layer=nn.Softplus, act_kwargs={}),
+        "dropped": layers.BatchNormAct2d(4, drop_layer=nn.Dropout2d),
+        "none": layers.BatchNormAct2d(4, apply_act=False),
+        "watched": layers.BatchNormAct2d(4),
+    }
+    made["watched"].act.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(made).double()
+    before, plain = state_of(model), copy.deepcopy(model)
+    keys = list(model.state_dict())
+    done = nk.fuse_activations_(model)
+    assert {f.name: f.activation for f in done.fused} == {
+        "batch": "silu", "group": "relu", "synchronized": "tanh",
+    }  # fmt: skip
+    assert {left.name: left.why for left in done.left} == {
+        "unknown": "its activation is Softplus, which no norm applies",
+        "dropped": "Dropout2d comes between it and the activation",
+        "none": "no activation follows where it is called",
+        "watched": "its activation has forward or backward hooks",
+    }
+    assert list(model.state_dict()) == keys
+    assert not nk.fuse_activations_(model).fused
+    for name in ("batch", "group"):
+        x = batch().requires_grad_()
+        found = [(y, *torch.autograd.grad(y.pow(3).sum(), (x, *m[name].parameters())))
+                 for m in (model, plain) for y in (m[name](x),)]  # fmt: skip
+        require_alike(*found)
+    done.revert()
+    assert state_of(model) == before
 
 
 def test_hooks_are_not_deprived_of_what_they_look_at():
@@ -318,3 +438,4 @@ def test_real_networks_train_as_before_and_come_back(name):
     require_alike(step(plain, x), step(model, x), 1e-5)
     done.revert()
     assert state_of(model) == before
+    require_alike(step(plain, x), step(model, x), 1e-5)

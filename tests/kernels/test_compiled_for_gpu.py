@@ -1,6 +1,7 @@
 """What ``torch.compile`` makes of a layer on a GPU, without one: graphs, and what they compute."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -192,3 +193,18 @@ def test_what_is_compiled_for_the_cpu_keeps_its_operators():
     steps(graphs.compile(nk.BatchNorm(6)), randn(*SHAPE).float())
     assert operators(graphs.backward[0])[0] == "normkit.pooled_backward.default"
     assert "normkit.pooled_forward.default" in str(graphs.forward[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("bn", ""), ("gn:3", ""), ("pn", "positional_"), ("bcn:3", "composite_")]
+)
+def test_what_ends_with_a_sum_and_an_activation_is_one_operator_on_the_cpu(name, kind):
+    layer = nk.build(f"{name}:activation=silu", 6)
+    x, residual = (randn(*SHAPE, seed=s).float().requires_grad_() for s in (0, 1))
+    graphs = Graphs()
+    y = graphs.compile(lambda x, residual: layer(x, residual=residual))(x, residual)
+    torch.autograd.grad(y.sum(), (x, residual))
+    (forward,), (backward,) = graphs.forward, graphs.backward
+    inside = re.findall(r"normkit\.\w+\.default", str(forward))  # some of an operator of torch
+    assert inside == [f"normkit.ended_{kind}forward.default"]
+    assert ours(backward) == [f"normkit.ended_{kind}backward.default"]

@@ -62,6 +62,12 @@ class Plan:
     left: dict[str, str] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
 
+    def leave(self, name: str, why: str) -> None:
+        """Leave alone a norm that was to be fused."""
+        self.steps = [step for step in self.steps if step.name != name]
+        self.left[name] = why
+        self.twins.pop(name, None)
+
 
 def plan(model: nn.Module) -> Plan:
     """Trace every module's own forward, and find what can be fused."""
@@ -100,7 +106,7 @@ def _holds_norm(module: nn.Module) -> bool:
 
 def _calls(owns: list[Own]) -> Counter[int]:
     """How often all forwards together call each module."""
-    return Counter(id(own.child(node)) for own in owns for node in own.calls())
+    return sum((own.times_called() for own in owns), Counter[int]())
 
 
 def _consider(
@@ -158,7 +164,7 @@ def _twin(found: Plan, name: str, norm: nn.Module) -> str:
 def _settle(found: Plan, own: Own) -> None:
     """Rewrite a forward for all of its norms, or leave the norms alone that need a new forward."""
     mine = [step for step in found.steps if step.own is own]
-    if all(step.place is not None for step in mine):
+    if all(step.place and own.always_leads(step.target, step.place) for step in mine):
         return
     for step in mine:
         index = found.steps.index(step)
@@ -166,7 +172,7 @@ def _settle(found: Plan, own: Own) -> None:
             found.steps[index] = Step(
                 step.name, step.activation, step.residual, own, None, step.target
             )
-        elif step.place is None:
+        elif not (step.place and own.always_leads(step.target, step.place)):
             found.steps.remove(step)
             found.left[step.name] = own.why_not
 

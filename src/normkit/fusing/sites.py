@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -49,14 +50,18 @@ class Own:
     Args:
         name: The module's name in the model.
         module: The module.
-        graph: The traced forward; None if it cannot be traced.
+        graph: The forward traced in evaluation mode; None if it cannot be traced.
         why_not: Why the forward cannot be traced or rewritten; empty if both are possible.
+        in_training: The forward traced in training mode.
+        is_certain: Whether every call does what was traced in its mode.
     """
 
     name: str
     module: nn.Module
     graph: fx.Graph | None
     why_not: str
+    in_training: fx.Graph | None = None
+    is_certain: bool = True
 
     def child(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
@@ -66,6 +71,21 @@ class Own:
         """The nodes that call modules."""
         nodes = [] if self.graph is None else self.graph.nodes
         return (node for node in nodes if node.op == "call_module")
+
+    def times_called(self) -> Counter[int]:
+        """How often the forward calls each module, in the mode in which that is more often."""
+        both = (self, replace(self, graph=self.in_training))
+        first, second = (Counter(id(own.child(node)) for node in own.calls()) for own in both)
+        return first | second
+
+    def always_leads(self, norm: str, place: str) -> bool:
+        """Whether in both modes the norm's result goes to this activation, and nowhere else."""
+        if not self.is_certain:
+            return False
+        found = sites(replace(self, graph=self.in_training))
+        wanted = norm, place, None
+        ends = [(s.norm.target, s.end.target, s.residual) for s in found if isinstance(s, Site)]
+        return wanted in ends
 
 
 def follow(name: str, module: nn.Module) -> Own | None:
@@ -77,8 +97,10 @@ def follow(name: str, module: nn.Module) -> Own | None:
     except Exception as error:  # noqa: BLE001 - the module's own code runs on proxies
         return Own(name, module, None, f"torch.fx cannot trace its forward: {shortened(error)}")
     texts = [graph.python_code("self").src for graph in graphs]
-    is_one = texts[0] == texts[1]
-    return Own(name, module, graphs[0], _why_not(module, is_one) or _why_aliased(module, graphs[0]))
+    uncertain = _why_uncertain(module)
+    differs = "its forward differs between training and evaluation" if texts[0] != texts[1] else ""
+    why_not = uncertain or differs or _why_not(module) or _why_aliased(module, graphs[0])
+    return Own(name, module, graphs[0], why_not, graphs[1], not uncertain)
 
 
 def _graph(module: nn.Module, training: bool) -> fx.Graph:
@@ -86,25 +108,27 @@ def _graph(module: nn.Module, training: bool) -> fx.Graph:
         return fx_graph(WholeChildren(), module)
 
 
-def _why_not(module: nn.Module, is_one: bool) -> str:
-    """Why a module's forward cannot be rewritten; empty if it can."""
+def _why_uncertain(module: nn.Module) -> str:
+    """Why a call may do something else than what was traced; empty if it cannot."""
     kind = type(module)
-    if not is_one:
-        return "its forward differs between training and evaluation"
-    if "forward" in vars(module):
-        return "its forward is an attribute of the module, not a method of its class"
     given = list(inspect.signature(kind.forward).parameters.values())[1:]
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.kind is not plain or p.default is not p.empty for p in given):
         return "its forward has optional arguments"
-    methods = methods_of(kind).keys() - {"forward"}
-    called = {path[0] for path in read_by_forward(kind) if path} & methods
-    if called:
-        return f"its forward calls its own {', '.join(sorted(called))}()"
-    code = methods_of(kind)["forward"]
-    if {"isinstance", "type", "hasattr"} & set(code.co_names):
+    code = methods_of(kind).get("forward")
+    if code is not None and {"isinstance", "type", "hasattr"} & set(code.co_names):
         return "its forward depends on the types of its inputs"
     return ""
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a module's forward cannot be rewritten; empty if it can."""
+    kind = type(module)
+    if "forward" in vars(module):
+        return "its forward is an attribute of the module, not a method of its class"
+    methods = methods_of(kind).keys() - {"forward"}
+    called = {path[0] for path in read_by_forward(kind) if path} & methods
+    return f"its forward calls its own {', '.join(sorted(called))}()" if called else ""
 
 
 def _why_aliased(module: nn.Module, graph: fx.Graph) -> str:

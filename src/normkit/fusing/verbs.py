@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from normkit.passes import all_or_nothing, attempt, call_with, copied, require_u
 from normkit.text import module_name, table_lines
 
 TOLERANCE = 1e-3  # largest difference of outputs, relative to their largest value
+ROUNDINGS = 16  # of an output's dtype, that may explain a difference if it has 16 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +74,28 @@ class Fusion:
     def revert(self) -> nn.Module:
         """Restore the modules, classes and norms from before, and return the model.
 
-        Parameters and buffers keep their present values. A second call changes nothing.
+        Parameters and running statistics keep their present values. A second call changes nothing.
         """
         converted = [] if self._conversion is None else [self._conversion]
         return attempt(self._revert, self, self.model, *converted)
 
     def _revert(self) -> nn.Module:
+        statistics = self._statistics() if self._undo else {}
         for what, owner, key, value in reversed(self._undo):
             _put(what, owner, key, value)
         self._undo = []
         if self._conversion is not None:
             self._conversion.revert()
+        for name, present in statistics.items():
+            for key, buffer in self.model.get_submodule(name).named_buffers():
+                buffer.copy_(present[key])
         return self.model
+
+    def _statistics(self) -> dict[str, dict[str, Tensor]]:
+        """Buffers of the layers that replaced norms: a conversion's ``revert`` loses them."""
+        modules = dict(self.model.named_modules())
+        names = [each.name for each in self.fused if each.converted and each.name in modules]
+        return {name: dict(modules[name].named_buffers()) for name in names}
 
     def __repr__(self) -> str:
         return f"<Fusion: {self._summary()}>"
@@ -127,7 +139,9 @@ def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:
         model: Any model.
         example_input: The model's only argument, a tuple of arguments, or a dict of named ones. The
             model is called with it before and after, in evaluation mode, and the outputs must
-            agree to a thousandth of the largest.
+            agree to a thousandth of the largest (if they have 16 bits, to 16 roundings). Norms
+            whose result is added to a map of another shape or dtype are left alone; without an
+            example they are fused, and refuse such a map when the model is called.
 
     Returns:
         The norms that were fused, and the others with the reasons; ``.revert()`` undoes it.
@@ -147,12 +161,26 @@ def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:
     """
     require_unwrapped(model, "fuse the activations of")
     planned = plan(model)
-    before = None if example_input is None else _outputs(model, example_input)
+    if example_input is None:
+        return _fused(model, planned)
+    before = _outputs(model, example_input)
+    while True:
+        done = _fused(model, planned)
+        try:
+            with _watched(model, planned):
+                after = _outputs(model, example_input)
+        except _UnlikeSum as found:
+            done._revert()
+            planned.leave(*found.args)
+        else:
+            _require_same(before, after)
+            return done
+
+
+def _fused(model: nn.Module, planned: Plan) -> Fusion:
     kinds = {name: type(model.get_submodule(name)).__name__ for name in planned.twins}
     conversion = convert_norm_(model, dict(planned.twins)) if planned.twins else None
     undo = list(_carry_out(model, planned))
-    if before is not None:
-        _require_same(before, _outputs(model, example_input))
     return Fusion(
         model=model,
         fused=tuple(_said(step, kinds) for step in planned.steps),
@@ -160,6 +188,38 @@ def fuse_activations_(model: nn.Module, example_input: Any = None) -> Fusion:
         _undo=undo,
         _conversion=conversion,
     )
+
+
+class _UnlikeSum(Exception):  # noqa: N818 - it says what was found, and is caught
+    """A sum of two unlike maps, which a norm cannot take: the norm's name, and the reason."""
+
+
+@contextmanager
+def _watched(model: nn.Module, planned: Plan) -> Iterator[None]:
+    """Inside, a norm that is given a residual unlike its input raises ``_UnlikeSum``."""
+
+    def watch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, residual = args[0], kwargs["residual"]
+        if not isinstance(residual, Tensor):
+            raise _UnlikeSum(name, f"a {type(residual).__name__} is added to its result")
+        ours, theirs = ((t.shape, t.dtype, t.device) for t in (x, residual))
+        if ours != theirs:
+            said = f"{tuple(residual.shape)} in {residual.dtype}"
+            own = f"{tuple(x.shape)} in {x.dtype}"
+            raise _UnlikeSum(name, f"a map of {said} is added to its result of {own}")
+
+    handles = [
+        model.get_submodule(step.name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=step.name: watch(name, args, kwargs), with_kwargs=True
+        )
+        for step in planned.steps
+        if step.residual
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _said(step: Step, kinds: dict[str, str]) -> Fused:
@@ -220,16 +280,18 @@ def _require_same(before: Iterable[Tensor], after: Iterable[Tensor]) -> None:
     """Refuse fusing if it changes the outputs.
 
     Raises:
-        ConversionError: If outputs differ by more than ``TOLERANCE``.
+        ConversionError: If outputs differ by more than ``TOLERANCE``, or ``ROUNDINGS``.
     """
     for old, new in zip(before, after, strict=True):
         finite = old.isfinite()
         distance = (old.double() - new.double())[finite].abs()
         far = distance.max().item() if distance.numel() else 0.0
         largest = max(1.0, old[finite].double().abs().max().item()) if distance.numel() else 1.0
-        if not far <= TOLERANCE * largest or not torch.equal(finite, new.isfinite()):
+        dtypes = [t.dtype for t in (old, new) if t.is_floating_point()]
+        allowed = max(TOLERANCE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes), 0.0)
+        if not far <= allowed * largest or not torch.equal(finite, new.isfinite()):
             raise ConversionError(
                 f"with fused activations the outputs on the example input differ by {far:.2g}, and "
-                f"the largest is {largest:.2g}; a difference of {TOLERANCE:g} of that is allowed, "
+                f"the largest is {largest:.2g}; a difference of {allowed:.2g} of that is allowed, "
                 f"so the model was left as it was"
             )

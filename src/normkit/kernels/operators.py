@@ -16,7 +16,7 @@ also take ``factors``, scale and center of every channel of every example, to co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -106,14 +106,20 @@ def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
         devices = {a.device for a in arguments if isinstance(a, Tensor)}
         if len(devices) > 1:
-            raise RuntimeError(
-                f"all tensors of a call are on one device; these are on "
-                f"{', '.join(sorted(map(str, devices)))}; move the layer or the input with "
-                f".to(device) (a layer on meta needs .to_empty and reset_parameters)"
-            )
+            raise several_devices(arguments)
         return fake(*arguments)
 
     return checked
+
+
+def several_devices(arguments: Iterable[object]) -> RuntimeError:
+    """The error for a call whose tensors are on several devices."""
+    devices = {a.device for a in arguments if isinstance(a, Tensor)}
+    return RuntimeError(
+        f"all tensors of a call are on one device; these are on "
+        f"{', '.join(sorted(map(str, devices)))}; move the layer or the input with "
+        f".to(device) (a layer on meta needs .to_empty and reset_parameters)"
+    )
 
 
 def is_dense(x: Tensor) -> bool:

@@ -24,6 +24,7 @@ from normkit.kernels.activations import Activation, Kind
 from normkit.kernels.triton import composite, operators, plan, primitives
 
 HOPPER = 90
+CAPABILITIES = (80, HOPPER)
 STEPS = [  # dtype, layout, shape, groups, examples a group, statistics of channels
     (torch.bfloat16, torch.channels_last, (8, 64, 56, 56), 64, 0, False),
     (torch.float32, torch.contiguous_format, (8, 64, 56, 56), 1, 0, True),
@@ -37,7 +38,13 @@ KERNELS = {
 }  # fmt: skip
 
 
-def test_every_kernel_of_the_layers_compiles():
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    monkeypatch.setattr(plan, "_PLANS", {})
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_of_the_layers_compiles(capability):
     found = []
     for dtype, layout, shape, num_groups, examples, by_channel in STEPS:
         x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
@@ -47,7 +54,7 @@ def test_every_kernel_of_the_layers_compiles():
         running = calls.Running(torch.zeros(size), torch.ones(size), torch.tensor(0), 0.1)
         pooling = calls.Pooling(num_groups, examples, 1e-5, by_channel)
         follower = running if examples == 0 else None
-        with compiled_for(HOPPER) as kernels:
+        with compiled_for(capability) as kernels:
             y, _ = nodes.normalize_pooled(operators, x, weight, bias, pooling, follower)
             y.backward(torch.zeros_like(y))
         found += kernels
@@ -77,20 +84,20 @@ def ended_kernels(step, kind, added, capability):
     return {name for name, _ in found}
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
-def test_every_kernel_that_goes_on_to_an_activation_compiles(added, monkeypatch):
-    monkeypatch.setattr(plan, "_PLANS", {})
+def test_every_kernel_that_goes_on_to_an_activation_compiles(added, capability):
     kinds = (Kind.RELU, Kind.GELU, Kind.SILU, Kind.TANH)
     found = [
-        ended_kernels(step, kind, added, HOPPER) for step, kind in zip(STEPS, kinds, strict=True)
+        ended_kernels(step, kind, added, capability)
+        for step, kind in zip(STEPS, kinds, strict=True)
     ]
     assert set().union(*found) == {*KERNELS, "apply_kernel"}
 
 
-@pytest.mark.parametrize("capability", [80, HOPPER])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kind", list(Kind)[1:], ids=lambda kind: kind.name)
-def test_every_activation_compiles(kind, capability, monkeypatch):
-    monkeypatch.setattr(plan, "_PLANS", {})
+def test_every_activation_compiles(kind, capability):
     assert len(ended_kernels(STEPS[2], kind, True, capability)) > 2
 
 
@@ -105,13 +112,13 @@ COMPOSITES = {  # what is computed, and how many values each parameter has
 }
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("is_wide", [False, True], ids=["one launch", "wide groups"])
 @pytest.mark.parametrize("name", COMPOSITES)
-def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
+def test_every_kernel_of_the_composites_compiles(name, is_wide, capability, monkeypatch):
     if is_wide:
         monkeypatch.setattr(composite, "COLUMNS", 4)
         monkeypatch.setattr(composite, "MOST_CELLS", 16)
-    monkeypatch.setattr(plan, "_PLANS", {})
     formula, sizes = COMPOSITES[name]
     x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     sources = ("own", "given", "mixed", "example", "estimates") if name == "halves" else (
@@ -124,7 +131,7 @@ def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
         moments = torch.zeros(64), torch.ones(64)  # as many as there are channels, or more
         moved = (*moments, torch.tensor(0)) if source in {"own", "estimates"} else (None,) * 3
         buffers = calls.Buffers(*(moments if moved[0] is None else (None, None)), *moved)
-        with compiled_for(HOPPER) as kernels:
+        with compiled_for(capability) as kernels:
             y, _ = nodes.normalize_composite(
                 operators, x, tuple(slots), (programs, 0.1), buffers, None
             )
@@ -140,10 +147,10 @@ def test_every_kernel_of_the_composites_compiles(name, is_wide, monkeypatch):
     assert all(kernel.asm["cubin"] for _, kernel in found)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("added", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("kind", [Kind.RELU, Kind.GELU], ids=lambda kind: kind.name)
-def test_composites_and_positions_that_go_on_to_an_activation_compile(kind, added, monkeypatch):
-    monkeypatch.setattr(plan, "_PLANS", {})
+def test_composites_and_positions_that_go_on_to_an_activation_compile(kind, added, capability):
     formula, sizes = COMPOSITES["batch then group"]
     x = torch.zeros(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     residual = torch.zeros_like(x).requires_grad_() if added else None
@@ -151,7 +158,7 @@ def test_composites_and_positions_that_go_on_to_an_activation_compile(kind, adde
     options = programs_of(formula, 64, sizes, "own"), 0.1
     activation = Activation(kind, 0.1)
     ending = ended_nodes.Ended(activation, (), (1e-5,), of_positions=True)
-    with compiled_for(HOPPER) as found:
+    with compiled_for(capability) as found:
         y, _ = ended_nodes.normalize_ended_composite(
             operators, x, residual, slots, activation, options, calls.Buffers(), None
         )
@@ -165,9 +172,10 @@ def test_composites_and_positions_that_go_on_to_an_activation_compile(kind, adde
     }  # fmt: skip
 
 
-def test_the_primitives_and_the_kernels_of_positions_compile():
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_primitives_and_the_kernels_of_positions_compile(capability):
     x, table = torch.zeros(2, 6, 8, 8, dtype=torch.bfloat16), torch.zeros(2, 6)
-    with compiled_for(HOPPER) as found:
+    with compiled_for(capability) as found:
         primitives.apply(x, table.double(), table, table[:1], 64)
         primitives.reduce_grad(x[:1].expand(x.shape), x, table.double(), 64)
         primitives.combine_grad(x, x, table, (table, table, table), 64)

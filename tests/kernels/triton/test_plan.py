@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed, so there are no T
 from kernels.triton.without_gpu import started_on
 from normkit.core.composite import Composite, batch_then_group
 from normkit.core.trace import programs_of
-from normkit.kernels.triton import composite, operators, plan
+from normkit.kernels.triton import composite, operators, plan, pooled
 
 HOPPER = 90
 
@@ -81,6 +81,42 @@ def test_what_triton_has_compiled_is_started_with_the_same_numbers(shape, starte
             assert isinstance(first, torch.Tensor) or first == second
 
 
+def test_threads_that_start_a_plan_for_the_first_time_at_once_do_not_disturb_each_other(started):
+    x = map_of((4, 8, 5, 5))
+    found = []
+    for is_first in (True, True, False):
+        for one in next(iter(plan._PLANS.values()))._launches if plan._PLANS and is_first else ():
+            one.start = None  # as another thread sees it while the first one compiles
+        started.clear()
+        forward(x)
+        ((_, _, arguments),) = started
+        found.append([a for a in arguments if isinstance(a, int | float) and not a > 2**16])
+    assert found[0] == found[1]
+    assert found[2][-len(found[0]) :] == found[0]
+
+
+def test_maps_of_changing_size_need_few_kernels():
+    """Of 840 kinds of call: constants are mostly powers of two, so that compilation ends."""
+    found = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for size in product(range(3, 60, 4), range(5, 40, 5), (2, 24)):
+            height, width, batch_size = size
+            x = torch.empty(batch_size, 64, height, width, device="meta")
+            x = x.contiguous(memory_format=layout)
+            for num_groups, examples in ((64, 0), (8, 1)):
+                options = num_groups, examples, 1e-5, False
+                made = plan.Plan(pooled.forward, (x, *(None,) * 6), options)
+                for one in made._launches:
+                    constants = tuple(one.constants.items())
+                    found.setdefault(one.kernel.__name__, set()).add((one.num_warps, constants))
+    assert found.keys() == {
+        "tile_forward_kernel",
+        "measure_groups_kernel",
+        "normalize_groups_kernel",
+    }
+    assert max(map(len, found.values())) < 100
+
+
 def test_a_map_at_another_address_modulo_16_has_its_own_plan(started):
     shape = (64, 8, 64, 64)
     forward(map_of(shape))
@@ -90,6 +126,22 @@ def test_a_map_at_another_address_modulo_16_has_its_own_plan(started):
     assert len(plan._PLANS) == 2
     aligned, unaligned = (p._launches[0].start.func for p in plan._PLANS.values())
     assert aligned != unaligned  # of two compiled kernels
+
+
+def test_a_tensor_on_another_device_never_reaches_a_kernel(started):
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    x, weight = map_of((4, 8, 5, 5)), torch.ones(8)
+    elsewhere = weight.as_subclass(Elsewhere)
+    options = 8, 0, 1e-5, False
+    operators.pooled_forward(x, weight, weight, *options)  # there is a plan for such shapes
+    started.clear()
+    for tensors in ((x, elsewhere, weight), (x, weight, elsewhere)):
+        with pytest.raises(RuntimeError, match=r"on one device; these are on .*move the layer"):
+            operators.pooled_forward(*tensors, *options)
+    assert not started
 
 
 def test_plans_are_bounded(started, monkeypatch):

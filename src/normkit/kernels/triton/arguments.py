@@ -1,9 +1,9 @@
-"""What kernels are given: memory, and float64 numbers in two parts."""
+"""What kernels are given: memory, float64 numbers in two parts, and buffers that they change."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -30,3 +30,10 @@ def halves(value: float) -> tuple[float, float]:
     """A number as the sum of two float32 numbers, because kernels take no float64 arguments."""
     high = ctypes.c_float(value).value
     return high, value - high
+
+
+def count_change(buffers: Iterable[Tensor | None]) -> None:
+    """Tell autograd that kernels have changed these buffers, because it cannot see that."""
+    moved = [buffer for buffer in buffers if buffer is not None]
+    if moved:
+        torch.autograd.graph.increment_version(moved)

@@ -19,6 +19,7 @@ from normkit.kernels.program import Program, parsed
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.shapes import shapes_of, width_of
 from normkit.kernels.triton import generated, passes
+from normkit.kernels.triton.arguments import count_change
 from normkit.kernels.triton.geometry import (
     Grouping,
     Layout,
@@ -28,7 +29,7 @@ from normkit.kernels.triton.geometry import (
     result_like,
 )
 from normkit.kernels.triton.passes import NOTHING, Ending, Table, Through
-from normkit.kernels.triton.plan import RATE, Part, count_change, in_one_piece, launch, planned
+from normkit.kernels.triton.plan import RATE, Part, in_one_piece, launch, planned
 
 MOST_CHANNELS = 4096  # of a group that one program can hold
 MOST_CELLS = 16384  # of the part of a table that one program reads in several turns

@@ -15,7 +15,8 @@ from normkit.kernels.operators import NAMESPACE, SCHEMAS, define
 from normkit.kernels.reference import table_dtype
 from normkit.kernels.triton import composite as composites
 from normkit.kernels.triton import pooled, pooled_gradients, positional, primitives
-from normkit.kernels.triton.plan import INTERPRETED, count_change, planned
+from normkit.kernels.triton.arguments import count_change
+from normkit.kernels.triton.plan import INTERPRETED, planned
 from normkit.kernels.triton.pooled_gradients import Four, Three
 
 MOST_CHANNELS_OF_A_POSITION = positional.MOST_CHANNELS

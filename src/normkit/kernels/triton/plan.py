@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normkit.kernels.operators import several_devices
 from normkit.kernels.triton.arguments import allocation, halves
 from normkit.kernels.triton.streams import moments_kernel
 
@@ -68,7 +69,11 @@ def planned(
         tensors: The first is on the device that computes.
         options: Numbers, flags and tuples of them.
         rate: Rate of the buffers' update; calls with different rates are of one kind.
+
+    Raises:
+        RuntimeError: If tensors are on several devices, whose memory a kernel cannot read.
     """
+    device = tensors[0].get_device()
     kind: list[Hashable] = [function, options]
     addresses: list[Address] = []
     bits = 0
@@ -77,11 +82,13 @@ def planned(
             kind.append(None)
             addresses.append(None)
         else:
+            if t.get_device() != device:
+                raise several_devices(tensors)
             address = t.data_ptr()
             bits |= address
             kind += (t.shape, t.stride(), t.dtype)
             addresses.append(address)
-    kind.append(tensors[0].get_device())  # all are on one device
+    kind.append(device)
     if bits % ALIGNMENT:
         kind += [None if a is None else a % ALIGNMENT for a in addresses]
     addresses += _NO_RATE if rate is None else (None, *halves(rate))
@@ -89,7 +96,7 @@ def planned(
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= MOST_PLANS:
-            del _PLANS[next(iter(_PLANS))]
+            _PLANS.pop(next(iter(_PLANS)), None)  # another thread may have removed it
         plan = _PLANS[key] = Plan(function, tensors, options)
     return plan(tensors, addresses)
 
@@ -118,13 +125,6 @@ def launch(
     draft.launches.append(
         Launch(kernel, num_programs, pieces, tuple(numbers), num_warps, constants)
     )
-
-
-def count_change(buffers: Iterable[Tensor | None]) -> None:
-    """Tell autograd that kernels have changed these buffers, because it cannot see that."""
-    moved = [buffer for buffer in buffers if buffer is not None]
-    if moved:
-        torch.autograd.graph.increment_version(moved)
 
 
 def copied(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Launch:
 
     __slots__ = (
         "compiled", "constants", "grid", "kernel", "num_warps",
-        "numbers", "pick", "pieces", "start",
+        "numbers", "pick", "pieces", "start", "values",
     )  # fmt: skip
 
     def __init__(
@@ -182,19 +182,20 @@ class Launch:
         self.numbers, self.num_warps, self.constants = numbers, num_warps, constants
         self.start: Callable[..., object] | None = None
         self.compiled: tuple[object, ...] = ()
+        self.values: tuple[object, ...] = ()  # numbers and constants, as a compiled kernel has them
         self.pick: Callable[[Sequence[Address]], tuple[Address, ...]] = tuple
 
     def compile(self, arguments: Sequence[Tensor | float | None]) -> None:
-        """Let triton compile and start the kernel."""
+        """Let triton compile and start the kernel; several threads may do so at once."""
         compiled = self.kernel[self.grid](
             *arguments, *self.numbers, **self.constants, num_warps=self.num_warps
         )
         if not INTERPRETED:
             names = self.kernel.arg_names[len(arguments) + len(self.numbers) :]
-            self.numbers = (*self.numbers, *(self.constants[name] for name in names))
+            self.values = (*self.numbers, *(self.constants[name] for name in names))
             # None stands for what triton's profiler and hooks would be told about a start.
             self.compiled = compiled.function, compiled.packed_metadata, None, None, None
-            self.start = partial(compiled.run, *self.grid)
+            self.start = partial(compiled.run, *self.grid)  # last: other threads look at it
 
 
 class _Draft:
@@ -358,7 +359,7 @@ class Plan:
                 whole = [*tensors, *addresses[len(tensors) :][:3], *results]
                 one.compile([self._argument(p, whole, memory) for p in one.pieces])
             else:
-                one.start(stream, *one.compiled, *one.pick(addresses), *one.numbers)
+                one.start(stream, *one.compiled, *one.pick(addresses), *one.values)
         return results[0] if self._is_single else tuple(results)
 
     def _copied(self, tensors: Given, addresses: list[Address]) -> Given:

@@ -245,6 +245,12 @@ if THOROUGH:  # not skipped in the interpreter, where there is nothing of the ki
         stream.synchronize()
         assert_close(y, expected, atol=1e-3, rtol=1e-3)
 
+    def test_a_layer_on_the_cpu_refuses_a_map_on_the_gpu(device):
+        x = draw(4, 4, 9, 9, device=device)
+        nk.BatchNorm(4).to(device)(x)  # there is a plan for such a map
+        with pytest.raises(RuntimeError, match="on one device; these are on cpu, cuda:0"):
+            nk.BatchNorm(4)(x)
+
     def test_autocast_keeps_the_maps_dtype(device):
         layer = nk.GroupNorm(4, num_groups=2).to(device)
         x = draw(4, 4, 9, 9, device=device).bfloat16()
