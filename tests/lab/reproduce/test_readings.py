@@ -259,7 +259,7 @@ def test_networks_whose_weights_are_gone_are_trained_again(tmp_path):
     _, first, _ = run("S-B", tmp_path)
     for path in (tmp_path / "S-B").rglob("*.safetensors"):
         path.unlink()
-    (tmp_path / "S-B" / "readings" / "records.jsonl").unlink()
+    (tmp_path / "S-B" / "statistics" / "readings" / "records.jsonl").unlink()
     assert run("S-B", tmp_path)[1].cells == first.cells
 
 
