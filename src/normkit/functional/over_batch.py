@@ -7,6 +7,7 @@ from typing import Unpack
 from torch import Tensor
 
 from normkit.core.check import require_channel_groups, require_count
+from normkit.core.parameters import Parameters
 from normkit.core.partition import Partition
 from normkit.functional.arguments import Call, StatisticsOptions, with_named_options
 from normkit.functional.checked import normalize_single
@@ -53,12 +54,8 @@ def batch_norm(
     """
     call = Call.with_statistics("batch_norm", x, options)
     parameters = call.parameters(weight, bias)
-    needed = not call.training
-    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
-    groups = Partition(num_groups=x.shape[1])
-    return normalize_single(
-        x, groups, running, parameters, call.training, call.name, ending=call.ending()
-    )
+    given = (running_mean, running_var, x.shape[1])
+    return _normalized(call, Partition(num_groups=x.shape[1]), given, parameters)
 
 
 @with_named_options
@@ -104,12 +101,8 @@ def batch_group_norm(
     call = Call.with_statistics("batch_group_norm", x, options)
     parameters = call.parameters(weight, bias)
     num_groups = require_count("num_groups", num_groups)
-    needed = not call.training
-    running = call.statistics(running_mean, running_var, num_groups, is_needed=needed)
-    groups = Partition(num_groups=num_groups)
-    return normalize_single(
-        x, groups, running, parameters, call.training, call.name, ending=call.ending()
-    )
+    given = (running_mean, running_var, num_groups)
+    return _normalized(call, Partition(num_groups=num_groups), given, parameters)
 
 
 @with_named_options
@@ -155,11 +148,9 @@ def ghost_batch_norm(
     call = Call.with_statistics("ghost_batch_norm", x, options)
     parameters = call.parameters(weight, bias)
     size = require_count("ghost_batch_size", ghost_batch_size)
-    needed = not call.training
-    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
-    groups = Partition(num_groups=x.shape[1], examples_per_group=size)
-    return normalize_single(
-        x, groups, running, parameters, call.training, call.name, ending=call.ending()
+    given = (running_mean, running_var, x.shape[1])
+    return _normalized(
+        call, Partition(num_groups=x.shape[1], examples_per_group=size), given, parameters
     )
 
 
@@ -212,9 +203,21 @@ def general_batch_group_norm(  # noqa: PLR0913 - torch's order
     num_groups = require_channel_groups(num_groups, x.shape[1])
     if size is not None:
         size = require_count("examples_per_group", size)
-    needed = not call.training
-    running = call.statistics(running_mean, running_var, x.shape[1], is_needed=needed)
-    groups = Partition(num_groups=num_groups, examples_per_group=size)
+    given = (running_mean, running_var, x.shape[1])
+    return _normalized(
+        call, Partition(num_groups=num_groups, examples_per_group=size), given, parameters
+    )
+
+
+def _normalized(
+    call: Call,
+    partition: Partition,
+    given: tuple[Tensor | None, Tensor | None, int],
+    parameters: Parameters,
+) -> FeatureMap:
+    """Normalise by groups over several examples; ``given`` is running statistics and their size."""
+    running = call.statistics(*given, is_needed=not call.training)
+    training, ending = call.training, call.ending()
     return normalize_single(
-        x, groups, running, parameters, call.training, call.name, ending=call.ending()
+        call.x, partition, running, parameters, training, call.name, ending=ending
     )

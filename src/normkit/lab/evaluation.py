@@ -17,16 +17,16 @@ from normkit.lab.torchvision_ops import register_missing_operators
 EVALUATION_BATCH_SIZE = 500
 TOP = 5  # an example counts for the top-5 accuracy if its class is among so many scores
 ACCURACY, LOSS, TOP5 = "accuracy", "loss", "top5_accuracy"
-WEIGHT, SHIFT = "weight", "shift"
-NO_SHARES = (LOSS, WEIGHT, SHIFT)
+WEIGHT, SHIFT, DISTANCE = "weight", "shift", "distance"
+NO_SHARES = (LOSS, WEIGHT, SHIFT, DISTANCE)  # what the names of other numbers end with
 
 
 def is_share(name: str) -> bool:
     """Whether a number of a network is a share, which is written in percent.
 
     Example:
-        >>> is_share("top5_accuracy"), is_share("training loss")
-        (True, False)
+        >>> is_share("top5_accuracy"), is_share("training loss"), is_share("center_distance")
+        (True, False, False)
     """
     return not name.endswith(NO_SHARES)
 

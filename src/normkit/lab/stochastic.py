@@ -6,6 +6,7 @@ Their appendix B names the ways and no settings; what is ours is said at each cl
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal, Unpack, get_args
 
 import torch
@@ -34,8 +35,9 @@ class _RandomInTraining(GroupNorm):
             return super()._normalize(x, valid, ending)
         return ended(self._train(x), ending)
 
+    @abstractmethod
     def _train(self, x: FeatureMap) -> FeatureMap:
-        raise NotImplementedError
+        """Normalise an input that is not empty, in training."""
 
     def _of_group_norm(self, x: FeatureMap) -> FeatureMap:
         return super()._normalize(x, None)
