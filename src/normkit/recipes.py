@@ -78,7 +78,8 @@ class Recipe:
             if option in inspect.signature(init).parameters:
                 with suppress(Exception):  # names that only a type checker knows
                     hint = get_type_hints(init)[option]
-                    return get_args(hint) if get_origin(hint) is Literal else ()
+                    found = (hint, *get_args(hint))  # the type, or those of a union with None
+                    return next((get_args(h) for h in found if get_origin(h) is Literal), ())
                 break
         return ()
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 from torch import nn
 
 from normkit.core.check import require_count
-from normkit.core.composite import Order
 from normkit.core.partition import divisors, largest_divisor
 from normkit.errors import PartitionError, SpecError
-from normkit.kernels.activations import ActivationName
-from normkit.layers.batch_channel import ChannelAffine
 from normkit.recipes import (
     MAX_NUMBER,
     METHODS,
@@ -35,15 +31,7 @@ T = TypeVar("T")
 
 MAX_LENGTH = 400  # in characters
 
-WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "Order": get_args(Order),
-        "ChannelAffine": get_args(ChannelAffine),
-        "ActivationName | None": get_args(ActivationName),
-    }
-)
-"""Allowed values of the options that take a word, by the name of the option's annotation."""
-
+SIMPLE = ("int", "float", "bool", "str")  # types of options that take no word of a list
 LIMIT, CHANNELS = "max", "channels"
 SIZES = ("", LIMIT, CHANNELS)
 """Keys of the arguments that decide the number of groups, in the order of the canonical text.
@@ -290,7 +278,7 @@ def _read(argument: str, recipe: Recipe, text: str) -> tuple[str, Value]:
     if option == recipe.argument:
         return "", _whole_number(value, argument, text)
     annotation = recipe.annotation(option)
-    words = WORDS.get(annotation) or recipe.words(option)
+    words = () if annotation.split(" ")[0] in SIMPLE else recipe.words(option)
     return option, _value(value, annotation, words, argument, text)
 
 
