@@ -355,3 +355,12 @@ def test_lists_of_specs_are_texts():
         match=r"\['bn'\] was given; a list of specs must be a string such as 'bn,gn:8'",
     ):
         nk.parse_specs(["bn"])
+
+
+def test_words_are_those_of_the_constructor():
+    assert nk.build("bn:activation=relu6", 4).activation == "relu6"
+    assert nk.build("gn:2:activation=none", 4).activation is None
+    with pytest.raises(nk.SpecError, match="'order=up'; .* one of: group-first, batch-first, par"):
+        nk.build("gnplus:2:order=up", 4)
+    with pytest.raises(nk.SpecError, match="'activation=swish'; .* one of: relu, leaky_relu, sil"):
+        nk.build("bn:activation=swish", 4)
