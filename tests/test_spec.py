@@ -360,7 +360,7 @@ def test_lists_of_specs_are_texts():
 def test_words_are_those_of_the_constructor():
     assert nk.build("bn:activation=relu6", 4).activation == "relu6"
     assert nk.build("gn:2:activation=none", 4).activation is None
-    with pytest.raises(nk.SpecError, match="'order=up'; .* one of: group-first, batch-first, par"):
+    with pytest.raises(nk.SpecError, match=r"'order=up'; .* one of: group-first, batch-first, par"):
         nk.build("gnplus:2:order=up", 4)
-    with pytest.raises(nk.SpecError, match="'activation=swish'; .* one of: relu, leaky_relu, sil"):
+    with pytest.raises(nk.SpecError, match=r"'activation=swish'; .* one of: relu, leaky_relu, sil"):
         nk.build("bn:activation=swish", 4)
