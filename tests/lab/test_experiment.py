@@ -3,6 +3,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections import Counter
 from contextlib import nullcontext
 
 import pandas as pd
@@ -14,6 +15,7 @@ from normkit.cli.app import run as command
 from normkit.cli.compare import Compare
 from normkit.errors import DataError, NormError, PackageError, SpecError
 from normkit.lab import Recipe, compare, experiment
+from normkit.lab.comparison import best_rates, due_runs
 from normkit.lab.config import ALSO, KNOWN, options_of, read_config, sweep_of, write_config
 from normkit.lab.data import open_data
 from normkit.lab.dry_run import estimate
@@ -232,6 +234,66 @@ def test_each_cell_gets_the_learning_rate_that_is_best_on_validation_data(tmp_pa
     assert {record.spec.protocol.base_lr for record in result.records} == {0.3}
 
 
+def test_seeds_that_do_not_choose_run_with_the_best_rate_only(tmp_path):
+    options = {
+        "norms": ["bn", "gn:8"], "batch_sizes": [8], "seeds": [3, 1, 2], "limit": 200,
+        "recipe": Recipe(epochs=3), "tune_lr": [1e-6, 0.3, 1e9], "tune_seeds": 1,
+        "out": tmp_path,
+    }  # fmt: skip
+    result = compare("mlp:depth=2:width=16", **options)
+    ran = Counter(
+        (r.spec.norm, r.spec.seed, r.spec.protocol.base_lr)
+        for r in read_records(tmp_path, TrainingRecord).records
+    )
+    expected = {(n, 3, rate) for n in options["norms"] for rate in options["tune_lr"]}
+    expected |= {(norm, seed, 0.3) for norm in options["norms"] for seed in (1, 2)}
+    assert ran == dict.fromkeys(expected, 1)
+    assert {(row["base_lr"], row["num_finished"]) for row in result.rows()} == {(0.3, 3)}
+    again = compare("mlp:depth=2:width=16", **options)
+    assert len(read_records(tmp_path, TrainingRecord).records) == len(expected)
+    assert again.rows() == result.rows()
+    foreseen = compare("mlp:depth=2:width=16", **options | {"out": "unused"}, dry_run=True)
+    assert [row["num_runs"] for row in foreseen.rows()] == [5, 5]
+
+
+def test_a_rate_is_chosen_once_all_rates_of_its_cell_have_run(tmp_path):
+    sweep = SweepSpec(
+        norms=("bn", "ln"), batch_sizes=(8,), seeds=(1, 2), learning_rates=(0.1, 0.2), tune_seeds=1
+    )
+    template = compare("mlp:depth=2:width=8", **FAST, limit=40, out=tmp_path).records[0]
+
+    def record(norm, rate, score, seed=1):
+        wanted = (norm, seed, rate)
+        spec = next(s for s in sweep.runs() if (s.norm, s.seed, s.protocol.base_lr) == wanted)
+        epoch = template.outcome.epochs[-1].model_copy(
+            update={"validation_scores": {"accuracy": score}}
+        )
+        outcome = template.outcome.model_copy(update={"epochs": (epoch,)})
+        return template.model_copy(update={"spec": spec, "outcome": outcome})
+
+    records = [record("bn", 0.1, 0.4), record("bn", 0.2, 0.3), record("ln", 0.2, 0.9)]
+    later = [s for s in due_runs(sweep, records) if s.seed == 2]
+    assert [(s.norm, s.protocol.base_lr) for s in later] == [("bn", 0.1)]
+    assert sum(s.seed == 1 for s in due_runs(sweep, records)) == 4
+    records.append(record("bn", 0.1, 0.0, seed=2))  # does not choose
+    chosen = best_rates(sweep, records)
+    assert [r.spec.protocol.base_lr for r in chosen] == [0.1, 0.1, 0.2]
+    assert [s for s in due_runs(sweep, records) if s.seed == 2] == later
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tune_seeds": 1}, "--tune-seeds was given without --tune-lr"),
+        ({"tune_seeds": 3, "tune_lr": [0.1]}, "--tune-seeds was given 3, but there are 2 seeds"),
+        ({"tune_seeds": 0, "tune_lr": [0.1]}, "tune_seeds was given 0: input should be greater"),
+    ],
+)
+def test_a_wrong_number_of_seeds_that_choose_is_refused(given, said, tmp_path):
+    with pytest.raises(SpecError, match=said):
+        compare("mlp:depth=2:width=8", **FAST, **given, limit=40, out=tmp_path)
+
+
 def test_an_experiment_is_written_whole_and_runs_again_by_itself(tmp_path):
     sweep = SweepSpec(
         protocol=Protocol(
@@ -239,6 +301,7 @@ def test_an_experiment_is_written_whole_and_runs_again_by_itself(tmp_path):
             norm_weight_decay=0.0, compile=True, schedule="cosine",
         ),
         norms=("bn", "none", "xbn/gn:64"), batch_sizes=(2, 8), seeds=(1,), learning_rates=(0.1, 1),
+        tune_seeds=1,
     )  # fmt: skip
     options = RunOptions(out="there", workers=3, save_weights=True, loggers=("csv",))
     path = write_config(tmp_path / "experiment.toml", sweep, options)

@@ -44,6 +44,9 @@ class Compare(RecipeOptions):
     tune_lr: str | None = None
     """Learning rates in place of --base-lr, separated by commas: each norm at each batch size gets
     the one that is best on validation data."""
+    tune_seeds: int | None = None
+    """How many of the seeds, from the first on, all learning rates run with; the others run with
+    the rate that is chosen only (default: all)."""
     device: str | None = None
     """Where to compute: auto, cpu or cuda (default: auto)."""
     workers: int | None = None

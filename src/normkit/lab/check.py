@@ -114,6 +114,16 @@ def _refuse_useless(sweep: SweepSpec) -> None:
         raise SpecError(
             "--tune-lr was given with --train, which chooses its own rates; leave one of them out"
         )
+    if sweep.tune_seeds is not None and not sweep.learning_rates:
+        raise SpecError(
+            "--tune-seeds was given without --tune-lr, and there are no learning rates to choose "
+            "from; give both, or none"
+        )
+    if sweep.tune_seeds is not None and sweep.tune_seeds > len(sweep.seeds):
+        raise SpecError(
+            f"--tune-seeds was given {sweep.tune_seeds}, but there are {len(sweep.seeds)} seeds; "
+            f"give at most as many"
+        )
     if sweep.learning_rates and not protocol.hold_out:
         raise SpecError(
             "learning rates are chosen by validation examples, and without --hold-out these are "

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from normkit.lab.evaluation import ACCURACY
 from normkit.lab.frozen import Frozen
-from normkit.lab.records import TrainingRecord, latest
-from normkit.lab.spec import SweepSpec
+from normkit.lab.records import TrainingRecord, latest, missing_runs
+from normkit.lab.spec import SweepSpec, TrainingSpec
 
 N = TypeVar("N", int, float)
 
@@ -117,18 +117,50 @@ def compared(
 def best_rates(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[TrainingRecord, ...]:
     """Records with the learning rate that is best for their norm and batch size.
 
-    The best rate has the highest mean validation score over the seeds after the last epoch. Rates
-    with which all runs finished come before those with a diverged or failed run.
+    The best rate has the highest mean validation score after the last epoch, over the seeds that
+    choose. Rates with which all runs finished come before those with a diverged or failed run.
     """
     if not sweep.learning_rates:
         return tuple(records)
     chosen: list[TrainingRecord] = []
     for norm, batch_size in itertools.product(sweep.norms, sweep.batch_sizes):
-        by_rate: dict[float, list[TrainingRecord]] = {}
-        for record in select(records, norm, batch_size):
-            by_rate.setdefault(record.spec.protocol.base_lr, []).append(record)
-        chosen += max(by_rate.values(), key=_validation, default=[])
+        mine = select(records, norm, batch_size)
+        best = _best_rate(sweep, mine)
+        chosen += [record for record in mine if record.spec.protocol.base_lr == best]
     return tuple(chosen)
+
+
+def due_runs(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[TrainingSpec, ...]:
+    """The runs that are needed, as far as records say by now.
+
+    All learning rates run with the seeds that choose. A later seed runs with the best rate of its
+    norm and batch size, as soon as that is known.
+    """
+    first = set(sweep.seeds_of_choice)
+    choosing = [spec for spec in sweep.runs() if spec.seed in first]
+    if len(first) == len(sweep.seeds) or not sweep.learning_rates:
+        return sweep.runs()
+    ours = latest(choosing, records)
+    waiting = missing_runs(choosing, ours)
+    rates: dict[tuple[str, int], float | None] = {
+        cell: _best_rate(sweep, select(ours, *cell))
+        for cell in itertools.product(sweep.norms, sweep.batch_sizes)
+        if not any((spec.norm, spec.batch_size) == cell for spec in waiting)
+    }
+    return tuple(
+        spec
+        for spec in sweep.runs()
+        if spec.seed in first or rates.get((spec.norm, spec.batch_size)) == spec.protocol.base_lr
+    )
+
+
+def _best_rate(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> float | None:
+    """The best learning rate of one norm at one batch size; ``None`` if nothing has run."""
+    by_rate: dict[float, list[TrainingRecord]] = {}
+    for record in records:
+        if record.spec.seed in sweep.seeds_of_choice:
+            by_rate.setdefault(record.spec.protocol.base_lr, []).append(record)
+    return max(by_rate, key=lambda rate: _validation(by_rate[rate]), default=None)
 
 
 def _validation(records: Sequence[TrainingRecord]) -> tuple[int, float]:

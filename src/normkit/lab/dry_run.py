@@ -186,13 +186,11 @@ def estimate(
     Raises:
         NormError: If a network cannot be built.
     """
-    rates = max(1, len(sweep.learning_rates))
-    num_runs = len(sweep.seeds) * rates
     return [
         _cell(
             next(s for s in sweep.runs() if (s.norm, s.batch_size) == cell),
             data,
-            num_runs,
+            sweep.runs_of_a_cell,
             partial(_measured, most_examples, {} if measured is None else measured),
         )
         for cell in ((norm, size) for norm in sweep.norms for size in sweep.batch_sizes)

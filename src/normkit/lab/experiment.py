@@ -16,7 +16,7 @@ from torch import nn
 
 from normkit.errors import PackageError, SpecError
 from normkit.lab.check import check
-from normkit.lab.comparison import Comparison, best_rates, compared
+from normkit.lab.comparison import Comparison, best_rates, compared, due_runs
 from normkit.lab.config import CONFIG_NAME, asked, known_options, merged, write_config
 from normkit.lab.data.folder import PREFIX
 from normkit.lab.data.opening import forget_data
@@ -102,10 +102,11 @@ def plan(sweep: SweepSpec, out: Path) -> Plan:
     sources = sources_of(sweep.protocol, None if data is None else data.fingerprint)
     contents = read_records(out, TrainingRecord)
     ours = [record for record in contents.records if sources.made(record)]
-    changed = changed_runs(sweep.runs(), contents.records, sources)
+    due = due_runs(sweep, ours)
+    changed = changed_runs(due, contents.records, sources)
     return Plan(
         sweep=sweep,
-        missing=missing_runs(sweep.runs(), ours),
+        missing=missing_runs(due, ours),
         sources=sources,
         num_examples=0 if data is None else data.num_examples,
         notes=(*(() if data is None else data.notes), *_notes_on(changed)),
@@ -148,7 +149,11 @@ def perform(sweep: SweepSpec, way: Way, show: Show, tell: Callable[[str], None])
             prepare(sweep.runs(), way)
         found = launch.first(lambda: _begin(sweep, way, held, tell))
         if found.missing:
-            _run(found, way, show if launch.is_first else _silent, launch)
+            shown = show if launch.is_first else _silent
+            _run(found, way, shown, launch)
+            found = launch.first(lambda: _with_chosen_rates(found, way))
+            if found.missing:
+                _run(found, way, shown, launch)
             if launch.is_first:
                 rmtree(way.out / FOLDER, ignore_errors=True)  # also drafts that a kill has left
         return launch.first(lambda: Result.of(found, way))
@@ -168,6 +173,15 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
         tell(note)
     write_config(way.out / CONFIG_NAME, sweep, way.options)
     return found
+
+
+def _with_chosen_rates(found: Plan, way: Way) -> Plan:
+    """What is left once learning rates are chosen; what was tried already is not repeated."""
+    known = read_records(way.out, TrainingRecord).records
+    ours = [record for record in known if found.sources.made(record)]
+    tried = {spec.key for spec in found.missing}
+    left = missing_runs(due_runs(found.sweep, ours), ours)
+    return replace(found, missing=tuple(spec for spec in left if spec.key not in tried))
 
 
 def _run(found: Plan, way: Way, show: Show, launch: Launch) -> None:
@@ -295,10 +309,11 @@ def compare(
             ``docs/compare.md`` lists them. What is compared: ``norms`` (norms or arms, also those
             of ``nk.register_norm``; differences are taken to the first), ``batch_sizes`` and
             ``seeds``, each one or several. ``tune_lr`` has learning rates, of which each norm at
-            each batch size gets the best. ``train`` is a function of one's own that trains instead,
-            called as ``train(apply_norm, batch_size, seed, report)``. How it is done: ``out`` (the
-            folder), ``device``, ``workers``, ``data_workers``, ``threads``, ``cluster``,
-            ``checkpoint_seconds``, ``save_weights``, ``loggers``, ``probe_every``.
+            each batch size gets the best; the first ``tune_seeds`` seeds choose. ``train`` is a
+            function of one's own that trains instead, called as ``train(apply_norm, batch_size,
+            seed, report)``. How it is done: ``out`` (the folder), ``device``, ``workers``,
+            ``data_workers``, ``threads``, ``cluster``, ``checkpoint_seconds``, ``save_weights``,
+            ``loggers``, ``probe_every``.
 
     Warns:
         UserWarning: If pictures are left out, or records of other data, models or code.

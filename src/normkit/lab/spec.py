@@ -184,6 +184,9 @@ class SweepSpec(Frozen):
     learning_rates: tuple[PositiveRate, ...] = Field(
         default=(), description="rates above 0, of which each cell takes its best, or none"
     )
+    tune_seeds: Count | None = Field(
+        default=None, description="the first seeds, on which rates are chosen: 1 or more, or none"
+    )
 
     @field_validator("norms")
     @classmethod
@@ -195,8 +198,22 @@ class SweepSpec(Frozen):
     def _distinct_numbers(cls, values: tuple[T, ...], about: ValidationInfo) -> tuple[T, ...]:
         return _distinct(str(about.field_name).replace("_", " "), values)
 
+    @property
+    def seeds_of_choice(self) -> tuple[int, ...]:
+        """The seeds that all learning rates run with: the first ``tune_seeds``, by default all."""
+        return self.seeds[: self.tune_seeds]
+
+    @property
+    def runs_of_a_cell(self) -> int:
+        """How many runs one norm at one batch size has."""
+        tried = len(self.seeds_of_choice)
+        return tried * max(1, len(self.learning_rates)) + len(self.seeds) - tried
+
     def runs(self) -> tuple[TrainingSpec, ...]:
-        """All runs, seed by seed, so that every cell has a first result early."""
+        """Every run that there may be, seed by seed, so that every cell has a first result early.
+
+        With ``tune_seeds``, the later seeds run with the rate that is chosen only.
+        """
         rates = self.learning_rates or (self.protocol.base_lr,)
         protocols = [self.protocol.model_copy(update={"base_lr": rate}) for rate in rates]
         return tuple(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from normkit.errors import SpecError
-from normkit.lab.comparison import best_rates
+from normkit.lab.comparison import best_rates, due_runs
 from normkit.lab.experiment import Show, perform
 from normkit.lab.files import usable_folder
 from normkit.lab.launch import launched, num_launched
@@ -78,7 +78,7 @@ def run_table(  # noqa: PLR0913 - all but the first two by keyword
     for part in parts:
         if part.name not in found:
             kept = _kept(part, folder / table.name / part.name)
-            if missing_runs(part.sweep.runs(), kept):
+            if missing_runs(due_runs(part.sweep, kept), kept):
                 raise _other_processes(table, scale, part)
             chosen = best_rates(part.sweep, latest(part.sweep.runs(), kept))
             reads = _read(part, chosen, way(folder / table.name / part.name / FOLDER), tell)
