@@ -3,7 +3,7 @@
 Accelerate accumulates gradients over several forwards. `nk.accumulate_statistics` updates running
 statistics by the same whole batches.
 
-    pip install "normkit[lab,trainers]"
+    pip install ".[lab,trainers]"  # in the folder of the project
     python examples/accelerate_loop.py
 """
 

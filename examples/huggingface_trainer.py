@@ -3,7 +3,7 @@
 Models of `transformers` hold torch's layers: convert them in place, then train as ever. Here a
 small ResNet of theirs is trained from scratch on the digits.
 
-    pip install "normkit[lab,trainers]"
+    pip install ".[lab,trainers]"  # in the folder of the project
     python examples/huggingface_trainer.py
 """
 

@@ -3,7 +3,7 @@
 A `LightningModule` is a module: convert the network in it, and let a probe watch the norms as a
 callback.
 
-    pip install "normkit[lab,trainers]"
+    pip install ".[lab,trainers]"  # in the folder of the project
     python examples/lightning_trainer.py
 """
 

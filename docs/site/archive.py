@@ -12,16 +12,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 MARK = "<!-- on the site: the archive -->"
-SOURCES = (
-    "csrc",
-    "src",
-    "LICENSE",
-    "MANIFEST.in",
-    "README.md",
-    "normkit_build.py",
-    "pyproject.toml",
-    "setup.py",
-)
+FOLDERS = (".ci", ".github", "benchmarks", "csrc", "docs", "examples", "src", "tests")
 BUILD = "import sys, normkit_build; normkit_build.build_sdist(sys.argv[1])"
 
 
@@ -34,16 +25,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def built(folder: Path) -> Path:
-    """Build the archive from a copy of the sources: setuptools writes beside what it packs."""
+    """Build the archive from a copy of the project: setuptools writes beside what it packs."""
     copy = folder / "sources"
     copy.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "not_built.txt")
-            shutil.copytree(source, copy / name, ignore=ignored)
-        else:
-            shutil.copy(source, copy)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "not_built.txt")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, copy)
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(folder)],
         cwd=copy,
@@ -63,5 +53,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     (name,) = (file.src_uri for file in files if file.src_uri.endswith(".tar.gz"))
     return markdown.replace(
-        MARK, f"Download [{name}]({name}), the source of this release, into the folder you work in."
+        MARK,
+        f"Download [{name}]({name}), the whole project, into the folder that you work in.",
     )

@@ -24,6 +24,7 @@ ROOT_PAGES = {
 HOME = "docs/site/home.md"
 HIDDEN = "---\nhide: [navigation]\n---\n"  # a sidebar with nothing but the page itself
 LINK = re.compile(r"(?<=\])\(([^)\s:]+)\)")
+NAMED_BY_PATH = re.compile(r"\[([\w./-]+\.md)\](?=\(([^)\s:#]+)(?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^ *```")
 ITEM = re.compile(r"^( *)(?:[-*]|\d+\.) ")
 OTHER = re.compile(r"^ *(?:[-*] |[>|#]|\d+\. |```)|^    ")  # begins no paragraph
@@ -80,7 +81,14 @@ def relinked(markdown: str, source: str, target: str) -> str:
             match[0] if found is None else f"({relpath(found, Path(target).parent)}{mark}{anchor})"
         )
 
-    return LINK.sub(link, markdown)
+    def title(match: re.Match[str]) -> str:
+        page = ROOT / source
+        linked = page.parent / match[2]
+        if not linked.is_file():
+            return match[0]
+        return f"[{linked.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}]"
+
+    return LINK.sub(link, NAMED_BY_PATH.sub(title, markdown))
 
 
 def linked_files() -> set[str]:

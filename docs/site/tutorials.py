@@ -90,7 +90,8 @@ def page(source: str, name: str) -> str:
     about, commands = re.split(r"^(?=    )", text.strip(), maxsplit=1, flags=re.MULTILINE)
     download = (
         f"[Download the script]({SCRIPTS}/{name}) or copy the code below into a file of that name. "
-        f"It needs [normkit with its extra `lab`](../docs/install.md)."
+        f"It needs [normkit with its extra `lab`](../docs/install.md). Another version of torch or "
+        f"another processor gives other trained numbers than those below."
     )
     commands = commands.replace(f"examples/{name}", name)
     parts = [f"# {title.rstrip('.')}", about.strip(), download, commands.rstrip()]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from normkit.cli.progress import _line
+from normkit.cli.progress import _line, sweep_progress
 from normkit.lab.spec import Protocol
 
 
@@ -23,3 +23,11 @@ def test_a_finished_run_is_told_by_the_score_that_is_compared(record, scores, tr
 def test_a_run_that_diverged_says_where(record):
     found = record(status="diverged", message="the loss was nan", accuracy=None)
     assert _line(found).endswith("seed 1: diverged: the loss was nan")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(1, "1 run begins; it has a line"), (3, "3 runs begin; each has a line")]
+)
+def test_without_a_terminal_a_line_says_that_runs_begin(record, number, said, capsys):
+    with sweep_progress([record().spec] * number, 100):
+        assert capsys.readouterr().err.startswith(f"{said} here when it ends\n")

@@ -64,6 +64,21 @@ def test_links_of_the_readme_lead_from_the_first_page():
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[docs/install.md](docs/install.md) has it", "[Install](install.md) has it"),
+        ("[docs/convert.md](docs/convert.md#back-to-torch)", None),
+        ("[the page](docs/install.md)", "[the page](install.md)"),
+        ("[no.md](no.md)", "[no.md](no.md)"),
+    ],
+)
+def test_a_link_that_is_called_by_its_path_is_called_by_its_title(text, expected):
+    title = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8").split("\n")[0][2:]
+    expected = expected or f"[{title}](convert.md#back-to-torch)"
+    assert pages.relinked(text, "README.md", "index.md") == expected
+
+
+@pytest.mark.parametrize(
     ("source", "expected"),
     [
         ("Text:\n- a\n- b\n  more\n- c", "Text:\n\n- a\n- b\n  more\n- c"),

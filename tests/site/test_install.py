@@ -55,10 +55,17 @@ def test_the_site_has_the_archive_that_the_page_names(site):
     with tarfile.open(site / name) as packed:
         names = {path.partition("/")[2] for path in packed.getnames()}
     assert f'href="{name}"' in (site / "install.html").read_text()
-    assert {"pyproject.toml", "setup.py", "normkit_build.py"} <= names
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
-    sources = {f"src/{p.relative_to(ROOT / 'src')}" for p in (ROOT / "src").rglob("*.py")}
-    assert sources <= names
+    of_top = ("Makefile", "README.md", "pyproject.toml", "setup.py", "normkit_build.py")
+    assert {*of_top, "constraints.txt", "mkdocs.yml", ".gitignore", ".ci/run"} <= names
+    folders = ("benchmarks", "csrc", "docs", "examples", "src", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    made = {"__pycache__", "normkit.egg-info"}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if not made & set(path.parts) and path.suffix != ".so" and path.name != "not_built.txt"
+    }
+    assert expected <= names
     assert not [path for path in names if path.endswith((".so", ".pyc"))]
 
 

@@ -25,7 +25,11 @@ def sweep_progress(specs: Sequence[TrainingSpec], num_examples: int) -> Generato
         TimeRemainingColumn(),
         TextColumn("remaining"),
     )
-    with Progress(*columns, console=Terminal(stderr=True), speed_estimate_period=120) as display:
+    console = Terminal(stderr=True)
+    if not console.is_terminal:  # no bar is drawn, and the first run may take long
+        number = "1 run begins; it" if len(specs) == 1 else f"{len(specs)} runs begin; each"
+        console.print(f"{number} has a line here when it ends", highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, speed_estimate_period=120) as display:
         yield SweepProgress(display, specs, num_examples)
 
 
