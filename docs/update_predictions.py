@@ -26,7 +26,7 @@ DETECTION = Protocol(
         "proposals=100:detections=20:rois=32:pretrain=8"
     ),
     model="small-resnet:width=8:blocks=1:stages=4",
-    data="scenes:side=64:most=3:test=12",
+    data="scenes:test=12",
     steps=1200,
     limit=2000,
     base_lr=0.02,
@@ -38,7 +38,7 @@ DETECTION = Protocol(
 SEGMENTATION = Protocol(
     task="segmentation:stride=8:rate=1:channels=32:pretrain=8",
     model="small-resnet:width=8:blocks=1:stages=3",
-    data="scenes:side=48:most=2:smallest=40:largest=80:test=12",
+    data="scenes:test=12",
     steps=1000,
     limit=2000,
     base_lr=0.1,
