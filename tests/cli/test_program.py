@@ -290,7 +290,7 @@ def test_a_sweep_that_nobody_listens_to_ends_as_other_programs_do(tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (141, "bn, batch ")
+    assert (done.returncode, done.stdout) == (141, "6 runs beg")
     assert (tmp_path / "out" / "records.jsonl").exists()
 
 
