@@ -136,21 +136,21 @@ def due_runs(sweep: SweepSpec, records: Sequence[TrainingRecord]) -> tuple[Train
     All learning rates run with the seeds that choose. A later seed runs with the best rate of its
     norm and batch size, as soon as that is known.
     """
-    first = set(sweep.seeds_of_choice)
-    choosing = [spec for spec in sweep.runs() if spec.seed in first]
-    if len(first) == len(sweep.seeds) or not sweep.learning_rates:
+    if not sweep.learning_rates:
         return sweep.runs()
+    choosing = [spec for spec in sweep.runs() if spec.seed in sweep.seeds_of_choice]
     ours = latest(choosing, records)
-    waiting = missing_runs(choosing, ours)
-    rates: dict[tuple[str, int], float | None] = {
+    waiting = {(spec.norm, spec.batch_size) for spec in missing_runs(choosing, ours)}
+    rates = {
         cell: _best_rate(sweep, select(ours, *cell))
         for cell in itertools.product(sweep.norms, sweep.batch_sizes)
-        if not any((spec.norm, spec.batch_size) == cell for spec in waiting)
+        if cell not in waiting
     }
     return tuple(
         spec
         for spec in sweep.runs()
-        if spec.seed in first or rates.get((spec.norm, spec.batch_size)) == spec.protocol.base_lr
+        if spec.seed in sweep.seeds_of_choice
+        or rates.get((spec.norm, spec.batch_size)) == spec.protocol.base_lr
     )
 
 

@@ -19,9 +19,10 @@ from normkit.text import listed, parts_of, printable, shortened
 CONFIG_NAME = "experiment.toml"
 NOTHING = "none"  # TOML has no empty value
 LISTS = ("norms", "batch_sizes", "seeds", "learning_rates")
+OF_SWEEP = (*LISTS, "tune_seeds")
 WORDS = ("augment", "loggers", "own_norms")  # a text of these is cut at its commas
 WAYS = tuple(RunOptions.model_fields)
-KNOWN = (*LISTS, "tune_seeds", *Protocol.model_fields, *WAYS)
+KNOWN = (*OF_SWEEP, *Protocol.model_fields, *WAYS)
 """Every option of ``compare``, in Python, on the command line and in a file."""
 ALSO = {"tune_lr": "learning_rates"}  # another name, and the one that it stands for
 DEFAULTS: Mapping[str, Any] = {
@@ -132,16 +133,15 @@ def sweep_of(values: Mapping[str, Any], spelled: Any) -> SweepSpec:
     Raises:
         SpecError: If one breaks its rule.
     """
-    lists = {name: _listed(values[name]) for name in LISTS if name in values}
-    given = {name: values[name] for name in ("tune_seeds",) if name in values}
-    own = {n: value for n, value in values.items() if n not in (*LISTS, "tune_seeds", *WAYS)}
+    found = {n: _listed(v) if n in LISTS else v for n, v in values.items() if n in OF_SWEEP}
+    own = {name: value for name, value in values.items() if name not in (*OF_SWEEP, *WAYS)}
     own_norms = tuple(own.get("own_norms", ()))
     register_norms(own_norms)
-    if "norms" in lists:
-        arms = [arm for part in lists["norms"] for arm in parse_arms(str(part))]
-        lists["norms"] = tuple(map(str, arms))
+    if "norms" in found:
+        arms = [arm for part in found["norms"] for arm in parse_arms(str(part))]
+        found["norms"] = tuple(map(str, arms))
         own["own_norms"] = own_norms or norms_in_use(arms)
-    return SweepSpec.checked(lists | given | {"protocol": Protocol.checked(own, spelled)}, spelled)
+    return SweepSpec.checked({"protocol": Protocol.checked(own, spelled)} | found, spelled)
 
 
 def options_of(values: Mapping[str, Any], spelled: Any) -> RunOptions:

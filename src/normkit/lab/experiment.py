@@ -166,8 +166,7 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
         held.enter_context(reached(way.cluster))
     usable_folder(way.out, RECORDS_NAME, RESULTS_NAME, REPORT_NAME)
     held.enter_context(only_user(way.out))
-    known = read_records(way.out, TrainingRecord).records  # of who held the folder until now, too
-    ours = [record for record in known if found.sources.made(record)]
+    ours = _records(found, way)  # of who held the folder until now, too
     found = replace(found, missing=missing_runs(found.missing, ours))
     for note in found.notes:
         tell(note)
@@ -177,11 +176,16 @@ def _begin(sweep: SweepSpec, way: Way, held: ExitStack, tell: Callable[[str], No
 
 def _with_chosen_rates(found: Plan, way: Way) -> Plan:
     """What is left once learning rates are chosen; what was tried already is not repeated."""
-    known = read_records(way.out, TrainingRecord).records
-    ours = [record for record in known if found.sources.made(record)]
+    ours = _records(found, way)
     tried = {spec.key for spec in found.missing}
     left = missing_runs(due_runs(found.sweep, ours), ours)
     return replace(found, missing=tuple(spec for spec in left if spec.key not in tried))
+
+
+def _records(found: Plan, way: Way) -> list[TrainingRecord]:
+    """The records of the folder by now that are of the plan's code, data and model."""
+    known = read_records(way.out, TrainingRecord).records
+    return [record for record in known if found.sources.made(record)]
 
 
 def _run(found: Plan, way: Way, show: Show, launch: Launch) -> None:
@@ -222,9 +226,7 @@ class Result:
     @classmethod
     def of(cls, found: Plan, way: Way) -> Result:
         """Read the records of what was planned, and write the report."""
-        known = read_records(way.out, TrainingRecord).records
-        ours = (record for record in known if found.sources.made(record))
-        records = best_rates(found.sweep, latest(found.sweep.runs(), ours))
+        records = best_rates(found.sweep, latest(found.sweep.runs(), _records(found, way)))
         comparison = compared(found.sweep, records, found.notes)
         write_report(way.out, comparison, records, way.command, found.changed)
         return cls(comparison, records, way.out)
