@@ -95,7 +95,7 @@ def propagated(weight, bias, mean, var, groups=1):
             v += w * w * float(var[first + place[0]])
         means.append(m)
         variances.append(v)
-    return torch.tensor(means).double(), torch.tensor(variances).double()
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64)
 
 
 def difference(mean, var):

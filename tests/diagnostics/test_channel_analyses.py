@@ -38,12 +38,12 @@ def moments(maps):
 def test_similarity_before_after_and_predicted_is_that_of_its_equations(
     groups, is_standardised, batches
 ):
-    model = convs(groups)
+    model = convs(groups).double()  # in float32 rounding shows where filters have equal lengths
     if is_standardised:
         nk.standardize_weights_(model, lambda _m, _n: True)
-    found = nk.similarity_propagation(model, batches)
+    maps = [x.double() for x in batches]
+    found = nk.similarity_propagation(model, maps)
     assert [row.name for row in found.layers] == ["0", "2"]
-    maps = batches
     with torch.no_grad():
         for index, row in zip((0, 2), found.layers, strict=True):
             layer = model[index]
@@ -55,8 +55,8 @@ def test_similarity_before_after_and_predicted_is_that_of_its_equations(
                 "input": before, "output": moments(outputs), "predicted": model_of
             }.items():  # fmt: skip
                 difference, spread = d.difference(mean, var)
-                assert getattr(row, f"{name}_difference") == pytest.approx(difference, rel=1e-6)
-                assert getattr(row, f"{name}_spread") == pytest.approx(spread, rel=1e-6)
+                assert getattr(row, f"{name}_difference") == pytest.approx(difference, rel=1e-9)
+                assert getattr(row, f"{name}_spread") == pytest.approx(spread, rel=1e-9)
             maps = [x.relu() for x in outputs]
     assert found.layers[1].fan_in == 16 // groups
 

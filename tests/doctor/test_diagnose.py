@@ -271,4 +271,6 @@ def test_sensitivity_is_the_loss_with_disturbed_statistics(good, digits):
             with nk.disturb_statistics(good, row.delta, seed=seed):
                 losses.append(loss_of(good, digits[1]))
         assert row.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
-        assert row.spread == pytest.approx(float(torch.tensor(losses).double().std()), rel=1e-5)
+        assert row.spread == pytest.approx(
+            float(torch.tensor(losses, dtype=torch.float64).std()), rel=1e-5
+        )
