@@ -14,7 +14,6 @@ from normkit.convert.bytecode import methods_of, read_by_forward
 from normkit.convert.placement.own_forward import WholeChildren
 from normkit.fusing.known import IN_PLACE_SUMS, SUMS, Known, of_node
 from normkit.layers.base import is_watched
-from normkit.passes import untouched
 from normkit.text import shortened
 from normkit.tracing.kinds import is_norm
 from normkit.tracing.symbolic import fx_graph
@@ -93,7 +92,7 @@ def follow(name: str, module: nn.Module) -> Own | None:
     if type(module).forward is nn.Module.forward or is_norm(module):
         return None
     try:
-        graphs = [_graph(module, training) for training in (False, True)]
+        graphs = [fx_graph(WholeChildren(), module, training=mode) for mode in (False, True)]
     except Exception as error:  # noqa: BLE001 - the module's own code runs on proxies
         return Own(name, module, None, f"torch.fx cannot trace its forward: {shortened(error)}")
     texts = [graph.python_code("self").src for graph in graphs]
@@ -101,11 +100,6 @@ def follow(name: str, module: nn.Module) -> Own | None:
     differs = "its forward differs between training and evaluation" if texts[0] != texts[1] else ""
     why_not = uncertain or differs or _why_not(module) or _why_aliased(module, graphs[0])
     return Own(name, module, graphs[0], why_not, graphs[1], not uncertain)
-
-
-def _graph(module: nn.Module, training: bool) -> fx.Graph:
-    with untouched(module, training=training):
-        return fx_graph(WholeChildren(), module)
 
 
 def _why_uncertain(module: nn.Module) -> str:

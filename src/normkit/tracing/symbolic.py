@@ -43,10 +43,15 @@ def _is_leaf(module: nn.Module) -> bool:
     return is_norm(module) or is_producer(module) or parametrize.is_parametrized(module)
 
 
-def fx_graph(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+def fx_graph(tracer: fx.Tracer, module: nn.Module, *, training: bool | None = None) -> fx.Graph:
     """Trace a module with ``torch.fx``, then restore the module and torch's settings.
 
     Arguments of the forward that have a default get that value.
+
+    Args:
+        tracer: What follows the forward.
+        module: The module.
+        training: Mode of all its modules meanwhile; None keeps each module's mode.
 
     Raises:
         Exception: Whatever the module's code raises on proxies.
@@ -55,7 +60,14 @@ def fx_graph(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
     parameters = inspect.signature(module.forward).parameters
     empty = inspect.Parameter.empty
     defaults = {n: p.default for n, p in parameters.items() if p.default is not empty}
-    return call_with_cleanup(lambda: tracer.trace(module, concrete_args=defaults), before.put_back)
+
+    def traced() -> fx.Graph:
+        if training is not None:
+            for each in module.modules():
+                each.training = training
+        return tracer.trace(module, concrete_args=defaults)
+
+    return call_with_cleanup(traced, before.put_back)
 
 
 def trace_symbolically(model: nn.Module) -> Graph:
