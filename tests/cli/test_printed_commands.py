@@ -24,13 +24,11 @@ TEXTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*.py")),
 ]
-COMMAND = rf"normkit (?:{'|'.join(COMMANDS)})\b"
-LINE = re.compile(
-    rf"^(?:#? {{4}})?(?:[A-Z_]+=\S+ )?({COMMAND} (?:.*\\\n)*.*|{COMMAND})$", re.MULTILINE
-)
-# `normkit reproduce` alone names the command and not what is typed
-WITHIN = re.compile(rf"`(?:torchrun --nproc-per-node \d -m )?({COMMAND} [^`]*)`")
-LAUNCHED = re.compile(r"^ {4}torchrun --nproc-per-node \d -m (normkit)\.cli( .*)$", re.MULTILINE)
+PROGRAM = r"(?:[A-Z_]+=\S+ )?(?:(?:torchrun [^`\n]*|python )-m )?normkit(?:\.cli)?"
+NAME = rf"(?:{'|'.join(COMMANDS)})\b"
+LINE = re.compile(rf"^#? *{PROGRAM} ({NAME}(?:.*\\\n)*.*)$", re.MULTILINE)
+# a name with nothing behind it, such as `normkit reproduce`, is the command and not what is typed
+WITHIN = re.compile(rf"`{PROGRAM} ({NAME} [^`]+)`")
 AT_HAND = ("digits", "fashion-mnist", "scenes", "clips")
 
 
@@ -38,12 +36,11 @@ def printed():
     """The words of each command after `normkit`, each with its page."""
     for page in TEXTS:
         text = page.read_text(encoding="utf-8")
-        launched = ["".join(parts) for parts in LAUNCHED.findall(text)]
-        for found in (*LINE.findall(text), *WITHIN.findall(text), *launched):
+        for found in (*LINE.findall(text), *WITHIN.findall(text)):
             words = shlex.split(found.replace("\\\n", " "), comments=True)
             if "..." in words or "NAME:option=value" in words:  # part of it is the reader's
                 continue
-            yield page, words[1:]
+            yield page, words
 
 
 def check_command(words, folder):
@@ -76,6 +73,7 @@ def test_commands_were_found():
     found = [words[0] for _, words in printed()]
     assert {name: found.count(name) for name in COMMANDS if name not in found} == {}
     assert len(found) > 60
+    assert {page.parent.name for page, _ in printed()} >= {"docs", "tasks", "examples"}
 
 
 @pytest.mark.parametrize(

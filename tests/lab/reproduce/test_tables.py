@@ -69,6 +69,26 @@ def test_a_table_can_be_read_at_every_scale(name):
     assert len(table.differences("small")) > len(table.cannot)
 
 
+def test_differences_name_what_the_paper_says_of_each_part():
+    def written(parts, small):
+        values = {name: tables()["G-T2"].model_dump()[name] for name in Table.model_fields}
+        paper = {"model": "vgg11", "parts": parts}
+        return Table.checked(values | {"paper": paper, "small": small, "claims": ()})
+
+    parts = {
+        "a": {"data": "cifar10", "epochs": 9},
+        "b": {"data": "cifar100"},
+        "c": {"data": "svhn"},
+    }
+    table = written(parts, {"data": "digits", "augment": (), "hold_out": True, "without": ("c",)})
+    assert table.differences("small") == (
+        "data digits (paper: cifar10, cifar100)", "without the part c",
+    )  # fmt: skip
+    assert written({"a": {"data": "digits"}}, {"data": "digits"}).differences("small") == ()
+    said = written(parts, {"epochs": 2, "hold_out": False}).differences("small")
+    assert said == ("epochs 2 (paper: 9)", "hold out no (paper: none)")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

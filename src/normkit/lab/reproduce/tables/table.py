@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,10 +268,16 @@ class Table(Frozen):
     def differences(self, scale: Scale) -> tuple[str, ...]:
         """Settings that are not the paper's, from the file: none is written by hand."""
         ours, theirs = self._values(scale), dict(self.paper)
+        names = [name for name in dict.fromkeys([*theirs, *ours]) if name not in CHOICES]
+        papers = {name: self._stated(name, ours.get("without", ())) for name in names}
+        unset = Protocol().model_dump()  # what a setting is where a file does not name it
         found = [
-            f"{name.replace('_', ' ')} {_said(ours.get(name))} (paper: {_said(theirs.get(name))})"
-            for name in dict.fromkeys([*theirs, *ours])
-            if name not in CHOICES and ours.get(name) != theirs.get(name)
+            f"{name.replace('_', ' ')} {_said(ours.get(name))} (paper: {_said(papers[name])})"
+            for name in names
+            if any(
+                ours.get(name) != value and {ours.get(name), value} != {unset.get(name), None}
+                for value in papers[name]
+            )
         ]
         if "parts" in theirs or "parts" in ours:
             found += self._differing_parts(ours, theirs)
@@ -287,6 +293,16 @@ class Table(Frozen):
         left_out = [name for name in self.readings if read and name not in read[0]]
         found += [f"without the readings {listed(left_out)}"] if left_out else []
         return (*found, *self.cannot)
+
+    def _stated(self, name: str, left_out: Sequence[str]) -> tuple[Any, ...]:
+        """The paper's values of a setting: one, or those of the parts that are not left out."""
+        parts = self.paper.get("parts", {})
+        of_parts = [
+            part[name] for key, part in parts.items() if name in part and key not in left_out
+        ]
+        if name in self.paper or not of_parts:
+            return (self.paper.get(name),)
+        return tuple(dict.fromkeys(of_parts))
 
     def _differing_parts(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
         found = [f"without the part {name}" for name in ours.get("without", ())]
