@@ -180,16 +180,17 @@ def test_first_and_second_derivatives(name, activation, has_residual, training, 
     layer(randn(3, 6, 3, mean=0.5)).sum()
     layer.train(training)
     names = [name for name, _ in layer.named_parameters()]
-    x, residual = (randn(3, 6, 3, seed=seed).requires_grad_() for seed in (0, 2))
+    maps = [
+        randn(3, 6, 3, seed=seed).requires_grad_() for seed in ((0, 2) if has_residual else (0,))
+    ]
 
-    def call(x, residual, *parameters):
-        given = dict(zip(names, parameters, strict=True))
-        added = residual if has_residual else None
-        y = torch.func.functional_call(layer, given, (x,), {"residual": added})
-        return y if has_residual else y + 0 * residual
+    def call(x, *others):
+        residual = others[0] if has_residual else None
+        given = dict(zip(names, others[has_residual:], strict=True))
+        return torch.func.functional_call(layer, given, (x,), {"residual": residual})
 
-    inputs = (x, residual, *(p.detach().requires_grad_() for p in layer.parameters()))
-    assert gradcheck(call, inputs, fast_mode=True)
+    inputs = (*maps, *(p.detach().requires_grad_() for p in layer.parameters()))
+    assert gradcheck(call, inputs)  # along one drawn direction an error of 1 % may pass
     assert gradgradcheck(call, inputs, fast_mode=True)
 
 
